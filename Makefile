@@ -1,0 +1,117 @@
+# make              lint and test
+# make demo         the embedded pair writes Python (PROMPT='class Stack:' for another start)
+# make test         every test but the slow ones; ARGS='-k name' goes to pytest
+#
+# demo, test and all others set up what they need in .venv, once. For another Python:
+# make test PYTHON=python3.12 VENV=.venv312
+
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= def fibonacci(n):
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+RUN_STAMP := $(VENV)/run.stamp
+DEV_STAMP := $(VENV)/dev.stamp
+CHECK := build/wheel-check
+TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
+
+.PHONY: all install demo test test-slow lint format type bench wheel-check clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+all: lint test
+
+install: $(DEV_STAMP)
+	@:
+
+demo: $(RUN_STAMP)
+	@printf '%s\n' "$(PROMPT)" | $(BIN)/mlx_gemma_mtp.generate -p - -m 100
+
+test: $(DEV_STAMP)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(DEV_STAMP)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(TYPED)
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+type: $(DEV_STAMP)
+	$(BIN)/mypy $(TYPED)
+
+bench: $(RUN_STAMP)
+	@$(BIN)/python scripts/bench.py $(ARGS)
+
+clean:
+	rm -rf .venv* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp younger than pyproject.toml means: installed, no pip call needed.
+$(RUN_STAMP): pyproject.toml $(VENV)/pyvenv.cfg
+	@echo "Installing into $(VENV) (about 300 MB, once) ..." >&2
+	@$(PIP) -e .
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml $(VENV)/pyvenv.cfg
+	@echo "Installing into $(VENV) with test and lint tools (about 450 MB, once) ..." >&2
+	@$(PIP) -e '.[test,lint]'
+	@touch $@ $(RUN_STAMP)
+
+# MLX compiles its fused CPU graphs with g++ while it runs; on a Mac they run on the GPU.
+$(VENV)/pyvenv.cfg:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "$(PYTHON) is not installed. Install Python 3.10 to 3.13, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "Python must be 3.10 to 3.13: got $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@test "$$(uname)" = Darwin || command -v g++ >/dev/null || { \
+	  echo "g++ is not installed; MLX needs it on Linux. On Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+
+# The built distributions hold what the tree holds, and work where there is no tree.
+define WHEEL_CHECK
+import pathlib, sys, tarfile, zipfile
+wheel, sdist = map(pathlib.Path, sys.argv[1:])
+names = set(zipfile.ZipFile(wheel).namelist())
+tops = {n.split("/")[0] for n in names if ".dist-info/" not in n}
+assert tops == {"mlx_gemma_mtp"}, f"top level of the wheel must be mlx_gemma_mtp: got {tops}"
+tree = {str(f) for f in pathlib.Path("mlx_gemma_mtp").rglob("*") if f.is_file()}
+tree |= {f"mlx_gemma_mtp/{f}" for f in pathlib.Path("convert").rglob("*.py")}
+tree = {f for f in tree if "__pycache__" not in f}
+missing = sorted(tree - names)
+assert not missing, f"missing in the wheel: {missing}"
+for part in ("embedded", "embedded/drafter"):
+    weights = f"mlx_gemma_mtp/{part}/model.safetensors"
+    assert weights in names, f"the embedded pair is not in the wheel: no {weights}"
+packed = {n.partition("/")[2] for n in tarfile.open(sdist).getnames()}
+for name in ("pyproject.toml", "README.md", "LICENSE", "convert/__init__.py"):
+    assert name in packed, f"missing in the sdist: {name}"
+for file in (wheel, sdist):
+    size = file.stat().st_size
+    assert size <= 10_000_000, f"{file.name} must be at most 10 MB: got {size / 1e6:.1f} MB"
+    print(f"{file.name}: {size / 1e6:.1f} MB")
+endef
+export WHEEL_CHECK
+
+wheel-check: $(DEV_STAMP)
+	@rm -rf $(CHECK)
+	@$(PYTHON) -m venv $(CHECK)/builder
+	@$(CHECK)/builder/bin/python -m pip install -q --disable-pip-version-check build
+	@$(CHECK)/builder/bin/python -m build --outdir $(CHECK)/dist . >/dev/null
+	@$(BIN)/python -c "$$WHEEL_CHECK" $(CHECK)/dist/*.whl $(CHECK)/dist/*.tar.gz
+	@$(PYTHON) -m venv $(CHECK)/user
+	@$(CHECK)/user/bin/python -m pip install -q --disable-pip-version-check $(CHECK)/dist/*.whl
+	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate --help >/dev/null
+	cd $(CHECK) && user/bin/python -m mlx_gemma_mtp.generate --help >/dev/null
+	cd $(CHECK) && user/bin/python -c "import mlx_gemma_mtp.convert"
+	cd $(CHECK) && ! user/bin/python -c "import convert" 2>/dev/null
+	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate -p "import " -m 8

@@ -1,0 +1,79 @@
+"""Gemma 4 with its MTP drafters on MLX: faster text, the same text.
+
+Importing the package imports nothing else. Each name below is fetched from its module
+at its first use, so that ``import mlx_gemma_mtp`` costs no MLX start-up.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import SamplingParams
+    from .errors import MTPError
+    from .load import embedded_pair_path, load, load_pair
+    from .pair import Pair
+    from .text import GenerationResponse, generate, stream_generate
+    from .tokens import draft_block, generate_tokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GenerationResponse",
+    "MTPError",
+    "Pair",
+    "SamplingParams",
+    "__version__",
+    "draft_block",
+    "embedded_pair_path",
+    "generate",
+    "generate_tokens",
+    "load",
+    "load_pair",
+    "stream_generate",
+]
+
+_MODULE_OF = {
+    "GenerationResponse": "text",
+    "MTPError": "errors",
+    "Pair": "pair",
+    "SamplingParams": "config",
+    "draft_block": "tokens",
+    "embedded_pair_path": "load",
+    "generate": "text",
+    "generate_tokens": "tokens",
+    "load": "load",
+    "load_pair": "load",
+    "stream_generate": "text",
+}
+
+
+class _Package(ModuleType):
+    """Keeps ``generate`` and ``load`` functions beside submodules of those names.
+
+    Importing a submodule binds it in its package, which would hide the function.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+if not TYPE_CHECKING:  # a type checker must see the names above, not Any
+
+    def __getattr__(name: str) -> Any:
+        """Fetch one exported name from its module and keep it."""
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    """List the exported names too, fetched or not."""
+    return sorted({*globals(), *__all__})

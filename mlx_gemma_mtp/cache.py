@@ -1,0 +1,316 @@
+"""The target's keys and values: slabs of a fixed shape, one offset for each row.
+
+A full-attention layer has a slab [B, G, capacity, D] with slot = position; a sliding
+layer has a ring [B, G, R, D] with slot = position mod R. A round writes positions
+offset .. offset + K and commits by moving the offset: rejected entries lie past it, no
+mask shows them, and the next round overwrites them. So nothing is ever trimmed, copied
+or rolled back, and a key sits in the same slot whatever K is.
+
+Masks are arithmetic on positions. This file knows nothing of models or of sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import KVCache
+
+from .config import FULL, SLIDING
+
+# The ring's size depends on this bound and never on a round's K: that keeps a key's
+# slot, and so the order of every sum, the same for all K.
+MAX_DRAFT_TOKENS = 8
+
+# Slabs grow in whole blocks, and by at least a quarter: each capacity is a new trace
+# of the compiled round and one copy of the slabs.
+CAPACITY_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """One layer that owns its keys and values.
+
+    Attributes:
+        layer_type: ``"full_attention"`` or ``"sliding_attention"``.
+        num_kv_heads: G.
+        head_dim: D.
+    """
+
+    layer_type: str
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class SlabLayout:
+    """The shapes of all slabs of a target.
+
+    Attributes:
+        layers: The layers that own K/V, in order.
+        window: How many positions, its own included, a sliding query sees.
+        dtype: Type of keys and values.
+    """
+
+    layers: tuple[LayerKV, ...]
+    window: int
+    dtype: mx.Dtype
+
+    @property
+    def ring(self) -> int:
+        """Slots R of a sliding layer.
+
+        window + K_max + 1 is enough to decode; the rest is for look-ahead: when a stop
+        lands in round r, round r + 1 has already written, and no key in the window of
+        the last emitted token may be lost.
+        """
+        return self.window + 2 * MAX_DRAFT_TOKENS + 2
+
+    def num_slots(self, layer_type: str, capacity: int) -> int:
+        """Slots of one layer's slab."""
+        return capacity if layer_type == FULL else self.ring
+
+    def capacity(self, slabs: Sequence[mx.array]) -> int:
+        """Slots of the full layers among existing slabs."""
+        return slabs[2 * self.source(FULL)].shape[2]
+
+    def source(self, layer_type: str) -> int:
+        """Index of the layer whose K/V the drafter reads for ``layer_type``."""
+        return max(
+            i for i, layer in enumerate(self.layers) if layer.layer_type == layer_type
+        )
+
+    def allocate(self, num_rows: int, capacity: int) -> list[mx.array]:
+        """Empty slabs: keys and values of each layer in turn, [B, G, slots, D]."""
+        slabs = []
+        for layer in self.layers:
+            slots = self.num_slots(layer.layer_type, capacity)
+            shape = (num_rows, layer.num_kv_heads, slots, layer.head_dim)
+            slabs += [mx.zeros(shape, dtype=self.dtype) for _ in range(2)]
+        return slabs
+
+
+def next_capacity(needed: int, capacity: int = 0) -> int:
+    """The capacity to grow to: whole blocks, at least a quarter more than before."""
+    wanted = max(needed, capacity + capacity // 4)
+    return -(-wanted // CAPACITY_BLOCK) * CAPACITY_BLOCK
+
+
+def grow(slabs: list[mx.array], layout: SlabLayout, capacity: int) -> None:
+    """Grow the full layers' slabs in place of the list, one array at a time.
+
+    The list must be the only owner of the arrays: then no more than one old slab
+    exists beside its copy.
+
+    Args:
+        slabs: Keys and values of each layer in turn; the entries are replaced.
+        layout: Their layout.
+        capacity: New number of slots.
+    """
+    for i in range(len(slabs)):
+        if layout.layers[i // 2].layer_type == FULL:
+            num_rows, num_heads, slots, head_dim = slabs[i].shape
+            shape = (num_rows, num_heads, capacity - slots, head_dim)
+            slabs[i] = mx.concatenate([slabs[i], mx.zeros(shape, layout.dtype)], axis=2)
+            mx.eval(slabs[i])  # not lazily: that would hold all old slabs at once
+
+
+def insert_row(
+    slabs: list[mx.array],
+    layout: SlabLayout,
+    row: int,
+    caches: list[PrefillWindow | KVCache],
+) -> None:
+    """Move one prefilled request into a row of the slabs, one layer at a time.
+
+    Args:
+        slabs: Keys and values of each layer in turn; the entries are replaced.
+        layout: Their layout.
+        row: Which row to fill.
+        caches: The prefilled cache of each layer, batch 1; emptied as it is read, so
+            that only one layer is held twice.
+    """
+    caches.reverse()
+    for i in range(len(layout.layers)):
+        cache = caches.pop()
+        keys, values = cache.keys_and_values()
+        positions = mx.arange(cache.offset - keys.shape[2], cache.offset)
+        slots = positions % slabs[2 * i].shape[2]
+        for j, new in ((2 * i, keys), (2 * i + 1, values)):
+            slab = mx.zeros((1, *slabs[j].shape[1:]), dtype=layout.dtype)
+            slab = _write(slab, slots[None], new.astype(layout.dtype))
+            if slabs[j].shape[0] > 1:
+                slabs[j][row : row + 1] = slab
+            else:
+                slabs[j] = slab
+            mx.eval(slabs[j])
+
+
+def _write(slab: mx.array, slots: mx.array, new: mx.array) -> mx.array:
+    """Put keys or values [B, G, L, D] into slots [B, L] of a slab.
+
+    ``put_along_axis`` writes in place when the slab has no other owner, also with a
+    round in flight; ``slice_update`` copies the whole slab then.
+    """
+    index = mx.broadcast_to(slots[:, None, :, None], new.shape)
+    return mx.put_along_axis(slab, index, new, axis=2)
+
+
+class SlabView:
+    """One layer's slab as the cache object that mlx-lm's attention expects.
+
+    Args:
+        keys: The layer's key slab, [B, G, slots, D].
+        values: The layer's value slab.
+        offset: Each row's number of committed tokens, int32 [B].
+        num_tokens: How many tokens L the forward writes.
+    """
+
+    def __init__(
+        self, keys: mx.array, values: mx.array, *, offset: mx.array, num_tokens: int
+    ) -> None:
+        self.keys = keys
+        self.values = values
+        self.offset = offset
+        self._slots = (offset[:, None] + mx.arange(num_tokens)) % keys.shape[2]
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Write the forward's keys and values, and give the whole slabs."""
+        self.keys = _write(self.keys, self._slots, keys.astype(self.keys.dtype))
+        self.values = _write(self.values, self._slots, values.astype(self.values.dtype))
+        return self.keys, self.values
+
+
+class PrefillWindow:
+    """A sliding layer's keys and values while a prompt is read in chunks.
+
+    Keeps the last ``window + 1`` keys in temporal order: as many as the drafter sees.
+
+    Args:
+        window: The layer's sliding window.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._num_kept = window + 1
+        self._keys: mx.array | None = None
+        self._values: mx.array | None = None
+        self.offset = 0
+
+    @property
+    def state(self) -> list[mx.array]:
+        """The arrays to evaluate between chunks."""
+        return [a for a in (self._keys, self._values) if a is not None]
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """The kept keys and values, [1, G, S, D] each, the newest last."""
+        if self._keys is None or self._values is None:
+            raise ValueError("nothing was prefilled")
+        return self._keys, self._values
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Append a chunk; give what its queries may see."""
+        if self._keys is not None and self._values is not None:
+            keys = mx.concatenate([self._keys, keys], axis=2)
+            values = mx.concatenate([self._values, values], axis=2)
+            self.offset += keys.shape[2] - self._keys.shape[2]
+        else:
+            self.offset += keys.shape[2]
+        # A copy: a plain slice would keep the whole chunk alive.
+        self._keys = mx.contiguous(keys[:, :, -self._num_kept :])
+        self._values = mx.contiguous(values[:, :, -self._num_kept :])
+        return keys, values
+
+    def make_mask(
+        self, num_tokens: int, *, window_size: int | None = None, **_: object
+    ) -> mx.array:
+        """The causal window over the kept keys and the chunk, bool [L, S]."""
+        num_kept = 0 if self._keys is None else self._keys.shape[2]
+        return create_causal_mask(num_tokens, num_kept, window_size=window_size)
+
+
+def prefill_caches(layout: SlabLayout) -> list[PrefillWindow | KVCache]:
+    """Fresh caches for one request's prompt, one for each layer that owns K/V."""
+    return [
+        PrefillWindow(layout.window) if layer.layer_type == SLIDING else KVCache()
+        for layer in layout.layers
+    ]
+
+
+def verify_masks(
+    layout: SlabLayout,
+    *,
+    offset: mx.array,
+    first_position: mx.array,
+    num_tokens: int,
+    capacity: int,
+) -> dict[str, mx.array]:
+    """What the queries of a verify block see of each type of slab.
+
+    Args:
+        layout: The slabs' layout.
+        offset: Position of each row's first query, int32 [B].
+        first_position: The oldest position each row holds keys for, int32 [B].
+        num_tokens: Queries L; they are written before attention.
+        capacity: Slots of the full layers.
+
+    Returns:
+        Layer type to bool mask, [B, 1, L, slots].
+    """
+    queries = (offset[:, None] + mx.arange(num_tokens))[:, None, :, None]
+    oldest = first_position[:, None, None, None]
+    full = mx.arange(capacity)  # [slots]
+    sliding = _ring_positions(layout, offset + (num_tokens - 1))[:, None, None, :]
+    return {
+        FULL: (full <= queries) & (full >= oldest),
+        SLIDING: (sliding <= queries)
+        & (sliding > queries - layout.window)
+        & (sliding >= oldest),
+    }
+
+
+def draft_masks(
+    layout: SlabLayout,
+    *,
+    offset: mx.array,
+    first_position: mx.array,
+    capacity: int,
+) -> dict[str, mx.array]:
+    """What the drafter's single query sees: committed keys only.
+
+    Its sliding layers see the last window + 1 of them, one more than the target's.
+    Source: transformers 5.22.2, create_bidirectional_sliding_window_mask as the
+    assistant calls it.
+
+    Args:
+        layout: The slabs' layout.
+        offset: Each row's number of committed tokens, int32 [B].
+        first_position: The oldest position each row holds keys for, int32 [B].
+        capacity: Slots of the full layers.
+
+    Returns:
+        Layer type to bool mask, [B, 1, 1, slots].
+    """
+    end = offset[:, None, None, None]
+    oldest = first_position[:, None, None, None]
+    full = mx.arange(capacity)
+    sliding = _ring_positions(layout, offset - 1)[:, None, None, :]
+    return {
+        FULL: (full < end) & (full >= oldest),
+        SLIDING: (sliding >= end - (layout.window + 1)) & (sliding >= oldest),
+    }
+
+
+def _ring_positions(layout: SlabLayout, last: mx.array) -> mx.array:
+    """The position each ring slot holds when ``last`` [B] is the newest, [B, R].
+
+    Slots that were never written get positions below zero; entries past ``last`` read
+    as positions older than any window.
+    """
+    slots = mx.arange(layout.ring)
+    return last[:, None] - (last[:, None] - slots) % layout.ring

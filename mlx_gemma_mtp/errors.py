@@ -1,0 +1,21 @@
+"""Mistakes a user can fix. Knows nothing else of the package.
+
+Whatever stands in front of the user (command line, server) shows an ``MTPError``
+as its one line of text and exits with status 1; a traceback would only hide it.
+"""
+
+
+class MTPError(Exception):
+    """A mistake a user can fix; ``str(error)`` is the whole message, one line."""
+
+
+class CheckpointError(MTPError):
+    """A checkpoint that cannot be found, read or understood."""
+
+
+class PairingError(MTPError):
+    """A drafter that does not fit its target."""
+
+
+class RequestError(MTPError):
+    """A request with a setting outside its range."""

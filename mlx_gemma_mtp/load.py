@@ -1,0 +1,530 @@
+"""Path or Hub id in, a target and a drafter known to fit out.
+
+mlx-lm's own loader builds the target and reads its weights; this file gives it
+settings that leave nothing to its defaults, loads the drafter, and turns every
+mistake into one line. Knows nothing of decoding or of text.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx_lm.models import gemma4, gemma4_text
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .config import (
+    FULL,
+    SLIDING,
+    TARGET_MODEL_TYPES,
+    DrafterConfig,
+    check_model_type,
+    check_target,
+    quantization_map,
+    text_config,
+)
+from .drafter import Drafter
+from .errors import CheckpointError, PairingError
+from .pair import Pair, attach
+from .pairing import fetch, find_drafter, published_drafter
+
+logger = logging.getLogger("mlx_gemma_mtp")
+
+_SWITCH_OFF = "Or decode without one: speculative_decoding=False (--no-draft)."
+_SAME_CHECKPOINT = "Take config.json and weights from the same checkpoint"
+_MAX_NAMED_TENSORS = 4
+# Parts of multimodal checkpoints that text needs nothing of. mlx-lm drops most of
+# them by itself, which ones depends on its version.
+_TOWERS = (
+    "vision_tower.",
+    "vision_embedder.",
+    "audio_tower.",
+    "embed_vision.",
+    "embed_audio.",
+    "multi_modal_projector.",
+)
+_KV_PARTS = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.")
+# The one group size of each mode whose scales are bytes, by (bits, group_size).
+_BYTE_SCALE_MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
+
+
+class _Target(gemma4.Model):
+    """mlx-lm's target, which here also drops the parts that text does not use."""
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        kept = _text_weights(weights, self.language_model.args)
+        return super().sanitize(kept)
+
+
+class _TextTarget(gemma4_text.Model):
+    """The same for checkpoints that hold the text model alone."""
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        return super().sanitize(_text_weights(weights, self.args))
+
+
+def embedded_pair_path() -> Path:
+    """Return the folder of the pair in the package; its drafter is in ``drafter/``."""
+    return Path(__file__).parent / "embedded"
+
+
+def load_target(folder: str | Path, *, lazy: bool = False) -> nn.Module:
+    """Load a target from a local folder with mlx-lm's loader.
+
+    Args:
+        folder: A checkpoint of any Gemma 4 family, float or quantized by mlx-lm,
+            in either config layout.
+        lazy: Leave the weights in their files until they are used.
+
+    Returns:
+        A ``mlx_lm.models.gemma4.Model``, or a ``gemma4_text.Model`` if the
+        checkpoint holds the text model alone.
+
+    Raises:
+        CheckpointError: The folder is damaged, is no Gemma 4 target, or its tensors
+            do not agree with its config.
+    """
+    return _load_target(open_checkpoint(folder), lazy=lazy)
+
+
+def load_drafter(folder: str | Path) -> Drafter:
+    """Load an MTP drafter from a local folder.
+
+    Args:
+        folder: A drafter's checkpoint, float or quantized, in either config layout.
+
+    Raises:
+        CheckpointError: The folder is damaged, is no Gemma 4 drafter, or its tensors
+            do not agree with its config.
+    """
+    checkpoint = open_checkpoint(folder)
+    source = str(checkpoint.config_path)
+    config = DrafterConfig.from_dict(checkpoint.config, source=source)
+    _check_centroid_head(checkpoint, config)
+    drafter = Drafter(config)
+    with _one_line(f"the drafter in {folder}"):
+        weights = drafter.sanitize(_read_weights(checkpoint))
+        _check_token_ordering(weights, config)
+        _quantize_as_stored(drafter, weights)
+        drafter.eval()
+        drafter.load_weights(list(weights.items()), strict=True)
+        mx.eval(drafter.parameters())
+    return drafter
+
+
+def check_fit(target_model: nn.Module, drafter: Drafter) -> None:
+    """Check that a drafter can read a target's hidden states and K/V.
+
+    Args:
+        target_model: A target as from ``load_target()`` or ``mlx_lm.load()``.
+        drafter: The drafter.
+
+    Raises:
+        PairingError: It cannot: what differs, and which drafter to take.
+    """
+    args = _text_args(target_model)
+    for what, theirs, ours in _shared_settings(args, drafter.config):
+        if theirs != ours:
+            raise PairingError(_misfit(what, theirs, ours, args.hidden_size))
+
+
+def load_pair(
+    target_path: str | Path | None = None, drafter_path: str | Path | None = None
+) -> Pair:
+    """Load a target and a drafter for decoding on token level.
+
+    Args:
+        target_path: A folder or a Hub id; None for the embedded pair.
+        drafter_path: A folder or a Hub id. Without one the pair has no drafter,
+            except for the embedded pair, which comes with its own: nothing is
+            searched for here.
+
+    Raises:
+        CheckpointError: A checkpoint cannot be found or read.
+        PairingError: The drafter does not fit the target.
+    """
+    if target_path is None:
+        target_path = embedded_pair_path()
+        if drafter_path is None:
+            drafter_path = embedded_pair_path() / "drafter"
+    checkpoint = open_checkpoint(fetch(target_path))
+    target = _load_target(checkpoint, lazy=False)
+    drafter, drafter_source = None, "no drafter: none was named"
+    if drafter_path is not None:
+        drafter = load_drafter(fetch(drafter_path))
+        check_fit(target, drafter)
+        drafter_source = f"drafter {drafter_path}: as named"
+    return Pair(
+        target,
+        drafter,
+        eos_token_ids=eos_token_ids(checkpoint),
+        target_source=str(target_path),
+        drafter_source=drafter_source,
+    )
+
+
+def load(
+    path_or_hf_repo: str | Path,
+    *,
+    speculative_decoding: bool = True,
+    draft_model: str | Path | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    return_config: bool = False,
+) -> tuple[Any, ...]:
+    """Load a target with its tokenizer, and its drafter by itself.
+
+    The drafter is looked for inside the target's folder, beside it, and on the Hub
+    by the published pairing; which one was taken is logged. Where there is none,
+    the model decodes plainly and a warning says why.
+
+    Args:
+        path_or_hf_repo: A folder or a Hub id.
+        speculative_decoding: Whether to decode with a drafter.
+        draft_model: The drafter to take, a folder or a Hub id.
+        tokenizer_config: Arguments for the tokenizer, as in ``mlx_lm.load``.
+        adapter_path: LoRA adapters for the target.
+        lazy: Leave the target's weights in their files until they are used.
+        revision: A branch, tag or commit of the target's Hub repository.
+        trust_remote_code: Let the tokenizer run code from the checkpoint. The model
+            never does.
+        return_config: Return the target's config as well.
+
+    Returns:
+        ``(model, tokenizer)`` as ``mlx_lm.load`` returns them, or with the config
+        ``(model, tokenizer, config)``. ``generate`` finds the drafter by the model.
+
+    Raises:
+        CheckpointError: A checkpoint cannot be found or read.
+        PairingError: The drafter does not fit the target, also when it was not named.
+    """
+    folder = fetch(path_or_hf_repo, revision)
+    checkpoint = open_checkpoint(folder)
+    target = _load_target(checkpoint, lazy=lazy)
+    if adapter_path is not None:
+        with _one_line(f"the adapters in {adapter_path}"):
+            target = mlx_lm.utils.load_adapters(target, adapter_path)
+            target.eval()
+    eos_ids = eos_token_ids(checkpoint)
+    tokenizer = _load_tokenizer(
+        folder, tokenizer_config, eos_ids, trust_remote_code=trust_remote_code
+    )
+    if speculative_decoding:
+        drafter, source = _choose_drafter(target, path_or_hf_repo, folder, draft_model)
+    else:
+        drafter, source = None, "no drafter: speculative decoding is switched off"
+    pair = Pair(
+        target,
+        drafter,
+        eos_token_ids=eos_ids,
+        target_source=str(path_or_hf_repo),
+        drafter_source=source,
+    )
+    attach(target, pair)
+    if return_config:
+        return target, tokenizer, mlx_lm.utils.load_config(folder)
+    return target, tokenizer
+
+
+def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Return the token ids that end a text.
+
+    Args:
+        checkpoint: A target's checkpoint. ``generation_config.json`` counts before
+            ``config.json``, which names fewer of them in published checkpoints.
+
+    Raises:
+        CheckpointError: They are something else than integers.
+    """
+    text = checkpoint.config.get("text_config")
+    places = [checkpoint.generation_config, checkpoint.config]
+    places.append(text if isinstance(text, dict) else {})
+    found: Any = None
+    for place in places:
+        found = place.get("eos_token_id") if found is None else found
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise CheckpointError(
+            f"eos_token_id in {checkpoint.folder} must be an integer or a list of "
+            f"them: got {found!r}. Fetch generation_config.json and config.json again."
+        )
+    return tuple(ids)
+
+
+def _load_target(checkpoint: Checkpoint, *, lazy: bool) -> nn.Module:
+    folder, source = checkpoint.folder, str(checkpoint.config_path)
+    kind = check_model_type(checkpoint.config, TARGET_MODEL_TYPES, source=source)
+    text = text_config(checkpoint.config, source=source)
+    check_target(text, source=source)
+    is_text_only = kind.endswith("_text")
+    # mlx-lm reads config.json again and lets these keys win. Its gemma4.ModelArgs
+    # would put its own vocab_size over the text model's, so it is named outside too.
+    settings: dict[str, Any] = {**text} if is_text_only else {"model_type": "gemma4"}
+    settings["text_config"] = {} if is_text_only else text
+    settings["vocab_size"] = text["vocab_size"]
+    settings["quantization"] = _target_quantization(checkpoint)
+    settings["quantization_config"] = settings["quantization"]
+    settings["model_file"] = None  # never code from the checkpoint
+    if glob.escape(str(folder)) != str(folder):  # mlx-lm globs for the weights
+        raise CheckpointError(
+            f"the path {folder} must be free of * ? and [: got one of them. Rename or "
+            "link the folder."
+        )
+    with _one_line(f"the target in {folder}"):
+        model, _ = mlx_lm.utils.load_model(
+            folder,
+            lazy=lazy,
+            strict=True,
+            model_config=settings,
+            get_model_classes=_text_classes if is_text_only else _target_classes,
+        )
+    return model
+
+
+def _target_classes(config: dict[str, Any]) -> tuple[type, type]:
+    return _Target, gemma4.ModelArgs
+
+
+def _text_classes(config: dict[str, Any]) -> tuple[type, type]:
+    return _TextTarget, gemma4_text.ModelArgs
+
+
+def _target_quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    source = str(checkpoint.config_path)
+    quantization = quantization_map(checkpoint.config, source=source)
+    has_scales = any(name.endswith(".scales") for name in checkpoint.tensors)
+    if quantization is None and has_scales:
+        # The config lost its map. mlx-lm takes what the map does not name from the
+        # shapes, and these defaults only switch that on.
+        return {"group_size": 64, "bits": 4}
+    return quantization
+
+
+def _text_weights(
+    weights: Mapping[str, mx.array], args: gemma4_text.ModelArgs
+) -> dict[str, mx.array]:
+    """Drop what the text model has no use for, in either naming of the tensors."""
+    first_shared = args.num_hidden_layers - args.num_kv_shared_layers
+    kept = {}
+    for name, array in weights.items():
+        bare = name.removeprefix("model.")
+        if bare.startswith(_TOWERS):
+            continue
+        if args.tie_word_embeddings and re.match(r"(language_model\.)?lm_head\.", bare):
+            continue  # a stored copy of the embedding
+        match = _KV_PARTS.search(name)
+        if match and int(match[1]) >= first_shared:
+            continue  # some exports keep projections that these layers never use
+        kept[name] = array
+    return kept
+
+
+def _read_weights(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    weights: dict[str, mx.array] = {}
+    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+        loaded = mx.load(str(file))
+        assert isinstance(loaded, dict)  # of a safetensors file it always is
+        weights.update(loaded)
+    return weights
+
+
+def _check_centroid_head(checkpoint: Checkpoint, config: DrafterConfig) -> None:
+    """Hold ``use_ordered_embeddings`` against the tensors that are there."""
+    for name in ("centroids.weight", "token_ordering"):
+        is_there = f"masked_embedding.{name}" in checkpoint.tensors
+        if is_there != config.use_ordered_embeddings:
+            raise CheckpointError(
+                f"masked_embedding.{name} in {checkpoint.folder} must be "
+                f"{'absent' if is_there else 'there'}, as config.json says "
+                f"use_ordered_embeddings {config.use_ordered_embeddings}: got "
+                f"{'it' if is_there else 'no such tensor'}. {_SAME_CHECKPOINT}."
+            )
+
+
+def _check_token_ordering(weights: dict[str, mx.array], config: DrafterConfig) -> None:
+    """Check that the centroid head's token ids are each id once.
+
+    An id outside the vocabulary would read foreign memory in a gather.
+    """
+    if not config.use_ordered_embeddings:
+        return
+    ordering = weights["masked_embedding.token_ordering"]
+    every_id = mx.arange(config.text_config["vocab_size"], dtype=ordering.dtype)
+    if not mx.array_equal(mx.sort(ordering.flatten()), every_id):
+        raise ValueError("masked_embedding.token_ordering is no order of all token ids")
+
+
+def _quantize_as_stored(drafter: Drafter, weights: Mapping[str, mx.array]) -> None:
+    """Quantize the modules whose tensors are, each as its shapes say.
+
+    The shapes and the type of the scales tell bits, group size and mode of every
+    tensor. The map in ``config.json`` says the same where it is right, and has been
+    seen wrong or incomplete in published drafters; so the tensors decide.
+    """
+
+    def stored(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        is_quantized = f"{path}.scales" in weights
+        if not is_quantized or not isinstance(module, (nn.Linear, nn.Embedding)):
+            return False
+        return _stored_quantization(path, module.weight.shape[-1], weights)
+
+    nn.quantize(drafter, class_predicate=stored)
+
+
+def _stored_quantization(
+    path: str, num_inputs: int, weights: Mapping[str, mx.array]
+) -> dict[str, Any]:
+    """Tell bits, group size and mode of one quantized tensor.
+
+    Args:
+        path: The module's name.
+        num_inputs: Columns of the weight before it was packed.
+        weights: Parameter name to array: weight [rows, num_inputs * bits / 32] and
+            scales [rows, num_inputs / group_size].
+    """
+    weight, scales = weights[f"{path}.weight"], weights[f"{path}.scales"]
+    bits = weight.shape[-1] * 32 // num_inputs
+    group_size = num_inputs // scales.shape[-1]
+    mode = "affine"  # the only mode with scales in the type of the weights
+    if scales.dtype == mx.uint8:
+        mode = _BYTE_SCALE_MODES.get((bits, group_size), "")
+    if not mode or weight.dtype != mx.uint32:
+        raise ValueError(
+            f"{path} has {bits} bits in groups of {group_size}, scales {scales.dtype}"
+        )
+    return {"bits": bits, "group_size": group_size, "mode": mode}
+
+
+def _text_args(target_model: nn.Module) -> gemma4_text.ModelArgs:
+    if isinstance(target_model, gemma4.Model):
+        return target_model.language_model.args
+    if isinstance(target_model, gemma4_text.Model):
+        return target_model.args
+    raise PairingError(
+        "the target must be a Gemma 4 model of mlx-lm: got "
+        f"{type(target_model).__module__}. Load it with mlx_gemma_mtp.load."
+    )
+
+
+def _shared_settings(
+    target: gemma4_text.ModelArgs, config: DrafterConfig
+) -> Iterator[tuple[str, object, object]]:
+    """Yield (what, the target's, the drafter's) of all that must be equal."""
+    own = gemma4_text.ModelArgs.from_dict(dict(config.text_config))
+    yield "hidden size", target.hidden_size, config.backbone_hidden_size
+    yield "vocabulary", target.vocab_size, own.vocab_size
+    num_own_kv = target.num_hidden_layers - target.num_kv_shared_layers
+    layers_with_kv = (target.layer_types or [])[:num_own_kv]
+    layer_types = set(own.layer_types or [])
+    for layer_type in sorted(layer_types):
+        if layer_type not in layers_with_kv:
+            yield f"K/V source for {layer_type}", "none", "one"
+        theirs, ours = _kv_shape(target, layer_type), _kv_shape(own, layer_type)
+        yield f"number of K/V heads in {layer_type}", theirs[0], ours[0]
+        yield f"head width in {layer_type}", theirs[1], ours[1]
+    if SLIDING in layer_types:
+        yield "sliding window", target.sliding_window, own.sliding_window
+
+
+def _kv_shape(args: gemma4_text.ModelArgs, layer_type: str) -> tuple[int, int]:
+    """Return (K/V heads G, head width D) of a layer type."""
+    if layer_type != FULL:
+        return args.num_key_value_heads, args.head_dim
+    heads = args.num_key_value_heads
+    if args.attention_k_eq_v and args.num_global_key_value_heads is not None:
+        heads = args.num_global_key_value_heads
+    return heads, args.global_head_dim or args.head_dim
+
+
+def _misfit(what: str, theirs: object, ours: object, hidden_size: int) -> str:
+    published = published_drafter(hidden_size)
+    take = f"Take {published}" if published else "Take the drafter made for this target"
+    return (
+        f"the drafter's {what} must be the target's: got {ours} in the drafter, "
+        f"expected {theirs} as in the target. {take}."
+    )
+
+
+def _choose_drafter(
+    target: nn.Module,
+    path_or_id: str | Path,
+    folder: Path,
+    draft_model: str | Path | None,
+) -> tuple[Drafter | None, str]:
+    """Return the drafter, if any, and a sentence about it."""
+    if draft_model is not None:
+        chosen, reason = str(draft_model), "as named"
+        drafter_folder = fetch(draft_model)
+    else:
+        choice = find_drafter(path_or_id, folder)
+        if choice.path_or_id is None:
+            return _no_drafter(choice.reason)
+        chosen, reason = choice.path_or_id, choice.reason
+        try:
+            drafter_folder = fetch(chosen)
+        except CheckpointError as error:
+            # Nobody asked for this one by name, and the target decodes without it.
+            return _no_drafter(f"{reason} is out of reach: {error}")
+    drafter = load_drafter(drafter_folder)
+    try:
+        check_fit(target, drafter)
+    except PairingError as error:
+        raise PairingError(f"{error} {_SWITCH_OFF}") from None
+    source = f"drafter {chosen}: {reason}"
+    logger.info("%s", source)
+    return drafter, source
+
+
+def _no_drafter(reason: str) -> tuple[None, str]:
+    source = f"decoding without a drafter: {reason}"
+    logger.warning("%s", source)
+    return None, source
+
+
+def _load_tokenizer(
+    folder: Path,
+    tokenizer_config: dict[str, Any] | None,
+    eos_ids: tuple[int, ...],
+    *,
+    trust_remote_code: bool,
+) -> Any:
+    extra = {"trust_remote_code": True} if trust_remote_code else {}
+    with _one_line(f"the tokenizer in {folder}"):
+        return mlx_lm.utils.load_tokenizer(
+            folder, {**extra, **(tokenizer_config or {})}, list(eos_ids) or None
+        )
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn whatever a library raises on a checkpoint into one line."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{what} must be complete and as its config.json says: got "
+            f"{_summary(error)}. {_SAME_CHECKPOINT}, or download it again."
+        ) from error
+
+
+def _summary(error: Exception) -> str:
+    """Shorten a library's message: one line, only the first few tensors by name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    names = [line.rstrip(",.") for line in lines[1:]]
+    if len(names) > _MAX_NAMED_TENSORS:
+        names = [*names[:_MAX_NAMED_TENSORS], f"and {len(lines) - 5} more"]
+    text = " ".join([*lines[:1], ", ".join(names)]).strip().rstrip(".")
+    return text if len(text) <= 400 else f"{text[:397]}..."

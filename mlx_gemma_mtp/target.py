@@ -1,0 +1,217 @@
+"""The target: mlx-lm's own Gemma 4 model, driven over slabs.
+
+mlx-lm's layers are used as they are; only the loop over them is ours, because a round
+needs the hidden state after the final norm, the logits of every row, and the slabs.
+This is the only file that relies on mlx-lm's Gemma 4 internals. It knows nothing of
+the drafter, of acceptance or of sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import gemma4, gemma4_text
+from mlx_lm.models.cache import KVCache
+
+from .cache import (
+    LayerKV,
+    PrefillWindow,
+    SlabLayout,
+    SlabView,
+    prefill_caches,
+    verify_masks,
+)
+from .errors import PairingError
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What one verify forward gives.
+
+    Attributes:
+        logits: After the soft-cap, [B, L, V].
+        hidden: After the final norm, [B, L, H].
+        slabs: The updated slabs, keys and values of each layer in turn.
+    """
+
+    logits: mx.array
+    hidden: mx.array
+    slabs: list[mx.array]
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """What reading a prompt gives.
+
+    Attributes:
+        logits: Of the prompt's last token, [1, 1, V].
+        hidden: Of the prompt's last token, after the final norm, [1, 1, H].
+        caches: The cache of each layer that owns its K/V.
+        num_tokens: The prompt's length.
+    """
+
+    logits: mx.array
+    hidden: mx.array
+    caches: list[PrefillWindow | KVCache]
+    num_tokens: int
+
+
+class Target:
+    """A Gemma 4 text model that verifies blocks of tokens.
+
+    Args:
+        model: What ``mlx_lm.load`` returns for a Gemma 4 checkpoint.
+
+    Raises:
+        PairingError: The model is not a Gemma 4 of mlx-lm.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._lm = _text_model(model)
+        args = self._lm.args
+        self._first_shared = args.num_hidden_layers - args.num_kv_shared_layers
+        self.vocab_size: int = args.vocab_size
+        self.layout = SlabLayout(
+            layers=tuple(
+                LayerKV(
+                    layer.layer_type,
+                    layer.self_attn.n_kv_heads,
+                    layer.self_attn.head_dim,
+                )
+                for layer in self._lm.layers[: self._first_shared]
+            ),
+            window=args.sliding_window,
+            # The type the activations have: that of the norms, which no
+            # quantization touches.
+            dtype=self._lm.model.norm.weight.dtype,
+        )
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Scaled embeddings of tokens [B, L], as the drafter takes them, [B, L, H]."""
+        return self._lm.model.embed_tokens(tokens) * self._lm.model.embed_scale
+
+    def prefill(self, prompt: mx.array, *, step_size: int) -> Prefilled:
+        """Read a prompt in chunks.
+
+        Args:
+            prompt: At least one token id, int32 [L].
+            step_size: Most tokens in a chunk.
+
+        Returns:
+            The last token's logits and hidden state, and the filled caches.
+        """
+        caches = prefill_caches(self.layout)
+        hidden = mx.array(0.0)
+        for chunk in _chunks(prompt, step_size):
+            hidden = self._lm.model(chunk[None], cache=list(caches))
+            # A read per chunk bounds the graph's memory; the prompt is not a round.
+            mx.eval(hidden, [cache.state for cache in caches])
+            mx.clear_cache()
+        hidden = hidden[:, -1:]
+        return Prefilled(self._logits(hidden), hidden, caches, prompt.size)
+
+    def verify(
+        self,
+        tokens: mx.array,
+        slabs: list[mx.array],
+        *,
+        offset: mx.array,
+        first_position: mx.array,
+    ) -> TargetOutput:
+        """Run a block of tokens that follows what the slabs hold.
+
+        Args:
+            tokens: The last token and the drafts, int32 [B, L].
+            slabs: Keys and values of each layer in turn.
+            offset: Position of each row's first token, int32 [B].
+            first_position: The oldest position each row holds keys for, int32 [B].
+
+        Returns:
+            Logits and hidden states of every row of the block, and the slabs with the
+            block's keys and values written.
+        """
+        num_tokens = tokens.shape[1]
+        masks = verify_masks(
+            self.layout,
+            offset=offset,
+            first_position=first_position,
+            num_tokens=num_tokens,
+            capacity=self.layout.capacity(slabs),
+        )
+        views = [
+            SlabView(keys, values, offset=offset, num_tokens=num_tokens)
+            for keys, values in zip(slabs[::2], slabs[1::2], strict=True)
+        ]
+        hidden = self._layers(tokens, views, masks)
+        written = [array for view in views for array in (view.keys, view.values)]
+        return TargetOutput(self._logits(hidden), hidden, written)
+
+    def _layers(
+        self, tokens: mx.array, views: list[SlabView], masks: dict[str, mx.array]
+    ) -> mx.array:
+        """The layer loop of mlx-lm's Gemma4TextModel over slabs, [B, L, H]."""
+        model = self._lm.model
+        embeddings = model.embed_tokens(tokens)
+        h = embeddings * model.embed_scale
+        per_layer = self._per_layer_inputs(tokens, embeddings, h)
+        shared: list[tuple[Any, Any]] = []
+        for i, layer in enumerate(model.layers):
+            owns_kv = i < self._first_shared
+            kv, offset = (None, None) if owns_kv else shared[model.previous_kvs[i]]
+            h, kv, offset = layer(
+                h,
+                masks[layer.layer_type],
+                views[i] if owns_kv else None,
+                per_layer_input=per_layer[i],
+                shared_kv=kv,
+                offset=offset,
+            )
+            shared.append((kv, offset))
+        return model.norm(h)
+
+    def _per_layer_inputs(
+        self, tokens: mx.array, embeddings: mx.array, h: mx.array
+    ) -> list[mx.array | None]:
+        """Each layer's input from the per-layer embeddings (E2B, E4B), or Nones."""
+        model = self._lm.model
+        if not model.hidden_size_per_layer_input:
+            return [None] * len(model.layers)
+        inputs = model._project_per_layer_inputs(
+            h, model._get_per_layer_inputs(tokens, embeddings)
+        )
+        return [inputs[:, :, i] for i in range(len(model.layers))]
+
+    def _logits(self, hidden: mx.array) -> mx.array:
+        """The tied head and the soft-cap, [B, L, V]."""
+        lm = self._lm
+        logits = (
+            lm.model.embed_tokens.as_linear(hidden)
+            if lm.tie_word_embeddings
+            else lm.lm_head(hidden)
+        )
+        cap = lm.final_logit_softcapping
+        return logits if cap is None else gemma4_text.logit_softcap(cap, logits)
+
+
+def _text_model(model: nn.Module) -> gemma4_text.Model:
+    """The language model inside what mlx-lm loads."""
+    if isinstance(model, gemma4.Model):
+        return model.language_model
+    if isinstance(model, gemma4_text.Model):
+        return model
+    raise PairingError(
+        "target must be a Gemma 4 model of mlx-lm: got "
+        f"{type(model).__module__}.{type(model).__name__}, expected "
+        "mlx_lm.models.gemma4.Model. Load a Gemma 4 checkpoint, for example "
+        "google/gemma-4-E2B-it."
+    )
+
+
+def _chunks(prompt: mx.array, step_size: int) -> Iterator[mx.array]:
+    """The prompt's tokens, ``step_size`` at a time."""
+    for start in range(0, prompt.size, step_size):
+        yield prompt[start : start + step_size]

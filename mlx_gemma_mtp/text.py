@@ -1,0 +1,289 @@
+"""Text in, text out: tokenizer, detokenizer, stop strings and timing.
+
+Tokens come from the decoder; this file knows nothing of caches, kernels or files.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .config import SamplingParams
+from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder
+from .drafter import Drafter
+from .load import check_fit
+from .pair import Pair, pair_of
+from .stats import RoundStats
+from .stop import StopStrings
+from .tokens import check_num_draft_tokens, make_request
+
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One token of a generation: mlx-lm's fields, and what drafting did.
+
+    Attributes:
+        text: The next piece of text, perhaps empty.
+        token: The token id.
+        from_draft: Whether the drafter had proposed the token.
+        prompt_tokens: Tokens in the prompt.
+        prompt_tps: Prompt tokens per second.
+        generation_tokens: Tokens generated so far.
+        generation_tps: Generated tokens per second, from the first token on.
+        peak_memory: Peak memory of MLX so far, in GB (10**9 bytes).
+        finish_reason: ``"stop"`` (end-of-sequence token or stop string),
+            ``"length"`` or None.
+        rounds: Rounds so far.
+        acceptance_length: Tokens per round so far, 1 + accepted / rounds.
+        acceptance_rate: Accepted over drafted so far, 0 to 1.
+        stats: All counts so far; shared by the responses of a generation.
+    """
+
+    text: str
+    token: int
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None
+    rounds: int
+    acceptance_length: float
+    acceptance_rate: float
+    stats: RoundStats = field(repr=False)
+    _logits: mx.array = field(repr=False)  # [>= index + 1, V]
+    _index: int = field(repr=False)
+
+    @property
+    def logprobs(self) -> mx.array:
+        """Log-probabilities of the target behind the token, [V].
+
+        Computed when asked for, on a stream of their own: on the stream of the round
+        in flight the reader would wait for that round.
+        """
+        with mx.stream(_reading_stream()):
+            row = self._logits[self._index]
+            return row - mx.logsumexp(row, keepdims=True)
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | Sequence[int] | mx.array,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    draft_model: Drafter | None = None,
+    num_draft_tokens: int | None = None,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
+) -> Iterator[GenerationResponse]:
+    """Generate text from a prompt, a token at a time.
+
+    Args:
+        model: The model that ``load`` returned (it carries its drafter), or any
+            Gemma 4 of mlx-lm.
+        tokenizer: Its tokenizer.
+        prompt: Text, or token ids.
+        max_tokens: Tokens to generate, 1 or more; -1 for no limit.
+        draft_model: A drafter to use in place of the model's own.
+        num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; None for the
+            pair's own number.
+        temp: Temperature; 0 is greedy.
+        top_p: Probability mass to keep, 0 to 1; 0 and 1 switch it off.
+        top_k: Number of tokens to keep; 0 switches it off.
+        min_p: Smallest share of the best token's probability to keep; 0 is off.
+        seed: 0 to 2**64 - 1: the text is then a function of seed and target alone.
+        stop: A string, or several, that end the text; they are not part of it.
+        prefill_step_size: Most prompt tokens in one forward.
+
+    Yields:
+        One response per token; the last one has a ``finish_reason``.
+
+    Raises:
+        RequestError: A setting or a token id is outside its range.
+        PairingError: ``draft_model`` does not fit the model.
+    """
+    if draft_model is not None:
+        check_fit(model, draft_model)
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    pair = pair_of(model, draft_model)
+    request = make_request(
+        pair,
+        _encode(tokenizer, prompt),
+        max_tokens=max_tokens,
+        sampling=SamplingParams(temp, top_p, top_k, min_p, seed),
+        eos=frozenset(tokenizer.eos_token_ids),
+    )
+    decoder = Decoder(
+        pair.rounds,
+        [request],
+        num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens),
+        prefill_step_size=prefill_step_size,
+    )
+    stops = StopStrings([stop] if isinstance(stop, str) else list(stop))
+    stream = _TextStream(decoder, tokenizer.detokenizer, stops, len(request.prompt))
+    return _stream(pair, stream)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | Sequence[int] | mx.array,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    verbose: bool = False,
+    **settings: Any,
+) -> str:
+    """Generate a complete text.
+
+    Args:
+        model: The model that ``load`` returned, or any Gemma 4 of mlx-lm.
+        tokenizer: Its tokenizer.
+        prompt: Text, or token ids.
+        max_tokens: Tokens to generate, 1 or more; -1 for no limit.
+        verbose: Also print the text as it comes and, on standard error, the figures.
+        settings: The other settings of ``stream_generate``.
+
+    Returns:
+        The generated text, without the prompt.
+
+    Raises:
+        RequestError: A setting or a token id is outside its range.
+        PairingError: The drafter does not fit the model.
+    """
+    pieces = []
+    response = None
+    for response in stream_generate(
+        model, tokenizer, prompt, max_tokens=max_tokens, **settings
+    ):
+        pieces.append(response.text)
+        if verbose:
+            sys.stdout.write(response.text)
+            sys.stdout.flush()
+    if verbose and response is not None:
+        sys.stdout.write("\n")
+        sys.stderr.write(describe(response) + "\n")
+    return "".join(pieces)
+
+
+def describe(response: GenerationResponse) -> str:
+    """The closing figures of a generation, a few lines of text."""
+    lines = [
+        f"Prompt: {response.prompt_tokens} tokens, "
+        f"{response.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {response.generation_tokens} tokens, "
+        f"{response.generation_tps:.3f} tokens-per-sec",
+        f"Rounds: {response.rounds}, acceptance length "
+        f"{response.acceptance_length:.2f} tokens per round, acceptance rate "
+        f"{response.acceptance_rate:.1%} of {response.stats.drafted} drafted",
+        f"Peak memory: {response.peak_memory:.3f} GB",
+    ]
+    return "\n".join(lines)
+
+
+class _TextStream:
+    """One generation on its way from tokens to responses."""
+
+    def __init__(
+        self, decoder: Decoder, detokenizer: Any, stops: StopStrings, prompt_tokens: int
+    ) -> None:
+        self._decoder = decoder
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._prompt_tokens = prompt_tokens
+        self._prompt_tps = 0.0
+        self._start = 0.0
+        self._num_tokens = 0
+
+    def responses(self) -> Iterator[GenerationResponse]:
+        """Decode to the end: one response per token."""
+        self._start = time.perf_counter()
+        for emissions in self._decoder.run():
+            if not self._num_tokens:
+                self._prompt_tps = self._prompt_tokens / self._elapsed()
+                self._start = time.perf_counter()
+            for emission in emissions:
+                last = len(emission.tokens) - 1
+                for i, token in enumerate(emission.tokens):
+                    reason = emission.finish_reason if i == last else None
+                    self._num_tokens += 1
+                    text = self._text(token, reason)
+                    if self._stops.is_stopped:
+                        reason = "stop"
+                    yield GenerationResponse(
+                        text=text,
+                        token=token,
+                        from_draft=i < emission.num_from_draft,
+                        finish_reason=reason,
+                        _logits=emission.logits,
+                        _index=i,
+                        **self._figures(),
+                    )
+                    if self._stops.is_stopped:
+                        return
+
+    def _text(self, token: int, reason: str | None) -> str:
+        """The text that a token makes certain."""
+        if reason != "stop":  # an end-of-sequence token has no text
+            self._detokenizer.add_token(token)
+        if reason is None:
+            return self._stops.add(self._detokenizer.last_segment)
+        self._detokenizer.finalize()
+        text = self._stops.add(self._detokenizer.last_segment)
+        return text if self._stops.is_stopped else text + self._stops.finish()
+
+    def _figures(self) -> dict[str, Any]:
+        stats = self._decoder.stats
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "prompt_tps": self._prompt_tps,
+            "generation_tokens": self._num_tokens,
+            "generation_tps": self._num_tokens / self._elapsed(),
+            "peak_memory": mx.get_peak_memory() / 1e9,
+            "rounds": stats.rounds,
+            "acceptance_length": stats.acceptance_length,
+            "acceptance_rate": stats.acceptance_rate,
+            "stats": stats,
+        }
+
+    def _elapsed(self) -> float:
+        """Seconds since the phase began; never 0, so that rates stay finite."""
+        return max(time.perf_counter() - self._start, 1e-9)
+
+
+def _stream(pair: Pair, stream: _TextStream) -> Iterator[GenerationResponse]:
+    """The responses, with target and drafter wired while they are made."""
+    with pair.wired():
+        yield from stream.responses()
+
+
+def _encode(tokenizer: TokenizerWrapper, prompt: Any) -> list[int]:
+    """Token ids of a prompt, with the begin-of-sequence token unless it is there."""
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    bos = tokenizer.bos_token
+    add_special_tokens = bos is None or not prompt.startswith(bos)
+    return list(tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+
+
+@cache
+def _reading_stream() -> Any:
+    """A stream for what readers ask for beside the rounds."""
+    return mx.new_thread_local_stream(mx.default_device())

@@ -1,0 +1,239 @@
+"""Token ids in, token ids out: the engine without text.
+
+Knows nothing of tokenizers; see text.py for strings.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+
+from .cache import MAX_DRAFT_TOKENS, insert_row, next_capacity
+from .config import SamplingParams
+from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder, Request
+from .errors import RequestError
+from .pair import Pair
+from .rounds import RoundState, RowSettings
+from .sampling import sampling_rows, sampling_rule
+
+NO_LIMIT = -1  # mlx-lm's word for an endless generation
+
+
+def generate_tokens(
+    pair: Pair,
+    prompt_tokens: Sequence[int] | Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    num_draft_tokens: int | None = None,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    eos_token_ids: Iterable[int] | None = None,
+    prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
+) -> Iterator[Any]:
+    """Continue one prompt, or several together.
+
+    The text does not depend on ``num_draft_tokens``: greedily it is the target's own,
+    and for a seed it is a function of seed and target.
+
+    Args:
+        pair: Target and drafter, from ``load_pair``.
+        prompt_tokens: Token ids of one prompt, or a list of such prompts; each has at
+            least one token.
+        max_tokens: Tokens to emit for each prompt, 1 or more; -1 for no limit.
+        num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; None for the
+            pair's own number.
+        temp: Temperature; 0 is greedy.
+        top_p: Probability mass to keep, 0 to 1; 0 and 1 switch it off.
+        top_k: Number of tokens to keep; 0 switches it off.
+        min_p: Smallest share of the best token's probability to keep; 0 is off.
+        seed: 0 to 2**64 - 1; the same for all rows. None draws a fresh one.
+        eos_token_ids: Tokens that end a sequence, the ending one is still yielded;
+            None for the checkpoint's, ``()`` for none.
+        prefill_step_size: Most prompt tokens in one forward.
+
+    Yields:
+        For one prompt token ids; for a list of prompts lists with one entry per
+        prompt: its next token id, or None once it has ended.
+
+    Raises:
+        RequestError: A setting or a token id is outside its range.
+    """
+    is_batch = bool(len(prompt_tokens)) and isinstance(
+        _first(prompt_tokens), (Sequence, mx.array)
+    )
+    prompts: list[Any] = list(prompt_tokens) if is_batch else [prompt_tokens]
+    sampling = SamplingParams(temp, top_p, top_k, min_p, seed)
+    eos = pair.eos_token_ids if eos_token_ids is None else frozenset(eos_token_ids)
+    requests = [
+        make_request(pair, p, max_tokens=max_tokens, sampling=sampling, eos=eos)
+        for p in prompts
+    ]
+    decoder = Decoder(
+        pair.rounds,
+        requests,
+        num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens),
+        prefill_step_size=prefill_step_size,
+    )
+    return _batch(pair, decoder, len(prompts)) if is_batch else _single(pair, decoder)
+
+
+def draft_block(
+    pair: Pair, prompt_tokens: Sequence[int], num_draft_tokens: int
+) -> list[int]:
+    """The greedy drafts after a prompt.
+
+    The prompt's last token counts as the one that is not in the cache yet, so the
+    drafter starts from the hidden state of the token before it.
+
+    Args:
+        pair: Target and drafter.
+        prompt_tokens: At least two token ids.
+        num_draft_tokens: How many tokens to draft, 1 to 8.
+
+    Returns:
+        ``num_draft_tokens`` token ids.
+
+    Raises:
+        RequestError: No drafter, or an argument outside its range.
+    """
+    if check_num_draft_tokens(pair, num_draft_tokens) == 0:
+        raise RequestError(
+            "num_draft_tokens must be at least 1 for a block of drafts: got 0."
+        )
+    tokens = check_prompt(pair, prompt_tokens)
+    if len(tokens) < 2:
+        raise RequestError(
+            "prompt must be at least 2 tokens long for a block of drafts: got "
+            f"{len(tokens)}. The drafter starts from the token before the last."
+        )
+    target = pair.rounds.target
+    filled = target.prefill(
+        mx.array(tokens[:-1], dtype=mx.int32), step_size=DEFAULT_PREFILL_STEP_SIZE
+    )
+    slabs = target.layout.allocate(1, next_capacity(len(tokens)))
+    insert_row(slabs, target.layout, 0, filled.caches)
+    state = RoundState(
+        slabs,
+        last_token=mx.array([tokens[-1:]], dtype=mx.int32),
+        hidden=filled.hidden,
+        offset=mx.array([len(tokens) - 1], dtype=mx.int32),
+    )
+    greedy = [SamplingParams()]
+    settings = RowSettings(
+        rule=sampling_rule(greedy),
+        sampling=sampling_rows(greedy),
+        is_active=mx.array([True]),
+        first_position=mx.zeros((1,), dtype=mx.int32),
+    )
+    drafts = pair.rounds.draft(state, settings, num_draft_tokens=num_draft_tokens)
+    return cast(list[int], drafts[0].tolist())
+
+
+def make_request(
+    pair: Pair,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    sampling: SamplingParams,
+    eos: frozenset[int],
+) -> Request:
+    """Check a prompt and a budget and make a request of them.
+
+    Raises:
+        RequestError: An argument is outside its range.
+    """
+    if not isinstance(max_tokens, int) or (max_tokens < 1 and max_tokens != NO_LIMIT):
+        raise RequestError(
+            "max_tokens must be 1 or more, or -1 for no limit: got "
+            f"{max_tokens!r}. Ask for at least one token."
+        )
+    return Request(
+        prompt=check_prompt(pair, prompt),
+        max_tokens=None if max_tokens == NO_LIMIT else max_tokens,
+        sampling=sampling,
+        eos_token_ids=eos,
+    )
+
+
+def check_prompt(pair: Pair, prompt: Sequence[int]) -> list[int]:
+    """A prompt's token ids as a list of ints.
+
+    Raises:
+        RequestError: The prompt is empty or holds an id that the target does not know.
+    """
+    tokens = [int(token) for token in prompt]
+    if not tokens:
+        raise RequestError(
+            "prompt must hold at least one token: got none. Give some text, or a "
+            "begin-of-sequence token."
+        )
+    for token in tokens:
+        if not 0 <= token < pair.vocab_size:
+            raise RequestError(
+                "token ids must be below the vocabulary's size: got "
+                f"{token}, expected 0 to {pair.vocab_size - 1}. Is this the target's "
+                "own tokenizer?"
+            )
+    return tokens
+
+
+def check_num_draft_tokens(pair: Pair, num_draft_tokens: int | None) -> int:
+    """The K of a request.
+
+    Raises:
+        RequestError: Out of range, or drafts are asked for without a drafter.
+    """
+    if num_draft_tokens is None:
+        return pair.num_draft_tokens
+    if (
+        not isinstance(num_draft_tokens, int)
+        or not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS
+    ):
+        raise RequestError(
+            f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}: got "
+            f"{num_draft_tokens!r}. 4 suits most pairs."
+        )
+    if num_draft_tokens and pair.drafter is None:
+        raise RequestError(
+            f"num_draft_tokens must be 0 without a drafter: got {num_draft_tokens}. "
+            "Load the pair with a drafter (draft_model=...)."
+        )
+    return num_draft_tokens
+
+
+def _first(prompt_tokens: Sequence[Any]) -> Any:
+    """The first entry: a token id, or a prompt of a batch."""
+    return (
+        prompt_tokens.tolist()[0]
+        if isinstance(prompt_tokens, mx.array)
+        else prompt_tokens[0]
+    )
+
+
+def _single(pair: Pair, decoder: Decoder) -> Iterator[int]:
+    """Token ids of the only row."""
+    with pair.wired():
+        for emissions in decoder.run():
+            for emission in emissions:
+                yield from emission.tokens
+
+
+def _batch(pair: Pair, decoder: Decoder, num_rows: int) -> Iterator[list[int | None]]:
+    """Rows in step: rounds emit ragged lengths, so rows ahead wait in queues."""
+    queues: list[deque[int]] = [deque() for _ in range(num_rows)]
+    is_live = [True] * num_rows
+    with pair.wired():
+        for emissions in decoder.run():
+            for emission in emissions:
+                queues[emission.row].extend(emission.tokens)
+                is_live[emission.row] = emission.finish_reason is None
+            while any(queues) and all(
+                queue or not live for queue, live in zip(queues, is_live, strict=True)
+            ):
+                yield [queue.popleft() if queue else None for queue in queues]

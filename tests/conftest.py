@@ -1,0 +1,33 @@
+"""What every test runs under: no network, the CPU on Linux, examples that repeat."""
+
+import os
+import socket
+import sys
+
+# Set before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import mlx.core as mx
+import pytest
+from hypothesis import settings
+
+if sys.platform == "linux":  # also where MLX has CUDA: references are CPU results
+    mx.set_default_device(mx.cpu)
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+_connect = socket.socket.connect
+
+
+def _connect_locally(self, address):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1"):
+        self.close()  # or its destructor's warning hides the reason
+        raise AssertionError(f"a test must not use the network: connects to {address}")
+    return _connect(self, address)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", _connect_locally)

@@ -1,0 +1,185 @@
+"""The package's shape: who may import whom, who may print, what an import costs.
+
+Run: python -m pytest tests/test_layout.py
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mlx_gemma_mtp"
+
+# A module imports only modules of lower layers; `errors` stands below them all.
+LAYERS = {
+    "errors": -1,
+    "config": 0,
+    "stats": 0,
+    "checkpoint": 1,
+    "sampling": 1,
+    "masked_embedding": 1,
+    "cache": 1,
+    "stop": 1,
+    "acceptance": 2,
+    "target": 2,
+    "drafter": 2,
+    "pairing": 2,
+    "rounds": 3,
+    "pair": 4,
+    "decoder": 4,
+    "load": 5,
+    "tokens": 5,
+    "text": 6,
+    "cli": 7,
+    "generate": 8,
+    "__main__": 8,
+}
+PRINTING = {"cli", "text"}  # text: generate(verbose=True), when asked
+HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "sentencepiece"}
+
+
+def present_modules():
+    """Names of the package's modules and sub-packages, ``__init__`` left out."""
+    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    return files | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+
+
+def sources(module):
+    """The files of a module, or of a sub-package."""
+    folder = PACKAGE / module
+    return (
+        sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+    )
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def absolute_imports(path):
+    """Each import in a file, also inside functions, as absolute dotted names."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(parts[: len(parts) - node.level]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def modules_imported(module):
+    """The package's own modules that ``module`` imports."""
+    for path in sources(module):
+        for name in absolute_imports(path):
+            top, _, rest = name.partition(".")
+            first = rest.split(".")[0]
+            if top == "mlx_gemma_mtp" and first not in (module, "__version__"):
+                yield first
+
+
+def run_python(code):
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+def test_tree_is_the_layer_table():
+    assert present_modules() == set(LAYERS)
+
+
+@pytest.mark.parametrize("module", sorted(present_modules() & set(LAYERS)))
+def test_imports_point_down(module):
+    for imported in modules_imported(module):
+        assert imported in LAYERS, f"{module} must import modules, not {imported!r}"
+        assert LAYERS[imported] < LAYERS[module], f"{module} imports {imported}"
+
+
+def test_the_bottom_layer_knows_no_library():
+    for module in ("errors", "config", "stats"):
+        (path,) = sources(module)
+        tops = {name.split(".")[0] for name in absolute_imports(path)}
+        assert tops <= sys.stdlib_module_names | {"mlx_gemma_mtp"}, module
+
+
+@pytest.mark.parametrize("module", sorted(present_modules() - PRINTING))
+def test_nothing_else_prints(module):
+    for path in sources(module):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, (ast.Name, ast.Attribute)):
+                forbidden = {"print", "sys.stdout", "sys.stderr"}
+                assert ast.unparse(node) not in forbidden, f"{path}:{node.lineno}"
+
+
+def test_package_list_is_the_tree():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    setuptools = settings["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("__init__.py")}
+    names = {".".join(folder.parts) for folder in folders}
+    assert set(setuptools["packages"]) == names | {"mlx_gemma_mtp.convert"}
+    assert setuptools["package-dir"] == {"mlx_gemma_mtp.convert": "convert"}
+
+
+def test_embedded_pair_is_package_data():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["mlx_gemma_mtp"]
+    listed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    data = {p for p in (PACKAGE / "embedded").rglob("*") if p.is_file()}
+    assert data <= listed
+    assert PACKAGE / "py.typed" in listed
+
+
+def test_package_import_is_free():
+    result = run_python(
+        f"import sys, mlx_gemma_mtp; print(sorted({HEAVY} & set(sys.modules)))"
+    )
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+def test_exports_are_defined_where_the_package_looks():
+    init = parse(PACKAGE / "__init__.py")
+    table = next(
+        ast.literal_eval(node.value)
+        for node in init.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_MODULE_OF"
+    )
+    import mlx_gemma_mtp
+
+    assert set(mlx_gemma_mtp.__all__) == {*table, "__version__"}
+    assert set(dir(mlx_gemma_mtp)) >= set(mlx_gemma_mtp.__all__)
+    for name, module in table.items():
+        assert module in LAYERS
+        if module in present_modules():
+            (path,) = sources(module)
+            assert name in {getattr(node, "name", None) for node in parse(path).body}
+
+
+def test_unknown_name_is_an_attribute_error():
+    import mlx_gemma_mtp
+
+    with pytest.raises(AttributeError, match="no attribute 'generat'"):
+        getattr(mlx_gemma_mtp, "generat")  # noqa: B009
+
+
+def test_an_export_stays_itself_beside_a_submodule_of_its_name():
+    package = """
+import sys, types, mlx_gemma_mtp as package
+module = types.ModuleType("mlx_gemma_mtp.text")
+module.generate = function = lambda: None
+sys.modules["mlx_gemma_mtp.text"] = module
+package.generate = types.ModuleType("mlx_gemma_mtp.generate")
+from mlx_gemma_mtp import generate
+assert generate is function
+package.generate = types.ModuleType("mlx_gemma_mtp.generate")
+assert package.generate is function
+"""
+    assert run_python(package).stderr == ""

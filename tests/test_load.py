@@ -1,0 +1,604 @@
+"""Loading: every family, layout and naming; quantized ones; misfits; drafters found.
+
+Run: python -m pytest tests/test_load.py
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import gemma4, gemma4_text
+
+from mlx_gemma_mtp.checkpoint import open_checkpoint
+from mlx_gemma_mtp.config import FULL, SLIDING
+from mlx_gemma_mtp.drafter import Drafter
+from mlx_gemma_mtp.errors import CheckpointError, PairingError
+from mlx_gemma_mtp.load import (
+    check_fit,
+    embedded_pair_path,
+    eos_token_ids,
+    load,
+    load_drafter,
+    load_pair,
+    load_target,
+)
+from mlx_gemma_mtp.pair import pair_of
+
+REFERENCE = Path(__file__).parent / "data" / "reference"
+FAMILIES = ("e2b", "e4b", "12b", "26b-a4b", "31b")
+CENTROIDS = "masked_embedding.centroids.weight"
+ORDERING = "masked_embedding.token_ordering"
+
+
+def copy(source, folder):
+    """Copy a checkpoint's files (read-only in some checkouts) to change them."""
+    folder.mkdir(parents=True)
+    for path in (REFERENCE / source).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    text = changes.pop("text", {})
+    config.update(changes)
+    config.get("text_config", {}).update(text)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(folder, change):
+    """Rewrite the weights as ``change`` of them, a dictionary by name."""
+    path = str(folder / "model.safetensors")
+    weights = {name: mx.array(array) for name, array in mx.load(path).items()}
+    weights = change(weights)
+    mx.eval(weights)
+    mx.save_safetensors(path, weights)
+
+
+def parameters(model):
+    return dict(tree_flatten(model.parameters()))
+
+
+def equal(model, other):
+    ours, theirs = parameters(model), parameters(other)
+    assert set(ours) == set(theirs)
+    return all(mx.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def fails(call, *words, error=CheckpointError):
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert " must be " in message
+    for word in words:
+        assert str(word) in message
+    return message
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The Hub's client, replaced; it knows the repositories put into it."""
+    repositories = {}
+
+    def snapshot_download(repo, **options):
+        if repo not in repositories:
+            raise ConnectionError("no network in tests")
+        return repositories[repo]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return repositories
+
+
+@pytest.fixture
+def pair_folder(tmp_path):
+    """A target with tokenizer, and its drafter in ``drafter/``."""
+    folder = copy("e2b/target", tmp_path / "pair")
+    copy("e2b/drafter", folder / "drafter")
+    add_tokenizer(folder)
+    return folder
+
+
+def add_tokenizer(folder):
+    vocab = {"<pad>": 0, "</s>": 1, "<bos>": 2, "<unk>": 3, "a": 4}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+        "pre_tokenizer": {"type": "Whitespace"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+# Targets
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_layouts_build_the_same_target(family, tmp_path):
+    published = load_target(REFERENCE / family / "target")
+    assert isinstance(published, gemma4.Model)
+    folder = copy(f"{family}/target", tmp_path / "resaved")
+    shutil.move(folder / "config.resaved.json", folder / "config.json")
+    resaved = load_target(folder)
+    assert equal(published, resaved)
+    assert published.language_model.args == resaved.language_model.args
+
+
+def test_shards_load_as_the_single_file_does(tmp_path):
+    folder = copy("26b-a4b/target", tmp_path / "sharded")
+    weights = mx.load(str(folder / "model.safetensors"))
+    names = sorted(weights)
+    shards = [names[::3], names[1::3], names[2::3]]
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-00003.safetensors"
+        mx.save_safetensors(str(folder / file), {name: weights[name] for name in shard})
+        weight_map.update(dict.fromkeys(shard, file))
+    del weights
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert equal(load_target(folder), load_target(REFERENCE / "26b-a4b" / "target"))
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    fails(lambda: load_target(folder), "model-00002-of-00003.safetensors", "no such")
+
+
+def test_mlx_naming_and_parts_that_text_does_not_use(tmp_path):
+    """The prefix of mlx conversions, towers, unused K/V, a copy of the tied head."""
+    folder = copy("e2b/target", tmp_path / "mlx")
+
+    def rename(weights):
+        old, new = "model.language_model.", "language_model.model."
+        weights = {name.replace(old, new): w for name, w in weights.items()}
+        last = f"{new}layers.9.self_attn"  # a layer that shares its K/V
+        weights[f"{last}.k_proj.weight"] = mx.zeros((32, 64))
+        weights[f"{last}.v_proj.weight"] = mx.zeros((32, 64))
+        weights[f"{last}.k_norm.weight"] = mx.zeros((32,))
+        weights["language_model.lm_head.weight"] = weights[f"{new}embed_tokens.weight"]
+        for tower in ("vision_embedder", "audio_tower", "embed_audio"):
+            weights[f"{tower}.weight"] = mx.zeros((2,))
+        return weights
+
+    edit_weights(folder, rename)
+    assert equal(load_target(folder), load_target(REFERENCE / "e2b" / "target"))
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "gemma4_unified_text"])
+def test_a_text_only_checkpoint(tmp_path, model_type):
+    family = "31b" if model_type == "gemma4_text" else "12b"
+    folder = copy(f"{family}/target", tmp_path / "text")
+    config = json.loads((folder / "config.json").read_text())["text_config"]
+    (folder / "config.json").write_text(
+        json.dumps({**config, "model_type": model_type})
+    )
+    prefix = "model.language_model."
+    edit_weights(
+        folder,
+        lambda weights: {
+            name.replace(prefix, "model."): w
+            for name, w in weights.items()
+            if name.startswith(prefix)
+        },
+    )
+    model = load_target(folder)
+    assert isinstance(model, gemma4_text.Model)
+    assert not isinstance(model, gemma4.Model)
+    whole = load_target(REFERENCE / family / "target")
+    assert equal(model, whole.language_model)
+
+
+def test_lazy_leaves_the_weights_alone():
+    folder = REFERENCE / "e2b" / "target"
+    assert equal(load_target(folder, lazy=True), load_target(folder))
+
+
+def quantize(source, folder, load_one, predicate):
+    """Save a checkpoint as mlx-lm's converter does, each tensor as told."""
+    config = json.loads((REFERENCE / source / "config.json").read_text())
+    model, config = mlx_lm.utils.quantize_model(
+        load_one(REFERENCE / source), config, 32, 4, quant_predicate=predicate
+    )
+    mlx_lm.utils.save_model(folder, model)
+    mlx_lm.utils.save_config(config, folder / "config.json")
+    return model
+
+
+def mixed_bits(path, module):
+    if "down_proj" in path or "centroids" in path:
+        return False
+    if "embed_tokens" in path:
+        return {"bits": 8, "group_size": 32, "mode": "affine"}
+    return True
+
+
+@pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
+def test_a_quantized_target_keeps_the_bits_of_each_tensor(family, tmp_path):
+    saved = quantize(f"{family}/target", tmp_path, load_target, mixed_bits)
+    loaded = load_target(tmp_path)
+    assert equal(saved, loaded)
+    layer = loaded.layers[0]
+    assert loaded.language_model.model.embed_tokens.bits == 8
+    assert layer.self_attn.q_proj.bits == 4
+    assert type(layer.mlp.down_proj) is nn.Linear
+
+
+def test_a_quantized_target_whose_config_lost_the_map(tmp_path):
+    if "infer_quant_config" not in vars(mlx_lm.utils):
+        pytest.skip("this mlx-lm takes bits from the map only")
+    saved = quantize("31b/target", tmp_path, load_target, mixed_bits)
+    edit_config(tmp_path, quantization=None, quantization_config=None)
+    assert equal(saved, load_target(tmp_path))
+
+
+def drop(name):
+    return lambda weights: {k: w for k, w in weights.items() if k != name}
+
+
+def put(name, array):
+    return lambda weights: {**weights, name: array}
+
+
+LAST = "model.language_model.layers.11.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop(LAST), ["Missing 1 parameters", "layers.11.self_attn.q_proj.weight"]),
+        (put("model.language_model.new", mx.zeros((1,))), ["language_model.model.new"]),
+        (put(LAST, mx.zeros((2, 2))), ["(2, 2)", "layers.11.self_attn.q_proj.weight"]),
+        (lambda weights: {LAST: weights[LAST]}, ["Missing 183 parameters", "more"]),
+    ],
+)
+def test_tensors_that_do_not_agree_with_the_config(tmp_path, change, words):
+    folder = copy("31b/target", tmp_path / "target")
+    edit_weights(folder, change)
+    message = fails(lambda: load_target(folder), folder, *words)
+    assert len(message) < 1000
+
+
+def test_wrong_roles_and_formats(tmp_path):
+    fails(lambda: load_target(REFERENCE / "e2b" / "drafter"), "an MTP drafter")
+    fails(lambda: load_drafter(REFERENCE / "e2b" / "target"), "is no drafter")
+    folder = copy("e2b/target", tmp_path / "foreign")
+    edit_config(folder, quantization_config={"quant_method": "compressed-tensors"})
+    fails(lambda: load_target(folder), "compressed-tensors", "unquantized")
+
+
+def test_a_model_never_runs_code_of_its_checkpoint(tmp_path):
+    folder = copy("e2b/target", tmp_path / "code")
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    edit_config(folder, model_file="evil.py")
+    assert equal(load_target(folder), load_target(REFERENCE / "e2b" / "target"))
+
+
+def test_a_path_that_mlx_lm_would_take_for_a_pattern(tmp_path):
+    folder = copy("e2b/target", tmp_path / "gemma[4]")
+    fails(lambda: load_target(folder), "gemma[4]", "Rename")
+
+
+# Drafters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_layouts_build_the_same_drafter(family, tmp_path):
+    published = load_drafter(REFERENCE / family / "drafter")
+    folder = copy(f"{family}/drafter", tmp_path / "resaved")
+    shutil.move(folder / "config.resaved.json", folder / "config.json")
+    resaved = load_drafter(folder)
+    assert equal(published, resaved)
+    assert published.config == resaved.config
+    has_head = family in ("e2b", "e4b")
+    assert (published.masked_embedding is not None) == has_head
+    if has_head:
+        assert published.masked_embedding.token_ordering.dtype == mx.int32
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        ...,  # as mlx-lm wrote it
+        None,
+        {"bits": 4, "group_size": 64},
+        {"bits": 2, "group_size": 64, "model.embed_tokens": False},
+    ],
+)
+def test_a_quantized_drafter_is_read_as_its_tensors_say(tmp_path, quantization):
+    saved = quantize("e2b/drafter", tmp_path, load_drafter, mixed_bits)
+    if quantization is not ...:
+        edit_config(
+            tmp_path, quantization=quantization, quantization_config=quantization
+        )
+    loaded = load_drafter(tmp_path)
+    assert equal(saved, loaded)
+    assert loaded.model.embed_tokens.bits == 8
+    assert loaded.pre_projection.bits == 4
+    assert type(loaded.model.layers[0].mlp.down_proj) is nn.Linear
+    assert type(loaded.masked_embedding.centroids) is nn.Linear
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_a_drafter_in_a_floating_point_mode(tmp_path, mode):
+    drafter = load_drafter(REFERENCE / "31b" / "drafter")
+    nn.quantize(
+        drafter,
+        group_size=16 if mode == "nvfp4" else 32,
+        bits=8 if mode == "mxfp8" else 4,
+        mode=mode,
+    )
+    mlx_lm.utils.save_model(tmp_path, drafter)
+    shutil.copy(REFERENCE / "31b" / "drafter" / "config.json", tmp_path)
+    loaded = load_drafter(tmp_path)
+    assert equal(drafter, loaded)
+    assert loaded.post_projection.mode == mode
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "change", "words"),
+    [
+        ("e2b", {}, drop(CENTROIDS), [CENTROIDS, "must be there", "True"]),
+        ("e2b", {}, drop(ORDERING), [ORDERING, "no such tensor"]),
+        (
+            "e2b",
+            {"use_ordered_embeddings": False},
+            dict,
+            [CENTROIDS, "must be absent", "False"],
+        ),
+        ("31b", {"use_ordered_embeddings": True, "num_centroids": 32}, dict, ["True"]),
+        ("e2b", {}, put(ORDERING, mx.zeros((512,), mx.int64)), [ORDERING, "order"]),
+        ("e2b", {}, put(ORDERING, mx.arange(1, 513)), [ORDERING, "order"]),
+        ("e2b", {}, put(ORDERING, mx.arange(8)), [ORDERING, "order"]),
+        ("e2b", {}, drop("model.norm.weight"), ["Missing 1", "model.norm.weight"]),
+        ("e2b", {}, put("model.new", mx.zeros((1,))), ["model.new"]),
+        ("e2b", {}, put("pre_projection.scales", mx.zeros((1, 1))), ["pre_projection"]),
+        ("31b", {"text": {"hidden_size": 128}}, dict, ["(512, 64)", "embed_tokens"]),
+    ],
+)
+def test_drafter_tensors_that_do_not_agree_with_the_config(
+    tmp_path, family, config, change, words
+):
+    folder = copy(f"{family}/drafter", tmp_path / "drafter")
+    edit_weights(folder, change)
+    edit_config(folder, **config)
+    fails(lambda: load_drafter(folder), folder, *words)
+
+
+# Pairs
+
+
+@pytest.fixture(scope="module")
+def target_31b():
+    return load_target(REFERENCE / "31b" / "target", lazy=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_drafter_fits_its_own_target_only(family, target_31b):
+    drafter = load_drafter(REFERENCE / family / "drafter")
+    check_fit(load_target(REFERENCE / family / "target", lazy=True), drafter)
+    if family not in ("31b", "12b"):  # the 12B's target has the 31B's width here
+        fails(
+            lambda: check_fit(target_31b, drafter),
+            "hidden size",
+            "expected 96",
+            error=PairingError,
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "words"),
+    [
+        ({}, 64, ["hidden size", "got 64", "expected 96"]),
+        ({"vocab_size": 640}, 96, ["vocabulary", "got 640", "expected 512"]),
+        ({"num_key_value_heads": 4}, 96, [f"K/V heads in {SLIDING}", "got 4"]),
+        ({"num_global_key_value_heads": 8}, 96, [f"K/V heads in {FULL}", "got 8"]),
+        ({"head_dim": 8}, 96, [f"head width in {SLIDING}", "got 8"]),
+        ({"global_head_dim": 64}, 96, [f"head width in {FULL}", "got 64"]),
+        ({"sliding_window": 24}, 96, ["sliding window", "got 24", "expected 16"]),
+    ],
+)
+def test_a_drafter_that_does_not_fit(target_31b, text, width, words):
+    own = load_drafter(REFERENCE / "31b" / "drafter").config
+    config = dataclasses.replace(
+        own,
+        backbone_hidden_size=width,
+        text_config={**own.text_config, **text},
+    )
+    drafter = Drafter(config)
+    fails(
+        lambda: check_fit(target_31b, drafter),
+        *words,
+        "made for this target",
+        error=PairingError,
+    )
+
+
+def test_a_target_without_the_layers_a_drafter_reads():
+    args = {
+        **load_drafter(REFERENCE / "31b" / "drafter").config.text_config,
+        "layer_types": [FULL, FULL, FULL, FULL],
+        "num_kv_shared_layers": 0,
+        "hidden_size": 5376,
+        "intermediate_size": 8,
+    }
+    target = gemma4_text.Model(gemma4_text.ModelArgs.from_dict(args))
+    config = load_drafter(REFERENCE / "31b" / "drafter").config
+    drafter = Drafter(dataclasses.replace(config, backbone_hidden_size=5376))
+    fails(
+        lambda: check_fit(target, drafter),
+        f"K/V source for {SLIDING}",
+        "google/gemma-4-31B-it-assistant",
+        error=PairingError,
+    )
+
+
+def test_a_target_of_another_family():
+    drafter = load_drafter(REFERENCE / "e2b" / "drafter")
+    fails(lambda: check_fit(nn.Linear(2, 2), drafter), "Gemma 4", error=PairingError)
+
+
+def test_load_pair_takes_what_is_named_and_nothing_else(hub):
+    folder = REFERENCE / "e2b"
+    pair = load_pair(folder / "target", folder / "drafter")
+    assert isinstance(pair.target, gemma4.Model)
+    assert pair.drafter is not None
+    assert set(pair.eos_token_ids) == {1, 106}
+    assert str(folder / "drafter") in pair.drafter_source
+    plain = load_pair(str(folder / "target"))
+    assert plain.drafter is None
+    assert "none was named" in plain.drafter_source
+    fails(
+        lambda: load_pair(folder / "target", REFERENCE / "31b" / "drafter"),
+        "hidden size",
+        error=PairingError,
+    )
+
+
+def test_load_pair_takes_hub_ids(hub):
+    hub["google/gemma-4-E2B-it"] = REFERENCE / "e2b" / "target"
+    hub["me/drafter"] = REFERENCE / "e2b" / "drafter"
+    pair = load_pair("google/gemma-4-E2B-it", "me/drafter")
+    assert pair.target_source == "google/gemma-4-E2B-it"
+    fails(lambda: load_pair("google/gemma-4-9b-it"), "google/gemma-4-31B-it")
+
+
+def test_without_arguments_it_is_the_embedded_pair(pair_folder, monkeypatch):
+    assert (
+        embedded_pair_path().parent
+        == Path(sys.modules[load.__module__].__file__).parent
+    )
+    module = sys.modules[load.__module__]
+    monkeypatch.setattr(module, "embedded_pair_path", lambda: pair_folder)
+    pair = load_pair()
+    assert pair.drafter is not None
+    assert pair.target_source == str(pair_folder)
+
+
+# load()
+
+
+def test_load_finds_the_drafter_and_says_so(hub, pair_folder, caplog):
+    caplog.set_level(logging.INFO, logger="mlx_gemma_mtp")
+    model, tokenizer = load(pair_folder)
+    pair = pair_of(model)
+    assert pair.target is model
+    assert pair.drafter is not None
+    assert str(pair_folder / "drafter") in pair.drafter_source
+    assert pair.drafter_source in caplog.text
+    assert set(tokenizer.eos_token_ids) == {1, 106}
+
+
+def test_load_can_return_the_config_as_mlx_lm_does(pair_folder):
+    _, _, config = load(pair_folder, speculative_decoding=False, return_config=True)
+    assert config == mlx_lm.utils.load_config(pair_folder)
+    assert config["eos_token_id"] == [1, 106]
+
+
+def test_load_without_speculative_decoding(pair_folder):
+    model, _ = load(str(pair_folder), speculative_decoding=False)
+    pair = pair_of(model)
+    assert pair.drafter is None
+    assert "switched off" in pair.drafter_source
+
+
+def test_load_goes_on_without_a_drafter_and_warns(hub, pair_folder, caplog):
+    shutil.rmtree(pair_folder / "drafter")
+    model, _ = load(pair_folder)
+    pair = pair_of(model)
+    assert pair.drafter is None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert pair.drafter_source in record.getMessage()
+    assert "--draft-model" in pair.drafter_source
+
+
+def test_load_takes_the_published_drafter_from_the_hub(hub, pair_folder):
+    shutil.rmtree(pair_folder / "drafter")
+    hub["google/gemma-4-E2B-it"] = pair_folder
+    hub["google/gemma-4-E2B-it-assistant"] = REFERENCE / "e2b" / "drafter"
+    model, _ = load("google/gemma-4-E2B-it")
+    assert "google/gemma-4-E2B-it-assistant" in pair_of(model).drafter_source
+    del hub["google/gemma-4-E2B-it-assistant"]
+    model, _ = load("google/gemma-4-E2B-it")
+    source = pair_of(model).drafter_source
+    assert pair_of(model).drafter is None
+    assert "google/gemma-4-E2B-it-assistant" in source
+    assert "\n" not in source
+
+
+def test_a_named_drafter_overrides_and_must_be_there(hub, pair_folder):
+    model, _ = load(pair_folder, draft_model=REFERENCE / "e2b" / "drafter")
+    source = pair_of(model).drafter_source
+    assert str(REFERENCE) in source
+    assert "as named" in source
+    fails(lambda: load(pair_folder, draft_model="google/gemma-4-9b-it-assistant"))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_drafter_that_does_not_fit_is_an_error(hub, pair_folder, named):
+    other = REFERENCE / "31b" / "drafter"
+    if not named:
+        shutil.rmtree(pair_folder / "drafter")
+        copy("31b/drafter", pair_folder / "drafter")
+    options = {"draft_model": other} if named else {}
+    fails(
+        lambda: load(pair_folder, **options),
+        "hidden size",
+        "speculative_decoding=False",
+        "--no-draft",
+        error=PairingError,
+    )
+
+
+def test_a_found_drafter_that_is_damaged_is_an_error(hub, pair_folder):
+    path = pair_folder / "drafter" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    fails(lambda: load(pair_folder), "drafter", "cut off")
+
+
+def test_load_without_a_tokenizer(pair_folder):
+    (pair_folder / "tokenizer.json").unlink()
+    fails(lambda: load(pair_folder), "the tokenizer in", pair_folder)
+
+
+def test_load_with_adapters_that_are_not_there(pair_folder, tmp_path):
+    missing = str(tmp_path / "adapters")
+    fails(lambda: load(pair_folder, adapter_path=missing), "the adapters in", missing)
+
+
+@pytest.mark.parametrize(
+    ("generation", "outer", "inner", "expected"),
+    [
+        ({"eos_token_id": [1, 106]}, {"eos_token_id": 1}, {}, (1, 106)),
+        ({"eos_token_id": 0}, {"eos_token_id": 1}, {}, (0,)),
+        ({}, {"eos_token_id": 7}, {"eos_token_id": 1}, (7,)),
+        ({}, {}, {"eos_token_id": 1}, (1,)),
+        ({"eos_token_id": None}, {}, {}, ()),
+    ],
+)
+def test_end_of_sequence_ids(generation, outer, inner, expected):
+    checkpoint = dataclasses.replace(
+        open_checkpoint(REFERENCE / "e2b" / "target"),
+        config={**outer, "text_config": inner},
+        generation_config=generation,
+    )
+    assert eos_token_ids(checkpoint) == expected
+
+
+@pytest.mark.parametrize("wrong", ["1", [1, "106"], -1, {}])
+def test_end_of_sequence_ids_that_are_none(wrong):
+    checkpoint = dataclasses.replace(
+        open_checkpoint(REFERENCE / "e2b" / "target"),
+        generation_config={"eos_token_id": wrong},
+    )
+    fails(lambda: eos_token_ids(checkpoint), "eos_token_id", repr(wrong))
