@@ -7,12 +7,15 @@ mistake of the user's is one line and exit status 1.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from .config import SamplingParams
 from .errors import MTPError, RequestError
 
 if TYPE_CHECKING:
@@ -22,11 +25,19 @@ DEFAULT_PROMPT = "hello"
 EMBEDDED_PROMPT = "def fibonacci(n):\n"
 DEFAULT_MAX_TOKENS = 100
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are the user's like all others: one line, status 1."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message}. See {self.prog} --help.")
 
 
 def configure_parser() -> argparse.ArgumentParser:
     """The command's arguments; names and defaults are mlx-lm's where it has them."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mlx_gemma_mtp.generate",
         description="Generate text with a Gemma 4 model and its MTP drafter.",
     )
@@ -153,28 +164,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; None for the process's.
 
     Returns:
-        Exit status: 0, 1 for a mistake of the user's, 130 for Control-C.
+        Exit status: 0, 1 for a mistake of the user's, 130 for Control-C, 141 where
+        the reader of the text went away.
     """
-    args = configure_parser().parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    package = logging.getLogger("mlx_gemma_mtp")
-    package.setLevel(logging.INFO if args.verbose else logging.ERROR)
     try:
-        return _run(args)
+        return _run(configure_parser().parse_args(argv))
     except MTPError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered has no reader; the flush at exit must not say so.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
 
 
 def _run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
-    _check(args)
+    _set_up_output(verbose=args.verbose)
+    template_config = _check(args)
     # Heavy imports wait until the arguments are known to be good.
     from .load import embedded_pair_path, load
     from .text import stream_generate
+    from .tokens import check_settings
 
+    check_settings(
+        max_tokens=args.max_tokens,
+        num_draft_tokens=args.num_draft_tokens,
+        prefill_step_size=args.prefill_step_size,
+    )
+    prompt = _read_prompt(args)
     if args.model is None and args.verbose:
         print(
             "No --model: using the embedded pair, a tiny model that completes Python "
@@ -182,7 +202,7 @@ def _run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     model, tokenizer = load(
-        args.model or embedded_pair_path(),
+        embedded_pair_path() if args.model is None else args.model,
         speculative_decoding=not args.no_draft,
         draft_model=args.draft_model,
         adapter_path=args.adapter_path,
@@ -193,7 +213,7 @@ def _run(args: argparse.Namespace) -> int:
     responses = stream_generate(
         model,
         tokenizer,
-        _prompt(args, tokenizer),
+        _apply_template(args, tokenizer, prompt, template_config),
         max_tokens=args.max_tokens,
         num_draft_tokens=args.num_draft_tokens,
         temp=args.temp,
@@ -207,8 +227,17 @@ def _run(args: argparse.Namespace) -> int:
     return _print_responses(responses, verbose=args.verbose)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Find contradictions before anything is loaded."""
+def _set_up_output(*, verbose: bool) -> None:
+    """Notes of the package go to standard error; any text can be printed."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    package = logging.getLogger("mlx_gemma_mtp")
+    package.setLevel(logging.INFO if verbose else logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the encoding is not UTF-8
+
+
+def _check(args: argparse.Namespace) -> dict[str, Any]:
+    """Find mistakes before anything is loaded; return the chat template's config."""
     if args.no_draft and args.draft_model:
         raise RequestError(
             "--no-draft and --draft-model exclude each other: got both. Leave one out."
@@ -218,15 +247,31 @@ def _check(args: argparse.Namespace) -> None:
             "--num-draft-tokens must be 0 with --no-draft: got "
             f"{args.num_draft_tokens}. Leave one out."
         )
+    SamplingParams(args.temp, args.top_p, args.top_k, args.min_p, args.seed)
+    return _template_config(args.chat_template_config)
 
 
-def _prompt(args: argparse.Namespace, tokenizer: Any) -> Any:
-    """The prompt as text, or as tokens where a chat template was applied."""
-    prompt = args.prompt
+def _read_prompt(args: argparse.Namespace) -> str:
+    """The prompt's text: given, a sample, or standard input."""
+    prompt: str | None = args.prompt
     if prompt is None:
-        prompt = EMBEDDED_PROMPT if args.model is None else DEFAULT_PROMPT
-    elif prompt == "-":
-        prompt = sys.stdin.read()
+        return EMBEDDED_PROMPT if args.model is None else DEFAULT_PROMPT
+    try:
+        if prompt == "-":
+            prompt = sys.stdin.read()
+        prompt.encode()  # arguments keep what is not UTF-8 as surrogates
+    except UnicodeError as error:
+        raise RequestError(
+            f"the prompt must be UTF-8 text: got {error}. Convert it first, for "
+            "example with iconv."
+        ) from error
+    return prompt
+
+
+def _apply_template(
+    args: argparse.Namespace, tokenizer: Any, prompt: str, config: dict[str, Any]
+) -> Any:
+    """The prompt as text, or as tokens where a chat template was applied."""
     if args.ignore_chat_template or not tokenizer.has_chat_template:
         return prompt
     messages = [{"role": "user", "content": prompt}]
@@ -235,13 +280,21 @@ def _prompt(args: argparse.Namespace, tokenizer: Any) -> Any:
     has_prefill = args.prefill_response is not None
     if has_prefill:
         messages.append({"role": "assistant", "content": args.prefill_response})
-    text = tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        continue_final_message=has_prefill,
-        add_generation_prompt=not has_prefill,
-        **_template_config(args.chat_template_config),
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            continue_final_message=has_prefill,
+            add_generation_prompt=not has_prefill,
+            **config,
+        )
+    except Exception as error:  # templates raise whatever they like
+        reason = " ".join(str(error).split())
+        raise RequestError(
+            f"the chat template must take this prompt: got {reason}. Change "
+            "--system-prompt, --prefill-response or --chat-template-config, or use "
+            "--ignore-chat-template."
+        ) from error
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -262,14 +315,18 @@ def _template_config(text: str | None) -> dict[str, Any]:
 
 
 def _add_eos_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Let more tokens end the text, each given by its text or its id."""
     for token in tokens:
-        try:
-            tokenizer.add_eos_token(token)
-        except ValueError as error:
+        # An unknown text would become the unknown token's id.
+        is_id = token.isdecimal()
+        if not (
+            int(token) < len(tokenizer) if is_id else token in tokenizer.get_vocab()
+        ):
             raise RequestError(
                 f"--extra-eos-token must be a token of the model: got {token!r}. Give "
                 "a token's text or id."
-            ) from error
+            )
+        tokenizer.add_eos_token(token)
 
 
 def _print_responses(responses: Any, *, verbose: bool) -> int:

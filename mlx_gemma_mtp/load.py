@@ -213,7 +213,8 @@ def load(
     checkpoint = open_checkpoint(folder)
     target = _load_target(checkpoint, lazy=lazy)
     if adapter_path is not None:
-        with _one_line(f"the adapters in {adapter_path}"):
+        next_step = "Pass a folder with adapter_config.json and adapters.safetensors"
+        with _one_line(f"the adapters in {adapter_path}", next_step):
             target = mlx_lm.utils.load_adapters(target, adapter_path)
             target.eval()
     eos_ids = eos_token_ids(checkpoint)
@@ -500,14 +501,15 @@ def _load_tokenizer(
     trust_remote_code: bool,
 ) -> Any:
     extra = {"trust_remote_code": True} if trust_remote_code else {}
-    with _one_line(f"the tokenizer in {folder}"):
+    next_step = "Copy tokenizer.json and tokenizer_config.json of the same model there"
+    with _one_line(f"the tokenizer in {folder}", next_step):
         return mlx_lm.utils.load_tokenizer(
             folder, {**extra, **(tokenizer_config or {})}, list(eos_ids) or None
         )
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def _one_line(what: str, next_step: str = _SAME_CHECKPOINT) -> Iterator[None]:
     """Turn whatever a library raises on a checkpoint into one line."""
     try:
         yield
@@ -515,8 +517,8 @@ def _one_line(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{what} must be complete and as its config.json says: got "
-            f"{_summary(error)}. {_SAME_CHECKPOINT}, or download it again."
+            f"{what} must be complete and of one piece with its config: got "
+            f"{_summary(error)}. {next_step}, or download it again."
         ) from error
 
 
@@ -524,7 +526,8 @@ def _summary(error: Exception) -> str:
     """Shorten a library's message: one line, only the first few tensors by name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     names = [line.rstrip(",.") for line in lines[1:]]
-    if len(names) > _MAX_NAMED_TENSORS:
-        names = [*names[:_MAX_NAMED_TENSORS], f"and {len(lines) - 5} more"]
+    num_unnamed = len(names) - _MAX_NAMED_TENSORS
+    if num_unnamed > 0:
+        names = [*names[:_MAX_NAMED_TENSORS], f"and {num_unnamed} more"]
     text = " ".join([*lines[:1], ", ".join(names)]).strip().rstrip(".")
     return text if len(text) <= 400 else f"{text[:397]}..."

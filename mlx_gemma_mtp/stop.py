@@ -2,6 +2,10 @@
 
 Text that could be the beginning of a stop string is held back until it is known, so
 that no part of a stop string is ever shown. Knows nothing of tokens.
+
+The text stops where the first stop string is complete, whatever pieces it came in: of
+all places where one stands, the one that ends first counts, and of several that end
+there the longest.
 """
 
 from __future__ import annotations
@@ -15,28 +19,37 @@ class StopStrings:
     """Cuts a stream of text before the first stop string.
 
     Args:
-        stops: The strings to stop at, none of them empty.
+        stops: The string to stop at, or several, none of them empty.
 
     Raises:
-        RequestError: A stop string is empty.
+        RequestError: A stop string is empty, or no string.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        if any(not stop for stop in stops):
-            raise RequestError(
-                "a stop string must hold at least one character: got ''. Leave it out."
-            )
-        self._stops = tuple(stops)
+    def __init__(self, stops: str | Sequence[str] = ()) -> None:
+        self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        for stop in self._stops:
+            if not isinstance(stop, str) or not stop:
+                raise RequestError(
+                    "a stop string must hold at least one character: got "
+                    f"{stop!r}. Leave it out."
+                )
         self._held = ""
         self.is_stopped = False
 
     def add(self, text: str) -> str:
-        """Add a piece of text; return what is safe to show."""
+        """Add a piece of text; return what is safe to show, nothing after the stop."""
+        if self.is_stopped:
+            return ""
         self._held += text
-        found = [i for stop in self._stops if (i := self._held.find(stop)) >= 0]
+        found = [
+            (start + len(stop), start)
+            for stop in self._stops
+            if (start := self._held.find(stop)) >= 0
+        ]
         if found:
             self.is_stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            _, start = min(found)
+            shown, self._held = self._held[:start], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = (

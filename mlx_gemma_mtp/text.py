@@ -23,7 +23,7 @@ from .load import check_fit
 from .pair import Pair, pair_of
 from .stats import RoundStats
 from .stop import StopStrings
-from .tokens import check_num_draft_tokens, make_request
+from .tokens import check_num_draft_tokens, check_settings, make_request
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -119,6 +119,11 @@ def stream_generate(
         RequestError: A setting or a token id is outside its range.
         PairingError: ``draft_model`` does not fit the model.
     """
+    check_settings(
+        max_tokens=max_tokens,
+        num_draft_tokens=num_draft_tokens,
+        prefill_step_size=prefill_step_size,
+    )
     if draft_model is not None:
         check_fit(model, draft_model)
     if not isinstance(tokenizer, TokenizerWrapper):
@@ -137,8 +142,9 @@ def stream_generate(
         num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens),
         prefill_step_size=prefill_step_size,
     )
-    stops = StopStrings([stop] if isinstance(stop, str) else list(stop))
-    stream = _TextStream(decoder, tokenizer.detokenizer, stops, len(request.prompt))
+    stream = _TextStream(
+        decoder, tokenizer.detokenizer, StopStrings(stop), len(request.prompt)
+    )
     return _stream(pair, stream)
 
 
@@ -274,10 +280,10 @@ def _stream(pair: Pair, stream: _TextStream) -> Iterator[GenerationResponse]:
         yield from stream.responses()
 
 
-def _encode(tokenizer: TokenizerWrapper, prompt: Any) -> list[int]:
-    """Token ids of a prompt, with the begin-of-sequence token unless it is there."""
+def _encode(tokenizer: TokenizerWrapper, prompt: Any) -> Any:
+    """Token ids of a text, with the begin-of-sequence token unless it is there."""
     if not isinstance(prompt, str):
-        return [int(token) for token in prompt]
+        return prompt
     bos = tokenizer.bos_token
     add_special_tokens = bos is None or not prompt.startswith(bos)
     return list(tokenizer.encode(prompt, add_special_tokens=add_special_tokens))

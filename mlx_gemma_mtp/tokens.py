@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, cast
 
 import mlx.core as mx
@@ -64,12 +65,16 @@ def generate_tokens(
     Raises:
         RequestError: A setting or a token id is outside its range.
     """
-    is_batch = bool(len(prompt_tokens)) and isinstance(
-        _first(prompt_tokens), (Sequence, mx.array)
+    check_settings(
+        max_tokens=max_tokens,
+        num_draft_tokens=num_draft_tokens,
+        prefill_step_size=prefill_step_size,
     )
-    prompts: list[Any] = list(prompt_tokens) if is_batch else [prompt_tokens]
+    entries = _listed(prompt_tokens)
+    is_batch = bool(entries) and isinstance(_plain(entries[0]), Iterable)
+    prompts: list[Any] = entries if is_batch else [entries]
     sampling = SamplingParams(temp, top_p, top_k, min_p, seed)
-    eos = pair.eos_token_ids if eos_token_ids is None else frozenset(eos_token_ids)
+    eos = pair.eos_token_ids if eos_token_ids is None else _eos_set(eos_token_ids)
     requests = [
         make_request(pair, p, max_tokens=max_tokens, sampling=sampling, eos=eos)
         for p in prompts
@@ -102,9 +107,15 @@ def draft_block(
     Raises:
         RequestError: No drafter, or an argument outside its range.
     """
-    if check_num_draft_tokens(pair, num_draft_tokens) == 0:
+    check_settings(
+        max_tokens=1,
+        num_draft_tokens=num_draft_tokens,
+        prefill_step_size=DEFAULT_PREFILL_STEP_SIZE,
+    )
+    if not check_num_draft_tokens(pair, num_draft_tokens):
         raise RequestError(
-            "num_draft_tokens must be at least 1 for a block of drafts: got 0."
+            "num_draft_tokens must be at least 1 for a block of drafts: got "
+            f"{num_draft_tokens}. 4 suits most pairs."
         )
     tokens = check_prompt(pair, prompt_tokens)
     if len(tokens) < 2:
@@ -143,16 +154,11 @@ def make_request(
     sampling: SamplingParams,
     eos: frozenset[int],
 ) -> Request:
-    """Check a prompt and a budget and make a request of them.
+    """Check a prompt and make a request of it and of checked settings.
 
     Raises:
-        RequestError: An argument is outside its range.
+        RequestError: The prompt is empty or holds an id that the target does not know.
     """
-    if not isinstance(max_tokens, int) or (max_tokens < 1 and max_tokens != NO_LIMIT):
-        raise RequestError(
-            "max_tokens must be 1 or more, or -1 for no limit: got "
-            f"{max_tokens!r}. Ask for at least one token."
-        )
     return Request(
         prompt=check_prompt(pair, prompt),
         max_tokens=None if max_tokens == NO_LIMIT else max_tokens,
@@ -161,19 +167,51 @@ def make_request(
     )
 
 
+def check_settings(
+    *, max_tokens: int, num_draft_tokens: int | None, prefill_step_size: int
+) -> None:
+    """Check the settings that can be judged before a pair is loaded.
+
+    Raises:
+        RequestError: One of them is outside its range.
+    """
+    if not _is_whole(max_tokens) or (max_tokens < 1 and max_tokens != NO_LIMIT):
+        raise RequestError(
+            "max_tokens must be 1 or more, or -1 for no limit: got "
+            f"{max_tokens!r}. Ask for at least one token."
+        )
+    if num_draft_tokens is not None and (
+        not _is_whole(num_draft_tokens) or not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS
+    ):
+        raise RequestError(
+            f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}: got "
+            f"{num_draft_tokens!r}. 4 suits most pairs."
+        )
+    if not _is_whole(prefill_step_size) or prefill_step_size < 1:
+        raise RequestError(
+            "prefill_step_size must be 1 or more: got "
+            f"{prefill_step_size!r}. {DEFAULT_PREFILL_STEP_SIZE} suits most machines."
+        )
+
+
 def check_prompt(pair: Pair, prompt: Sequence[int]) -> list[int]:
     """A prompt's token ids as a list of ints.
 
     Raises:
         RequestError: The prompt is empty or holds an id that the target does not know.
     """
-    tokens = [int(token) for token in prompt]
+    tokens = [_plain(token) for token in _listed(prompt)]
     if not tokens:
         raise RequestError(
             "prompt must hold at least one token: got none. Give some text, or a "
             "begin-of-sequence token."
         )
     for token in tokens:
+        if not _is_whole(token):
+            raise RequestError(
+                f"token ids must be whole numbers: got {token!r}. Encode text with "
+                "the target's tokenizer first."
+            )
         if not 0 <= token < pair.vocab_size:
             raise RequestError(
                 "token ids must be below the vocabulary's size: got "
@@ -184,36 +222,51 @@ def check_prompt(pair: Pair, prompt: Sequence[int]) -> list[int]:
 
 
 def check_num_draft_tokens(pair: Pair, num_draft_tokens: int | None) -> int:
-    """The K of a request.
+    """The K of a request whose settings are checked; None is the pair's own number.
 
     Raises:
-        RequestError: Out of range, or drafts are asked for without a drafter.
+        RequestError: Drafts are asked for without a drafter.
     """
     if num_draft_tokens is None:
         return pair.num_draft_tokens
-    if (
-        not isinstance(num_draft_tokens, int)
-        or not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS
-    ):
-        raise RequestError(
-            f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}: got "
-            f"{num_draft_tokens!r}. 4 suits most pairs."
-        )
     if num_draft_tokens and pair.drafter is None:
         raise RequestError(
             f"num_draft_tokens must be 0 without a drafter: got {num_draft_tokens}. "
-            "Load the pair with a drafter (draft_model=...)."
+            "Load the pair with a drafter."
         )
     return num_draft_tokens
 
 
-def _first(prompt_tokens: Sequence[Any]) -> Any:
-    """The first entry: a token id, or a prompt of a batch."""
-    return (
-        prompt_tokens.tolist()[0]
-        if isinstance(prompt_tokens, mx.array)
-        else prompt_tokens[0]
-    )
+def _plain(value: Any) -> Any:
+    """The value itself; arrays, also those of one number, as Python's own objects."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _listed(prompt: Any) -> list[Any]:
+    """The entries of a prompt, or of a batch of them."""
+    prompt = _plain(prompt)
+    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Iterable):
+        raise RequestError(
+            f"a prompt must be a sequence of token ids: got {prompt!r}. Encode text "
+            "with the target's tokenizer first."
+        )
+    return list(prompt)
+
+
+def _eos_set(eos_token_ids: Iterable[int]) -> frozenset[int]:
+    ids = _plain(eos_token_ids)
+    ids = list(ids) if isinstance(ids, Iterable) else [None]
+    if not all(_is_whole(token) for token in ids):
+        raise RequestError(
+            f"eos_token_ids must be token ids: got {eos_token_ids!r}. For one write "
+            "(1,), for none ()."
+        )
+    return frozenset(ids)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether the value is a whole number, as which no bool counts."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _single(pair: Pair, decoder: Decoder) -> Iterator[int]:
