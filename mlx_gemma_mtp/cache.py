@@ -165,16 +165,16 @@ class SlabView:
         keys: The layer's key slab, [B, G, slots, D].
         values: The layer's value slab.
         offset: Each row's number of committed tokens, int32 [B].
-        num_tokens: How many tokens L the forward writes.
+        slots: Where the forward's L tokens are written, int32 [B, L].
     """
 
     def __init__(
-        self, keys: mx.array, values: mx.array, *, offset: mx.array, num_tokens: int
+        self, keys: mx.array, values: mx.array, *, offset: mx.array, slots: mx.array
     ) -> None:
         self.keys = keys
         self.values = values
         self.offset = offset
-        self._slots = (offset[:, None] + mx.arange(num_tokens)) % keys.shape[2]
+        self._slots = slots
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
@@ -240,6 +240,21 @@ def prefill_caches(layout: SlabLayout) -> list[PrefillWindow | KVCache]:
         PrefillWindow(layout.window) if layer.layer_type == SLIDING else KVCache()
         for layer in layout.layers
     ]
+
+
+def verify_slots(
+    layout: SlabLayout, *, offset: mx.array, num_tokens: int, capacity: int
+) -> dict[str, mx.array]:
+    """Where a verify block's tokens are written, by layer type, int32 [B, L].
+
+    Args:
+        layout: The slabs' layout.
+        offset: Position of each row's first token, int32 [B].
+        num_tokens: Tokens L of the block.
+        capacity: Slots of the full layers; a finished row beyond them wraps.
+    """
+    positions = offset[:, None] + mx.arange(num_tokens)
+    return {FULL: positions % capacity, SLIDING: positions % layout.ring}
 
 
 def verify_masks(

@@ -318,10 +318,12 @@ def _add_eos_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     """Let more tokens end the text, each given by its text or its id."""
     for token in tokens:
         # An unknown text would become the unknown token's id.
-        is_id = token.isdecimal()
-        if not (
-            int(token) < len(tokenizer) if is_id else token in tokenizer.get_vocab()
-        ):
+        is_known = (
+            int(token) < len(tokenizer)
+            if token.isdecimal()
+            else token in tokenizer.get_vocab()
+        )
+        if not is_known:
             raise RequestError(
                 f"--extra-eos-token must be a token of the model: got {token!r}. Give "
                 "a token's text or id."

@@ -172,6 +172,8 @@ class DrafterConfig:
         centroid_intermediate_top_k: How many clusters a step looks into, 1..C.
         text_config: Settings of its layers, as from ``text_config()``.
         quantization: mlx-lm's quantization map, or None for float weights.
+        num_assistant_tokens: Drafts per round that ``generation_config.json`` names,
+            or None.
     """
 
     model_type: str
@@ -181,6 +183,7 @@ class DrafterConfig:
     centroid_intermediate_top_k: int
     text_config: dict[str, Any]
     quantization: dict[str, Any] | None = None
+    num_assistant_tokens: int | None = None
 
     @classmethod
     def from_dict(

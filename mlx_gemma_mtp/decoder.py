@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -25,7 +25,7 @@ from .stats import RoundStats
 
 # Slabs for a request are reserved up to this many tokens ahead, so that an ordinary
 # one never grows; a longer one grows as it goes.
-RESERVED_TOKENS = 4096
+RESERVED_TOKENS = 1024
 
 # MLX keeps freed buffers for reuse; let go of them now and then, as mlx-lm does.
 _ROUNDS_PER_CACHE_CLEAR = 256
@@ -138,7 +138,7 @@ class Decoder:
         self._state: RoundState | None = None
         self._settings = self._make_settings()
 
-    def run(self) -> Iterator[list[Emission]]:
+    def run(self) -> Generator[list[Emission], None, None]:
         """Decode until every request has ended.
 
         Yields:

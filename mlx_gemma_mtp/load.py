@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,9 @@ def load_drafter(folder: str | Path) -> Drafter:
     checkpoint = open_checkpoint(folder)
     source = str(checkpoint.config_path)
     config = DrafterConfig.from_dict(checkpoint.config, source=source)
+    num_drafts = checkpoint.generation_config.get("num_assistant_tokens")
+    if type(num_drafts) is int:
+        config = replace(config, num_assistant_tokens=num_drafts)
     _check_centroid_head(checkpoint, config)
     drafter = Drafter(config)
     with _one_line(f"the drafter in {folder}"):

@@ -13,6 +13,7 @@ from typing import cast
 import mlx.nn as nn
 from mlx_lm.generate import wired_limit
 
+from .cache import MAX_DRAFT_TOKENS
 from .drafter import Drafter
 from .rounds import Rounds
 from .target import Target
@@ -31,9 +32,10 @@ class Pair:
         eos_token_ids: Tokens that end a sequence.
         target_source: Where the target came from, a sentence.
         drafter_source: Where the drafter came from, or why there is none.
-        num_draft_tokens: Drafts per round where a request does not say.
 
     Attributes:
+        num_draft_tokens: Drafts per round where a request does not say: what the
+            drafter's checkpoint names, else 4; 0 without a drafter.
         rounds: The engine; it keeps the compiled rounds.
 
     Raises:
@@ -48,14 +50,13 @@ class Pair:
         eos_token_ids: Iterable[int] = (),
         target_source: str = "",
         drafter_source: str = "",
-        num_draft_tokens: int = DEFAULT_NUM_DRAFT_TOKENS,
     ) -> None:
         self.target = target
         self.drafter = drafter
         self.eos_token_ids = frozenset(eos_token_ids)
         self.target_source = target_source
         self.drafter_source = drafter_source
-        self.num_draft_tokens = num_draft_tokens if drafter is not None else 0
+        self.num_draft_tokens = _num_draft_tokens(drafter)
         self.rounds = Rounds(Target(target), drafter)
 
     @property
@@ -74,11 +75,23 @@ class Pair:
         return wired_limit(cast(nn.Module, modules))
 
 
+def _num_draft_tokens(drafter: Drafter | None) -> int:
+    """Drafts per round by default."""
+    if drafter is None:
+        return 0
+    named = drafter.config.num_assistant_tokens
+    # transformers writes its own default, 20, where nobody chose a number.
+    if named is None or not 1 <= named <= MAX_DRAFT_TOKENS:
+        return DEFAULT_NUM_DRAFT_TOKENS
+    return named
+
+
 class _Attached:
     """What a model object carries: a plain object, so not one of its parameters."""
 
-    def __init__(self, pair: Pair) -> None:
-        self.pair = pair
+    def __init__(self, own: Pair) -> None:
+        self.own = own
+        self.others: list[Pair] = []
 
 
 def attach(model: nn.Module, pair: Pair) -> None:
@@ -94,18 +107,21 @@ def pair_of(model: nn.Module, drafter: Drafter | None = None) -> Pair:
         drafter: A drafter to use in place of the one the model carries.
 
     Returns:
-        The pair that the model carries when that one is meant, else a new one, which
-        the model then carries, so that compiled rounds are kept.
+        The pair that the model carries, or the one of the model and ``drafter``. The
+        model keeps both, so that compiled rounds serve the next call too; only its
+        own pair is used where no drafter is named.
 
     Raises:
         PairingError: The model is not a Gemma 4 of mlx-lm.
     """
     attached = vars(model).get("_mtp_attached")
-    if isinstance(attached, _Attached):
-        pair = attached.pair
-        if drafter is None or drafter is pair.drafter:
+    if not isinstance(attached, _Attached):
+        attach(model, Pair(model))
+        return pair_of(model, drafter)
+    pairs = [attached.own, *attached.others]
+    for pair in pairs:
+        if drafter is None or pair.drafter is drafter:
             return pair
-        return Pair(model, drafter, eos_token_ids=pair.eos_token_ids)
-    pair = Pair(model, drafter)
-    attach(model, pair)
+    pair = Pair(model, drafter, eos_token_ids=attached.own.eos_token_ids)
+    attached.others.append(pair)
     return pair

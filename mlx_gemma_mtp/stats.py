@@ -42,6 +42,15 @@ class RoundStats:
         self.drafted_at.update(range(drafted))
         self.accepted_at.update(range(accepted))
 
+    def merge(self, other: RoundStats) -> None:
+        """Add the counts of other rounds."""
+        self.rounds += other.rounds
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+        self.num_draft_tokens += other.num_draft_tokens
+        self.drafted_at += other.drafted_at
+        self.accepted_at += other.accepted_at
+
     @property
     def acceptance_rate(self) -> float:
         """Accepted over drafted, 0.0 to 1.0; 0.0 before anything was drafted."""

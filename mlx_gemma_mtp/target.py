@@ -24,6 +24,7 @@ from .cache import (
     SlabView,
     prefill_caches,
     verify_masks,
+    verify_slots,
 )
 from .errors import PairingError
 
@@ -134,17 +135,26 @@ class Target:
             Logits and hidden states of every row of the block, and the slabs with the
             block's keys and values written.
         """
-        num_tokens = tokens.shape[1]
+        layout = self.layout
+        num_tokens, capacity = tokens.shape[1], layout.capacity(slabs)
         masks = verify_masks(
-            self.layout,
+            layout,
             offset=offset,
             first_position=first_position,
             num_tokens=num_tokens,
-            capacity=self.layout.capacity(slabs),
+            capacity=capacity,
+        )
+        slots = verify_slots(
+            layout, offset=offset, num_tokens=num_tokens, capacity=capacity
         )
         views = [
-            SlabView(keys, values, offset=offset, num_tokens=num_tokens)
-            for keys, values in zip(slabs[::2], slabs[1::2], strict=True)
+            SlabView(
+                slabs[2 * i],
+                slabs[2 * i + 1],
+                offset=offset,
+                slots=slots[layer.layer_type],
+            )
+            for i, layer in enumerate(layout.layers)
         ]
         hidden = self._layers(tokens, views, masks)
         written = [array for view in views for array in (view.keys, view.values)]

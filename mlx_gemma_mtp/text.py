@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .config import SamplingParams
-from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder
+from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder, Emission
 from .drafter import Drafter
 from .load import check_fit
 from .pair import Pair, pair_of
@@ -92,7 +93,7 @@ def stream_generate(
     seed: int | None = None,
     stop: str | Sequence[str] = (),
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse, None, None]:
     """Generate text from a prompt, a token at a time.
 
     Args:
@@ -221,29 +222,33 @@ class _TextStream:
     def responses(self) -> Iterator[GenerationResponse]:
         """Decode to the end: one response per token."""
         self._start = time.perf_counter()
-        for emissions in self._decoder.run():
-            if not self._num_tokens:
-                self._prompt_tps = self._prompt_tokens / self._elapsed()
-                self._start = time.perf_counter()
-            for emission in emissions:
-                last = len(emission.tokens) - 1
-                for i, token in enumerate(emission.tokens):
-                    reason = emission.finish_reason if i == last else None
-                    self._num_tokens += 1
-                    text = self._text(token, reason)
-                    if self._stops.is_stopped:
-                        reason = "stop"
-                    yield GenerationResponse(
-                        text=text,
-                        token=token,
-                        from_draft=i < emission.num_from_draft,
-                        finish_reason=reason,
-                        _logits=emission.logits,
-                        _index=i,
-                        **self._figures(),
-                    )
-                    if self._stops.is_stopped:
-                        return
+        with closing(self._decoder.run()) as rounds:
+            for (emission,) in rounds:
+                if not self._num_tokens:
+                    self._prompt_tps = self._prompt_tokens / self._elapsed()
+                    self._start = time.perf_counter()
+                yield from self._respond(emission)
+                if self._stops.is_stopped:
+                    return
+
+    def _respond(self, emission: Emission) -> Iterator[GenerationResponse]:
+        """The responses of one round, up to a stop string."""
+        last = len(emission.tokens) - 1
+        for i, token in enumerate(emission.tokens):
+            reason = emission.finish_reason if i == last else None
+            self._num_tokens += 1
+            text = self._text(token, reason)
+            yield GenerationResponse(
+                text=text,
+                token=token,
+                from_draft=i < emission.num_from_draft,
+                finish_reason="stop" if self._stops.is_stopped else reason,
+                _logits=emission.logits,
+                _index=i,
+                **self._figures(),
+            )
+            if self._stops.is_stopped:
+                return
 
     def _text(self, token: int, reason: str | None) -> str:
         """The text that a token makes certain."""
@@ -274,7 +279,9 @@ class _TextStream:
         return max(time.perf_counter() - self._start, 1e-9)
 
 
-def _stream(pair: Pair, stream: _TextStream) -> Iterator[GenerationResponse]:
+def _stream(
+    pair: Pair, stream: _TextStream
+) -> Generator[GenerationResponse, None, None]:
     """The responses, with target and drafter wired while they are made."""
     with pair.wired():
         yield from stream.responses()

@@ -6,7 +6,8 @@ Knows nothing of tokenizers; see text.py for strings.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from numbers import Integral
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ NO_LIMIT = -1  # mlx-lm's word for an endless generation
 
 def generate_tokens(
     pair: Pair,
-    prompt_tokens: Sequence[int] | Sequence[Sequence[int]],
+    prompt_tokens: Sequence[int] | Sequence[Sequence[int]] | mx.array,
     *,
     max_tokens: int,
     num_draft_tokens: int | None = None,
@@ -36,7 +37,7 @@ def generate_tokens(
     seed: int | None = None,
     eos_token_ids: Iterable[int] | None = None,
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Continue one prompt, or several together.
 
     The text does not depend on ``num_draft_tokens``: greedily it is the target's own,
@@ -89,7 +90,7 @@ def generate_tokens(
 
 
 def draft_block(
-    pair: Pair, prompt_tokens: Sequence[int], num_draft_tokens: int
+    pair: Pair, prompt_tokens: Sequence[int] | mx.array, num_draft_tokens: int
 ) -> list[int]:
     """The greedy drafts after a prompt.
 
@@ -194,7 +195,7 @@ def check_settings(
         )
 
 
-def check_prompt(pair: Pair, prompt: Sequence[int]) -> list[int]:
+def check_prompt(pair: Pair, prompt: Sequence[int] | mx.array) -> list[int]:
     """A prompt's token ids as a list of ints.
 
     Raises:
@@ -269,20 +270,21 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _single(pair: Pair, decoder: Decoder) -> Iterator[int]:
+def _single(pair: Pair, decoder: Decoder) -> Generator[int, None, None]:
     """Token ids of the only row."""
-    with pair.wired():
-        for emissions in decoder.run():
-            for emission in emissions:
-                yield from emission.tokens
+    with pair.wired(), closing(decoder.run()) as rounds:
+        for (emission,) in rounds:
+            yield from emission.tokens
 
 
-def _batch(pair: Pair, decoder: Decoder, num_rows: int) -> Iterator[list[int | None]]:
+def _batch(
+    pair: Pair, decoder: Decoder, num_rows: int
+) -> Generator[list[int | None], None, None]:
     """Rows in step: rounds emit ragged lengths, so rows ahead wait in queues."""
     queues: list[deque[int]] = [deque() for _ in range(num_rows)]
     is_live = [True] * num_rows
-    with pair.wired():
-        for emissions in decoder.run():
+    with pair.wired(), closing(decoder.run()) as rounds:
+        for emissions in rounds:
             for emission in emissions:
                 queues[emission.row].extend(emission.tokens)
                 is_live[emission.row] = emission.finish_reason is None

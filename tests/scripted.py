@@ -1,0 +1,104 @@
+"""Models that follow a script, so that a test can say what a round must do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import mlx.core as mx
+
+from mlx_gemma_mtp.cache import LayerKV, SlabLayout, prefill_caches
+from mlx_gemma_mtp.config import FULL
+from mlx_gemma_mtp.drafter import DraftOutput, SharedKV
+from mlx_gemma_mtp.target import Prefilled, TargetOutput
+
+VOCAB_SIZE = 64
+
+
+def one_hot(tokens: mx.array) -> mx.array:
+    """Logits [..., V] whose argmax is the token."""
+    return (mx.arange(VOCAB_SIZE) == tokens[..., None]).astype(mx.float32)
+
+
+class ScriptedTarget:
+    """Gives the token that row b's script has at each position, whatever it reads.
+
+    ``hidden`` carries the row and the position of the token it predicts, which is how
+    the drafter knows both.
+
+    Args:
+        scripts: For each row the tokens by absolute position, the prompt's included.
+    """
+
+    def __init__(self, scripts: Sequence[Sequence[int]]) -> None:
+        longest = max(map(len, scripts))
+        padded = [[*script, *[0] * (longest - len(script))] for script in scripts]
+        self._scripts = mx.array(padded, dtype=mx.int32)
+        self._num_prefilled = 0
+        self.vocab_size = VOCAB_SIZE
+        self.layout = SlabLayout((LayerKV(FULL, 1, 1),), window=4, dtype=mx.float32)
+        self.blocks: list[tuple[int, int]] = []  # shapes of the verify calls
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        return tokens[..., None].astype(mx.float32)
+
+    def prefill(self, prompt: mx.array, *, step_size: int) -> Prefilled:
+        row, self._num_prefilled = self._num_prefilled, self._num_prefilled + 1
+        caches = prefill_caches(self.layout)
+        zeros = mx.zeros((1, 1, prompt.size, 1))
+        caches[0].update_and_fetch(zeros, zeros)
+        hidden = mx.array([[[row, prompt.size]]], dtype=mx.float32)
+        return Prefilled(self._logits(hidden), hidden, caches, prompt.size)
+
+    def verify(
+        self,
+        tokens: mx.array,
+        slabs: list[mx.array],
+        *,
+        offset: mx.array,
+        first_position: mx.array,
+    ) -> TargetOutput:
+        num_rows, num_tokens = tokens.shape
+        self.blocks.append((num_rows, num_tokens))
+        rows = mx.broadcast_to(mx.arange(num_rows)[:, None], tokens.shape)
+        positions = offset[:, None] + mx.arange(1, num_tokens + 1)
+        hidden = mx.stack([rows, positions], axis=-1).astype(mx.float32)
+        return TargetOutput(self._logits(hidden), hidden, slabs)
+
+    def _logits(self, hidden: mx.array) -> mx.array:
+        return one_hot(look_up(self._scripts, hidden))
+
+
+class ScriptedDrafter:
+    """Proposes what row b's script has at each position.
+
+    Args:
+        scripts: As for the target; equal to its scripts where a draft is to be
+            accepted.
+    """
+
+    layer_types = (FULL,)
+
+    def __init__(self, scripts: Sequence[Sequence[int]]) -> None:
+        longest = max(map(len, scripts))
+        padded = [[*script, *[0] * (longest - len(script))] for script in scripts]
+        self._scripts = mx.array(padded, dtype=mx.int32)
+
+    def __call__(
+        self,
+        embedding: mx.array,
+        hidden: mx.array,
+        shared_kv: Mapping[str, SharedKV],
+        *,
+        position: mx.array,
+    ) -> DraftOutput:
+        # hidden predicted the newest token, so its successor is one further on.
+        following = hidden + mx.array([0.0, 1.0])
+        return DraftOutput(one_hot(look_up(self._scripts, following)), None, following)
+
+
+def look_up(scripts: mx.array, hidden: mx.array) -> mx.array:
+    """The tokens at (row, position), [B, L]; 0 past the end of a script."""
+    rows, positions = hidden[..., 0].astype(mx.int32), hidden[..., 1].astype(mx.int32)
+    is_inside = positions < scripts.shape[1]
+    tokens = scripts[rows, mx.where(is_inside, positions, 0)]
+    return mx.where(is_inside, tokens, 0)

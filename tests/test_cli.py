@@ -1,0 +1,468 @@
+"""The command: what goes to which stream, exit statuses, mistakes, Control-C.
+
+Run: python -m pytest tests/test_cli.py
+"""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+import mlx_gemma_mtp
+from mlx_gemma_mtp import cli
+from mlx_gemma_mtp.errors import RequestError
+from tests.tiny import CHAT_TEMPLATE, model_folder, tiny_tokenizer, uncompiled
+
+# By name: the package's attribute ``load`` is the function.
+LOAD = import_module("mlx_gemma_mtp.load")
+TEXT = import_module("mlx_gemma_mtp.text")
+ROOT = Path(__file__).parents[1]
+PROMPT = "the rain"
+NUM_TOKENS = 16
+SAMPLED = ("--temp", "2", "--seed", "5")
+FIGURES = re.compile(
+    r"Prompt: 6 tokens, [0-9]+\.[0-9]{3} tokens-per-sec\n"
+    r"Generation: ([0-9]+) tokens, [0-9]+\.[0-9]{3} tokens-per-sec\n"
+    r"Rounds: ([0-9]+), acceptance length ([0-9]\.[0-9]{2}) tokens per round, "
+    r"acceptance rate [0-9.]+% of ([0-9]+) drafted\n"
+    r"Peak memory: [0-9]+\.[0-9]{3} GB\n"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _uncompiled():
+    with uncompiled():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("cli") / "pair")
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "chat"
+    return model_folder(folder, has_drafter=False, chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def endless_folder(tmp_path_factory):
+    """A pair that no token ends."""
+    folder = model_folder(tmp_path_factory.mktemp("cli") / "endless", has_eos=False)
+    (folder / "generation_config.json").write_text('{"eos_token_id": []}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """The greedy text by plain decoding, from the Python API."""
+    model, tokenizer = mlx_gemma_mtp.load(folder, speculative_decoding=False)
+    return mlx_gemma_mtp.generate(model, tokenizer, PROMPT, max_tokens=NUM_TOKENS)
+
+
+@pytest.fixture
+def run(folder, capsys):
+    """Runs the command: exit status, standard output, standard error."""
+
+    def command(*args, model=folder):
+        if "--model" not in args and model is not None:
+            args = ("--model", model, *args)
+        if "-p" not in args and "--prompt" not in args:
+            args = ("-p", PROMPT, *args)
+        if "-m" not in args:
+            args = ("-m", NUM_TOKENS, *args)
+        status = cli.main([str(arg) for arg in args])
+        return status, *capsys.readouterr()
+
+    return command
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """The prompts that reach ``stream_generate``."""
+    seen = []
+    stream = TEXT.stream_generate
+
+    def recorded(model, tokenizer, prompt, **settings):
+        seen.append(prompt)
+        return stream(model, tokenizer, prompt, **settings)
+
+    monkeypatch.setattr(TEXT, "stream_generate", recorded)
+    return seen
+
+
+def start(*args):
+    """Start the real command in a process of its own."""
+    # A shell that starts tests in the background may have switched Control-C off.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from mlx_gemma_mtp.cli import main; raise SystemExit(main())"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
+
+
+def figures(err):
+    """Tokens, rounds, acceptance length and drafted tokens of the closing figures."""
+    match = FIGURES.fullmatch(err)
+    assert match, err
+    return match.groups()
+
+
+class TestOutput:
+    def test_text_and_figures(self, run, expected):
+        status, out, err = run()
+        assert (status, out) == (0, expected + "\n")
+        tokens, rounds, length, drafted = figures(err)
+        assert (int(tokens), int(drafted)) == (NUM_TOKENS, 3 * int(rounds))
+        assert 1 <= float(length) <= 5
+
+    def test_not_verbose(self, run, expected):
+        assert run("--verbose", "False") == (0, expected + "\n", "")
+
+    @pytest.mark.parametrize("drafts", [("--no-draft",), ("--num-draft-tokens", "0")])
+    def test_the_same_text_without_drafts(self, run, expected, drafts):
+        status, out, err = run(*drafts)
+        assert (status, out) == (0, expected + "\n")
+        assert figures(err)[3] == "0"
+
+    def test_number_of_drafts(self, run, expected):
+        status, out, err = run("--num-draft-tokens", "1")
+        assert (status, out) == (0, expected + "\n")
+        _, rounds, _, drafted = figures(err)
+        assert drafted == rounds
+
+    def test_seed(self, run):
+        texts = [run(*SAMPLED)[1], run(*SAMPLED, "--no-draft")[1]]
+        assert texts[0] == texts[1]
+        assert run("--temp", "2", "--seed", "6")[1] not in texts
+
+    def test_drafter_by_name(self, run, folder, expected):
+        status, out, err = run("--draft-model", folder / "drafter")
+        assert (status, out) == (0, expected + "\n")
+        assert figures(err)[3] != "0"
+
+    def test_stop(self, run, expected):
+        first, second = expected[5:8], expected[9:12]
+        for args in (("--stop", first), ("--stop", second, "--stop", first)):
+            status, out, _ = run(*args)
+            assert (status, out) == (0, expected[: expected.index(first)] + "\n")
+
+    @pytest.mark.parametrize("as_id", [True, False])
+    def test_extra_eos_token(self, run, expected, as_id):
+        ids = tiny_tokenizer().encode(expected, add_special_tokens=False)
+        piece = next(p for p in tiny_tokenizer().convert_ids_to_tokens(ids[3:]))
+        name = str(tiny_tokenizer().convert_tokens_to_ids(piece)) if as_id else piece
+        status, out, _ = run("--extra-eos-token", "<unk>", name)
+        assert status == 0
+        assert expected.startswith(out[:-1])
+        assert len(out) < len(expected)
+
+    def test_characters_that_the_terminal_lacks(self, run, monkeypatch):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+        monkeypatch.setattr(TEXT, "stream_generate", one_response("a €"))
+        assert run("--verbose", "False")[0] == 0
+        assert raw.getvalue().rstrip() == b"a ?"
+
+    def test_without_a_model(self, run, folder, expected, monkeypatch):
+        monkeypatch.setattr(LOAD, "embedded_pair_path", lambda: folder)
+        status, out, err = run(model=None)
+        assert (status, out) == (0, expected + "\n")
+        first, rest = err.split("\n", 1)
+        assert first.startswith("No --model: using the embedded pair")
+        assert FIGURES.fullmatch(rest)
+
+    def test_help_and_its_status(self, capsys):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["--help"])
+        out, err = capsys.readouterr()
+        assert (caught.value.code, err) == (0, "")
+        assert out.startswith("usage: mlx_gemma_mtp.generate")
+
+    def test_flags_are_mlx_lms(self):
+        from mlx_lm.generate import setup_arg_parser
+
+        theirs = {
+            option
+            for action in setup_arg_parser()._actions
+            for option in action.option_strings
+        }
+        own = {
+            option
+            for action in cli.configure_parser()._actions
+            for option in action.option_strings
+        }
+        theirs.add("--prefill-step-size")  # older ones leave it to the API
+        assert own - theirs == {"--no-draft", "--stop", "--revision"}
+
+
+def one_response(text):
+    """A stand-in for ``stream_generate`` that says one thing."""
+
+    def stream(*args, **settings):
+        yield type("Response", (), {"text": text})()
+
+    return stream
+
+
+class TestPrompt:
+    def test_standard_input(self, run, expected, prompts, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+        assert run("-p", "-")[1] == expected + "\n"
+        assert prompts == [PROMPT]
+
+    def test_standard_input_is_taken_as_it_is(self, run, prompts, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+        assert run("-p", "-", "-m", "1")[0] == 0
+        assert prompts == ["two\nlines\n"]
+
+    def test_defaults(self, folder, prompts, monkeypatch, capsys):
+        monkeypatch.setattr(LOAD, "embedded_pair_path", lambda: folder)
+        assert cli.main(["-m", "1"]) == 0
+        assert cli.main(["-m", "1", "--model", str(folder)]) == 0
+        assert prompts == [cli.EMBEDDED_PROMPT, cli.DEFAULT_PROMPT]
+
+    def test_text_without_a_template_stays_text(self, run, prompts):
+        for args in ((), ("--ignore-chat-template",)):
+            assert run(*args, "-m", "1")[0] == 0
+        assert prompts == [PROMPT, PROMPT]
+
+
+class TestChatTemplate:
+    @pytest.mark.parametrize(
+        ("args", "text"),
+        [
+            ((), "<bos><|turn>user\nthe rain<turn|>\n<|turn>model\n"),
+            (
+                ("--chat-template-config", '{"opening": "So:"}'),
+                "<bos><|turn>user\nthe rain<turn|>\n<|turn>model\nSo:",
+            ),
+            (
+                ("--prefill-response", "Well"),
+                "<bos><|turn>user\nthe rain<turn|>\n<|turn>assistant\nWell",
+            ),
+            (
+                (
+                    *("--system-prompt", "be short"),
+                    *("--chat-template-config", '{"has_system": true}'),
+                ),
+                "<bos><|turn>system\nbe short<turn|>\n<|turn>user\nthe rain<turn|>\n"
+                "<|turn>model\n",
+            ),
+        ],
+    )
+    def test_is_applied(self, run, chat_folder, prompts, args, text):
+        status, _, err = run(*args, "-m", "1", model=chat_folder)
+        ids = tiny_tokenizer().encode(text, add_special_tokens=False)
+        assert (status, prompts) == (0, [ids])
+        assert err.startswith(f"Prompt: {len(ids)} tokens")
+
+    def test_is_ignored(self, run, chat_folder, expected, prompts):
+        found = run("--ignore-chat-template", "--system-prompt", "x", model=chat_folder)
+        assert found[:2] == (0, expected + "\n")
+        assert prompts == [PROMPT]
+
+    @pytest.mark.parametrize(
+        ("args", "words"),
+        [
+            (("--system-prompt", "be short"), "got no system prompt here. Change"),
+            (("--chat-template-config", '{"tokenize": true}'), "keyword argument"),
+        ],
+    )
+    def test_refuses(self, run, chat_folder, args, words):
+        assert_one_line(run(*args, model=chat_folder), words)
+
+
+def assert_one_line(found, *words):
+    status, out, err = found
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("args", "words"),
+        [
+            (
+                ("--num-draft-tokens", "9"),
+                "num_draft_tokens must be from 0 to 8: got 9",
+            ),
+            (("--num-draft-tokens", "-1"), "from 0 to 8: got -1"),
+            (("--num-draft-tokens", "four"), "invalid int value: 'four'"),
+            (("--no-draft", "--draft-model", "x"), "exclude each other"),
+            (("--no-draft", "--num-draft-tokens", "2"), "must be 0 with --no-draft"),
+            (("-m", "0"), "max_tokens must be 1 or more"),
+            (("--temp", "-1"), "temp must be 0 or more"),
+            (("--temp", "nan"), "temp must be 0 or more"),
+            (("--top-p", "1.5"), "top_p must be from 0 to 1"),
+            (("--top-k", "-1"), "top_k must be"),
+            (("--min-p", "2"), "min_p must be from 0 to 1"),
+            (("--seed", "-1"), "seed must be"),
+            (("--prefill-step-size", "0"), "prefill_step_size must be 1 or more"),
+            (("--chat-template-config", "{"), "must be a JSON object: got '{'"),
+            (("--chat-template-config", "[1]"), "must be a JSON object: got '[1]'"),
+            (("--what",), "unrecognized arguments: --what. See"),
+            (("-p", "caf\udce9"), "the prompt must be UTF-8 text"),
+        ],
+    )
+    def test_found_before_anything_is_loaded(self, run, monkeypatch, args, words):
+        monkeypatch.setattr(LOAD, "load", None)
+        assert_one_line(run(*args), words)
+
+    @pytest.mark.parametrize(
+        ("args", "words"),
+        [
+            (("--stop", ""), "a stop string must hold at least one character"),
+            (("--extra-eos-token", "nonsense"), "a token of the model: got 'nonsense'"),
+            (("--extra-eos-token", "512"), "a token of the model: got '512'"),
+            (("--extra-eos-token", "<eos>", "-1"), "a token of the model: got '-1'"),
+        ],
+    )
+    def test_found_later(self, run, args, words):
+        assert_one_line(run(*args), words)
+
+    def test_empty_prompt(self, run, tmp_path):
+        plain = model_folder(tmp_path / "no_bos", has_bos=False, has_drafter=False)
+        found = run("-p", "", model=plain)
+        assert_one_line(found, "prompt must hold at least one token")
+
+    def test_standard_input_in_another_encoding(self, run, monkeypatch):
+        raw = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", raw)
+        assert_one_line(run("-p", "-"), "the prompt must be UTF-8 text")
+
+    def test_no_such_folder(self, run, tmp_path):
+        assert_one_line(run(model=tmp_path / "nowhere"), str(tmp_path / "nowhere"))
+
+    def test_an_empty_name(self, run):
+        assert_one_line(run(model=""))
+
+    def test_an_id_that_never_was(self, run):
+        found = run(model="google/gemma-4-9b-it")
+        assert_one_line(found, "google/gemma-4-9b-it", "google/gemma-4-E2B-it")
+
+    def test_a_file(self, run, folder):
+        file = folder / "model.safetensors"
+        assert_one_line(run(model=file), str(file))
+
+    def test_a_folder_without_a_checkpoint(self, run, tmp_path):
+        assert_one_line(run(model=tmp_path), "config.json")
+
+    def test_a_drafter_as_the_target(self, run, folder):
+        assert_one_line(run(model=folder / "drafter"), "model_type")
+
+    def test_a_drafter_of_another_family(self, run, tmp_path):
+        other = model_folder(tmp_path / "e2b", "e2b")
+        found = run("--draft-model", other / "drafter")
+        assert_one_line(found, "the drafter's hidden size must be the target's")
+
+    def test_drafts_without_a_drafter(self, run, chat_folder):
+        found = run("--num-draft-tokens", "4", model=chat_folder)
+        assert_one_line(found, "num_draft_tokens must be 0 without a drafter: got 4")
+
+    def test_no_tokenizer(self, run, tmp_path):
+        folder = model_folder(tmp_path / "pair", has_drafter=False)
+        (folder / "tokenizer.json").write_text("{")
+        assert_one_line(run(model=folder), "tokenizer")
+
+    def test_the_parser_raises_what_main_shows(self):
+        with pytest.raises(RequestError, match=r"See mlx_gemma_mtp\.generate --help"):
+            cli.configure_parser().parse_args(["-m", "many"])
+
+
+class TestInterrupt:
+    def test_keeps_the_text_and_the_figures(self, run, expected, monkeypatch):
+        stream = TEXT.stream_generate
+        closed = []
+
+        def interrupted(*args, **settings):
+            responses = stream(*args, **settings)
+            try:
+                yield from islice(responses, 5)
+                raise KeyboardInterrupt
+            finally:
+                responses.close()
+                closed.append(True)
+
+        monkeypatch.setattr(TEXT, "stream_generate", interrupted)
+        status, out, err = run()
+        assert (status, closed) == (130, [True])
+        assert expected.startswith(out[:-1])
+        assert out.endswith("\n")
+        assert figures(err)[0] == "5"
+
+    def test_while_loading(self, run, monkeypatch):
+        def interrupted(*args, **settings):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(LOAD, "load", interrupted)
+        assert run() == (130, "", "")
+
+    @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+    def test_for_real(self, endless_folder):
+        args = ("--model", endless_folder, "-p", PROMPT, "-m", "-1")
+        with start(*args) as process:
+            assert process.stdout.read(1)  # it is in the middle of it
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        assert out.endswith("\n")
+        assert FIGURES.search(err)
+        assert "Traceback" not in err
+
+
+class TestProcess:
+    def test_the_command(self, folder):
+        command = [sys.executable, "-m", "mlx_gemma_mtp.generate"]
+        args = ["--model", folder, "-p", "-", "-m", "8"]
+        result = subprocess.run(
+            [*command, *map(str, args)],
+            input=PROMPT,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+        assert result.returncode == 0, result.stderr
+        assert len(result.stdout) > 5
+        first, rest = result.stderr.split("\n", 1)
+        assert first.startswith("drafter ")  # what was chosen is said, nothing else
+        assert str(folder / "drafter") in first
+        assert FIGURES.fullmatch(rest)
+
+    def test_a_mistake(self, tmp_path):
+        with start("--model", tmp_path) as process:
+            out, err = process.communicate(timeout=60)
+        assert_one_line((process.returncode, out, err), "config.json")
+
+    @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
+    def test_a_reader_that_leaves(self, endless_folder):
+        args = ("--model", endless_folder, "-p", PROMPT, "-m", "-1")
+        with start(*args) as process:
+            assert process.stdout.read(1)
+            process.stdout.close()
+            err = process.stderr.read()
+        assert process.returncode == 141, err
+        assert len(err.splitlines()) == 1  # which drafter was chosen
+        assert err.startswith("drafter ")

@@ -1,0 +1,186 @@
+"""The queue of rounds: one read each, no copies of the cache, nothing left behind.
+
+Run: python -m pytest tests/test_decoder.py
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import mlx_gemma_mtp
+from mlx_gemma_mtp import cache as cache_module
+from mlx_gemma_mtp import decoder as decoder_module
+from mlx_gemma_mtp.decoder import Decoder, Request
+from mlx_gemma_mtp.rounds import Rounds
+from tests.tiny import reference_pair
+
+PROMPT = [2, 17, 300, 45, 99, 8, 120]
+PACKAGE = Path(mlx_gemma_mtp.__file__).parent
+
+
+def tokens_of(decoder):
+    return [t for r in decoder.run() for e in r for t in e.tokens]
+
+
+def start(pair, num_tokens, num_draft_tokens=3, **options):
+    return Decoder(
+        pair.rounds,
+        [Request(PROMPT, num_tokens)],
+        num_draft_tokens=num_draft_tokens,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("look_ahead", [True, False])
+def test_one_host_read_per_round(monkeypatch, look_ahead):
+    pair = reference_pair()
+    tokens_of(start(pair, 10, look_ahead=look_ahead))  # trace before counting
+    reads, evals = [], []
+    read, evaluate = decoder_module._read, mx.eval
+
+    def counted_read(report):
+        reads.append(report)
+        return read(report)
+
+    def counted_eval(*arrays):
+        evals.append(arrays)
+        evaluate(*arrays)
+
+    monkeypatch.setattr(decoder_module, "_read", counted_read)
+    monkeypatch.setattr(mx, "eval", counted_eval)
+    decoder = start(pair, 40, look_ahead=look_ahead)
+    rounds = decoder.run()
+    next(rounds)
+    num_evals = len(evals)  # the prefill's
+    num_rounds = sum(1 for _ in rounds)
+    assert len(reads) == 1 + num_rounds  # one for the prefill
+    assert all(r.shape == (1, 5) and r.dtype == mx.int32 for r in reads[1:])
+    assert len(evals) - num_evals <= 1  # waiting for a round in flight at the end
+
+
+def test_the_round_has_no_other_way_to_the_host():
+    """Nothing between prefill and report converts or evaluates an array."""
+    forbidden = {"item", "tolist", "eval", "async_eval", "synchronize"}
+    allowed = {
+        "decoder.py": {"_read", "_queue_round", "_stop"},
+        "target.py": {"prefill"},
+        "cache.py": {"grow", "insert_row"},
+    }
+    for name in (
+        "acceptance",
+        "cache",
+        "decoder",
+        "drafter",
+        "masked_embedding",
+        "rounds",
+        "sampling",
+        "target",
+    ):
+        path = PACKAGE / f"{name}.py"
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef):
+                used = {
+                    node.attr
+                    for node in ast.walk(function)
+                    if isinstance(node, ast.Attribute)
+                }
+                if function.name not in allowed.get(path.name, set()):
+                    assert not used & forbidden, f"{path.name}: {function.name}"
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 1])
+@pytest.mark.parametrize("look_ahead", [True, False])
+def test_rounds_write_the_slabs_in_place(monkeypatch, num_draft_tokens, look_ahead):
+    """Memory beyond the slabs stays below the size of one slab."""
+    pair = reference_pair("31b")
+    monkeypatch.setattr(Decoder, "_initial_capacity", lambda self: 32768)
+    decoder = start(pair, 40, num_draft_tokens, look_ahead=look_ahead)
+    rounds = decoder.run()
+    for _ in range(3):
+        next(rounds)
+    state = decoder._state
+    assert state is not None
+    largest = max(slab.nbytes for slab in state.slabs)
+    del state
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(4):
+        next(rounds)
+    rounds.close()
+    # Scores over 32,768 keys are a part of it, a quarter of a slab for each query.
+    assert mx.get_peak_memory() - before < largest
+
+
+def test_growing_does_not_hold_two_copies_of_everything():
+    """Only one slab is held twice while the slabs grow."""
+    from mlx_gemma_mtp.cache import LayerKV, SlabLayout, grow
+
+    layout = SlabLayout(
+        tuple(LayerKV("full_attention", 4, 64) for _ in range(8)),
+        window=8,
+        dtype=mx.float32,
+    )
+    slabs = layout.allocate(1, 4096)
+    mx.eval(slabs)
+    one = slabs[0].nbytes
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    grow(slabs, layout, 8192)
+    # 16 slabs double: the growth is 16, the copy in the making at most 2 more, and
+    # MLX's concatenation needs the zeros it appends.
+    assert mx.get_peak_memory() - before <= 19.5 * one
+    assert {slab.shape[2] for slab in slabs} == {8192}
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+def test_text_does_not_change_where_the_slabs_grow(monkeypatch, num_draft_tokens):
+    pair = reference_pair("e4b")
+    expected = tokens_of(start(pair, 90, num_draft_tokens))
+    monkeypatch.setattr(decoder_module, "RESERVED_TOKENS", 8)
+    monkeypatch.setattr(cache_module, "CAPACITY_BLOCK", 32)
+    decoder = start(pair, 90, num_draft_tokens)
+    layout, capacities, tokens = pair.rounds.target.layout, set(), []
+    for emissions in decoder.run():
+        tokens += emissions[0].tokens
+        if decoder._state is not None:
+            capacities.add(layout.capacity(decoder._state.slabs))
+    assert capacities >= {32, 64, 96}
+    assert tokens == expected
+
+
+def test_closing_early_leaves_nothing_in_flight():
+    pair = reference_pair()
+    decoder = start(pair, None)
+    rounds = decoder.run()
+    for _ in range(4):
+        next(rounds)
+    assert len(decoder._in_flight) == 1
+    rounds.close()
+    assert not decoder._in_flight
+    assert decoder._state is None
+
+
+def test_compiled_and_uncompiled_rounds_agree():
+    pair = reference_pair("e2b")
+    eager = Rounds(pair.rounds.target, pair.drafter, use_compile=False)
+    outputs = [
+        tokens_of(Decoder(rounds, [Request(PROMPT, 40)], num_draft_tokens=3))
+        for rounds in (eager, pair.rounds)
+    ]
+    assert outputs[0] == outputs[1]
+
+
+def test_rounds_are_compiled_once_per_number_of_drafts():
+    pair = reference_pair()
+    for _ in range(2):
+        for num_draft_tokens in (0, 3):
+            tokens_of(start(pair, 6, num_draft_tokens))
+    keys = list(pair.rounds._compiled)
+    assert len(keys) == len(set(keys))
+    assert {k for k, rule in keys if not rule.is_sampled} >= {0, 3}

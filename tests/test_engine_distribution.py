@@ -1,0 +1,96 @@
+"""The whole engine draws from the target's distribution, drafts accepted or not.
+
+Run: python -m pytest tests/test_engine_distribution.py
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_gemma_mtp.config import FULL, SamplingParams
+from mlx_gemma_mtp.decoder import Decoder, Request
+from mlx_gemma_mtp.drafter import DraftOutput
+from mlx_gemma_mtp.rounds import Rounds
+from mlx_gemma_mtp.target import Prefilled, TargetOutput
+from tests.scripted import ScriptedTarget
+from tests.test_sampling import chi_squared_bound
+
+NUM_ROWS, NUM_TOKENS = 40, 500  # 20,000 draws
+TARGET_PROBS = np.array([0.35, 0.2, 0.15, 0.1, 0.1, 0.06, 0.03, 0.01])
+DRAFT_PROBS = np.array([0.1, 0.3, 0.1, 0.2, 0.05, 0.05, 0.15, 0.05])
+
+
+class FixedTarget(ScriptedTarget):
+    """The same distribution at every position."""
+
+    def __init__(self) -> None:
+        super().__init__([[0]])
+
+    def prefill(self, prompt: mx.array, *, step_size: int) -> Prefilled:
+        filled = super().prefill(prompt, step_size=step_size)
+        logits = mx.log(mx.array(TARGET_PROBS))[None, None]
+        return Prefilled(logits, filled.hidden, filled.caches, filled.num_tokens)
+
+    def verify(self, tokens, slabs, **kwargs) -> TargetOutput:
+        logits = mx.broadcast_to(mx.log(mx.array(TARGET_PROBS)), (*tokens.shape, 8))
+        return TargetOutput(logits, mx.zeros((*tokens.shape, 2)), slabs)
+
+
+class FixedDrafter:
+    """Another distribution at every position."""
+
+    layer_types = (FULL,)
+
+    def __call__(self, embedding, hidden, shared_kv, *, position) -> DraftOutput:
+        logits = mx.broadcast_to(
+            mx.log(mx.array(DRAFT_PROBS)), (*embedding.shape[:2], 8)
+        )
+        return DraftOutput(logits, None, hidden)
+
+
+def draw(num_draft_tokens):
+    """All tokens by row, and the decoder."""
+    rounds = Rounds(FixedTarget(), FixedDrafter())
+    requests = [
+        Request([3], NUM_TOKENS, SamplingParams(1.0, seed=1000 + row))
+        for row in range(NUM_ROWS)
+    ]
+    decoder = Decoder(rounds, requests, num_draft_tokens=num_draft_tokens)
+    rows: list[list[int]] = [[] for _ in range(NUM_ROWS)]
+    for emissions in decoder.run():
+        for emission in emissions:
+            rows[emission.row] += emission.tokens
+    return rows, decoder
+
+
+def test_20000_draws_follow_the_target():
+    """Chi-squared over 8 tokens, false alarm 1e-6; the same text without drafts."""
+    rows, decoder = draw(4)
+    counts = np.bincount(np.concatenate(rows), minlength=8)
+    expected = NUM_ROWS * NUM_TOKENS * TARGET_PROBS
+    assert counts.sum() == 20_000
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    assert statistic < chi_squared_bound(7, 1e-6)
+    # Both outcomes of a draft took part, hundreds of times each.
+    assert 0.2 < decoder.stats.acceptance_rate < 0.8
+    assert draw(0)[0] == rows
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 4])
+def test_acceptance_is_that_of_coupled_draws(num_draft_tokens):
+    """P(equal Gumbel maxima) = sum 1 / sum_j max(p_j / p_i, q_j / q_i).
+
+    Source: Daliri et al. 2024, arXiv 2408.07978, lemma 4. Five standard deviations on
+    the rate at position 1: false alarm below 1e-6.
+    """
+    _, decoder = draw(num_draft_tokens)
+    ratios = np.maximum(
+        TARGET_PROBS[None] / TARGET_PROBS[:, None],
+        DRAFT_PROBS[None] / DRAFT_PROBS[:, None],
+    )
+    expected = (1 / ratios.sum(axis=1)).sum()
+    rate = decoder.stats.acceptance_by_position[0]
+    deviation = np.sqrt(expected * (1 - expected) / decoder.stats.rounds)
+    assert abs(rate - expected) < 5 * deviation

@@ -1,0 +1,273 @@
+"""Filters, noise and draws, against known answers, mlx-lm and exact probabilities.
+
+Run: python -m pytest tests/test_sampling.py
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+from mlx_gemma_mtp.config import SamplingParams
+from mlx_gemma_mtp.sampling import (
+    choose_tokens,
+    gumbel_noise,
+    philox,
+    sampling_rows,
+    sampling_rule,
+)
+from mlx_gemma_mtp.tokens import generate_tokens
+from tests.tiny import FAMILIES, reference_pair
+
+# Known answers of Random123 1.14, examples/kat_vectors, "philox4x32 10".
+KNOWN_ANSWERS = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    (
+        [0xFFFFFFFF] * 4,
+        [0xFFFFFFFF] * 2,
+        [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
+    ),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+def choose(logits, params, *, positions=None, token_ids=None):
+    """choose_tokens for logits [B, L, M] as nested lists or an array."""
+    logits = mx.array(logits)
+    if positions is None:
+        positions = mx.broadcast_to(mx.arange(logits.shape[1]), logits.shape[:2])
+    return choose_tokens(
+        logits,
+        sampling_rows(params),
+        rule=sampling_rule(params),
+        positions=positions,
+        token_ids=token_ids,
+    )
+
+
+@pytest.mark.parametrize("use_compile", [False, True])
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, expected, use_compile):
+    function = mx.compile(philox) if use_compile else philox
+    words = function(
+        tuple(mx.array([c], dtype=mx.uint32) for c in counter),
+        tuple(mx.array([k], dtype=mx.uint32) for k in key),
+    )
+    assert [word.item() for word in words] == expected
+
+
+def test_noise_depends_on_seed_position_and_token_alone():
+    seed = mx.array([[7, 0], [7, 0], [8, 0], [7, 1]], dtype=mx.uint32)
+    positions = mx.array([[3, 4], [4, 3], [3, 4], [3, 4]])
+    ids = mx.broadcast_to(mx.arange(40), (4, 2, 40))
+    noise = np.array(gumbel_noise(seed, positions, ids))
+    np.testing.assert_array_equal(noise[0, 0], noise[1, 1])
+    np.testing.assert_array_equal(noise[0, 1], noise[1, 0])
+    for row, other in ((0, 2), (0, 3), (2, 3)):
+        assert (noise[row] != noise[other]).all()
+    assert (noise[0, 0] != noise[0, 1]).all()
+    some = mx.array([[[39, 2, 17]]])
+    alone = gumbel_noise(seed[:1], positions[:1, :1], some)
+    np.testing.assert_array_equal(np.array(alone)[0, 0], noise[0, 0][[39, 2, 17]])
+
+
+def test_noise_is_gumbel():
+    """Kolmogorov-Smirnov at 2^18 draws; false alarm 1e-6 (bound 2.69 / sqrt(n))."""
+    num_draws = 2**18
+    ids = mx.broadcast_to(mx.arange(num_draws // 4), (1, 4, num_draws // 4))
+    seed = mx.array([[12345, 6789]], dtype=mx.uint32)
+    noise = np.sort(np.array(gumbel_noise(seed, mx.arange(4)[None], ids)).ravel())
+    assert np.isfinite(noise).all()
+    expected = np.exp(-np.exp(-noise.astype(np.float64)))
+    ranks = np.arange(1, num_draws + 1) / num_draws
+    distance = max(
+        np.abs(ranks - expected).max(), np.abs(ranks - 1 / num_draws - expected).max()
+    )
+    # P(distance > d) <= 2 exp(-2 n d^2) (Dvoretzky-Kiefer-Wolfowitz, Massart).
+    assert distance < np.sqrt(np.log(2 / 1e-6) / 2 / num_draws)
+
+
+def filtered_by_mlx_lm(logits, params):
+    """mlx-lm's own filters in its order; the kept tokens."""
+    logprobs = mx.array(logits) - mx.logsumexp(mx.array(logits), axis=-1, keepdims=True)
+    if 0 < params.top_p < 1:
+        logprobs = apply_top_p(logprobs, params.top_p)
+    if params.min_p:
+        logprobs = apply_min_p(logprobs, params.min_p)
+    if 0 < params.top_k < logprobs.shape[-1]:
+        logprobs = apply_top_k(logprobs, params.top_k)
+    return set(np.flatnonzero(np.isfinite(np.array(logprobs)[0])).tolist())
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    scale=st.sampled_from([0.5, 2.0, 8.0]),
+    top_p=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999, 1.0]),
+    top_k=st.sampled_from([0, 1, 5, 63, 64, 1000]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+)
+def test_filters_keep_what_mlx_lm_keeps(seed, scale, top_p, top_k, min_p):
+    """Many draws at a high temperature reach every kept token and no other.
+
+    A kept token of 64 stays unseen in 4,096 near-uniform draws with probability below
+    64 exp(-4096 / 64 * 0.9) < 1e-22.
+    """
+    logits = np.random.default_rng(seed).normal(size=64).astype(np.float32) * scale
+    params = SamplingParams(1e4, top_p, top_k, min_p, seed=seed)
+    drawn = choose(mx.broadcast_to(mx.array(logits), (1, 4096, 64)), [params])
+    assert set(drawn[0].tolist()) == filtered_by_mlx_lm(logits[None], params)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(1.0, seed=5),
+        SamplingParams(0.6, seed=6),
+        SamplingParams(1.5, 0.9, seed=7),
+        SamplingParams(1.0, 0.95, 8, seed=8),
+        SamplingParams(0.8, 1.0, 0, 0.1, seed=9),
+    ],
+)
+def test_draws_follow_softmax(params):
+    """Chi-squared over 20,000 draws from 16 tokens; false alarm 1e-6 for each case."""
+    logits = np.random.default_rng(0).normal(size=16) * 1.5
+    kept = sorted(filtered_by_mlx_lm(logits.astype(np.float32)[None], params))
+    weights = np.exp(logits[kept] / params.temp)
+    expected = 20_000 * weights / weights.sum()
+    drawn = choose(
+        mx.broadcast_to(mx.array(logits.astype(np.float32)), (1, 20_000, 16)), [params]
+    )
+    counts = np.bincount(np.array(drawn)[0], minlength=16)
+    assert counts.sum() == counts[kept].sum()
+    statistic = ((counts[kept] - expected) ** 2 / expected).sum()
+    assert statistic < chi_squared_bound(len(kept) - 1, 1e-6)
+
+
+def chi_squared_bound(freedom, false_alarm):
+    """A value exceeded with at most this probability (Laurent and Massart 2000)."""
+    x = np.log(1 / false_alarm)
+    return freedom + 2 * np.sqrt(freedom * x) + 2 * x
+
+
+def test_successive_draws_are_independent():
+    """Pairs of neighbours among 20,000 draws, chi-squared, false alarm 1e-6."""
+    logits = mx.log(mx.array([0.1, 0.2, 0.3, 0.4]))
+    params = [SamplingParams(1.0, seed=77)]
+    drawn = choose(mx.broadcast_to(logits, (1, 20_000, 4)), params)[0].tolist()
+    counts = np.zeros((4, 4))
+    for pair in pairwise(drawn):
+        counts[pair] += 1
+    probs = np.array([0.1, 0.2, 0.3, 0.4])
+    expected = 19_999 * np.outer(probs, probs)
+    assert ((counts - expected) ** 2 / expected).sum() < chi_squared_bound(15, 1e-6)
+
+
+def test_greedy_takes_the_first_of_equals():
+    assert choose([[[0.0, 2.0, 2.0, 1.0]]], [SamplingParams()]).tolist() == [[1]]
+
+
+def test_candidates_are_named_by_their_ids():
+    ids = mx.array([[[30, 10, 20]]])
+    logits = [[[0.0, 5.0, 1.0]]]
+    assert choose(logits, [SamplingParams()], token_ids=ids).tolist() == [[10]]
+    sampled = [SamplingParams(1.0, top_k=2, seed=1)]
+    drawn = {
+        choose(logits, sampled, positions=mx.array([[p]]), token_ids=ids).item()
+        for p in range(200)
+    }
+    assert drawn == {10, 20}
+
+
+def test_a_draw_depends_on_ids_not_on_their_order():
+    """The drafter's candidate list and the target's vocabulary get the same noise."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(1, 500, 64)).astype(np.float32)
+    order = np.stack([rng.permutation(64) for _ in range(500)])[None]
+    params = [SamplingParams(1.0, seed=4)]
+    dense = choose(logits, params)
+    listed = choose(
+        np.take_along_axis(logits, order, -1), params, token_ids=mx.array(order)
+    )
+    assert dense.tolist() == listed.tolist()
+
+
+def test_rows_keep_their_own_settings():
+    """A mixed batch draws for each row what the row draws alone."""
+    logits = np.random.default_rng(1).normal(size=(5, 300, 64)).astype(np.float32) * 2
+    params = [
+        SamplingParams(),
+        SamplingParams(1.0, seed=1),
+        SamplingParams(0.7, top_k=5, seed=2),
+        SamplingParams(1.3, top_p=0.8, seed=1),
+        SamplingParams(1.0, 0.9, 20, 0.05, seed=3),
+    ]
+    together = choose(logits, params)
+    for i, row in enumerate(params):
+        assert choose(logits[i : i + 1], [row]).tolist()[0] == together[i].tolist()
+
+
+SETTINGS = [
+    {"temp": 1.0},
+    {"temp": 1.0, "top_k": 64, "top_p": 0.95},  # Gemma's own
+    {"temp": 0.7, "min_p": 0.05},
+]
+PROMPTS = [[2, 17, 300, 45], list(range(40, 70)), [9]]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_of_a_seed_does_not_depend_on_drafting(family, settings, monkeypatch):
+    """Identical for K = 0..8, alone and in a batch."""
+    pair = reference_pair(family)
+    monkeypatch.setattr(pair.rounds, "_use_compile", False)
+    monkeypatch.setattr(pair.rounds, "_compiled", {})
+
+    def decode(prompt, num_draft_tokens):
+        return list(
+            generate_tokens(
+                pair,
+                prompt,
+                max_tokens=20,
+                num_draft_tokens=num_draft_tokens,
+                seed=11,
+                eos_token_ids=(),
+                **settings,
+            )
+        )
+
+    alone = [decode(prompt, 0) for prompt in PROMPTS]
+    assert len(set(alone[0])) > 4  # sampled, not stuck
+    # Every K at Gemma's own settings; a few where each draw takes noise for the whole
+    # vocabulary, which is slow here.
+    for num_draft_tokens in range(1, 9) if "top_k" in settings else (1, 8):
+        assert decode(PROMPTS[0], num_draft_tokens) == alone[0]
+    for num_draft_tokens in (0, 5):
+        rows = zip(*decode(PROMPTS, num_draft_tokens), strict=True)
+        assert [list(row) for row in rows] == alone
+
+
+def test_seeds_differ_and_fresh_ones_are_drawn():
+    pair = reference_pair()
+
+    def decode(seed):
+        return list(
+            generate_tokens(
+                pair, PROMPTS[0], max_tokens=24, temp=1.0, seed=seed, eos_token_ids=()
+            )
+        )
+
+    assert decode(1) == decode(1)
+    # Two texts of 24 nearly uniform tokens of 512 agree with probability < 1e-30.
+    assert decode(1) != decode(2)
+    assert decode(None) != decode(None)
+    assert decode(2**64 - 1) != decode(2**32 - 1)

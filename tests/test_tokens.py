@@ -1,0 +1,331 @@
+"""Token ids in, token ids out: shapes of results, budgets, ends, mistakes.
+
+Run: python -m pytest tests/test_tokens.py
+"""
+
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_gemma_mtp import tokens as tokens_module
+from mlx_gemma_mtp.decoder import Decoder
+from mlx_gemma_mtp.drafter import Drafter
+from mlx_gemma_mtp.errors import RequestError
+from mlx_gemma_mtp.pair import Pair
+from mlx_gemma_mtp.tokens import draft_block, generate_tokens
+from tests.tiny import END_OF_TURN, EOS, VOCAB_SIZE, reference_pair, uncompiled
+
+PROMPT = [2, 5, 9, 11]
+OTHER = [7, 300, 8]
+# Noise outweighs the logits of a random pair, so that its drafts are accepted.
+SAMPLED: dict[str, Any] = {"temp": 2.0, "seed": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _uncompiled():
+    with uncompiled():
+        yield
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return reference_pair("12b")
+
+
+@pytest.fixture(scope="module")
+def plain_pair():
+    return reference_pair("12b", has_drafter=False)
+
+
+@pytest.fixture(scope="module")
+def expected(pair):
+    """The greedy text by plain decoding, past any end."""
+    return run(pair, PROMPT, max_tokens=16, num_draft_tokens=0, eos_token_ids=())
+
+
+@pytest.fixture
+def decoders(monkeypatch):
+    """The decoders that the calls of a test make."""
+    made = []
+
+    class Recorded(Decoder):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            made.append(self)
+
+    monkeypatch.setattr(tokens_module, "Decoder", Recorded)
+    return made
+
+
+def run(pair, prompt, **settings):
+    return list(generate_tokens(pair, prompt, **settings))
+
+
+def column(rows, i):
+    """One prompt's tokens, and how many rows follow its end."""
+    tokens = [row[i] for row in rows]
+    kept = [token for token in tokens if token is not None]
+    assert tokens[: len(kept)] == kept, "None comes only after a row's end"
+    return kept, len(tokens) - len(kept)
+
+
+def test_one_prompt_gives_ints(expected):
+    assert len(expected) == 16
+    assert all(type(token) is int for token in expected)
+    assert all(0 <= token < VOCAB_SIZE for token in expected)
+
+
+def test_several_prompts_give_lists(pair):
+    settings: dict[str, Any] = {**SAMPLED, "max_tokens": 20}
+    singles = [
+        run(pair, prompt, num_draft_tokens=0, eos_token_ids=(), **settings)
+        for prompt in (PROMPT, OTHER)
+    ]
+    rows = run(pair, [PROMPT, OTHER], num_draft_tokens=4, eos_token_ids=(), **settings)
+    assert all(type(row) is list and len(row) == 2 for row in rows)
+    assert [column(rows, i) for i in range(2)] == [(singles[0], 0), (singles[1], 0)]
+    # An end that one row meets in the middle.
+    place = next(i for i in range(4, 20) if singles[0][i] not in singles[1])
+    num_tokens = singles[0].index(singles[0][place]) + 1
+    rows = run(
+        pair,
+        [PROMPT, OTHER],
+        num_draft_tokens=4,
+        eos_token_ids=[singles[0][place]],
+        **settings,
+    )
+    assert column(rows, 0) == (singles[0][:num_tokens], 20 - num_tokens)
+    assert column(rows, 1) == (singles[1], 0)
+
+
+def test_a_batch_of_one_is_a_batch(pair, expected):
+    rows = run(pair, [PROMPT], max_tokens=3, num_draft_tokens=0, eos_token_ids=())
+    assert rows == [[token] for token in expected[:3]]
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 4])
+@pytest.mark.parametrize("max_tokens", [1, 2, 5])
+def test_max_tokens_is_exact(pair, expected, max_tokens, num_draft_tokens):
+    settings = {"max_tokens": max_tokens, "num_draft_tokens": num_draft_tokens}
+    greedy = run(pair, PROMPT, eos_token_ids=(), **settings)
+    assert greedy == expected[:max_tokens]
+    # Accepted drafts beyond the budget are cut, too.
+    assert len(run(pair, PROMPT, eos_token_ids=(), **SAMPLED, **settings)) == max_tokens
+
+
+def test_drafts_are_accepted_and_cut(pair, decoders):
+    tokens = run(pair, PROMPT, max_tokens=20, eos_token_ids=(), **SAMPLED)
+    (decoder,) = decoders
+    assert len(tokens) == 20
+    assert decoder.stats.accepted > decoder.stats.rounds  # or the tests above are idle
+
+
+def test_own_number_of_drafts(pair, plain_pair, decoders):
+    for p in (pair, plain_pair):
+        run(p, PROMPT, max_tokens=3, eos_token_ids=())
+    # The checkpoint's generation_config.json names 3.
+    assert [set(d.stats.num_draft_tokens) for d in decoders] == [{3}, {0}]
+
+
+@pytest.mark.parametrize(
+    ("named", "used"), [(None, 4), (1, 1), (8, 8), (20, 4), (0, 4)]
+)
+def test_number_of_drafts_that_a_checkpoint_names(pair, named, used):
+    drafter = Drafter(replace(pair.drafter.config, num_assistant_tokens=named))
+    assert Pair(pair.target, drafter).num_draft_tokens == used
+
+
+def test_no_limit(pair, expected):
+    stream = generate_tokens(
+        pair, PROMPT, max_tokens=-1, num_draft_tokens=4, eos_token_ids=()
+    )
+    tokens = list(islice(stream, 40))
+    stream.close()
+    assert tokens[:16] == expected
+    assert len(tokens) == 40
+
+
+class TestEnds:
+    def test_the_ending_token_is_yielded(self, pair, expected):
+        for num_draft_tokens in (0, 4):
+            found = run(
+                pair,
+                PROMPT,
+                max_tokens=16,
+                num_draft_tokens=num_draft_tokens,
+                eos_token_ids={expected[6], VOCAB_SIZE - 1},
+            )
+            assert found == expected[: expected.index(expected[6]) + 1]
+
+    def test_at_the_first_token(self, pair, expected):
+        ends = (expected[0],)
+        assert run(pair, PROMPT, max_tokens=9, eos_token_ids=ends) == expected[:1]
+
+    def test_inside_a_block(self, pair, decoders):
+        settings = {**SAMPLED, "max_tokens": 20, "num_draft_tokens": 4}
+        tokens = run(pair, PROMPT, eos_token_ids=(), **settings)
+        for i in range(1, 8):
+            found = run(pair, PROMPT, eos_token_ids=tokens[i : i + 1], **settings)
+            assert found == tokens[: tokens.index(tokens[i]) + 1]
+
+    def test_the_checkpoints_own(self, pair, expected, monkeypatch):
+        assert pair.eos_token_ids == {EOS, END_OF_TURN}
+        assert not {EOS, END_OF_TURN} & set(expected)
+        monkeypatch.setattr(pair, "eos_token_ids", frozenset(expected[1:2]))
+        settings = {"max_tokens": 6, "num_draft_tokens": 0}
+        assert run(pair, PROMPT, **settings) == expected[:2]
+        assert run(pair, PROMPT, eos_token_ids=(), **settings) == expected[:6]
+
+    @pytest.mark.parametrize("kind", [list, tuple, set, iter, np.array, mx.array])
+    def test_any_collection_of_them(self, pair, expected, kind):
+        ends = kind([expected[2]])
+        found = run(pair, PROMPT, max_tokens=6, num_draft_tokens=0, eos_token_ids=ends)
+        assert found == expected[: expected.index(expected[2]) + 1]
+
+
+class TestClosing:
+    def start(self, pair, prompt):
+        return generate_tokens(
+            pair, prompt, max_tokens=16, num_draft_tokens=4, eos_token_ids=(), **SAMPLED
+        )
+
+    @pytest.mark.parametrize("prompt", [PROMPT, [PROMPT, OTHER]])
+    def test_nothing_is_left_running(self, pair, decoders, prompt):
+        stream = self.start(pair, prompt)
+        first = list(islice(stream, 3))
+        (decoder,) = decoders
+        assert decoder._state is not None  # it was in the middle of it
+        stream.close()
+        assert not decoder._in_flight
+        assert decoder._state is None
+        assert list(self.start(pair, prompt))[:3] == first
+
+    def test_two_at_once(self, pair):
+        streams = [self.start(pair, PROMPT) for _ in range(2)]
+        alone = list(self.start(pair, PROMPT))
+        assert list(zip(*streams, strict=True)) == list(zip(alone, alone, strict=True))
+
+
+class TestPrompts:
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            tuple,
+            np.array,
+            mx.array,
+            lambda tokens: list(np.array(tokens)),
+            lambda tokens: list(mx.array(tokens)),
+            lambda tokens: np.array(tokens, dtype=np.uint16),
+        ],
+    )
+    def test_any_sequence_of_whole_numbers(self, pair, expected, kind):
+        settings = {"max_tokens": 3, "num_draft_tokens": 0, "eos_token_ids": ()}
+        assert run(pair, kind(PROMPT), **settings) == expected[:3]
+        rows = [[token] for token in expected[:3]]
+        assert run(pair, [kind(PROMPT)], **settings) == rows
+        assert run(pair, kind([PROMPT]), **settings) == rows
+
+    def test_a_range(self, pair):
+        settings = {"max_tokens": 3, "num_draft_tokens": 0, "eos_token_ids": ()}
+        assert run(pair, range(4, 8), **settings) == run(pair, [4, 5, 6, 7], **settings)
+
+    def test_numbers_may_be_numpys(self, pair, expected):
+        limit, drafts = np.int64(3), np.int64(0)
+        settings = {"max_tokens": limit, "num_draft_tokens": drafts}
+        assert run(pair, PROMPT, eos_token_ids=(), **settings) == expected[:3]
+
+    def test_in_several_forwards(self, pair, expected):
+        settings = {"max_tokens": 8, "num_draft_tokens": 0, "eos_token_ids": ()}
+        assert run(pair, PROMPT, prefill_step_size=1, **settings) == expected[:8]
+
+
+MISTAKES = [
+    ({"prompt_tokens": []}, "prompt must hold at least one token"),
+    ({"prompt_tokens": np.array([], dtype=np.int32)}, "at least one token"),
+    ({"prompt_tokens": [PROMPT, []]}, "prompt must hold at least one token"),
+    ({"prompt_tokens": [VOCAB_SIZE]}, "got 512, expected 0 to 511"),
+    ({"prompt_tokens": [PROMPT, [-1]]}, "got -1, expected 0 to 511"),
+    ({"prompt_tokens": [2, 5.0]}, "whole numbers: got 5.0"),
+    ({"prompt_tokens": mx.array([2.0, 5.0])}, "whole numbers: got 2.0"),
+    ({"prompt_tokens": [2, True]}, "whole numbers: got True"),
+    ({"prompt_tokens": [2, "5"]}, "whole numbers: got '5'"),
+    ({"prompt_tokens": [2, None]}, "whole numbers: got None"),
+    ({"prompt_tokens": [2, [5]]}, r"whole numbers: got \[5\]"),
+    ({"prompt_tokens": "hello"}, "sequence of token ids: got 'hello'"),
+    ({"prompt_tokens": ["hello"]}, "sequence of token ids: got 'hello'"),
+    ({"prompt_tokens": [PROMPT, 5]}, "sequence of token ids: got 5"),
+    ({"prompt_tokens": 5}, "sequence of token ids: got 5"),
+    ({"prompt_tokens": None}, "sequence of token ids: got None"),
+    *(
+        ({"max_tokens": value}, "max_tokens must be 1 or more, or -1")
+        for value in (0, -2, True, 5.0, "5", None)
+    ),
+    *(
+        ({"num_draft_tokens": value}, "num_draft_tokens must be from 0 to 8: got")
+        for value in (9, -1, True, 4.0, "4")
+    ),
+    *(
+        ({"prefill_step_size": value}, "prefill_step_size must be 1 or more: got")
+        for value in (0, -1, 2.0, True, None)
+    ),
+    *(({"temp": value}, "temp must be") for value in (-0.1, float("nan"), "1", None)),
+    *(({"top_p": value}, "top_p must be") for value in (-0.1, 1.1, "1")),
+    *(({"top_k": value}, "top_k must be") for value in (-1, 1.5, True)),
+    *(({"min_p": value}, "min_p must be") for value in (-0.1, 1.1)),
+    *(({"seed": value}, "seed must be") for value in (-1, 2**64, 1.5, "1")),
+    *(
+        ({"eos_token_ids": value}, "eos_token_ids must be token ids: got")
+        for value in (1, "<eos>", [1.0], [None], [True])
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES)
+def test_a_mistake_is_one_line_at_the_call(pair, changes, message):
+    settings = {"prompt_tokens": PROMPT, "max_tokens": 4, **changes}
+    with pytest.raises(RequestError, match=message) as caught:
+        generate_tokens(pair, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_drafts_need_a_drafter(plain_pair):
+    with pytest.raises(RequestError, match="must be 0 without a drafter: got 4"):
+        generate_tokens(plain_pair, PROMPT, max_tokens=4, num_draft_tokens=4)
+    settings = {"max_tokens": 4, "eos_token_ids": ()}
+    plain = run(plain_pair, PROMPT, num_draft_tokens=0, **settings)
+    assert plain == run(plain_pair, PROMPT, **settings)
+
+
+class TestDraftBlock:
+    def test_one_int_per_draft(self, pair):
+        drafts = draft_block(pair, PROMPT, 4)
+        assert len(drafts) == 4
+        assert all(type(token) is int and 0 <= token < VOCAB_SIZE for token in drafts)
+        assert draft_block(pair, mx.array(PROMPT), 2) == drafts[:2]
+
+    @pytest.mark.parametrize(
+        ("prompt", "number", "message"),
+        [
+            (PROMPT, 0, "at least 1 for a block of drafts: got 0"),
+            (PROMPT, 9, "num_draft_tokens must be from 0 to 8: got 9"),
+            (PROMPT, -1, "num_draft_tokens must be from 0 to 8: got -1"),
+            (PROMPT, True, "num_draft_tokens must be from 0 to 8: got True"),
+            ([], 4, "prompt must hold at least one token"),
+            ([2], 4, "at least 2 tokens long for a block of drafts: got 1"),
+            ([2, 512], 4, "got 512, expected 0 to 511"),
+            ([PROMPT], 4, "whole numbers: got"),
+            ("hello", 4, "sequence of token ids: got 'hello'"),
+        ],
+    )
+    def test_mistakes(self, pair, prompt, number, message):
+        with pytest.raises(RequestError, match=message) as caught:
+            draft_block(pair, prompt, number)
+        assert "\n" not in str(caught.value)
+
+    def test_needs_a_drafter(self, plain_pair):
+        with pytest.raises(RequestError, match="must be 0 without a drafter: got 4"):
+            draft_block(plain_pair, PROMPT, 4)

@@ -1,0 +1,117 @@
+"""What tests share: the tiny random pairs, a tokenizer for them, folders of both.
+
+Nothing here is downloaded or trained.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from mlx_gemma_mtp.load import load_pair
+from mlx_gemma_mtp.pair import Pair
+
+REFERENCE = Path(__file__).parent / "data" / "reference"
+FAMILIES = ("e2b", "e4b", "12b", "26b-a4b", "31b")
+VOCAB_SIZE = 512
+PAD, EOS, BOS, UNK, TURN, END_OF_TURN = 0, 1, 2, 3, 105, 106
+
+# As much of Gemma's as matters: roles, turns, a prompt for the answer, a refusal.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'system' and not has_system %}"
+    "{{ raise_exception('no system\nprompt here') }}{% endif %}"
+    "<|turn>{{ message.role }}\n{{ message.content }}"
+    "{% if not loop.last or add_generation_prompt %}<turn|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>model\n{{ opening }}{% endif %}"
+)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Rounds as plain graphs, for tests of what stands above them.
+
+    On the CPU MLX compiles every fused kernel with g++: a minute, once per machine.
+    """
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+@cache
+def reference_pair(family: str = "12b", *, has_drafter: bool = True) -> Pair:
+    """A random pair, the same object for every test: compiled rounds are kept."""
+    folder = REFERENCE / family
+    return load_pair(folder / "target", folder / "drafter" if has_drafter else None)
+
+
+def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """512 pieces in Gemma's manner, ids by their place, and the merges they need."""
+    characters = ["▁", "\n", *string.digits, *string.ascii_letters, *string.punctuation]
+    letters, few = "etaoinshrdlucmfw", "etaoi"
+    pairs = list(product(letters, letters))
+    triples = [(a + b, c) for a, b, c in product(few, few, few)]
+    words = [("▁", letter) for letter in string.ascii_lowercase]
+    merges = [*pairs, *triples, *words]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    pieces += [f"<0x{byte:02X}>" for byte in "€".encode()]
+    pieces += [*characters, *("".join(merge) for merge in merges)]
+    for special, place in (("<|turn>", TURN), ("<turn|>", END_OF_TURN)):
+        pieces.insert(place, special)
+    assert len(set(pieces)) == len(pieces) == VOCAB_SIZE
+    return {piece: i for i, piece in enumerate(pieces)}, merges
+
+
+def tiny_tokenizer(
+    *, has_bos: bool = True, has_eos: bool = True, chat_template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """A tokenizer for the random pairs: every id is a piece of text.
+
+    It is built like Gemma's: byte-pair encoding over ▁ for the space, bytes for what
+    has no piece (of three bytes only: those of €), a begin-of-sequence token in front.
+    """
+    vocabulary, merges = _vocabulary()
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"]
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    if has_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", BOS)]
+        )
+    special: dict[str, Any] = {"pad_token": "<pad>", "unk_token": "<unk>"}
+    special |= {"bos_token": "<bos>"} if has_bos else {}
+    special |= {"eos_token": "<eos>"} if has_eos else {}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    wrapped.chat_template = chat_template
+    return wrapped
+
+
+def model_folder(
+    folder: Path, family: str = "12b", *, has_drafter: bool = True, **tokenizer: Any
+) -> Path:
+    """Make a checkpoint's folder: target, tokenizer, and the drafter in drafter/."""
+    parts = {"target": folder, "drafter": folder / "drafter"}
+    for part, place in parts.items():
+        if part == "target" or has_drafter:
+            place.mkdir(parents=True)
+            for path in (REFERENCE / family / part).iterdir():
+                (place / path.name).write_bytes(path.read_bytes())
+    tiny_tokenizer(**tokenizer).save_pretrained(folder)
+    return folder
