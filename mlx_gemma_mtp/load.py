@@ -294,6 +294,8 @@ def _load_target(checkpoint: Checkpoint, *, lazy: bool) -> nn.Module:
             model_config=settings,
             get_model_classes=_text_classes if is_text_only else _target_classes,
         )
+    # The subclass has done its work: what the caller gets is mlx-lm's own model.
+    model.__class__ = gemma4_text.Model if is_text_only else gemma4.Model
     return model
 
 

@@ -23,7 +23,6 @@ import os
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +59,9 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=100, help="held-out prompts")
     parser.add_argument("--places", type=int, default=500, help="random places")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[64, 256, 512, 896], metavar="TOKENS"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="also write the figures here")
     return parser
@@ -290,7 +292,7 @@ def context(
     ks = sorted({0, *counts})
     show(f"\n{'ms per round, median':28} " + " ".join(f"{f'K = {k}':>9}" for k in ks))
     figures: dict[str, object] = {}
-    for length in (64, 256, 512, 896):
+    for length in args.contexts:
         (prompt,) = prompts_of(documents, rng, count=1, length=length)
         times: dict[int, list[float]] = {k: [] for k in ks}
         for repeat in range(args.repeats + 1):
@@ -326,4 +328,4 @@ def round_ms(pair: Pair, prompt: list[int], count: int, num_rounds: int = 20) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,107 @@
+"""The README's commands work and its claims about flags are true.
+
+Run: python -m pytest tests/test_readme.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import mlx_gemma_mtp
+from mlx_gemma_mtp.cli import configure_parser, main
+from tests.tiny import model_folder, uncompiled
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+SHELL = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+# What stands in for a Hub id here: nothing is downloaded.
+HUB_ID = "google/gemma-4-E2B-it"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("readme") / "pair", "e2b")
+
+
+@pytest.fixture(autouse=True)
+def _local(monkeypatch, folder):
+    module = import_module("mlx_gemma_mtp.load")
+    fetch = module.fetch
+
+    def local_fetch(path_or_id, revision=None):
+        return fetch(folder if path_or_id == HUB_ID else path_or_id, revision)
+
+    monkeypatch.setattr(module, "fetch", local_fetch)
+    with uncompiled():
+        yield
+
+
+def run_piped(line, monkeypatch):
+    """Run a generate command of the README, with its standard input."""
+    *before, command = line.split(" | ")
+    if before:
+        text = shlex.split(before[0])[1] + "\n"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    program, *arguments = shlex.split(command)
+    assert program == "mlx_gemma_mtp.generate"
+    return main(arguments)
+
+
+@pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.generate" in s])
+def test_generate_commands(line, monkeypatch, capsys):
+    assert run_piped(line, monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert out.strip()
+    assert "acceptance length" in err
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_examples(code):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {})
+    assert printed.getvalue().strip()
+
+
+def test_make_commands_exist_and_ci_runs_the_main_ones():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    named = {s.split()[1] for s in SHELL if s.startswith("make ")}
+    assert named <= targets
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    # bench is run with small numbers by test_bench.py.
+    assert named - {"bench"} <= set(re.findall(r"^make ([a-z-]+)", ci, re.MULTILINE))
+
+
+def test_every_other_command_is_known():
+    for line in SHELL:
+        assert line.startswith(("make ", "pip install .")) or "generate" in line
+
+
+def flags():
+    """Option strings and help of every argument, as the README's table has them."""
+    for action in configure_parser()._actions:
+        if not isinstance(action, argparse._HelpAction):
+            names = ", ".join(f"`{name}`" for name in action.option_strings)
+            yield f"| {names} | {(action.help or '') % vars(action)} |"
+
+
+def test_flags_are_those_of_the_command():
+    """Prints the table to paste where it differs."""
+    table = "\n".join(flags())
+    assert table in README, table
+
+
+def test_version_is_in_the_changes():
+    assert f"- **{mlx_gemma_mtp.__version__}**" in README
