@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .config import SamplingParams
 from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder, Emission
 from .drafter import Drafter
-from .load import check_fit
+from .fit import check_fit
 from .pair import Pair, pair_of
 from .stats import RoundStats
 from .stop import StopStrings

@@ -33,6 +33,7 @@ LAYERS = {
     "drafter": 2,
     "pairing": 2,
     "rounds": 3,
+    "fit": 3,
     "pair": 4,
     "decoder": 4,
     "load": 5,

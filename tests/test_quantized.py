@@ -1,0 +1,96 @@
+"""Quantized pairs decode through the same rounds, the centroid head included.
+
+Run: python -m pytest tests/test_quantized.py
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_gemma_mtp.load import load_drafter, load_target
+from mlx_gemma_mtp.pair import Pair
+from mlx_gemma_mtp.tokens import draft_block, generate_tokens
+from tests.tiny import FAMILIES, REFERENCE, uncompiled
+
+PROMPT = [2, 17, 300, 45, 99, 8, 120, 33, 71]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pairs(request):
+    """The pair as it is, and with 8-bit weights wherever groups of 32 fit."""
+
+    def predicate(path, module):
+        is_target = (
+            hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+        )
+        return is_target and "router" not in path
+
+    made = []
+    for is_quantized in (False, True):
+        target = load_target(REFERENCE / request.param / "target")
+        drafter = load_drafter(REFERENCE / request.param / "drafter")
+        if is_quantized:
+            for model in (target, drafter):
+                nn.quantize(model, 32, 8, class_predicate=predicate)
+        made.append(Pair(target, drafter))
+    with uncompiled():
+        yield made
+
+
+def test_something_was_quantized(pairs):
+    _, quantized = pairs
+    embedding = quantized.drafter.model.embed_tokens
+    assert isinstance(embedding, nn.QuantizedEmbedding)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temp": 1.0, "top_k": 64, "seed": 3}])
+def test_text_does_not_depend_on_drafting(pairs, settings):
+    _, quantized = pairs
+    texts = [
+        list(
+            generate_tokens(
+                quantized,
+                PROMPT,
+                max_tokens=40,
+                num_draft_tokens=num_draft_tokens,
+                eos_token_ids=(),
+                **settings,
+            )
+        )
+        for num_draft_tokens in (0, 1, 4)
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_drafts_are_close_to_those_of_the_float_drafter(pairs):
+    """8-bit weights move logits a little; a packed row taken for a float one a lot."""
+    float_pair, quantized = pairs
+    mixed = Pair(float_pair.target, quantized.drafter)
+    same = sum(
+        draft_block(float_pair, PROMPT[: 2 + i], 1)
+        == draft_block(mixed, PROMPT[: 2 + i], 1)
+        for i in range(7)
+    )
+    assert same >= 5
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_half_precision_decodes(dtype):
+    target = load_target(REFERENCE / "e2b" / "target")
+    drafter = load_drafter(REFERENCE / "e2b" / "drafter")
+    target.set_dtype(dtype)
+    drafter.set_dtype(dtype)
+    pair = Pair(target, drafter)
+    assert pair.rounds.target.layout.dtype == dtype
+    with uncompiled():
+        texts = [
+            list(
+                generate_tokens(
+                    pair, PROMPT, max_tokens=24, num_draft_tokens=k, eos_token_ids=()
+                )
+            )
+            for k in (0, 4)
+        ]
+    assert texts[0] == texts[1]
