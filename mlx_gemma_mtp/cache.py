@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import KVCache
 
 from .config import FULL, SLIDING
 
@@ -121,7 +120,7 @@ def insert_row(
     slabs: list[mx.array],
     layout: SlabLayout,
     row: int,
-    caches: list[PrefillWindow | KVCache],
+    caches: list[PrefillCache],
 ) -> None:
     """Move one prefilled request into a row of the slabs, one layer at a time.
 
@@ -185,17 +184,15 @@ class SlabView:
         return self.keys, self.values
 
 
-class PrefillWindow:
-    """A sliding layer's keys and values while a prompt is read in chunks.
-
-    Keeps the last ``window + 1`` keys in temporal order: as many as the drafter sees.
+class PrefillCache:
+    """One layer's keys and values while a prompt is read in chunks.
 
     Args:
-        window: The layer's sliding window.
+        num_kept: How many keys to keep, in temporal order; None for all of them.
     """
 
-    def __init__(self, window: int) -> None:
-        self._num_kept = window + 1
+    def __init__(self, num_kept: int | None = None) -> None:
+        self._num_kept = num_kept
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
         self.offset = 0
@@ -215,29 +212,42 @@ class PrefillWindow:
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Append a chunk; give what its queries may see."""
+        self.offset += keys.shape[2]
         if self._keys is not None and self._values is not None:
             keys = mx.concatenate([self._keys, keys], axis=2)
             values = mx.concatenate([self._values, values], axis=2)
-            self.offset += keys.shape[2] - self._keys.shape[2]
-        else:
-            self.offset += keys.shape[2]
-        # A copy: a plain slice would keep the whole chunk alive.
-        self._keys = mx.contiguous(keys[:, :, -self._num_kept :])
-        self._values = mx.contiguous(values[:, :, -self._num_kept :])
+        self._keys, self._values = self._kept(keys), self._kept(values)
         return keys, values
 
     def make_mask(
         self, num_tokens: int, *, window_size: int | None = None, **_: object
-    ) -> mx.array:
-        """The causal window over the kept keys and the chunk, bool [L, S]."""
+    ) -> mx.array | str | None:
+        """The mask of a chunk, called by mlx-lm before the chunk is appended.
+
+        Returns:
+            For a sliding layer bool [L, S] over the kept keys and the chunk; for a
+            full one the name of the causal mask, which costs no memory.
+        """
+        if window_size is None:
+            return "causal" if num_tokens > 1 else None
         num_kept = 0 if self._keys is None else self._keys.shape[2]
         return create_causal_mask(num_tokens, num_kept, window_size=window_size)
 
+    def _kept(self, array: mx.array) -> mx.array:
+        """The newest entries, [1, G, S, D]."""
+        if self._num_kept is None or array.shape[2] <= self._num_kept:
+            return array
+        # A copy: a plain slice would keep the whole chunk alive.
+        return mx.contiguous(array[:, :, -self._num_kept :])
 
-def prefill_caches(layout: SlabLayout) -> list[PrefillWindow | KVCache]:
-    """Fresh caches for one request's prompt, one for each layer that owns K/V."""
+
+def prefill_caches(layout: SlabLayout) -> list[PrefillCache]:
+    """Fresh caches for one request's prompt, one for each layer that owns K/V.
+
+    A sliding layer keeps window + 1 keys, as many as the drafter sees.
+    """
     return [
-        PrefillWindow(layout.window) if layer.layer_type == SLIDING else KVCache()
+        PrefillCache(layout.window + 1 if layer.layer_type == SLIDING else None)
         for layer in layout.layers
     ]
 

@@ -15,11 +15,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gemma4, gemma4_text
-from mlx_lm.models.cache import KVCache
 
 from .cache import (
     LayerKV,
-    PrefillWindow,
+    PrefillCache,
     SlabLayout,
     SlabView,
     prefill_caches,
@@ -57,7 +56,7 @@ class Prefilled:
 
     logits: mx.array
     hidden: mx.array
-    caches: list[PrefillWindow | KVCache]
+    caches: list[PrefillCache]
     num_tokens: int
 
 

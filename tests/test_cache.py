@@ -15,7 +15,7 @@ from mlx_gemma_mtp.cache import (
     CAPACITY_BLOCK,
     MAX_DRAFT_TOKENS,
     LayerKV,
-    PrefillWindow,
+    PrefillCache,
     SlabLayout,
     SlabView,
     draft_masks,
@@ -138,8 +138,8 @@ def test_a_round_too_many_loses_no_key_of_the_window():
 
 
 @pytest.mark.parametrize("chunks", [[23], [1] * 23, [5, 9, 9], [22, 1]])
-def test_prefill_window_keeps_what_the_drafter_sees(chunks):
-    cache, position = PrefillWindow(WINDOW), 0
+def test_prefill_cache_keeps_what_the_drafter_sees(chunks):
+    cache, position = PrefillCache(WINDOW + 1), 0
     for size in chunks:
         mask = np.array(cache.make_mask(size, window_size=WINDOW, return_array=False))
         keys = mx.arange(position, position + size)[None, None, :, None]
