@@ -316,14 +316,11 @@ def _template_config(text: str | None) -> dict[str, Any]:
 
 def _add_eos_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     """Let more tokens end the text, each given by its text or its id."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab() if tokens else {}
+    ids = set(vocabulary.values())
     for token in tokens:
         # An unknown text would become the unknown token's id.
-        is_known = (
-            int(token) < len(tokenizer)
-            if token.isdecimal()
-            else token in tokenizer.get_vocab()
-        )
-        if not is_known:
+        if not (int(token) in ids if token.isdecimal() else token in vocabulary):
             raise RequestError(
                 f"--extra-eos-token must be a token of the model: got {token!r}. Give "
                 "a token's text or id."
