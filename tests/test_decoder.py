@@ -6,16 +6,20 @@ Run: python -m pytest tests/test_decoder.py
 from __future__ import annotations
 
 import ast
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 import mlx_gemma_mtp
 from mlx_gemma_mtp import cache as cache_module
 from mlx_gemma_mtp import decoder as decoder_module
+from mlx_gemma_mtp import pair as pair_module
 from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.rounds import Rounds
+from mlx_gemma_mtp.tokens import generate_tokens
 from tests.tiny import reference_pair
 
 PROMPT = [2, 17, 300, 45, 99, 8, 120]
@@ -184,3 +188,38 @@ def test_rounds_are_compiled_once_per_number_of_drafts():
     keys = list(pair.rounds._compiled)
     assert len(keys) == len(set(keys))
     assert {k for k, rule in keys if not rule.is_sampled} >= {0, 3}
+
+
+def test_freed_buffers_are_given_back_now_and_then(monkeypatch):
+    """MLX's buffer cache is emptied after the prefill and every so many rounds."""
+    cleared: list[int] = []
+    monkeypatch.setattr(decoder_module, "_ROUNDS_PER_CACHE_CLEAR", 8)
+    decoder = start(reference_pair(), 30, 0)
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(decoder._num_queued))
+    tokens_of(decoder)
+    assert [n for n in cleared if n] == [8, 16, 24]
+    assert cleared[0] == 0
+
+
+def test_target_and_drafter_are_wired_together(monkeypatch):
+    """The wired limit sees the weights of both, for as long as tokens are made."""
+    events: list[tuple[str, set[str]]] = []
+
+    @contextmanager
+    def wired_limit(modules):
+        weights = {name for module in modules for name, _ in tree_flatten(module)}
+        events.append(("wired", weights))
+        try:
+            yield
+        finally:
+            events.append(("unwired", set()))
+
+    monkeypatch.setattr(pair_module, "wired_limit", wired_limit)
+    pair = reference_pair("e2b")
+    tokens = generate_tokens(pair, PROMPT, max_tokens=20, num_draft_tokens=3)
+    next(tokens)
+    weights = events[0][1]
+    assert "masked_embedding.centroids.weight" in weights
+    assert "language_model.model.embed_tokens_per_layer.weight" in weights
+    tokens.close()
+    assert [name for name, _ in events] == ["wired", "unwired"]
