@@ -222,4 +222,4 @@ def test_target_and_drafter_are_wired_together(monkeypatch):
     assert "masked_embedding.centroids.weight" in weights
     assert "language_model.model.embed_tokens_per_layer.weight" in weights
     tokens.close()
-    assert [name for name, _ in events] == ["wired", "unwired"]
+    assert [event[0] for event in events] == ["wired", "unwired"]
