@@ -35,7 +35,7 @@ def accept_equal(draft_tokens: mx.array, target_tokens: mx.array) -> Accepted:
     """Accept the longest prefix of drafts that equals the target's own tokens.
 
     Args:
-        draft_tokens: The drafter's proposals, int32 [B, K].
+        draft_tokens: The drafter's proposals, int32 [B, K]; K = 0 accepts nothing.
         target_tokens: The target's token after each row of the verify block, int32
             [B, K + 1].
 
@@ -43,6 +43,8 @@ def accept_equal(draft_tokens: mx.array, target_tokens: mx.array) -> Accepted:
         The accepted length and the round's last token.
     """
     num_draft_tokens = draft_tokens.shape[1]
+    if num_draft_tokens == 0:  # no kernel takes an array without elements
+        return Accepted(mx.zeros_like(target_tokens[:, 0]), target_tokens)
     is_equal = draft_tokens == target_tokens[:, :num_draft_tokens]
     # cumprod turns everything after the first difference to 0.
     num_accepted = mx.cumprod(is_equal.astype(mx.int32), axis=1).sum(axis=1)

@@ -246,7 +246,7 @@ class SamplingParams:
         _check_number("temp", self.temp, "0 or more", lambda v: v >= 0)
         _check_number("top_p", self.top_p, "from 0 to 1", lambda v: 0 <= v <= 1)
         _check_number("min_p", self.min_p, "from 0 to 1", lambda v: 0 <= v <= 1)
-        _check_count("top_k", self.top_k, "a whole number, 0 or more", None)
+        _check_count("top_k", self.top_k, "a whole number from 0 to 2**31-1", 2**31)
         if self.seed is not None:
             _check_count("seed", self.seed, "a whole number from 0 to 2**64-1", 2**64)
 
@@ -528,13 +528,17 @@ def _check_drafter(drafter: DrafterConfig, source: str) -> None:
 def _check_number(name: str, value: Any, constraint: str, is_valid: Any) -> None:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not is_valid(value):
-        raise RequestError(f"{name} must be {constraint}: got {value!r}.")
+        raise RequestError(_out_of_range(name, constraint, value))
 
 
-def _check_count(name: str, value: Any, constraint: str, limit: int | None) -> None:
+def _check_count(name: str, value: Any, constraint: str, limit: int) -> None:
     is_count = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_count or value < 0 or (limit is not None and value >= limit):
-        raise RequestError(f"{name} must be {constraint}: got {value!r}.")
+    if not is_count or not 0 <= value < limit:
+        raise RequestError(_out_of_range(name, constraint, value))
+
+
+def _out_of_range(name: str, constraint: str, value: Any) -> str:
+    return f"{name} must be {constraint}: got {value!r}. Leave it out for the default."
 
 
 def _either(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from .cache import grow, insert_row, next_capacity
+from .cache import MAX_DRAFT_TOKENS, grow, insert_row, next_capacity
 from .config import SamplingParams
 from .rounds import Report, Rounds, RoundState, RowSettings
 from .sampling import choose_tokens, sampling_rows, sampling_rule
@@ -60,8 +60,10 @@ class Emission:
         num_from_draft: How many of them, from the first on, the drafter proposed.
         finish_reason: ``"stop"`` at an end-of-sequence token, ``"length"`` when the
             budget is used up, else None.
-        logits: The target's logits behind the tokens, [>= len(tokens), V]; not
-            evaluated further unless used.
+        logits: The target's logits of the whole round: those behind ``tokens[i]`` are
+            ``logits[row, i]``. Whole, because a slice made here would belong to the
+            stream of the rounds, and its reader would wait for the one in flight.
+            [B, K + 1, V]
     """
 
     row: int
@@ -224,7 +226,7 @@ class Decoder:
                     tokens=taken,
                     num_from_draft=min(num_accepted, len(taken)),
                     finish_reason=row.finish_reason,
-                    logits=logits[i],
+                    logits=logits,
                 )
             )
         if any(e.finish_reason for e in emissions):
@@ -257,7 +259,8 @@ class Decoder:
 
     def _initial_capacity(self) -> int:
         """Slots for the longest row: its prompt, its tokens, rounds in flight."""
-        margin = self._max_in_flight * (self._num_draft_tokens + 1)
+        # The same for every K: unfused attention may round by the capacity.
+        margin = 2 * (MAX_DRAFT_TOKENS + 1)
         needed = 0
         for row in self._rows:
             limit = row.request.max_tokens

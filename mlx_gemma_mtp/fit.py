@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import mlx.nn as nn
-from mlx_lm.models import gemma4, gemma4_text
+from mlx_lm.models import gemma4_text
 
 from .config import FULL, SLIDING, DrafterConfig
 from .drafter import Drafter
 from .errors import PairingError
 from .pairing import published_drafter
+from .target import text_model
 
 
 def check_fit(target_model: nn.Module, drafter: Drafter) -> None:
@@ -26,21 +27,10 @@ def check_fit(target_model: nn.Module, drafter: Drafter) -> None:
     Raises:
         PairingError: It cannot: what differs, and which drafter to take.
     """
-    args = _text_args(target_model)
+    args = text_model(target_model).args
     for what, theirs, ours in _shared_settings(args, drafter.config):
         if theirs != ours:
             raise PairingError(_misfit(what, theirs, ours, args.hidden_size))
-
-
-def _text_args(target_model: nn.Module) -> gemma4_text.ModelArgs:
-    if isinstance(target_model, gemma4.Model):
-        return target_model.language_model.args
-    if isinstance(target_model, gemma4_text.Model):
-        return target_model.args
-    raise PairingError(
-        "the target must be a Gemma 4 model of mlx-lm: got "
-        f"{type(target_model).__module__}. Load it with mlx_gemma_mtp.load."
-    )
 
 
 def _shared_settings(

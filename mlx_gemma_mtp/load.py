@@ -33,8 +33,9 @@ from .config import (
 from .drafter import Drafter
 from .errors import CheckpointError, PairingError
 from .fit import check_fit
-from .pair import Pair, attach
+from .pair import Pair, attach, named_arrays
 from .pairing import fetch, find_drafter
+from .target import text_model
 
 logger = logging.getLogger("mlx_gemma_mtp")
 
@@ -148,6 +149,7 @@ def load_pair(
     if drafter_path is not None:
         drafter = load_drafter(fetch(drafter_path))
         check_fit(target, drafter)
+        _match_type(drafter, target)
         drafter_source = f"drafter {drafter_path}: as named"
     return Pair(
         target,
@@ -277,9 +279,23 @@ def _load_target(checkpoint: Checkpoint, *, lazy: bool) -> nn.Module:
             model_config=settings,
             get_model_classes=_text_classes if is_text_only else _target_classes,
         )
+    _check_device(model, folder)
     # The subclass has done its work: what the caller gets is mlx-lm's own model.
     model.__class__ = gemma4_text.Model if is_text_only else gemma4.Model
     return model
+
+
+def _check_device(model: nn.Module, folder: Path) -> None:
+    """Refuse what MLX's CPU backend cannot run, before a generation fails on it."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return
+    half = (mx.bfloat16, mx.float16)
+    for name, array in named_arrays(model):
+        if "switch_glu" in name and name.endswith(".weight") and array.dtype in half:
+            raise CheckpointError(
+                f"{name} in {folder} must be float32 or quantized on the CPU: got "
+                f"{array.dtype}. Quantize it (mlx_lm.convert -q), or use a GPU."
+            )
 
 
 def _target_classes(config: dict[str, Any]) -> tuple[type, type]:
@@ -396,6 +412,17 @@ def _stored_quantization(
     return {"bits": bits, "group_size": group_size, "mode": mode}
 
 
+def _match_type(drafter: Drafter, target: nn.Module) -> None:
+    """Give the drafter the target's type.
+
+    Another type would make attention convert the target's whole cache in every step.
+    """
+    dtype = text_model(target).model.norm.weight.dtype
+    if drafter.model.norm.weight.dtype != dtype:
+        drafter.set_dtype(dtype)
+        mx.eval(drafter.parameters())
+
+
 def _choose_drafter(
     target: nn.Module,
     path_or_id: str | Path,
@@ -421,6 +448,7 @@ def _choose_drafter(
         check_fit(target, drafter)
     except PairingError as error:
         raise PairingError(f"{error} {_SWITCH_OFF}") from None
+    _match_type(drafter, target)
     source = f"drafter {chosen}: {reason}"
     logger.info("%s", source)
     return drafter, source

@@ -10,13 +10,15 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import cast
 
+import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import wired_limit
+from mlx.utils import tree_flatten
 
 from .cache import MAX_DRAFT_TOKENS
 from .drafter import Drafter
 from .rounds import Rounds
 from .target import Target
+from .wired import wired
 
 # Where a checkpoint does not say how many tokens to draft. Published advice for the
 # larger pairs is 4 (vLLM's recipes for Gemma 4).
@@ -36,7 +38,6 @@ class Pair:
     Attributes:
         num_draft_tokens: Drafts per round where a request does not say: what the
             drafter's checkpoint names, else 4; 0 without a drafter.
-        rounds: The engine; it keeps the compiled rounds.
 
     Raises:
         PairingError: ``target`` is not a Gemma 4 of mlx-lm.
@@ -57,22 +58,64 @@ class Pair:
         self.target_source = target_source
         self.drafter_source = drafter_source
         self.num_draft_tokens = _num_draft_tokens(drafter)
-        self.rounds = Rounds(Target(target), drafter)
+        if drafter is not None:
+            mx.eval(drafter.parameters())  # as the constants: a round must not
+        _evaluate_constants(self._modules())
+        self._traced = self._weights()
+        self._rounds = Rounds(Target(target), drafter)
+
+    @property
+    def rounds(self) -> Rounds:
+        """The engine; it keeps the compiled rounds.
+
+        A compiled round holds the weights it was traced with. When they have changed
+        since (adapters, quantization, training), rounds are made anew.
+        """
+        weights = self._weights()
+        is_same = len(weights) == len(self._traced) and all(
+            a is b for a, b in zip(weights, self._traced, strict=True)
+        )
+        if not is_same:
+            _evaluate_constants(self._modules())
+            self._traced = weights
+            self._rounds = Rounds(Target(self.target), self.drafter)
+        return self._rounds
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids the target knows."""
-        return self.rounds.target.vocab_size
+        return self._rounds.target.vocab_size
 
     def wired(self) -> AbstractContextManager[None]:
-        """Keep the weights of target and drafter together in wired memory.
+        """Keep the weights of target and drafter together in wired memory."""
+        return wired(sum(array.nbytes for array in self._weights()))
 
-        Without it macOS may page weights out between rounds. Nothing happens where
-        the device has no such limit.
-        """
-        modules = [m for m in (self.target, self.drafter) if m is not None]
-        # mlx-lm walks any tree of arrays, whatever its annotation says.
-        return wired_limit(cast(nn.Module, modules))
+    def _modules(self) -> list[nn.Module]:
+        return [m for m in (self.target, self.drafter) if m is not None]
+
+    def _weights(self) -> list[mx.array]:
+        """All arrays of both modules, those that are no parameters included."""
+        return [array for _, array in named_arrays(self._modules())]
+
+
+def named_arrays(modules: nn.Module | list[nn.Module]) -> list[tuple[str, mx.array]]:
+    """Every array of the modules with its path, also those that are no parameters."""
+    leaves = cast(list[tuple[str, object]], tree_flatten(modules))
+    return [(name, leaf) for name, leaf in leaves if isinstance(leaf, mx.array)]
+
+
+def _evaluate_constants(modules: list[nn.Module]) -> None:
+    """Evaluate the arrays that modules compute for themselves, such as rope's.
+
+    They are no parameters, so loading leaves them lazy. A compiled round would take
+    their computation along, run it every time, and tie it to the loading thread.
+    """
+    constants = [
+        array
+        for name, array in named_arrays(modules)
+        if name.rsplit(".", 1)[-1].startswith("_")
+    ]
+    mx.eval(constants)
 
 
 def _num_draft_tokens(drafter: Drafter | None) -> int:

@@ -202,7 +202,9 @@ def _round(
     draft_tokens = _draft(target, drafter, state, settings, num_draft_tokens)
 
     # 2) verify: row i judges draft i, row K yields the bonus token
-    block = mx.concatenate([last_token, draft_tokens], axis=1)  # [B, K + 1]
+    block = last_token
+    if num_draft_tokens:
+        block = mx.concatenate([last_token, draft_tokens], axis=1)  # [B, K + 1]
     output = target.verify(block, slabs, offset=offset, first_position=first_position)
     target_tokens = choose_tokens(
         output.logits,

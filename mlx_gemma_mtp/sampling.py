@@ -55,7 +55,7 @@ def sampling_rule(params: Sequence[SamplingParams]) -> SamplingRule:
     return SamplingRule(
         is_sampled=bool(sampled),
         max_top_k=(
-            max(p.top_k or _NO_TOP_K for p in sampled)
+            max(int(p.top_k) or _NO_TOP_K for p in sampled)
             if any(p.top_k for p in sampled)
             else 0
         ),
@@ -78,14 +78,15 @@ def sampling_rows(params: Sequence[SamplingParams]) -> dict[str, mx.array]:
     def column(values: list[float], dtype: mx.Dtype) -> mx.array:
         return mx.array(values, dtype=dtype)[:, None, None]
 
-    seeds = [p.seed or 0 for p in params]
+    seeds = [int(p.seed or 0) for p in params]
     return {
-        "temp": column([p.temp for p in params], mx.float32),
+        "temp": column([float(p.temp) for p in params], mx.float32),
         "top_p": column(
-            [p.top_p if 0 < p.top_p < 1 else _NO_TOP_P for p in params], mx.float32
+            [float(p.top_p) if 0 < p.top_p < 1 else _NO_TOP_P for p in params],
+            mx.float32,
         ),
-        "min_p": column([p.min_p for p in params], mx.float32),
-        "top_k": column([p.top_k or _NO_TOP_K for p in params], mx.int32),
+        "min_p": column([float(p.min_p) for p in params], mx.float32),
+        "top_k": column([int(p.top_k) or _NO_TOP_K for p in params], mx.int32),
         "seed": mx.array([[s & 0xFFFFFFFF, s >> 32] for s in seeds], dtype=mx.uint32),
     }
 
@@ -115,7 +116,9 @@ def choose_tokens(
         return greedy
     kept = _filter(logits.astype(mx.float32), token_ids, rows, rule)
     noise = gumbel_noise(rows["seed"], positions, kept.token_ids)
-    scores = mx.where(kept.is_kept, kept.logits / rows["temp"] + noise, -mx.inf)
+    # Relative to the best, so that a tiny temperature neither rounds nor overflows.
+    relative = kept.logits - kept.logits.max(axis=-1, keepdims=True)
+    scores = mx.where(kept.is_kept, relative / rows["temp"] + noise, -mx.inf)
     sampled = _take_ids(kept.token_ids, mx.argmax(scores, axis=-1))
     # A greedy row beside sampled ones is still decided by the argmax alone.
     return mx.where(rows["temp"].squeeze(-1) > 0, sampled, greedy)
@@ -149,11 +152,12 @@ def _filter(
     if order is not None:
         is_kept = is_kept & (mx.arange(values.shape[-1]) < rows["top_k"])
     if rule.has_top_p:
-        # The mass strictly above a token, of the whole row: the token that crosses
-        # top_p stays, as in mlx-lm.
+        # The mass before a token in the whole row: the token that crosses top_p
+        # stays, and with it its equals, as in mlx-lm.
         probs = mx.exp(values - mx.logsumexp(logits, axis=-1, keepdims=True))
         mass_above = mx.cumsum(probs, axis=-1, inclusive=False)
-        is_kept = is_kept & (mass_above < rows["top_p"])
+        inside = mx.where(mass_above < rows["top_p"], values, mx.inf)
+        is_kept = is_kept & (values >= inside.min(axis=-1, keepdims=True))
     if rule.has_min_p:
         floor = values.max(axis=-1, keepdims=True) + mx.log(rows["min_p"])
         is_kept = is_kept & (values >= floor)
@@ -206,8 +210,14 @@ def gumbel_noise(seed: mx.array, positions: mx.array, token_ids: mx.array) -> mx
         mx.where(word == 0, words[0], words[1]),
         mx.where(word == 2, words[2], words[3]),
     )
-    # 24 bits and a half step: never 0 or 1, so that both logarithms are finite.
-    uniform = ((bits >> 8).astype(mx.float32) + 0.5) * 2.0**-24
+    return gumbel_of_bits(bits)
+
+
+def gumbel_of_bits(bits: mx.array) -> mx.array:
+    """Turn random words, uint32, into Gumbel(0, 1) noise, finite float32."""
+    # 23 bits and a half step: exact in float32, and so never 0 or 1, where one of the
+    # logarithms would be infinite. With 24 bits the last value would round to 1.
+    uniform = ((bits >> 9).astype(mx.float32) + 0.5) * 2.0**-23
     return -mx.log(-mx.log(uniform))
 
 

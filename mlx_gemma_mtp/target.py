@@ -51,13 +51,11 @@ class Prefilled:
         logits: Of the prompt's last token, [1, 1, V].
         hidden: Of the prompt's last token, after the final norm, [1, 1, H].
         caches: The cache of each layer that owns its K/V.
-        num_tokens: The prompt's length.
     """
 
     logits: mx.array
     hidden: mx.array
     caches: list[PrefillCache]
-    num_tokens: int
 
 
 class Target:
@@ -71,7 +69,7 @@ class Target:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._lm = _text_model(model)
+        self._lm = text_model(model)
         args = self._lm.args
         self._first_shared = args.num_hidden_layers - args.num_kv_shared_layers
         self.vocab_size: int = args.vocab_size
@@ -111,8 +109,10 @@ class Target:
             # A read per chunk bounds the graph's memory; the prompt is not a round.
             mx.eval(hidden, [cache.state for cache in caches])
             mx.clear_cache()
-        hidden = hidden[:, -1:]
-        return Prefilled(self._logits(hidden), hidden, caches, prompt.size)
+        hidden = mx.contiguous(hidden[:, -1:])  # a slice would keep the last chunk
+        logits = self._logits(hidden)
+        mx.eval(logits, hidden)
+        return Prefilled(logits, hidden, caches)
 
     def verify(
         self,
@@ -206,8 +206,12 @@ class Target:
         return logits if cap is None else gemma4_text.logit_softcap(cap, logits)
 
 
-def _text_model(model: nn.Module) -> gemma4_text.Model:
-    """The language model inside what mlx-lm loads."""
+def text_model(model: nn.Module) -> gemma4_text.Model:
+    """The language model inside what mlx-lm loads.
+
+    Raises:
+        PairingError: The model is not a Gemma 4 of mlx-lm.
+    """
     if isinstance(model, gemma4.Model):
         return model.language_model
     if isinstance(model, gemma4_text.Model):

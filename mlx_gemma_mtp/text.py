@@ -63,7 +63,7 @@ class GenerationResponse:
     acceptance_length: float
     acceptance_rate: float
     stats: RoundStats = field(repr=False)
-    _logits: mx.array = field(repr=False)  # [>= index + 1, V]
+    _logits: mx.array = field(repr=False)  # of the whole round, [1, K + 1, V]
     _index: int = field(repr=False)
 
     @property
@@ -71,10 +71,11 @@ class GenerationResponse:
         """Log-probabilities of the target behind the token, [V].
 
         Computed when asked for, on a stream of their own: on the stream of the round
-        in flight the reader would wait for that round.
+        in flight the reader would wait for that round. A response that is kept keeps
+        the logits of its round, K + 1 rows.
         """
         with mx.stream(_reading_stream()):
-            row = self._logits[self._index]
+            row = self._logits[0, self._index]
             return row - mx.logsumexp(row, keepdims=True)
 
 
@@ -127,9 +128,10 @@ def stream_generate(
     )
     if draft_model is not None:
         check_fit(model, draft_model)
-    if not isinstance(tokenizer, TokenizerWrapper):
-        tokenizer = TokenizerWrapper(tokenizer)
     pair = pair_of(model, draft_model)
+    if not isinstance(tokenizer, TokenizerWrapper):
+        # A bare tokenizer names one end-of-sequence token; the checkpoint knows all.
+        tokenizer = TokenizerWrapper(tokenizer, eos_token_ids=pair.eos_token_ids)
     request = make_request(
         pair,
         _encode(tokenizer, prompt),

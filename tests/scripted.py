@@ -47,7 +47,7 @@ class ScriptedTarget:
         zeros = mx.zeros((1, 1, prompt.size, 1))
         caches[0].update_and_fetch(zeros, zeros)
         hidden = mx.array([[[row, prompt.size]]], dtype=mx.float32)
-        return Prefilled(self._logits(hidden), hidden, caches, prompt.size)
+        return Prefilled(self._logits(hidden), hidden, caches)
 
     def verify(
         self,

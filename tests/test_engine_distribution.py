@@ -31,7 +31,7 @@ class FixedTarget(ScriptedTarget):
     def prefill(self, prompt: mx.array, *, step_size: int) -> Prefilled:
         filled = super().prefill(prompt, step_size=step_size)
         logits = mx.log(mx.array(TARGET_PROBS))[None, None]
-        return Prefilled(logits, filled.hidden, filled.caches, filled.num_tokens)
+        return Prefilled(logits, filled.hidden, filled.caches)
 
     def verify(self, tokens, slabs, **kwargs) -> TargetOutput:
         logits = mx.broadcast_to(mx.log(mx.array(TARGET_PROBS)), (*tokens.shape, 8))

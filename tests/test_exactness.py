@@ -78,7 +78,9 @@ def decode(rounds, num_draft_tokens, num_tokens=NUM_TOKENS):
     for emissions in decoder.run():
         for emission in emissions:
             tokens += emission.tokens
-            logits.append(np.array(emission.logits[: len(emission.tokens)]))
+            logits.append(
+                np.array(emission.logits[emission.row, : len(emission.tokens)])
+            )
     return tokens, np.concatenate(logits), decoder
 
 
@@ -133,6 +135,8 @@ def test_a_row_does_not_depend_on_its_neighbours(single_steps):
         for emission in emissions:
             if emission.row == 1:
                 row_tokens += emission.tokens
-                row_logits.append(np.array(emission.logits[: len(emission.tokens)]))
+                row_logits.append(
+                    np.array(emission.logits[emission.row, : len(emission.tokens)])
+                )
     assert row_tokens == tokens
     assert np.concatenate(row_logits).tobytes() == logits.tobytes()

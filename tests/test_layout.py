@@ -28,6 +28,7 @@ LAYERS = {
     "masked_embedding": 1,
     "cache": 1,
     "stop": 1,
+    "wired": 1,
     "acceptance": 2,
     "target": 2,
     "drafter": 2,

@@ -5,11 +5,14 @@ Run: python -m pytest tests/test_quantized.py
 
 from __future__ import annotations
 
+import shutil
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_gemma_mtp.load import load_drafter, load_target
+from mlx_gemma_mtp.errors import CheckpointError
+from mlx_gemma_mtp.load import load_drafter, load_pair, load_target
 from mlx_gemma_mtp.pair import Pair
 from mlx_gemma_mtp.tokens import draft_block, generate_tokens
 from tests.tiny import FAMILIES, REFERENCE, uncompiled
@@ -94,3 +97,36 @@ def test_half_precision_decodes(dtype):
             for k in (0, 4)
         ]
     assert texts[0] == texts[1]
+
+
+def half_precision_copy(source, folder):
+    """The checkpoint with its weights in bfloat16."""
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(source / name, folder / name)
+    weights = mx.load(str(source / "model.safetensors"))
+    assert isinstance(weights, dict)
+    halves = {
+        name: w.astype(mx.bfloat16) if w.dtype == mx.float32 else w
+        for name, w in weights.items()
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), halves)
+    return folder
+
+
+def test_a_mixture_in_half_precision_is_refused_on_the_cpu(tmp_path):
+    """MLX's CPU backend multiplies by gathered experts in float32 only."""
+    folder = half_precision_copy(REFERENCE / "26b-a4b" / "target", tmp_path / "target")
+    with pytest.raises(CheckpointError, match=r"switch_glu.*float32 or quantized"):
+        load_target(folder)
+
+
+def test_a_drafter_takes_the_type_of_its_target(tmp_path):
+    """Another type would convert the target's cache in every draft step."""
+    folder = half_precision_copy(REFERENCE / "e2b" / "target", tmp_path / "target")
+    pair = load_pair(folder, REFERENCE / "e2b" / "drafter")
+    assert pair.drafter is not None
+    assert pair.drafter.pre_projection.weight.dtype == mx.bfloat16
+    assert pair.drafter.masked_embedding.token_ordering.dtype == mx.int32
+    with uncompiled():
+        assert len(draft_block(pair, PROMPT, 4)) == 4

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_sampling.py
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import pairwise
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.sampling import (
     choose_tokens,
     gumbel_noise,
+    gumbel_of_bits,
     philox,
     sampling_rows,
     sampling_rule,
@@ -97,6 +99,41 @@ def test_noise_is_gumbel():
     assert distance < np.sqrt(np.log(2 / 1e-6) / 2 / num_draws)
 
 
+def test_noise_is_finite_for_every_word():
+    """The extremes and their neighbours: an infinite noise would beat any logit."""
+    words = [0, 1, 0x1FF, 0x200, 2**31, 0xFFFFFDFF, 0xFFFFFE00, 0xFFFFFF00, 0xFFFFFFFF]
+    noise = np.array(gumbel_of_bits(mx.array(words, dtype=mx.uint32)))
+    assert np.isfinite(noise).all()
+    assert (np.diff(noise) >= 0).all()
+    # The least and the most likely 2^-24 of a Gumbel variable.
+    np.testing.assert_allclose(noise[0], -np.log(24 * np.log(2)), rtol=1e-3)
+    np.testing.assert_allclose(noise[-1], 24 * np.log(2), rtol=1e-3)
+
+
+@pytest.mark.parametrize("temp", [1e-40, 1e-20, 1e-6, 1e-3])
+def test_a_tiny_temperature_is_greedy_among_equals(temp):
+    """Equal logits share the draws, whatever their size; all others get none."""
+    logits = mx.broadcast_to(mx.array([20.0, 30.0, 30.0, 29.0]), (1, 2000, 4))
+    counts = np.bincount(
+        np.array(choose(logits, [SamplingParams(temp, seed=1)]))[0], minlength=4
+    )
+    assert counts[0] == counts[3] == 0
+    # 1,000 expected of 2,000 fair draws; five standard deviations, 6e-7.
+    assert temp < 1e-30 or abs(counts[1] - 1000) < 5 * np.sqrt(500)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temp": np.float32(0.5), "seed": np.int64(5)},
+        {"temp": Fraction(1, 2), "top_p": np.float64(0.9), "top_k": np.int32(3)},
+    ],
+)
+def test_numbers_of_other_libraries(settings):
+    params = SamplingParams(**settings)
+    assert choose([[[0.0, 1.0, 2.0, 3.0]]], [params]).shape == (1, 1)
+
+
 def filtered_by_mlx_lm(logits, params):
     """mlx-lm's own filters in its order; the kept tokens."""
     logprobs = mx.array(logits) - mx.logsumexp(mx.array(logits), axis=-1, keepdims=True)
@@ -115,14 +152,17 @@ def filtered_by_mlx_lm(logits, params):
     top_p=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999, 1.0]),
     top_k=st.sampled_from([0, 1, 5, 63, 64, 1000]),
     min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    has_ties=st.booleans(),
 )
-def test_filters_keep_what_mlx_lm_keeps(seed, scale, top_p, top_k, min_p):
+def test_filters_keep_what_mlx_lm_keeps(seed, scale, top_p, top_k, min_p, has_ties):
     """Many draws at a high temperature reach every kept token and no other.
 
     A kept token of 64 stays unseen in 4,096 near-uniform draws with probability below
     64 exp(-4096 / 64 * 0.9) < 1e-22.
     """
     logits = np.random.default_rng(seed).normal(size=64).astype(np.float32) * scale
+    if has_ties:  # as bfloat16 has many; top-k alone must cut through them
+        logits = np.round(logits * 2) / 2 if not top_k else logits
     params = SamplingParams(1e4, top_p, top_k, min_p, seed=seed)
     drawn = choose(mx.broadcast_to(mx.array(logits), (1, 4096, 64)), [params])
     assert set(drawn[0].tolist()) == filtered_by_mlx_lm(logits[None], params)
