@@ -1,5 +1,5 @@
 # make              lint and test
-# make demo         the embedded pair writes Python (PROMPT='class Stack:' for another start)
+# make demo         the embedded pair writes Python (PROMPT='def area(radius):' for another start)
 # make test         every test but the slow ones; ARGS='-k name' goes to pytest
 #
 # demo, test and all others set up what they need in .venv, once. For another Python:
@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PROMPT ?= def fibonacci(n):
+PROMPT ?= class Stack:
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -27,7 +27,7 @@ install: $(DEV_STAMP)
 	@:
 
 demo: $(RUN_STAMP)
-	@printf '%s\n' "$(PROMPT)" | $(BIN)/mlx_gemma_mtp.generate -p - -m 100
+	@printf '%s\n' "$(PROMPT)" | $(BIN)/mlx_gemma_mtp.generate -p - -m 100 --temp 0.6 --top-k 40 --seed 1
 
 test: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)

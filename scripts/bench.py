@@ -26,9 +26,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
+from mlx_lm.sample_utils import make_sampler
 
 from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.load import embedded_pair_path, load
@@ -59,6 +61,9 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=100, help="held-out prompts")
     parser.add_argument("--places", type=int, default=500, help="random places")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--temp", type=float, default=0.0, help="for the speed")
+    parser.add_argument("--top-k", type=int, default=0, help="for the speed")
+    parser.add_argument("--top-p", type=float, default=1.0, help="for the speed")
     parser.add_argument(
         "--contexts", type=int, nargs="+", default=[64, 256, 512, 896], metavar="TOKENS"
     )
@@ -149,15 +154,17 @@ def speed(
 ) -> dict[str, object]:
     """Tokens per second after the first token: drafting, plain, mlx-lm."""
     prompts = prompts_of(documents, rng, count=args.repeats, length=args.prompt_tokens)
+    settings = {"temp": args.temp, "top_p": args.top_p, "top_k": args.top_k}
+    sampler = make_sampler(**settings)
     methods: dict[str, Callable[[list[int]], Iterator[object]]] = {
         "mlx-lm generate_step": lambda p: generate_step(
-            mx.array(p), pair.target, max_tokens=args.max_tokens
+            mx.array(p), pair.target, max_tokens=args.max_tokens, sampler=sampler
         ),
-        "plain (K = 0)": lambda p: ours(pair, p, args.max_tokens, 0),
+        "plain (K = 0)": lambda p: ours(pair, p, args.max_tokens, 0, **settings),
     }
     for count in counts:
         methods[f"drafting, K = {count}"] = lambda p, k=count: ours(  # type: ignore[misc]
-            pair, p, args.max_tokens, k
+            pair, p, args.max_tokens, k, **settings
         )
     for method in methods.values():  # compile before anything is timed
         rate(method(prompts[0]))
@@ -170,15 +177,17 @@ def speed(
 
 
 def ours(
-    pair: Pair, prompt: list[int], max_tokens: int, count: int
+    pair: Pair, prompt: list[int], max_tokens: int, count: int, **settings: Any
 ) -> Iterator[object]:
-    """This package's greedy tokens, without an end."""
+    """This package's tokens, without an end, greedy or of a fixed seed."""
     return generate_tokens(
         pair,
         prompt,
         max_tokens=max_tokens,
         num_draft_tokens=count,
+        seed=0,
         eos_token_ids=(),
+        **settings,
     )
 
 
