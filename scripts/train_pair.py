@@ -27,6 +27,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # Threads that spin at a barrier starve each other when anything else is running.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -171,7 +172,7 @@ def split_corpus(
     return train, held_out
 
 
-def make_corpus(work: Path) -> dict:
+def make_corpus(work: Path) -> dict[str, Any]:
     """Write corpus.json: training files, held-out files and a fingerprint."""
     target = work / "corpus.json"
     if target.exists():
@@ -199,7 +200,7 @@ def make_corpus(work: Path) -> dict:
 # ---------------------------------------------------------------------------
 
 
-def train_tokenizer(corpus: dict, work: Path) -> spm.SentencePieceProcessor:
+def train_tokenizer(corpus: dict[str, Any], work: Path) -> spm.SentencePieceProcessor:
     """Train the sentencepiece model on the training files."""
     target = work / "tokenizer.model"
     if not target.exists():
@@ -240,7 +241,7 @@ def train_tokenizer(corpus: dict, work: Path) -> spm.SentencePieceProcessor:
 
 
 def encode_files(
-    tokenizer: spm.SentencePieceProcessor, files: list, cache: Path
+    tokenizer: spm.SentencePieceProcessor, files: list[Any], cache: Path
 ) -> list[np.ndarray]:
     """Return each file as <bos> tokens <eos>, uint16."""
     if not cache.exists():
@@ -263,7 +264,7 @@ class Batches:
 
     def take(self, batch: int, length: int) -> torch.Tensor:
         """Return int64 [batch, length]; every epoch cuts the text elsewhere."""
-        rows = []
+        rows: list[Any] = []
         while len(rows) < batch:
             if not self.pool or len(self.pool[-1]) != length:
                 self._refill(length)
@@ -550,7 +551,7 @@ class Target(nn.Module):
         self.full = Stack(FULL, num_groups, *size)
         self.norm = nn.Parameter(torch.ones(size[0]))
 
-    def layers(self, dtype: torch.dtype) -> list[tuple[str, dict]]:
+    def layers(self, dtype: torch.dtype) -> list[tuple[str, dict[str, Any]]]:
         """Return (kind, weights) of all layers in order."""
         sliding, full = iter(self.sliding.layers(dtype)), iter(self.full.layers(dtype))
         return [
@@ -564,7 +565,7 @@ class Target(nn.Module):
 
     def run(
         self, tokens: torch.Tensor, dtype: torch.dtype = torch.bfloat16
-    ) -> tuple[torch.Tensor, dict]:
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return the stream before the final norm and the last K/V of each kind."""
         length = tokens.shape[1]
         tables = {kind: rope_tables(kind, 0, length) for kind in (SLIDING, FULL)}
@@ -631,12 +632,14 @@ def orthogonalised(update: torch.Tensor) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update of every matrix is orthogonalised."""
 
-    def __init__(self, params, lr: float, momentum=0.95, weight_decay=0.1):
+    def __init__(
+        self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+    ) -> None:
         """Take stacked matrices [L, R, C] or single ones [R, C]."""
         super().__init__(params, {"lr": lr, "m": momentum, "wd": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:
         """Update every matrix once."""
         for group in self.param_groups:
             for weight in group["params"]:
@@ -655,7 +658,8 @@ class Optimisers:
 
     def __init__(self, model: nn.Module, matrix_lr: float, other_lr: float):
         """Sort the parameters by their last name."""
-        matrices, others = [], []
+        matrices: list[Any] = []
+        others: list[Any] = []
         for name, weight in model.named_parameters():
             is_matrix = name.split(".")[-1] in (*MATRICES, "pre", "post")
             (matrices if is_matrix else others).append(weight)
@@ -677,11 +681,11 @@ class Optimisers:
             part.step()
             part.zero_grad()
 
-    def state_dict(self) -> list:
+    def state_dict(self) -> list[Any]:
         """Return the state of both."""
         return [part.state_dict() for part in self.parts]
 
-    def load_state_dict(self, state: list) -> None:
+    def load_state_dict(self, state: list[Any]) -> None:
         """Restore the state of both."""
         for part, saved in zip(self.parts, state, strict=True):
             part.load_state_dict(saved)
@@ -737,7 +741,7 @@ class Run:
         """Return the share of the budget used."""
         return (self.elapsed_s + time.monotonic() - self.started) / self.budget_s
 
-    def save(self, model: nn.Module, optimisers: Optimisers, **extra) -> None:
+    def save(self, model: nn.Module, optimisers: Optimisers, **extra: Any) -> None:
         """Write everything needed to go on."""
         used_s = self.progress * self.budget_s
         state = {
@@ -750,7 +754,7 @@ class Run:
         self.path.with_suffix(".tmp").replace(self.path)
         self.saved = time.monotonic()
 
-    def restore(self) -> dict | None:
+    def restore(self) -> dict[str, Any] | None:
         """Return the saved state, if any, and take over its counts."""
         if not self.path.exists():
             return None
@@ -776,7 +780,9 @@ def restore_target(run: Run) -> tuple[Target, Optimisers]:
     return model, optimisers
 
 
-def report(run: Run, label: str, losses: list[float], since: tuple) -> tuple:
+def report(
+    run: Run, label: str, losses: list[float], since: tuple[Any, ...]
+) -> tuple[Any, ...]:
     """Log the mean loss and the speed since (time, tokens); return the new mark."""
     now = time.monotonic()
     speed = (run.num_tokens - since[1]) / (now - since[0])
@@ -788,7 +794,9 @@ def report(run: Run, label: str, losses: list[float], since: tuple) -> tuple:
     return now, run.num_tokens
 
 
-def train_target(docs: list, windows: torch.Tensor, args, work: Path) -> Target:
+def train_target(
+    docs: list[Any], windows: torch.Tensor, args: argparse.Namespace, work: Path
+) -> Target:
     """Train the target for the given minutes and return it rounded to bf16."""
     run = Run(work / "target.pt", args.minutes_target)
     model, optimisers = restore_target(run)
@@ -927,7 +935,7 @@ def draw(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
 class Drafter(nn.Module):
     """Gemma 4's assistant: a sliding and a full layer that own no K/V."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         """Draw the weights."""
         super().__init__()
         hidden, inner = SHAPE.drafter_hidden_size, SHAPE.drafter_intermediate_size
@@ -947,7 +955,7 @@ class Drafter(nn.Module):
         """
         self.embed[:, : SHAPE.hidden_size] = model.embed * 0.5
 
-    def weights(self, dtype: torch.dtype = torch.bfloat16) -> dict:
+    def weights(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
         """Return the weights as draft_step takes them."""
         return {
             "pre": self.pre.to(dtype),
@@ -970,9 +978,9 @@ class Context:
     embedded: torch.Tensor  # [B, T, H]
     hidden: torch.Tensor  # [B, T, H] after the final norm
     logits: torch.Tensor  # [B, T, V] soft-capped
-    shared_kv: dict  # kind -> K, V [B, N, T, D], groups repeated to heads
-    masks: dict  # kind -> [P, T]
-    tables: dict  # kind -> cos, sin
+    shared_kv: dict[str, Any]  # kind -> K, V [B, N, T, D], groups repeated to heads
+    masks: dict[str, Any]  # kind -> [P, T]
+    tables: dict[str, Any]  # kind -> cos, sin
 
 
 def draft_masks(length: int, num_places: int) -> dict[str, torch.Tensor]:
@@ -1019,10 +1027,10 @@ def target_context(model: Target, tokens: torch.Tensor) -> Context:
 def draft_step(
     embedded: torch.Tensor,  # [B, P, H] of the newest token of each place
     hidden: torch.Tensor,  # [B, P, H]
-    weights: dict,
-    shared_kv: dict,
-    masks: dict,
-    tables: dict,
+    weights: dict[str, Any],
+    shared_kv: dict[str, Any],
+    masks: dict[str, Any],
+    tables: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return draft logits [B, P, V] and the next step's hidden [B, P, H]."""
     dtype = weights["pre"].dtype
@@ -1031,7 +1039,8 @@ def draft_step(
     for kind in (SLIDING, FULL):
         normed = rms_norm(x, weights[kind]["input"]).to(dtype)
         queries = project_queries(normed, weights[kind], tables[kind], kind)
-        out = weighted_values(queries.transpose(1, 2), *shared_kv[kind], masks[kind])
+        keys, values = shared_kv[kind]
+        out = weighted_values(queries.transpose(1, 2), keys, values, masks[kind])
         x = finish_layer(x, out.transpose(1, 2), weights[kind])
     y = rms_norm(x, weights["norm"]).to(dtype)
     return nnf.linear(y, weights["embed"]).float(), nnf.linear(y, weights["post"])
@@ -1044,10 +1053,10 @@ compiled_draft_step = torch.compile(draft_step, dynamic=False)
 def draft_loss(
     embedded: torch.Tensor,
     hidden: torch.Tensor,
-    weights: dict,
-    shared_kv: dict,
-    masks: dict,
-    tables: dict,
+    weights: dict[str, Any],
+    shared_kv: dict[str, Any],
+    masks: dict[str, Any],
+    tables: dict[str, Any],
     wanted: torch.Tensor,  # [B, P, V] the target's logits
     importance: torch.Tensor,  # [B, P]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1135,7 +1144,9 @@ def accepted_at(drafts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return (drafts == torch.stack(follow, -1)).long().cumprod(-1).sum(-1)
 
 
-def decoded_length(accepted: list[int], tokens: list[int], start: int) -> tuple:
+def decoded_length(
+    accepted: list[int], tokens: list[int], start: int
+) -> tuple[Any, ...]:
     """Walk the rounds of one row from `start`; return (emitted, rounds)."""
     end = tokens.index(EOS, start) if EOS in tokens[start:] else len(tokens)
     position, emitted, rounds = start, 0, 0
@@ -1145,7 +1156,9 @@ def decoded_length(accepted: list[int], tokens: list[int], start: int) -> tuple:
     return emitted, rounds
 
 
-def measure_acceptance(model: Target, drafter: Drafter, docs: list) -> dict:
+def measure_acceptance(
+    model: Target, drafter: Drafter, docs: list[Any]
+) -> dict[str, Any]:
     """Return both acceptance lengths with K drafts on held-out text.
 
     `generating`: greedy decoding of 128 tokens after 100 prompts of 128 tokens.
@@ -1184,7 +1197,9 @@ def measure_acceptance(model: Target, drafter: Drafter, docs: list) -> dict:
 # ---------------------------------------------------------------------------
 
 
-def continuations(model: Target, docs: list, args, work: Path) -> torch.Tensor:
+def continuations(
+    model: Target, docs: list[Any], args: argparse.Namespace, work: Path
+) -> torch.Tensor:
     """Return texts the target continued itself, int64 [N, 256], made once.
 
     Half of the rows are greedy, half are drawn at temperature 0.7 to 1.
@@ -1206,7 +1221,9 @@ def continuations(model: Target, docs: list, args, work: Path) -> torch.Tensor:
     return torch.from_numpy(np.load(target).astype(np.int64))
 
 
-def train_drafter(model: Target, docs: list, args, work: Path) -> Drafter:
+def train_drafter(
+    model: Target, docs: list[Any], args: argparse.Namespace, work: Path
+) -> Drafter:
     """Train the drafter on the frozen target for the given minutes."""
     own = continuations(model, docs, args, work)
     run = Run(work / "drafter.pt", args.minutes_drafter)
@@ -1266,7 +1283,7 @@ def checkpoint_name(name: str) -> str:
     return f"self_attn.{name if name.endswith('norm') else name + '_proj'}.weight"
 
 
-def layer_tensors(prefix: str, layers: list[dict]) -> dict[str, torch.Tensor]:
+def layer_tensors(prefix: str, layers: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Return the checkpoint's tensors of a list of layers."""
     return {
         f"{prefix}layers.{i}.{checkpoint_name(name)}": weight
@@ -1298,7 +1315,7 @@ def drafter_tensors(drafter: Drafter) -> dict[str, torch.Tensor]:
     }
 
 
-def text_config(**own) -> dict:
+def text_config(**own: Any) -> dict[str, Any]:
     """Return a text_config; `own` are the fields in which the two models differ."""
     shape = dataclasses.asdict(SHAPE)
     shared = (
@@ -1349,7 +1366,7 @@ def text_config(**own) -> dict:
     )
 
 
-def target_config() -> dict:
+def target_config() -> dict[str, Any]:
     """Return the target's config.json."""
     kinds = [FULL if i % GROUP == GROUP - 1 else SLIDING for i in range(GROUP)]
     return {
@@ -1374,7 +1391,7 @@ def target_config() -> dict:
     }
 
 
-def drafter_config() -> dict:
+def drafter_config() -> dict[str, Any]:
     """Return the drafter's config.json."""
     return {
         "architectures": ["Gemma4AssistantForCausalLM"],
@@ -1400,7 +1417,7 @@ def drafter_config() -> dict:
 SPACE = "\u2581"  # what sentencepiece writes for a space
 
 
-def tokenizer_json(tokenizer: spm.SentencePieceProcessor) -> dict:
+def tokenizer_json(tokenizer: spm.SentencePieceProcessor) -> dict[str, Any]:
     """Return the same BPE in the format of the tokenizers library.
 
     Scores count the merges down, so a piece's possible halves, ordered by the piece
@@ -1476,7 +1493,7 @@ def tokenizer_json(tokenizer: spm.SentencePieceProcessor) -> dict:
     }
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write readable JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -1533,13 +1550,14 @@ def export(
 MAX_HELD_OUT_BYTES = 390_000
 
 
-def write_held_out(corpus: dict, folder: Path) -> None:
+def write_held_out(corpus: dict[str, Any], folder: Path) -> None:
     """Write whole held-out files, in an order fixed by their names' hashes."""
     files = sorted(
         (f for f in corpus["held_out"] if len(f[1]) <= 80_000),
         key=lambda f: hashlib.sha256(f[0].encode()).digest(),
     )
-    lines, packed = [], b""
+    lines: list[Any] = []
+    packed = b""
     for name, text in files:
         line = json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n"
         longer = gzip.compress("".join([*lines, line]).encode(), 9, mtime=0)
@@ -1625,13 +1643,13 @@ Weights: Apache-2.0, as the package.
 """
 
 
-def write_card(facts: dict, output: Path) -> None:
+def write_card(facts: dict[str, Any], output: Path) -> None:
     """Write the model card."""
     text = CARD.format(s=SHAPE, whole=WHOLE, **facts)
     (output / "README.md").write_text(text, "utf-8")
 
 
-def run_facts(work: Path, name: str) -> dict:
+def run_facts(work: Path, name: str) -> dict[str, Any]:
     """Return the counts of a finished training run."""
     used_s, steps, num_tokens = torch.load(work / f"{name}.pt", weights_only=True)[
         "run"
@@ -1643,7 +1661,14 @@ def run_facts(work: Path, name: str) -> dict:
     }
 
 
-def collect_facts(model, drafter, corpus: dict, docs: list, held_out: list, args):
+def collect_facts(
+    model: Target,
+    drafter: Drafter,
+    corpus: dict[str, Any],
+    docs: list[Any],
+    held_out: list[Any],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
     """Measure the rounded pair and gather what the model card says."""
     windows = {n: Batches(held_out, 0).take(64, n + 1) for n in (256, 1024)}
     measured = measure_acceptance(model, drafter, held_out)
@@ -1671,7 +1696,7 @@ def collect_facts(model, drafter, corpus: dict, docs: list, held_out: list, args
     }
 
 
-def shown_arguments(args) -> list[str]:
+def shown_arguments(args: argparse.Namespace) -> list[str]:
     """Return the arguments that decide the result, without the caller's paths."""
     return [
         f"--seed {args.seed} --output mlx_gemma_mtp/embedded",
