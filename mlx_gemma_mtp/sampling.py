@@ -6,8 +6,8 @@ id) alone (the Gumbel-max trick: the draw then follows softmax(logits / temp)). 
 and drafter draw with the same noise, so a draft is accepted when both agree, and the
 text of a seed does not depend on whether, or how far, anything was drafted.
 
-Filters mean what they mean in mlx-lm and act in its order: top-p, min-p, top-k, all on
-the probabilities before the temperature.
+Filters mean what they mean in mlx-lm 0.32 and act in its order: top-p, min-p, top-k,
+all on the probabilities before the temperature.
 
 This file knows nothing of models, caches or rounds.
 """
