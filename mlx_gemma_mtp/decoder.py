@@ -19,8 +19,8 @@ import mlx.core as mx
 
 from .cache import MAX_DRAFT_TOKENS, grow, insert_row, next_capacity
 from .config import SamplingParams
-from .rounds import Report, Rounds, RoundState, RowSettings
-from .sampling import choose_tokens, sampling_rows, sampling_rule
+from .rounds import Report, Rounds, RoundState, row_settings
+from .sampling import choose_tokens
 from .stats import RoundStats
 
 # Slabs for a request are reserved up to this many tokens ahead, so that an ordinary
@@ -138,7 +138,7 @@ class Decoder:
         self._in_flight: deque[Report] = deque()
         self._num_queued = 0
         self._state: RoundState | None = None
-        self._settings = self._make_settings()
+        self._settings = row_settings([row.request.sampling for row in self._rows])
 
     def run(self) -> Generator[list[Emission], None, None]:
         """Decode until every request has ended.
@@ -267,16 +267,6 @@ class Decoder:
             ahead = RESERVED_TOKENS if limit is None else min(limit, RESERVED_TOKENS)
             needed = max(needed, row.offset + ahead + margin)
         return next_capacity(needed)
-
-    def _make_settings(self) -> RowSettings:
-        """The settings that every round of these requests gets."""
-        params = [row.request.sampling for row in self._rows]
-        return RowSettings(
-            rule=sampling_rule(params),
-            sampling=sampling_rows(params),
-            is_active=mx.array([True] * len(params)),
-            first_position=mx.zeros((len(params),), dtype=mx.int32),
-        )
 
     def _stop(self) -> None:
         """Wait for what is still running and let go of the slabs."""

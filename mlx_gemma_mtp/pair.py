@@ -58,11 +58,7 @@ class Pair:
         self.target_source = target_source
         self.drafter_source = drafter_source
         self.num_draft_tokens = _num_draft_tokens(drafter)
-        if drafter is not None:
-            mx.eval(drafter.parameters())  # as the constants: a round must not
-        _evaluate_constants(self._modules())
-        self._traced = self._weights()
-        self._rounds = Rounds(Target(target), drafter)
+        self._make_rounds()
 
     @property
     def rounds(self) -> Rounds:
@@ -76,9 +72,7 @@ class Pair:
             a is b for a, b in zip(weights, self._traced, strict=True)
         )
         if not is_same:
-            _evaluate_constants(self._modules())
-            self._traced = weights
-            self._rounds = Rounds(Target(self.target), self.drafter)
+            self._make_rounds()
         return self._rounds
 
     @property
@@ -89,6 +83,18 @@ class Pair:
     def wired(self) -> AbstractContextManager[None]:
         """Keep the weights of target and drafter together in wired memory."""
         return wired(sum(array.nbytes for array in self._weights()))
+
+    def _make_rounds(self) -> None:
+        """Make the engine for the weights as they are.
+
+        What a round would capture unevaluated is evaluated first; the target's
+        parameters, which may have been loaded lazily, are by the prefill.
+        """
+        if self.drafter is not None:
+            mx.eval(self.drafter.parameters())
+        _evaluate_constants(self._modules())
+        self._traced = self._weights()
+        self._rounds = Rounds(Target(self.target), self.drafter)
 
     def _modules(self) -> list[nn.Module]:
         return [m for m in (self.target, self.drafter) if m is not None]
@@ -161,9 +167,10 @@ def pair_of(model: nn.Module, drafter: Drafter | None = None) -> Pair:
     if not isinstance(attached, _Attached):
         attach(model, Pair(model))
         return pair_of(model, drafter)
-    pairs = [attached.own, *attached.others]
-    for pair in pairs:
-        if drafter is None or pair.drafter is drafter:
+    if drafter is None:
+        return attached.own
+    for pair in (attached.own, *attached.others):
+        if pair.drafter is drafter:
             return pair
     pair = Pair(model, drafter, eos_token_ids=attached.own.eos_token_ids)
     attached.others.append(pair)

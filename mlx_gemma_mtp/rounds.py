@@ -10,7 +10,7 @@ It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -19,8 +19,9 @@ import mlx.core as mx
 
 from .acceptance import accept_equal
 from .cache import SlabLayout, draft_masks
+from .config import SamplingParams
 from .drafter import DraftOutput, SharedKV
-from .sampling import SamplingRule, choose_tokens
+from .sampling import SamplingRule, choose_tokens, sampling_rows, sampling_rule
 from .target import Prefilled, TargetOutput
 
 
@@ -97,6 +98,20 @@ class RowSettings:
     sampling: dict[str, mx.array]
     is_active: mx.array
     first_position: mx.array
+
+
+def row_settings(params: Sequence[SamplingParams]) -> RowSettings:
+    """The settings of rows that are all active and hold their keys from position 0.
+
+    Args:
+        params: One entry per row; a row that samples has a seed.
+    """
+    return RowSettings(
+        rule=sampling_rule(params),
+        sampling=sampling_rows(params),
+        is_active=mx.array([True] * len(params)),
+        first_position=mx.zeros((len(params),), dtype=mx.int32),
+    )
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from .config import SamplingParams
 from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder, Request
 from .errors import RequestError
 from .pair import Pair
-from .rounds import RoundState, RowSettings
-from .sampling import sampling_rows, sampling_rule
+from .rounds import RoundState, row_settings
 
 NO_LIMIT = -1  # mlx-lm's word for an endless generation
 
@@ -136,14 +135,9 @@ def draft_block(
         hidden=filled.hidden,
         offset=mx.array([len(tokens) - 1], dtype=mx.int32),
     )
-    greedy = [SamplingParams()]
-    settings = RowSettings(
-        rule=sampling_rule(greedy),
-        sampling=sampling_rows(greedy),
-        is_active=mx.array([True]),
-        first_position=mx.zeros((1,), dtype=mx.int32),
+    drafts = pair.rounds.draft(
+        state, row_settings([SamplingParams()]), num_draft_tokens=num_draft_tokens
     )
-    drafts = pair.rounds.draft(state, settings, num_draft_tokens=num_draft_tokens)
     return cast(list[int], drafts[0].tolist())
 
 

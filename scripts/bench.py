@@ -117,11 +117,11 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def read_documents(tokenizer: object) -> list[list[int]]:
+def read_documents(tokenizer: Any) -> list[list[int]]:
     """Held-out texts as token ids, each with its begin-of-sequence token."""
     with gzip.open(HELD_OUT, "rt", encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
-    return [list(tokenizer.encode(text)) for text in texts]  # type: ignore[attr-defined]
+    return [list(tokenizer.encode(text)) for text in texts]
 
 
 def prompts_of(

@@ -36,22 +36,24 @@ def assert_same(got, expected):
         assert got.tobytes() == expected.tobytes()
 
 
-class Oracle:
-    """Drafts a given text, with a wrong token at every so-and-so-many positions.
+class BlockOracle:
+    """Drafts a given text in blocks of K, some of it wrong.
 
     Args:
         text: The tokens by absolute position.
         wrong_every: Every how many positions a draft is wrong; 0 for never.
+        block: K.
     """
 
     layer_types = (FULL,)
 
-    def __init__(self, text: list[int], wrong_every: int) -> None:
+    def __init__(self, text: list[int], wrong_every: int, block: int) -> None:
         wrong = [
             (t + 1) % 512 if wrong_every and i % wrong_every == 0 else t
             for i, t in enumerate(text)
         ]
         self._text = mx.array(wrong + [0] * 20)
+        self._block = block
         self._step = 0
 
     def __call__(
@@ -63,23 +65,10 @@ class Oracle:
         position: mx.array,
     ) -> DraftOutput:
         # One call per step of a trace: its number within the block is fixed there.
-        self._step += 1
+        self._step = self._step % self._block + 1
         token = self._text[position[:, None] + self._step]
         logits = (mx.arange(512) == token[..., None]).astype(mx.float32)
         return DraftOutput(logits, None, hidden)
-
-
-class BlockOracle(Oracle):
-    """Counts its steps from 1 in every block of K."""
-
-    def __init__(self, text: list[int], wrong_every: int, block: int) -> None:
-        super().__init__(text, wrong_every)
-        self._block = block
-
-    def __call__(self, *args, **kwargs) -> DraftOutput:
-        output = super().__call__(*args, **kwargs)
-        self._step %= self._block
-        return output
 
 
 def decode(rounds, num_draft_tokens, num_tokens=NUM_TOKENS):

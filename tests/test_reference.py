@@ -21,8 +21,7 @@ from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.drafter import DraftOutput
 from mlx_gemma_mtp.load import load_pair
 from mlx_gemma_mtp.pair import Pair
-from mlx_gemma_mtp.rounds import Rounds, RoundState, RowSettings
-from mlx_gemma_mtp.sampling import sampling_rows, sampling_rule
+from mlx_gemma_mtp.rounds import Rounds, RoundState, row_settings
 from mlx_gemma_mtp.tokens import draft_block, generate_tokens
 from tests.tiny import FAMILIES, REFERENCE, reference_pair
 
@@ -73,13 +72,6 @@ def begin(pair: Pair, tokens: mx.array, step_size: int = 2048) -> RoundState:
     insert_row(slabs, target.layout, 0, filled.caches)
     return RoundState(
         slabs, tokens[-1:][None], filled.hidden, mx.array([tokens.size - 1])
-    )
-
-
-def greedy_settings() -> RowSettings:
-    params = [SamplingParams()]
-    return RowSettings(
-        sampling_rule(params), sampling_rows(params), mx.array([True]), mx.array([0])
     )
 
 
@@ -154,7 +146,9 @@ def test_draft_chains(family, pair, step_size):
         rounds = Rounds(pair.rounds.target, recorder, use_compile=False)
         state = begin(pair, expected["prompt"][0, :length], step_size)
         assert state.last_token.item() == expected[f"draft.{length}.token"].item()
-        drafts = rounds.draft(state, greedy_settings(), num_draft_tokens=4)
+        drafts = rounds.draft(
+            state, row_settings([SamplingParams()]), num_draft_tokens=4
+        )
         assert drafts[0].tolist() == expected[f"draft.{length}.drafts"].tolist()
         for step, output in enumerate(recorder.outputs):
             np.testing.assert_allclose(

@@ -13,7 +13,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_gemma_mtp import text as text_module
-from mlx_gemma_mtp.decoder import Decoder, Emission
+from mlx_gemma_mtp.decoder import Emission
 from mlx_gemma_mtp.errors import PairingError, RequestError
 from mlx_gemma_mtp.load import load, load_drafter, load_pair
 from mlx_gemma_mtp.stats import RoundStats
@@ -25,6 +25,7 @@ from tests.tiny import (
     REFERENCE,
     VOCAB_SIZE,
     model_folder,
+    record_decoders,
     tiny_tokenizer,
     uncompiled,
 )
@@ -78,15 +79,7 @@ def drafter():
 @pytest.fixture
 def decoders(monkeypatch):
     """The decoders that the calls of a test make."""
-    made = []
-
-    class Recorded(Decoder):
-        def __init__(self, *args, **settings):
-            super().__init__(*args, **settings)
-            made.append(self)
-
-    monkeypatch.setattr(text_module, "Decoder", Recorded)
-    return made
+    return record_decoders(monkeypatch, text_module)
 
 
 @pytest.fixture

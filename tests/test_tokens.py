@@ -12,12 +12,18 @@ import numpy as np
 import pytest
 
 from mlx_gemma_mtp import tokens as tokens_module
-from mlx_gemma_mtp.decoder import Decoder
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.pair import Pair
 from mlx_gemma_mtp.tokens import draft_block, generate_tokens
-from tests.tiny import END_OF_TURN, EOS, VOCAB_SIZE, reference_pair, uncompiled
+from tests.tiny import (
+    END_OF_TURN,
+    EOS,
+    VOCAB_SIZE,
+    record_decoders,
+    reference_pair,
+    uncompiled,
+)
 
 PROMPT = [2, 5, 9, 11]
 OTHER = [7, 300, 8]
@@ -50,15 +56,7 @@ def expected(pair):
 @pytest.fixture
 def decoders(monkeypatch):
     """The decoders that the calls of a test make."""
-    made = []
-
-    class Recorded(Decoder):
-        def __init__(self, *args, **settings):
-            super().__init__(*args, **settings)
-            made.append(self)
-
-    monkeypatch.setattr(tokens_module, "Decoder", Recorded)
-    return made
+    return record_decoders(monkeypatch, tokens_module)
 
 
 def run(pair, prompt, **settings):

@@ -17,6 +17,7 @@ import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from mlx_gemma_mtp.decoder import Decoder
 from mlx_gemma_mtp.load import load_pair
 from mlx_gemma_mtp.pair import Pair
 
@@ -101,6 +102,19 @@ def tiny_tokenizer(
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     wrapped.chat_template = chat_template
     return wrapped
+
+
+def record_decoders(monkeypatch: Any, module: Any) -> list[Decoder]:
+    """Let a module keep every decoder it makes from here on in the list returned."""
+    made: list[Decoder] = []
+
+    class Recorded(Decoder):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            made.append(self)
+
+    monkeypatch.setattr(module, "Decoder", Recorded)
+    return made
 
 
 def model_folder(
