@@ -27,7 +27,7 @@ _AGAIN = "Download or copy it again."
 _SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _LENGTH_BYTES = 8  # a safetensors file starts with its header's length
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_DTYPE_BITS = {
+DTYPE_BITS = {
     "BOOL": 8,
     "U8": 8,
     "I8": 8,
@@ -65,6 +65,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     offsets: tuple[int, int]
 
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return self.offsets[1] - self.offsets[0]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -88,11 +93,12 @@ class Checkpoint:
         return self.folder / CONFIG_NAME
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, *, headers_only: bool = False) -> Checkpoint:
     """Read a checkpoint's configs and tensor list, and check that all is there.
 
     Args:
         folder: A local folder with ``config.json`` and ``model*.safetensors``.
+        headers_only: Be content with files that end behind their header.
 
     Raises:
         CheckpointError: The folder, or a file in it, is missing, cut off, damaged
@@ -105,9 +111,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if (folder / GENERATION_CONFIG_NAME).is_file():
         generation_config = read_json(folder / GENERATION_CONFIG_NAME)
     if (folder / INDEX_NAME).is_file():
-        tensors = _read_indexed(folder)
+        tensors = _read_indexed(folder, headers_only=headers_only)
     else:
-        tensors = _read_files(_weight_files(folder))
+        tensors = _read_files(_weight_files(folder), headers_only=headers_only)
     if not tensors:
         _fail(f"the weights in {folder}", "at least one tensor", "none", _AGAIN)
     return Checkpoint(folder, config, generation_config, tensors)
@@ -148,11 +154,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return _parse_object(_attempt(path.read_bytes, path), path)
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path, *, headers_only: bool = False) -> dict[str, TensorInfo]:
     """Return the tensors of one safetensors file, from its header alone.
 
     Args:
         path: The file.
+        headers_only: Do not ask for the data behind the header.
 
     Raises:
         CheckpointError: The file is shorter than its header says, or the header
@@ -165,7 +172,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         name: _tensor_info(path, name, entry, start) for name, entry in entries.items()
     }
     for name, tensor in tensors.items():
-        if tensor.offsets[1] > size:
+        if tensor.offsets[1] > size and not headers_only:
             _fail(
                 f"{path}",
                 f"at least {tensor.offsets[1]:,} bytes to hold {name}",
@@ -202,10 +209,10 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     offsets = entry.get("data_offsets")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         _fail(f"the header of {path}", f"whole at {name}", "a damaged entry", _AGAIN)
-    if dtype not in _DTYPE_BITS:
+    if dtype not in DTYPE_BITS:
         expected = "a dtype that safetensors has"
         _fail(f"{name} in {path}", expected, repr(dtype), _AGAIN)
-    num_bytes = math.prod(shape) * _DTYPE_BITS[dtype] // 8
+    num_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
     first, end = offsets
     if end - first != num_bytes:
         expected = f"{num_bytes:,} bytes long as {dtype} {shape}"
@@ -217,7 +224,7 @@ def _are_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
 
 
-def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
+def _read_indexed(folder: Path, *, headers_only: bool) -> dict[str, TensorInfo]:
     """Read the shards that the index names and hold it against them."""
     path = folder / INDEX_NAME
     weight_map = read_json(path).get("weight_map")
@@ -232,9 +239,8 @@ def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
             expected = f"there: {INDEX_NAME} says it holds {name}"
             _fail(f"{folder / shard}", expected, "no such file", _AGAIN)
     _check_strays(folder, set(weight_map.values()))
-    tensors = _read_files(
-        [folder / shard for shard in sorted(set(weight_map.values()))]
-    )
+    shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+    tensors = _read_files(shards, headers_only=headers_only)
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].file.name != shard:
             expected = f"a shard with {name}, as {INDEX_NAME} says"
@@ -280,10 +286,10 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_files(files: list[Path]) -> dict[str, TensorInfo]:
+def _read_files(files: list[Path], *, headers_only: bool) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for path in files:
-        for name, tensor in read_header(path).items():
+        for name, tensor in read_header(path, headers_only=headers_only).items():
             if name in tensors:
                 found = f"also in {tensors[name].file.name}"
                 next_step = "Delete the file that is left over from another save."

@@ -89,6 +89,9 @@ _ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "use_bidirectional_attention": ("vision",),  # "all" is an encoder, not a decoder
 }
+# Far above any Gemma: what is larger is damage, and must not be allocated.
+_MAX_LAYERS = 1000
+_MAX_INTEGER = 2**31 - 1
 _LAYERS_PER_FULL = 6  # without layer_types, every sixth layer is a full one
 _GLOBAL_HEAD_DIM = 512
 
@@ -320,6 +323,9 @@ class _Reader:
             value = default if null is None else null
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             self.fail(key, f"an integer >= {minimum}", value)
+        maximum = _MAX_LAYERS if key == "num_hidden_layers" else _MAX_INTEGER
+        if value > maximum:
+            self.fail(key, f"an integer <= {maximum}", value)
         return int(value)
 
     def positive(self, key: str, default: float | None) -> float | None:
@@ -328,7 +334,7 @@ class _Reader:
         if value is None:
             return default
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not value > 0:  # "not >": NaN fails too
+        if not is_number or not 0 < value < _MAX_INTEGER:  # NaN fails too
             self.fail(key, "a number above 0 or null", value)
         return float(value)
 
@@ -400,7 +406,8 @@ class _Reader:
             self.fail("per_layer_config", "an object of layers", overrides)
         by_layer: dict[int, Any] = {}
         for key, entry in overrides.items():
-            if not str(key).isdecimal() or not isinstance(entry, Mapping):
+            is_number = str(key).isdecimal() and len(str(key)) <= 9
+            if not is_number or not isinstance(entry, Mapping):
                 constraint = "an object of layer number: settings"
                 self.fail("per_layer_config", constraint, {key: entry})
             by_layer[int(key)] = entry  # int() also reads "05"

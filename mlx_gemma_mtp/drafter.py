@@ -23,6 +23,7 @@ from mlx_lm.models import gemma4_text
 
 from .config import DrafterConfig
 from .masked_embedding import MaskedEmbedding
+from .tensor_names import unused_in_drafter
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Drafter(nn.Module):
         kept = {
             name: array
             for name, array in weights.items()
-            if not name.startswith("lm_head.") and "rotary_emb" not in name
+            if unused_in_drafter(name) is None
         }
         ordering = "masked_embedding.token_ordering"
         if ordering in kept:

@@ -19,3 +19,7 @@ class PairingError(MTPError):
 
 class RequestError(MTPError):
     """A request with a setting outside its range."""
+
+
+class OutputError(MTPError):
+    """A place that cannot be written, or that holds something already."""

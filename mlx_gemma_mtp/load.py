@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,26 +34,15 @@ from .errors import CheckpointError, PairingError
 from .fit import check_fit
 from .pair import Pair, attach, named_arrays
 from .pairing import fetch, find_drafter
+from .quantization import stored_format
 from .target import text_model
+from .tensor_names import unused_in_target
 
 logger = logging.getLogger("mlx_gemma_mtp")
 
 _SWITCH_OFF = "Or decode without one: speculative_decoding=False (--no-draft)."
 _SAME_CHECKPOINT = "Take config.json and weights from the same checkpoint"
 _MAX_NAMED_TENSORS = 4
-# Parts of multimodal checkpoints that text needs nothing of. mlx-lm drops most of
-# them by itself, which ones depends on its version.
-_TOWERS = (
-    "vision_tower.",
-    "vision_embedder.",
-    "audio_tower.",
-    "embed_vision.",
-    "embed_audio.",
-    "multi_modal_projector.",
-)
-_KV_PARTS = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.")
-# The one group size of each mode whose scales are bytes, by (bits, group_size).
-_BYTE_SCALE_MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
 class _Target(gemma4.Model):
@@ -114,7 +102,7 @@ def load_drafter(folder: str | Path) -> Drafter:
         config = replace(config, num_assistant_tokens=num_drafts)
     _check_centroid_head(checkpoint, config)
     drafter = Drafter(config)
-    with _one_line(f"the drafter in {folder}"):
+    with one_line(f"the drafter in {folder}"):
         weights = drafter.sanitize(_read_weights(checkpoint))
         _check_token_ordering(weights, config)
         _quantize_as_stored(drafter, weights)
@@ -203,7 +191,7 @@ def load(
     target = _load_target(checkpoint, lazy=lazy)
     if adapter_path is not None:
         next_step = "Pass a folder with adapter_config.json and adapters.safetensors"
-        with _one_line(f"the adapters in {adapter_path}", next_step):
+        with one_line(f"the adapters in {adapter_path}", next_step):
             target = mlx_lm.utils.load_adapters(target, adapter_path)
             target.eval()
     eos_ids = eos_token_ids(checkpoint)
@@ -252,17 +240,57 @@ def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _load_target(checkpoint: Checkpoint, *, lazy: bool) -> nn.Module:
-    folder, source = checkpoint.folder, str(checkpoint.config_path)
+def target_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what mlx-lm must read in a target's config, either layout.
+
+    Args:
+        checkpoint: A target's checkpoint.
+
+    Returns:
+        Keys and values to put over those of ``config.json``. ``model_type`` is
+        ``gemma4``, or ``gemma4_text`` if the checkpoint holds the text model alone,
+        whose settings then stand beside it instead of in ``text_config``.
+
+    Raises:
+        CheckpointError: No Gemma 4 target, or settings that none can have.
+    """
+    source = str(checkpoint.config_path)
     kind = check_model_type(checkpoint.config, TARGET_MODEL_TYPES, source=source)
     text = text_config(checkpoint.config, source=source)
     check_target(text, source=source)
-    is_text_only = kind.endswith("_text")
-    # mlx-lm reads config.json again and lets these keys win. Its gemma4.ModelArgs
-    # would put its own vocab_size over the text model's, so it is named outside too.
-    settings: dict[str, Any] = {**text} if is_text_only else {"model_type": "gemma4"}
-    settings["text_config"] = {} if is_text_only else text
-    settings["vocab_size"] = text["vocab_size"]
+    if kind.endswith("_text"):
+        return {**text, "text_config": {}}
+    # mlx-lm's gemma4.ModelArgs would put its own vocab_size over the text model's, so
+    # it is named outside too.
+    vocab_size = text["vocab_size"]
+    return {"model_type": "gemma4", "text_config": text, "vocab_size": vocab_size}
+
+
+def target_skeleton(checkpoint: Checkpoint) -> nn.Module:
+    """Return a target's model as mlx-lm builds it, without reading a weight.
+
+    Args:
+        checkpoint: A target's checkpoint, of which only the config counts.
+
+    Returns:
+        A float ``gemma4.Model`` or ``gemma4_text.Model`` whose parameters are lazy:
+        good for names and shapes, and to put weights in.
+
+    Raises:
+        CheckpointError: The config is no Gemma 4 target's.
+    """
+    settings = target_settings(checkpoint)
+    is_text_only = settings["model_type"] == "gemma4_text"
+    module = gemma4_text if is_text_only else gemma4
+    with one_line(f"the target in {checkpoint.folder}"):
+        model: nn.Module = module.Model(module.ModelArgs.from_dict(settings))
+    return model
+
+
+def _load_target(checkpoint: Checkpoint, *, lazy: bool) -> nn.Module:
+    folder, settings = checkpoint.folder, target_settings(checkpoint)
+    is_text_only = settings["model_type"] == "gemma4_text"
+    # mlx-lm reads config.json again and lets these keys win.
     settings["quantization"] = _target_quantization(checkpoint)
     settings["quantization_config"] = settings["quantization"]
     settings["model_file"] = None  # never code from the checkpoint
@@ -271,7 +299,7 @@ def _load_target(checkpoint: Checkpoint, *, lazy: bool) -> nn.Module:
             f"the path {folder} must be free of * ? and [: got one of them. Rename or "
             "link the folder."
         )
-    with _one_line(f"the target in {folder}"):
+    with one_line(f"the target in {folder}"):
         model, _ = mlx_lm.utils.load_model(
             folder,
             lazy=lazy,
@@ -322,18 +350,12 @@ def _text_weights(
 ) -> dict[str, mx.array]:
     """Drop what the text model has no use for, in either naming of the tensors."""
     first_shared = args.num_hidden_layers - args.num_kv_shared_layers
-    kept = {}
-    for name, array in weights.items():
-        bare = name.removeprefix("model.")
-        if bare.startswith(_TOWERS):
-            continue
-        if args.tie_word_embeddings and re.match(r"(language_model\.)?lm_head\.", bare):
-            continue  # a stored copy of the embedding
-        match = _KV_PARTS.search(name)
-        if match and int(match[1]) >= first_shared:
-            continue  # some exports keep projections that these layers never use
-        kept[name] = array
-    return kept
+    is_tied = args.tie_word_embeddings
+    return {
+        name: array
+        for name, array in weights.items()
+        if not unused_in_target(name, first_shared_layer=first_shared, is_tied=is_tied)
+    }
 
 
 def _read_weights(checkpoint: Checkpoint) -> dict[str, mx.array]:
@@ -372,44 +394,29 @@ def _check_token_ordering(weights: dict[str, mx.array], config: DrafterConfig) -
 
 
 def _quantize_as_stored(drafter: Drafter, weights: Mapping[str, mx.array]) -> None:
-    """Quantize the modules whose tensors are, each as its shapes say.
-
-    The shapes and the type of the scales tell bits, group size and mode of every
-    tensor. The map in ``config.json`` says the same where it is right, and has been
-    seen wrong or incomplete in published drafters; so the tensors decide.
-    """
+    """Quantize the modules whose tensors are, each as its shapes say."""
 
     def stored(path: str, module: nn.Module) -> bool | dict[str, Any]:
         is_quantized = f"{path}.scales" in weights
         if not is_quantized or not isinstance(module, (nn.Linear, nn.Embedding)):
             return False
-        return _stored_quantization(path, module.weight.shape[-1], weights)
+        weight, scales = weights[f"{path}.weight"], weights[f"{path}.scales"]
+        found = None
+        if weight.dtype == mx.uint32:
+            found = stored_format(
+                module.weight.shape[-1],
+                num_words=weight.shape[-1],
+                num_scales=scales.shape[-1],
+                has_byte_scales=scales.dtype == mx.uint8,
+            )
+        if found is None:
+            raise ValueError(
+                f"{path} has {weight.dtype} {weight.shape} with scales {scales.dtype} "
+                f"{scales.shape}"
+            )
+        return found.as_config()
 
     nn.quantize(drafter, class_predicate=stored)
-
-
-def _stored_quantization(
-    path: str, num_inputs: int, weights: Mapping[str, mx.array]
-) -> dict[str, Any]:
-    """Tell bits, group size and mode of one quantized tensor.
-
-    Args:
-        path: The module's name.
-        num_inputs: Columns of the weight before it was packed.
-        weights: Parameter name to array: weight [rows, num_inputs * bits / 32] and
-            scales [rows, num_inputs / group_size].
-    """
-    weight, scales = weights[f"{path}.weight"], weights[f"{path}.scales"]
-    bits = weight.shape[-1] * 32 // num_inputs
-    group_size = num_inputs // scales.shape[-1]
-    mode = "affine"  # the only mode with scales in the type of the weights
-    if scales.dtype == mx.uint8:
-        mode = _BYTE_SCALE_MODES.get((bits, group_size), "")
-    if not mode or weight.dtype != mx.uint32:
-        raise ValueError(
-            f"{path} has {bits} bits in groups of {group_size}, scales {scales.dtype}"
-        )
-    return {"bits": bits, "group_size": group_size, "mode": mode}
 
 
 def _match_type(drafter: Drafter, target: nn.Module) -> None:
@@ -469,15 +476,23 @@ def _load_tokenizer(
 ) -> Any:
     extra = {"trust_remote_code": True} if trust_remote_code else {}
     next_step = "Copy tokenizer.json and tokenizer_config.json of the same model there"
-    with _one_line(f"the tokenizer in {folder}", next_step):
+    with one_line(f"the tokenizer in {folder}", next_step):
         return mlx_lm.utils.load_tokenizer(
             folder, {**extra, **(tokenizer_config or {})}, list(eos_ids) or None
         )
 
 
 @contextmanager
-def _one_line(what: str, next_step: str = _SAME_CHECKPOINT) -> Iterator[None]:
-    """Turn whatever a library raises on a checkpoint into one line."""
+def one_line(what: str, next_step: str = _SAME_CHECKPOINT) -> Iterator[None]:
+    """Turn whatever a library raises on a checkpoint into one line.
+
+    Args:
+        what: What is being read, for the message.
+        next_step: What the user can do about it.
+
+    Raises:
+        CheckpointError: Whatever was raised inside, as one line.
+    """
     try:
         yield
     except CheckpointError:

@@ -80,6 +80,26 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
     local = Path(path_or_id).expanduser()
     if local.exists():
         return local
+    repo = checked_hub_id(path_or_id)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=_ALLOW_PATTERNS
+            )
+        )
+    except Exception as error:  # of the Hub's client or whatever HTTP library it has
+        raise CheckpointError(explain_hub_error(repo, revision, error)) from error
+
+
+def checked_hub_id(path_or_id: str | Path) -> str:
+    """Return what is no folder here as a Hub id, if it can be one.
+
+    Args:
+        path_or_id: What the user named.
+
+    Raises:
+        CheckpointError: It cannot be a Hub id, or is one of GGUF files.
+    """
     repo = str(path_or_id)
     if not _HUB_ID.fullmatch(repo) or repo.startswith("."):
         raise CheckpointError(
@@ -91,14 +111,7 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
             f"{repo} must be a safetensors repository: got one of GGUF files. Take the "
             f"same model's repository without GGUF, such as {PUBLISHED_TARGETS[0]}."
         )
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=_ALLOW_PATTERNS
-            )
-        )
-    except Exception as error:  # of the Hub's client or whatever HTTP library it has
-        raise CheckpointError(_explain(repo, revision, error)) from error
+    return repo
 
 
 def find_drafter(target_path_or_id: str | Path, folder: Path) -> DrafterChoice:
@@ -117,7 +130,7 @@ def find_drafter(target_path_or_id: str | Path, folder: Path) -> DrafterChoice:
     for candidate, reason in looked_for:
         if is_drafter_folder(candidate):
             return DrafterChoice(str(candidate), reason)
-    target_id = _hub_id(target_path_or_id, folder)
+    target_id = hub_id(target_path_or_id, folder)
     if target_id is not None:
         return _published_drafter_of(target_id)
     places = ", ".join(str(candidate) for candidate, _ in looked_for)
@@ -166,8 +179,13 @@ def _local_candidates(folder: Path) -> Iterator[tuple[Path, str]]:
         yield folder.with_name("drafter"), "found beside the target"
 
 
-def _hub_id(path_or_id: str | Path, folder: Path) -> str | None:
-    """Return the Hub id behind a target, None for a folder that tells none."""
+def hub_id(path_or_id: str | Path, folder: Path) -> str | None:
+    """Return the Hub id behind a checkpoint, None for a folder that tells none.
+
+    Args:
+        path_or_id: The checkpoint as the user named it.
+        folder: Its local folder, as from ``fetch()``.
+    """
     if not Path(path_or_id).expanduser().exists():
         return str(path_or_id)
     for place in (Path(os.path.abspath(folder)), folder.resolve()):
@@ -206,8 +224,14 @@ def _published_drafter_of(target_id: str) -> DrafterChoice:
     return DrafterChoice(drafter, why)
 
 
-def _explain(repo: str, revision: str | None, error: Exception) -> str:
-    """Say in one line why the Hub did not give a repository."""
+def explain_hub_error(repo: str, revision: str | None, error: Exception) -> str:
+    """Say in one line why the Hub did not give a repository.
+
+    Args:
+        repo: Its id.
+        revision: What was asked for of it.
+        error: What the Hub's client raised.
+    """
     again = "Check the connection and try again, or pass a local folder."
     if isinstance(error, hub_errors.GatedRepoError):
         found = "a gated repository"

@@ -28,6 +28,8 @@ LAYERS = {
     "masked_embedding": 1,
     "cache": 1,
     "stop": 1,
+    "tensor_names": 0,
+    "quantization": 1,
     "wired": 1,
     "acceptance": 2,
     "target": 2,

@@ -1,0 +1,252 @@
+"""The ``mlx_gemma_mtp.convert`` command: parse, call, print, exit status.
+
+The plan and the closing table go to standard output, progress to standard error. A
+mistake of the user's is one line and exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mlx_gemma_mtp.errors import MTPError, RequestError
+from mlx_gemma_mtp.quantization import MODES, Format
+
+if TYPE_CHECKING:
+    from .pipeline import PartRequest, Request
+
+DEFAULT_MLX_PATH = "mlx_model"
+DTYPES = ("float16", "bfloat16", "float32")  # mlx-lm's
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are the user's like all others: one line, status 1."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message}. See {self.prog} --help.")
+
+
+def configure_parser() -> argparse.ArgumentParser:
+    """The command's arguments; names and defaults are mlx-lm's where it has them."""
+    parser = _Parser(
+        prog="mlx_gemma_mtp.convert",
+        description="Convert a Gemma 4 model and its MTP drafter to MLX, quantized.",
+    )
+    _add_path_arguments(parser)
+    _add_format_arguments(parser)
+    _add_run_arguments(parser)
+    return parser
+
+
+def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("from where to where")
+    group.add_argument(
+        "--hf-path", "--model", required=True, help="folder or Hub id of the target"
+    )
+    group.add_argument(
+        "--mlx-path",
+        default=DEFAULT_MLX_PATH,
+        help="folder to write; the target's own folder, if it is in MLX's format "
+        "already, only gets the drafter inside (default: %(default)s)",
+    )
+    group.add_argument(
+        "--draft-model",
+        default="auto",
+        help="folder or Hub id of the drafter, auto to find it inside the target's "
+        "folder, beside it or on the Hub, none for the target alone (default: auto)",
+    )
+    group.add_argument(
+        "--revision", help="branch, tag or commit of the target on the Hub"
+    )
+    group.add_argument(
+        "--draft-revision", help="branch, tag or commit of the drafter on the Hub"
+    )
+    group.add_argument(
+        "--upload-repo", metavar="REPO", help="Hub repository to upload the result to"
+    )
+
+
+def _add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("format")
+    group.add_argument(
+        "-q",
+        "--quantize",
+        action=argparse.BooleanOptionalAction,
+        help="quantize the target (default: yes, if it is not quantized already)",
+    )
+    _add_quantization(group, "q", "target", "4, or 8 with mxfp8")
+    group.add_argument(
+        "--draft-quantize",
+        action=argparse.BooleanOptionalAction,
+        help="quantize the drafter (default: yes, if it is not quantized already)",
+    )
+    _add_quantization(group, "draft-q", "drafter", "4, or 8 with mxfp8")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="type of what is not quantized (default: what config.json names)",
+    )
+
+
+def _add_quantization(group: Any, prefix: str, part: str, bits: str) -> None:
+    group.add_argument(
+        f"--{prefix}-bits",
+        type=int,
+        metavar="BITS",
+        help=f"bits of a weight of the {part} (default: {bits})",
+    )
+    group.add_argument(
+        f"--{prefix}-group-size",
+        type=int,
+        metavar="SIZE",
+        help="weights that share a scale (default: 64 for affine; the other modes have "
+        "one size each)",
+    )
+    group.add_argument(
+        f"--{prefix}-mode",
+        choices=tuple(MODES),
+        help=f"how the {part} is quantized (default: affine)",
+    )
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan and write nothing; reads the headers of the weights only",
+    )
+    group.add_argument(
+        "--force", action="store_true", help="replace a checkpoint at --mlx-path"
+    )
+    group.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not compare predictions of the result with the source's at the end",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments; None for the process's.
+
+    Returns:
+        Exit status: 0, 1 for a mistake of the user's, 130 if it was interrupted.
+    """
+    try:
+        with _termination_as_interrupt():
+            return _run(configure_parser().parse_args(argv))
+    except MTPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Plan, convert, print."""
+    request = _request(args)
+    # Heavy imports wait until the arguments are known to be good.
+    from .card import upload
+    from .pipeline import convert, plan_conversion
+    from .report import describe_plan, describe_result
+
+    conversion = plan_conversion(request, headers_only=args.dry_run)
+    if args.dry_run:
+        print(describe_plan(conversion))
+        return 0
+    divergence = convert(conversion, progress=_progress)
+    print(describe_result(conversion, divergence))
+    if args.upload_repo:
+        print(f"uploaded to {upload(request.mlx_path, args.upload_repo)}")
+    return 0
+
+
+def _request(args: argparse.Namespace) -> Request:
+    """Check the arguments and put them together."""
+    target = _part_request(args, "q", "quantize")
+    drafter = _part_request(args, "draft_q", "draft_quantize")
+    from .pipeline import Request
+
+    return Request(
+        hf_path=args.hf_path,
+        mlx_path=Path(args.mlx_path).expanduser(),
+        draft_model=args.draft_model,
+        target=target,
+        drafter=drafter,
+        dtype=args.dtype,
+        revision=args.revision,
+        draft_revision=args.draft_revision,
+        is_forced=args.force,
+        has_check=not args.no_check,
+        name=args.upload_repo,
+    )
+
+
+def _part_request(args: argparse.Namespace, prefix: str, switch: str) -> PartRequest:
+    """Read the three flags of a format, and the one that switches it off."""
+    given = {
+        name: getattr(args, f"{prefix}_{name}")
+        for name in ("bits", "group_size", "mode")
+        if getattr(args, f"{prefix}_{name}") is not None
+    }
+    is_quantized = getattr(args, switch)
+    if is_quantized is False and given:
+        flags = prefix.replace("_", "-")
+        off = switch.replace("_", "-")
+        raise RequestError(
+            f"--no-{off} and --{flags}-... exclude each other: got both. Leave one out."
+        )
+    chosen = Format.of_mode(given.pop("mode", "affine"), **given) if given else None
+    from .pipeline import PartRequest
+
+    return PartRequest(is_quantized=is_quantized is not False, format=chosen)
+
+
+@contextmanager
+def _progress(what: str, num_bytes: int) -> Iterator[Callable[[int], Any]]:
+    """Show bytes and time left on standard error."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file is no screen
+    with tqdm(
+        desc=what,
+        total=num_bytes,
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        mininterval=interval,
+        maxinterval=interval,
+    ) as bar:
+        yield bar.update
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Let a polite kill clean up like Control-C does."""
+
+    def interrupt(signum: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""Puts parameters, tensors and formats together: the plan of one checkpoint.
+
+Reads headers only. Finds every tensor that is missing, unknown, of another shape than
+the config says or of a type that cannot be converted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_gemma_mtp.checkpoint import Checkpoint, TensorInfo
+from mlx_gemma_mtp.config import DrafterConfig, quantization_map
+from mlx_gemma_mtp.drafter import Drafter
+from mlx_gemma_mtp.errors import CheckpointError, RequestError
+from mlx_gemma_mtp.load import one_line, target_settings, target_skeleton
+from mlx_gemma_mtp.quantization import Format, stored_format
+
+from .names import Names, Share, drafter_names, target_names, tensor_name
+from .output_config import output_config
+from .plan import TOKEN_ORDERING, Array, Parameter, PartPlan, Rows
+from .quantize import DRAFTER, TARGET, Choice
+
+# --dtype: safetensors' name of it
+FLOAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_INTEGERS = ("I32", "I64")
+_SAME_CHECKPOINT = "Take config.json and weights from the same checkpoint, or download"
+
+
+def plan_target(
+    checkpoint: Checkpoint, base: Format | None, *, dtype: str | None
+) -> PartPlan:
+    """Plan the conversion of a target.
+
+    Args:
+        checkpoint: The target.
+        base: The format of its matrices, None to leave them as they are. A target
+            that is quantized already stays as it is.
+        dtype: Type of what is not quantized, a key of ``FLOAT_DTYPES``; None for the
+            checkpoint's own.
+
+    Raises:
+        CheckpointError: Its tensors are not those of its config.
+    """
+    settings = target_settings(checkpoint)
+    is_text_only = settings["model_type"] == "gemma4_text"
+    text = settings if is_text_only else settings["text_config"]
+    names = target_names(checkpoint.tensors, text, is_text_only=is_text_only)
+    model = target_skeleton(checkpoint)
+    return _plan(checkpoint, model, names, text, Choice(TARGET, base), dtype=dtype)
+
+
+def plan_drafter(
+    checkpoint: Checkpoint, base: Format | None, *, dtype: str | None
+) -> PartPlan:
+    """Plan the conversion of a drafter.
+
+    Args:
+        checkpoint: The drafter.
+        base: The format of its matrices, None to leave them as they are. A drafter
+            that is quantized already stays as it is.
+        dtype: Type of what is not quantized, a key of ``FLOAT_DTYPES``; None for the
+            checkpoint's own.
+
+    Raises:
+        CheckpointError: Its tensors are not those of its config.
+    """
+    model = drafter_skeleton(checkpoint)
+    names = drafter_names(checkpoint.tensors)
+    text = model.config.text_config
+    return _plan(checkpoint, model, names, text, Choice(DRAFTER, base), dtype=dtype)
+
+
+def drafter_skeleton(checkpoint: Checkpoint) -> Drafter:
+    """Return a drafter without reading a weight: its parameters are lazy.
+
+    Args:
+        checkpoint: The drafter, of which only the config counts.
+
+    Raises:
+        CheckpointError: The config is no drafter's.
+    """
+    source = str(checkpoint.config_path)
+    config = DrafterConfig.from_dict(checkpoint.config, source=source)
+    with one_line(f"the drafter in {checkpoint.folder}"):
+        return Drafter(config)
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    names: Names,
+    text: Mapping[str, Any],
+    choice: Choice,
+    *,
+    dtype: str | None,
+) -> PartPlan:
+    """Go through the model's parameters and find what each is made of."""
+    quantization_map(checkpoint.config, source=str(checkpoint.config_path))
+    shapes = _parameter_shapes(model)
+    stored = _stored_formats(checkpoint, names, shapes)
+    formats = stored or _chosen_formats(model, shapes, choice)
+    planner = _Planner(checkpoint, choice.part, names, _float_dtype(checkpoint, dtype))
+    parameters: list[Parameter] = []
+    for name, shape in shapes.items():
+        path = name.removesuffix(".weight")
+        if path in stored:
+            parameters += planner.kept(path, shape, stored[path])
+        else:
+            parameters.append(planner.parameter(name, shape, formats.get(path)))
+    planner.refuse_unknown({parameter.name for parameter in parameters})
+    return PartPlan(
+        choice.part,
+        checkpoint,
+        tuple(parameters),
+        names.unused,
+        formats,
+        bool(stored),
+        output_config(
+            checkpoint.config,
+            text,
+            formats=formats,
+            base=_most_common(stored) if stored else choice.base,
+            dtype=dtype,
+        ),
+    )
+
+
+def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    leaves: Any = tree_flatten(model.parameters())
+    return {name: tuple(array.shape) for name, array in leaves}
+
+
+def _chosen_formats(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], choice: Choice
+) -> dict[str, Format]:
+    """Return the formats of the modules that will be quantized."""
+    formats = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "to_quantized"):  # as MLX tells them itself
+            chosen = choice.format_of(path, shapes[f"{path}.weight"][-1])
+            if chosen is not None:
+                formats[path] = chosen
+    return formats
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Makes parameters out of the tensors of one checkpoint, or says what is wrong."""
+
+    checkpoint: Checkpoint
+    part: str
+    names: Names
+    float_dtype: str | None
+
+    def parameter(
+        self, name: str, shape: tuple[int, ...], chosen: Format | None
+    ) -> Parameter:
+        """Plan a float tensor, or the one of integers."""
+        share, source = self.source(name)
+        self.check_shape(share, source, shape)
+        dtype = self.target_dtype(name, share, source)
+        arrays: tuple[Array, ...] = (Array(name, dtype, shape),)
+        if chosen is not None:
+            arrays = _packed_arrays(name.removesuffix(".weight"), shape, chosen, dtype)
+        num_weights = math.prod(shape)
+        return Parameter(
+            name, share.tensor, source, _rows(shape, share), chosen, arrays, num_weights
+        )
+
+    def kept(
+        self, path: str, shape: tuple[int, ...], found: Format
+    ) -> Iterator[Parameter]:
+        """Plan the arrays of a matrix that is packed already."""
+        dtype = "U8"
+        if found.has_biases:
+            dtype = self.float_dtype or self.source(f"{path}.scales")[1].dtype
+        num_weights = math.prod(shape)
+        for array in _packed_arrays(path, shape, found, dtype):
+            share, source = self.source(array.name)
+            self.check_shape(share, source, array.shape)
+            is_float = array.dtype in FLOAT_DTYPES.values()
+            allowed = FLOAT_DTYPES.values() if is_float else (array.dtype,)
+            if source.dtype not in allowed:
+                self.fail(share.tensor, source, array.dtype, source.dtype)
+            rows = _rows(array.shape, share)
+            yield Parameter(
+                array.name, share.tensor, source, rows, None, (array,), num_weights
+            )
+            num_weights = 0  # counted once, not again with scales and biases
+
+    def source(self, name: str) -> tuple[Share, TensorInfo]:
+        """Return the tensor of a parameter."""
+        share = self.names.parameters.get(name)
+        if share is None:
+            tensor = tensor_name(name, self.checkpoint.tensors)
+            raise CheckpointError(
+                f"{tensor} in {self.checkpoint.folder} must be there, as "
+                f"{self.checkpoint.config_path.name} says: got no such tensor. "
+                f"{_SAME_CHECKPOINT} it again."
+            )
+        return share, self.checkpoint.tensors[share.tensor]
+
+    def check_shape(
+        self, share: Share, source: TensorInfo, shape: tuple[int, ...]
+    ) -> None:
+        """Refuse another shape than the model's."""
+        expected = shape
+        if share.count > 1:
+            expected = (*shape[:-2], shape[-2] * share.count, shape[-1])
+        if source.shape != expected:
+            found = _shape_text(source.shape)
+            self.fail(share.tensor, source, _shape_text(expected), found)
+
+    def target_dtype(self, name: str, share: Share, source: TensorInfo) -> str:
+        """Return the type a tensor is cast to."""
+        if name == TOKEN_ORDERING:
+            if source.dtype not in _INTEGERS:
+                self.fail(share.tensor, source, " or ".join(_INTEGERS), source.dtype)
+            return "I32"
+        if source.dtype not in FLOAT_DTYPES.values():
+            allowed = ", ".join(FLOAT_DTYPES.values())
+            self.fail(share.tensor, source, f"one of {allowed}", source.dtype)
+        return self.float_dtype or source.dtype
+
+    def refuse_unknown(self, known: set[str]) -> None:
+        """Refuse tensors that are no parameter of the model."""
+        for name, share in self.names.parameters.items():
+            if name not in known:
+                source = self.checkpoint.tensors[share.tensor]
+                raise CheckpointError(
+                    f"{share.tensor} in {source.file} must be a tensor of the "
+                    f"{self.part} that {self.checkpoint.config_path.name} "
+                    f"describes: got one that it does not have. {_SAME_CHECKPOINT} it "
+                    "again."
+                )
+
+    def fail(
+        self, tensor: str, source: TensorInfo, expected: str, found: str
+    ) -> NoReturn:
+        """Raise what a tensor must be and is not."""
+        raise CheckpointError(
+            f"{tensor} in {source.file} must be {expected}, as "
+            f"{self.checkpoint.config_path.name} says: got {found}. {_SAME_CHECKPOINT} "
+            "it again."
+        )
+
+
+def _packed_arrays(
+    path: str, shape: tuple[int, ...], packed: Format, dtype: str
+) -> tuple[Array, ...]:
+    """Return the arrays of a packed matrix, in the order of mlx-lm's modules.
+
+    Args:
+        path: The module's path.
+        shape: The matrix's own shape.
+        packed: Its format.
+        dtype: Type of scales and biases in affine mode.
+    """
+    scales_dtype = dtype if packed.has_biases else "U8"
+    arrays = [
+        Array(f"{path}.weight", "U32", packed.packed_shape(shape)),
+        Array(f"{path}.scales", scales_dtype, packed.scales_shape(shape)),
+    ]
+    if packed.has_biases:
+        arrays.append(Array(f"{path}.biases", dtype, packed.scales_shape(shape)))
+    return tuple(arrays)
+
+
+def _rows(shape: tuple[int, ...], share: Share) -> Rows:
+    num_columns = shape[-1] if shape else 1
+    if share.count == 1:
+        num_rows = math.prod(shape[:-1])
+        return Rows(num_columns, 0, num_rows, num_rows, 1)
+    length = shape[-2]
+    first, stride = share.index * length, share.count * length
+    return Rows(num_columns, first, length, stride, math.prod(shape[:-2]))
+
+
+def _stored_formats(
+    checkpoint: Checkpoint, names: Names, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Format]:
+    """Return the formats of matrices that are packed in the checkpoint already."""
+    stored = {}
+    for name, share in names.parameters.items():
+        path = name.removesuffix(".scales")
+        weight = names.parameters.get(f"{path}.weight")
+        if path == name or weight is None or f"{path}.weight" not in shapes:
+            continue
+        scales = checkpoint.tensors[share.tensor]
+        packed = checkpoint.tensors[weight.tensor]
+        found = None
+        if scales.shape and packed.shape and packed.dtype == "U32":
+            found = stored_format(
+                shapes[f"{path}.weight"][-1],
+                num_words=packed.shape[-1],
+                num_scales=scales.shape[-1],
+                has_byte_scales=scales.dtype == "U8",
+            )
+        if found is None:
+            raise CheckpointError(
+                f"{weight.tensor} in {packed.file} must be packed by MLX: got "
+                f"{packed.dtype} {_shape_text(packed.shape)} with scales "
+                f"{scales.dtype} {_shape_text(scales.shape)}. {_SAME_CHECKPOINT} it again."
+            )
+        stored[path] = found
+    return stored
+
+
+def _most_common(formats: Mapping[str, Format]) -> Format:
+    return Counter(formats.values()).most_common(1)[0][0]
+
+
+def _float_dtype(checkpoint: Checkpoint, dtype: str | None) -> str | None:
+    """Return the type to cast to: as asked, else what the config names, else None."""
+    text = checkpoint.config.get("text_config")
+    for place in (checkpoint.config, text if isinstance(text, Mapping) else {}):
+        for key in ("torch_dtype", "dtype"):
+            if dtype is None and isinstance(place.get(key), str):
+                dtype = place[key]
+    return FLOAT_DTYPES.get(dtype) if dtype is not None else None
+
+
+def check_not_stored(plan: PartPlan, flags: str) -> None:
+    """Refuse to quantize what is quantized already.
+
+    Args:
+        plan: The part's plan.
+        flags: The flags that asked for it.
+
+    Raises:
+        RequestError: The checkpoint is quantized.
+    """
+    if plan.is_stored:
+        found = _most_common(plan.formats).name
+        raise RequestError(
+            f"the {plan.part} must be a float checkpoint for {flags}: got "
+            f"{plan.checkpoint.folder}, which is {found} already. Leave the flags out "
+            "to keep it as it is, or take the float checkpoint."
+        )
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

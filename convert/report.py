@@ -1,0 +1,166 @@
+"""Plan and result of a conversion as text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .divergence import Divergence
+from .pipeline import Conversion, Part
+from .plan import PartPlan
+
+_TABLE_HEAD = ("part", "parameters", "before", "after", "bits per weight")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that differ in the number of their layer only.
+
+    Attributes:
+        name: Their name, with ``*`` for the number.
+        num_tensors: How many.
+        what: Their format or type.
+        num_weights: Weights of all of them.
+        num_source_bytes: Bytes read.
+        num_bytes: Bytes written.
+    """
+
+    name: str
+    num_tensors: int
+    what: str
+    num_weights: int
+    num_source_bytes: int
+    num_bytes: int
+
+
+def groups(plan: PartPlan) -> list[Group]:
+    """Return the plan in groups of tensors of the same name and format.
+
+    Args:
+        plan: A part's plan.
+    """
+    found: dict[tuple[str, str], Group] = {}
+    for parameter in plan.parameters:
+        name = re.sub(r"\.\d+\.", ".*.", parameter.name)
+        what = (
+            parameter.arrays[0].dtype
+            if parameter.format is None
+            else parameter.format.name
+        )
+        old = found.get((name, what), Group(name, 0, what, 0, 0, 0))
+        found[name, what] = Group(
+            name,
+            old.num_tensors + 1,
+            what,
+            old.num_weights + parameter.num_weights,
+            old.num_source_bytes + parameter.num_source_bytes,
+            old.num_bytes + parameter.num_bytes,
+        )
+    return list(found.values())
+
+
+def describe_plan(conversion: Conversion) -> str:
+    """Return the plan: every group of tensors, its format and its bytes.
+
+    Args:
+        conversion: The plan.
+    """
+    lines = []
+    for part in conversion.parts:
+        lines += [*_describe_part(part), ""]
+    lines.append(f"pairing: {conversion.pairing}")
+    if conversion.is_in_place:
+        lines.append("the target stays as it is; only the drafter is written")
+    lines += ["", *_table(conversion)]
+    return "\n".join(lines)
+
+
+def describe_result(conversion: Conversion, divergence: Divergence | str) -> str:
+    """Return the closing table.
+
+    Args:
+        conversion: The plan that was carried out.
+        divergence: How far the result is from its source, or why that is unknown.
+    """
+    lines = [
+        *_table(conversion),
+        "",
+        f"predictions: {_describe_divergence(divergence)}",
+    ]
+    lines.append(f"written to {conversion.place}")
+    return "\n".join(lines)
+
+
+def _describe_part(part: Part) -> list[str]:
+    plan = part.plan
+    revision = f" at {part.source.revision}" if part.source.revision else ""
+    lines = [f"{plan.part}: {part.source.name}{revision}"]
+    rows = [("tensors", "name", "format", "bytes")]
+    rows += [
+        (str(group.num_tensors), group.name, group.what, f"{group.num_bytes:,}")
+        for group in groups(plan)
+    ]
+    lines += _aligned(rows, left=(1, 2))
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.unused.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        num_bytes = sum(
+            part.source.checkpoint.tensors[name].num_bytes for name in names
+        )
+        lines.append(f"  left out: {len(names)} tensors, {num_bytes:,} bytes: {reason}")
+    num_tensors = len(part.source.checkpoint.tensors)
+    lines.append(f"  all {num_tensors} tensors of the checkpoint are accounted for")
+    return lines
+
+
+def _table(conversion: Conversion) -> list[str]:
+    rows = [_TABLE_HEAD]
+    total = [0, 0, 0]
+    for part in conversion.parts:
+        plan = part.plan
+        figures = [plan.num_weights, plan.num_source_bytes, plan.num_bytes]
+        total = [a + b for a, b in zip(total, figures, strict=True)]
+        rows.append(_row(plan.part, figures))
+    if len(conversion.parts) > 1:
+        rows.append(_row("total", total))
+    return _aligned(rows, left=(0,))
+
+
+def _row(name: str, figures: Sequence[int]) -> tuple[str, str, str, str, str]:
+    num_weights, before, after = figures
+    bits = f"{8 * after / max(1, num_weights):.2f}"
+    return (name, f"{num_weights:,}", _size(before), _size(after), bits)
+
+
+def _describe_divergence(divergence: Divergence | str) -> str:
+    if isinstance(divergence, str):
+        return divergence
+    text = (
+        f"{divergence.kl:.4f} nats from the source's (mean of {divergence.num_tokens} "
+        f"tokens), the same most likely token in {divergence.top_agreement:.0%}"
+    )
+    if divergence.draft_agreement is not None:
+        text += f"; drafts agree in {divergence.draft_agreement:.0%}"
+    return text
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} B"
+
+
+def _aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> list[str]:
+    """Align columns, to the left where named, else to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines

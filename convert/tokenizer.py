@@ -1,0 +1,165 @@
+"""The files beside the weights that a text needs: tokenizer, chat template, settings.
+
+They are copied as they are. A checkpoint with nothing but ``tokenizer.model`` gets the
+``tokenizer.json`` that mlx-lm reads, made by transformers and compared with
+sentencepiece itself. Knows nothing of weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlx_gemma_mtp.checkpoint import read_json
+from mlx_gemma_mtp.errors import CheckpointError
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_MODEL = "tokenizer.model"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+_OLD_CHAT_TEMPLATE = "chat_template.json"
+_COPIED = (
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    CHAT_TEMPLATE,
+    _OLD_CHAT_TEMPLATE,
+    "generation_config.json",
+)
+# What the two tokenizers are compared on: letters, runs of spaces, bytes, scripts.
+_SAMPLES = (
+    "The quick brown fox jumps over the lazy dog. 0123456789",
+    "def area(radius):\n\treturn  3.14 * radius ** 2   # m²\n\n",
+    "Ångström, naïve, 東京, Привет, €5, 🙂 \u200b\u00a0x",
+    " leading and trailing ",
+)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check that a checkpoint has a tokenizer, and small files that can be read.
+
+    Args:
+        folder: The target's folder.
+
+    Raises:
+        CheckpointError: There is none, or one of its files is damaged.
+    """
+    if not any((folder / name).is_file() for name in (TOKENIZER_JSON, TOKENIZER_MODEL)):
+        raise CheckpointError(
+            f"{folder} must hold {TOKENIZER_JSON} or {TOKENIZER_MODEL}: got neither. "
+            "Copy them there from the same model."
+        )
+    for name in _COPIED:
+        if name.endswith("_config.json") and (folder / name).is_file():
+            read_json(folder / name)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and generation settings.
+
+    Args:
+        source: The target's folder.
+        folder: Where they go.
+
+    Raises:
+        CheckpointError: ``tokenizer.model`` is all there is and cannot be read.
+    """
+    copy_files(source, folder, _COPIED)
+    if (source / _OLD_CHAT_TEMPLATE).is_file() and not (
+        source / CHAT_TEMPLATE
+    ).exists():
+        template = read_json(source / _OLD_CHAT_TEMPLATE).get("chat_template")
+        if isinstance(template, str):  # tokenizers read the newer file only
+            (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    if not (source / TOKENIZER_JSON).is_file():
+        _make_tokenizer_json(source / TOKENIZER_MODEL, folder)
+
+
+def copy_files(source: Path, folder: Path, names: tuple[str, ...]) -> None:
+    """Copy those of some files that are there.
+
+    Args:
+        source: Where they are.
+        folder: Where they go.
+        names: Their names.
+    """
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _make_tokenizer_json(model: Path, folder: Path) -> None:
+    """Write ``tokenizer.json`` and its config from a sentencepiece model."""
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        settings = _tokenizer_config(pieces, folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            shutil.copyfile(model, Path(scratch) / TOKENIZER_MODEL)
+            gemma = {**settings, "tokenizer_class": "GemmaTokenizer"}
+            if pieces.piece_to_id("<mask>") == pieces.unk_id():
+                # Its default would become a token beyond the vocabulary.
+                gemma["mask_token"] = pieces.id_to_piece(pieces.unk_id())
+            (Path(scratch) / TOKENIZER_CONFIG).write_text(json.dumps(gemma))
+            tokenizer = AutoTokenizer.from_pretrained(scratch).backend_tokenizer
+        _keep_whole(tokenizer, model)
+    except Exception as error:  # noqa: BLE001  # of two libraries, on damaged files
+        _fail_conversion(model, f"{type(error).__name__}: {error}")
+    num_tokens, num_pieces = tokenizer.get_vocab_size(), pieces.vocab_size()
+    if num_tokens != num_pieces:
+        _fail_conversion(model, f"{num_tokens} tokens instead of {num_pieces}")
+    for text in _SAMPLES:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if ids != pieces.encode(text):
+            _fail_conversion(model, f"other tokens for {text!r}")
+    (folder / TOKENIZER_JSON).write_text(tokenizer.to_str(), encoding="utf-8")
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _fail_conversion(model: Path, reason: str) -> NoReturn:
+    raise CheckpointError(
+        f"{model} must be a sentencepiece model that transformers can turn into a "
+        f"{TOKENIZER_JSON}: got {' '.join(reason.split())[:200]}. Copy "
+        f"{TOKENIZER_JSON} of the same model there."
+    )
+
+
+def _tokenizer_config(pieces: Any, folder: Path) -> dict[str, Any]:
+    """The tokenizer's settings: what the checkpoint says, else what its model says."""
+    settings: dict[str, Any] = {
+        "add_bos_token": True,
+        "clean_up_tokenization_spaces": False,
+    }
+    for name in ("bos", "eos", "pad", "unk"):
+        token = getattr(pieces, f"{name}_id")()
+        if token >= 0:
+            settings[f"{name}_token"] = pieces.id_to_piece(token)
+    if (folder / TOKENIZER_CONFIG).is_file():
+        settings.update(read_json(folder / TOKENIZER_CONFIG))
+    # What reads a tokenizer.json as it is, and runs no code of a checkpoint.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("auto_map", None)
+    return settings
+
+
+def _keep_whole(tokenizer: Any, model: Path) -> None:
+    """Let pieces that are never split or merged be found before any merging."""
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken
+
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model.read_bytes())
+    for piece in proto.pieces:
+        if piece.type in (piece.CONTROL, piece.UNKNOWN):
+            token = AddedToken(piece.piece, special=True, normalized=False)
+            tokenizer.add_special_tokens([token])
+        elif piece.type == piece.USER_DEFINED:
+            token = AddedToken(piece.piece, special=False, normalized=False)
+            tokenizer.add_tokens([token])
