@@ -80,13 +80,15 @@ def _add_format_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="quantize the target (default: yes, if it is not quantized already)",
     )
-    _add_quantization(group, "q", "target", "4, or 8 with mxfp8")
+    _add_quantization(group, "q", "target", "4; 8 with mxfp8")
     group.add_argument(
         "--draft-quantize",
         action=argparse.BooleanOptionalAction,
         help="quantize the drafter (default: yes, if it is not quantized already)",
     )
-    _add_quantization(group, "draft-q", "drafter", "4, or 8 with mxfp8")
+    _add_quantization(
+        group, "draft-q", "drafter", "8 with a centroid head, else 4; 8 with mxfp8"
+    )
     group.add_argument(
         "--dtype",
         choices=DTYPES,

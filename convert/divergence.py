@@ -86,7 +86,7 @@ def compare(
             f"not compared: that needs about {needed / 1e9:.1f} GB, more than half of "
             "this machine's memory"
         )
-    num_bytes = before[0].num_source_bytes + after[0].num_source_bytes
+    num_bytes = sum(sum(_layer_bytes(plans[0]).values()) for plans in (before, after))
     with progress("comparing with the source", num_bytes) as advance:
         token_ids = _encode(result[0])[: _num_tokens(before[0])]
         with _open(before[0], advance) as target:
@@ -106,14 +106,19 @@ def needed_bytes(plans: Sequence[PartPlan]) -> int:
     Args:
         plans: The source's; what they become is smaller.
     """
-    by_layer: dict[str, int] = {}
-    for parameter in plans[0].parameters:
-        layer = _layer_path(parameter.name)
-        by_layer[layer] = by_layer.get(layer, 0) + parameter.num_source_bytes
-    by_layer.pop("", None)  # of the tables only rows are read
     copies = 4 if _is_cpu() else 2  # as read, and as float32 on the CPU
     drafter = sum(plan.num_source_bytes for plan in plans[1:])
-    return copies * max(drafter, *by_layer.values())
+    return copies * max(drafter, *_layer_bytes(plans[0]).values())
+
+
+def _layer_bytes(plan: PartPlan) -> dict[str, int]:
+    """Return the bytes of each layer; of the tables only rows are read."""
+    by_layer: dict[str, int] = {}
+    for parameter in plan.parameters:
+        layer = _layer_path(parameter.name)
+        by_layer[layer] = by_layer.get(layer, 0) + parameter.num_source_bytes
+    by_layer.pop("", None)
+    return by_layer
 
 
 def memory_allowance() -> int:

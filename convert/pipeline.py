@@ -273,7 +273,8 @@ def _write(part: Part, folder: Path, progress: Progress) -> dict[str, Any]:
         copy_tokenizer(part.source.folder, folder)
     else:
         copy_files(part.source.folder, folder, ("generation_config.json",))
-    with progress(f"verifying the {plan.part}", plan.num_bytes) as advance:
+    num_bytes = sum(file.num_bytes for file in files)
+    with progress(f"verifying the {plan.part}", num_bytes) as advance:
         _check_headers(plan, folder)
         digests = verify(regions, files, folder, progress=advance)
     sizes = {file.name: file.num_bytes for file in files}

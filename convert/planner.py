@@ -307,7 +307,8 @@ def _stored_formats(
             raise CheckpointError(
                 f"{weight.tensor} in {packed.file} must be packed by MLX: got "
                 f"{packed.dtype} {_shape_text(packed.shape)} with scales "
-                f"{scales.dtype} {_shape_text(scales.shape)}. {_SAME_CHECKPOINT} it again."
+                f"{scales.dtype} {_shape_text(scales.shape)}. {_SAME_CHECKPOINT} it "
+                "again."
             )
         stored[path] = found
     return stored

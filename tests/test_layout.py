@@ -46,6 +46,28 @@ LAYERS = {
     "generate": 8,
     "__main__": 8,
 }
+# The same inside convert/, which may import any module of the package but these two.
+CONVERT = ROOT / "convert"
+CONVERT_LAYERS = {
+    "names": 0,
+    "quantize": 0,
+    "plan": 0,
+    "progress": 0,
+    "sources": 0,
+    "staging": 0,
+    "tokenizer": 0,
+    "output_config": 0,
+    "safetensors": 1,
+    "reader": 1,
+    "planner": 1,
+    "manifest": 1,
+    "card": 1,
+    "stream": 2,
+    "divergence": 2,
+    "pipeline": 3,
+    "report": 4,
+    "__main__": 5,
+}
 PRINTING = {"cli", "text"}  # text: generate(verbose=True), when asked
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "sentencepiece"}
 
@@ -90,6 +112,16 @@ def modules_imported(module):
                 yield first
 
 
+def printing_lines(path):
+    """Where a file prints, or touches what is printed to."""
+    forbidden = {"print", "sys.stdout", "sys.stderr"}
+    return [
+        f"{path}:{node.lineno}"
+        for node in ast.walk(parse(path))
+        if isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node) in forbidden
+    ]
+
+
 def run_python(code):
     command = [sys.executable, "-W", "error", "-c", code]
     return subprocess.run(
@@ -108,6 +140,33 @@ def test_imports_point_down(module):
         assert LAYERS[imported] < LAYERS[module], f"{module} imports {imported}"
 
 
+def test_converter_is_its_layer_table():
+    present = {path.stem for path in CONVERT.glob("*.py")} - {"__init__"}
+    assert present == set(CONVERT_LAYERS)
+
+
+@pytest.mark.parametrize("module", sorted(CONVERT_LAYERS))
+def test_converter_imports_point_down(module):
+    for name in absolute_imports(CONVERT / f"{module}.py"):
+        top, _, rest = name.partition(".")
+        first = rest.split(".")[0]
+        if top == "convert":
+            assert CONVERT_LAYERS[first] < CONVERT_LAYERS[module], name
+        if top == "mlx_gemma_mtp" and first:
+            assert first in LAYERS, f"{module} must import modules, not {name}"
+            assert first not in {"cli", "text"}, name
+
+
+@pytest.mark.parametrize("module", sorted(set(CONVERT_LAYERS) - {"__main__"}))
+def test_nothing_else_in_the_converter_prints(module):
+    assert printing_lines(CONVERT / f"{module}.py") == []
+
+
+def test_the_package_does_not_need_the_converter():
+    for path in PACKAGE.rglob("*.py"):
+        assert not any("convert" in n.split(".") for n in absolute_imports(path)), path
+
+
 def test_the_bottom_layer_knows_no_library():
     for module in ("errors", "config", "stats"):
         (path,) = sources(module)
@@ -118,10 +177,7 @@ def test_the_bottom_layer_knows_no_library():
 @pytest.mark.parametrize("module", sorted(present_modules() - PRINTING))
 def test_nothing_else_prints(module):
     for path in sources(module):
-        for node in ast.walk(parse(path)):
-            if isinstance(node, (ast.Name, ast.Attribute)):
-                forbidden = {"print", "sys.stdout", "sys.stderr"}
-                assert ast.unparse(node) not in forbidden, f"{path}:{node.lineno}"
+        assert printing_lines(path) == []
 
 
 def test_package_list_is_the_tree():

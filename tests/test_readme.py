@@ -10,6 +10,7 @@ import contextlib
 import io
 import re
 import shlex
+import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,9 @@ from pathlib import Path
 import pytest
 
 import mlx_gemma_mtp
-from mlx_gemma_mtp.cli import configure_parser, main
+from convert import __main__ as converter
+from convert.quantize import RULES
+from mlx_gemma_mtp import cli
 from tests.tiny import model_folder, uncompiled
 
 ROOT = Path(__file__).parents[1]
@@ -34,15 +37,37 @@ def folder(tmp_path_factory):
     return model_folder(tmp_path_factory.mktemp("readme") / "pair", "e2b")
 
 
+@pytest.fixture(scope="module")
+def converted(folder, tmp_path_factory):
+    """A place with the folders that the README's commands make or take."""
+    place = tmp_path_factory.mktemp("converted")
+    settings = ["--hf-path", str(folder), "--no-check", "--mlx-path"]
+    assert converter.main([*settings, str(place / "gemma-4-E2B")]) == 0
+    alone = [*settings, str(place / "gemma-4-E2B-4bit"), "--draft-model", "none"]
+    assert converter.main(alone) == 0
+    return place
+
+
 @pytest.fixture(autouse=True)
 def _local(monkeypatch, folder):
-    module = import_module("mlx_gemma_mtp.load")
-    fetch = module.fetch
+    """Let the Hub's ids mean a folder here."""
+    stand_ins = {HUB_ID: folder, f"{HUB_ID}-assistant": folder / "drafter"}
+    for name in ("mlx_gemma_mtp.load", "convert.sources"):
+        module = import_module(name)
+        fetch = module.fetch
 
-    def local_fetch(path_or_id, revision=None):
-        return fetch(folder if path_or_id == HUB_ID else path_or_id, revision)
+        def local_fetch(path_or_id, revision=None, fetch=fetch):
+            return fetch(stand_ins.get(path_or_id, path_or_id), revision)
 
-    monkeypatch.setattr(module, "fetch", local_fetch)
+        monkeypatch.setattr(module, "fetch", local_fetch)
+    sources = import_module("convert.sources")
+
+    def local_headers(repo, revision):
+        return sources.open_source(
+            stand_ins[repo], revision=revision, headers_only=True
+        )
+
+    monkeypatch.setattr(sources, "_hub_headers", local_headers)
     with uncompiled():
         yield
 
@@ -55,15 +80,27 @@ def run_piped(line, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     program, *arguments = shlex.split(command)
     assert program == "mlx_gemma_mtp.generate"
-    return main(arguments)
+    return cli.main(arguments)
 
 
 @pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.generate" in s])
-def test_generate_commands(line, monkeypatch, capsys):
+def test_generate_commands(line, monkeypatch, capsys, converted):
+    monkeypatch.chdir(converted)
     assert run_piped(line, monkeypatch) == 0
     out, err = capsys.readouterr()
     assert out.strip()
     assert "acceptance length" in err
+
+
+@pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.convert" in s])
+def test_convert_commands(line, monkeypatch, capsys, converted, tmp_path):
+    for name in ("gemma-4-E2B-4bit",):
+        shutil.copytree(converted / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = shlex.split(line)
+    assert program == "mlx_gemma_mtp.convert"
+    assert converter.main(arguments) == 0
+    assert "bits per weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("code", PYTHON)
@@ -86,20 +123,36 @@ def test_make_commands_exist_and_ci_runs_the_main_ones():
 
 def test_every_other_command_is_known():
     for line in SHELL:
-        assert line.startswith(("make ", "pip install .")) or "generate" in line
+        programs = ("mlx_gemma_mtp.generate", "mlx_gemma_mtp.convert")
+        assert line.startswith(("make ", "pip install .")) or any(
+            program in line for program in programs
+        )
 
 
-def flags():
+def flags(parser):
     """Option strings and help of every argument, as the README's table has them."""
-    for action in configure_parser()._actions:
+    for action in parser._actions:
         if not isinstance(action, argparse._HelpAction):
             names = ", ".join(f"`{name}`" for name in action.option_strings)
             yield f"| {names} | {(action.help or '') % vars(action)} |"
 
 
-def test_flags_are_those_of_the_command():
+@pytest.mark.parametrize("command", [cli, converter])
+def test_flags_are_those_of_the_command(command):
     """Prints the table to paste where it differs."""
-    table = "\n".join(flags())
+    table = "\n".join(flags(command.configure_parser()))
+    assert table in README, table
+
+
+def test_rules_are_those_of_the_converter():
+    """Prints the table to paste where it differs."""
+    rows = [
+        f"| {rule.what} | "
+        f"{'as it is' if rule.min_bits is None else f'{rule.min_bits} bits, affine'} | "
+        f"{rule.why} |"
+        for rule in RULES
+    ]
+    table = "\n".join(rows)
     assert table in README, table
 
 
