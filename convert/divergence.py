@@ -24,8 +24,8 @@ import mlx_lm.utils
 from mlx_gemma_mtp.checkpoint import open_checkpoint
 from mlx_gemma_mtp.config import FULL
 from mlx_gemma_mtp.drafter import SharedKV
-from mlx_gemma_mtp.load import load_drafter, one_line, target_skeleton
 from mlx_gemma_mtp.target import text_model
+from mlx_gemma_mtp.weights import load_drafter, one_line, target_skeleton
 
 from .plan import Block, Parameter, PartPlan
 from .planner import plan_drafter, plan_target

@@ -15,9 +15,9 @@ from typing import Any
 from mlx_gemma_mtp.checkpoint import CONFIG_NAME, INDEX_NAME, open_checkpoint
 from mlx_gemma_mtp.errors import CheckpointError, OutputError
 from mlx_gemma_mtp.fit import check_fit
-from mlx_gemma_mtp.load import target_skeleton
 from mlx_gemma_mtp.pairing import DRAFTER_FOLDERS, find_drafter
 from mlx_gemma_mtp.quantization import Format
+from mlx_gemma_mtp.weights import target_skeleton
 
 from . import safetensors
 from .card import write_card

@@ -19,8 +19,8 @@ from mlx_gemma_mtp.checkpoint import Checkpoint, TensorInfo
 from mlx_gemma_mtp.config import DrafterConfig, quantization_map
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.errors import CheckpointError, RequestError
-from mlx_gemma_mtp.load import one_line, target_settings, target_skeleton
 from mlx_gemma_mtp.quantization import Format, stored_format
+from mlx_gemma_mtp.weights import one_line, target_settings, target_skeleton
 
 from .names import Names, Share, drafter_names, target_names, tensor_name
 from .output_config import output_config

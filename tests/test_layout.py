@@ -39,6 +39,7 @@ LAYERS = {
     "fit": 3,
     "pair": 4,
     "decoder": 4,
+    "weights": 3,
     "load": 5,
     "tokens": 5,
     "text": 6,
@@ -118,7 +119,8 @@ def printing_lines(path):
     return [
         f"{path}:{node.lineno}"
         for node in ast.walk(parse(path))
-        if isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node) in forbidden
+        if isinstance(node, (ast.Name, ast.Attribute))
+        and ast.unparse(node) in forbidden
     ]
 
 

@@ -28,11 +28,10 @@ from mlx_gemma_mtp.load import (
     embedded_pair_path,
     eos_token_ids,
     load,
-    load_drafter,
     load_pair,
-    load_target,
 )
 from mlx_gemma_mtp.pair import pair_of
+from mlx_gemma_mtp.weights import load_drafter, load_target
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 FAMILIES = ("e2b", "e4b", "12b", "26b-a4b", "31b")

@@ -12,9 +12,10 @@ import mlx.nn as nn
 import pytest
 
 from mlx_gemma_mtp.errors import CheckpointError
-from mlx_gemma_mtp.load import load_drafter, load_pair, load_target
+from mlx_gemma_mtp.load import load_pair
 from mlx_gemma_mtp.pair import Pair, named_arrays
 from mlx_gemma_mtp.tokens import draft_block, generate_tokens
+from mlx_gemma_mtp.weights import load_drafter, load_target
 from tests.tiny import FAMILIES, REFERENCE, uncompiled
 
 PROMPT = [2, 17, 300, 45, 99, 8, 120, 33, 71]

@@ -15,9 +15,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_gemma_mtp import text as text_module
 from mlx_gemma_mtp.decoder import Emission
 from mlx_gemma_mtp.errors import PairingError, RequestError
-from mlx_gemma_mtp.load import load, load_drafter, load_pair
+from mlx_gemma_mtp.load import load, load_pair
 from mlx_gemma_mtp.stats import RoundStats
 from mlx_gemma_mtp.text import describe, generate, stream_generate
+from mlx_gemma_mtp.weights import load_drafter
 from tests.tiny import (
     BOS,
     END_OF_TURN,
