@@ -7,22 +7,24 @@ mistake of the user's is one line and exit status 1.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from mlx_gemma_mtp.checkpoint import FLOAT_DTYPES
 from mlx_gemma_mtp.errors import MTPError, RequestError
 from mlx_gemma_mtp.quantization import MODES, Format
 
-if TYPE_CHECKING:
-    from .pipeline import PartRequest, Request
+from .request import PartRequest, Request
 
 DEFAULT_MLX_PATH = "mlx_model"
-DTYPES = ("float16", "bfloat16", "float32")  # mlx-lm's
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,7 +93,7 @@ def _add_format_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=tuple(FLOAT_DTYPES),
         help="type of what is not quantized (default: what config.json names)",
     )
 
@@ -141,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; None for the process's.
 
     Returns:
-        Exit status: 0, 1 for a mistake of the user's, 130 if it was interrupted.
+        Exit status: 0, 1 for a mistake of the user's, 128 and the signal's number if
+        one ended it, 141 where the reader of the output went away.
     """
     try:
         with _termination_as_interrupt():
@@ -149,23 +152,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MTPError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + interrupt.args[0] if interrupt.args else EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered has no reader; the flush at exit must not say so.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
 
 
 def _run(args: argparse.Namespace) -> int:
     """Plan, convert, print."""
     request = _request(args)
     # Heavy imports wait until the arguments are known to be good.
-    from .card import upload
+    from .card import make_repository, upload
     from .pipeline import convert, plan_conversion
     from .report import describe_plan, describe_result
 
     conversion = plan_conversion(request, headers_only=args.dry_run)
     if args.dry_run:
-        print(describe_plan(conversion))
+        print(describe_plan(conversion), flush=True)
         return 0
+    if args.upload_repo:  # before hours of work: is this somebody who may write there?
+        make_repository(args.upload_repo)
     divergence = convert(conversion, progress=_progress)
     print(describe_result(conversion, divergence))
     if args.upload_repo:
@@ -177,11 +186,9 @@ def _request(args: argparse.Namespace) -> Request:
     """Check the arguments and put them together."""
     target = _part_request(args, "q", "quantize")
     drafter = _part_request(args, "draft_q", "draft_quantize")
-    from .pipeline import Request
-
     return Request(
         hf_path=args.hf_path,
-        mlx_path=Path(args.mlx_path).expanduser(),
+        mlx_path=Path(os.path.abspath(Path(args.mlx_path).expanduser())),
         draft_model=args.draft_model,
         target=target,
         drafter=drafter,
@@ -209,9 +216,7 @@ def _part_request(args: argparse.Namespace, prefix: str, switch: str) -> PartReq
             f"--no-{off} and --{flags}-... exclude each other: got both. Leave one out."
         )
     chosen = Format.of_mode(given.pop("mode", "affine"), **given) if given else None
-    from .pipeline import PartRequest
-
-    return PartRequest(is_quantized=is_quantized is not False, format=chosen)
+    return PartRequest(is_quantized=is_quantized, format=chosen)
 
 
 @contextmanager
@@ -234,20 +239,21 @@ def _progress(what: str, num_bytes: int) -> Iterator[Callable[[int], Any]]:
 
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """Let a polite kill clean up like Control-C does."""
+    """Let a polite kill or a closed terminal clean up like Control-C does."""
 
     def interrupt(signum: int, frame: Any) -> NoReturn:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(signum)
 
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread
-        yield
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go elsewhere
         return
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in signals]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,28 @@ def write_card(
         else f", with its MTP drafter {_describe(*drafter)}",
         model=name,
     )
-    (folder / CARD_NAME).write_text(f"---\n{data.to_yaml()}\n---\n{text}")
+    (folder / CARD_NAME).write_text(
+        f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8"
+    )
+
+
+def make_repository(repo: str) -> None:
+    """Make a repository on the Hub, or see that it may be written.
+
+    Args:
+        repo: Its id.
+
+    Raises:
+        OutputError: The Hub refuses.
+    """
+    try:
+        huggingface_hub.HfApi().create_repo(repo, exist_ok=True)
+    except Exception as error:  # of the Hub's client or whatever HTTP library it has
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise OutputError(
+            f"{repo} must be a repository you may write to: got {reason}. Run hf auth "
+            "login, or leave --upload-repo out."
+        ) from error
 
 
 def upload(folder: Path, repo: str) -> str:
@@ -77,7 +98,7 @@ def upload(folder: Path, repo: str) -> str:
 
     Args:
         folder: The pair's folder.
-        repo: The repository's id; made if it is not there.
+        repo: The repository's id.
 
     Returns:
         Where it can be seen.
@@ -86,9 +107,7 @@ def upload(folder: Path, repo: str) -> str:
         OutputError: The Hub does not take it.
     """
     try:
-        api = huggingface_hub.HfApi()
-        api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder)
+        huggingface_hub.HfApi().upload_folder(repo_id=repo, folder_path=folder)
     except Exception as error:  # of the Hub's client or whatever HTTP library it has
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise OutputError(

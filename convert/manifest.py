@@ -9,36 +9,39 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx_gemma_mtp
+from mlx_gemma_mtp.errors import OutputError
 
 from .plan import PartPlan
-from .sources import Source
 
 MANIFEST_NAME = "mlx_gemma_mtp.json"
 _MANIFEST_VERSION = 1
 
 
-def part_entry(source: Source, plan: PartPlan, path: str) -> dict[str, Any]:
+def part_entry(
+    plan: PartPlan, *, source: str, revision: str | None, path: str
+) -> dict[str, Any]:
     """Return what the manifest says of one part.
 
     Args:
-        source: Where it came from.
         plan: Its plan.
+        source: The Hub id or the name of the folder it came from.
+        revision: The commit, None where it is unknown.
         path: Its folder inside the result.
     """
-    dtypes = {array.dtype for array in plan.arrays if array.dtype[-1:].isdigit()}
-    floats = sorted(dtypes & {"F32", "BF16", "F16"})
+    floats = {array.dtype for array in plan.arrays} & {"F32", "BF16", "F16"}
     return {
         "path": path,
-        "source": source.name,
-        "revision": source.revision,
+        "source": source,
+        "revision": revision,
         "quantization": plan.config.get("quantization"),
-        "float_types": floats,
+        "float_types": sorted(floats),
         "num_parameters": plan.num_weights,
         "num_bytes": plan.num_bytes,
     }
@@ -73,13 +76,58 @@ def manifest(
     }
 
 
-def write_manifest(folder: Path, contents: Mapping[str, Any]) -> None:
-    """Write or replace a folder's manifest in one step.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a folder's manifest, empty if it has none that can be read.
+
+    Args:
+        folder: Any folder.
+    """
+    try:
+        contents = json.loads((folder / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return contents if isinstance(contents, dict) else {}
+
+
+def read_origin(folder: Path) -> tuple[str, str | None] | None:
+    """Return where a converted part came from: Hub id or folder's name, and commit.
+
+    Args:
+        folder: The folder of a target or of the drafter inside it.
+    """
+    places = (("target", folder), ("drafter", folder.parent))
+    for part, place in places:
+        entry = read_manifest(place).get(part)
+        if not isinstance(entry, dict) or (place / str(entry.get("path"))) != (
+            place if part == "target" else folder
+        ):
+            continue
+        source, revision = entry.get("source"), entry.get("revision")
+        if isinstance(source, str) and isinstance(revision, (str, type(None))):
+            return source, revision
+    return None
+
+
+@contextmanager
+def written_manifest(folder: Path, contents: Mapping[str, Any]) -> Iterator[None]:
+    """Write a folder's manifest, which gets its name at the end of the block.
 
     Args:
         folder: The pair's folder.
         contents: As from ``manifest()``.
+
+    Raises:
+        OutputError: It cannot be written.
     """
     scratch = folder / f".{MANIFEST_NAME}.partial"
-    scratch.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, folder / MANIFEST_NAME)
+    try:
+        scratch.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+        yield
+        os.replace(scratch, folder / MANIFEST_NAME)
+    except OSError as error:
+        raise OutputError(
+            f"{folder / MANIFEST_NAME} must be writable: got "
+            f"{error.strerror or error}. Check the place, then run again."
+        ) from error
+    finally:
+        scratch.unlink(missing_ok=True)

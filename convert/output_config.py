@@ -19,6 +19,9 @@ _DROPPED = (
     "quantization",
     "quantization_config",
     "per_layer_config",
+    # Code of the checkpoint: some loaders would run it, and nothing here needs it.
+    "model_file",
+    "auto_map",
 )
 
 
@@ -41,14 +44,15 @@ def output_config(
     """
     changed = {key: value for key, value in config.items() if key not in _DROPPED}
     changed["vocab_size"] = text["vocab_size"]
-    if "text_config" in config:
-        raw = config["text_config"]
+    raw = config.get("text_config")
+    if isinstance(raw, Mapping):
         changed["text_config"] = {
             **{key: value for key, value in raw.items() if key not in _DROPPED},
             **text,
             "model_type": raw.get("model_type", text["model_type"]),
         }
     else:  # the text model alone, which mlx-lm knows by this name only
+        changed.pop("text_config", None)
         changed.update(text)
     if dtype is not None:
         _name_dtype(changed, dtype)

@@ -1,20 +1,22 @@
 """The conversion from start to end: plan, write, verify, compare, publish.
 
-``plan_conversion()`` reads headers only and finds every mistake that headers can tell;
-``convert()`` does the work. Nothing is printed here.
+``plan_conversion()`` finds every mistake that can be found before the first byte is
+written; ``convert()`` does the work. Nothing is printed here.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mlx_gemma_mtp.checkpoint import CONFIG_NAME, INDEX_NAME, open_checkpoint
-from mlx_gemma_mtp.errors import CheckpointError, OutputError
+from mlx_gemma_mtp.errors import CheckpointError, OutputError, RequestError
 from mlx_gemma_mtp.fit import check_fit
+from mlx_gemma_mtp.load import eos_token_ids
 from mlx_gemma_mtp.pairing import DRAFTER_FOLDERS, find_drafter
 from mlx_gemma_mtp.quantization import Format
 from mlx_gemma_mtp.weights import target_skeleton
@@ -22,7 +24,7 @@ from mlx_gemma_mtp.weights import target_skeleton
 from . import safetensors
 from .card import write_card
 from .divergence import Divergence, compare
-from .manifest import manifest, part_entry, write_manifest
+from .manifest import manifest, part_entry, read_manifest, written_manifest
 from .plan import PartPlan
 from .planner import (
     check_not_stored,
@@ -30,66 +32,15 @@ from .planner import (
     plan_drafter,
     plan_target,
 )
-from .progress import Progress
+from .progress import Progress, silent
 from .quantize import default_format
+from .request import AUTO, NONE, PartRequest, Request
 from .sources import Source, open_source
 from .staging import check_free_space, check_place, staged
 from .stream import verify, write_part
 from .tokenizer import check_tokenizer, copy_files, copy_tokenizer
 
-AUTO, NONE = "auto", "none"
 DRAFTER_FOLDER = DRAFTER_FOLDERS[0]
-
-
-@dataclass(frozen=True)
-class PartRequest:
-    """What is asked for of one part.
-
-    Attributes:
-        is_quantized: Whether its matrices are quantized.
-        format: Their format; None for the part's default.
-    """
-
-    is_quantized: bool = True
-    format: Format | None = None
-
-    @property
-    def is_explicit(self) -> bool:
-        """Whether a checkpoint that is quantized already is not what was asked."""
-        return self.format is not None or not self.is_quantized
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for.
-
-    Attributes:
-        hf_path: The target, a folder or a Hub id.
-        mlx_path: Where the pair goes. The target's own folder, if it is in MLX's
-            format already, gets the drafter inside and is left as it is otherwise.
-        draft_model: The drafter, a folder or a Hub id; ``"auto"`` to find it,
-            ``"none"`` for the target alone.
-        target: The target's format.
-        drafter: The drafter's format.
-        dtype: Type of what is not quantized, None for the checkpoint's own.
-        revision: A branch, tag or commit of the target on the Hub.
-        draft_revision: The same of the drafter.
-        is_forced: Whether a checkpoint at ``mlx_path`` may be replaced.
-        has_check: Whether texts of source and result are compared at the end.
-        name: What the pair will be called in its README; None for its folder's name.
-    """
-
-    hf_path: str | Path
-    mlx_path: Path
-    draft_model: str | Path = AUTO
-    target: PartRequest = PartRequest()
-    drafter: PartRequest = PartRequest()
-    dtype: str | None = None
-    revision: str | None = None
-    draft_revision: str | None = None
-    is_forced: bool = False
-    has_check: bool = True
-    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +89,7 @@ class Conversion:
     @property
     def place(self) -> Path:
         """The folder that appears at the end."""
-        place = self.request.mlx_path
+        place = self.request.mlx_path.absolute()
         return place / DRAFTER_FOLDER if self.is_in_place else place
 
     @property
@@ -150,6 +101,9 @@ class Conversion:
 def plan_conversion(request: Request, *, headers_only: bool = False) -> Conversion:
     """Look at everything before anything is written.
 
+    What has to come from the Hub is planned from its headers first, so that most
+    mistakes are told before the weights are fetched.
+
     Args:
         request: What is asked for.
         headers_only: Be content with the headers of the weights, for a plan alone.
@@ -160,25 +114,20 @@ def plan_conversion(request: Request, *, headers_only: bool = False) -> Conversi
         RequestError: Settings that do not go with these checkpoints.
         OutputError: The place is taken or too small.
     """
-    target = _plan_target(request, headers_only=headers_only)
-    drafter, pairing = _plan_drafter(request, target, headers_only=headers_only)
-    if drafter is not None:
-        model = target_skeleton(target.source.checkpoint)
-        check_fit(model, drafter_skeleton(drafter.source.checkpoint))
-    is_in_place = _is_same(request.mlx_path, target.source.folder)
-    conversion = Conversion(request, target, drafter, pairing, is_in_place)
-    if is_in_place:
-        _check_in_place(conversion)
-    if not headers_only:
-        check_place(conversion.place, force=request.is_forced)
-        _check_sources_stay(conversion)
-        check_free_space(conversion.place, conversion.num_bytes)
-        if not is_in_place:
-            check_tokenizer(target.source.folder)
+    conversion = _plan(request, headers_only=True)
+    if headers_only:
+        return conversion
+    _check_output(conversion)
+    conversion = _plan(request, headers_only=False)
+    _check_sources_stay(conversion)
+    if not conversion.is_in_place:
+        plan = conversion.target.plan
+        vocab_size = plan.config["vocab_size"]
+        check_tokenizer(conversion.target.source.folder, vocab_size=vocab_size)
     return conversion
 
 
-def convert(conversion: Conversion, *, progress: Progress) -> Divergence | str:
+def convert(conversion: Conversion, *, progress: Progress = silent) -> Divergence | str:
     """Carry a plan out.
 
     Args:
@@ -192,41 +141,58 @@ def convert(conversion: Conversion, *, progress: Progress) -> Divergence | str:
         CheckpointError: A tensor cannot be read or is not finite.
         OutputError: The result cannot be written or does not read back.
     """
-    request = conversion.request
-    with staged(conversion.place, force=request.is_forced) as folder:
+    place, is_in_place = conversion.place, conversion.is_in_place
+    with (
+        ExitStack() as published,
+        staged(place, force=conversion.request.is_forced) as folder,
+    ):
         # 1) write
         digests: dict[str, Any] = {}
         for part in conversion.written:
-            inside = "." if conversion.is_in_place else part.folder
-            written = _write(part, folder / inside, progress)
+            inside = folder if is_in_place else folder / part.folder
+            written = _write(part, inside, progress)
             digests.update({_join(part.folder, k): v for k, v in written.items()})
         # 2) compare
         divergence = _compare(conversion, folder, progress)
         # 3) describe
-        entries = [part_entry(p.source, p.plan, p.folder) for p in conversion.parts]
-        contents = manifest(
-            entries[0],
-            entries[1] if len(entries) > 1 else None,
-            pairing=conversion.pairing,
-            files=digests,
-        )
-        if not conversion.is_in_place:
+        contents = _manifest(conversion, digests)
+        if is_in_place:  # its manifest is replaced once the drafter stands there
+            published.enter_context(written_manifest(place.parent, contents))
+        else:
             _describe(conversion, folder)
-            write_manifest(folder, contents)
-    if conversion.is_in_place:
-        write_manifest(request.mlx_path, contents)
+            with written_manifest(folder, contents):
+                pass
     return divergence
 
 
-def _plan_target(request: Request, *, headers_only: bool) -> Part:
+def _plan(request: Request, *, headers_only: bool) -> Conversion:
+    target, is_in_place = _plan_target(request, headers_only=headers_only)
+    drafter, pairing = _plan_drafter(request, target, headers_only=headers_only)
+    if is_in_place and drafter is None:
+        _fail_in_place(request)
+    if drafter is not None:
+        model = target_skeleton(target.source.checkpoint)
+        check_fit(model, drafter_skeleton(drafter.source.checkpoint))
+    eos_token_ids(target.source.checkpoint)  # a wrong one could not be loaded
+    return Conversion(request, target, drafter, pairing, is_in_place)
+
+
+def _plan_target(request: Request, *, headers_only: bool) -> tuple[Part, bool]:
+    """Return the target's part, and whether it stays where it is."""
     source = open_source(
         request.hf_path, revision=request.revision, headers_only=headers_only
     )
+    if _is_same(request.mlx_path, source.folder):
+        plan = plan_target(source.checkpoint, None, dtype=None)
+        is_renamed = any(p.name != p.tensor for p in plan.parameters)
+        if is_renamed or request.target != PartRequest() or request.dtype is not None:
+            _fail_in_place(request)
+        return Part(source, plan, "."), True
     base = _base(request.target, source)
     plan = plan_target(source.checkpoint, base, dtype=request.dtype)
     if request.target.is_explicit:
         check_not_stored(plan, "the --q flags or --no-quantize")
-    return Part(source, plan, ".")
+    return Part(source, plan, "."), False
 
 
 def _plan_drafter(
@@ -254,9 +220,14 @@ def _plan_drafter(
 
 
 def _base(request: PartRequest, source: Source) -> Format | None:
-    if not request.is_quantized:
+    if request.is_quantized is False:
         return None
     return request.format or default_format(source.checkpoint.config)
+
+
+def _check_output(conversion: Conversion) -> None:
+    check_place(conversion.place, force=conversion.request.is_forced)
+    check_free_space(conversion.place, conversion.num_bytes)
 
 
 def _write(part: Part, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -295,18 +266,43 @@ def _check_headers(plan: PartPlan, folder: Path) -> None:
 def _compare(
     conversion: Conversion, folder: Path, progress: Progress
 ) -> Divergence | str:
-    """Compare source and result on a short text, where that is wanted and possible."""
+    """Compare source and result on a short text, where that is wanted."""
     if not conversion.request.has_check:
         return "not compared, as asked for (--no-check)"
-    target_folder = conversion.target.source.folder
-    drafter_folder = folder
-    if not conversion.is_in_place:
-        target_folder, drafter_folder = folder, folder / DRAFTER_FOLDER
-    has_drafter = conversion.drafter is not None
-    return compare(
-        [part.source.folder for part in conversion.parts],
-        [target_folder, *([drafter_folder] if has_drafter else [])],
-        progress=progress,
+    source = [part.source.folder for part in conversion.parts]
+    if conversion.is_in_place:
+        return compare(source, [source[0], folder], progress=progress)
+    result = [folder / part.folder for part in conversion.parts]
+    return compare(source, result, progress=progress)
+
+
+def _manifest(conversion: Conversion, digests: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest; in place, what an older one says of the target stays."""
+    entries = [
+        part_entry(
+            part.plan,
+            source=part.source.name,
+            revision=part.source.revision,
+            path=part.folder,
+        )
+        for part in conversion.parts
+    ]
+    files: dict[str, Any] = {}
+    if conversion.is_in_place:
+        older = read_manifest(conversion.request.mlx_path)
+        known = older.get("files")
+        files = {
+            name: entry
+            for name, entry in (known if isinstance(known, dict) else {}).items()
+            if not name.startswith(f"{DRAFTER_FOLDER}/")
+        }
+        if isinstance(older.get("target"), dict):
+            entries[0] = older["target"]
+    return manifest(
+        entries[0],
+        entries[1] if len(entries) > 1 else None,
+        pairing=conversion.pairing,
+        files={**files, **digests},
     )
 
 
@@ -320,34 +316,27 @@ def _describe(conversion: Conversion, folder: Path) -> None:
     )
 
 
-def _check_in_place(conversion: Conversion) -> None:
-    """Refuse to convert a folder into itself, unless a drafter is all it needs."""
-    plan = conversion.target.plan
-    is_unchanged = not plan.unused and all(
-        parameter.format is None
-        and parameter.name == parameter.tensor
-        and parameter.arrays[0].dtype == parameter.source.dtype
-        for parameter in plan.parameters
-    )
-    if not is_unchanged or conversion.drafter is None:
-        raise OutputError(
-            f"--mlx-path must be another folder than --hf-path: got "
-            f"{conversion.request.mlx_path} for both. Only a drafter can be added to a "
-            "folder, and only if its target is in MLX's format already and stays as it "
-            "is."
-        )
-
-
 def _check_sources_stay(conversion: Conversion) -> None:
-    """Refuse to replace a folder that is being read."""
-    place = conversion.place.resolve()
+    """Refuse to replace a folder that is being read, by whatever path."""
     for part in conversion.written:
-        source = part.source.folder.resolve()
-        if source == place or place in source.parents:
-            raise OutputError(
-                f"{conversion.place} must not hold what is converted: got "
-                f"{part.source.folder} inside it. Take another --mlx-path."
-            )
+        files = {tensor.file for tensor in part.source.checkpoint.tensors.values()}
+        for path in (part.source.folder, *files):
+            resolved = path.resolve()
+            if any(
+                _is_same(conversion.place, p) for p in (resolved, *resolved.parents)
+            ):
+                raise OutputError(
+                    f"{conversion.place} must not hold what is converted: got {path} "
+                    "inside it. Take another --mlx-path."
+                )
+
+
+def _fail_in_place(request: Request) -> NoReturn:
+    raise RequestError(
+        f"--mlx-path must be another folder than --hf-path: got {request.mlx_path} for "
+        "both. Only a drafter can be added to a folder, and only if its target is in "
+        "MLX's format already and stays as it is (no --q flags, no --dtype)."
+    )
 
 
 def _is_same(place: Path, folder: Path) -> bool:

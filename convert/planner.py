@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_gemma_mtp.checkpoint import Checkpoint, TensorInfo
+from mlx_gemma_mtp.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from mlx_gemma_mtp.config import DrafterConfig, quantization_map
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.errors import CheckpointError, RequestError
@@ -27,8 +27,6 @@ from .output_config import output_config
 from .plan import TOKEN_ORDERING, Array, Parameter, PartPlan, Rows
 from .quantize import DRAFTER, TARGET, Choice
 
-# --dtype: safetensors' name of it
-FLOAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _INTEGERS = ("I32", "I64")
 _SAME_CHECKPOINT = "Take config.json and weights from the same checkpoint, or download"
 
@@ -106,7 +104,11 @@ def _plan(
     shapes = _parameter_shapes(model)
     stored = _stored_formats(checkpoint, names, shapes)
     formats = stored or _chosen_formats(model, shapes, choice)
-    planner = _Planner(checkpoint, choice.part, names, _float_dtype(checkpoint, dtype))
+    # What is packed already keeps its types, whatever its config says, unless asked.
+    named = dtype if dtype or stored else _named_dtype(checkpoint)
+    # What is packed already keeps its types, whatever its config says, unless asked.
+    named = dtype if dtype or stored else _named_dtype(checkpoint)
+    planner = _Planner(checkpoint, choice.part, names, FLOAT_DTYPES.get(named or ""))
     parameters: list[Parameter] = []
     for name, shape in shapes.items():
         path = name.removesuffix(".weight")
@@ -318,14 +320,14 @@ def _most_common(formats: Mapping[str, Format]) -> Format:
     return Counter(formats.values()).most_common(1)[0][0]
 
 
-def _float_dtype(checkpoint: Checkpoint, dtype: str | None) -> str | None:
-    """Return the type to cast to: as asked, else what the config names, else None."""
+def _named_dtype(checkpoint: Checkpoint) -> str | None:
+    """Return the type that the config names, as ``mlx_lm.convert`` looks for it."""
     text = checkpoint.config.get("text_config")
     for place in (checkpoint.config, text if isinstance(text, Mapping) else {}):
         for key in ("torch_dtype", "dtype"):
-            if dtype is None and isinstance(place.get(key), str):
-                dtype = place[key]
-    return FLOAT_DTYPES.get(dtype) if dtype is not None else None
+            if isinstance(place.get(key), str):
+                return str(place[key])
+    return None
 
 
 def check_not_stored(plan: PartPlan, flags: str) -> None:

@@ -19,6 +19,7 @@ from mlx_gemma_mtp.errors import CheckpointError
 
 from .plan import Block, Parameter, PartPlan
 
+_MAX_READ = 1 << 30  # a Mac refuses reads of 2 GB
 FLOATS = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
 # NumPy has no bfloat16, so values travel as words of their width.
 WORDS: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.int64}
@@ -121,10 +122,12 @@ def open_reader(plan: PartPlan) -> Iterator[Reader]:
 
 def _read_at(descriptor: int, num_bytes: int, start: int) -> bytes:
     """Read at a place of a file; fewer bytes only where the file ends."""
-    data = os.pread(descriptor, num_bytes, start)
-    while data and len(data) < num_bytes:  # a limit of the system cut it short
-        more = os.pread(descriptor, num_bytes - len(data), start + len(data))
-        if not more:
+    parts: list[bytes] = []
+    done = 0
+    while done < num_bytes:  # a limit of the system can cut a read short
+        part = os.pread(descriptor, min(num_bytes - done, _MAX_READ), start + done)
+        if not part:
             break
-        data += more
-    return data
+        parts.append(part)
+        done += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,26 +1,37 @@
 """Where a checkpoint comes from: a folder, or a Hub id with its commit.
 
-For a plan the headers are enough: of a Hub repository only they are fetched. Knows
-nothing of models.
+For a plan the headers are enough: of a Hub repository only they are fetched, by range
+requests. Knows nothing of models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import huggingface_hub
 
 from mlx_gemma_mtp.checkpoint import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
+    WEIGHTS_PATTERN,
     Checkpoint,
     TensorInfo,
     open_checkpoint,
     read_json,
 )
 from mlx_gemma_mtp.errors import CheckpointError
-from mlx_gemma_mtp.pairing import checked_hub_id, explain_hub_error, fetch, hub_id
+from mlx_gemma_mtp.pairing import (
+    DRAFTER_FOLDERS,
+    cached,
+    checked_hub_id,
+    explain_hub_error,
+    fetch,
+    hub_id,
+)
+
+from .manifest import read_origin
 
 
 @dataclass(frozen=True)
@@ -29,20 +40,25 @@ class Source:
 
     Attributes:
         checkpoint: Its configs and its tensors.
-        name: Its Hub id, or the name of its folder where that tells none.
-        is_hub_id: Whether the name is a Hub id.
-        revision: The commit, None for a folder that tells none.
+        name: The Hub id it came from, or the name of its folder where that is unknown.
+        revision: The commit, None where it is unknown.
+        is_remote: Whether only its headers are here.
     """
 
     checkpoint: Checkpoint
     name: str
-    is_hub_id: bool
     revision: str | None
+    is_remote: bool = False
 
     @property
     def folder(self) -> Path:
         """The folder its files lie in."""
         return self.checkpoint.folder
+
+    @property
+    def is_hub_id(self) -> bool:
+        """Whether the name is a Hub id; a folder's name has no slash."""
+        return "/" in self.name
 
 
 def open_source(
@@ -58,46 +74,99 @@ def open_source(
     Raises:
         CheckpointError: It cannot be found or is damaged.
     """
-    if headers_only and not Path(path_or_id).expanduser().exists():
-        return _hub_headers(checked_hub_id(path_or_id), revision)
-    folder = fetch(path_or_id, revision)
+    local = Path(path_or_id).expanduser()
+    if not headers_only:
+        fetched = fetch(path_or_id, revision)
+        return _local(path_or_id, fetched, revision, headers_only=False)
+    if local.exists():
+        repo = _repository(local)
+        if repo is None or any(local.glob(WEIGHTS_PATTERN)):
+            return _local(path_or_id, local, revision, headers_only=True)
+        # A drafter's folder of a repository of which only headers are here.
+        return _hub_headers(repo, local.parent.name, folder=local.name)
+    repo = checked_hub_id(path_or_id)
+    folder = cached(repo, revision)
+    if folder is not None and any(folder.glob(WEIGHTS_PATTERN)):
+        return _local(repo, folder, revision, headers_only=True)
+    return _hub_headers(repo, revision)
+
+
+def _local(
+    path_or_id: str | Path, folder: Path, revision: str | None, *, headers_only: bool
+) -> Source:
     checkpoint = open_checkpoint(folder, headers_only=headers_only)
+    origin = read_origin(folder)
+    if origin is not None:
+        return Source(checkpoint, *origin)
     name = hub_id(path_or_id, folder)
-    commit = None
-    if name is not None:  # the Hub's cache names folders by commit
-        resolved = folder.resolve()
-        commit = resolved.name if resolved.parent.name == "snapshots" else revision
-    return Source(checkpoint, name or folder.resolve().name, name is not None, commit)
+    if name is None:
+        return Source(checkpoint, folder.resolve().name, None)
+    resolved = folder.resolve()  # the Hub's cache names folders by commit
+    is_cached = resolved.parent.name == "snapshots"
+    return Source(checkpoint, name, resolved.name if is_cached else revision)
 
 
-def _hub_headers(repo: str, revision: str | None) -> Source:
-    """Read a repository's configs and the headers of its weights, by range requests."""
+def _repository(folder: Path) -> str | None:
+    """Return the Hub id of the repository that a drafter's folder is in, if any."""
+    return hub_id(folder.parent, folder.parent)
+
+
+def _hub_headers(repo: str, revision: str | None, *, folder: str = "") -> Source:
+    """Read a repository's configs and the headers of its weights, by range requests.
+
+    Args:
+        repo: Its id.
+        revision: A branch, tag or commit.
+        folder: The folder inside it that holds the checkpoint.
+    """
+    prefix = f"{folder}/" if folder else ""
     try:
-        commit = huggingface_hub.HfApi().model_info(repo, revision=revision).sha
-        config = Path(
-            huggingface_hub.hf_hub_download(repo, CONFIG_NAME, revision=commit)
-        )
-        metadata = huggingface_hub.get_safetensors_metadata(repo, revision=commit)
-        generation_config = _optional(repo, GENERATION_CONFIG_NAME, commit)
+        api = huggingface_hub.HfApi()
+        commit = api.model_info(repo, revision=revision).sha
+        files = api.list_repo_files(repo, revision=commit)
+        config = _fetch(repo, commit, files, f"{prefix}{CONFIG_NAME}")
+        settings = _fetch(repo, commit, files, f"{prefix}{GENERATION_CONFIG_NAME}")
+        for name in () if folder else DRAFTER_FOLDERS:  # so that it is found there
+            _fetch(repo, commit, files, f"{name}/{CONFIG_NAME}")
+        shards = [name for name in files if _is_weights(name, prefix)]
+        headers = {
+            name: api.parse_safetensors_file_metadata(repo, name, revision=commit)
+            for name in shards
+        }
     except Exception as error:  # of the Hub's client or whatever HTTP library it has
         raise CheckpointError(explain_hub_error(repo, revision, error)) from error
-    folder = config.parent
+    if config is None or not shards:
+        missing = f"{prefix}{WEIGHTS_PATTERN}" if config else f"{prefix}{CONFIG_NAME}"
+        raise CheckpointError(
+            f"{repo} must hold a safetensors checkpoint: got no {missing} there. Take "
+            "another repository or revision."
+        )
     tensors = {
         name: TensorInfo(
-            folder / file,
+            config.parent / shard,
             info.dtype,
             tuple(info.shape),
             (info.data_offsets[0], info.data_offsets[1]),
         )
-        for file, header in metadata.files_metadata.items()
+        for shard, header in headers.items()
         for name, info in header.tensors.items()
     }
-    settings = {} if generation_config is None else read_json(generation_config)
-    checkpoint = Checkpoint(folder, read_json(config), settings, tensors)
-    return Source(checkpoint, repo, True, commit)
+    generation_config = {} if settings is None else read_json(settings)
+    checkpoint = Checkpoint(
+        config.parent, read_json(config), generation_config, tensors
+    )
+    return Source(checkpoint, repo, commit, is_remote=True)
 
 
-def _optional(repo: str, file: str, revision: str | None) -> Path | None:
-    if not huggingface_hub.file_exists(repo, file, revision=revision):
+def _fetch(
+    repo: str, commit: str | None, files: Sequence[str], name: str
+) -> Path | None:
+    """Fetch one small file, if it is there."""
+    if name not in files:
         return None
-    return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
+    return Path(huggingface_hub.hf_hub_download(repo, name, revision=commit))
+
+
+def _is_weights(name: str, prefix: str) -> bool:
+    path = PurePosixPath(name)
+    return name == f"{prefix}{path.name}" and path.match(WEIGHTS_PATTERN)

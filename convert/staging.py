@@ -8,7 +8,9 @@ nothing of models.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,9 +18,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from mlx_gemma_mtp.checkpoint import CONFIG_NAME, WEIGHTS_PATTERN
+from mlx_gemma_mtp.config import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
 from mlx_gemma_mtp.errors import OutputError
 
 _MARGIN_BYTES = 64 << 20  # configs, tokenizer, the file system's own
+# In the hidden folder while it is written: without it nothing there is removed.
+MARKER = ".mlx_gemma_mtp.converting"
+# What file systems answer that cannot wait for a folder, or cannot lock one.
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def check_free_space(place: Path, num_bytes: int) -> None:
@@ -31,8 +39,9 @@ def check_free_space(place: Path, num_bytes: int) -> None:
     Raises:
         OutputError: It has not.
     """
-    parent = _existing_parent(place)
-    free = shutil.disk_usage(parent).free
+    parent = next(parent for parent in place.parents if parent.is_dir())
+    # What a killed run left is removed before anything is written.
+    free = shutil.disk_usage(parent).free + _size(_beside(place, "partial"))
     needed = num_bytes + _MARGIN_BYTES
     if free < needed:
         raise OutputError(
@@ -45,26 +54,34 @@ def check_place(place: Path, *, force: bool) -> None:
     """Check that a folder may be put at a place.
 
     Args:
-        place: Where the folder will stand.
+        place: Where the folder will stand, absolute.
         force: Whether a checkpoint that stands there may be replaced.
 
     Raises:
         OutputError: Something stands there that may not be replaced.
     """
-    _recover(place)
-    if not os.path.lexists(place):
+    if not place.name:
+        raise OutputError(
+            f"--mlx-path must name a folder to be made: got {place}. Take another."
+        )
+    if os.path.lexists(_beside(place, "replaced")):
+        _recover_unless_busy(place)
+    _check_standing(place, force=force)
+
+
+def _check_standing(place: Path, *, force: bool) -> None:
+    """Refuse what stands at a place, unless it may be replaced."""
+    if not os.path.lexists(place) or _is_empty_folder(place):
         return
-    if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
-        return  # an empty folder is no loss
     if not force:
         raise OutputError(
             f"{place} must not be there yet: got a {_kind(place)}. Take another "
             "--mlx-path, or --force to replace it."
         )
-    if place.is_symlink() or not (place / "config.json").is_file():
+    if place.is_symlink() or not _is_checkpoint(place):
         raise OutputError(
-            f"{place} must be a folder with a checkpoint to be replaced: got a "
-            f"{_kind(place)} without config.json. Take another --mlx-path."
+            f"{place} must be a folder with a Gemma 4 checkpoint to be replaced: got a "
+            f"{_kind(place)} without one. Take another --mlx-path."
         )
 
 
@@ -73,7 +90,7 @@ def staged(place: Path, *, force: bool) -> Iterator[Path]:
     """Write a folder that appears at the end of the block, or not at all.
 
     Args:
-        place: Where it will stand.
+        place: Where it will stand, absolute.
         force: Whether a checkpoint that stands there may be replaced.
 
     Yields:
@@ -86,18 +103,25 @@ def staged(place: Path, *, force: bool) -> Iterator[Path]:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(hidden, place)
+        try:
+            _empty(hidden, place)
+            (hidden / MARKER).touch()
+            _recover(place)
+            try:
+                yield hidden
+                _check_standing(place, force=force)  # again: hours may have passed
+                _publish(hidden, place)
+            except BaseException:
+                shutil.rmtree(hidden, ignore_errors=True)
+                raise
+        finally:
+            os.close(lock)
     except OSError as error:
-        _fail(place, error)
-    try:
-        _empty(hidden)
-        yield hidden
-        check_place(place, force=force)  # again: hours may have passed
-        _publish(hidden, place)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
+        raise OutputError(
+            f"{place} must be a folder that can be written: got "
+            f"{error.strerror or error}{_where(error, place)}. Check the place, or take "
+            "another --mlx-path."
+        ) from error
 
 
 def _lock(hidden: Path, place: Path) -> int:
@@ -106,13 +130,19 @@ def _lock(hidden: Path, place: Path) -> int:
         with suppress(FileExistsError):
             hidden.mkdir()
         try:
-            descriptor = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY)
+            descriptor = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue  # its owner has just finished
+        except OSError:
+            _fail_foreign(place)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), hidden.stat()):
-                return descriptor
+            found = os.lstat(hidden)
+            if os.path.samestat(os.fstat(descriptor), found):
+                if found.st_uid == os.geteuid():
+                    return descriptor
+                os.close(descriptor)
+                _fail_foreign(place)
         except FileNotFoundError:
             pass  # renamed or removed between open and lock
         except BlockingIOError:
@@ -121,59 +151,110 @@ def _lock(hidden: Path, place: Path) -> int:
                 f"{place} must be written by one run at a time: got another run at "
                 "work there. Wait for it, or take another --mlx-path."
             ) from None
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            return descriptor  # a share without locks: as good as it gets there
         os.close(descriptor)
 
 
-def _empty(folder: Path) -> None:
-    """Remove what a killed run left."""
-    for path in folder.iterdir():
+def _empty(hidden: Path, place: Path) -> None:
+    """Remove what a killed run left, and nothing else."""
+    found = list(hidden.iterdir())
+    if found and not (hidden / MARKER).is_file():
+        _fail_foreign(place)
+    for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif path.name != MARKER:
             path.unlink()
 
 
 def _publish(hidden: Path, place: Path) -> None:
     """Put the folder in its place; what stood there goes last."""
     old = _beside(place, "replaced")
+    _sync_tree(hidden)
     try:
-        _sync_tree(hidden)
         if os.path.lexists(place):
             os.rename(place, old)
         os.rename(hidden, place)
-        _sync(place.parent)
-    except OSError as error:
+    except BaseException:
         _recover(place)
-        _fail(place, error)
+        raise
+    # Last: without it a run killed before would be taken for somebody else's folder.
+    with suppress(OSError):  # it stands: nothing that fails now may undo it
+        (place / MARKER).unlink()
+        _sync(place.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _recover(place: Path) -> None:
-    """Finish or undo a replacement that was cut off between its two renames."""
+    """Undo or finish a replacement that was cut off between its two renames."""
     old = _beside(place, "replaced")
     if not os.path.lexists(old):
         return
-    if os.path.lexists(place):
+    if _is_empty_folder(place):
+        place.rmdir()
+    if not os.path.lexists(place):
+        os.rename(old, place)
+    elif _is_checkpoint(place):
         shutil.rmtree(old, ignore_errors=True)
     else:
-        os.rename(old, place)
+        raise OutputError(
+            f"{old} must not be in the way: got what stood at {place} before a run "
+            "that was killed. Move one of the two elsewhere."
+        )
+
+
+def _recover_unless_busy(place: Path) -> None:
+    """Recover, unless a run is at work there, which may be between its renames."""
+    hidden = _beside(place, "partial")
+    try:
+        lock = _lock(hidden, place)
+    except OutputError:
+        return
+    try:
+        _recover(place)
+    finally:
+        with suppress(OSError):  # not empty: what the killed run left
+            hidden.rmdir()
+        os.close(lock)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder holds what a conversion makes."""
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_bytes())
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        return kind in TARGET_MODEL_TYPES + DRAFTER_MODEL_TYPES and any(
+            folder.glob(WEIGHTS_PATTERN)
+        )
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _is_empty_folder(place: Path) -> bool:
+    return place.is_dir() and not place.is_symlink() and not any(place.iterdir())
 
 
 def _beside(place: Path, what: str) -> Path:
     return place.with_name(f".{place.name}.{what}")
 
 
-def _existing_parent(place: Path) -> Path:
-    for parent in place.parents:
-        if parent.is_dir():
-            return parent
-    return Path.cwd()
-
-
 def _kind(place: Path) -> str:
     if place.is_symlink():
         return "link"
     return "folder" if place.is_dir() else "file"
+
+
+def _size(folder: Path) -> int:
+    """Return what is gained by removing a folder."""
+    try:
+        if folder.is_symlink() or not folder.is_dir():
+            return 0
+        return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+    except OSError:  # what it is will be told when it is written to
+        return 0
 
 
 def _sync_tree(folder: Path) -> None:
@@ -187,12 +268,21 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 
 
-def _fail(place: Path, error: OSError) -> NoReturn:
+def _where(error: OSError, place: Path) -> str:
+    is_elsewhere = error.filename and str(error.filename) != str(place)
+    return f" at {error.filename}" if is_elsewhere else ""
+
+
+def _fail_foreign(place: Path) -> NoReturn:
+    hidden = _beside(place, "partial")
     raise OutputError(
-        f"{place} must be writable: got {error.strerror or error}. Take another "
-        "--mlx-path."
-    ) from error
+        f"{place} must be written in {hidden} first: got something there that no "
+        "stopped conversion left. Move it elsewhere, or take another --mlx-path."
+    )

@@ -9,8 +9,10 @@ checkpoint or of its largest tensor.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +32,7 @@ from .plan import TOKEN_ORDERING, Array, Block, Parameter, PartPlan
 from .reader import FLOATS, WORDS, open_reader
 from .safetensors import OutputFile
 
-BLOCK_BYTES = 16 << 20  # read at once; small for the memory, large for a disk
+BLOCK_BYTES = 4 << 20  # read at once: stays in the caches, and is much for a disk
 NUM_WORKERS = 3  # one reads or writes while the others quantize
 _CACHE_BYTES = 64 << 20  # of freed buffers that MLX keeps; its default is all memory
 # A float is not finite if all bits of its exponent are set.
@@ -336,5 +338,7 @@ def _in_parallel(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[An
 
 def _from_disk(descriptor: int) -> None:
     """Forget what the system holds of a file, so that the disk itself is read."""
-    if hasattr(os, "posix_fadvise"):  # Linux; a Mac reads what it holds
+    if sys.platform == "linux":
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    elif sys.platform == "darwin":
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)

@@ -13,8 +13,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mlx_gemma_mtp.checkpoint import read_json
+import mlx_lm.utils
+
+from mlx_gemma_mtp.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, read_json
 from mlx_gemma_mtp.errors import CheckpointError
+from mlx_gemma_mtp.weights import one_line
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
@@ -29,8 +32,9 @@ _COPIED = (
     "added_tokens.json",
     CHAT_TEMPLATE,
     _OLD_CHAT_TEMPLATE,
-    "generation_config.json",
+    GENERATION_CONFIG_NAME,
 )
+_NEXT_STEP = "Copy tokenizer.json and tokenizer_config.json of the same model there"
 # What the two tokenizers are compared on: letters, runs of spaces, bytes, scripts.
 _SAMPLES = (
     "The quick brown fox jumps over the lazy dog. 0123456789",
@@ -40,11 +44,12 @@ _SAMPLES = (
 )
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Check that a checkpoint has a tokenizer, and small files that can be read.
+def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
+    """Check that a checkpoint has a tokenizer that will work where it is copied to.
 
     Args:
         folder: The target's folder.
+        vocab_size: How many tokens the target has.
 
     Raises:
         CheckpointError: There is none, or one of its files is damaged.
@@ -54,9 +59,42 @@ def check_tokenizer(folder: Path) -> None:
             f"{folder} must hold {TOKENIZER_JSON} or {TOKENIZER_MODEL}: got neither. "
             "Copy them there from the same model."
         )
-    for name in _COPIED:
-        if name.endswith("_config.json") and (folder / name).is_file():
-            read_json(folder / name)
+    for small in (GENERATION_CONFIG_NAME, TOKENIZER_CONFIG, _OLD_CHAT_TEMPLATE):
+        if (folder / small).is_file():
+            read_json(folder / small)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            copy_tokenizer(folder, Path(scratch))
+            shutil.copyfile(folder / CONFIG_NAME, Path(scratch) / CONFIG_NAME)
+            token_ids = encode(Path(scratch), _SAMPLES[0], name=folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder} must be readable: got "
+            f"{error.strerror or error}. Check the path and its permissions."
+        ) from error
+    if max(token_ids, default=0) >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {folder} must be the target's, with {vocab_size} tokens:"
+            f" got token {max(token_ids)}. Copy the files from the same model."
+        )
+
+
+def encode(folder: Path, text: str, *, name: Path | None = None) -> list[int]:
+    """Return the tokens of a text, by the tokenizer as mlx-lm loads it.
+
+    Args:
+        folder: A checkpoint's folder.
+        text: The text.
+        name: What the folder is called in messages.
+
+    Raises:
+        CheckpointError: The tokenizer cannot be loaded.
+    """
+    with one_line(f"the tokenizer in {name or folder}", _NEXT_STEP):
+        # Named: where it is not, transformers asks on standard input.
+        settings = {"trust_remote_code": False}
+        tokenizer: Any = mlx_lm.utils.load_tokenizer(folder, settings)
+        return list(tokenizer.encode(text))
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -70,6 +108,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         CheckpointError: ``tokenizer.model`` is all there is and cannot be read.
     """
     copy_files(source, folder, _COPIED)
+    _drop_code(folder / TOKENIZER_CONFIG)
     if (source / _OLD_CHAT_TEMPLATE).is_file() and not (
         source / CHAT_TEMPLATE
     ).exists():
@@ -91,6 +130,13 @@ def copy_files(source: Path, folder: Path, names: tuple[str, ...]) -> None:
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def _drop_code(config: Path) -> None:
+    """Leave out what names code of the checkpoint; the tokenizer does without."""
+    if config.is_file() and "auto_map" in (settings := read_json(config)):
+        del settings["auto_map"]
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _make_tokenizer_json(model: Path, folder: Path) -> None:
@@ -145,7 +191,6 @@ def _tokenizer_config(pieces: Any, folder: Path) -> dict[str, Any]:
         settings.update(read_json(folder / TOKENIZER_CONFIG))
     # What reads a tokenizer.json as it is, and runs no code of a checkpoint.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings.pop("auto_map", None)
     return settings
 
 

@@ -27,6 +27,9 @@ _AGAIN = "Download or copy it again."
 _SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _LENGTH_BYTES = 8  # a safetensors file starts with its header's length
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_COUNT = 2**63 - 1
+# Types of weights: how configs call them, and how safetensors does.
+FLOAT_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 DTYPE_BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -179,7 +182,19 @@ def read_header(path: Path, *, headers_only: bool = False) -> dict[str, TensorIn
                 f"{size:,} bytes, so it is cut off",
                 _AGAIN,
             )
+    _check_overlaps(path, tensors)
     return tensors
+
+
+def _check_overlaps(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse two tensors in one place, which the format forbids."""
+    end, before = 0, ""
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offsets):
+        if tensor.num_bytes and tensor.offsets[0] < end:
+            found = f"a place inside {before}"
+            _fail(f"{name} in {path}", "in a place of its own", found, _AGAIN)
+        if tensor.num_bytes:
+            end, before = tensor.offsets[1], name
 
 
 def _header_bytes(path: Path) -> tuple[int, int, bytes]:
@@ -195,7 +210,7 @@ def _header_bytes(path: Path) -> tuple[int, int, bytes]:
         if len(first) < _LENGTH_BYTES or (start > size and length < _MAX_HEADER_BYTES):
             found = f"{size:,} bytes, so it is cut off inside its header"
             _fail(f"{path}", f"at least {start:,} bytes", found, _AGAIN)
-        if start > size:
+        if start > size or length > _MAX_HEADER_BYTES:
             found = "a file with another beginning"
             _fail(f"{path}", "a safetensors file", found, _AGAIN)
         return size, start, file.read(length)
@@ -209,7 +224,7 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     offsets = entry.get("data_offsets")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         _fail(f"the header of {path}", f"whole at {name}", "a damaged entry", _AGAIN)
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         expected = "a dtype that safetensors has"
         _fail(f"{name} in {path}", expected, repr(dtype), _AGAIN)
     num_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
@@ -221,7 +236,9 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    return isinstance(value, list) and all(
+        type(v) is int and 0 <= v <= _MAX_COUNT for v in value
+    )
 
 
 def _read_indexed(folder: Path, *, headers_only: bool) -> dict[str, TensorInfo]:
@@ -231,11 +248,12 @@ def _read_indexed(folder: Path, *, headers_only: bool) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not weight_map:
         found = "no such object"
         _fail(f"{path}", 'a JSON object with a "weight_map"', found, _AGAIN)
+    present = {path.name for path in _attempt(lambda: list(folder.iterdir()), folder)}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or Path(shard).name != shard:
             expected = "a file name in the same folder"
             _fail(f"{path} for {name}", expected, repr(shard), _AGAIN)
-        if not (folder / shard).is_file():
+        if shard not in present:
             expected = f"there: {INDEX_NAME} says it holds {name}"
             _fail(f"{folder / shard}", expected, "no such file", _AGAIN)
     _check_strays(folder, set(weight_map.values()))

@@ -119,8 +119,8 @@ def check_model_type(
         note = " (a Gemma 4 target, which is no drafter)"
     ids = PUBLISHED_TARGETS if set(expected) & {"gemma4"} else PUBLISHED_DRAFTERS
     raise CheckpointError(
-        f"model_type in {source} must be {_either(expected)}: got {found!r}{note}. "
-        f"Take one of {', '.join(ids)}."
+        f"model_type in {source} must be {_either(expected)}: got {repr(found)[:80]}"
+        f"{note}. Take one of {', '.join(ids)}."
     )
 
 

@@ -6,7 +6,15 @@ as its one line of text and exits with status 1; a traceback would only hide it.
 
 
 class MTPError(Exception):
-    """A mistake a user can fix; ``str(error)`` is the whole message, one line."""
+    """A mistake a user can fix; ``str(error)`` is the whole message, one line.
+
+    Args:
+        message: The message. Line ends in it, which names in damaged files may have,
+            become spaces.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 class CheckpointError(MTPError):

@@ -215,7 +215,8 @@ def _load_tokenizer(
     *,
     trust_remote_code: bool,
 ) -> Any:
-    extra = {"trust_remote_code": True} if trust_remote_code else {}
+    # Named either way: where it is not, transformers asks on standard input.
+    extra = {"trust_remote_code": trust_remote_code}
     next_step = "Copy tokenizer.json and tokenizer_config.json of the same model there"
     with one_line(f"the tokenizer in {folder}", next_step):
         return mlx_lm.utils.load_tokenizer(

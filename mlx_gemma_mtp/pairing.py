@@ -91,6 +91,26 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(explain_hub_error(repo, revision, error)) from error
 
 
+def cached(repo: str, revision: str | None) -> Path | None:
+    """Return a repository's folder if the Hub's cache here holds all of it.
+
+    Args:
+        repo: Its id.
+        revision: A branch, tag or commit.
+    """
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=_ALLOW_PATTERNS,
+                local_files_only=True,
+            )
+        )
+    except Exception:  # noqa: BLE001  # whatever is missing of it
+        return None
+
+
 def checked_hub_id(path_or_id: str | Path) -> str:
     """Return what is no folder here as a Hub id, if it can be one.
 

@@ -48,13 +48,14 @@ ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "tests" / "data" / "published"
 EMBEDDED = ROOT / "mlx_gemma_mtp" / "embedded"
 TARGET, DRAFTER = "gemma-4-E4B-it", "gemma-4-E4B-it-assistant"
+RESULT = "convert_bench_result"
 PREFIX = "model.language_model."  # of the text model; the towers are left out
 
 MAX_PEAK_GB = 1.5
 MIN_RATIO = 0.5
 NUM_LAYERS, NUM_SHARED_LAYERS = 24, 6  # of 42 and 18; both kinds of layers in both
 VOCAB_STEP = 4096  # a multiple of the drafter's 2048 clusters
-COLUMN_STEP = 256
+COLUMN_STEP = 128
 MAX_SHARD_BYTES = 5_000_000_000
 NOISE_BYTES = 64 << 20
 BARE, CONVERTER, CHECKED = "bare", "converter", "converter, with check"
@@ -73,7 +74,7 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each kind")
     parser.add_argument("--folder", type=Path, help="for the checkpoint and results")
     parser.add_argument(
-        "--keep", action="store_true", help="keep the checkpoint, for the next time"
+        "--keep", action="store_true", help="keep the checkpoint for the next time"
     )
     parser.add_argument(
         "--cold", action="store_true", help="read the checkpoint from the disk"
@@ -85,21 +86,27 @@ def configure_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run one stage in a child, everything in the parent; return the exit status."""
-    args = configure_parser().parse_args()
+    parser = configure_parser()
+    args = parser.parse_args()
+    if args.cold and sys.platform != "linux":
+        parser.error("--cold works on Linux only")
     if args.stage == "make":
         make_pair(args.folder, args.gigabytes)
         return 0
     if args.stage == BARE:
         show(json.dumps(do_bare_work(args.folder)))
         return 0
-    folder = args.folder or Path(tempfile.mkdtemp(prefix="convert_bench."))
+    folder = Path(args.folder or tempfile.mkdtemp(prefix="convert_bench.")).resolve()
+    ours = [RESULT]
+    if not (folder / TARGET).exists() and not (folder / DRAFTER).exists():
+        ours += [] if args.keep else [TARGET, DRAFTER]
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        figures = measure(folder.resolve(), args)
+        figures = measure(folder, args)
     finally:
-        if not args.keep:
-            for name in (TARGET, DRAFTER):
-                shutil.rmtree(folder / name, ignore_errors=True)
-        if not args.folder and not args.keep:
+        for name in ours:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        if not any(folder.iterdir()):
             folder.rmdir()
     for line in table(figures):
         show(line)
@@ -139,12 +146,10 @@ class Run:
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Make the checkpoint if it is not there, run everything, return the figures."""
-    if not (folder / TARGET).is_dir():
+    if not (folder / TARGET).exists() and not (folder / DRAFTER).exists():
         scale = ["--gigabytes", str(args.gigabytes)] if args.gigabytes else []
         made = timed("make", stage("make", folder) + scale)
-        show(
-            f"made the checkpoint in {made.wall_s:.0f} s",
-        )
+        show(f"made the checkpoint in {made.wall_s:.0f} s, in {folder}")
     commands = {
         BARE: stage(BARE, folder),
         CONVERTER: conversion(folder, "--no-check"),
@@ -155,7 +160,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         if args.cold:
             forget(folder)
         runs.append(timed(kind, commands[kind]))
-        shutil.rmtree(folder / "result", ignore_errors=True)
+        shutil.rmtree(folder / RESULT, ignore_errors=True)
         show(f"{kind}: {runs[-1].wall_s:.1f} s, {runs[-1].peak_gb:.2f} GB")
     return {
         "machine": machine(),
@@ -213,7 +218,7 @@ def stage(name: str, folder: Path) -> list[str]:
 
 def conversion(folder: Path, *flags: str) -> list[str]:
     """The converter's command."""
-    paths = ["--hf-path", str(folder / TARGET), "--mlx-path", str(folder / "result")]
+    paths = ["--hf-path", str(folder / TARGET), "--mlx-path", str(folder / RESULT)]
     drafter = ["--draft-model", str(folder / DRAFTER)]
     return [sys.executable, "-m", "convert", *paths, *drafter, *flags]
 
@@ -222,7 +227,8 @@ def forget(folder: Path) -> None:
     """Drop what the system holds of the checkpoint."""
     for path in folder.glob("*/*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        if sys.platform == "linux":
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
@@ -233,14 +239,14 @@ def do_bare_work(folder: Path) -> dict[str, float]:
     """Read, quantize and write every piece, and nothing else.
 
     Args:
-        folder: Where the checkpoint is; ``result/bare`` is written there.
+        folder: Where the checkpoint is; ``RESULT`` is written there.
 
     Returns:
         Bytes that were read and written, and the time without imports and planning.
     """
     from convert.pipeline import Request, plan_conversion
 
-    result = folder / "result"
+    result = folder / RESULT
     request = Request(folder / TARGET, result, draft_model=folder / DRAFTER)
     parts = plan_conversion(request).parts
     result.mkdir()

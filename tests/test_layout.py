@@ -51,10 +51,10 @@ LAYERS = {
 CONVERT = ROOT / "convert"
 CONVERT_LAYERS = {
     "names": 0,
+    "request": 0,
     "quantize": 0,
     "plan": 0,
     "progress": 0,
-    "sources": 0,
     "staging": 0,
     "tokenizer": 0,
     "output_config": 0,
@@ -62,12 +62,14 @@ CONVERT_LAYERS = {
     "reader": 1,
     "planner": 1,
     "manifest": 1,
-    "card": 1,
+    "sources": 2,
     "stream": 2,
-    "divergence": 2,
-    "pipeline": 3,
-    "report": 4,
-    "__main__": 5,
+    "streamed_target": 2,
+    "card": 3,
+    "divergence": 3,
+    "pipeline": 4,
+    "report": 5,
+    "__main__": 6,
 }
 PRINTING = {"cli", "text"}  # text: generate(verbose=True), when asked
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "sentencepiece"}
