@@ -98,6 +98,7 @@ class Parameter:
         source: Where that tensor lies.
         rows: Its rows that count.
         format: How it is packed now, None if it is cast or copied.
+        dtype: The type its values are cast to, before they are packed if they are.
         arrays: What is written: the values, or packed weights, scales and biases.
         num_weights: How many weights of the model it holds.
     """
@@ -107,6 +108,7 @@ class Parameter:
     source: TensorInfo
     rows: Rows
     format: Format | None
+    dtype: str
     arrays: tuple[Array, ...]
     num_weights: int
 

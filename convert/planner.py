@@ -172,8 +172,9 @@ class _Planner:
         if chosen is not None:
             arrays = _packed_arrays(name.removesuffix(".weight"), shape, chosen, dtype)
         num_weights = math.prod(shape)
+        rows = _rows(shape, share)
         return Parameter(
-            name, share.tensor, source, _rows(shape, share), chosen, arrays, num_weights
+            name, share.tensor, source, rows, chosen, dtype, arrays, num_weights
         )
 
     def kept(
@@ -193,7 +194,14 @@ class _Planner:
                 self.fail(share.tensor, source, array.dtype, source.dtype)
             rows = _rows(array.shape, share)
             yield Parameter(
-                array.name, share.tensor, source, rows, None, (array,), num_weights
+                array.name,
+                share.tensor,
+                source,
+                rows,
+                None,
+                array.dtype,
+                (array,),
+                num_weights,
             )
             num_weights = 0  # counted once, not again with scales and biases
 

@@ -119,8 +119,8 @@ def staged(place: Path, *, force: bool) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(
             f"{place} must be a folder that can be written: got "
-            f"{error.strerror or error}{_where(error, place)}. Check the place, or take "
-            "another --mlx-path."
+            f"{error.strerror or error}{_where(error, place)}. Check the place, or "
+            "take another --mlx-path."
         ) from error
 
 

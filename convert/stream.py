@@ -177,13 +177,12 @@ def _convert(
     if parameter.name == TOKEN_ORDERING:
         ids = _token_ordering(parameter, words)
         return [writer.write(parameter.arrays[0], block.row, ids)]
-    if parameter.format is None and parameter.arrays[0].dtype == source:
+    if parameter.format is None and parameter.dtype == source:
         return [writer.write(parameter.arrays[0], block.row, words)]
     regions = []
     for array, made in zip(parameter.arrays, _compute(parameter, words), strict=True):
-        if not _is_finite(made, array.dtype):
-            found = f"a value too large for {array.dtype}"
-            _fail_not_finite(parameter, found)
+        if not _is_finite(made, array.dtype):  # a scale of what is just finite
+            _fail_not_finite(parameter, f"a value too large for {array.dtype}")
         regions.append(writer.write(array, block.row, made))
     return regions
 
@@ -192,21 +191,23 @@ def _compute(parameter: Parameter, words: Any) -> list[Any]:
     """Cast a block's values and quantize them if the plan says so."""
     values = mx.array(words).view(FLOATS[parameter.source.dtype])
     values = values.reshape(-1, parameter.rows.num_columns)
+    if parameter.dtype != parameter.source.dtype:
+        values = values.astype(FLOATS[parameter.dtype])
+        if not _is_finite(_as_words(values), parameter.dtype):
+            _fail_not_finite(parameter, f"a value too large for {parameter.dtype}")
     packed = parameter.format
-    # The type of the values, or of scales and biases, which follows theirs.
-    dtype = parameter.arrays[-1].dtype
-    if dtype in FLOATS:
-        values = values.astype(FLOATS[dtype])
     results: Sequence[mx.array] = (values,)
     if packed is not None:
         results = mx.quantize(
             values, group_size=packed.group_size, bits=packed.bits, mode=packed.mode
         )
     mx.eval(results)
-    return [
-        np.asarray(result.flatten().view(_WORD_TYPES[DTYPE_BITS[array.dtype]]))
-        for result, array in zip(results, parameter.arrays, strict=True)
-    ]
+    return [_as_words(result) for result in results]
+
+
+def _as_words(array: mx.array) -> Any:
+    """Return an array's memory as NumPy's words of the same width."""
+    return np.asarray(array.flatten().view(_WORD_TYPES[array.dtype.size * 8]))
 
 
 def _is_finite(words: Any, dtype: str) -> bool:
