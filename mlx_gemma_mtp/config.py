@@ -378,8 +378,18 @@ class _Reader:
             entry = default if entry is None else entry
             if not isinstance(entry, Mapping) or not entry.get("rope_theta"):
                 self.fail(f"rope_parameters.{layer_type}", "with a rope_theta", entry)
+            self._check_rope(layer_type, entry)
             rope[layer_type] = dict(entry)
         return rope
+
+    def _check_rope(self, layer_type: str, entry: Mapping[str, Any]) -> None:
+        """Refuse numbers that would make tables of any size, or none."""
+        for key, maximum in (("rope_theta", 1e12), ("partial_rotary_factor", 1.0)):
+            value = entry.get(key)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value <= maximum):
+                where = f"rope_parameters.{layer_type}.{key}"
+                self.fail(where, f"above 0 and at most {maximum:g}", value)
 
     def full_layer_settings(self, text: Mapping[str, Any]) -> dict[str, int | None]:
         """Return head width and K/V heads of the full layers, from either layout."""

@@ -91,7 +91,9 @@ class Format:
         Args:
             num_columns: C, the length of a row.
         """
-        return num_columns > 0 and num_columns % self.group_size == 0
+        # MLX 0.32.4 packs no odd number of rows with an odd number of nvfp4 groups.
+        multiple = 2 * self.group_size if self.mode == "nvfp4" else self.group_size
+        return num_columns > 0 and num_columns % multiple == 0
 
     def packed_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of the packed weights.

@@ -339,3 +339,27 @@ def test_any_value_of_any_key_is_read_or_refused(data):
     else:
         lines = ["read"]
     assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_theta", -1),
+        ("rope_theta", 10**400),
+        ("rope_theta", "10000"),
+        ("partial_rotary_factor", 0),
+        ("partial_rotary_factor", 1e9),  # a table of gigabytes
+        ("partial_rotary_factor", True),
+    ],
+)
+def test_rope_numbers_that_make_no_table(key, value):
+    entry = {"rope_type": "proportional", "rope_theta": 1e6, key: value}
+    text = {"rope_parameters": {"full_attention": entry}}
+    config = {"model_type": "gemma4", "text_config": text}
+    fails(lambda: text_config(config, source="here/config.json"), key)
+
+
+def test_numbers_that_no_model_has():
+    for key in ("num_hidden_layers", "hidden_size"):
+        config = {"model_type": "gemma4", "text_config": {key: 10**10}}
+        fails(lambda c=config: text_config(c, source="here/config.json"), key)

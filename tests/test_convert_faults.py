@@ -609,7 +609,9 @@ class TestPlace:
 
     def test_is_below_a_file(self, refused, tmp_path):
         (tmp_path / "file").write_text("precious")
-        refused(out="file/out", words=[str(tmp_path / "file" / "out"), "can be written"])
+        refused(
+            out="file/out", words=[str(tmp_path / "file" / "out"), "can be written"]
+        )
 
     def test_has_a_name_too_long_for_the_disk(self, refused):
         refused(out="x" * 250, words="can be written")

@@ -1,0 +1,119 @@
+"""Tensors that text has no use for: which, by name alone, and why.
+
+Run: python -m pytest tests/test_tensor_names.py
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_gemma_mtp.tensor_names import unused_in_drafter, unused_in_target
+
+INPUT = "image and audio input"
+HEAD = "tied"
+TABLE = "computed"
+SHARED = "other layers' K/V"
+FIRST_SHARED = 15
+PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+
+
+def reason(name, *, first_shared_layer=FIRST_SHARED, is_tied=True):
+    return unused_in_target(
+        name, first_shared_layer=first_shared_layer, is_tied=is_tied
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("model.vision_tower.encoder.layers.0.mlp.up_proj.weight", INPUT),
+        ("model.audio_tower.layers.0.self_attn.k_proj.weight", INPUT),
+        ("vision_tower.patch_embedder.position_embedding_table", INPUT),
+        ("audio_tower.output_proj.bias", INPUT),
+        ("model.embed_vision.embedding_projection.weight", INPUT),
+        ("embed_audio.embedding_projection.weight", INPUT),
+        ("model.vision_embedder.weight", INPUT),
+        ("multi_modal_projector.linear.weight", INPUT),
+        ("lm_head.weight", HEAD),
+        ("model.lm_head.weight", HEAD),
+        ("language_model.lm_head.weight", HEAD),
+        ("model.language_model.lm_head.weight", HEAD),
+        ("language_model.lm_head.scales", HEAD),
+        ("model.language_model.layers.3.self_attn.rotary_emb.inv_freq", TABLE),
+        ("model.language_model.rotary_emb.full_attention_inv_freq", TABLE),
+    ],
+)
+def test_what_a_target_does_not_need(name, word):
+    assert word in reason(name)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("part", ["k_proj", "v_proj", "k_norm", "v_norm"])
+@pytest.mark.parametrize("kind", ["weight", "scales", "biases"])
+def test_layers_with_others_kv(prefix, part, kind):
+    for layer, is_used in ((0, True), (14, True), (15, False), (34, False)):
+        found = reason(f"{prefix}layers.{layer}.self_attn.{part}.{kind}")
+        assert (found is None) is is_used
+        assert found is None or SHARED in found
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "embed_tokens.weight",
+        "embed_tokens_per_layer.weight",
+        "norm.weight",
+        "per_layer_model_projection.weight",
+        "layers.20.self_attn.q_proj.weight",
+        "layers.20.self_attn.q_norm.weight",
+        "layers.20.self_attn.o_proj.weight",
+        "layers.20.mlp.down_proj.weight",
+        "layers.20.layer_scalar",
+        "layers.20.experts.gate_up_proj",
+        "layers.20.router.per_expert_scale",
+        "layers.20.per_layer_input_gate.weight",
+    ],
+)
+def test_what_a_target_needs(prefix, rest):
+    assert reason(f"{prefix}{rest}") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"]
+)
+def test_a_head_of_its_own_is_needed(name):
+    assert reason(name, is_tied=False) is None
+
+
+def test_a_layer_number_of_thousands_of_digits():
+    name = f"model.language_model.layers.{'9' * 5000}.self_attn.k_proj.weight"
+    assert SHARED in reason(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_used"),
+    [
+        ("lm_head.weight", False),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", False),
+        ("model.embed_tokens.weight", True),
+        ("masked_embedding.centroids.weight", True),
+        ("masked_embedding.token_ordering", True),
+        ("pre_projection.weight", True),
+        ("model.layers.0.self_attn.q_proj.weight", True),
+    ],
+)
+def test_drafters(name, is_used):
+    assert (unused_in_drafter(name) is None) is is_used
+
+
+@given(st.text(), st.integers(0, 100), st.booleans())
+def test_no_name_breaks_it(name, first_shared_layer, is_tied):
+    found = unused_in_target(
+        name, first_shared_layer=first_shared_layer, is_tied=is_tied
+    )
+    assert found is None or found
+    found = unused_in_drafter(name)
+    assert found is None or found
