@@ -52,7 +52,9 @@ def converted(folder, tmp_path_factory):
 def _local(monkeypatch, folder):
     """Let the Hub's ids mean a folder here."""
     stand_ins = {HUB_ID: folder, f"{HUB_ID}-assistant": folder / "drafter"}
-    for name in ("mlx_gemma_mtp.load", "convert.sources"):
+    # The converter as a checkout has it, and as it is installed: two modules.
+    converters = ("convert.sources", "mlx_gemma_mtp.convert.sources")
+    for name in ("mlx_gemma_mtp.load", *converters):
         module = import_module(name)
         fetch = module.fetch
 
@@ -60,14 +62,15 @@ def _local(monkeypatch, folder):
             return fetch(stand_ins.get(path_or_id, path_or_id), revision)
 
         monkeypatch.setattr(module, "fetch", local_fetch)
-    sources = import_module("convert.sources")
+    for name in converters:
+        module = import_module(name)
 
-    def local_headers(repo, revision):
-        return sources.open_source(
-            stand_ins[repo], revision=revision, headers_only=True
-        )
+        def local_headers(repo, revision, module=module):
+            return module.open_source(
+                stand_ins[repo], revision=revision, headers_only=True
+            )
 
-    monkeypatch.setattr(sources, "_hub_headers", local_headers)
+        monkeypatch.setattr(module, "_hub_headers", local_headers)
     with uncompiled():
         yield
 
@@ -104,7 +107,8 @@ def test_convert_commands(line, monkeypatch, capsys, converted, tmp_path):
 
 
 @pytest.mark.parametrize("code", PYTHON)
-def test_python_examples(code):
+def test_python_examples(code, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
