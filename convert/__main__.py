@@ -164,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Plan, convert, print."""
     request = _request(args)
+    # It would say that PyTorch is not there, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Heavy imports wait until the arguments are known to be good.
     from .card import make_repository, upload
     from .pipeline import convert, plan_conversion
@@ -173,7 +175,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(describe_plan(conversion), flush=True)
         return 0
-    if args.upload_repo:  # before hours of work: is this somebody who may write there?
+    if args.upload_repo:  # before hours of work: does the Hub know who this is?
         make_repository(args.upload_repo)
     divergence = convert(conversion, progress=_progress)
     print(describe_result(conversion, divergence))
@@ -215,7 +217,11 @@ def _part_request(args: argparse.Namespace, prefix: str, switch: str) -> PartReq
         raise RequestError(
             f"--no-{off} and --{flags}-... exclude each other: got both. Leave one out."
         )
-    chosen = Format.of_mode(given.pop("mode", "affine"), **given) if given else None
+    try:
+        chosen = Format.of_mode(given.pop("mode", "affine"), **given) if given else None
+    except RequestError as error:
+        flags = prefix.replace("_", "-")
+        raise RequestError(f"--{flags}-...: {error}") from None
     return PartRequest(is_quantized=is_quantized, format=chosen)
 
 

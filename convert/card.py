@@ -18,13 +18,15 @@ from .sources import Source
 
 CARD_NAME = "README.md"
 _LICENSE = "apache-2.0"  # of everything Google publishes as Gemma 4
+_SIGN = "<!-- written by mlx_gemma_mtp.convert -->"
 _TEXT = """
 # {title}
 
 {target} for MLX{drafter}.
 
+With `mlx_gemma_mtp`:
+
 ```bash
-pip install mlx_gemma_mtp
 mlx_gemma_mtp.generate --model {model} --prompt "hello"
 ```
 
@@ -70,12 +72,25 @@ def write_card(
         model=name,
     )
     (folder / CARD_NAME).write_text(
-        f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8"
+        f"---\n{data.to_yaml()}\n---\n{text}\n{_SIGN}\n", encoding="utf-8"
     )
 
 
+def is_card(folder: Path) -> bool:
+    """Tell whether a folder's README.md was written here.
+
+    Args:
+        folder: A pair's folder.
+    """
+    try:
+        text = (folder / CARD_NAME).read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
+        return False
+    return _SIGN in text
+
+
 def make_repository(repo: str) -> None:
-    """Make a repository on the Hub, or see that it may be written.
+    """Make a repository on the Hub, if it is not there.
 
     Args:
         repo: Its id.
@@ -107,7 +122,9 @@ def upload(folder: Path, repo: str) -> str:
         OutputError: The Hub does not take it.
     """
     try:
-        huggingface_hub.HfApi().upload_folder(repo_id=repo, folder_path=folder)
+        huggingface_hub.HfApi().upload_folder(
+            repo_id=repo, folder_path=folder, ignore_patterns=[".*", "**/.*"]
+        )
     except Exception as error:  # of the Hub's client or whatever HTTP library it has
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise OutputError(

@@ -85,7 +85,8 @@ def _compare(
     source: Sequence[Path], result: Sequence[Path], progress: Progress
 ) -> Divergence | str:
     before, after = _plans(source), _plans(result)
-    needed, allowance = needed_bytes(before), memory_allowance()
+    needed = max(needed_bytes(before), needed_bytes(after))
+    allowance = memory_allowance()
     if needed > allowance:
         return (
             f"not compared: that needs about {needed / 1e9:.1f} GB, more than half of "
@@ -112,7 +113,7 @@ def needed_bytes(plans: Sequence[PartPlan]) -> int:
     """Return how much memory a comparison needs: its largest layer, or the drafter.
 
     Args:
-        plans: The source's; what they become is smaller.
+        plans: A pair's, read as it is.
     """
     copies = 4 if is_cpu() else 2  # as read, and as float32 on the CPU
     drafter = sum(plan.num_source_bytes for plan in plans[1:])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_gemma_mtp
+from mlx_gemma_mtp.checkpoint import WEIGHTS_PATTERN
 from mlx_gemma_mtp.errors import OutputError
 
 from .plan import PartPlan
@@ -94,17 +95,30 @@ def read_origin(folder: Path) -> tuple[str, str | None] | None:
 
     Args:
         folder: The folder of a target or of the drafter inside it.
+
+    Returns:
+        What the manifest says, None without one or where other weights lie there now.
     """
-    places = (("target", folder), ("drafter", folder.parent))
-    for part, place in places:
-        entry = read_manifest(place).get(part)
-        if not isinstance(entry, dict) or (place / str(entry.get("path"))) != (
-            place if part == "target" else folder
-        ):
+    for part, place, prefix in (
+        ("target", folder, ""),
+        ("drafter", folder.parent, f"{folder.name}/"),
+    ):
+        contents = read_manifest(place)
+        entry, files = contents.get(part), contents.get("files")
+        if not isinstance(entry, dict) or not isinstance(files, dict):
             continue
+        known = {
+            name: value.get("bytes") if isinstance(value, dict) else None
+            for name, value in files.items()
+            if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
+        }
+        found = {
+            f"{prefix}{path.name}": path.stat().st_size
+            for path in folder.glob(WEIGHTS_PATTERN)
+        }
         source, revision = entry.get("source"), entry.get("revision")
-        if isinstance(source, str) and isinstance(revision, (str, type(None))):
-            return source, revision
+        if isinstance(source, str) and known == found:
+            return source, revision if isinstance(revision, str) else None
     return None
 
 

@@ -98,6 +98,8 @@ def tensor_name(parameter: str, like: Iterable[str]) -> str:
 
 def _target_shares(tensor: str, *, is_text_only: bool) -> dict[str, Share]:
     name = tensor
+    if not is_text_only and name == "lm_head.weight":
+        name = f"language_model.{name}"  # a head of its own, as transformers names it
     if not is_text_only and name.startswith("model.language_model."):
         rest = name.removeprefix("model.language_model.")
         name = f"language_model.model.{rest}"

@@ -22,9 +22,15 @@ from mlx_gemma_mtp.quantization import Format
 from mlx_gemma_mtp.weights import target_skeleton
 
 from . import safetensors
-from .card import write_card
+from .card import is_card, write_card
 from .divergence import Divergence, compare
-from .manifest import manifest, part_entry, read_manifest, written_manifest
+from .manifest import (
+    manifest,
+    part_entry,
+    read_manifest,
+    read_origin,
+    written_manifest,
+)
 from .plan import PartPlan
 from .planner import (
     check_not_stored,
@@ -36,7 +42,7 @@ from .progress import Progress, silent
 from .quantize import default_format
 from .request import AUTO, NONE, PartRequest, Request
 from .sources import Source, open_source
-from .staging import check_free_space, check_place, staged
+from .staging import check_free_space, check_place, forget_replaced, staged
 from .stream import verify, write_part
 from .tokenizer import check_tokenizer, copy_files, copy_tokenizer
 
@@ -162,6 +168,9 @@ def convert(conversion: Conversion, *, progress: Progress = silent) -> Divergenc
             _describe(conversion, folder)
             with written_manifest(folder, contents):
                 pass
+    forget_replaced(place)
+    if is_in_place and is_card(place.parent):
+        _describe(conversion, place.parent)
     return divergence
 
 
@@ -169,7 +178,17 @@ def _plan(request: Request, *, headers_only: bool) -> Conversion:
     target, is_in_place = _plan_target(request, headers_only=headers_only)
     drafter, pairing = _plan_drafter(request, target, headers_only=headers_only)
     if is_in_place and drafter is None:
-        _fail_in_place(request)
+        raise RequestError(
+            f"--mlx-path must be another folder than --hf-path to convert a target "
+            f"alone: got {request.mlx_path} for both. Nothing is to be done there."
+        )
+    if is_in_place and drafter is not None:
+        standing = request.mlx_path / DRAFTER_FOLDER
+        if _is_same(standing, drafter.source.folder):
+            raise RequestError(
+                f"{request.mlx_path} must get another drafter than its own: got "
+                f"{standing}. Name one with --draft-model."
+            )
     if drafter is not None:
         model = target_skeleton(target.source.checkpoint)
         check_fit(model, drafter_skeleton(drafter.source.checkpoint))
@@ -191,7 +210,7 @@ def _plan_target(request: Request, *, headers_only: bool) -> tuple[Part, bool]:
     base = _base(request.target, source)
     plan = plan_target(source.checkpoint, base, dtype=request.dtype)
     if request.target.is_explicit:
-        check_not_stored(plan, "the --q flags or --no-quantize")
+        check_not_stored(plan, "-q, --no-quantize and the --q flags")
     return Part(source, plan, "."), False
 
 
@@ -215,7 +234,7 @@ def _plan_drafter(
     base = _base(request.drafter, source)
     plan = plan_drafter(source.checkpoint, base, dtype=request.dtype)
     if request.drafter.is_explicit:
-        check_not_stored(plan, "the --draft-q flags or --no-draft-quantize")
+        check_not_stored(plan, "the --draft-q flags and --no-draft-quantize")
     return Part(source, plan, DRAFTER_FOLDER), pairing
 
 
@@ -288,16 +307,16 @@ def _manifest(conversion: Conversion, digests: Mapping[str, Any]) -> dict[str, A
         for part in conversion.parts
     ]
     files: dict[str, Any] = {}
-    if conversion.is_in_place:
-        older = read_manifest(conversion.request.mlx_path)
+    place = conversion.target.source.folder
+    if conversion.is_in_place and read_origin(place) is not None:
+        older = read_manifest(place)
         known = older.get("files")
         files = {
             name: entry
             for name, entry in (known if isinstance(known, dict) else {}).items()
             if not name.startswith(f"{DRAFTER_FOLDER}/")
         }
-        if isinstance(older.get("target"), dict):
-            entries[0] = older["target"]
+        entries[0] = older["target"]
     return manifest(
         entries[0],
         entries[1] if len(entries) > 1 else None,
@@ -312,7 +331,7 @@ def _describe(conversion: Conversion, folder: Path) -> None:
         folder,
         parts[0],
         parts[1] if len(parts) > 1 else None,
-        name=conversion.request.name or conversion.place.name,
+        name=conversion.request.name or conversion.request.mlx_path.absolute().name,
     )
 
 

@@ -162,11 +162,6 @@ class PartPlan:
         return sum(parameter.num_bytes for parameter in self.parameters)
 
     @property
-    def num_unused_bytes(self) -> int:
-        """Bytes of the tensors that are left out."""
-        return sum(self.checkpoint.tensors[name].num_bytes for name in self.unused)
-
-    @property
     def arrays(self) -> Iterator[Array]:
         """Every array that is written, in order."""
         for parameter in self.parameters:

@@ -106,8 +106,6 @@ def _plan(
     formats = stored or _chosen_formats(model, shapes, choice)
     # What is packed already keeps its types, whatever its config says, unless asked.
     named = dtype if dtype or stored else _named_dtype(checkpoint)
-    # What is packed already keeps its types, whatever its config says, unless asked.
-    named = dtype if dtype or stored else _named_dtype(checkpoint)
     planner = _Planner(checkpoint, choice.part, names, FLOAT_DTYPES.get(named or ""))
     parameters: list[Parameter] = []
     for name, shape in shapes.items():

@@ -43,7 +43,7 @@ class Rule:
     def treatment(self) -> str:
         """What they get, for a reader."""
         if self.min_bits is None:
-            return "stay as they are"
+            return "not quantized"
         if self.min_bits == AS_ASKED:
             return "as asked for"
         return f"at least {self.min_bits} bits, affine"

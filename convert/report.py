@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,9 @@ def describe_plan(conversion: Conversion) -> str:
     lines.append(f"pairing: {conversion.pairing}")
     if conversion.is_in_place:
         lines.append("the target stays as it is; only the drafter is written")
+    is_taken = os.path.lexists(conversion.place)
+    note = " (something stands there; see --force)" if is_taken else ""
+    lines.append(f"to be written to {conversion.place}{note}")
     lines += ["", *_table(conversion)]
     return "\n".join(lines)
 
@@ -83,10 +87,11 @@ def describe_result(conversion: Conversion, divergence: Divergence | str) -> str
         conversion: The plan that was carried out.
         divergence: How far the result is from its source, or why that is unknown.
     """
+    found = _describe_divergence(divergence, is_target_kept=conversion.is_in_place)
     lines = [
         *_table(conversion),
         "",
-        f"predictions: {_describe_divergence(divergence)}",
+        f"predictions: {found}",
     ]
     lines.append(f"written to {conversion.place}")
     return "\n".join(lines)
@@ -134,13 +139,16 @@ def _row(name: str, figures: Sequence[int]) -> tuple[str, str, str, str, str]:
     return (name, f"{num_weights:,}", _size(before), _size(after), bits)
 
 
-def _describe_divergence(divergence: Divergence | str) -> str:
+def _describe_divergence(divergence: Divergence | str, *, is_target_kept: bool) -> str:
     if isinstance(divergence, str):
         return divergence
-    text = (
-        f"{divergence.kl:.4f} nats from the source's (mean of {divergence.num_tokens} "
-        f"tokens), the same most likely token in {divergence.top_agreement:.0%}"
-    )
+    text = "the target's are unchanged"
+    if not is_target_kept:
+        text = (
+            f"{divergence.kl:.4f} nats from the source's (mean of "
+            f"{divergence.num_tokens} tokens), the same most likely token in "
+            f"{divergence.top_agreement:.0%}"
+        )
     if divergence.draft_agreement is not None:
         text += f"; drafts agree in {divergence.draft_agreement:.0%}"
     return text

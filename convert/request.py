@@ -28,7 +28,7 @@ class PartRequest:
     @property
     def is_explicit(self) -> bool:
         """Whether a checkpoint that is quantized already is not what was asked."""
-        return self.format is not None or self.is_quantized is False
+        return self.format is not None or self.is_quantized is not None
 
 
 @dataclass(frozen=True)

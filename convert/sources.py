@@ -7,6 +7,7 @@ requests. Knows nothing of models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -42,13 +43,11 @@ class Source:
         checkpoint: Its configs and its tensors.
         name: The Hub id it came from, or the name of its folder where that is unknown.
         revision: The commit, None where it is unknown.
-        is_remote: Whether only its headers are here.
     """
 
     checkpoint: Checkpoint
     name: str
     revision: str | None
-    is_remote: bool = False
 
     @property
     def folder(self) -> Path:
@@ -86,8 +85,10 @@ def open_source(
         return _hub_headers(repo, local.parent.name, folder=local.name)
     repo = checked_hub_id(path_or_id)
     folder = cached(repo, revision)
-    if folder is not None and any(folder.glob(WEIGHTS_PATTERN)):
-        return _local(repo, folder, revision, headers_only=True)
+    if folder is not None:
+        # Not every version of the Hub's client tells a half download from a whole one.
+        with suppress(CheckpointError):
+            return _local(repo, folder, revision, headers_only=False)
     return _hub_headers(repo, revision)
 
 
@@ -98,12 +99,14 @@ def _local(
     origin = read_origin(folder)
     if origin is not None:
         return Source(checkpoint, *origin)
-    name = hub_id(path_or_id, folder)
-    if name is None:
-        return Source(checkpoint, folder.resolve().name, None)
-    resolved = folder.resolve()  # the Hub's cache names folders by commit
-    is_cached = resolved.parent.name == "snapshots"
-    return Source(checkpoint, name, resolved.name if is_cached else revision)
+    # The Hub's cache names folders by commit; a drafter can lie in its target's.
+    for place in (folder, folder.parent):
+        name = hub_id(path_or_id if place is folder else place, place)
+        if name is not None:
+            commit = place.resolve().name
+            is_cached = place.resolve().parent.name == "snapshots"
+            return Source(checkpoint, name, commit if is_cached else revision)
+    return Source(checkpoint, folder.resolve().name, None)
 
 
 def _repository(folder: Path) -> str | None:
@@ -155,7 +158,7 @@ def _hub_headers(repo: str, revision: str | None, *, folder: str = "") -> Source
     checkpoint = Checkpoint(
         config.parent, read_json(config), generation_config, tensors
     )
-    return Source(checkpoint, repo, commit, is_remote=True)
+    return Source(checkpoint, repo, commit)
 
 
 def _fetch(

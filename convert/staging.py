@@ -23,7 +23,7 @@ from mlx_gemma_mtp.config import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
 from mlx_gemma_mtp.errors import OutputError
 
 _MARGIN_BYTES = 64 << 20  # configs, tokenizer, the file system's own
-# In the hidden folder while it is written: without it nothing there is removed.
+# In a folder that a run hides: without it nothing there is removed or moved.
 MARKER = ".mlx_gemma_mtp.converting"
 # What file systems answer that cannot wait for a folder, or cannot lock one.
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -73,12 +73,17 @@ def _check_standing(place: Path, *, force: bool) -> None:
     """Refuse what stands at a place, unless it may be replaced."""
     if not os.path.lexists(place) or _is_empty_folder(place):
         return
+    if place.is_symlink():
+        raise OutputError(
+            f"{place} must not be there yet: got a link, which --force does not "
+            "replace. Take another --mlx-path."
+        )
     if not force:
         raise OutputError(
             f"{place} must not be there yet: got a {_kind(place)}. Take another "
             "--mlx-path, or --force to replace it."
         )
-    if place.is_symlink() or not _is_checkpoint(place):
+    if not _is_checkpoint(place):
         raise OutputError(
             f"{place} must be a folder with a Gemma 4 checkpoint to be replaced: got a "
             f"{_kind(place)} without one. Take another --mlx-path."
@@ -106,13 +111,14 @@ def staged(place: Path, *, force: bool) -> Iterator[Path]:
         try:
             _empty(hidden, place)
             (hidden / MARKER).touch()
-            _recover(place)
             try:
+                _recover(place)
+                _check_standing(place, force=force)
                 yield hidden
                 _check_standing(place, force=force)  # again: hours may have passed
                 _publish(hidden, place)
             except BaseException:
-                shutil.rmtree(hidden, ignore_errors=True)
+                _remove(hidden)
                 raise
         finally:
             os.close(lock)
@@ -127,35 +133,48 @@ def staged(place: Path, *, force: bool) -> Iterator[Path]:
 def _lock(hidden: Path, place: Path) -> int:
     """Make the hidden folder if needed and lock it."""
     while True:
+        is_own = False
         with suppress(FileExistsError):
             hidden.mkdir()
+            is_own = True
         try:
             descriptor = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue  # its owner has just finished
-        except OSError:
-            _fail_foreign(place)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found = os.lstat(hidden)
-            if os.path.samestat(os.fstat(descriptor), found):
-                if found.st_uid == os.geteuid():
-                    return descriptor
-                os.close(descriptor)
-                _fail_foreign(place)
-        except FileNotFoundError:
-            pass  # renamed or removed between open and lock
-        except BlockingIOError:
-            os.close(descriptor)
-            raise OutputError(
-                f"{place} must be written by one run at a time: got another run at "
-                "work there. Wait for it, or take another --mlx-path."
-            ) from None
         except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
-            return descriptor  # a share without locks: as good as it gets there
-        os.close(descriptor)
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):  # a link or a file
+                _fail_foreign(place)
+            raise
+        try:
+            if _is_locked(descriptor, hidden, place, is_own=is_own):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # renamed or removed between open and lock
+
+
+def _is_locked(descriptor: int, hidden: Path, place: Path, *, is_own: bool) -> bool:
+    """Lock an open folder; tell whether it is still the one at its path."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(
+            f"{place} must be written by one run at a time: got another run at work "
+            "there. Wait for it, or take another --mlx-path."
+        ) from None
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        # A share without locks: as good as it gets there.
+    try:
+        found = os.lstat(hidden)
+    except FileNotFoundError:
+        return False
+    # Some network shares give folders to another user than who made them.
+    if not is_own and found.st_uid != os.geteuid():
+        _fail_foreign(place)
+    return os.path.samestat(os.fstat(descriptor), found)
 
 
 def _empty(hidden: Path, place: Path) -> None:
@@ -170,12 +189,25 @@ def _empty(hidden: Path, place: Path) -> None:
             path.unlink()
 
 
+def _remove(hidden: Path) -> None:
+    """Remove a hidden folder; its marker goes last, so that a next try finds it."""
+    with suppress(OSError):
+        for path in hidden.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != MARKER:
+                path.unlink()
+        (hidden / MARKER).unlink()
+        hidden.rmdir()
+
+
 def _publish(hidden: Path, place: Path) -> None:
-    """Put the folder in its place; what stood there goes last."""
+    """Put the folder in its place; what stood there stays hidden beside it."""
     old = _beside(place, "replaced")
     _sync_tree(hidden)
     try:
         if os.path.lexists(place):
+            (place / MARKER).touch()
             os.rename(place, old)
         os.rename(hidden, place)
     except BaseException:
@@ -185,24 +217,38 @@ def _publish(hidden: Path, place: Path) -> None:
     with suppress(OSError):  # it stands: nothing that fails now may undo it
         (place / MARKER).unlink()
         _sync(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def forget_replaced(place: Path) -> None:
+    """Remove what stood at a place before, once nothing can fail any more.
+
+    Args:
+        place: Where a folder was published.
+    """
+    old = _beside(place, "replaced")
+    if _is_ours(old):
+        _remove(old)
 
 
 def _recover(place: Path) -> None:
     """Undo or finish a replacement that was cut off between its two renames."""
     old = _beside(place, "replaced")
     if not os.path.lexists(old):
+        if _is_ours(place):  # cut off before the first of them, or between the two
+            (place / MARKER).unlink()
         return
-    if _is_empty_folder(place):
+    if _is_ours(old) and _is_empty_folder(place):
         place.rmdir()
-    if not os.path.lexists(place):
+    if _is_ours(old) and not os.path.lexists(place):
         os.rename(old, place)
-    elif _is_checkpoint(place):
-        shutil.rmtree(old, ignore_errors=True)
+        (place / MARKER).unlink()
+    elif _is_ours(old) and _is_checkpoint(place):
+        _remove(old)
+        (place / MARKER).unlink(missing_ok=True)
     else:
         raise OutputError(
-            f"{old} must not be in the way: got what stood at {place} before a run "
-            "that was killed. Move one of the two elsewhere."
+            f"{old} must not be in the way of {place}: got something there that no "
+            "stopped conversion left, or two checkpoints. Move one of them elsewhere."
         )
 
 
@@ -219,6 +265,12 @@ def _recover_unless_busy(place: Path) -> None:
         with suppress(OSError):  # not empty: what the killed run left
             hidden.rmdir()
         os.close(lock)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Tell whether a run has marked a folder."""
+    is_folder = folder.is_dir() and not folder.is_symlink()
+    return is_folder and (folder / MARKER).is_file()
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -47,6 +47,7 @@ _ALLOW_PATTERNS = [
     "*.txt",
     "*.jsonl",
     "*.jinja",
+    "README.md",  # its licence travels along where it is converted
     *(f"{folder}/{WEIGHTS_PATTERN}" for folder in DRAFTER_FOLDERS),
 ]
 
@@ -263,7 +264,9 @@ def explain_hub_error(repo: str, revision: str | None, error: Exception) -> str:
     elif isinstance(error, hub_errors.RepositoryNotFoundError):
         found = "no such repository (or a private one)"
         again = "Check the name, or run hf auth login if it is private."
-    elif isinstance(error, hub_errors.LocalEntryNotFoundError):
+    elif isinstance(
+        error, (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled)
+    ):
         # The Hub's client raises this for every way of not reaching the network.
         found = "no complete copy in the Hub's cache and no connection"
         again = (

@@ -432,10 +432,8 @@ def check_accounts(plan, checkpoint):
     used = {parameter.tensor for parameter in plan.parameters}
     assert used | set(plan.unused) == set(checkpoint.tensors)
     assert not used & set(plan.unused)
-    assert plan.num_source_bytes + plan.num_unused_bytes == checkpoint.num_bytes
-    assert plan.num_unused_bytes == sum(
-        tensor_bytes(*checkpoint.tensors[name]) for name in plan.unused
-    )
+    unused = (tensor_bytes(*checkpoint.tensors[name]) for name in plan.unused)
+    assert plan.num_source_bytes + sum(unused) == checkpoint.num_bytes
     assert all(plan.unused.values())
     assert plan.num_bytes == sum(array.num_bytes for array in plan.arrays)
     assert sum(group.num_bytes for group in groups(plan)) == plan.num_bytes

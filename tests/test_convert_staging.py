@@ -19,7 +19,13 @@ from pathlib import Path
 
 import pytest
 
-from convert.staging import MARKER, check_free_space, check_place, staged
+from convert.staging import (
+    MARKER,
+    check_free_space,
+    check_place,
+    forget_replaced,
+    staged,
+)
 from mlx_gemma_mtp.checkpoint import open_checkpoint
 from mlx_gemma_mtp.errors import OutputError
 from tests.tiny import model_folder
@@ -54,6 +60,11 @@ def leave(folder, text):
 def write(place, text="new", *, force=False):
     with staged(place, force=force) as folder:
         put(folder, text)
+    forget_replaced(place)
+
+
+def fail_with_eio():
+    raise OSError(errno.EIO, "Input/output error")
 
 
 def text_in(place):
@@ -210,13 +221,13 @@ class TestLock:
 
 class TestPublish:
     def test_cut_off_between_the_renames(self, place):
-        put(place.with_name(".out.replaced"), "old")
+        leave(place.with_name(".out.replaced"), "old")
         check_place(place, force=True)
         assert text_in(place) == "old"
         assert names(place.parent) == ["out"]
 
     def test_cut_off_between_the_renames_with_a_leftover(self, place):
-        put(place.with_name(".out.replaced"), "old")
+        leave(place.with_name(".out.replaced"), "old")
         leave(place.with_name(".out.partial"), "new")
         refused(place, "must not be there yet")  # what was there is there again
         assert text_in(place) == "old"
@@ -225,10 +236,31 @@ class TestPublish:
         assert names(place.parent) == ["out"]
 
     def test_cut_off_after_the_renames(self, place):
-        put(place.with_name(".out.replaced"), "old")
+        leave(place.with_name(".out.replaced"), "old")
         put(place, "new")
         write(place, "newer", force=True)
         assert text_in(place) == "newer"
+        assert names(place.parent) == ["out"]
+
+    @pytest.mark.parametrize("is_there", [False, True])
+    def test_a_foreign_folder_in_the_way_stays(self, place, is_there):
+        precious = put(place.with_name(".out.replaced"), "precious")
+        if is_there:
+            put(place, "old")
+        for force in (False, True):
+            with pytest.raises(OutputError, match="in the way"):
+                check_place(place, force=force)
+            refused(place, "in the way", force=force)
+        assert text_in(precious) == "precious"
+        assert names(place.parent) == [".out.replaced", *(["out"] if is_there else [])]
+
+    def test_a_cleaning_that_is_cut_off_is_done_by_the_next(self, place, monkeypatch):
+        leave(place.with_name(".out.partial"), "left")
+        monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: fail_with_eio())
+        with pytest.raises(OutputError):
+            write(place)
+        monkeypatch.undo()
+        write(place)
         assert names(place.parent) == ["out"]
 
     @pytest.mark.parametrize("number", [1, 2])
