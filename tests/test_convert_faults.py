@@ -555,7 +555,9 @@ class TestPlace:
     @pytest.mark.parametrize("kind", ["file", "folder", "link", "broken"])
     def test_may_not_be_replaced(self, refused, converted, tmp_path, kind):
         self.put(tmp_path / "out", kind, converted)
-        refused("--force", words=[str(tmp_path / "out"), "without one"])
+        is_link = (tmp_path / "out").is_symlink()
+        word = "does not replace" if is_link else "without one"
+        refused("--force", words=[str(tmp_path / "out"), word])
 
     def put(self, out, kind, converted):
         if kind == "checkpoint":
