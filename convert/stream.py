@@ -16,9 +16,10 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -323,18 +324,24 @@ def _small_cache() -> Iterator[None]:
 
 def _in_parallel(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
     """Yield results in the order of the jobs; a few are under way at a time."""
-    pending: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        try:
-            for job in jobs:
-                pending.append(pool.submit(work, job))
-                if len(pending) > NUM_WORKERS:
-                    yield pending.popleft().result()
-            while pending:
+    pool, pending = _pool(NUM_WORKERS), deque[Future[Any]]()
+    try:
+        for job in jobs:
+            pending.append(pool.submit(work, job))
+            if len(pending) > NUM_WORKERS:
                 yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+        wait(pending)  # what runs still uses the files
+
+
+@cache
+def _pool(num_workers: int) -> ThreadPoolExecutor:
+    """The process's workers: MLX keeps a stream for every thread it has ever seen."""
+    return ThreadPoolExecutor(num_workers)
 
 
 def _from_disk(descriptor: int) -> None:
