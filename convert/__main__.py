@@ -89,7 +89,10 @@ def _add_format_arguments(parser: argparse.ArgumentParser) -> None:
         help="quantize the drafter (default: yes, if it is not quantized already)",
     )
     _add_quantization(
-        group, "draft-q", "drafter", "8 with a centroid head, else 4; 8 with mxfp8"
+        group,
+        "draft-q",
+        "drafter",
+        "8 with a centroid head, else 4; with other --draft-q flags 4, 8 with mxfp8",
     )
     group.add_argument(
         "--dtype",
