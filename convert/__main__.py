@@ -17,26 +17,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlx_gemma_mtp.checkpoint import FLOAT_DTYPES
+from mlx_gemma_mtp.command import (
+    EXIT_BROKEN_PIPE,
+    EXIT_INTERRUPTED,
+    Parser,
+    drop_output,
+)
 from mlx_gemma_mtp.errors import MTPError, RequestError
 from mlx_gemma_mtp.quantization import MODES, Format
 
 from .request import PartRequest, Request
 
 DEFAULT_MLX_PATH = "mlx_model"
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are the user's like all others: one line, status 1."""
-
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message}. See {self.prog} --help.")
 
 
 def configure_parser() -> argparse.ArgumentParser:
     """The command's arguments; names and defaults are mlx-lm's where it has them."""
-    parser = _Parser(
+    parser = Parser(
         prog="mlx_gemma_mtp.convert",
         description="Convert a Gemma 4 model and its MTP drafter to MLX, quantized.",
     )
@@ -159,8 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + interrupt.args[0] if interrupt.args else EXIT_INTERRUPTED
     except BrokenPipeError:
-        # What is still buffered has no reader; the flush at exit must not say so.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output(sys.stdout)
         return EXIT_BROKEN_PIPE
 
 

@@ -5,6 +5,8 @@ Written from what is known here; nothing is fetched for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +100,8 @@ def make_repository(repo: str) -> None:
     Raises:
         OutputError: The Hub refuses.
     """
-    try:
+    with _writing_to(repo, "Run hf auth login, or leave --upload-repo out."):
         huggingface_hub.HfApi().create_repo(repo, exist_ok=True)
-    except Exception as error:  # of the Hub's client or whatever HTTP library it has
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise OutputError(
-            f"{repo} must be a repository you may write to: got {reason}. Run hf auth "
-            "login, or leave --upload-repo out."
-        ) from error
 
 
 def upload(folder: Path, repo: str) -> str:
@@ -121,17 +117,24 @@ def upload(folder: Path, repo: str) -> str:
     Raises:
         OutputError: The Hub does not take it.
     """
-    try:
+    by_hand = f"run hf auth login, then hf upload {repo} {folder}."
+    with _writing_to(repo, f"The pair is complete in {folder}; {by_hand}"):
         huggingface_hub.HfApi().upload_folder(
             repo_id=repo, folder_path=folder, ignore_patterns=[".*", "**/.*"]
         )
+    return f"https://huggingface.co/{repo}"
+
+
+@contextmanager
+def _writing_to(repo: str, next_step: str) -> Iterator[None]:
+    """Turn whatever the Hub refuses into one line."""
+    try:
+        yield
     except Exception as error:  # of the Hub's client or whatever HTTP library it has
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise OutputError(
-            f"{repo} must be a repository you may write to: got {reason}. The pair is "
-            f"complete in {folder}; run hf auth login, then hf upload {repo} {folder}."
+            f"{repo} must be a repository you may write to: got {reason}. {next_step}"
         ) from error
-    return f"https://huggingface.co/{repo}"
 
 
 def _describe(source: Source, plan: PartPlan) -> str:

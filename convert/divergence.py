@@ -19,13 +19,13 @@ import mlx.core as mx
 from mlx_gemma_mtp.checkpoint import open_checkpoint
 from mlx_gemma_mtp.config import FULL
 from mlx_gemma_mtp.drafter import SharedKV
+from mlx_gemma_mtp.load import load_tokenizer
 from mlx_gemma_mtp.weights import load_drafter
 
 from .plan import PartPlan
 from .planner import plan_drafter, plan_target
 from .progress import Progress
 from .streamed_target import Reading, StreamedTarget, is_cpu, layer_bytes, open_target
-from .tokenizer import encode
 
 TEXT = """def mean(values):
     \"\"\"Return the arithmetic mean of a list of numbers.\"\"\"
@@ -94,7 +94,7 @@ def _compare(
         )
     targets = [before[0]] if source[0] == result[0] else [before[0], after[0]]
     num_bytes = sum(sum(layer_bytes(plan).values()) for plan in targets)
-    token_ids = encode(result[0], TEXT)[: _num_tokens(before[0])]
+    token_ids = load_tokenizer(result[0]).encode(TEXT)[: _num_tokens(before[0])]
     with progress("comparing with the source", num_bytes) as advance:
         with open_target(before[0], advance) as target:
             expected = target.read(token_ids)

@@ -19,7 +19,7 @@ from mlx_gemma_mtp.fit import check_fit
 from mlx_gemma_mtp.load import eos_token_ids
 from mlx_gemma_mtp.pairing import DRAFTER_FOLDERS, find_drafter
 from mlx_gemma_mtp.quantization import Format
-from mlx_gemma_mtp.weights import target_skeleton
+from mlx_gemma_mtp.weights import drafter_skeleton, target_skeleton
 
 from . import safetensors
 from .card import is_card, write_card
@@ -34,7 +34,6 @@ from .manifest import (
 from .plan import PartPlan
 from .planner import (
     check_not_stored,
-    drafter_skeleton,
     plan_drafter,
     plan_target,
 )

@@ -16,11 +16,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_gemma_mtp.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
-from mlx_gemma_mtp.config import DrafterConfig, quantization_map
-from mlx_gemma_mtp.drafter import Drafter
+from mlx_gemma_mtp.config import quantization_map
 from mlx_gemma_mtp.errors import CheckpointError, RequestError
 from mlx_gemma_mtp.quantization import Format, stored_format
-from mlx_gemma_mtp.weights import one_line, target_settings, target_skeleton
+from mlx_gemma_mtp.weights import (
+    drafter_skeleton,
+    target_settings,
+    target_skeleton,
+)
 
 from .names import Names, Share, drafter_names, target_names, tensor_name
 from .output_config import output_config
@@ -73,21 +76,6 @@ def plan_drafter(
     names = drafter_names(checkpoint.tensors)
     text = model.config.text_config
     return _plan(checkpoint, model, names, text, Choice(DRAFTER, base), dtype=dtype)
-
-
-def drafter_skeleton(checkpoint: Checkpoint) -> Drafter:
-    """Return a drafter without reading a weight: its parameters are lazy.
-
-    Args:
-        checkpoint: The drafter, of which only the config counts.
-
-    Raises:
-        CheckpointError: The config is no drafter's.
-    """
-    source = str(checkpoint.config_path)
-    config = DrafterConfig.from_dict(checkpoint.config, source=source)
-    with one_line(f"the drafter in {checkpoint.folder}"):
-        return Drafter(config)
 
 
 def _plan(

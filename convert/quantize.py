@@ -15,8 +15,6 @@ from typing import Any
 from mlx_gemma_mtp.quantization import Format
 
 TARGET, DRAFTER = "target", "drafter"
-
-
 AS_ASKED = 0
 
 

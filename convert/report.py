@@ -22,16 +22,12 @@ class Group:
         name: Their name, with ``*`` for the number.
         num_tensors: How many.
         what: Their format or type.
-        num_weights: Weights of all of them.
-        num_source_bytes: Bytes read.
         num_bytes: Bytes written.
     """
 
     name: str
     num_tensors: int
     what: str
-    num_weights: int
-    num_source_bytes: int
     num_bytes: int
 
 
@@ -49,13 +45,11 @@ def groups(plan: PartPlan) -> list[Group]:
             if parameter.format is None
             else parameter.format.name
         )
-        old = found.get((name, what), Group(name, 0, what, 0, 0, 0))
+        old = found.get((name, what), Group(name, 0, what, 0))
         found[name, what] = Group(
             name,
             old.num_tensors + 1,
             what,
-            old.num_weights + parameter.num_weights,
-            old.num_source_bytes + parameter.num_source_bytes,
             old.num_bytes + parameter.num_bytes,
         )
     return list(found.values())

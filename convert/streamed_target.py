@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_gemma_mtp.target import text_model
+from mlx_gemma_mtp.target import head_logits, scaled_embedding, text_model
 from mlx_gemma_mtp.weights import target_skeleton
 
 from .plan import Block, Parameter, PartPlan
@@ -102,13 +102,14 @@ class StreamedTarget:
         tables = ["embed_tokens"]
         if inner.hidden_size_per_layer_input:
             tables.append("embed_tokens_per_layer")
-        paths: dict[str, tuple[nn.Module, str]] = {
-            f"{prefix}model.{table}": (inner, table) for table in tables
-        }
+        paths = {f"{prefix}model.{table}" for table in tables}
+        for table in tables:
+            path = f"{prefix}model.{table}"
+            setattr(inner, table, _Table(plan, path, reader))
         if not self.text.tie_word_embeddings:
-            paths[f"{prefix}lm_head"] = (self.text, "lm_head")
-        for path, (module, name) in paths.items():
-            setattr(module, name, _Table(plan, path, reader))
+            paths.add(f"{prefix}lm_head")
+            head: Any = _Table(plan, f"{prefix}lm_head", reader).as_linear
+            self.text.lm_head = head
         rest = [
             (parameter.name, _read(reader, parameter))
             for parameter in by_layer[""]
@@ -124,11 +125,7 @@ class StreamedTarget:
         """
         inner = self.text.model
         hidden = inner(mx.array([list(token_ids)]))
-        is_tied = self.text.tie_word_embeddings
-        head: Any = inner.embed_tokens if is_tied else self.text.lm_head
-        logits = head.as_linear(hidden)
-        cap = self.text.final_logit_softcapping
-        logits = logits if cap is None else mx.tanh(logits / cap) * cap
+        logits = head_logits(self.text, hidden)
         num_own = len(inner.layers) - self.text.args.num_kv_shared_layers
         shared_kv = {layer.layer_type: layer.kv for layer in inner.layers[:num_own]}
         mx.eval(logits, hidden)
@@ -136,8 +133,7 @@ class StreamedTarget:
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """Return the scaled embeddings of tokens [B, 1], [B, 1, H]."""
-        inner = self.text.model
-        return inner.embed_tokens(token_ids) * inner.embed_scale
+        return scaled_embedding(self.text, token_ids)
 
 
 class _Layer:

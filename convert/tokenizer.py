@@ -13,10 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-import mlx_lm.utils
-
 from mlx_gemma_mtp.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, read_json
 from mlx_gemma_mtp.errors import CheckpointError
+from mlx_gemma_mtp.load import load_tokenizer
 from mlx_gemma_mtp.weights import one_line
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -34,7 +33,6 @@ _COPIED = (
     _OLD_CHAT_TEMPLATE,
     GENERATION_CONFIG_NAME,
 )
-_NEXT_STEP = "Copy tokenizer.json and tokenizer_config.json of the same model there"
 # What the two tokenizers are compared on: letters, runs of spaces, bytes, scripts.
 _SAMPLES = (
     "The quick brown fox jumps over the lazy dog. 0123456789",
@@ -66,7 +64,9 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             copy_tokenizer(folder, Path(scratch))
             shutil.copyfile(folder / CONFIG_NAME, Path(scratch) / CONFIG_NAME)
-            token_ids = encode(Path(scratch), _SAMPLES[0], name=folder)
+            tokenizer = load_tokenizer(Path(scratch), name=folder)
+        with one_line(f"the tokenizer in {folder}"):
+            token_ids = tokenizer.encode(_SAMPLES[0])
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or folder} must be readable: got "
@@ -77,24 +77,6 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
             f"the tokenizer in {folder} must be the target's, with {vocab_size} tokens:"
             f" got token {max(token_ids)}. Copy the files from the same model."
         )
-
-
-def encode(folder: Path, text: str, *, name: Path | None = None) -> list[int]:
-    """Return the tokens of a text, by the tokenizer as mlx-lm loads it.
-
-    Args:
-        folder: A checkpoint's folder.
-        text: The text.
-        name: What the folder is called in messages.
-
-    Raises:
-        CheckpointError: The tokenizer cannot be loaded.
-    """
-    with one_line(f"the tokenizer in {name or folder}", _NEXT_STEP):
-        # Named: where it is not, transformers asks on standard input.
-        settings = {"trust_remote_code": False}
-        tokenizer: Any = mlx_lm.utils.load_tokenizer(folder, settings)
-        return list(tokenizer.encode(text))
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

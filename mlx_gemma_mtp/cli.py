@@ -10,11 +10,11 @@ import argparse
 import io
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from .command import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, Parser, drop_output
 from .config import SamplingParams
 from .errors import MTPError, RequestError
 
@@ -24,20 +24,11 @@ if TYPE_CHECKING:
 DEFAULT_PROMPT = "hello"
 EMBEDDED_PROMPT = "def fibonacci(n):\n"
 DEFAULT_MAX_TOKENS = 100
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are the user's like all others: one line, status 1."""
-
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message}. See {self.prog} --help.")
 
 
 def configure_parser() -> argparse.ArgumentParser:
     """The command's arguments; names and defaults are mlx-lm's where it has them."""
-    parser = _Parser(
+    parser = Parser(
         prog="mlx_gemma_mtp.generate",
         description="Generate text with a Gemma 4 model and its MTP drafter.",
     )
@@ -175,8 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # What is still buffered has no reader; the flush at exit must not say so.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output(sys.stdout)
         return EXIT_BROKEN_PIPE
 
 

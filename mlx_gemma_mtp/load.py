@@ -115,7 +115,7 @@ def load(
             target = mlx_lm.utils.load_adapters(target, adapter_path)
             target.eval()
     eos_ids = eos_token_ids(checkpoint)
-    tokenizer = _load_tokenizer(
+    tokenizer = load_tokenizer(
         folder, tokenizer_config, eos_ids, trust_remote_code=trust_remote_code
     )
     if speculative_decoding:
@@ -208,17 +208,30 @@ def _no_drafter(reason: str) -> tuple[None, str]:
     return None, source
 
 
-def _load_tokenizer(
+def load_tokenizer(
     folder: Path,
-    tokenizer_config: dict[str, Any] | None,
-    eos_ids: tuple[int, ...],
+    tokenizer_config: dict[str, Any] | None = None,
+    eos_ids: tuple[int, ...] = (),
     *,
-    trust_remote_code: bool,
+    trust_remote_code: bool = False,
+    name: Path | None = None,
 ) -> Any:
+    """Load a tokenizer as mlx-lm does.
+
+    Args:
+        folder: The checkpoint's folder.
+        tokenizer_config: Arguments for the tokenizer, as in ``mlx_lm.load``.
+        eos_ids: The tokens that end a text; none for the tokenizer's own.
+        trust_remote_code: Let it run code from the checkpoint.
+        name: What the folder is called in messages; None for its path.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+    """
     # Named either way: where it is not, transformers asks on standard input.
     extra = {"trust_remote_code": trust_remote_code}
     next_step = "Copy tokenizer.json and tokenizer_config.json of the same model there"
-    with one_line(f"the tokenizer in {folder}", next_step):
+    with one_line(f"the tokenizer in {name or folder}", next_step):
         return mlx_lm.utils.load_tokenizer(
             folder, {**extra, **(tokenizer_config or {})}, list(eos_ids) or None
         )

@@ -90,7 +90,7 @@ class Target:
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Scaled embeddings of tokens [B, L], as the drafter takes them, [B, L, H]."""
-        return self._lm.model.embed_tokens(tokens) * self._lm.model.embed_scale
+        return scaled_embedding(self._lm, tokens)
 
     def prefill(self, prompt: mx.array, *, step_size: int) -> Prefilled:
         """Read a prompt in chunks.
@@ -110,7 +110,7 @@ class Target:
             mx.eval(hidden, [cache.state for cache in caches])
             mx.clear_cache()
         hidden = mx.contiguous(hidden[:, -1:])  # a slice would keep the last chunk
-        logits = self._logits(hidden)
+        logits = head_logits(self._lm, hidden)
         mx.eval(logits, hidden)
         return Prefilled(logits, hidden, caches)
 
@@ -157,7 +157,7 @@ class Target:
         ]
         hidden = self._layers(tokens, views, masks)
         written = [array for view in views for array in (view.keys, view.values)]
-        return TargetOutput(self._logits(hidden), hidden, written)
+        return TargetOutput(head_logits(self._lm, hidden), hidden, written)
 
     def _layers(
         self, tokens: mx.array, views: list[SlabView], masks: dict[str, mx.array]
@@ -194,16 +194,21 @@ class Target:
         )
         return [inputs[:, :, i] for i in range(len(model.layers))]
 
-    def _logits(self, hidden: mx.array) -> mx.array:
-        """The tied head and the soft-cap, [B, L, V]."""
-        lm = self._lm
-        logits = (
-            lm.model.embed_tokens.as_linear(hidden)
-            if lm.tie_word_embeddings
-            else lm.lm_head(hidden)
-        )
-        cap = lm.final_logit_softcapping
-        return logits if cap is None else gemma4_text.logit_softcap(cap, logits)
+
+def scaled_embedding(lm: gemma4_text.Model, tokens: mx.array) -> mx.array:
+    """Embeddings of tokens [B, L], as the drafter takes them, [B, L, H]."""
+    return lm.model.embed_tokens(tokens) * lm.model.embed_scale
+
+
+def head_logits(lm: gemma4_text.Model, hidden: mx.array) -> mx.array:
+    """The head and the soft-cap over post-norm hidden states, [B, L, V]."""
+    logits = (
+        lm.model.embed_tokens.as_linear(hidden)
+        if lm.tie_word_embeddings
+        else lm.lm_head(hidden)
+    )
+    cap = lm.final_logit_softcapping
+    return logits if cap is None else gemma4_text.logit_softcap(cap, logits)
 
 
 def text_model(model: nn.Module) -> gemma4_text.Model:

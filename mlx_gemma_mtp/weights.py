@@ -83,13 +83,9 @@ def load_drafter(folder: str | Path) -> Drafter:
             do not agree with its config.
     """
     checkpoint = open_checkpoint(folder)
-    source = str(checkpoint.config_path)
-    config = DrafterConfig.from_dict(checkpoint.config, source=source)
-    num_drafts = checkpoint.generation_config.get("num_assistant_tokens")
-    if type(num_drafts) is int:
-        config = replace(config, num_assistant_tokens=num_drafts)
+    drafter = drafter_skeleton(checkpoint)
+    config = drafter.config
     _check_centroid_head(checkpoint, config)
-    drafter = Drafter(config)
     with one_line(f"the drafter in {folder}"):
         weights = drafter.sanitize(_read_weights(checkpoint))
         _check_token_ordering(weights, config)
@@ -145,6 +141,24 @@ def target_skeleton(checkpoint: Checkpoint) -> nn.Module:
     with one_line(f"the target in {checkpoint.folder}"):
         model: nn.Module = module.Model(module.ModelArgs.from_dict(settings))
     return model
+
+
+def drafter_skeleton(checkpoint: Checkpoint) -> Drafter:
+    """Return a drafter without reading a weight: its parameters are lazy.
+
+    Args:
+        checkpoint: The drafter, of which only the configs count.
+
+    Raises:
+        CheckpointError: The config is no drafter's.
+    """
+    source = str(checkpoint.config_path)
+    config = DrafterConfig.from_dict(checkpoint.config, source=source)
+    num_drafts = checkpoint.generation_config.get("num_assistant_tokens")
+    if type(num_drafts) is int:
+        config = replace(config, num_assistant_tokens=num_drafts)
+    with one_line(f"the drafter in {checkpoint.folder}"):
+        return Drafter(config)
 
 
 def read_target(checkpoint: Checkpoint, *, lazy: bool) -> nn.Module:

@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.metadata
 import json
-import os
-import platform
 import random
 import statistics
 import time
@@ -34,6 +31,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.load import embedded_pair_path, load
+from mlx_gemma_mtp.machine import describe_machine
 from mlx_gemma_mtp.pair import Pair, pair_of
 from mlx_gemma_mtp.stats import RoundStats
 from mlx_gemma_mtp.tokens import draft_block, generate_tokens
@@ -81,7 +79,7 @@ def main() -> None:
     pair = pair_of(model)
     documents = read_documents(tokenizer)
     counts = args.num_draft_tokens or [pair.num_draft_tokens]
-    figures: dict[str, object] = {"machine": machine()}
+    figures: dict[str, object] = {"machine": describe_machine(str(mx.default_device()))}
     show(str(figures["machine"]))
     for section in args.sections or SECTIONS:
         rng = random.Random(args.seed)
@@ -93,28 +91,6 @@ def main() -> None:
             figures[section] = context(pair, documents, rng, counts, args)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2), encoding="utf-8")
-
-
-def machine() -> str:
-    """Hardware and versions, one line."""
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("mlx", "mlx-lm", "mlx_gemma_mtp")
-    )
-    return (
-        f"{cpu_name()}, {os.cpu_count()} cores, {mx.default_device()}, "
-        f"{platform.system()}, Python {platform.python_version()}, {versions}"
-    )
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.machine()
 
 
 def read_documents(tokenizer: Any) -> list[list[int]]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.metadata
 import json
 import math
 import os
@@ -37,6 +36,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from mlx_gemma_mtp.machine import describe_machine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,7 +164,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(folder / RESULT, ignore_errors=True)
         show(f"{kind}: {runs[-1].wall_s:.1f} s, {runs[-1].peak_gb:.2f} GB")
     return {
-        "machine": machine(),
+        "machine": describe_machine(),
         "is_cold": args.cold,
         "checkpoint": sizes(folder),
         "bare_work": json.loads(runs[0].output.splitlines()[-1]),
@@ -498,28 +499,6 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> None:
 
 
 # --- the report -------------------------------------------------------------------
-
-
-def machine() -> str:
-    """Hardware and versions, one line."""
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("mlx", "mlx-lm", "mlx_gemma_mtp")
-    )
-    return (
-        f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}, "
-        f"Python {platform.python_version()}, {versions}"
-    )
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.machine()
 
 
 def sizes(folder: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_gemma_mtp.config import FULL, SLIDING
 from mlx_gemma_mtp.drafter import Drafter, SharedKV
 from mlx_gemma_mtp.load import embedded_pair_path, load_pair
+from mlx_gemma_mtp.quantization import Format
 from mlx_gemma_mtp.target import Target, text_model
 
 HELD_OUT = Path(__file__).parent / "data" / "heldout.jsonl.gz"
@@ -52,33 +53,29 @@ STRETCH_CHARACTERS = 1200
 BATCH = 4  # texts in one forward of the target
 
 
-@dataclass(frozen=True)
-class Format:
-    """One way to store weights: MLX's mode, bits and group size."""
-
-    name: str
-    bits: int
-    group_size: int
-    mode: str = "affine"
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits with the scales, which affine mode has two of, in bfloat16."""
-        return self.bits + (32 if self.mode == "affine" else 8) / self.group_size
+def label(form: Format) -> str:
+    """What the tables call a format."""
+    mode = f"affine {form.bits}" if form.mode == "affine" else form.mode
+    return f"{mode} g{form.group_size}"
 
 
-AFFINE_4 = Format("affine 4 g64", 4, 64)
-AFFINE_5 = Format("affine 5 g64", 5, 64)
-AFFINE_6 = Format("affine 6 g64", 6, 64)
-AFFINE_8 = Format("affine 8 g64", 8, 64)
+def bits_per_weight(form: Format) -> float:
+    """Bits with the scales, which affine mode has two of, in bfloat16."""
+    return form.bits + (32 if form.has_biases else 8) / form.group_size
+
+
+AFFINE_4 = Format(4, 64)
+AFFINE_5 = Format(5, 64)
+AFFINE_6 = Format(6, 64)
+AFFINE_8 = Format(8, 64)
 AFFINE = (AFFINE_4, AFFINE_5, AFFINE_6, AFFINE_8)
 FORMATS = (
     *AFFINE,
-    Format("mxfp4 g32", 4, 32, "mxfp4"),
-    Format("nvfp4 g16", 4, 16, "nvfp4"),
-    Format("mxfp8 g32", 8, 32, "mxfp8"),
+    Format(4, 32, "mxfp4"),
+    Format(4, 16, "nvfp4"),
+    Format(8, 32, "mxfp8"),
 )
-SMALL_GROUPS = (Format("affine 4 g32", 4, 32), Format("affine 5 g32", 5, 32))
+SMALL_GROUPS = (Format(4, 32), Format(5, 32))
 
 # A piece of a weight's name, and the part it belongs to; the first that fits counts.
 TARGET_PARTS = {
@@ -235,9 +232,9 @@ def weights_section(args: argparse.Namespace) -> dict[str, object]:
             name: relative_error([round_trip(w, form) for w in weights], weights)
             for name, weights in columns.items()
         }
-        figures[form.name] = errors
+        figures[label(form)] = errors
         cells = [f"{100 * error:.2f}" for error in errors.values()]
-        rows.append([form.name, f"{form.bits_per_weight:.2f}", *cells])
+        rows.append([label(form), f"{bits_per_weight(form):.2f}", *cells])
     table(
         "Relative RMS error of the weights, %",
         ["format", "bits/weight", *columns],
@@ -414,7 +411,7 @@ def drafter_section(args: argparse.Namespace) -> dict[str, object]:
         "everything": tuple(parts.names),
     }
     found = {
-        form.name: {
+        label(form): {
             name: judge(dict.fromkeys(names, form)) for name, names in columns.items()
         }
         for form in FORMATS
@@ -528,7 +525,7 @@ def target_section(args: argparse.Namespace) -> dict[str, object]:
     columns: dict[str, tuple[str, ...]] = {name: (name,) for name in target.names}
     columns["everything"] = tuple(target.names)
     found = {
-        form.name: {
+        label(form): {
             name: judge(dict.fromkeys(names, form)) for name, names in columns.items()
         }
         for form in FORMATS
@@ -562,7 +559,7 @@ def pair_table(
             parts.round(parts.everything(drafter_form) if drafter_form else {})
             measured = acceptance(drafter, texts)
             base = base or measured
-            names = [f.name if f else "float" for f in (target_form, drafter_form)]
+            names = [label(f) if f else "float" for f in (target_form, drafter_form)]
             found[" / ".join(names)] = record(measured, base)
     rows = [
         [name, f"{figures['acceptance_length']:.3f}", cell(figures)]
@@ -623,13 +620,13 @@ def top_table(
             name: kept(inputs @ weight.T, inputs @ round_trip(weight, form).T, count)
             for name, (inputs, weight) in cases.items()
         }
-        figures[form.name] = found
+        figures[label(form)] = found
         cells = [
             f"{100 * f['kept']:.1f} / {100 * f['equal sets']:.1f} / "
             f"{100 * f['best kept']:.2f}"
             for f in found.values()
         ]
-        rows.append([form.name, *cells])
+        rows.append([label(form), *cells])
     table(title, ["format", *cases], rows)
     return figures
 
@@ -700,8 +697,8 @@ def reference_table(family: str) -> dict[str, object]:
         found = {
             name: judge(dict.fromkeys(names, form)) for name, names in columns.items()
         }
-        figures[form.name] = {name: j.mean for name, j in found.items()}
-        rows.append([form.name, *(j.cell() for j in found.values())])
+        figures[label(form)] = {name: j.mean for name, j in found.items()}
+        rows.append([label(form), *(j.cell() for j in found.values())])
     figures |= _mixed(parts, judge, special[0])
     title = f"Tiny random {family}: KL in thousandths of a nat, top-1 agreement"
     table(title, ["format", *columns], rows)
@@ -714,7 +711,7 @@ def _mixed(parts: Parts, judge: Judge, special: str) -> dict[str, object]:
     rows = []
     for form in AFFINE:
         found = judge(parts.everything(AFFINE_4, but={special: form}))
-        name = f"{special} {form.name}, all else {AFFINE_4.name}"
+        name = f"{special} {label(form)}, all else {label(AFFINE_4)}"
         figures[name] = found.mean
         rows.append([name, found.cell()])
     table("Together: KL in thousandths of a nat", ["plan", "KL, agreement"], rows)
@@ -733,7 +730,7 @@ def per_layer_table() -> dict[str, object]:
             parts.round({"per-layer table": form})
             error = relative_error([_per_layer_inputs(parts)], [source])
             own = relative_error([round_trip(weight, form)], [weight])
-            columns.setdefault(form.name, []).extend((own, error))
+            columns.setdefault(label(form), []).extend((own, error))
     rows = [
         [form, *(f"{100 * error:.2f}" for error in errors)]
         for form, errors in columns.items()

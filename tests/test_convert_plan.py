@@ -25,14 +25,14 @@ from convert.__main__ import main
 from convert.names import Share, drafter_names, target_names, tensor_name
 from convert.pipeline import plan_conversion
 from convert.plan import Array
-from convert.planner import drafter_skeleton, plan_drafter, plan_target
+from convert.planner import plan_drafter, plan_target
 from convert.quantize import DRAFTER, TARGET, Choice
 from convert.report import groups
 from convert.request import PartRequest, Request
 from mlx_gemma_mtp.checkpoint import DTYPE_BITS, open_checkpoint
 from mlx_gemma_mtp.errors import CheckpointError, RequestError
 from mlx_gemma_mtp.quantization import MODES, Format
-from mlx_gemma_mtp.weights import target_settings, target_skeleton
+from mlx_gemma_mtp.weights import drafter_skeleton, target_settings, target_skeleton
 from tests.published import (
     TARGETS,
     published,

@@ -21,7 +21,9 @@ PACKAGE = ROOT / "mlx_gemma_mtp"
 # A module imports only modules of lower layers; `errors` stands below them all.
 LAYERS = {
     "errors": -1,
+    "command": 0,
     "config": 0,
+    "machine": 0,
     "stats": 0,
     "checkpoint": 1,
     "sampling": 1,

@@ -1,0 +1,41 @@
+"""What the package's commands share: mistakes as one line, exit statuses.
+
+Knows nothing of what a command does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import NoReturn, TextIO
+
+from .errors import RequestError
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are the user's like all others: one line, status 1."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print.
+
+        Args:
+            message: What is wrong with the arguments.
+
+        Raises:
+            RequestError: Always.
+        """
+        raise RequestError(f"{message}. See {self.prog} --help.")
+
+
+def drop_output(stream: TextIO) -> None:
+    """Let a stream go nowhere once its reader has gone away.
+
+    What is still buffered has no reader; the flush at exit must not say so.
+
+    Args:
+        stream: Standard output.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
