@@ -1,8 +1,9 @@
 """Which tensors get how many bits, and why: one table.
 
 A rule speaks of the modules whose path its pattern finds; the first that matches
-counts. What no rule names gets the format that was asked for. The figures come from
-``scripts/quantization.py``.
+counts. What no rule names gets the format that was asked for. What formats cost in
+tokens and choices is measured by ``scripts/quantization.py``; shares of bytes are
+computed from the published shapes.
 """
 
 from __future__ import annotations
