@@ -120,6 +120,12 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, help="the sampled text is a function of seed and target"
     )
     group.add_argument(
+        "--no-reproducible",
+        action="store_true",
+        help="accept more drafts in spite of --seed; the text then depends on their "
+        "number too",
+    )
+    group.add_argument(
         "--stop",
         action="append",
         default=[],
@@ -211,6 +217,7 @@ def _run(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         min_p=args.min_p,
         seed=args.seed,
+        reproducible=not args.no_reproducible,
         stop=args.stop,
         prefill_step_size=args.prefill_step_size,
     )

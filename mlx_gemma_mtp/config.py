@@ -232,6 +232,13 @@ class SamplingParams:
         top_k: Keep this many tokens; 0 is off.
         min_p: Keep tokens at least this share of the best one's probability, 0..1.
         seed: 0..2**64 - 1, or None for a fresh one.
+        reproducible: Whether the text of a seed is a function of seed and target alone
+            (Gumbel coupling), or drafts are accepted as often as any lossless rule
+            allows (block verification). Without a seed it is the latter.
+        xtc_probability: How often XTC strikes (excludes all top choices but the
+            least likely of them), 0..1; 0 is off.
+        xtc_threshold: Probability above which a token is a top choice, 0..0.5.
+        xtc_special_tokens: Token ids that XTC never excludes.
     """
 
     temp: float = 0.0
@@ -239,6 +246,10 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    reproducible: bool = True
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    xtc_special_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -249,6 +260,20 @@ class SamplingParams:
         _check_number("temp", self.temp, "0 or more", lambda v: v >= 0)
         _check_number("top_p", self.top_p, "from 0 to 1", lambda v: 0 <= v <= 1)
         _check_number("min_p", self.min_p, "from 0 to 1", lambda v: 0 <= v <= 1)
+        _check_number(
+            "xtc_probability",
+            self.xtc_probability,
+            "from 0 to 1",
+            lambda v: 0 <= v <= 1,
+        )
+        _check_number(
+            "xtc_threshold",
+            self.xtc_threshold,
+            "from 0 to 0.5",
+            lambda v: 0 <= v <= 0.5,
+        )
+        for token in self.xtc_special_tokens:
+            _check_count("xtc_special_tokens", token, "token ids", 2**31)
         _check_count("top_k", self.top_k, "a whole number from 0 to 2**31-1", 2**31)
         if self.seed is not None:
             _check_count("seed", self.seed, "a whole number from 0 to 2**64-1", 2**64)

@@ -284,6 +284,7 @@ def _read(report: mx.array) -> list[list[int]]:
 def _seeded(request: Request) -> Request:
     """The request with a seed of its own where it samples and brings none."""
     if request.sampling.temp > 0 and request.sampling.seed is None:
-        sampling = replace(request.sampling, seed=secrets.randbits(64))
+        seed = secrets.randbits(64)  # of no meaning to anybody, so nothing is repeated
+        sampling = replace(request.sampling, seed=seed, reproducible=False)
         return replace(request, sampling=sampling)
     return request

@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from .acceptance import accept_equal
+from .acceptance import Accepted, Draft, accept_block
 from .cache import SlabLayout, draft_masks
 from .config import SamplingParams
+from .decision import Verification, decide, joined, propose
 from .drafter import DraftOutput, SharedKV
-from .sampling import SamplingRule, choose_tokens, sampling_rows, sampling_rule
+from .sampling import SamplingRule, sampling_rows, sampling_rule
 from .target import Prefilled, TargetOutput
 
 
@@ -119,8 +120,8 @@ class Report:
     """What a round tells the host.
 
     Attributes:
-        tokens: num_accepted, then the K + 1 tokens that the target chose; the first
-            num_accepted + 1 of them are the round's, int32 [B, K + 2].
+        tokens: num_accepted, then K + 1 tokens, of which the first num_accepted + 1
+            are the round's, int32 [B, K + 2].
         logits: The target's logits behind those tokens, [B, K + 1, V].
     """
 
@@ -134,6 +135,7 @@ class Rounds:
     Args:
         target: The target.
         drafter: Its drafter; None allows only K = 0.
+        verification: How drafts that were drawn from a distribution are judged.
         use_compile: Whether rounds go through ``mx.compile``.
     """
 
@@ -142,10 +144,12 @@ class Rounds:
         target: TargetLike,
         drafter: DrafterLike | None = None,
         *,
+        verification: Verification = accept_block,
         use_compile: bool = True,
     ) -> None:
         self.target = target
         self.drafter = drafter
+        self._verification = verification
         self._use_compile = use_compile
         self._compiled: dict[tuple[int, SamplingRule], Callable[..., Any]] = {}
 
@@ -181,14 +185,21 @@ class Rounds:
         self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
     ) -> mx.array:
         """Only the drafts of the round that would follow, int32 [B, K]."""
-        return _draft(self.target, self.drafter, state, settings, num_draft_tokens)
+        return _draft(
+            self.target, self.drafter, state, settings, num_draft_tokens
+        ).tokens
 
     def _round(self, num_draft_tokens: int, rule: SamplingRule) -> Callable[..., Any]:
         """The compiled round for K and a rule; traced again when shapes change."""
         key = (num_draft_tokens, rule)
         if key not in self._compiled:
             function = partial(
-                _round, self.target, self.drafter, rule, num_draft_tokens
+                _round,
+                self.target,
+                self.drafter,
+                self._verification,
+                rule,
+                num_draft_tokens,
             )
             self._compiled[key] = (
                 mx.compile(function) if self._use_compile else function
@@ -199,6 +210,7 @@ class Rounds:
 def _round(
     target: TargetLike,
     drafter: DrafterLike | None,
+    verification: Verification,
     rule: SamplingRule,
     num_draft_tokens: int,
     slabs: list[mx.array],
@@ -214,37 +226,48 @@ def _round(
     settings = RowSettings(rule, sampling, is_active, first_position)
 
     # 1) draft
-    draft_tokens = _draft(target, drafter, state, settings, num_draft_tokens)
+    draft = _draft(target, drafter, state, settings, num_draft_tokens)
 
     # 2) verify: row i judges draft i, row K yields the bonus token
     block = last_token
     if num_draft_tokens:
-        block = mx.concatenate([last_token, draft_tokens], axis=1)  # [B, K + 1]
+        block = mx.concatenate([last_token, draft.tokens], axis=1)  # [B, K + 1]
     output = target.verify(block, slabs, offset=offset, first_position=first_position)
-    target_tokens = choose_tokens(
+
+    # 3) accept
+    accepted = decide(
+        draft,
         output.logits,
         sampling,
         rule=rule,
-        positions=offset[:, None] + mx.arange(1, num_draft_tokens + 2),
+        offset=offset,
+        verification=verification,
     )
-
-    # 3) accept
-    accepted = accept_equal(draft_tokens, target_tokens)
 
     # 4) commit: everything past the new offset is as if it were never written
     emitted = accepted.num_accepted + 1
     new_hidden = mx.take_along_axis(
         output.hidden, accepted.num_accepted[:, None, None], axis=1
     )
-    report = mx.concatenate([accepted.num_accepted[:, None], target_tokens], axis=1)
     return (
         output.slabs,
         mx.where(is_active[:, None], accepted.next_token, last_token),
         mx.where(is_active[:, None, None], new_hidden, hidden),
         mx.where(is_active, offset + emitted, offset),
-        report,
+        _report(draft.tokens, accepted),
         output.logits,
     )
+
+
+def _report(draft_tokens: mx.array, accepted: Accepted) -> mx.array:
+    """The accepted drafts and the token behind them, int32 [B, K + 2]."""
+    num_accepted, next_token = accepted.num_accepted[:, None], accepted.next_token
+    if not draft_tokens.shape[1]:
+        return mx.concatenate([num_accepted, next_token], axis=1)
+    tokens = mx.concatenate([draft_tokens, next_token], axis=1)
+    is_draft = mx.arange(tokens.shape[1]) < num_accepted
+    tokens = mx.where(is_draft, tokens, next_token)
+    return mx.concatenate([num_accepted, tokens], axis=1)
 
 
 def _draft(
@@ -253,29 +276,30 @@ def _draft(
     state: RoundState,
     settings: RowSettings,
     num_draft_tokens: int,
-) -> mx.array:
-    """The drafter's proposals for the positions after the last token, int32 [B, K].
+) -> Draft:
+    """The drafter's proposals for the positions after the last token.
 
     The recurrence runs through the hidden state alone: keys, masks and position are
     the same for all steps.
     """
     if num_draft_tokens == 0 or drafter is None:
-        return mx.zeros((state.last_token.shape[0], 0), dtype=mx.int32)
+        return Draft(mx.zeros((state.last_token.shape[0], 0), dtype=mx.int32), None)
     shared_kv = _shared_kv(target, drafter, state, settings)
     token, hidden = state.last_token, state.hidden
-    draft_tokens = []
-    for step in range(num_draft_tokens):
+    drafts = []
+    for step in range(1, num_draft_tokens + 1):
         output = drafter(target.embed(token), hidden, shared_kv, position=state.offset)
-        token = choose_tokens(
+        draft = propose(
             output.logits,
             settings.sampling,
             rule=settings.rule,
-            positions=state.offset[:, None] + (step + 1),
+            offset=state.offset,
+            step=step,
             token_ids=output.token_ids,
         )
-        hidden = output.hidden
-        draft_tokens.append(token)
-    return mx.concatenate(draft_tokens, axis=1)
+        token, hidden = draft.tokens, output.hidden
+        drafts.append(draft)
+    return joined(drafts)
 
 
 def _shared_kv(

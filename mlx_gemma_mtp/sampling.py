@@ -1,13 +1,12 @@
-"""From logits to tokens: filters, and draws under noise that is fixed by the seed.
+"""From logits to tokens: filters, distributions, and draws.
 
-The token at an absolute position is ``argmax(logits / temp + noise)`` over the tokens
-that the filters keep, with Gumbel noise that is a function of (seed, position, token
-id) alone (the Gumbel-max trick: the draw then follows softmax(logits / temp)). Target
-and drafter draw with the same noise, so a draft is accepted when both agree, and the
-text of a seed does not depend on whether, or how far, anything was drafted.
+Filters mean what they mean in mlx-lm 0.32 and act in its order: top-p, min-p, XTC,
+top-k, all on the probabilities before the temperature. Target and drafter go through
+the same code.
 
-Filters mean what they mean in mlx-lm 0.32 and act in its order: top-p, min-p, top-k,
-all on the probabilities before the temperature.
+Drafts come from a short list: the drafter's most likely tokens, at most
+``MAX_CANDIDATES`` of them, then the filters. That is a distribution as good as any
+other to the accept rules, and no row of the vocabulary's size is made for it.
 
 This file knows nothing of models, caches or rounds.
 """
@@ -20,13 +19,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .config import SamplingParams
+from .noise import XTC, Stream, gumbel_noise, uniform_noise
 
-# Philox 4x32, 10 rounds. Source: Salmon et al. 2011, "Parallel random numbers: as easy
-# as 1, 2, 3", table 2 and figure 4; the constants are those of Random123 1.14.
-_PHILOX_ROUNDS = 10
-_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
-
+MAX_CANDIDATES = 64  # of a proposal
+_MAX_LIST = 1024  # candidates that tokens are looked up in one by one
 _NO_TOP_K = 2**31 - 1  # a number that no vocabulary reaches
 _NO_TOP_P = 2.0  # a mass that no row reaches
 
@@ -41,12 +37,29 @@ class SamplingRule:
             when only some have.
         has_top_p: Whether some row filters by top-p.
         has_min_p: Whether some row filters by min-p.
+        has_xtc: Whether some row excludes top choices.
+        has_coupled: Whether some row is decided by equality: greedy, or sampled under
+            noise that target and drafter share.
+        has_block: Whether some row is decided by block verification.
     """
 
     is_sampled: bool = False
     max_top_k: int = 0
     has_top_p: bool = False
     has_min_p: bool = False
+    has_xtc: bool = False
+    has_coupled: bool = True
+    has_block: bool = False
+
+    def list_size(self, num_candidates: int) -> int | None:
+        """How many tokens a filter needs in order, best first; None for none."""
+        if not self.is_sampled:
+            return None
+        if 0 < self.max_top_k < num_candidates and not self.has_xtc:
+            return self.max_top_k
+        if self.has_top_p or self.has_xtc or self.max_top_k:
+            return num_candidates
+        return None
 
 
 def sampling_rule(params: Sequence[SamplingParams]) -> SamplingRule:
@@ -61,6 +74,9 @@ def sampling_rule(params: Sequence[SamplingParams]) -> SamplingRule:
         ),
         has_top_p=any(0 < p.top_p < 1 for p in sampled),
         has_min_p=any(p.min_p > 0 for p in sampled),
+        has_xtc=any(p.xtc_probability > 0 for p in sampled),
+        has_coupled=any(p.temp <= 0 or p.reproducible for p in params),
+        has_block=any(not p.reproducible for p in sampled),
     )
 
 
@@ -71,14 +87,21 @@ def sampling_rows(params: Sequence[SamplingParams]) -> dict[str, mx.array]:
         params: One entry per row; a row that samples has a seed.
 
     Returns:
-        ``temp``, ``top_p``, ``min_p`` float32 [B, 1, 1], ``top_k`` int32 [B, 1, 1]
-        (off: a number no vocabulary reaches) and ``seed`` uint32 [B, 2].
+        ``temp``, ``top_p``, ``min_p``, ``xtc_probability``, ``xtc_threshold`` float32
+        [B, 1, 1], ``top_k`` int32 [B, 1, 1] (off: a number no vocabulary reaches),
+        ``xtc_special_tokens`` int32 [B, 1, S] (-1 where a row has fewer), ``seed``
+        uint32 [B, 2] and ``is_block`` bool [B].
     """
 
     def column(values: list[float], dtype: mx.Dtype) -> mx.array:
         return mx.array(values, dtype=dtype)[:, None, None]
 
     seeds = [int(p.seed or 0) for p in params]
+    most = max([1, *(len(p.xtc_special_tokens) for p in params)])
+    special = [
+        [*p.xtc_special_tokens, *[-1] * (most - len(p.xtc_special_tokens))]
+        for p in params
+    ]
     return {
         "temp": column([float(p.temp) for p in params], mx.float32),
         "top_p": column(
@@ -87,8 +110,59 @@ def sampling_rows(params: Sequence[SamplingParams]) -> dict[str, mx.array]:
         ),
         "min_p": column([float(p.min_p) for p in params], mx.float32),
         "top_k": column([int(p.top_k) or _NO_TOP_K for p in params], mx.int32),
+        "xtc_probability": column(
+            [float(p.xtc_probability) for p in params], mx.float32
+        ),
+        "xtc_threshold": column([float(p.xtc_threshold) for p in params], mx.float32),
+        "xtc_special_tokens": mx.array(special, dtype=mx.int32)[:, None],
         "seed": mx.array([[s & 0xFFFFFFFF, s >> 32] for s in seeds], dtype=mx.uint32),
+        "is_block": mx.array([p.temp > 0 and not p.reproducible for p in params]),
     }
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens of each row with their scores.
+
+    Attributes:
+        logits: Before the temperature, float32 [B, L, M].
+        token_ids: int32 [B, L, M].
+        log_mass: logsumexp of the whole row they come from, float32 [B, L, 1].
+    """
+
+    logits: mx.array
+    token_ids: mx.array
+    log_mass: mx.array
+
+
+def most_likely(
+    logits: mx.array, count: int, *, token_ids: mx.array | None = None
+) -> Candidates:
+    """The best tokens of every row in order; of equal ones the lowest ids first.
+
+    Args:
+        logits: Scores of M candidates, [B, L, M].
+        count: How many, 1 to M.
+        token_ids: The candidates' ids [B, L, M]; None where M is the vocabulary.
+    """
+    logits = logits.astype(mx.float32)
+    ids = mx.arange(logits.shape[-1]) if token_ids is None else token_ids
+    # One whole number that sorts like (-logit, id): the bits of a float sort like the
+    # float, negative ones backwards. So ties need no second sort, and the order is
+    # the same on every backend.
+    bits = mx.view(logits, mx.int32)
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = ((~ascending).astype(mx.int64) << 32) | ids.astype(mx.int64)
+    if count < keys.shape[-1]:
+        keys = mx.partition(keys, kth=count - 1, axis=-1)[..., :count]
+    keys = mx.sort(keys, axis=-1)
+    ascending = ~(keys >> 32).astype(mx.int32)
+    bits = ascending ^ ((ascending >> 31) & 0x7FFFFFFF)
+    return Candidates(
+        mx.view(bits, mx.float32),
+        (keys & 0xFFFFFFFF).astype(mx.int32),
+        mx.logsumexp(logits, axis=-1, keepdims=True),
+    )
 
 
 def choose_tokens(
@@ -97,155 +171,212 @@ def choose_tokens(
     *,
     rule: SamplingRule,
     positions: mx.array,
-    token_ids: mx.array | None = None,
 ) -> mx.array:
-    """Choose the token of every row and position.
+    """Choose the target's token of every row and position.
+
+    The token is ``argmax(logits / temp + noise)`` over the tokens that the filters
+    keep, with Gumbel noise that is a function of (seed, position, token id) alone (the
+    Gumbel-max trick: it follows softmax(logits / temp)); without a temperature it is
+    the argmax.
 
     Args:
-        logits: Scores of M candidates, after any soft-cap, [B, L, M].
+        logits: After any soft-cap, [B, L, V].
         rows: The rows' settings, from ``sampling_rows``.
         rule: The graph to build; must serve the rows.
         positions: Absolute position of the token to choose, int32 [B, L].
-        token_ids: The candidates' ids [B, L, M]; None where M is the vocabulary.
 
     Returns:
         Token ids, int32 [B, L].
     """
-    greedy = _take_ids(token_ids, mx.argmax(logits, axis=-1))
+    greedy = mx.argmax(logits, axis=-1).astype(mx.int32)
     if not rule.is_sampled:
         return greedy
-    kept = _filter(logits.astype(mx.float32), token_ids, rows, rule)
-    noise = gumbel_noise(rows["seed"], positions, kept.token_ids)
-    # Relative to the best, so that a tiny temperature neither rounds nor overflows.
-    relative = kept.logits - kept.logits.max(axis=-1, keepdims=True)
-    scores = mx.where(kept.is_kept, relative / rows["temp"] + noise, -mx.inf)
-    sampled = _take_ids(kept.token_ids, mx.argmax(scores, axis=-1))
+    sampled = couple(
+        distribution(logits, rows, rule=rule, positions=positions),
+        rows,
+        positions=positions,
+    )
     # A greedy row beside sampled ones is still decided by the argmax alone.
     return mx.where(rows["temp"].squeeze(-1) > 0, sampled, greedy)
 
 
 @dataclass(frozen=True)
-class _Candidates:
-    """Tokens that may be drawn: float32 logits, ids and a mask, each [B, L, M]."""
+class Distribution:
+    """What a token is drawn from, after all filters and the temperature.
 
-    logits: mx.array
+    Attributes:
+        scores: Logarithms of weights in proportion to the probabilities, the best
+            token's 0 unless it is dropped; -inf for what a filter drops, float32
+            [B, L, M].
+        token_ids: The candidates' ids, int32 [B, L, M].
+        is_whole: Whether the candidates are the vocabulary in order.
+    """
+
+    scores: mx.array
     token_ids: mx.array
-    is_kept: mx.array
+    is_whole: bool
+
+    @property
+    def probs(self) -> mx.array:
+        """Probabilities of the candidates, float32 [B, L, M]."""
+        weights = mx.exp(self.scores)
+        return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def _filter(
-    logits: mx.array,  # [B, L, M] float32
+def distribution(
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    *,
+    rule: SamplingRule,
+    positions: mx.array,
+) -> Distribution:
+    """What the target's tokens are drawn from.
+
+    Args:
+        logits: After any soft-cap, [B, L, V].
+        rows: The rows' settings, from ``sampling_rows``.
+        rule: The graph to build; must serve the rows.
+        positions: Absolute position of the token to draw, int32 [B, L].
+    """
+    vocab_size = logits.shape[-1]
+    size = rule.list_size(vocab_size)
+    if size is not None:
+        candidates = most_likely(logits, size)
+        kept = _scores(candidates, rows, rule, positions, is_sorted=True)
+        if size <= _MAX_LIST:
+            return Distribution(kept, candidates.token_ids, is_whole=False)
+        # Too long to look tokens up in: back in the vocabulary's order.
+        dropped = mx.full(logits.shape, -mx.inf)
+        kept = mx.put_along_axis(dropped, candidates.token_ids, kept, axis=-1)
+    every_id = mx.broadcast_to(mx.arange(vocab_size), logits.shape)
+    if size is None:
+        logits = logits.astype(mx.float32)
+        # No filter that is on asks for the mass.
+        candidates = Candidates(logits, every_id, mx.zeros_like(logits[..., :1]))
+        kept = _scores(candidates, rows, rule, positions, is_sorted=False)
+    return Distribution(kept, every_id, is_whole=True)
+
+
+def proposal(
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    *,
+    rule: SamplingRule,
+    positions: mx.array,
     token_ids: mx.array | None,
+) -> Distribution:
+    """What a draft is drawn from, at most ``MAX_CANDIDATES`` tokens, best first.
+
+    Args:
+        logits: The drafter's scores of M candidates, [B, L, M].
+        rows: The rows' settings, from ``sampling_rows``.
+        rule: The graph to build; must serve the rows.
+        positions: Absolute position of the token to draw, int32 [B, L].
+        token_ids: The candidates' ids [B, L, M]; None where M is the vocabulary.
+    """
+    size = rule.list_size(logits.shape[-1]) or MAX_CANDIDATES
+    size = min(size, MAX_CANDIDATES, logits.shape[-1])
+    candidates = most_likely(logits, size, token_ids=token_ids)
+    scores = _scores(candidates, rows, rule, positions, is_sorted=True)
+    return Distribution(scores, candidates.token_ids, is_whole=False)
+
+
+def couple(
+    source: Distribution, rows: dict[str, mx.array], *, positions: mx.array
+) -> mx.array:
+    """The token of the Gumbel maximum under the shared noise, int32 [B, L]."""
+    noise = gumbel_noise(rows["seed"], positions, source.token_ids)
+    best = mx.argmax(source.scores + noise, axis=-1, keepdims=True)
+    return mx.take_along_axis(source.token_ids, best, axis=-1).squeeze(-1)
+
+
+def draw(weights: mx.array, uniform: mx.array) -> mx.array:
+    """Draw one candidate of each row, in proportion to its weight.
+
+    Args:
+        weights: Not negative, some above 0, [B, L, M].
+        uniform: A number above 0 and below 1 for each row, [B, L].
+
+    Returns:
+        Index of the candidate: the first at which the sum of weights exceeds
+        ``uniform`` times the whole, int32 [B, L, 1].
+    """
+    sums = mx.cumsum(weights, axis=-1)
+    is_before = sums <= uniform[..., None] * sums[..., -1:]
+    return is_before.astype(mx.int32).sum(axis=-1, keepdims=True)
+
+
+def _scores(
+    candidates: Candidates,
     rows: dict[str, mx.array],
     rule: SamplingRule,
-) -> _Candidates:
-    """Apply top-p, min-p and top-k; sort only what a filter needs sorted."""
-    order = _descending(logits, rule)
-    if order is None:
-        values = logits
-    else:
-        values = mx.take_along_axis(logits, order, axis=-1)
-        token_ids = _take_ids(token_ids, order)
-    if token_ids is None:
-        token_ids = mx.broadcast_to(mx.arange(values.shape[-1]), values.shape)
-    is_kept = mx.ones(values.shape, dtype=mx.bool_)
-    if order is not None:
-        is_kept = is_kept & (mx.arange(values.shape[-1]) < rows["top_k"])
+    positions: mx.array,
+    *,
+    is_sorted: bool,
+) -> mx.array:
+    """Apply the filters and the temperature, see ``Distribution.scores``."""
+    is_kept = _kept(candidates, rows, rule, positions, is_sorted=is_sorted)
+    # Relative to the best, so that a tiny temperature neither rounds nor overflows.
+    best = _best(candidates.logits, is_sorted=is_sorted)
+    temp = mx.where(rows["temp"] > 0, rows["temp"], 1.0)  # of a greedy row beside
+    return mx.where(is_kept, (candidates.logits - best) / temp, -mx.inf)
+
+
+def _kept(
+    candidates: Candidates,
+    rows: dict[str, mx.array],
+    rule: SamplingRule,
+    positions: mx.array,
+    *,
+    is_sorted: bool,
+) -> mx.array:
+    """Which candidates the filters keep, bool [B, L, M].
+
+    Unsorted ones are only ever filtered by min-p.
+    """
+    logits = candidates.logits
+    is_kept = mx.ones(logits.shape, dtype=mx.bool_)
     if rule.has_top_p:
         # The mass before a token in the whole row: the token that crosses top_p
         # stays, and with it its equals, as in mlx-lm.
-        probs = mx.exp(values - mx.logsumexp(logits, axis=-1, keepdims=True))
+        probs = mx.exp(logits - candidates.log_mass)
         mass_above = mx.cumsum(probs, axis=-1, inclusive=False)
-        inside = mx.where(mass_above < rows["top_p"], values, mx.inf)
-        is_kept = is_kept & (values >= inside.min(axis=-1, keepdims=True))
+        inside = mx.where(mass_above < rows["top_p"], logits, mx.inf)
+        is_kept = is_kept & (logits >= inside.min(axis=-1, keepdims=True))
     if rule.has_min_p:
-        floor = values.max(axis=-1, keepdims=True) + mx.log(rows["min_p"])
-        is_kept = is_kept & (values >= floor)
-    return _Candidates(values, token_ids, is_kept)
+        floor = _best(logits, is_sorted=is_sorted) + mx.log(rows["min_p"])
+        is_kept = is_kept & (logits >= floor)
+    if rule.has_xtc:
+        is_kept = is_kept & ~_struck(candidates, is_kept, rows, positions)
+        rank = mx.cumsum(is_kept.astype(mx.int32), axis=-1)
+        return is_kept & (rank <= rows["top_k"])
+    if rule.max_top_k:
+        is_kept = is_kept & (mx.arange(logits.shape[-1]) < rows["top_k"])
+    return is_kept
 
 
-def _descending(logits: mx.array, rule: SamplingRule) -> mx.array | None:
-    """Indices of the candidates a filter needs in order, [B, L, M'], or None."""
-    num_candidates = logits.shape[-1]
-    if 0 < rule.max_top_k < num_candidates:
-        top = mx.argpartition(-logits, kth=rule.max_top_k - 1, axis=-1)
-        # By id first, so that equal logits keep the order they have without top-k.
-        top = mx.sort(top[..., : rule.max_top_k], axis=-1)
-        order = mx.argsort(-mx.take_along_axis(logits, top, axis=-1), axis=-1)
-        return mx.take_along_axis(top, order, axis=-1)
-    if rule.has_top_p or rule.max_top_k:
-        return mx.argsort(-logits, axis=-1)
-    return None
+def _struck(
+    candidates: Candidates,
+    is_kept: mx.array,
+    rows: dict[str, mx.array],
+    positions: mx.array,
+) -> mx.array:
+    """Which candidates XTC excludes: all above the threshold but the least likely.
 
-
-def _take_ids(token_ids: mx.array | None, index: mx.array) -> mx.array:
-    """Candidate indices [B, L] or [B, L, M'] to int32 token ids of the same shape."""
-    if token_ids is None:
-        return index.astype(mx.int32)
-    if index.ndim == token_ids.ndim:
-        return mx.take_along_axis(token_ids, index, axis=-1)
-    return mx.take_along_axis(token_ids, index[..., None], axis=-1).squeeze(-1)
-
-
-def gumbel_noise(seed: mx.array, positions: mx.array, token_ids: mx.array) -> mx.array:
-    """Gumbel(0, 1) noise as a pure function of seed, position and token id.
-
-    Args:
-        seed: The low and high word of each row's 64-bit seed, uint32 [B, 2].
-        positions: Absolute positions, int32 [B, L].
-        token_ids: Token ids, int32 [B, L, M].
-
-    Returns:
-        Noise, float32 [B, L, M].
+    Whether it strikes at a position is a coin of the position's own, in every round
+    the same. Were it tossed anew when a rejected position is drawn again, text would
+    not follow the target: block verification looks at later rows before it rejects.
     """
-    ids = token_ids.astype(mx.uint32)
-    zero = mx.zeros_like(ids)
-    counter = (ids >> 2, zero + positions.astype(mx.uint32)[..., None], zero, zero)
-    key = (seed[:, 0, None, None], seed[:, 1, None, None])
-    words = philox(counter, key)
-    # One block serves four neighbouring ids, a word each.
-    word = ids & 3
-    bits = mx.where(
-        word < 2,
-        mx.where(word == 0, words[0], words[1]),
-        mx.where(word == 2, words[2], words[3]),
-    )
-    return gumbel_of_bits(bits)
+    weights = mx.where(is_kept, mx.exp(candidates.logits - candidates.log_mass), 0)
+    probs = weights / weights.sum(axis=-1, keepdims=True)
+    is_above = probs > rows["xtc_threshold"]
+    least = mx.where(is_above, probs, mx.inf).min(axis=-1, keepdims=True)
+    special = rows["xtc_special_tokens"][:, :, None]  # [B, 1, 1, S]
+    is_special = (candidates.token_ids[..., None] == special).any(axis=-1)
+    coin = uniform_noise(rows["seed"], positions, Stream(XTC))[..., None]
+    return (coin <= rows["xtc_probability"]) & (probs > least) & ~is_special
 
 
-def gumbel_of_bits(bits: mx.array) -> mx.array:
-    """Turn random words, uint32, into Gumbel(0, 1) noise, finite float32."""
-    # 23 bits and a half step: exact in float32, and so never 0 or 1, where one of the
-    # logarithms would be infinite. With 24 bits the last value would round to 1.
-    uniform = ((bits >> 9).astype(mx.float32) + 0.5) * 2.0**-23
-    return -mx.log(-mx.log(uniform))
-
-
-def philox(
-    counter: tuple[mx.array, ...], key: tuple[mx.array, ...]
-) -> tuple[mx.array, ...]:
-    """Philox 4x32-10: four random words for each counter and key.
-
-    Args:
-        counter: Four uint32 arrays of one shape.
-        key: Two uint32 arrays that broadcast to that shape.
-
-    Returns:
-        Four uint32 arrays of that shape.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_PHILOX_ROUNDS):
-        hi0, lo0 = _multiply_wide(c0, _PHILOX_MULTIPLIERS[0])
-        hi1, lo1 = _multiply_wide(c2, _PHILOX_MULTIPLIERS[1])
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0 = k0 + mx.array(_PHILOX_WEYL[0], dtype=mx.uint32)
-        k1 = k1 + mx.array(_PHILOX_WEYL[1], dtype=mx.uint32)
-    return c0, c1, c2, c3
-
-
-def _multiply_wide(x: mx.array, multiplier: int) -> tuple[mx.array, mx.array]:
-    """High and low word of a 32 x 32 bit product."""
-    product = x.astype(mx.uint64) * mx.array(multiplier, dtype=mx.uint64)
-    high = (product >> mx.array(32, dtype=mx.uint64)).astype(mx.uint32)
-    return high, product.astype(mx.uint32)
+def _best(logits: mx.array, *, is_sorted: bool) -> mx.array:
+    """The highest score of each row, [B, L, 1]."""
+    return logits[..., :1] if is_sorted else logits.max(axis=-1, keepdims=True)

@@ -92,6 +92,7 @@ def stream_generate(
     top_k: int = 0,
     min_p: float = 0.0,
     seed: int | None = None,
+    reproducible: bool = True,
     stop: str | Sequence[str] = (),
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
 ) -> Generator[GenerationResponse, None, None]:
@@ -111,6 +112,8 @@ def stream_generate(
         top_k: Number of tokens to keep; 0 switches it off.
         min_p: Smallest share of the best token's probability to keep; 0 is off.
         seed: 0 to 2**64 - 1: the text is then a function of seed and target alone.
+        reproducible: False accepts more drafts in spite of a seed, as without one: the
+            text then depends on the number of drafts too.
         stop: A string, or several, that end the text; they are not part of it.
         prefill_step_size: Most prompt tokens in one forward.
 
@@ -136,7 +139,7 @@ def stream_generate(
         pair,
         _encode(tokenizer, prompt),
         max_tokens=max_tokens,
-        sampling=SamplingParams(temp, top_p, top_k, min_p, seed),
+        sampling=SamplingParams(temp, top_p, top_k, min_p, seed, reproducible),
         eos=frozenset(tokenizer.eos_token_ids),
     )
     decoder = Decoder(

@@ -34,13 +34,15 @@ def generate_tokens(
     top_k: int = 0,
     min_p: float = 0.0,
     seed: int | None = None,
+    reproducible: bool = True,
     eos_token_ids: Iterable[int] | None = None,
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
 ) -> Generator[Any, None, None]:
     """Continue one prompt, or several together.
 
-    The text does not depend on ``num_draft_tokens``: greedily it is the target's own,
-    and for a seed it is a function of seed and target.
+    Greedy text does not depend on ``num_draft_tokens``: it is the target's own; for a
+    seed it is a function of seed and target. Text that is sampled without a seed
+    follows the target's distribution and accepts more drafts.
 
     Args:
         pair: Target and drafter, from ``load_pair``.
@@ -54,6 +56,8 @@ def generate_tokens(
         top_k: Number of tokens to keep; 0 switches it off.
         min_p: Smallest share of the best token's probability to keep; 0 is off.
         seed: 0 to 2**64 - 1; the same for all rows. None draws a fresh one.
+        reproducible: False accepts drafts as without a seed, in spite of one: the text
+            then depends on the number of drafts too.
         eos_token_ids: Tokens that end a sequence, the ending one is still yielded;
             None for the checkpoint's, ``()`` for none.
         prefill_step_size: Most prompt tokens in one forward.
@@ -73,7 +77,7 @@ def generate_tokens(
     entries = _listed(prompt_tokens)
     is_batch = bool(entries) and isinstance(_plain(entries[0]), Iterable)
     prompts: list[Any] = entries if is_batch else [entries]
-    sampling = SamplingParams(temp, top_p, top_k, min_p, seed)
+    sampling = SamplingParams(temp, top_p, top_k, min_p, seed, reproducible)
     eos = pair.eos_token_ids if eos_token_ids is None else _eos_set(eos_token_ids)
     requests = [
         make_request(pair, p, max_tokens=max_tokens, sampling=sampling, eos=eos)

@@ -10,7 +10,8 @@ that slows down slows all of them. Medians over the repeats and ratios are print
 Acceptance length is tokens per round, 1 + accepted / rounds, for greedy drafts:
 "generating" while the target continues held-out prompts, "random places" for the first
 round at random places of held-out text, where a text that has run into a loop cannot
-flatter the drafter.
+flatter the drafter. "rules" compares the two rules of sampled decoding at several
+temperatures, with Gemma's top-k 64 and top-p 0.95, by first rounds at random places.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
+from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.load import embedded_pair_path, load
 from mlx_gemma_mtp.machine import describe_machine
@@ -37,7 +39,9 @@ from mlx_gemma_mtp.stats import RoundStats
 from mlx_gemma_mtp.tokens import draft_block, generate_tokens
 
 HELD_OUT = Path(__file__).parent / "data" / "heldout.jsonl.gz"
-SECTIONS = ("speed", "acceptance", "context")
+SECTIONS = ("speed", "acceptance", "rules", "context")
+TEMPERATURES = (0.5, 1.0, 1.5)
+RULE_DRAFTS = (1, 2, 4, 8)
 ROWS = 10  # prompts decoded together where only acceptance counts
 
 
@@ -87,6 +91,8 @@ def main() -> None:
             figures[section] = speed(pair, documents, rng, counts, args)
         elif section == "acceptance":
             figures[section] = acceptance(pair, documents, rng, args)
+        elif section == "rules":
+            figures[section] = rules(pair, documents, rng, args)
         else:
             figures[section] = context(pair, documents, rng, counts, args)
     if args.json:
@@ -142,6 +148,10 @@ def speed(
         methods[f"drafting, K = {count}"] = lambda p, k=count: ours(  # type: ignore[misc]
             pair, p, args.max_tokens, k, **settings
         )
+        if args.temp:
+            methods[f"drafting, K = {count}, by block"] = lambda p, k=count: ours(  # type: ignore[misc]
+                pair, p, args.max_tokens, k, reproducible=False, **settings
+            )
     for method in methods.values():  # compile before anything is timed
         rate(method(prompts[0]))
     rates: dict[str, list[float]] = {name: [] for name in methods}
@@ -261,6 +271,50 @@ def describe_stats(what: str, stats: RoundStats) -> dict[str, object]:
         "by_position": stats.acceptance_by_position,
         "rounds": stats.rounds,
     }
+
+
+# --- rules ------------------------------------------------------------------------
+
+
+def rules(
+    pair: Pair,
+    documents: list[list[int]],
+    rng: random.Random,
+    args: argparse.Namespace,
+) -> dict[str, object]:
+    """Acceptance length of sampled rounds, by rule, temperature and K."""
+    places = prompts_of(documents, rng, count=args.places, length=args.prompt_tokens)
+    ks = " ".join(f"{f'K = {k}':>7}" for k in RULE_DRAFTS)
+    show(f"\n{'acceptance length, first round at random places':48} {ks}")
+    figures: dict[str, object] = {}
+    for temp in TEMPERATURES:
+        for name, is_coupled in (("coupled", True), ("by block", False)):
+            lengths = [
+                first_rounds(pair, places, k, temp, reproducible=is_coupled)
+                for k in RULE_DRAFTS
+            ]
+            what = f"temperature {temp}, {name}"
+            show(f"{what:48} " + " ".join(f"{length:7.2f}" for length in lengths))
+            figures[what] = dict(zip(map(str, RULE_DRAFTS), lengths, strict=True))
+    return figures
+
+
+def first_rounds(
+    pair: Pair, places: list[list[int]], count: int, temp: float, *, reproducible: bool
+) -> float:
+    """Mean tokens of the first round after each place, sampled."""
+    total = RoundStats()
+    for start in range(0, len(places), ROWS):
+        requests = [
+            # A budget of two tokens is the prefill's and exactly one round.
+            Request(place, 2, SamplingParams(temp, 0.95, 64, 0.0, seed, reproducible))
+            for seed, place in enumerate(places[start : start + ROWS], start)
+        ]
+        decoder = Decoder(pair.rounds, requests, num_draft_tokens=count)
+        for _ in decoder.run():
+            pass
+        total.merge(decoder.stats)
+    return total.acceptance_length
 
 
 # --- context ----------------------------------------------------------------------

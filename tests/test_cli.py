@@ -147,6 +147,11 @@ class TestOutput:
         _, rounds, _, drafted = figures(err)
         assert drafted == rounds
 
+    def test_no_reproducible(self, run):
+        """The same seed, another rule."""
+        texts = {run(*SAMPLED, *flag)[1] for flag in ((), ("--no-reproducible",))}
+        assert len(texts) == 2
+
     def test_seed(self, run):
         texts = [run(*SAMPLED)[1], run(*SAMPLED, "--no-draft")[1]]
         assert texts[0] == texts[1]

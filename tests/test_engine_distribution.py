@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_gemma_mtp import sampling
 from mlx_gemma_mtp.config import FULL, SamplingParams
 from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.drafter import DraftOutput
@@ -50,11 +51,11 @@ class FixedDrafter:
         return DraftOutput(logits, None, hidden)
 
 
-def draw(num_draft_tokens):
+def draw(num_draft_tokens, **settings):
     """All tokens by row, and the decoder."""
     rounds = Rounds(FixedTarget(), FixedDrafter())
     requests = [
-        Request([3], NUM_TOKENS, SamplingParams(1.0, seed=1000 + row))
+        Request([3], NUM_TOKENS, SamplingParams(1.0, seed=1000 + row, **settings))
         for row in range(NUM_ROWS)
     ]
     decoder = Decoder(rounds, requests, num_draft_tokens=num_draft_tokens)
@@ -94,3 +95,83 @@ def test_acceptance_is_that_of_coupled_draws(num_draft_tokens):
     rate = decoder.stats.acceptance_by_position[0]
     deviation = np.sqrt(expected * (1 - expected) / decoder.stats.rounds)
     assert abs(rate - expected) < 5 * deviation
+
+
+def filtered(probs, *, top_k=0, top_p=1.0, min_p=0.0):
+    """The textbook's filters, one after the other."""
+    order = np.argsort(-probs, kind="stable")
+    kept = np.zeros(len(probs), dtype=bool)
+    mass = np.cumsum(probs[order]) - probs[order]
+    kept[order] = mass < top_p - 1e-9
+    kept = probs >= probs[kept].min()  # equals stay, as in mlx-lm
+    kept &= probs >= min_p * probs.max()
+    if top_k:
+        kept[order[top_k:]] = False
+    return np.where(kept, probs, 0) / probs[kept].sum()
+
+
+def check_chi_squared(counts, probs):
+    expected = counts.sum() * probs
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    assert statistic < chi_squared_bound(len(counts) - 1, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_k": 4}, {"top_p": 0.75}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.75}],
+)
+@pytest.mark.parametrize("max_list", [1, 1024])
+@pytest.mark.parametrize("num_draft_tokens", [1, 4])
+def test_block_verification_draws_from_the_target(
+    monkeypatch, num_draft_tokens, settings, max_list
+):
+    """Chi-squared over tokens and over pairs of neighbours, false alarm 1e-6 each."""
+    monkeypatch.setattr(sampling, "_MAX_LIST", max_list)
+    rows, decoder = draw(num_draft_tokens, reproducible=False, **settings)
+    probs = filtered(TARGET_PROBS, **settings)
+    counts = np.bincount(np.concatenate(rows), minlength=8)
+    assert not counts[probs == 0].any()
+    check_chi_squared(counts[probs > 0], probs[probs > 0])
+    # Pairs that do not overlap are independent; rare ones are counted together.
+    pairs = np.bincount(np.array(rows).reshape(-1, 2) @ [8, 1], minlength=64)
+    both = np.outer(probs, probs).ravel()
+    is_rare = both * pairs.sum() < 20
+    observed = np.append(pairs[~is_rare], pairs[is_rare].sum())
+    expected = np.append(both[~is_rare], both[is_rare].sum())
+    check_chi_squared(observed[expected > 0], expected[expected > 0])
+    assert 0.1 < decoder.stats.acceptance_rate < 1
+
+
+def test_block_verification_accepts_what_theory_says():
+    """One draft: 1 - TV(p, q). Five standard deviations: false alarm below 1e-6."""
+    _, decoder = draw(1, reproducible=False)
+    expected = np.minimum(TARGET_PROBS, DRAFT_PROBS).sum()
+    rate = decoder.stats.acceptance_by_position[0]
+    deviation = np.sqrt(expected * (1 - expected) / decoder.stats.rounds)
+    assert abs(rate - expected) < 5 * deviation
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 4])
+def test_block_verification_accepts_more_than_coupling(num_draft_tokens):
+    _, by_block = draw(num_draft_tokens, reproducible=False)
+    _, coupled = draw(num_draft_tokens)
+    assert by_block.stats.acceptance_length > coupled.stats.acceptance_length
+
+
+def test_a_row_is_decided_alone():
+    """Neighbours of every kind change nothing: not the rule, not the numbers."""
+
+    def text(*rows):
+        rounds = Rounds(FixedTarget(), FixedDrafter())
+        requests = [Request([3], 40, params) for params in rows]
+        found: list[list[int]] = [[] for _ in rows]
+        for emissions in Decoder(rounds, requests, num_draft_tokens=3).run():
+            for emission in emissions:
+                found[emission.row] += emission.tokens
+        return found
+
+    by_block = SamplingParams(1.0, seed=5, reproducible=False)
+    coupled, greedy = SamplingParams(0.7, seed=6), SamplingParams(0.0)
+    other = SamplingParams(1.0, top_k=3, seed=7, reproducible=False)
+    together = text(by_block, coupled, greedy, other)
+    assert together == [text(row)[0] for row in (by_block, coupled, greedy, other)]

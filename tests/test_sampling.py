@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc
 
 from mlx_gemma_mtp.config import SamplingParams
+from mlx_gemma_mtp.noise import gumbel_noise, gumbel_of_bits, philox
 from mlx_gemma_mtp.sampling import (
     choose_tokens,
-    gumbel_noise,
-    gumbel_of_bits,
-    philox,
+    couple,
+    draw,
+    most_likely,
+    proposal,
     sampling_rows,
     sampling_rule,
 )
@@ -47,7 +49,7 @@ KNOWN_ANSWERS = [
 MLX_LM = tuple(int(part) for part in version("mlx-lm").split(".")[:2])
 
 
-def choose(logits, params, *, positions=None, token_ids=None):
+def choose(logits, params, *, positions=None):
     """choose_tokens for logits [B, L, M] as nested lists or an array."""
     logits = mx.array(logits)
     if positions is None:
@@ -57,7 +59,6 @@ def choose(logits, params, *, positions=None, token_ids=None):
         sampling_rows(params),
         rule=sampling_rule(params),
         positions=positions,
-        token_ids=token_ids,
     )
 
 
@@ -145,6 +146,9 @@ def filtered_by_mlx_lm(logits, params):
         logprobs = apply_top_p(logprobs, params.top_p)
     if params.min_p:
         logprobs = apply_min_p(logprobs, params.min_p)
+    if params.xtc_probability:
+        special = list(params.xtc_special_tokens)
+        logprobs = apply_xtc(logprobs, 1.0, params.xtc_threshold, special)
     if 0 < params.top_k < logprobs.shape[-1]:
         logprobs = apply_top_k(logprobs, params.top_k)
     return set(np.flatnonzero(np.isfinite(np.array(logprobs)[0])).tolist())
@@ -172,6 +176,46 @@ def test_filters_keep_what_mlx_lm_keeps(seed, scale, top_p, top_k, min_p, has_ti
     params = SamplingParams(1e4, top_p, top_k, min_p, seed=seed)
     drawn = choose(mx.broadcast_to(mx.array(logits), (1, 4096, 64)), [params])
     assert set(drawn[0].tolist()) == filtered_by_mlx_lm(logits[None], params)
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    scale=st.sampled_from([0.5, 2.0, 8.0]),
+    top_p=st.sampled_from([1.0, 0.5, 0.9]),
+    top_k=st.sampled_from([0, 1, 5, 64]),
+    min_p=st.sampled_from([0.0, 0.1]),
+    threshold=st.sampled_from([0.0, 0.02, 0.1, 0.5]),
+    special=st.sampled_from([(), (3,), (0, 1, 2, 3, 4, 5, 6, 7, 8)]),
+)
+def test_xtc_excludes_what_mlx_lm_excludes(
+    seed, scale, top_p, top_k, min_p, threshold, special
+):
+    """As above; XTC strikes at every position."""
+    logits = np.random.default_rng(seed).normal(size=16).astype(np.float32) * scale
+    params = SamplingParams(
+        1e4,
+        top_p,
+        top_k,
+        min_p,
+        seed=seed,
+        xtc_probability=1.0,
+        xtc_threshold=threshold,
+        xtc_special_tokens=special,
+    )
+    drawn = choose(mx.broadcast_to(mx.array(logits), (1, 1024, 16)), [params])
+    assert set(drawn[0].tolist()) == filtered_by_mlx_lm(logits[None], params)
+
+
+@pytest.mark.parametrize("probability", [0.2, 0.5])
+def test_xtc_strikes_as_often_as_asked(probability):
+    """Five standard deviations over 20,000 positions: false alarm below 1e-6."""
+    logits = mx.broadcast_to(mx.log(mx.array([0.6, 0.4])), (1, 20_000, 2))
+    params = SamplingParams(
+        1.0, seed=9, top_k=1, xtc_probability=probability, xtc_threshold=0.1
+    )
+    share = np.mean(np.array(choose(logits, [params])))
+    deviation = np.sqrt(probability * (1 - probability) / 20_000)
+    assert abs(share - probability) < 5 * deviation
 
 
 @pytest.mark.parametrize(
@@ -222,16 +266,19 @@ def test_greedy_takes_the_first_of_equals():
     assert choose([[[0.0, 2.0, 2.0, 1.0]]], [SamplingParams()]).tolist() == [[1]]
 
 
-def test_candidates_are_named_by_their_ids():
-    ids = mx.array([[[30, 10, 20]]])
-    logits = [[[0.0, 5.0, 1.0]]]
-    assert choose(logits, [SamplingParams()], token_ids=ids).tolist() == [[10]]
-    sampled = [SamplingParams(1.0, top_k=2, seed=1)]
-    drawn = {
-        choose(logits, sampled, positions=mx.array([[p]]), token_ids=ids).item()
-        for p in range(200)
-    }
-    assert drawn == {10, 20}
+def propose(logits, params, *, token_ids=None):
+    """proposal() for logits [B, L, M], one position after the other."""
+    logits = mx.array(logits)
+    positions = mx.broadcast_to(mx.arange(logits.shape[1]), logits.shape[:2])
+    rows = sampling_rows(params)
+    source = proposal(
+        logits,
+        rows,
+        rule=sampling_rule(params),
+        positions=positions,
+        token_ids=token_ids,
+    )
+    return source, couple(source, rows, positions=positions)
 
 
 def test_a_draw_depends_on_ids_not_on_their_order():
@@ -241,10 +288,62 @@ def test_a_draw_depends_on_ids_not_on_their_order():
     order = np.stack([rng.permutation(64) for _ in range(500)])[None]
     params = [SamplingParams(1.0, seed=4)]
     dense = choose(logits, params)
-    listed = choose(
-        np.take_along_axis(logits, order, -1), params, token_ids=mx.array(order)
+    listed = np.take_along_axis(logits, order, -1)
+    _, drafts = propose(listed, params, token_ids=mx.array(order))
+    assert dense.tolist() == drafts.tolist()
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_k": 500}, {"top_p": 0.6}])
+def test_a_proposal_is_a_short_list(filters):
+    logits = np.random.default_rng(3).normal(size=(1, 20, 300)).astype(np.float32) * 3
+    source, drafts = propose(logits, [SamplingParams(1.0, seed=4, **filters)])
+    assert source.token_ids.shape[-1] == min(filters.get("top_k", 64), 64)
+    best = np.argsort(-logits, axis=-1, kind="stable")
+    ids = np.array(source.token_ids)
+    assert (ids == best[..., : ids.shape[-1]]).all()
+    probs = np.array(source.probs)
+    np.testing.assert_allclose(probs.sum(axis=-1), 1, rtol=1e-6)
+    kept = probs > 0
+    if "top_p" in filters:
+        assert (kept.sum(axis=-1) < 64).any()
+    where = ids == np.array(drafts)[..., None]
+    assert (where.sum(axis=-1) == 1).all()
+    assert kept[where].all()
+
+
+@given(
+    values=st.lists(
+        st.floats(-50, 50, width=16) | st.just(float("-inf")), min_size=1, max_size=40
+    ),
+    count=st.integers(1, 40),
+    dtype=st.sampled_from([mx.float32, mx.float16, mx.bfloat16]),
+)
+def test_the_most_likely_tokens(values, count, dtype):
+    """By the logit, equal ones by the id; zeros of both signs are two numbers."""
+    logits = mx.array(values).astype(dtype)[None, None]
+    count = min(count, len(values))
+    found = most_likely(logits, count)
+    exact = np.array(logits.astype(mx.float32))[0, 0]
+    order = sorted(
+        range(len(exact)), key=lambda i: (-exact[i], not np.signbit(-exact[i]), i)
     )
-    assert dense.tolist() == listed.tolist()
+    assert found.token_ids[0, 0].tolist() == order[:count]
+    np.testing.assert_array_equal(np.array(found.logits)[0, 0], exact[order[:count]])
+
+
+def test_equal_logits_at_the_border_of_top_k_go_by_id():
+    logits = mx.array([[[0.0, 1.0, 1.0, 1.0, 2.0, 1.0]]])
+    assert most_likely(logits, 3).token_ids.tolist() == [[[4, 1, 2]]]
+
+
+@pytest.mark.parametrize(
+    ("uniform", "expected"),
+    [(2.0**-24, 1), (0.25, 1), (0.5, 3), (0.4999999, 1), (1 - 2.0**-24, 3)],
+)
+def test_draws_at_the_edges(uniform, expected):
+    """Candidates without weight are never drawn, whatever the number."""
+    weights = mx.array([[[0.0, 0.3, 0.0, 0.3, 0.0]]])
+    assert draw(weights, mx.array([[uniform]])).item() == expected
 
 
 def test_rows_keep_their_own_settings():

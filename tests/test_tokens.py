@@ -327,3 +327,41 @@ class TestDraftBlock:
     def test_needs_a_drafter(self, plain_pair):
         with pytest.raises(RequestError, match="must be 0 without a drafter: got 4"):
             draft_block(plain_pair, PROMPT, 4)
+
+
+FILTERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"top_k": 20},
+    {"top_p": 0.9},
+    {"top_k": 200, "min_p": 0.01},
+)
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("family", ["e2b", "12b"])
+def test_block_verification_of_sparse_and_dense_heads(family, filters):
+    """With and without the centroid head; the law is tested elsewhere."""
+    pair = reference_pair(family)
+    settings = {"temp": 1.0, "seed": 4, "reproducible": False, **filters}
+    texts = [
+        list(
+            generate_tokens(
+                pair, PROMPT, max_tokens=30, num_draft_tokens=4, eos_token_ids=(), **s
+            )
+        )
+        for s in (settings, settings, {**settings, "reproducible": True})
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+    assert len(texts[0]) == 30
+    assert all(0 <= token < VOCAB_SIZE for token in texts[0])
+
+
+def test_without_a_seed_drafts_are_judged_by_block(pair, monkeypatch):
+    made = record_decoders(monkeypatch, tokens_module)
+    cases: list[dict[str, Any]] = [{}, {"seed": 1}, {"seed": 1, "reproducible": False}]
+    for settings in cases:
+        list(generate_tokens(pair, PROMPT, max_tokens=3, temp=1.0, **settings))
+    rules = [decoder._settings.rule for decoder in made]
+    assert [rule.has_block for rule in rules] == [True, False, True]
+    assert [rule.has_coupled for rule in rules] == [False, True, False]

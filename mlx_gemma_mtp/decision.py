@@ -1,0 +1,158 @@
+"""The choices of a round: what is drafted, and what of it stands.
+
+Both are functions of scores, settings and places alone. Which rule a row follows is in
+its settings: greedy and coupled rows are decided by equality, the others by block
+verification or, where a caller asks, one by one.
+
+This file knows nothing of models, caches or when to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from .acceptance import Accepted, Draft, Verdict, accept_equal
+from .noise import COIN, PROPOSAL, RESIDUAL, Stream, gumbel_noise, uniform_noise
+from .sampling import (
+    Distribution,
+    SamplingRule,
+    choose_tokens,
+    couple,
+    distribution,
+    draw,
+    proposal,
+)
+
+Verification = Callable[[Draft, Distribution, mx.array], Verdict]
+
+
+def propose(
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    *,
+    rule: SamplingRule,
+    offset: mx.array,
+    step: int,
+    token_ids: mx.array | None,
+) -> Draft:
+    """Choose the draft of one step.
+
+    Args:
+        logits: The drafter's scores of M candidates, [B, 1, M].
+        rows: The rows' settings, from ``sampling.sampling_rows``.
+        rule: The graph to build; must serve the rows.
+        offset: The newest token's position, int32 [B].
+        step: Number of the draft step, 1 to K.
+        token_ids: The candidates' ids [B, 1, M]; None where M is the vocabulary.
+
+    Returns:
+        One draft for each row.
+    """
+    if not rule.is_sampled:
+        return Draft(_greedy(logits, token_ids), None)
+    positions = offset[:, None] + step
+    source = proposal(logits, rows, rule=rule, positions=positions, token_ids=token_ids)
+    token = drawn = None
+    if rule.has_coupled:
+        token = mx.where(
+            rows["temp"].squeeze(-1) > 0,
+            couple(source, rows, positions=positions),
+            source.token_ids[..., 0],  # the best one
+        )
+    if rule.has_block:
+        uniform = uniform_noise(rows["seed"], positions, Stream(PROPOSAL, offset))
+        index = draw(source.probs, uniform)
+        drawn = mx.take_along_axis(source.token_ids, index, axis=-1).squeeze(-1)
+    if drawn is None:
+        assert token is not None  # a row has one of the two rules
+        return Draft(token, None)
+    if token is not None:
+        drawn = mx.where(rows["is_block"][:, None], drawn, token)
+    return Draft(drawn, source)
+
+
+def joined(drafts: Sequence[Draft]) -> Draft:
+    """The steps of a block as one draft of K tokens."""
+    sources = [draft.source for draft in drafts if draft.source is not None]
+    source = None
+    if sources:
+        source = Distribution(
+            mx.concatenate([source.scores for source in sources], axis=1),
+            mx.concatenate([source.token_ids for source in sources], axis=1),
+            is_whole=False,
+        )
+    return Draft(mx.concatenate([draft.tokens for draft in drafts], axis=1), source)
+
+
+def decide(
+    draft: Draft,
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    *,
+    rule: SamplingRule,
+    offset: mx.array,
+    verification: Verification,
+) -> Accepted:
+    """Decide every row by its rule; a graph has the rules that its rows need.
+
+    Args:
+        draft: The block, K drafts for each row.
+        logits: The target's, after any soft-cap, [B, K + 1, V].
+        rows: The rows' settings, from ``sampling.sampling_rows``.
+        rule: The graph to build; must serve the rows.
+        offset: The newest token's position, int32 [B].
+        verification: The rule of rows that are not decided by equality.
+
+    Returns:
+        The accepted length and the round's last token.
+    """
+    num_draft_tokens = draft.tokens.shape[1]
+    equal = verified = None
+    if rule.has_coupled or draft.source is None:
+        positions = offset[:, None] + mx.arange(1, num_draft_tokens + 2)
+        tokens = choose_tokens(logits, rows, rule=rule, positions=positions)
+        equal = accept_equal(draft.tokens, tokens)
+    if draft.source is not None:
+        verified = _verify(draft, logits, rows, rule, offset, verification)
+    if verified is None:
+        assert equal is not None  # a row has one of the two rules
+        return equal
+    if equal is None:
+        return verified
+    is_block = rows["is_block"]
+    return Accepted(
+        mx.where(is_block, verified.num_accepted, equal.num_accepted),
+        mx.where(is_block[:, None], verified.next_token, equal.next_token),
+    )
+
+
+def _verify(
+    draft: Draft,
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    rule: SamplingRule,
+    offset: mx.array,
+    verification: Verification,
+) -> Accepted:
+    """Decide the rows whose drafts were drawn from a distribution."""
+    num_draft_tokens = draft.tokens.shape[1]
+    positions = offset[:, None] + mx.arange(1, num_draft_tokens + 2)
+    target = distribution(logits, rows, rule=rule, positions=positions)
+    coins = uniform_noise(rows["seed"], positions[:, :-1], Stream(COIN, offset))
+    verdict = verification(draft, target, coins)
+    # By token id: the draw is the same for a list and for the whole vocabulary.
+    stream = Stream(RESIDUAL, offset)
+    noise = gumbel_noise(rows["seed"], offset[:, None], verdict.token_ids, stream)
+    best = mx.argmax(mx.log(verdict.weights) + noise, axis=-1, keepdims=True)
+    next_token = mx.take_along_axis(verdict.token_ids, best, axis=-1).squeeze(-1)
+    return Accepted(verdict.num_accepted, next_token)
+
+
+def _greedy(logits: mx.array, token_ids: mx.array | None) -> mx.array:
+    """The best candidate of each row, int32 [B, L]."""
+    best = mx.argmax(logits, axis=-1)
+    if token_ids is None:
+        return best.astype(mx.int32)
+    return mx.take_along_axis(token_ids, best[..., None], axis=-1).squeeze(-1)
