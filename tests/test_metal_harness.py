@@ -37,7 +37,7 @@ def by_name(cases):
     return pytest.mark.parametrize("mistake", cases, ids=[m.name for m in cases])
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _compiled():
     """Compile every kernel of this file on all cores before the first test needs it."""
     inputs, options = arguments(mx.array(example_logits()))
@@ -302,6 +302,13 @@ def test_lint_finds_what_is_not_ascii():
         toy_text(TOY.but("Second pass.", "Second pass \N{EM DASH} last."))
     )
     assert finding.endswith("must be ASCII: got '\N{EM DASH}'")
+
+
+def test_lint_allows_bfloat_to_become_float():
+    kernel = TOY.but(
+        "static_cast<float>(row_logits[i]) * scale", "row_logits[i] * scale"
+    )
+    assert lint(toy_text(kernel)) == []
 
 
 def test_lint_checks_helpers_in_the_header():

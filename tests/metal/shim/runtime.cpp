@@ -1,9 +1,10 @@
 // Runs the threads of a grid as fibers of one OS thread.
 //
-// Threadgroups run one after the other. Within one, each thread is a fiber that runs until
-// it waits: at a threadgroup barrier, or at a simdgroup's barrier or function, where lanes
-// also exchange values. The scheduler picks who runs next from a seeded random source, so a
-// kernel that is not ordered by its barriers gives different results for different seeds.
+// Threadgroups run one after the other. Within one, each thread is a fiber that runs
+// until it waits: at a threadgroup barrier, or at a simdgroup's barrier or function,
+// where lanes also exchange values. The scheduler picks who runs next from a seeded
+// random source, so a kernel that is not ordered by its barriers gives different results
+// for different seeds.
 //
 // What a GPU leaves undefined is made to fail: memory that nobody wrote is 0xFF (a NaN,
 // or -1), arrays lie against pages that no one may touch, and a barrier or simd function
@@ -22,31 +23,12 @@
 #include <vector>
 
 #include "fibers.hpp"
+#include "grid.hpp"
+#include "memory.hpp"
+#include "tsan.hpp"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
-#endif
-
-// The kernel is built with ThreadSanitizer, this file never is: what counts are the
-// kernel's own accesses, and the order that its barriers give them.
-#if defined(SHIM_TSAN)
-extern "C" {
-void* __tsan_get_current_fiber();
-void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
-void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-void __tsan_acquire(void* address);
-void __tsan_release(void* address);
-}
-constexpr bool tsan = true;
-#else
-constexpr bool tsan = false;
-inline void* __tsan_get_current_fiber() { return nullptr; }
-inline void* __tsan_create_fiber(unsigned) { return nullptr; }
-inline void __tsan_destroy_fiber(void*) {}
-inline void __tsan_switch_to_fiber(void*, unsigned) {}
-inline void __tsan_acquire(void*) {}
-inline void __tsan_release(void*) {}
 #endif
 
 namespace shim {
@@ -55,14 +37,10 @@ int noise_ulps = 0;
 
 namespace {
 
-constexpr size_t page_bytes = 64 << 10;  // or a part of it, whatever the system
-constexpr size_t guard_bytes = tsan ? 1 << 20 : 16 << 20;
 constexpr size_t stack_bytes = 256 << 10;
 constexpr size_t threadgroup_bytes = 32 << 10;  // what every Apple GPU has
 constexpr unsigned tsan_no_sync = 1;  // switching fibers orders nothing
 constexpr size_t most_tsan_fibers = 7000;
-
-size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
 
 // 64 random bits per call (xorshift).
 class Random {
@@ -93,54 +71,6 @@ std::vector<uint> shuffled(uint first, uint end, Random& random) {
   random.shuffle(order);
   return order;
 }
-
-// Memory that ends (up to 16 bytes of alignment) where an inaccessible page begins.
-class GuardedMemory {
- public:
-  GuardedMemory(const char* name, uint line, size_t size)
-      : name(name),
-        line(line),
-        size(size),
-        inner_(round_up(std::max<size_t>(size, 1), page_bytes)) {
-    base_ = static_cast<char*>(mmap(
-        nullptr, inner_ + 2 * guard_bytes, PROT_NONE,
-        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    protect(PROT_READ | PROT_WRITE);
-    data = base_ + guard_bytes + inner_ - round_up(size, 16);
-    // Not memset: ThreadSanitizer would take it for a write of the running thread.
-    for (char* p = data; p < end(); p++) *static_cast<volatile char*>(p) = -1;
-  }
-  GuardedMemory(const GuardedMemory&) = delete;
-  ~GuardedMemory() { munmap(base_, inner_ + 2 * guard_bytes); }
-
-  void protect(int protection) { mprotect(base_ + guard_bytes, inner_, protection); }
-
-  bool contains(const char* address) const {
-    return address >= base_ && address < base_ + inner_ + 2 * guard_bytes;
-  }
-
-  // Whether the bytes between the array and the inaccessible page are as they were.
-  bool padding_is_intact() const {
-    return std::all_of(data + size, end(), [](char byte) { return byte == -1; });
-  }
-
-  std::string described() const {
-    std::string quoted = "'" + std::string(name) + "'";
-    if (!line) return "buffer " + quoted;
-    return "threadgroup array " + quoted + " of kernel:" + std::to_string(line);
-  }
-
-  const char* const name;
-  const uint line;  // of its declaration; 0 for a buffer
-  const size_t size;
-  char* data;
-
- private:
-  char* end() const { return base_ + guard_bytes + inner_; }
-
-  size_t inner_;
-  char* base_;
-};
 
 enum class State { ready, in_simdgroup, in_threadgroup, returned };
 
@@ -183,12 +113,9 @@ struct Settings {
 class Launch {
  public:
   Launch(const Settings& settings, const Buffer* buffers, int num_buffers)
-      : random_(settings.seed), time_limit_s_(settings.time_limit_s) {
-    grid_ = uint3(settings.grid[0], settings.grid[1], settings.grid[2]);
-    for (int i = 0; i < 3; i++) {
-      full_group_[i] = std::min(settings.threadgroup[i], grid_[i]);
-      num_groups_[i] = (grid_[i] + full_group_[i] - 1) / full_group_[i];
-    }
+      : grid_(settings.grid, settings.threadgroup),
+        random_(settings.seed),
+        time_limit_s_(settings.time_limit_s) {
     for (int i = 0; i < num_buffers; i++) {
       GuardedMemory& memory = buffers_.emplace_back(buffers[i].name, 0, buffers[i].size);
       pointers_.push_back(memory.data);
@@ -197,7 +124,7 @@ class Launch {
         memory.protect(PROT_READ);
       }
     }
-    uint largest_group = full_group_.x * full_group_.y * full_group_.z;
+    uint largest_group = volume(grid_.threadgroup_size);
     fibers_.resize(largest_group);
     stacks_size_ = largest_group * stack_bytes;
     stacks_ = static_cast<char*>(mmap(
@@ -216,8 +143,7 @@ class Launch {
   // Runs the grid; an empty text, or what went wrong.
   std::string run() {
     scheduler_tsan_ = __tsan_get_current_fiber();
-    uint num_groups = num_groups_.x * num_groups_.y * num_groups_.z;
-    for (uint group : shuffled(0, num_groups, random_)) {
+    for (uint group : shuffled(0, volume(grid_.num_threadgroups), random_)) {
       run_threadgroup(group);
       check_padding(threadgroup_arrays_);
       if (!error_.empty()) return error_;
@@ -229,7 +155,8 @@ class Launch {
 
   void copy_outputs(const Buffer* buffers) {
     for (size_t i = 0; i < buffers_.size(); i++) {
-      if (buffers[i].is_output) memcpy(buffers[i].data, buffers_[i].data, buffers[i].size);
+      const Buffer& buffer = buffers[i];
+      if (buffer.is_output) memcpy(buffer.data, buffers_[i].data, buffer.size);
     }
   }
 
@@ -282,29 +209,9 @@ class Launch {
   static void start_fiber();
 
   void begin_fibers(uint group) {
-    Thread shared{};
-    shared.buffers = pointers_.data();
-    shared.threads_per_grid = shared.grid_size = grid_;
-    shared.grid_origin = uint3(0);
-    shared.threadgroups_per_grid = num_groups_;
-    shared.dispatch_threads_per_threadgroup = full_group_;
-    shared.threads_per_simdgroup = shared.thread_execution_width = lanes_per_simdgroup;
-    shared.dispatch_simdgroups_per_threadgroup = simdgroups_in(full_group_);
-    uint3& position = shared.threadgroup_position_in_grid;
-    position.x = group % num_groups_.x;
-    position.y = group / num_groups_.x % num_groups_.y;
-    position.z = group / (num_groups_.x * num_groups_.y);
-    group_origin_ = position * full_group_;
-    for (int i = 0; i < 3; i++) {  // the last threadgroup of a grid may be smaller
-      shared.threads_per_threadgroup[i] =
-          std::min(full_group_[i], grid_[i] - group_origin_[i]);
-    }
-    shared.simdgroups_per_threadgroup = simdgroups_in(shared.threads_per_threadgroup);
-    shared_ = shared;
-
-    const uint3& size = shared.threads_per_threadgroup;
-    num_threads_ = size.x * size.y * size.z;
-    num_simdgroups_ = shared.simdgroups_per_threadgroup;
+    group_ = grid_.threadgroup(group);
+    num_threads_ = volume(group_.threads_per_threadgroup);
+    num_simdgroups_ = group_.simdgroups_per_threadgroup;
     exchanges_.assign(num_simdgroups_, Exchange{});
     simdgroup_barriers_.assign(num_simdgroups_, 0);
     threadgroup_arrays_.clear();
@@ -328,23 +235,6 @@ class Launch {
     fiber.state = State::ready;
     fiber.index = index;
     fiber.simdgroup = index / lanes_per_simdgroup;
-  }
-
-  static uint simdgroups_in(const uint3& size) {
-    return (size.x * size.y * size.z + lanes_per_simdgroup - 1) / lanes_per_simdgroup;
-  }
-
-  Thread thread_of(uint index) const {
-    Thread thread = shared_;
-    const uint3& size = shared_.threads_per_threadgroup;
-    thread.thread_position_in_threadgroup =
-        uint3(index % size.x, index / size.x % size.y, index / (size.x * size.y));
-    thread.thread_position_in_grid =
-        group_origin_ + thread.thread_position_in_threadgroup;
-    thread.thread_index_in_threadgroup = index;
-    thread.thread_index_in_simdgroup = index % lanes_per_simdgroup;
-    thread.simdgroup_index_in_threadgroup = index / lanes_per_simdgroup;
-    return thread;
   }
 
   void run_threadgroup(uint group) {
@@ -472,11 +362,13 @@ class Launch {
   void check_padding(const std::deque<GuardedMemory>& arrays) {
     for (const GuardedMemory& array : arrays) {
       if (!array.padding_is_intact()) {
-        fail("memory fault: " + array.described() + " written up to 16 bytes past its end");
+        fail("memory fault: " + array.described() +
+             " written up to 16 bytes past its end");
       }
     }
   }
 
+  const Grid grid_;
   Random random_;
   const int time_limit_s_;
   const pthread_t os_thread_ = pthread_self();
@@ -489,8 +381,7 @@ class Launch {
   std::deque<GuardedMemory> threadgroup_arrays_;
   size_t threadgroup_used_ = 0;
 
-  uint3 grid_, full_group_, num_groups_, group_origin_;
-  Thread shared_{};
+  Thread group_{};  // what the threads of the running threadgroup share
   uint num_threads_ = 0;
   uint num_simdgroups_ = 0;
   uint num_running_ = 0;
@@ -515,7 +406,9 @@ Launch* launch = nullptr;
 
 void Launch::start_fiber() {
   __tsan_acquire(&launch->start_);
-  run_thread(launch->thread_of(launch->current().index));
+  Thread thread = launch->grid_.thread(launch->group_, launch->current().index);
+  thread.buffers = launch->pointers_.data();
+  run_thread(thread);
   __tsan_release(&launch->end_);
   launch->wait(State::returned, "return", Place());
   abort();  // nobody resumes a thread that has returned
