@@ -1,6 +1,7 @@
 # make              lint and test
 # make demo         the embedded pair writes Python (PROMPT='def area(radius):' for another start)
 # make test         every test but the slow ones; ARGS='-k name' goes to pytest
+# make test-tsan    races in Metal kernels, by ThreadSanitizer of g++ (Linux)
 #
 # demo, test and all others set up what they need in .venv, once. For another Python:
 # make test PYTHON=python3.12 VENV=.venv312
@@ -17,7 +18,7 @@ DEV_STAMP := $(VENV)/dev.stamp
 CHECK := build/wheel-check
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-slow lint format type bench wheel-check clean
+.PHONY: all install demo test test-slow test-tsan lint format type bench wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -34,6 +35,9 @@ test: $(DEV_STAMP)
 
 test-slow: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-tsan: $(DEV_STAMP)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m tsan $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,186 @@
+"""Turns Metal text into C++, compiles it against the shim and keeps the result."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tests.metal.launch import MetalError
+from tests.metal.text import mlx_headers
+
+SHIM = Path(__file__).parent / "shim"
+CACHE = Path(__file__).parents[2] / "build" / "metal"  # git ignores build/
+
+FLAGS = (
+    "-std=c++20",
+    "-O1",  # -O2 does not make kernels faster
+    "-w",
+    "-fPIC",
+    "-fvisibility=hidden",
+    # Or the statics of one loaded kernel would serve all others.
+    "-fno-gnu-unique",
+    # As in Metal: 1.0 is a float, and casts between pointers may alias.
+    "-fsingle-precision-constant",
+    "-fno-strict-aliasing",
+    # With fused multiply-add, which contract=True uses.
+    *(["-march=x86-64-v3"] if platform.machine() == "x86_64" else []),
+)
+CONTRACTED = ("-ffp-contract=fast", "-fexpensive-optimizations")  # -O1 alone has none
+# The runtime's accesses are not the kernel's: it is not instrumented, only told.
+TSAN_RUNTIME_FLAGS = ("-DSHIM_TSAN",)
+TSAN_KERNEL_FLAGS = ("-fsanitize=thread", "-g")
+
+# One declaration of threadgroup storage: type, name, [sizes]. Pointers and references
+# to such storage do not match.
+STORAGE = re.compile(
+    r"\bthreadgroup\s+([A-Za-z_][\w:]*(?:<[^;<>]*>)?)\s+([A-Za-z_]\w*)"
+    r"\s*((?:\[[^\]]*\]\s*)*);"
+)
+COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+SIGNATURE = re.compile(r"\[\[kernel\]\] void (\w+)\(\n(.*?)\) \{\n", re.DOTALL)
+INSTANCE = re.compile(
+    r"\ntemplate \[\[host_name\(.*?\)\]\] \[\[kernel\]\] decltype\((.*?)\) .*?;\s*$",
+    re.DOTALL,
+)
+BUFFER = re.compile(
+    r"(const )?(device|constant) (.+?)([*&]) (\w+) \[\[buffer\((\d+)\)\]\]"
+)
+ATTRIBUTE = re.compile(r"uint3? \w+ \[\[(\w+)\]\]")
+
+
+@dataclass(frozen=True)
+class Library:
+    """A compiled kernel and the names of its buffers, in the order of the text."""
+
+    path: Path
+    buffer_names: tuple[str, ...]
+
+
+def compile_kernel(text: str, *, contract: bool = False, tsan: bool = False) -> Library:
+    """Compile Metal text, or take what an earlier call compiled.
+
+    Args:
+        text: What MLX printed.
+        contract: Fuse multiplications and additions, as Metal's compiler may.
+        tsan: Build for ThreadSanitizer.
+
+    Raises:
+        MetalError: The text does not compile.
+    """
+    signature = SIGNATURE.search(text)
+    if signature is None:
+        raise MetalError("the text must hold a kernel as MLX prints it: got none")
+    parameters = [line.strip() for line in signature[2].split(",\n")]
+    buffers = [match for match in map(BUFFER.match, parameters) if match]
+    source = _cpp(text, signature[1], parameters)
+    flags = (*FLAGS, *(CONTRACTED if contract else ("-ffp-contract=off",)))
+    path = _cached(
+        source,
+        (*flags, *(TSAN_KERNEL_FLAGS if tsan else ()), "-shared"),
+        ".so",
+        inputs=(_runtime(tsan=tsan),),
+    )
+    return Library(path, tuple(match[5] for match in buffers))
+
+
+def _cpp(text: str, kernel_name: str, parameters: list[str]) -> str:
+    """The C++ of a kernel: shim, MLX's headers, the text, and a call of the kernel."""
+    instance = INSTANCE.search(text)
+    called = instance[1] if instance else kernel_name
+    body = text[: instance.start()] if instance else text
+    return "\n".join(
+        [
+            '#include "shim.hpp"',
+            _without_metal_includes(mlx_headers()),
+            '#line 1 "kernel"',
+            _with_storage(_without_metal_includes(body)),
+            '#line 1 "call"',
+            "void shim::run_thread(const shim::Thread& thread_) {",
+            f"  {called}({', '.join(map(_argument, parameters))});",
+            "}",
+        ]
+    )
+
+
+def _without_metal_includes(text: str) -> str:
+    """Without ``#include <metal_...>``: the shim has all of it in one header."""
+    return re.sub(r"(?m)^\s*#\s*include\s*<metal_\w+>", "", text)
+
+
+def _with_storage(text: str) -> str:
+    """Declarations of threadgroup storage become calls; lines stay where they are."""
+    text = STORAGE.sub(r"SHIM_THREADGROUP(\2, \3, \1);", text)
+    code = COMMENT.sub("", text)
+    left = re.search(r"\bthreadgroup\s+[\w:<>]+\s+\w+\s*[;\[=,][^;)]*;", code)
+    if left:
+        raise MetalError(
+            "threadgroup storage must be declared one array at a time, with a plain "
+            f"type: got {left[0]!r}"
+        )
+    return text
+
+
+def _argument(parameter: str) -> str:
+    """What the call passes for one parameter of the kernel."""
+    buffer = BUFFER.match(parameter)
+    if buffer:
+        pointer = f"({buffer[3]}*)thread_.buffers[{buffer[6]}]"
+        return f"*{pointer}" if buffer[4] == "&" else pointer
+    attribute = ATTRIBUTE.match(parameter)
+    if attribute is None:
+        raise MetalError(f"parameter of a kernel not understood: {parameter!r}")
+    return f"thread_.{attribute[1]}"
+
+
+@cache
+def _runtime(*, tsan: bool) -> Path:
+    """The compiled runtime, one for all kernels."""
+    source = (SHIM / "runtime.cpp").read_text(encoding="utf-8")
+    extra = TSAN_RUNTIME_FLAGS if tsan else ()
+    return _cached(source, (*FLAGS, *extra, "-c"), ".o")
+
+
+def _cached(
+    source: str, flags: tuple[str, ...], suffix: str, inputs: tuple[Path, ...] = ()
+) -> Path:
+    """What g++ makes of a source. The file's name is a hash of all that went in."""
+    parts = [_environment(), source, *flags, *(path.name for path in inputs)]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    path = CACHE / (key + suffix)
+    if path.exists():
+        return path
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        cpp, made = Path(folder, "kernel.cpp"), Path(folder, "made")
+        cpp.write_text(source, encoding="utf-8")
+        command = ["g++", *flags, f"-I{SHIM}", "-o", *map(str, (made, cpp, *inputs))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise MetalError(_first_errors(done.stderr))
+        os.replace(made, path)  # others may compile the same at the same time
+    return path
+
+
+@cache
+def _environment() -> str:
+    """The compiler's version and the shim's headers."""
+    version = subprocess.run(
+        ["g++", "-dumpfullversion", "-dumpmachine"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    headers = (path.read_text(encoding="utf-8") for path in sorted(SHIM.glob("*.hpp")))
+    return "\0".join([version, *headers])
+
+
+def _first_errors(output: str, count: int = 5) -> str:
+    errors = [line for line in output.splitlines() if " error: " in line]
+    return "\n".join(errors[:count] or output.splitlines()[-count:])
