@@ -3,7 +3,8 @@
 The round is one lazily evaluated graph whose state stays on the device: the next round
 can be queued before the host has read this one's report. Shapes are fixed by (B, K,
 capacity), so the whole round is one compiled function per K. Plain decoding is the same
-round with K = 0.
+round with K = 0. Where the host decides rows, the compiled function ends before the
+commit, which then follows by itself.
 
 It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
 """
@@ -11,7 +12,7 @@ It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from .cache import SlabLayout, draft_masks
 from .config import SamplingParams
 from .decision import Verification, decide, joined, propose
 from .drafter import DraftOutput, SharedKV
+from .logprobs import Logprobs, log_probabilities
 from .sampling import SamplingRule, sampling_rows, sampling_rule
 from .target import Prefilled, TargetOutput
 
@@ -83,6 +85,11 @@ class RoundState:
     hidden: mx.array
     offset: mx.array
 
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What has to be evaluated."""
+        return [self.last_token, self.hidden, self.offset, *self.slabs]
+
 
 @dataclass(frozen=True)
 class RowSettings:
@@ -101,15 +108,23 @@ class RowSettings:
     first_position: mx.array
 
 
-def row_settings(params: Sequence[SamplingParams]) -> RowSettings:
+def row_settings(
+    params: Sequence[SamplingParams],
+    *,
+    is_host: Sequence[bool] = (),
+    num_logprobs: int | None = None,
+) -> RowSettings:
     """The settings of rows that are all active and hold their keys from position 0.
 
     Args:
         params: One entry per row; a row that samples has a seed.
+        is_host: For each row whether the host decides it; ``()`` for none.
+        num_logprobs: How many of the best tokens are reported with each token's
+            log-probability; None for no log-probabilities.
     """
     return RowSettings(
-        rule=sampling_rule(params),
-        sampling=sampling_rows(params),
+        rule=sampling_rule(params, is_host=is_host, num_logprobs=num_logprobs),
+        sampling=sampling_rows(params, is_host=is_host),
         is_active=mx.array([True] * len(params)),
         first_position=mx.zeros((len(params),), dtype=mx.int32),
     )
@@ -121,12 +136,41 @@ class Report:
 
     Attributes:
         tokens: num_accepted, then K + 1 tokens, of which the first num_accepted + 1
-            are the round's, int32 [B, K + 2].
+            are the round's, int32 [B, K + 2]. Of a row that the host decides K, then
+            the drafts and a 0.
         logits: The target's logits behind those tokens, [B, K + 1, V].
+        logprobs: Log-probabilities of those tokens; None where nobody asks, or where
+            the host decides every row.
     """
 
     tokens: mx.array
     logits: mx.array
+    logprobs: Logprobs | None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What the host reads of every round."""
+        return [self.tokens, *(self.logprobs.arrays if self.logprobs else [])]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A round that stands before its commit.
+
+    Attributes:
+        slabs: With the keys and values of the whole block.
+        hidden: The target's post-norm rows of the block, [B, K + 1, H].
+        before: The state it started from, without its slabs.
+    """
+
+    slabs: list[mx.array]
+    hidden: mx.array
+    before: RoundState
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What has to be evaluated."""
+        return [self.hidden, *self.slabs]
 
 
 class Rounds:
@@ -169,17 +213,37 @@ class Rounds:
         Returns:
             The new state and the round's report.
         """
+        assert not settings.rule.has_host  # see verify
         function = self._round(num_draft_tokens, settings.rule)
-        slabs, last_token, hidden, offset, tokens, logits = function(
-            state.slabs,
-            state.last_token,
-            state.hidden,
-            state.offset,
-            settings.sampling,
-            settings.is_active,
-            settings.first_position,
+        slabs, committed, report = function(*_arrays(state, settings))
+        return RoundState(slabs, *committed), _report_of(report)
+
+    def verify(
+        self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
+    ) -> tuple[Verified, Report]:
+        """Queue a round up to its commit, for the host to decide rows in between.
+
+        Arguments and what the caller must do are as for ``run``.
+        """
+        assert settings.rule.has_host
+        function = self._round(num_draft_tokens, settings.rule)
+        slabs, hidden, _, report = function(*_arrays(state, settings))
+        return Verified(slabs, hidden, replace(state, slabs=[])), _report_of(report)
+
+    def commit(
+        self, verified: Verified, settings: RowSettings, *, accepted: Accepted
+    ) -> RoundState:
+        """End a round that ``verify`` has begun; nothing is evaluated here.
+
+        Args:
+            verified: The round.
+            settings: Each row's settings.
+            accepted: What every row's rule has decided, the host's or the graph's.
+        """
+        committed = _commit(
+            verified.before, verified.hidden, accepted, settings.is_active
         )
-        return RoundState(slabs, last_token, hidden, offset), Report(tokens, logits)
+        return RoundState(verified.slabs, *committed)
 
     def draft(
         self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
@@ -190,11 +254,14 @@ class Rounds:
         ).tokens
 
     def _round(self, num_draft_tokens: int, rule: SamplingRule) -> Callable[..., Any]:
-        """The compiled round for K and a rule; traced again when shapes change."""
+        """The compiled round for K and a rule; traced again when shapes change.
+
+        It ends before the commit where the rule has rows that the host decides.
+        """
         key = (num_draft_tokens, rule)
         if key not in self._compiled:
             function = partial(
-                _round,
+                _verify if rule.has_host else _round,
                 self.target,
                 self.drafter,
                 self._verification,
@@ -205,6 +272,24 @@ class Rounds:
                 mx.compile(function) if self._use_compile else function
             )
         return self._compiled[key]
+
+
+def _arrays(state: RoundState, settings: RowSettings) -> tuple[Any, ...]:
+    """A round's inputs as plain arrays."""
+    return (
+        state.slabs,
+        state.last_token,
+        state.hidden,
+        state.offset,
+        settings.sampling,
+        settings.is_active,
+        settings.first_position,
+    )
+
+
+def _report_of(arrays: Sequence[mx.array]) -> Report:
+    tokens, logits, *logprobs = arrays
+    return Report(tokens, logits, Logprobs.of_arrays(logprobs))
 
 
 def _round(
@@ -222,6 +307,40 @@ def _round(
     first_position: mx.array,
 ) -> tuple[Any, ...]:
     """One round on plain arrays, as ``mx.compile`` takes and gives them."""
+    written, hidden_rows, (num_accepted, next_token), report = _verify(
+        target,
+        drafter,
+        verification,
+        rule,
+        num_draft_tokens,
+        slabs,
+        last_token,
+        hidden,
+        offset,
+        sampling,
+        is_active,
+        first_position,
+    )
+    before = RoundState([], last_token, hidden, offset)
+    accepted = Accepted(num_accepted, next_token)
+    return written, _commit(before, hidden_rows, accepted, is_active), report
+
+
+def _verify(
+    target: TargetLike,
+    drafter: DrafterLike | None,
+    verification: Verification,
+    rule: SamplingRule,
+    num_draft_tokens: int,
+    slabs: list[mx.array],
+    last_token: mx.array,
+    hidden: mx.array,
+    offset: mx.array,
+    sampling: dict[str, mx.array],
+    is_active: mx.array,
+    first_position: mx.array,
+) -> tuple[Any, ...]:
+    """A round up to its commit, on plain arrays."""
     state = RoundState(slabs, last_token, hidden, offset)
     settings = RowSettings(rule, sampling, is_active, first_position)
 
@@ -244,18 +363,38 @@ def _round(
         verification=verification,
     )
 
-    # 4) commit: everything past the new offset is as if it were never written
-    emitted = accepted.num_accepted + 1
-    new_hidden = mx.take_along_axis(
-        output.hidden, accepted.num_accepted[:, None, None], axis=1
-    )
+    tokens = _report(draft.tokens, accepted)
+    report = [tokens, output.logits]
+    if rule.num_logprobs is not None and rule.has_graph:
+        count = rule.num_logprobs
+        logprobs = log_probabilities(output.logits, tokens[:, 1:], num_logprobs=count)
+        report += logprobs.arrays
     return (
         output.slabs,
-        mx.where(is_active[:, None], accepted.next_token, last_token),
-        mx.where(is_active[:, None, None], new_hidden, hidden),
-        mx.where(is_active, offset + emitted, offset),
-        _report(draft.tokens, accepted),
-        output.logits,
+        output.hidden,
+        [accepted.num_accepted, accepted.next_token],
+        report,
+    )
+
+
+def _commit(
+    before: RoundState,
+    hidden_rows: mx.array,  # [B, K + 1, H]
+    accepted: Accepted,
+    is_active: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The new last token, hidden state and offset.
+
+    Everything past the new offset is as if it were never written.
+    """
+    # 4) commit
+    new_hidden = mx.take_along_axis(
+        hidden_rows, accepted.num_accepted[:, None, None], axis=1
+    )
+    return (
+        mx.where(is_active[:, None], accepted.next_token, before.last_token),
+        mx.where(is_active[:, None, None], new_hidden, before.hidden),
+        mx.where(is_active, before.offset + accepted.num_accepted + 1, before.offset),
     )
 
 
