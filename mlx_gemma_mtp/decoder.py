@@ -10,7 +10,6 @@ It knows token ids only: nothing of text, tokenizers or files.
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,11 +19,11 @@ import mlx.core as mx
 
 from .acceptance import Accepted
 from .cache import MAX_DRAFT_TOKENS, grow, insert_row, next_capacity
-from .config import SamplingParams
 from .logprobs import TokenLogprobs, log_probabilities
-from .processing import HostRow, Judged, LogitsProcessor, Sampler
-from .rounds import Report, Rounds, RoundState, Verified, row_settings
+from .rounds import Rounds
+from .row import Request, Row
 from .sampling import choose_tokens
+from .state import Report, RoundState, Verified, row_settings
 from .stats import RoundStats, joined_rules
 
 # Slabs for a request are reserved up to this many tokens ahead, so that an ordinary
@@ -35,45 +34,6 @@ RESERVED_TOKENS = 1024
 _ROUNDS_PER_CACHE_CLEAR = 256
 
 DEFAULT_PREFILL_STEP_SIZE = 2048
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sequence to decode.
-
-    Attributes:
-        prompt: At least one token id.
-        max_tokens: How many tokens to emit, 1 or more; None for no limit.
-        sampling: How tokens are chosen.
-        eos_token_ids: Tokens that end the sequence; the one that does is emitted.
-        logits_processors: Called as mlx-lm does, with the histories of plain decoding.
-            The row is then decided by equality, ``reproducible`` or not.
-        sampler: Chooses the tokens in place of ``sampling``; mlx-lm's signature.
-    """
-
-    prompt: list[int]
-    max_tokens: int | None
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    eos_token_ids: frozenset[int] = frozenset()
-    logits_processors: tuple[LogitsProcessor, ...] = ()
-    sampler: Sampler | None = None
-
-    @property
-    def is_host(self) -> bool:
-        """Whether the host decides the row."""
-        return bool(self.logits_processors) or self.sampler is not None
-
-    @property
-    def rule(self) -> str:
-        """The rule that judges the drafts, in words."""
-        host = ["processors"] if self.logits_processors else []
-        host += ["custom sampler"] if self.sampler is not None else []
-        if host:
-            return f"accept-if-equal: {', '.join(host)}"
-        if self.sampling.temp <= 0:
-            return "greedy"
-        is_coupled = self.sampling.reproducible and self.sampling.seed is not None
-        return "coupled (seed)" if is_coupled else "block verification"
 
 
 @dataclass(frozen=True)
@@ -112,64 +72,6 @@ class _Outcome:
     logprobs: list[TokenLogprobs]
 
 
-@dataclass
-class _Row:
-    """The host's knowledge of one row."""
-
-    request: Request
-    offset: int  # tokens in the slabs, as of the last report read
-    host: HostRow | None  # where the host decides it
-    num_emitted: int = 0
-    finish_reason: str | None = None
-
-    @classmethod
-    def of(cls, request: Request) -> _Row:
-        """The row of a request whose sampling is settled."""
-        host = None
-        if request.is_host:
-            host = HostRow(
-                request.prompt,
-                processors=request.logits_processors,
-                sampler=request.sampler,
-                sampling=request.sampling,
-            )
-        return cls(request, len(request.prompt), host)
-
-    @property
-    def is_live(self) -> bool:
-        return self.finish_reason is None
-
-    def wants_more_than(self, num_tokens: int) -> bool:
-        """Whether the row is live and its budget exceeds ``num_tokens`` more."""
-        limit = self.request.max_tokens
-        return self.is_live and (limit is None or limit - self.num_emitted > num_tokens)
-
-    def end_at(self, token: int, num_tokens: int) -> str | None:
-        """Why the row ends with a token, the ``num_tokens``-th from here; or None."""
-        if token in self.request.eos_token_ids:
-            return "stop"
-        is_last = self.num_emitted + num_tokens == self.request.max_tokens
-        return "length" if is_last else None
-
-    def take(self, tokens: Sequence[int]) -> list[int]:
-        """Cut a round's tokens at the request's end and count them."""
-        taken = []
-        for token in tokens:
-            taken.append(token)
-            self.finish_reason = self.end_at(token, len(taken))
-            if not self.is_live:
-                break
-        self.num_emitted += len(taken)
-        return taken
-
-    def judge(self, logits: mx.array, drafts: Sequence[int]) -> Judged:
-        """Decide a block on the host; see ``HostRow.judge``."""
-        assert self.host is not None
-        return self.host.judge(
-            logits, drafts, is_end=lambda *end: self.end_at(*end) is not None
-        )
-
-
 class Decoder:
     """Decodes a set of requests together, one per row.
 
@@ -198,7 +100,7 @@ class Decoder:
     ) -> None:
         self.stats = RoundStats(rule=joined_rules(r.rule for r in requests))
         self._engine = rounds
-        self._rows = [_Row.of(_settled(r)) for r in requests]
+        self._rows = [Row.of(r) for r in requests]
         self._num_draft_tokens = num_draft_tokens
         self._prefill_step_size = prefill_step_size
         self._look_ahead = look_ahead
@@ -423,20 +325,3 @@ class Decoder:
 def _read(report: mx.array) -> list[list[int]]:
     """Read a report: the only place where a round's result reaches the host."""
     return cast(list[list[int]], report.tolist())
-
-
-def _settled(request: Request) -> Request:
-    """The request with settings that its row can follow.
-
-    A row that samples and brings no seed gets one of its own. Where the host decides,
-    drafts are proposed for a decision by equality.
-    """
-    sampling = request.sampling
-    if request.sampler is not None:
-        sampling = SamplingParams()  # of the drafts: the sampler chooses the tokens
-    if sampling.temp > 0 and sampling.seed is None:
-        seed = secrets.randbits(64)  # of no meaning to anybody, so nothing is repeated
-        sampling = replace(sampling, seed=seed, reproducible=False)
-    if request.is_host:
-        sampling = replace(sampling, reproducible=True)
-    return replace(request, sampling=sampling)

@@ -11,8 +11,8 @@ It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,11 +20,11 @@ import mlx.core as mx
 
 from .acceptance import Accepted, Draft, accept_block
 from .cache import SlabLayout, draft_masks
-from .config import SamplingParams
 from .decision import Verification, decide, joined, propose
 from .drafter import DraftOutput, SharedKV
-from .logprobs import Logprobs, log_probabilities
-from .sampling import SamplingRule, sampling_rows, sampling_rule
+from .logprobs import log_probabilities
+from .sampling import SamplingRule
+from .state import Report, RoundState, RowSettings, Verified
 from .target import Prefilled, TargetOutput
 
 
@@ -67,110 +67,6 @@ class DrafterLike(Protocol):
         position: mx.array,
     ) -> DraftOutput:
         """Run one draft step."""
-
-
-@dataclass(frozen=True)
-class RoundState:
-    """What one round leaves for the next; every field lives on the device.
-
-    Attributes:
-        slabs: Keys and values of each layer in turn.
-        last_token: The newest token, whose K/V is not in the slabs yet, int32 [B, 1].
-        hidden: The target's post-norm row that predicted it, [B, 1, H].
-        offset: Tokens in the slabs, and so the last token's position, int32 [B].
-    """
-
-    slabs: list[mx.array]
-    last_token: mx.array
-    hidden: mx.array
-    offset: mx.array
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """What has to be evaluated."""
-        return [self.last_token, self.hidden, self.offset, *self.slabs]
-
-
-@dataclass(frozen=True)
-class RowSettings:
-    """What the host sets for each row.
-
-    Attributes:
-        rule: The part of the sampling settings that shapes the graph.
-        sampling: The numbers of ``sampling.sampling_rows``.
-        is_active: False freezes a finished or empty row, bool [B].
-        first_position: The oldest position the row holds keys for, int32 [B].
-    """
-
-    rule: SamplingRule
-    sampling: dict[str, mx.array]
-    is_active: mx.array
-    first_position: mx.array
-
-
-def row_settings(
-    params: Sequence[SamplingParams],
-    *,
-    is_host: Sequence[bool] = (),
-    num_logprobs: int | None = None,
-) -> RowSettings:
-    """The settings of rows that are all active and hold their keys from position 0.
-
-    Args:
-        params: One entry per row; a row that samples has a seed.
-        is_host: For each row whether the host decides it; ``()`` for none.
-        num_logprobs: How many of the best tokens are reported with each token's
-            log-probability; None for no log-probabilities.
-    """
-    return RowSettings(
-        rule=sampling_rule(params, is_host=is_host, num_logprobs=num_logprobs),
-        sampling=sampling_rows(params, is_host=is_host),
-        is_active=mx.array([True] * len(params)),
-        first_position=mx.zeros((len(params),), dtype=mx.int32),
-    )
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a round tells the host.
-
-    Attributes:
-        tokens: num_accepted, then K + 1 tokens, of which the first num_accepted + 1
-            are the round's, int32 [B, K + 2]. Of a row that the host decides K, then
-            the drafts and a 0.
-        logits: The target's logits behind those tokens, [B, K + 1, V].
-        logprobs: Log-probabilities of those tokens; None where nobody asks, or where
-            the host decides every row.
-    """
-
-    tokens: mx.array
-    logits: mx.array
-    logprobs: Logprobs | None
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """What the host reads of every round."""
-        return [self.tokens, *(self.logprobs.arrays if self.logprobs else [])]
-
-
-@dataclass(frozen=True)
-class Verified:
-    """A round that stands before its commit.
-
-    Attributes:
-        slabs: With the keys and values of the whole block.
-        hidden: The target's post-norm rows of the block, [B, K + 1, H].
-        before: The state it started from, without its slabs.
-    """
-
-    slabs: list[mx.array]
-    hidden: mx.array
-    before: RoundState
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """What has to be evaluated."""
-        return [self.hidden, *self.slabs]
 
 
 class Rounds:
@@ -216,7 +112,7 @@ class Rounds:
         assert not settings.rule.has_host  # see verify
         function = self._round(num_draft_tokens, settings.rule)
         slabs, committed, report = function(*_arrays(state, settings))
-        return RoundState(slabs, *committed), _report_of(report)
+        return RoundState(slabs, *committed), Report.of_arrays(report)
 
     def verify(
         self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
@@ -228,7 +124,9 @@ class Rounds:
         assert settings.rule.has_host
         function = self._round(num_draft_tokens, settings.rule)
         slabs, hidden, _, report = function(*_arrays(state, settings))
-        return Verified(slabs, hidden, replace(state, slabs=[])), _report_of(report)
+        return Verified(slabs, hidden, replace(state, slabs=[])), Report.of_arrays(
+            report
+        )
 
     def commit(
         self, verified: Verified, settings: RowSettings, *, accepted: Accepted
@@ -285,11 +183,6 @@ def _arrays(state: RoundState, settings: RowSettings) -> tuple[Any, ...]:
         settings.is_active,
         settings.first_position,
     )
-
-
-def _report_of(arrays: Sequence[mx.array]) -> Report:
-    tokens, logits, *logprobs = arrays
-    return Report(tokens, logits, Logprobs.of_arrays(logprobs))
 
 
 def _round(

@@ -16,13 +16,14 @@ import mlx.core as mx
 
 from .cache import MAX_DRAFT_TOKENS, insert_row, next_capacity
 from .config import SamplingParams
-from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder, Request
+from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder
 from .errors import RequestError
 from .logprobs import MAX_LOGPROBS
 from .pair import Pair
 from .processing import LogitsProcessor, Sampler
-from .rounds import RoundState, row_settings
+from .row import Request
 from .samplers import sampler_params
+from .state import RoundState, row_settings
 
 NO_LIMIT = -1  # mlx-lm's word for an endless generation
 

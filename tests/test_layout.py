@@ -31,6 +31,8 @@ LAYERS = {
     "samplers": 1,
     "logprobs": 2,
     "processing": 2,
+    "row": 3,
+    "state": 3,
     "masked_embedding": 1,
     "cache": 1,
     "stop": 1,
