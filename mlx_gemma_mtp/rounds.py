@@ -124,9 +124,8 @@ class Rounds:
         assert settings.rule.has_host
         function = self._round(num_draft_tokens, settings.rule)
         slabs, hidden, _, report = function(*_arrays(state, settings))
-        return Verified(slabs, hidden, replace(state, slabs=[])), Report.of_arrays(
-            report
-        )
+        verified = Verified(slabs, hidden, before=replace(state, slabs=[]))
+        return verified, Report.of_arrays(report)
 
     def commit(
         self, verified: Verified, settings: RowSettings, *, accepted: Accepted

@@ -56,11 +56,19 @@ class Request:
 
 @dataclass
 class Row:
-    """The host's knowledge of one row."""
+    """The host's knowledge of one row.
+
+    Attributes:
+        request: What was asked for, its sampling settled.
+        offset: Tokens in the slabs, as of the last report read.
+        host: Decides it, where the host does.
+        num_emitted: Tokens emitted so far.
+        finish_reason: Why it has ended; None while it is live.
+    """
 
     request: Request
-    offset: int  # tokens in the slabs, as of the last report read
-    host: HostRow | None  # where the host decides it
+    offset: int
+    host: HostRow | None
     num_emitted: int = 0
     finish_reason: str | None = None
 
@@ -80,6 +88,7 @@ class Row:
 
     @property
     def is_live(self) -> bool:
+        """Whether it has not ended yet."""
         return self.finish_reason is None
 
     def wants_more_than(self, num_tokens: int) -> bool:
