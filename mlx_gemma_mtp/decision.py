@@ -2,7 +2,8 @@
 
 Both are functions of scores, settings and places alone. Which rule a row follows is in
 its settings: greedy and coupled rows are decided by equality, the others by block
-verification or, where a caller asks, one by one.
+verification or, where a caller asks, one by one. Of a row that the host decides all
+drafts stand here: it is shown all of them.
 
 This file knows nothing of models, caches or when to stop.
 """
@@ -106,8 +107,34 @@ def decide(
         verification: The rule of rows that are not decided by equality.
 
     Returns:
-        The accepted length and the round's last token.
+        The accepted length and the round's last token; of a row that the host
+        decides all K and no token, 0.
     """
+    accepted = None
+    if rule.has_graph:
+        accepted = _decide(draft, logits, rows, rule, offset, verification)
+    if not rule.has_host and accepted is not None:
+        return accepted
+    everything = mx.full(offset.shape, draft.tokens.shape[1], dtype=mx.int32)
+    nothing = mx.zeros((*offset.shape, 1), dtype=mx.int32)
+    if accepted is None:
+        return Accepted(everything, nothing)
+    is_host = rows["is_host"]
+    return Accepted(
+        mx.where(is_host, everything, accepted.num_accepted),
+        mx.where(is_host[:, None], nothing, accepted.next_token),
+    )
+
+
+def _decide(
+    draft: Draft,
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    rule: SamplingRule,
+    offset: mx.array,
+    verification: Verification,
+) -> Accepted:
+    """Decide every row by the graph's rules."""
     num_draft_tokens = draft.tokens.shape[1]
     equal = verified = None
     if rule.has_coupled or draft.source is None:

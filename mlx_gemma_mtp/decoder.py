@@ -2,14 +2,14 @@
 
 A decoder keeps at most one round queued beyond the one whose report it reads (look-
 ahead), so the device works while the host streams text. One small array is read per
-round. Work past an end costs at most that one round and is dropped.
+round. Work past an end costs at most that one round and is dropped. While the host
+decides a row (logits processors, a caller's sampler) nothing is queued ahead.
 
 It knows token ids only: nothing of text, tokenizers or files.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,11 +17,14 @@ from typing import cast
 
 import mlx.core as mx
 
+from .acceptance import Accepted
 from .cache import MAX_DRAFT_TOKENS, grow, insert_row, next_capacity
-from .config import SamplingParams
-from .rounds import Report, Rounds, RoundState, row_settings
+from .logprobs import TokenLogprobs, log_probabilities
+from .rounds import Rounds
+from .row import Request, Row
 from .sampling import choose_tokens
-from .stats import RoundStats
+from .state import Report, RoundState, Verified, row_settings
+from .stats import RoundStats, joined_rules
 
 # Slabs for a request are reserved up to this many tokens ahead, so that an ordinary
 # one never grows; a longer one grows as it goes.
@@ -31,23 +34,6 @@ RESERVED_TOKENS = 1024
 _ROUNDS_PER_CACHE_CLEAR = 256
 
 DEFAULT_PREFILL_STEP_SIZE = 2048
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sequence to decode.
-
-    Attributes:
-        prompt: At least one token id.
-        max_tokens: How many tokens to emit, 1 or more; None for no limit.
-        sampling: How tokens are chosen.
-        eos_token_ids: Tokens that end the sequence; the one that does is emitted.
-    """
-
-    prompt: list[int]
-    max_tokens: int | None
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    eos_token_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,9 @@ class Emission:
         logits: The target's logits of the whole round: those behind ``tokens[i]`` are
             ``logits[row, i]``. Whole, because a slice made here would belong to the
             stream of the rounds, and its reader would wait for the one in flight.
+            Of a row that the host decides they are the processed ones.
             [B, K + 1, V]
+        logprobs: One entry per token; empty where nobody asks.
     """
 
     row: int
@@ -71,39 +59,17 @@ class Emission:
     num_from_draft: int
     finish_reason: str | None
     logits: mx.array
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
-@dataclass
-class _Row:
-    """The host's knowledge of one row."""
+@dataclass(frozen=True)
+class _Outcome:
+    """What a round decided of one row: fields as in ``Report`` and ``Emission``."""
 
-    request: Request
-    offset: int  # tokens in the slabs, as of the last report read
-    num_emitted: int = 0
-    finish_reason: str | None = None
-
-    @property
-    def is_live(self) -> bool:
-        return self.finish_reason is None
-
-    def wants_more_than(self, num_tokens: int) -> bool:
-        """Whether the row is live and its budget exceeds ``num_tokens`` more."""
-        limit = self.request.max_tokens
-        return self.is_live and (limit is None or limit - self.num_emitted > num_tokens)
-
-    def take(self, tokens: Sequence[int]) -> list[int]:
-        """Cut a round's tokens at the request's end and count them."""
-        taken = []
-        for token in tokens:
-            taken.append(token)
-            self.num_emitted += 1
-            if token in self.request.eos_token_ids:
-                self.finish_reason = "stop"
-            elif self.num_emitted == self.request.max_tokens:
-                self.finish_reason = "length"
-            if not self.is_live:
-                break
-        return taken
+    num_accepted: int
+    tokens: list[int]
+    logits: mx.array
+    logprobs: list[TokenLogprobs]
 
 
 class Decoder:
@@ -115,6 +81,8 @@ class Decoder:
         num_draft_tokens: K, drafts per round; 0 is plain decoding.
         prefill_step_size: Most prompt tokens in one forward.
         look_ahead: Whether a round is queued before the last one's report is read.
+        num_logprobs: How many of the most likely tokens come with each token's
+            log-probability; None for no log-probabilities.
 
     Attributes:
         stats: Counts of the rounds read so far.
@@ -128,17 +96,23 @@ class Decoder:
         num_draft_tokens: int,
         prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
         look_ahead: bool = True,
+        num_logprobs: int | None = None,
     ) -> None:
-        self.stats = RoundStats()
+        self.stats = RoundStats(rule=joined_rules(r.rule for r in requests))
         self._engine = rounds
-        self._rows = [_Row(_seeded(r), offset=len(r.prompt)) for r in requests]
+        self._rows = [Row.of(r) for r in requests]
         self._num_draft_tokens = num_draft_tokens
         self._prefill_step_size = prefill_step_size
-        self._max_in_flight = 2 if look_ahead else 1
+        self._look_ahead = look_ahead
         self._in_flight: deque[Report] = deque()
         self._num_queued = 0
         self._state: RoundState | None = None
-        self._settings = row_settings([row.request.sampling for row in self._rows])
+        self._verified: Verified | None = None
+        self._settings = row_settings(
+            [row.request.sampling for row in self._rows],
+            is_host=[row.request.is_host for row in self._rows],
+            num_logprobs=num_logprobs,
+        )
 
     def run(self) -> Generator[list[Emission], None, None]:
         """Decode until every request has ended.
@@ -150,9 +124,7 @@ class Decoder:
         try:
             yield self._prefill()
             while self._wants_round(0):
-                while len(self._in_flight) < self._max_in_flight and self._wants_round(
-                    len(self._in_flight)
-                ):
+                while self._can_queue() and self._wants_round(len(self._in_flight)):
                     self._queue_round()
                 yield self._read_round()
         finally:
@@ -172,67 +144,141 @@ class Decoder:
             hidden.append(filled.hidden)
         offset = mx.array([row.offset for row in self._rows], dtype=mx.int32)
         all_logits = mx.concatenate(logits, axis=0)  # [B, 1, V]
-        tokens = choose_tokens(
-            all_logits,
-            self._settings.sampling,
-            rule=self._settings.rule,
-            positions=offset[:, None],
-        )
-        self._state = RoundState(slabs, tokens, mx.concatenate(hidden, axis=0), offset)
+        rule = self._settings.rule
+        tokens = mx.zeros((len(self._rows), 1), dtype=mx.int32)
+        if rule.has_graph:
+            tokens = choose_tokens(
+                all_logits,
+                self._settings.sampling,
+                rule=rule,
+                positions=offset[:, None],
+            )
+        logprobs = None
+        if rule.num_logprobs is not None and rule.has_graph:
+            count = rule.num_logprobs
+            logprobs = log_probabilities(all_logits, tokens, num_logprobs=count)
         # A prefill's report has the form of a round without drafts.
         report = mx.concatenate([mx.zeros_like(tokens), tokens], axis=1)
+        outcomes = self._outcomes(Report(report, all_logits, logprobs))
+        if rule.has_host:
+            tokens = mx.array([o.tokens[-1:] for o in outcomes], dtype=mx.int32)
+        self._state = RoundState(slabs, tokens, mx.concatenate(hidden, axis=0), offset)
         mx.clear_cache()
-        return self._emit(_read(report), all_logits)
+        return self._emit(outcomes)
 
     def _queue_round(self) -> None:
         """Queue one round on the device."""
         state, self._state = self._with_room(), None
-        state, report = self._engine.run(
-            state, self._settings, num_draft_tokens=self._num_draft_tokens
-        )
-        # No reference to the old slabs is left: they are written in place.
-        mx.async_eval(
-            report.tokens, state.last_token, state.hidden, state.offset, *state.slabs
-        )
-        self._state = state
+        settings, count = self._settings, self._num_draft_tokens
+        if settings.rule.has_host:
+            self._verified, report = self._engine.verify(
+                state, settings, num_draft_tokens=count
+            )
+            queued = self._verified.arrays
+        else:
+            self._state, report = self._engine.run(
+                state, settings, num_draft_tokens=count
+            )
+            queued = self._state.arrays
+        # The last reference to the old slabs, which are then written in place.
+        del state
+        mx.async_eval(*report.arrays, *queued)
         self._in_flight.append(report)
         self._num_queued += 1
         if self._num_queued % _ROUNDS_PER_CACHE_CLEAR == 0:
             mx.clear_cache()
 
     def _read_round(self) -> list[Emission]:
-        """Read the oldest report in flight and count it."""
-        report = self._in_flight.popleft()
-        values = _read(report.tokens)  # the one read of the round
-        for row, (num_accepted, *_) in zip(self._rows, values, strict=True):
+        """Read the oldest report in flight, let the host decide, and count."""
+        outcomes = self._outcomes(self._in_flight.popleft())
+        if self._verified is not None:
+            self._commit(outcomes)
+        for row, outcome in zip(self._rows, outcomes, strict=True):
             if row.is_live:
-                row.offset += num_accepted + 1
+                row.offset += outcome.num_accepted + 1
                 self.stats.add_round(
-                    drafted=self._num_draft_tokens, accepted=num_accepted
+                    drafted=self._num_draft_tokens, accepted=outcome.num_accepted
                 )
-        return self._emit(values, report.logits)
+        return self._emit(outcomes)
 
-    def _emit(self, values: list[list[int]], logits: mx.array) -> list[Emission]:
-        """Turn a report's rows into the live rows' emissions."""
+    def _outcomes(self, report: Report) -> list[_Outcome]:
+        """What was decided of every row, by the graph or now by the host."""
+        values = _read(report.tokens)  # the one read of the round
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in values]
+        if report.logprobs is not None:
+            logprobs = report.logprobs.listed()
+        return [
+            self._judge(i, report.logits, tokens[:-1])
+            if row.host is not None and row.is_live
+            else _Outcome(
+                num_accepted, tokens[: num_accepted + 1], report.logits, logprobs[i]
+            )
+            for i, (row, (num_accepted, *tokens)) in enumerate(
+                zip(self._rows, values, strict=True)
+            )
+        ]
+
+    def _judge(self, i: int, logits: mx.array, drafts: list[int]) -> _Outcome:
+        """Let the host decide row i of the block's logits [B, K + 1, V]."""
+        judged = self._rows[i].judge(logits[i], drafts)
+        logprobs: list[TokenLogprobs] = []
+        count = self._settings.rule.num_logprobs
+        if count is not None:
+            tokens = mx.array([judged.tokens], dtype=mx.int32)
+            (logprobs,) = log_probabilities(
+                judged.logits, tokens, num_logprobs=count
+            ).listed()
+        # A view, so that [row, i] finds the row's own as in a round's logits.
+        shape = (len(self._rows), *judged.logits.shape[1:])
+        return _Outcome(
+            judged.num_accepted,
+            judged.tokens,
+            mx.broadcast_to(judged.logits, shape),
+            logprobs,
+        )
+
+    def _commit(self, outcomes: list[_Outcome]) -> None:
+        """End the round that waits for the host."""
+        verified, self._verified = self._verified, None
+        assert verified is not None
+        # A row that has ended is not committed; its number only has to be one.
+        num_accepted = mx.array([o.num_accepted for o in outcomes], dtype=mx.int32)
+        next_token = mx.array([o.tokens[-1:] for o in outcomes], dtype=mx.int32)
+        self._state = self._engine.commit(
+            verified, self._settings, accepted=Accepted(num_accepted, next_token)
+        )
+
+    def _emit(self, outcomes: list[_Outcome]) -> list[Emission]:
+        """Turn what was decided into the live rows' emissions."""
         emissions = []
-        for i, (num_accepted, *tokens) in enumerate(values):
-            row = self._rows[i]
+        for i, (row, outcome) in enumerate(zip(self._rows, outcomes, strict=True)):
             if not row.is_live:
                 continue
-            taken = row.take(tokens[: num_accepted + 1])
+            taken = row.take(outcome.tokens)
             emissions.append(
                 Emission(
                     row=i,
                     tokens=taken,
-                    num_from_draft=min(num_accepted, len(taken)),
+                    num_from_draft=min(outcome.num_accepted, len(taken)),
                     finish_reason=row.finish_reason,
-                    logits=logits,
+                    logits=outcome.logits,
+                    logprobs=outcome.logprobs[: len(taken)],
                 )
             )
         if any(e.finish_reason for e in emissions):
-            is_active = mx.array([row.is_live for row in self._rows])
-            self._settings = replace(self._settings, is_active=is_active)
+            is_live = [row.is_live for row in self._rows]
+            has_host = any(row.is_live and row.host for row in self._rows)
+            self._settings = replace(
+                self._settings,
+                rule=replace(self._settings.rule, has_host=has_host),
+                is_active=mx.array(is_live),
+            )
         return emissions
+
+    def _can_queue(self) -> bool:
+        """Whether a round may be queued beside those in flight."""
+        can_look_ahead = self._look_ahead and not self._settings.rule.has_host
+        return len(self._in_flight) < (2 if can_look_ahead else 1)
 
     def _wants_round(self, num_in_flight: int) -> bool:
         """Whether some row needs a round beyond those in flight.
@@ -273,18 +319,9 @@ class Decoder:
         for report in self._in_flight:
             mx.eval(report.tokens)
         self._in_flight.clear()
-        self._state = None
+        self._state = self._verified = None
 
 
 def _read(report: mx.array) -> list[list[int]]:
     """Read a report: the only place where a round's result reaches the host."""
     return cast(list[list[int]], report.tolist())
-
-
-def _seeded(request: Request) -> Request:
-    """The request with a seed of its own where it samples and brings none."""
-    if request.sampling.temp > 0 and request.sampling.seed is None:
-        seed = secrets.randbits(64)  # of no meaning to anybody, so nothing is repeated
-        sampling = replace(request.sampling, seed=seed, reproducible=False)
-        return replace(request, sampling=sampling)
-    return request

@@ -3,15 +3,16 @@
 The round is one lazily evaluated graph whose state stays on the device: the next round
 can be queued before the host has read this one's report. Shapes are fixed by (B, K,
 capacity), so the whole round is one compiled function per K. Plain decoding is the same
-round with K = 0.
+round with K = 0. Where the host decides rows, the compiled function ends before the
+commit, which then follows by itself.
 
 It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,10 +20,11 @@ import mlx.core as mx
 
 from .acceptance import Accepted, Draft, accept_block
 from .cache import SlabLayout, draft_masks
-from .config import SamplingParams
 from .decision import Verification, decide, joined, propose
 from .drafter import DraftOutput, SharedKV
-from .sampling import SamplingRule, sampling_rows, sampling_rule
+from .logprobs import log_probabilities
+from .sampling import SamplingRule
+from .state import Report, RoundState, RowSettings, Verified
 from .target import Prefilled, TargetOutput
 
 
@@ -67,68 +69,6 @@ class DrafterLike(Protocol):
         """Run one draft step."""
 
 
-@dataclass(frozen=True)
-class RoundState:
-    """What one round leaves for the next; every field lives on the device.
-
-    Attributes:
-        slabs: Keys and values of each layer in turn.
-        last_token: The newest token, whose K/V is not in the slabs yet, int32 [B, 1].
-        hidden: The target's post-norm row that predicted it, [B, 1, H].
-        offset: Tokens in the slabs, and so the last token's position, int32 [B].
-    """
-
-    slabs: list[mx.array]
-    last_token: mx.array
-    hidden: mx.array
-    offset: mx.array
-
-
-@dataclass(frozen=True)
-class RowSettings:
-    """What the host sets for each row.
-
-    Attributes:
-        rule: The part of the sampling settings that shapes the graph.
-        sampling: The numbers of ``sampling.sampling_rows``.
-        is_active: False freezes a finished or empty row, bool [B].
-        first_position: The oldest position the row holds keys for, int32 [B].
-    """
-
-    rule: SamplingRule
-    sampling: dict[str, mx.array]
-    is_active: mx.array
-    first_position: mx.array
-
-
-def row_settings(params: Sequence[SamplingParams]) -> RowSettings:
-    """The settings of rows that are all active and hold their keys from position 0.
-
-    Args:
-        params: One entry per row; a row that samples has a seed.
-    """
-    return RowSettings(
-        rule=sampling_rule(params),
-        sampling=sampling_rows(params),
-        is_active=mx.array([True] * len(params)),
-        first_position=mx.zeros((len(params),), dtype=mx.int32),
-    )
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a round tells the host.
-
-    Attributes:
-        tokens: num_accepted, then K + 1 tokens, of which the first num_accepted + 1
-            are the round's, int32 [B, K + 2].
-        logits: The target's logits behind those tokens, [B, K + 1, V].
-    """
-
-    tokens: mx.array
-    logits: mx.array
-
-
 class Rounds:
     """Runs rounds of one target with one drafter.
 
@@ -169,17 +109,38 @@ class Rounds:
         Returns:
             The new state and the round's report.
         """
+        assert not settings.rule.has_host  # see verify
         function = self._round(num_draft_tokens, settings.rule)
-        slabs, last_token, hidden, offset, tokens, logits = function(
-            state.slabs,
-            state.last_token,
-            state.hidden,
-            state.offset,
-            settings.sampling,
-            settings.is_active,
-            settings.first_position,
+        slabs, committed, report = function(*_arrays(state, settings))
+        return RoundState(slabs, *committed), Report.of_arrays(report)
+
+    def verify(
+        self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
+    ) -> tuple[Verified, Report]:
+        """Queue a round up to its commit, for the host to decide rows in between.
+
+        Arguments and what the caller must do are as for ``run``.
+        """
+        assert settings.rule.has_host
+        function = self._round(num_draft_tokens, settings.rule)
+        slabs, hidden, _, report = function(*_arrays(state, settings))
+        verified = Verified(slabs, hidden, before=replace(state, slabs=[]))
+        return verified, Report.of_arrays(report)
+
+    def commit(
+        self, verified: Verified, settings: RowSettings, *, accepted: Accepted
+    ) -> RoundState:
+        """End a round that ``verify`` has begun; nothing is evaluated here.
+
+        Args:
+            verified: The round.
+            settings: Each row's settings.
+            accepted: What every row's rule has decided, the host's or the graph's.
+        """
+        committed = _commit(
+            verified.before, verified.hidden, accepted, settings.is_active
         )
-        return RoundState(slabs, last_token, hidden, offset), Report(tokens, logits)
+        return RoundState(verified.slabs, *committed)
 
     def draft(
         self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
@@ -190,11 +151,14 @@ class Rounds:
         ).tokens
 
     def _round(self, num_draft_tokens: int, rule: SamplingRule) -> Callable[..., Any]:
-        """The compiled round for K and a rule; traced again when shapes change."""
+        """The compiled round for K and a rule; traced again when shapes change.
+
+        It ends before the commit where the rule has rows that the host decides.
+        """
         key = (num_draft_tokens, rule)
         if key not in self._compiled:
             function = partial(
-                _round,
+                _verify if rule.has_host else _round,
                 self.target,
                 self.drafter,
                 self._verification,
@@ -205,6 +169,19 @@ class Rounds:
                 mx.compile(function) if self._use_compile else function
             )
         return self._compiled[key]
+
+
+def _arrays(state: RoundState, settings: RowSettings) -> tuple[Any, ...]:
+    """A round's inputs as plain arrays."""
+    return (
+        state.slabs,
+        state.last_token,
+        state.hidden,
+        state.offset,
+        settings.sampling,
+        settings.is_active,
+        settings.first_position,
+    )
 
 
 def _round(
@@ -222,6 +199,40 @@ def _round(
     first_position: mx.array,
 ) -> tuple[Any, ...]:
     """One round on plain arrays, as ``mx.compile`` takes and gives them."""
+    written, hidden_rows, (num_accepted, next_token), report = _verify(
+        target,
+        drafter,
+        verification,
+        rule,
+        num_draft_tokens,
+        slabs,
+        last_token,
+        hidden,
+        offset,
+        sampling,
+        is_active,
+        first_position,
+    )
+    before = RoundState([], last_token, hidden, offset)
+    accepted = Accepted(num_accepted, next_token)
+    return written, _commit(before, hidden_rows, accepted, is_active), report
+
+
+def _verify(
+    target: TargetLike,
+    drafter: DrafterLike | None,
+    verification: Verification,
+    rule: SamplingRule,
+    num_draft_tokens: int,
+    slabs: list[mx.array],
+    last_token: mx.array,
+    hidden: mx.array,
+    offset: mx.array,
+    sampling: dict[str, mx.array],
+    is_active: mx.array,
+    first_position: mx.array,
+) -> tuple[Any, ...]:
+    """A round up to its commit, on plain arrays."""
     state = RoundState(slabs, last_token, hidden, offset)
     settings = RowSettings(rule, sampling, is_active, first_position)
 
@@ -244,18 +255,38 @@ def _round(
         verification=verification,
     )
 
-    # 4) commit: everything past the new offset is as if it were never written
-    emitted = accepted.num_accepted + 1
-    new_hidden = mx.take_along_axis(
-        output.hidden, accepted.num_accepted[:, None, None], axis=1
-    )
+    tokens = _report(draft.tokens, accepted)
+    report = [tokens, output.logits]
+    if rule.num_logprobs is not None and rule.has_graph:
+        count = rule.num_logprobs
+        logprobs = log_probabilities(output.logits, tokens[:, 1:], num_logprobs=count)
+        report += logprobs.arrays
     return (
         output.slabs,
-        mx.where(is_active[:, None], accepted.next_token, last_token),
-        mx.where(is_active[:, None, None], new_hidden, hidden),
-        mx.where(is_active, offset + emitted, offset),
-        _report(draft.tokens, accepted),
-        output.logits,
+        output.hidden,
+        [accepted.num_accepted, accepted.next_token],
+        report,
+    )
+
+
+def _commit(
+    before: RoundState,
+    hidden_rows: mx.array,  # [B, K + 1, H]
+    accepted: Accepted,
+    is_active: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The new last token, hidden state and offset.
+
+    Everything past the new offset is as if it were never written.
+    """
+    # 4) commit
+    new_hidden = mx.take_along_axis(
+        hidden_rows, accepted.num_accepted[:, None, None], axis=1
+    )
+    return (
+        mx.where(is_active[:, None], accepted.next_token, before.last_token),
+        mx.where(is_active[:, None, None], new_hidden, before.hidden),
+        mx.where(is_active, before.offset + accepted.num_accepted + 1, before.offset),
     )
 
 

@@ -41,6 +41,10 @@ class SamplingRule:
         has_coupled: Whether some row is decided by equality: greedy, or sampled under
             noise that target and drafter share.
         has_block: Whether some row is decided by block verification.
+        has_host: Whether some row is decided on the host.
+        has_graph: Whether some row is decided by one of the graph's rules.
+        num_logprobs: How many of the best tokens are reported with each token's
+            log-probability; None where nobody asks for it.
     """
 
     is_sampled: bool = False
@@ -50,6 +54,9 @@ class SamplingRule:
     has_xtc: bool = False
     has_coupled: bool = True
     has_block: bool = False
+    has_host: bool = False
+    has_graph: bool = True
+    num_logprobs: int | None = None
 
     def list_size(self, num_candidates: int) -> int | None:
         """How many tokens a filter needs in order, best first; None for none."""
@@ -62,8 +69,19 @@ class SamplingRule:
         return None
 
 
-def sampling_rule(params: Sequence[SamplingParams]) -> SamplingRule:
-    """The smallest rule that serves all rows."""
+def sampling_rule(
+    params: Sequence[SamplingParams],
+    *,
+    is_host: Sequence[bool] = (),
+    num_logprobs: int | None = None,
+) -> SamplingRule:
+    """The smallest rule that serves all rows.
+
+    Args:
+        params: One entry per row.
+        is_host: For each row whether the host decides it; ``()`` for none.
+        num_logprobs: See ``SamplingRule``.
+    """
     sampled = [p for p in params if p.temp > 0]
     return SamplingRule(
         is_sampled=bool(sampled),
@@ -77,20 +95,26 @@ def sampling_rule(params: Sequence[SamplingParams]) -> SamplingRule:
         has_xtc=any(p.xtc_probability > 0 for p in sampled),
         has_coupled=any(p.temp <= 0 or p.reproducible for p in params),
         has_block=any(not p.reproducible for p in sampled),
+        has_host=any(is_host),
+        has_graph=not is_host or not all(is_host),
+        num_logprobs=num_logprobs,
     )
 
 
-def sampling_rows(params: Sequence[SamplingParams]) -> dict[str, mx.array]:
+def sampling_rows(
+    params: Sequence[SamplingParams], *, is_host: Sequence[bool] = ()
+) -> dict[str, mx.array]:
     """The numbers of each row, as arrays that a compiled round takes as inputs.
 
     Args:
         params: One entry per row; a row that samples has a seed.
+        is_host: For each row whether the host decides it; ``()`` for none.
 
     Returns:
         ``temp``, ``top_p``, ``min_p``, ``xtc_probability``, ``xtc_threshold`` float32
         [B, 1, 1], ``top_k`` int32 [B, 1, 1] (off: a number no vocabulary reaches),
         ``xtc_special_tokens`` int32 [B, 1, S] (-1 where a row has fewer), ``seed``
-        uint32 [B, 2] and ``is_block`` bool [B].
+        uint32 [B, 2], ``is_block`` and ``is_host`` bool [B].
     """
 
     def column(values: list[float], dtype: mx.Dtype) -> mx.array:
@@ -117,6 +141,7 @@ def sampling_rows(params: Sequence[SamplingParams]) -> dict[str, mx.array]:
         "xtc_special_tokens": mx.array(special, dtype=mx.int32)[:, None],
         "seed": mx.array([[s & 0xFFFFFFFF, s >> 32] for s in seeds], dtype=mx.uint32),
         "is_block": mx.array([p.temp > 0 and not p.reproducible for p in params]),
+        "is_host": mx.array(list(is_host) or [False] * len(params)),
     }
 
 

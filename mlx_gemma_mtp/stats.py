@@ -9,6 +9,7 @@ Numbers in, numbers out: no arrays, no models.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -24,6 +25,7 @@ class RoundStats:
         num_draft_tokens: Rounds by the number K of drafts.
         accepted_at: accepted_at[i] counts the rounds that accepted draft i + 1.
         drafted_at: drafted_at[i] counts the rounds that proposed draft i + 1.
+        rule: The rule that judged the drafts, in words.
     """
 
     rounds: int = 0
@@ -32,6 +34,7 @@ class RoundStats:
     num_draft_tokens: Counter[int] = field(default_factory=Counter)
     accepted_at: Counter[int] = field(default_factory=Counter)
     drafted_at: Counter[int] = field(default_factory=Counter)
+    rule: str = ""
 
     def add_round(self, *, drafted: int, accepted: int) -> None:
         """Count one row's part of one round."""
@@ -44,6 +47,7 @@ class RoundStats:
 
     def merge(self, other: RoundStats) -> None:
         """Add the counts of other rounds."""
+        self.rule = joined_rules([self.rule, other.rule])
         self.rounds += other.rounds
         self.drafted += other.drafted
         self.accepted += other.accepted
@@ -68,3 +72,9 @@ class RoundStats:
             self.accepted_at[i] / self.drafted_at[i]
             for i in range(max(self.drafted_at, default=-1) + 1)
         ]
+
+
+def joined_rules(rules: Iterable[str]) -> str:
+    """The names of several rules as one, each once."""
+    names = [name for rule in rules for name in rule.split("; ") if name]
+    return "; ".join(dict.fromkeys(names))

@@ -22,6 +22,7 @@ from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder, Emission
 from .drafter import Drafter
 from .fit import check_fit
 from .pair import Pair, pair_of
+from .processing import LogitsProcessor, Sampler
 from .stats import RoundStats
 from .stop import StopStrings
 from .tokens import check_num_draft_tokens, check_settings, make_request
@@ -47,6 +48,10 @@ class GenerationResponse:
         rounds: Rounds so far.
         acceptance_length: Tokens per round so far, 1 + accepted / rounds.
         acceptance_rate: Accepted over drafted so far, 0 to 1.
+        rule: The rule that judges the drafts, in words.
+        token_logprob: The token's log-probability; None where ``num_logprobs`` is.
+        top_logprobs: The ``num_logprobs`` most likely tokens with theirs, best first,
+            of equal ones the lowest id first; None where ``num_logprobs`` is.
         stats: All counts so far; shared by the responses of a generation.
     """
 
@@ -62,6 +67,9 @@ class GenerationResponse:
     rounds: int
     acceptance_length: float
     acceptance_rate: float
+    rule: str
+    token_logprob: float | None
+    top_logprobs: list[tuple[int, float]] | None
     stats: RoundStats = field(repr=False)
     _logits: mx.array = field(repr=False)  # of the whole round, [1, K + 1, V]
     _index: int = field(repr=False)
@@ -70,6 +78,7 @@ class GenerationResponse:
     def logprobs(self) -> mx.array:
         """Log-probabilities of the target behind the token, [V].
 
+        After logits processors, before the temperature and filters, as mlx-lm's.
         Computed when asked for, on a stream of their own: on the stream of the round
         in flight the reader would wait for that round. A response that is kept keeps
         the logits of its round, K + 1 rows.
@@ -93,6 +102,9 @@ def stream_generate(
     min_p: float = 0.0,
     seed: int | None = None,
     reproducible: bool = True,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    sampler: Sampler | None = None,
+    num_logprobs: int | None = None,
     stop: str | Sequence[str] = (),
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
 ) -> Generator[GenerationResponse, None, None]:
@@ -114,6 +126,19 @@ def stream_generate(
         seed: 0 to 2**64 - 1: the text is then a function of seed and target alone.
         reproducible: False accepts more drafts in spite of a seed, as without one: the
             text then depends on the number of drafts too.
+        logits_processors: Functions ``(tokens [n], logits [1, V]) -> logits [1, V]``
+            as mlx-lm calls them. They see exactly the histories of plain decoding,
+            each once and in order; drafts are then accepted as with a seed, whatever
+            ``reproducible`` says: lossless, and a seed's text does not depend on
+            ``num_draft_tokens``. Only a stop string is found after the round: they may
+            have seen the rest of its tokens then.
+        sampler: A function ``(log-probabilities [1, V]) -> token [1]`` that chooses
+            every token, in place of ``temp``, ``seed`` and filters. One whose settings
+            are known (of mlx-lm's make_sampler) stands for those settings; any other
+            is called once for each token, in order, and a draft stands if it is the
+            token that it chooses.
+        num_logprobs: How many of the most likely tokens to report with each token's
+            log-probability, 0 to 64; None for neither.
         stop: A string, or several, that end the text; they are not part of it.
         prefill_step_size: Most prompt tokens in one forward.
 
@@ -121,13 +146,15 @@ def stream_generate(
         One response per token; the last one has a ``finish_reason``.
 
     Raises:
-        RequestError: A setting or a token id is outside its range.
+        RequestError: A setting or a token id is outside its range; while tokens are
+            made: a processor or sampler returned something of another shape.
         PairingError: ``draft_model`` does not fit the model.
     """
     check_settings(
         max_tokens=max_tokens,
         num_draft_tokens=num_draft_tokens,
         prefill_step_size=prefill_step_size,
+        num_logprobs=num_logprobs,
     )
     if draft_model is not None:
         check_fit(model, draft_model)
@@ -141,12 +168,15 @@ def stream_generate(
         max_tokens=max_tokens,
         sampling=SamplingParams(temp, top_p, top_k, min_p, seed, reproducible),
         eos=frozenset(tokenizer.eos_token_ids),
+        logits_processors=logits_processors,
+        sampler=sampler,
     )
     decoder = Decoder(
         pair.rounds,
         [request],
         num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens),
         prefill_step_size=prefill_step_size,
+        num_logprobs=num_logprobs,
     )
     stream = _TextStream(
         decoder, tokenizer.detokenizer, StopStrings(stop), len(request.prompt)
@@ -204,7 +234,8 @@ def describe(response: GenerationResponse) -> str:
         f"{response.generation_tps:.3f} tokens-per-sec",
         f"Rounds: {response.rounds}, acceptance length "
         f"{response.acceptance_length:.2f} tokens per round, acceptance rate "
-        f"{response.acceptance_rate:.1%} of {response.stats.drafted} drafted",
+        f"{response.acceptance_rate:.1%} of {response.stats.drafted} drafted, "
+        f"rule: {response.rule}",
         f"Peak memory: {response.peak_memory:.3f} GB",
     ]
     return "\n".join(lines)
@@ -243,11 +274,14 @@ class _TextStream:
             reason = emission.finish_reason if i == last else None
             self._num_tokens += 1
             text = self._text(token, reason)
+            logprobs = emission.logprobs[i] if emission.logprobs else None
             yield GenerationResponse(
                 text=text,
                 token=token,
                 from_draft=i < emission.num_from_draft,
                 finish_reason="stop" if self._stops.is_stopped else reason,
+                token_logprob=logprobs.token if logprobs else None,
+                top_logprobs=logprobs.top if logprobs else None,
                 _logits=emission.logits,
                 _index=i,
                 **self._figures(),
@@ -276,6 +310,7 @@ class _TextStream:
             "rounds": stats.rounds,
             "acceptance_length": stats.acceptance_length,
             "acceptance_rate": stats.acceptance_rate,
+            "rule": stats.rule,
             "stats": stats,
         }
 

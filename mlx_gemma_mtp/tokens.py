@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
+from dataclasses import asdict, replace
 from numbers import Integral
 from typing import Any, cast
 
@@ -15,10 +16,14 @@ import mlx.core as mx
 
 from .cache import MAX_DRAFT_TOKENS, insert_row, next_capacity
 from .config import SamplingParams
-from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder, Request
+from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder
 from .errors import RequestError
+from .logprobs import MAX_LOGPROBS
 from .pair import Pair
-from .rounds import RoundState, row_settings
+from .processing import LogitsProcessor, Sampler
+from .row import Request
+from .samplers import sampler_params
+from .state import RoundState, row_settings
 
 NO_LIMIT = -1  # mlx-lm's word for an endless generation
 
@@ -35,6 +40,8 @@ def generate_tokens(
     min_p: float = 0.0,
     seed: int | None = None,
     reproducible: bool = True,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    sampler: Sampler | None = None,
     eos_token_ids: Iterable[int] | None = None,
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
 ) -> Generator[Any, None, None]:
@@ -58,6 +65,16 @@ def generate_tokens(
         seed: 0 to 2**64 - 1; the same for all rows. None draws a fresh one.
         reproducible: False accepts drafts as without a seed, in spite of one: the text
             then depends on the number of drafts too.
+        logits_processors: Functions ``(tokens [n], logits [1, V]) -> logits [1, V]``
+            as mlx-lm calls them, the same for all rows. They see exactly the histories
+            of plain decoding, each once and in order; drafts are then accepted as with
+            a seed, whatever ``reproducible`` says: lossless, and a seed's text does
+            not depend on ``num_draft_tokens``.
+        sampler: A function ``(log-probabilities [1, V]) -> token [1]`` that chooses
+            every token, in place of ``temp``, ``seed`` and filters. One whose settings
+            are known (of mlx-lm's make_sampler) stands for those settings; any other
+            is called once for each token, in order, and a draft stands if it is the
+            token that it chooses.
         eos_token_ids: Tokens that end a sequence, the ending one is still yielded;
             None for the checkpoint's, ``()`` for none.
         prefill_step_size: Most prompt tokens in one forward.
@@ -67,7 +84,8 @@ def generate_tokens(
         prompt: its next token id, or None once it has ended.
 
     Raises:
-        RequestError: A setting or a token id is outside its range.
+        RequestError: A setting or a token id is outside its range; while tokens are
+            made: a processor or sampler returned something of another shape.
     """
     check_settings(
         max_tokens=max_tokens,
@@ -80,7 +98,15 @@ def generate_tokens(
     sampling = SamplingParams(temp, top_p, top_k, min_p, seed, reproducible)
     eos = pair.eos_token_ids if eos_token_ids is None else _eos_set(eos_token_ids)
     requests = [
-        make_request(pair, p, max_tokens=max_tokens, sampling=sampling, eos=eos)
+        make_request(
+            pair,
+            p,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            eos=eos,
+            logits_processors=logits_processors,
+            sampler=sampler,
+        )
         for p in prompts
     ]
     decoder = Decoder(
@@ -152,22 +178,85 @@ def make_request(
     max_tokens: int,
     sampling: SamplingParams,
     eos: frozenset[int],
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    sampler: Sampler | None = None,
 ) -> Request:
     """Check a prompt and make a request of it and of checked settings.
 
     Raises:
-        RequestError: The prompt is empty or holds an id that the target does not know.
+        RequestError: The prompt is empty or holds an id that the target does not know;
+            processors or sampler are no functions; a sampler beside other settings.
     """
+    if sampler is not None:
+        sampling, sampler = _resolve_sampler(sampler, sampling)
     return Request(
         prompt=check_prompt(pair, prompt),
         max_tokens=None if max_tokens == NO_LIMIT else max_tokens,
         sampling=sampling,
         eos_token_ids=eos,
+        logits_processors=_check_processors(logits_processors),
+        sampler=sampler,
+    )
+
+
+def _resolve_sampler(
+    sampler: Sampler, sampling: SamplingParams
+) -> tuple[SamplingParams, Sampler | None]:
+    """The settings that a sampler stands for, or the sampler where they are unknown.
+
+    Raises:
+        RequestError: It is no function, or a setting that it would override is given.
+    """
+    if not callable(sampler):
+        raise RequestError(
+            f"sampler must be a function: got {sampler!r}. mlx-lm's make_sampler makes "
+            "one."
+        )
+    params = sampler_params(sampler)
+    # A seed still has a meaning for known settings, and so has how it is used.
+    free = set() if params is None else {"seed", "reproducible"}
+    defaults = asdict(SamplingParams())
+    given = [
+        f"{name}={value!r}"
+        for name, value in asdict(sampling).items()
+        if value != defaults[name] and name not in free
+    ]
+    if given:
+        raise RequestError(
+            f"settings of sampling must not stand beside a sampler: got "
+            f"{', '.join(given)}, expected the sampler alone. Leave out one of them."
+        )
+    if params is None:
+        return sampling, sampler
+    seed, reproducible = sampling.seed, sampling.reproducible
+    return replace(params, seed=seed, reproducible=reproducible), None
+
+
+def _check_processors(
+    processors: Sequence[LogitsProcessor] | None,
+) -> tuple[LogitsProcessor, ...]:
+    """The processors of a request.
+
+    Raises:
+        RequestError: They are not a list of functions.
+    """
+    found = () if processors is None else processors
+    if isinstance(found, Iterable):
+        found = tuple(found)
+        if all(callable(processor) for processor in found):
+            return found
+    raise RequestError(
+        f"logits_processors must be a list of functions: got {processors!r}. For one "
+        "write [function]."
     )
 
 
 def check_settings(
-    *, max_tokens: int, num_draft_tokens: int | None, prefill_step_size: int
+    *,
+    max_tokens: int,
+    num_draft_tokens: int | None,
+    prefill_step_size: int,
+    num_logprobs: int | None = None,
 ) -> None:
     """Check the settings that can be judged before a pair is loaded.
 
@@ -190,6 +279,13 @@ def check_settings(
         raise RequestError(
             "prefill_step_size must be 1 or more: got "
             f"{prefill_step_size!r}. {DEFAULT_PREFILL_STEP_SIZE} suits most machines."
+        )
+    if num_logprobs is not None and (
+        not _is_whole(num_logprobs) or not 0 <= num_logprobs <= MAX_LOGPROBS
+    ):
+        raise RequestError(
+            f"num_logprobs must be from 0 to {MAX_LOGPROBS}, or None: got "
+            f"{num_logprobs!r}. 0 gives the token's own log-probability."
         )
 
 

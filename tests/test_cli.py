@@ -31,7 +31,7 @@ FIGURES = re.compile(
     r"Prompt: 6 tokens, [0-9]+\.[0-9]{3} tokens-per-sec\n"
     r"Generation: ([0-9]+) tokens, [0-9]+\.[0-9]{3} tokens-per-sec\n"
     r"Rounds: ([0-9]+), acceptance length ([0-9]\.[0-9]{2}) tokens per round, "
-    r"acceptance rate [0-9.]+% of ([0-9]+) drafted\n"
+    r"acceptance rate [0-9.]+% of ([0-9]+) drafted, rule: [a-z ():,-]+\n"
     r"Peak memory: [0-9]+\.[0-9]{3} GB\n"
 )
 

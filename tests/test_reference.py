@@ -21,7 +21,8 @@ from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.drafter import DraftOutput
 from mlx_gemma_mtp.load import load_pair
 from mlx_gemma_mtp.pair import Pair
-from mlx_gemma_mtp.rounds import Rounds, RoundState, row_settings
+from mlx_gemma_mtp.rounds import Rounds
+from mlx_gemma_mtp.state import RoundState, row_settings
 from mlx_gemma_mtp.tokens import draft_block, generate_tokens
 from tests.tiny import FAMILIES, REFERENCE, reference_pair
 

@@ -248,7 +248,7 @@ class TestFigures:
             "Prompt: 6 tokens, 12.500 tokens-per-sec\n"
             "Generation: 40 tokens, 33.333 tokens-per-sec\n"
             "Rounds: 16, acceptance length 2.44 tokens per round, acceptance rate "
-            "35.9% of 64 drafted\n"
+            "35.9% of 64 drafted, rule: coupled (seed)\n"
             "Peak memory: 0.013 GB"
         )
 
