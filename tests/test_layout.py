@@ -27,6 +27,7 @@ LAYERS = {
     "stats": 0,
     "checkpoint": 1,
     "noise": 0,
+    "samplers": 1,
     "sampling": 1,
     "masked_embedding": 1,
     "cache": 1,

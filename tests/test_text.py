@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_text.py
 import dataclasses
 import math
 from itertools import groupby, islice, pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -178,8 +179,8 @@ class TestStream:
         assert len(set(texts)) == 4
 
     def test_xtc(self, model, tokenizer):
-        settings = {"max_tokens": 12, **SAMPLED}
-        strikes = {"xtc_probability": 1.0, "xtc_threshold": 0.0}
+        settings: dict[str, Any] = {"max_tokens": 12, **SAMPLED}
+        strikes: dict[str, Any] = {"xtc_probability": 1.0, "xtc_threshold": 0.0}
         plain = generate(model, tokenizer, PROMPT, **settings)
         assert generate(model, tokenizer, PROMPT, **settings, **strikes) != plain
         strikes["xtc_special_tokens"] = range(VOCAB_SIZE)
