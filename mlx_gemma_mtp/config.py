@@ -145,8 +145,9 @@ def text_config(config: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     raw = config if kind in _TEXT_ONLY else config.get("text_config")
     if not isinstance(raw, Mapping):
         raise CheckpointError(
-            f"text_config in {source} must be an object: got {_short(raw)}, expected "
-            "the text model's settings. Fetch the checkpoint's config.json again."
+            f"text_config in {source} must be an object: got {shorten(raw)}, "
+            "expected the text model's settings. Fetch the checkpoint's config.json "
+            "again."
         )
     reader = _Reader(raw, _defaults(kind, config, raw), source)
     reader.refuse_unsupported()
@@ -299,7 +300,7 @@ def quantization_map(
         method = found.get("quant_method") if isinstance(found, Mapping) else found
         raise CheckpointError(
             f"quantization in {source} must be mlx-lm's (bits, group_size): got "
-            f"{_short(method)}. Take the float checkpoint (…-qat-q4_0-unquantized for "
+            f"{shorten(method)}. Take the float checkpoint (…-qat-q4_0-unquantized for "
             "quantization-aware training) or an mlx-community one."
         )
     return dict(found)
@@ -475,7 +476,7 @@ class _Reader:
     def fail(self, key: str, constraint: str, value: Any) -> None:
         """Raise the one error of this class."""
         raise CheckpointError(
-            f"{key} in {self.source} must be {constraint}: got {_short(value)}. "
+            f"{key} in {self.source} must be {constraint}: got {shorten(value)}. "
             "Fetch the checkpoint's config.json again."
         )
 
@@ -595,7 +596,7 @@ def _token_ids(name: str, values: Any) -> tuple[int, ...]:
 
 
 def _out_of_range(name: str, constraint: str, value: Any) -> str:
-    found = _short(value, nothing="None")
+    found = shorten(value, nothing="None")
     return f"{name} must be {constraint}: got {found}. Leave it out for the default."
 
 
@@ -603,7 +604,8 @@ def _either(names: Sequence[str]) -> str:
     return " or ".join(names) if len(names) < 3 else "one of " + ", ".join(names)
 
 
-def _short(value: Any, *, nothing: str = "nothing") -> str:
+def shorten(value: Any, *, nothing: str = "nothing") -> str:
+    """A value for a message, at most 80 characters of it."""
     try:
         text = nothing if value is None else repr(value)
     except ValueError:  # Python writes no whole number of more than 4300 digits

@@ -27,6 +27,7 @@ LAYERS = {
     "stats": 0,
     "checkpoint": 1,
     "noise": 0,
+    "generation_defaults": 1,
     "samplers": 1,
     "sampling": 1,
     "masked_embedding": 1,
