@@ -49,6 +49,7 @@ LAYERS = {
     "load": 6,
     "tokens": 6,
     "text": 7,
+    "arguments": 1,
     "cli": 8,
     "generate": 9,
     "__main__": 9,
