@@ -520,6 +520,42 @@ class TestLogitsProcessors:
         assert logits.tolist() == [expected]
 
 
+class TestPenalties:
+    """The whole way: flags, processors, text."""
+
+    def test_a_bias_forces_a_token(self, run, folder):
+        name = tiny_tokenizer().convert_ids_to_tokens([300])[0]
+        for drafts in ((), ("--no-draft",)):
+            status, out, err = run("--logit-bias", '{"300": 1000}', *drafts)
+            assert (status, out) == (0, name.replace("▁", " ") * NUM_TOKENS + "\n")
+            assert figures(err)[0] == str(NUM_TOKENS)
+
+    def test_a_bias_bans_a_token(self, run, expected):
+        ids = tiny_tokenizer().encode(expected, add_special_tokens=False)
+        bias = json.dumps({str(token): -1000 for token in ids})
+        out = run("--logit-bias", bias)[1]
+        found = tiny_tokenizer().encode(out[:-1], add_special_tokens=False)
+        assert not set(found) & set(ids)
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ("--repetition-penalty", "5"),
+            ("--presence-penalty", "20"),
+            ("--frequency-penalty", "20"),
+            ("--repetition-penalty", "5", "--repetition-context-size", "0"),
+        ],
+    )
+    def test_greedy_text_changes_and_not_by_drafts(self, run, expected, flags):
+        texts = [run(*flags, *more)[1] for more in ((), ("--no-draft",))]
+        assert texts[0] == texts[1] != expected + "\n"
+
+    def test_sampled_text_of_a_seed_changes_and_not_by_drafts(self, run):
+        flags = (*SAMPLED, "--presence-penalty", "-20")  # for repetition, then
+        texts = [run(*flags, *more)[1] for more in ((), ("--no-draft",))]
+        assert texts[0] == texts[1] != run(*SAMPLED)[1]
+
+
 FILE = "(generation_config.json)"
 RECOMMENDED = {"do_sample": True, "temperature": 0.75, "top_k": 64, "top_p": 0.875}
 
