@@ -8,150 +8,33 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .command import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, Parser, drop_output
-from .config import SamplingParams
+from .arguments import (
+    check,
+    configure_parser,
+    given_settings,
+    penalties,
+    xtc_settings,
+)
+from .command import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, drop_output
 from .errors import MTPError, RequestError
 
 if TYPE_CHECKING:
+    from .generation_defaults import SamplingDefaults
     from .text import GenerationResponse
 
 DEFAULT_PROMPT = "hello"
 EMBEDDED_PROMPT = "def fibonacci(n):\n"
-DEFAULT_MAX_TOKENS = 100
-
-
-def configure_parser() -> argparse.ArgumentParser:
-    """The command's arguments; names and defaults are mlx-lm's where it has them."""
-    parser = Parser(
-        prog="mlx_gemma_mtp.generate",
-        description="Generate text with a Gemma 4 model and its MTP drafter.",
-    )
-    _add_model_arguments(parser)
-    _add_prompt_arguments(parser)
-    _add_generation_arguments(parser)
-    return parser
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        help="folder or Hub id of the target (default: the embedded pair, a tiny model "
-        "that completes Python code)",
-    )
-    group.add_argument(
-        "--draft-model",
-        help="folder or Hub id of the drafter (default: found by itself inside the "
-        "target's folder, beside it, or on the Hub)",
-    )
-    group.add_argument(
-        "--no-draft", action="store_true", help="decode without a drafter"
-    )
-    group.add_argument(
-        "--num-draft-tokens",
-        type=int,
-        metavar="K",
-        help="drafts per round, 0 (plain decoding) to 8 (default: the drafter's own "
-        "number, else 4)",
-    )
-    group.add_argument("--adapter-path", help="LoRA adapters for the target")
-    group.add_argument(
-        "--revision", help="branch, tag or commit of the target on the Hub"
-    )
-    group.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="let the tokenizer run code from the checkpoint",
-    )
-
-
-def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("prompt")
-    group.add_argument(
-        "-p", "--prompt", help="the prompt; - reads standard input (default: a sample)"
-    )
-    group.add_argument("--system-prompt", help="system prompt for the chat template")
-    group.add_argument(
-        "--prefill-response", help="beginning of the answer, for the chat template"
-    )
-    group.add_argument(
-        "--ignore-chat-template",
-        action="store_true",
-        help="give the prompt to the model as it is",
-    )
-    group.add_argument(
-        "--chat-template-config",
-        metavar="JSON",
-        help="more arguments for the chat template, a JSON object",
-    )
-
-
-def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("generation")
-    group.add_argument(
-        "-m",
-        "--max-tokens",
-        type=int,
-        default=DEFAULT_MAX_TOKENS,
-        help="most tokens to generate, -1 for no limit (default: %(default)s)",
-    )
-    group.add_argument(
-        "--temp", type=float, default=0.0, help="temperature, 0 is greedy (default: 0)"
-    )
-    group.add_argument(
-        "--top-p", type=float, default=1.0, help="probability mass to keep (default: 1)"
-    )
-    group.add_argument(
-        "--top-k", type=int, default=0, help="tokens to keep, 0 for all (default: 0)"
-    )
-    group.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        help="smallest share of the best token's probability to keep (default: 0)",
-    )
-    group.add_argument(
-        "--seed", type=int, help="the sampled text is a function of seed and target"
-    )
-    group.add_argument(
-        "--no-reproducible",
-        action="store_true",
-        help="accept more drafts in spite of --seed; the text then depends on their "
-        "number too",
-    )
-    group.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the text before this string; may be given several times",
-    )
-    group.add_argument(
-        "--extra-eos-token",
-        nargs="+",
-        default=[],
-        metavar="TOKEN",
-        help="more tokens that end the text",
-    )
-    group.add_argument(
-        "--prefill-step-size",
-        type=int,
-        default=2048,
-        help="most prompt tokens in one forward (default: %(default)s)",
-    )
-    group.add_argument(
-        "--verbose",
-        type=_boolean,
-        default=True,
-        metavar="BOOL",
-        help="show what is loaded and the closing figures (default: True)",
-    )
+_LABELS = {
+    "temp": "temperature",
+    "top_k": "top-k",
+    "top_p": "top-p",
+    "min_p": "min-p",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
     _set_up_output(verbose=args.verbose)
-    template_config = _check(args)
+    checked = check(args)
     # Heavy imports wait until the arguments are known to be good.
     from .load import embedded_pair_path, load
+    from .pair import pair_of
     from .text import stream_generate
     from .tokens import check_settings
 
@@ -192,10 +76,9 @@ def _run(args: argparse.Namespace) -> int:
     )
     prompt = _read_prompt(args)
     if args.model is None and args.verbose:
-        print(
+        _note(
             "No --model: using the embedded pair, a tiny model that completes Python "
-            "code.",
-            file=sys.stderr,
+            "code."
         )
     model, tokenizer = load(
         embedded_pair_path() if args.model is None else args.model,
@@ -205,23 +88,92 @@ def _run(args: argparse.Namespace) -> int:
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
     )
+    pair = pair_of(model)
     _add_eos_tokens(tokenizer, args.extra_eos_token)
     responses = stream_generate(
         model,
         tokenizer,
-        _apply_template(args, tokenizer, prompt, template_config),
+        _apply_template(args, tokenizer, prompt, checked.template_config),
         max_tokens=args.max_tokens,
         num_draft_tokens=args.num_draft_tokens,
-        temp=args.temp,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        seed=args.seed,
-        reproducible=not args.no_reproducible,
+        **_sampling(args, pair.sampling_defaults, tokenizer),
+        **_logits_processors(args, checked.logit_bias, pair.vocab_size),
         stop=args.stop,
         prefill_step_size=args.prefill_step_size,
     )
     return _print_responses(responses, verbose=args.verbose)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _sampling(
+    args: argparse.Namespace, defaults: SamplingDefaults, tokenizer: Any
+) -> dict[str, Any]:
+    """How to sample: as the flags say, else as the checkpoint says."""
+    given = given_settings(args)
+    settings = defaults.settings(**given)
+    if args.verbose and settings["temp"]:
+        _note(_describe_sampling(args, settings))
+    if args.verbose and defaults.repetition_penalty and not args.repetition_penalty:
+        _note(
+            "The repetition_penalty in generation_config.json is not applied; "
+            "--repetition-penalty sets one."
+        )
+    settings |= {"seed": args.seed, "reproducible": not args.no_reproducible}
+    if args.xtc_probability:
+        # What mlx-lm's own programs keep from XTC: line ends, and the end.
+        special = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
+        settings |= {**xtc_settings(args), "xtc_special_tokens": special}
+    return settings
+
+
+def _describe_sampling(args: argparse.Namespace, settings: dict[str, Any]) -> str:
+    """The settings that are on, with where they come from."""
+    given = given_settings(args)
+    is_on = {
+        "temp": True,
+        "top_k": settings["top_k"] > 0,
+        "top_p": 0 < settings["top_p"] < 1,
+        "min_p": settings["min_p"] > 0,
+    }
+    own: list[str] = []
+    recommended: list[str] = []
+    for name, label in _LABELS.items():
+        if is_on[name]:
+            place = recommended if given[name] is None else own
+            place.append(f"{label} {settings[name]}")
+    if args.xtc_probability:
+        own.append(f"XTC {args.xtc_probability} above {args.xtc_threshold}")
+    parts = [", ".join(own)] if own else []
+    if recommended:
+        parts.append(f"{', '.join(recommended)} (generation_config.json)")
+    if args.temp is None:
+        parts.append("--temp 0 for greedy")
+    return f"Sampling: {'; '.join(parts)}."
+
+
+def _logits_processors(
+    args: argparse.Namespace, logit_bias: dict[int, float], vocab_size: int
+) -> dict[str, Any]:
+    """The keyword for what changes logits before a token is chosen, if anything does.
+
+    Without one the engine has a shorter way.
+    """
+    for token in logit_bias:
+        if token >= vocab_size:
+            raise RequestError(
+                f"--logit-bias must name tokens from 0 to {vocab_size - 1}: got "
+                f"{token}. Is this the model's own token id?"
+            )
+    settings = penalties(args)
+    if not logit_bias and not settings:
+        return {}
+    from mlx_lm.sample_utils import make_logits_processors
+
+    processors = make_logits_processors(logit_bias or None, **settings)
+    return {"logits_processors": processors}
 
 
 def _set_up_output(*, verbose: bool) -> None:
@@ -231,21 +183,6 @@ def _set_up_output(*, verbose: bool) -> None:
     package.setLevel(logging.INFO if verbose else logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where the encoding is not UTF-8
-
-
-def _check(args: argparse.Namespace) -> dict[str, Any]:
-    """Find mistakes before anything is loaded; return the chat template's config."""
-    if args.no_draft and args.draft_model:
-        raise RequestError(
-            "--no-draft and --draft-model exclude each other: got both. Leave one out."
-        )
-    if args.no_draft and args.num_draft_tokens:
-        raise RequestError(
-            "--num-draft-tokens must be 0 with --no-draft: got "
-            f"{args.num_draft_tokens}. Leave one out."
-        )
-    SamplingParams(args.temp, args.top_p, args.top_k, args.min_p, args.seed)
-    return _template_config(args.chat_template_config)
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
@@ -295,22 +232,6 @@ def _apply_template(
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _template_config(text: str | None) -> dict[str, Any]:
-    """The JSON object of --chat-template-config."""
-    if text is None:
-        return {}
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        config = str(error)
-    if not isinstance(config, dict):
-        raise RequestError(
-            f"--chat-template-config must be a JSON object: got {text!r}. For example "
-            "'{\"enable_thinking\": false}'."
-        )
-    return config
-
-
 def _add_eos_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     """Let more tokens end the text, each given by its text or its id."""
     vocabulary: dict[str, int] = tokenizer.get_vocab() if tokens else {}
@@ -342,8 +263,3 @@ def _print_responses(responses: Any, *, verbose: bool) -> int:
 
         print(describe(response), file=sys.stderr)
     return status
-
-
-def _boolean(text: str) -> bool:
-    """True unless the text says otherwise, as in mlx-lm."""
-    return text.lower() not in ("false", "f")

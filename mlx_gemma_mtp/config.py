@@ -10,7 +10,7 @@ transformers writes when it saves a checkpoint again (``per_layer_config``).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -145,8 +145,9 @@ def text_config(config: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     raw = config if kind in _TEXT_ONLY else config.get("text_config")
     if not isinstance(raw, Mapping):
         raise CheckpointError(
-            f"text_config in {source} must be an object: got {_short(raw)}, expected "
-            "the text model's settings. Fetch the checkpoint's config.json again."
+            f"text_config in {source} must be an object: got {shorten(raw)}, "
+            "expected the text model's settings. Fetch the checkpoint's config.json "
+            "again."
         )
     reader = _Reader(raw, _defaults(kind, config, raw), source)
     reader.refuse_unsupported()
@@ -238,7 +239,8 @@ class SamplingParams:
         xtc_probability: How often XTC strikes (excludes all top choices but the
             least likely of them), 0..1; 0 is off.
         xtc_threshold: Probability above which a token is a top choice, 0..0.5.
-        xtc_special_tokens: Token ids that XTC never excludes.
+        xtc_special_tokens: Token ids that XTC never excludes; any sequence, kept as a
+            tuple.
     """
 
     temp: float = 0.0
@@ -249,7 +251,7 @@ class SamplingParams:
     reproducible: bool = True
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
-    xtc_special_tokens: tuple[int, ...] = ()
+    xtc_special_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -272,8 +274,8 @@ class SamplingParams:
             "from 0 to 0.5",
             lambda v: 0 <= v <= 0.5,
         )
-        for token in self.xtc_special_tokens:
-            _check_count("xtc_special_tokens", token, "token ids", 2**31)
+        special = _token_ids("xtc_special_tokens", self.xtc_special_tokens)
+        object.__setattr__(self, "xtc_special_tokens", special)  # a list has no hash
         _check_count("top_k", self.top_k, "a whole number from 0 to 2**31-1", 2**31)
         if self.seed is not None:
             _check_count("seed", self.seed, "a whole number from 0 to 2**64-1", 2**64)
@@ -298,7 +300,7 @@ def quantization_map(
         method = found.get("quant_method") if isinstance(found, Mapping) else found
         raise CheckpointError(
             f"quantization in {source} must be mlx-lm's (bits, group_size): got "
-            f"{_short(method)}. Take the float checkpoint (…-qat-q4_0-unquantized for "
+            f"{shorten(method)}. Take the float checkpoint (…-qat-q4_0-unquantized for "
             "quantization-aware training) or an mlx-community one."
         )
     return dict(found)
@@ -474,7 +476,7 @@ class _Reader:
     def fail(self, key: str, constraint: str, value: Any) -> None:
         """Raise the one error of this class."""
         raise CheckpointError(
-            f"{key} in {self.source} must be {constraint}: got {_short(value)}. "
+            f"{key} in {self.source} must be {constraint}: got {shorten(value)}. "
             "Fetch the checkpoint's config.json again."
         )
 
@@ -569,7 +571,11 @@ def _check_drafter(drafter: DrafterConfig, source: str) -> None:
 
 def _check_number(name: str, value: Any, constraint: str, is_valid: Any) -> None:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not is_valid(value):
+    try:
+        is_finite = is_number and math.isfinite(value)
+    except OverflowError:  # a whole number that no float reaches
+        is_finite = False
+    if not is_finite or not is_valid(value):
         raise RequestError(_out_of_range(name, constraint, value))
 
 
@@ -579,14 +585,29 @@ def _check_count(name: str, value: Any, constraint: str, limit: int) -> None:
         raise RequestError(_out_of_range(name, constraint, value))
 
 
+def _token_ids(name: str, values: Any) -> tuple[int, ...]:
+    values = values.tolist() if hasattr(values, "tolist") else values  # arrays
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise RequestError(_out_of_range(name, "a sequence of token ids", values))
+    tokens = tuple(values)
+    for token in tokens:
+        _check_count(name, token, "token ids, from 0 to 2**31-1", 2**31)
+    return tuple(int(token) for token in tokens)
+
+
 def _out_of_range(name: str, constraint: str, value: Any) -> str:
-    return f"{name} must be {constraint}: got {value!r}. Leave it out for the default."
+    found = shorten(value, nothing="None")
+    return f"{name} must be {constraint}: got {found}. Leave it out for the default."
 
 
 def _either(names: Sequence[str]) -> str:
     return " or ".join(names) if len(names) < 3 else "one of " + ", ".join(names)
 
 
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
+def shorten(value: Any, *, nothing: str = "nothing") -> str:
+    """A value for a message, at most 80 characters of it."""
+    try:
+        text = nothing if value is None else repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."

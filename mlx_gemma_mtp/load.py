@@ -13,10 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
 from .drafter import Drafter
 from .errors import CheckpointError, PairingError
 from .fit import check_fit
+from .generation_defaults import SamplingDefaults
 from .pair import Pair, attach
 from .pairing import fetch, find_drafter
 from .target import text_model
@@ -63,6 +64,7 @@ def load_pair(
         target,
         drafter,
         eos_token_ids=eos_token_ids(checkpoint),
+        sampling_defaults=_sampling_defaults(checkpoint),
         target_source=str(target_path),
         drafter_source=drafter_source,
     )
@@ -126,6 +128,7 @@ def load(
         target,
         drafter,
         eos_token_ids=eos_ids,
+        sampling_defaults=_sampling_defaults(checkpoint),
         target_source=str(path_or_hf_repo),
         drafter_source=source,
     )
@@ -158,6 +161,11 @@ def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
             f"them: got {found!r}. Fetch generation_config.json and config.json again."
         )
     return tuple(ids)
+
+
+def _sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults:
+    source = str(checkpoint.folder / GENERATION_CONFIG_NAME)
+    return SamplingDefaults(checkpoint.generation_config, source)
 
 
 def _match_type(drafter: Drafter, target: nn.Module) -> None:

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from .cache import MAX_DRAFT_TOKENS
 from .drafter import Drafter
+from .generation_defaults import SamplingDefaults
 from .rounds import Rounds
 from .target import Target
 from .wired import wired
@@ -32,6 +33,9 @@ class Pair:
         target: mlx-lm's model object of a Gemma 4 target.
         drafter: The drafter; None for plain decoding.
         eos_token_ids: Tokens that end a sequence.
+        sampling_defaults: Sampling settings of the target's checkpoint. Nothing uses
+            them by itself: who wants them passes
+            ``**pair.sampling_defaults.settings()`` on.
         target_source: Where the target came from, a sentence.
         drafter_source: Where the drafter came from, or why there is none.
 
@@ -49,12 +53,14 @@ class Pair:
         drafter: Drafter | None = None,
         *,
         eos_token_ids: Iterable[int] = (),
+        sampling_defaults: SamplingDefaults | None = None,
         target_source: str = "",
         drafter_source: str = "",
     ) -> None:
         self.target = target
         self.drafter = drafter
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.sampling_defaults = sampling_defaults or SamplingDefaults()
         self.target_source = target_source
         self.drafter_source = drafter_source
         self.num_draft_tokens = _num_draft_tokens(drafter)
@@ -172,6 +178,11 @@ def pair_of(model: nn.Module, drafter: Drafter | None = None) -> Pair:
     for pair in (attached.own, *attached.others):
         if pair.drafter is drafter:
             return pair
-    pair = Pair(model, drafter, eos_token_ids=attached.own.eos_token_ids)
+    pair = Pair(
+        model,
+        drafter,
+        eos_token_ids=attached.own.eos_token_ids,
+        sampling_defaults=attached.own.sampling_defaults,
+    )
     attached.others.append(pair)
     return pair

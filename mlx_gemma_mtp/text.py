@@ -100,6 +100,9 @@ def stream_generate(
     top_p: float = 1.0,
     top_k: int = 0,
     min_p: float = 0.0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_special_tokens: Sequence[int] = (),
     seed: int | None = None,
     reproducible: bool = True,
     logits_processors: Sequence[LogitsProcessor] | None = None,
@@ -123,6 +126,10 @@ def stream_generate(
         top_p: Probability mass to keep, 0 to 1; 0 and 1 switch it off.
         top_k: Number of tokens to keep; 0 switches it off.
         min_p: Smallest share of the best token's probability to keep; 0 is off.
+        xtc_probability: How often XTC excludes all top choices but the least likely of
+            them, 0 to 1; 0 is off.
+        xtc_threshold: Probability above which a token is a top choice, 0 to 0.5.
+        xtc_special_tokens: Token ids that XTC never excludes.
         seed: 0 to 2**64 - 1: the text is then a function of seed and target alone.
         reproducible: False accepts more drafts in spite of a seed, as without one: the
             text then depends on the number of drafts too.
@@ -166,7 +173,17 @@ def stream_generate(
         pair,
         _encode(tokenizer, prompt),
         max_tokens=max_tokens,
-        sampling=SamplingParams(temp, top_p, top_k, min_p, seed, reproducible),
+        sampling=SamplingParams(
+            temp,
+            top_p,
+            top_k,
+            min_p,
+            seed,
+            reproducible,
+            xtc_probability,
+            xtc_threshold,
+            xtc_special_tokens,
+        ),
         eos=frozenset(tokenizer.eos_token_ids),
         logits_processors=logits_processors,
         sampler=sampler,

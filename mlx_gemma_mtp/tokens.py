@@ -38,6 +38,9 @@ def generate_tokens(
     top_p: float = 1.0,
     top_k: int = 0,
     min_p: float = 0.0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_special_tokens: Sequence[int] = (),
     seed: int | None = None,
     reproducible: bool = True,
     logits_processors: Sequence[LogitsProcessor] | None = None,
@@ -62,6 +65,10 @@ def generate_tokens(
         top_p: Probability mass to keep, 0 to 1; 0 and 1 switch it off.
         top_k: Number of tokens to keep; 0 switches it off.
         min_p: Smallest share of the best token's probability to keep; 0 is off.
+        xtc_probability: How often XTC excludes all top choices but the least likely of
+            them, 0 to 1; 0 is off.
+        xtc_threshold: Probability above which a token is a top choice, 0 to 0.5.
+        xtc_special_tokens: Token ids that XTC never excludes.
         seed: 0 to 2**64 - 1; the same for all rows. None draws a fresh one.
         reproducible: False accepts drafts as without a seed, in spite of one: the text
             then depends on the number of drafts too.
@@ -95,7 +102,17 @@ def generate_tokens(
     entries = _listed(prompt_tokens)
     is_batch = bool(entries) and isinstance(_plain(entries[0]), Iterable)
     prompts: list[Any] = entries if is_batch else [entries]
-    sampling = SamplingParams(temp, top_p, top_k, min_p, seed, reproducible)
+    sampling = SamplingParams(
+        temp,
+        top_p,
+        top_k,
+        min_p,
+        seed,
+        reproducible,
+        xtc_probability,
+        xtc_threshold,
+        xtc_special_tokens,
+    )
     eos = pair.eos_token_ids if eos_token_ids is None else _eos_set(eos_token_ids)
     requests = [
         make_request(

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_cli.py
 """
 
 import io
+import json
 import os
 import re
 import signal
@@ -12,13 +13,23 @@ import sys
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
 
 import mlx_gemma_mtp
 from mlx_gemma_mtp import cli
 from mlx_gemma_mtp.errors import RequestError
-from tests.tiny import CHAT_TEMPLATE, model_folder, tiny_tokenizer, uncompiled
+from tests.tiny import (
+    CHAT_TEMPLATE,
+    END_OF_TURN,
+    EOS,
+    PAD,
+    model_folder,
+    tiny_tokenizer,
+    uncompiled,
+)
 
 # By name: the package's attribute ``load`` is the function.
 LOAD = import_module("mlx_gemma_mtp.load")
@@ -152,6 +163,12 @@ class TestOutput:
         texts = {run(*SAMPLED, *flag)[1] for flag in ((), ("--no-reproducible",))}
         assert len(texts) == 2
 
+    def test_says_how_it_samples(self, run):
+        err = run(*SAMPLED, "--top-k", "9", "--xtc-probability", "0.5")[2]
+        line = "Sampling: temperature 2.0, top-k 9, XTC 0.5 above 0.1.\n"
+        assert err.startswith(line)
+        assert FIGURES.fullmatch(err[len(line) :])
+
     def test_seed(self, run):
         texts = [run(*SAMPLED)[1], run(*SAMPLED, "--no-draft")[1]]
         assert texts[0] == texts[1]
@@ -214,7 +231,18 @@ class TestOutput:
             for option in action.option_strings
         }
         theirs.add("--prefill-step-size")  # older ones leave it to the API
-        assert own - theirs == {"--no-draft", "--stop", "--revision"}
+        # The names of the last ones are those of mlx-lm's server.
+        assert own - theirs == {
+            "--no-draft",
+            "--no-reproducible",
+            "--stop",
+            "--revision",
+            "--logit-bias",
+            "--repetition-penalty",
+            "--repetition-context-size",
+            "--presence-penalty",
+            "--frequency-penalty",
+        }
 
 
 def one_response(text):
@@ -324,6 +352,23 @@ class TestMistakes:
             (("--top-k", "-1"), "top_k must be"),
             (("--min-p", "2"), "min_p must be from 0 to 1"),
             (("--seed", "-1"), "seed must be"),
+            (("--xtc-probability", "1.5"), "xtc_probability must be from 0 to 1"),
+            (("--xtc-threshold", "0.6"), "xtc_threshold must be from 0 to 0.5"),
+            (("--logit-bias", "{"), "--logit-bias must be a JSON object: got '{'"),
+            (("--logit-bias", "[1]"), "--logit-bias must be a JSON object"),
+            (("--logit-bias", '{"the": 1}'), "tokens by their ids: got 'the'"),
+            (("--logit-bias", '{"-1": 1}'), "tokens by their ids: got '-1'"),
+            (("--logit-bias", f'{{"{9**99}": 1}}'), "tokens by their ids"),
+            (("--logit-bias", '{"5": "1"}'), "from -1000 to 1000: got '1'"),
+            (("--logit-bias", '{"5": null}'), "from -1000 to 1000: got null"),
+            (("--logit-bias", '{"5": true}'), "from -1000 to 1000: got True"),
+            (("--logit-bias", '{"5": NaN}'), "from -1000 to 1000: got nan"),
+            (("--logit-bias", '{"5": -1e9}'), "from -1000 to 1000: got -1000000000.0"),
+            (("--repetition-penalty", "-1"), "--repetition-penalty must be from 0"),
+            (("--repetition-penalty", "nan"), "--repetition-penalty must be from 0"),
+            (("--repetition-context-size", "-1"), "must be 0 or more: got -1"),
+            (("--presence-penalty", "inf"), "--presence-penalty must be from -1000"),
+            (("--frequency-penalty", "1001"), "--frequency-penalty must be from -1000"),
             (("--prefill-step-size", "0"), "prefill_step_size must be 1 or more"),
             (("--chat-template-config", "{"), "must be a JSON object: got '{'"),
             (("--chat-template-config", "[1]"), "must be a JSON object: got '[1]'"),
@@ -342,6 +387,7 @@ class TestMistakes:
             (("--extra-eos-token", "nonsense"), "a token of the model: got 'nonsense'"),
             (("--extra-eos-token", "512"), "a token of the model: got '512'"),
             (("--extra-eos-token", "<eos>", "-1"), "a token of the model: got '-1'"),
+            (("--logit-bias", '{"512": 1}'), "tokens from 0 to 511: got 512"),
         ],
     )
     def test_found_later(self, run, args, words):
@@ -394,6 +440,223 @@ class TestMistakes:
     def test_the_parser_raises_what_main_shows(self):
         with pytest.raises(RequestError, match=r"See mlx_gemma_mtp\.generate --help"):
             cli.configure_parser().parse_args(["-m", "many"])
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """The settings that reach ``stream_generate``, which is not run."""
+    seen: dict[str, Any] = {}
+
+    def recorded(model, tokenizer, prompt, **given):
+        seen.clear()
+        seen.update(given)
+        yield type("Response", (), {"text": ""})()
+
+    monkeypatch.setattr(TEXT, "stream_generate", recorded)
+    return seen
+
+
+class TestXTC:
+    def test_is_passed_on(self, run, settings):
+        args = ("--xtc-probability", "0.5", "--xtc-threshold", "0.2", "--verbose", "F")
+        assert run("--temp", "1", *args, "--extra-eos-token", "<pad>")[0] == 0
+        assert (settings["xtc_probability"], settings["xtc_threshold"]) == (0.5, 0.2)
+        newline = tiny_tokenizer().convert_tokens_to_ids("\n")
+        assert {newline, PAD, EOS, END_OF_TURN} <= set(settings["xtc_special_tokens"])
+
+    def test_off(self, run, settings):
+        assert run("--verbose", "F")[0] == 0
+        assert not any(name.startswith("xtc") for name in settings)
+
+    def test_changes_the_text(self, run):
+        plain = run(*SAMPLED)[1]
+        strikes = ("--xtc-probability", "1", "--xtc-threshold", "0")
+        assert run(*SAMPLED, *strikes)[1] != plain
+
+
+class TestLogitsProcessors:
+    @pytest.mark.parametrize(
+        "args",
+        [
+            (),
+            ("--repetition-penalty", "1"),
+            ("--repetition-penalty", "0", "--presence-penalty", "0"),
+            ("--repetition-context-size", "5"),
+            ("--logit-bias", "{}"),
+        ],
+    )
+    def test_none(self, run, settings, args):
+        assert run(*args, "--verbose", "F")[0] == 0
+        assert "logits_processors" not in settings
+
+    @pytest.mark.parametrize(
+        ("args", "expected"),
+        [
+            (("--logit-bias", '{"1": 3, "2": -0.5}'), [1, 5, -1.5, 8]),
+            (("--repetition-penalty", "2"), [0.5, 2, -2, 8]),
+            (
+                ("--repetition-penalty", "2", "--repetition-context-size", "1"),
+                [1, 2, -2, 8],
+            ),
+            (
+                ("--repetition-penalty", "2", "--repetition-context-size", "0"),
+                [0.5, 2, -2, 4],
+            ),
+            (("--presence-penalty", "0.5"), [0.5, 2, -1.5, 8]),
+            (("--frequency-penalty", "0.5"), [-8.5, 2, -1.5, 8]),
+            (
+                ("--logit-bias", '{"3": 1}', "--presence-penalty", "-1"),
+                [2, 2, 0, 9],
+            ),
+        ],
+    )
+    def test_what_they_do(self, run, settings, args, expected):
+        """After 3, 0, ..., 0, 2, of which the last 20 count."""
+        assert run(*args, "--verbose", "F")[0] == 0
+        logits = mx.array([[1.0, 2.0, -1.0, 8.0]])
+        tokens = mx.array([3, *[0] * 19, 2])
+        for processor in settings["logits_processors"]:
+            logits = processor(tokens, logits)
+        assert logits.tolist() == [expected]
+
+
+class TestPenalties:
+    """The whole way: flags, processors, text."""
+
+    def test_a_bias_forces_a_token(self, run, folder):
+        name = tiny_tokenizer().convert_ids_to_tokens([300])[0]
+        for drafts in ((), ("--no-draft",)):
+            status, out, err = run("--logit-bias", '{"300": 1000}', *drafts)
+            assert (status, out) == (0, name.replace("▁", " ") * NUM_TOKENS + "\n")
+            assert figures(err)[0] == str(NUM_TOKENS)
+
+    def test_a_bias_bans_a_token(self, run, expected):
+        ids = tiny_tokenizer().encode(expected, add_special_tokens=False)
+        bias = json.dumps({str(token): -1000 for token in ids})
+        out = run("--logit-bias", bias)[1]
+        found = tiny_tokenizer().encode(out[:-1], add_special_tokens=False)
+        assert not set(found) & set(ids)
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ("--repetition-penalty", "5"),
+            ("--presence-penalty", "20"),
+            ("--frequency-penalty", "20"),
+            ("--repetition-penalty", "5", "--repetition-context-size", "0"),
+        ],
+    )
+    def test_greedy_text_changes_and_not_by_drafts(self, run, expected, flags):
+        texts = [run(*flags, *more)[1] for more in ((), ("--no-draft",))]
+        assert texts[0] == texts[1] != expected + "\n"
+
+    def test_sampled_text_of_a_seed_changes_and_not_by_drafts(self, run):
+        flags = (*SAMPLED, "--presence-penalty", "-20")  # for repetition, then
+        texts = [run(*flags, *more)[1] for more in ((), ("--no-draft",))]
+        assert texts[0] == texts[1] != run(*SAMPLED)[1]
+
+
+FILE = "(generation_config.json)"
+RECOMMENDED = {"do_sample": True, "temperature": 0.75, "top_k": 64, "top_p": 0.875}
+
+
+@pytest.fixture
+def configured(tmp_path):
+    """Makes a folder whose generation_config.json has more keys."""
+
+    def make(**keys):
+        folder = model_folder(tmp_path / "configured", has_drafter=False)
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+        return folder
+
+    return make
+
+
+class TestCheckpointDefaults:
+    @pytest.mark.parametrize(
+        ("args", "expected", "line"),
+        [
+            (
+                (),
+                (0.75, 0.875, 64, 0.0),
+                f"temperature 0.75, top-k 64, top-p 0.875 {FILE}; --temp 0 for greedy",
+            ),
+            (
+                ("--temp", "1"),
+                (1.0, 0.875, 64, 0.0),
+                f"temperature 1.0; top-k 64, top-p 0.875 {FILE}",
+            ),
+            (
+                ("--top-k", "0", "--min-p", "0.1"),
+                (0.75, 0.875, 0, 0.1),
+                f"min-p 0.1; temperature 0.75, top-p 0.875 {FILE}; --temp 0 for greedy",
+            ),
+            (
+                ("--temp", "1", "--top-k", "0", "--top-p", "1"),
+                (1.0, 1.0, 0, 0.0),
+                "temperature 1.0",
+            ),
+        ],
+    )
+    def test_count_where_a_flag_does_not(
+        self, run, monkeypatch, configured, args, expected, line
+    ):
+        seen = {}
+        stream = TEXT.stream_generate
+
+        def recorded(*positional, **given):
+            seen.update(given)
+            return stream(*positional, **given)
+
+        monkeypatch.setattr(TEXT, "stream_generate", recorded)
+        status, _, err = run(*args, model=configured(**RECOMMENDED))
+        assert status == 0
+        assert f"\nSampling: {line}.\nPrompt: " in f"\n{err}"
+        names = ("temp", "top_p", "top_k", "min_p")
+        assert tuple(seen[name] for name in names) == expected
+        assert seen["seed"] is None
+
+    def test_are_the_same_as_flags(self, run, configured):
+        model = configured(**RECOMMENDED)
+        flags = ("--temp", "0.75", "--top-k", "64", "--top-p", "0.875")
+        texts = {run("--seed", "5", *f, model=model)[1] for f in ((), flags)}
+        assert len(texts) == 1
+
+    def test_greedy_all_the_same(self, run, configured, expected):
+        status, out, err = run("--temp", "0", model=configured(**RECOMMENDED))
+        assert (status, out) == (0, expected + "\n")
+        assert "Sampling" not in err
+
+    def test_greedy_by_the_file(self, run, configured, expected):
+        model = configured(do_sample=False, temperature=1.0)
+        assert run(model=model)[:2] == (0, expected + "\n")
+
+    @pytest.mark.parametrize(
+        ("key", "value", "flag"),
+        [
+            ("temperature", "hot", "--temp"),
+            ("temperature", float("nan"), "--temp"),
+            ("temperature", 10**400, "--temp"),
+            ("do_sample", 1, "--temp"),
+            ("top_k", 64.0, "--top-k"),
+            ("top_k", -1, "--top-k"),
+            ("top_p", 1.5, "--top-p"),
+            ("min_p", [0.1], "--min-p"),
+        ],
+    )
+    def test_bad_values(self, run, configured, expected, key, value, flag):
+        model = configured(**{**RECOMMENDED, key: value})
+        path = model / "generation_config.json"
+        assert_one_line(run(model=model), f"{key} in {path} must be", flag)
+        assert run("--temp", "0", model=model)[:2] == (0, expected + "\n")
+        assert run(flag, "1", model=model)[0] == 0
+
+    def test_a_penalty_is_named(self, run, configured, expected):
+        model = configured(repetition_penalty=1.1)
+        status, out, err = run(model=model)
+        assert (status, out) == (0, expected + "\n")
+        assert "repetition_penalty in generation_config.json is not applied" in err
 
 
 class TestInterrupt:

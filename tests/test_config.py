@@ -6,8 +6,11 @@ Run: python -m pytest tests/test_config.py
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -306,13 +309,44 @@ def test_sampling_range_ends_are_valid(valid):
         ("seed", -1),
         ("seed", 2**64),
         ("seed", 1.5),
+        ("temp", 10**400),
+        ("xtc_probability", -0.1),
+        ("xtc_probability", 1.1),
+        ("xtc_probability", math.nan),
+        ("xtc_probability", True),
+        ("xtc_threshold", -0.1),
+        ("xtc_threshold", 0.51),
+        ("xtc_threshold", None),
+        ("xtc_special_tokens", 5),
+        ("xtc_special_tokens", None),
+        ("xtc_special_tokens", "12"),
     ],
 )
 def test_a_sampling_setting_out_of_range_is_named(name, value):
-    with pytest.raises(
-        RequestError, match=f"^{name} must be .*: got {value!r}\\. Leave"
-    ):
+    found = repr(value)[:77]  # what is longer is cut
+    with pytest.raises(RequestError, match=f"^{name} must be .*: got {found}") as error:
         SamplingParams(**{name: value})
+    assert str(error.value).endswith(". Leave it out for the default.")
+
+
+@pytest.mark.parametrize("token", [-1, 2**31, 1.0, True, "1", None, [1]])
+def test_a_special_token_out_of_range_is_named(token):
+    words = "^xtc_special_tokens must be token ids, from 0 to 2.*31-1: got "
+    with pytest.raises(RequestError, match=words + re.escape(repr(token))):
+        SamplingParams(xtc_special_tokens=[5, token])
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, np.array, mx.array])
+def test_special_tokens_are_any_sequence_of_ids(kind):
+    params = SamplingParams(xtc_special_tokens=kind([7, 5]))
+    assert params == SamplingParams(xtc_special_tokens=(7, 5))
+    assert params.xtc_special_tokens == (7, 5)
+    assert {params: 1}[SamplingParams(xtc_special_tokens=[7, 5])]
+
+
+def test_a_number_of_thousands_of_digits():
+    with pytest.raises(RequestError, match="got a number of thousands of digits"):
+        SamplingParams(temp=10**5000)
 
 
 JSON = st.recursive(

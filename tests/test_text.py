@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_text.py
 import dataclasses
 import math
 from itertools import groupby, islice, pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -176,6 +177,14 @@ class TestStream:
         ]
         assert texts[0] == texts[2]
         assert len(set(texts)) == 4
+
+    def test_xtc(self, model, tokenizer):
+        settings: dict[str, Any] = {"max_tokens": 12, **SAMPLED}
+        strikes: dict[str, Any] = {"xtc_probability": 1.0, "xtc_threshold": 0.0}
+        plain = generate(model, tokenizer, PROMPT, **settings)
+        assert generate(model, tokenizer, PROMPT, **settings, **strikes) != plain
+        strikes["xtc_special_tokens"] = range(VOCAB_SIZE)
+        assert generate(model, tokenizer, PROMPT, **settings, **strikes) == plain
 
     def test_bytes_wait_for_their_character(self, script, tokenizer):
         euro = tokenizer.encode("€", add_special_tokens=False)
@@ -461,6 +470,9 @@ class TestDrafters:
         ({"prefill_step_size": 0}, "prefill_step_size must be 1 or more: got 0"),
         ({"temp": -1.0}, "temp must be 0 or more"),
         ({"top_p": 2.0}, "top_p must be from 0 to 1"),
+        ({"xtc_probability": 1.5}, "xtc_probability must be from 0 to 1: got 1.5"),
+        ({"xtc_threshold": 0.6}, "xtc_threshold must be from 0 to 0.5: got 0.6"),
+        ({"xtc_special_tokens": [-1]}, "xtc_special_tokens must be token ids"),
         ({"stop": ""}, "stop string must hold at least one character"),
         ({"stop": ["a", ""]}, "stop string must hold at least one character"),
     ],

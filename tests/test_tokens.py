@@ -122,6 +122,17 @@ def test_drafts_are_accepted_and_cut(pair, decoders):
     assert decoder.stats.accepted > decoder.stats.rounds  # or the tests above are idle
 
 
+def test_xtc(pair):
+    """At a threshold of 0 only the least likely token is left, or a special one."""
+    settings = {"max_tokens": 8, "eos_token_ids": (), **SAMPLED}
+    strikes = {"xtc_probability": 1.0, "xtc_threshold": 0.0}
+    plain = run(pair, PROMPT, **settings)
+    assert run(pair, PROMPT, **settings, xtc_threshold=0.0) == plain
+    assert run(pair, PROMPT, **settings, **strikes) != plain
+    special = list(range(VOCAB_SIZE))
+    assert run(pair, PROMPT, **settings, **strikes, xtc_special_tokens=special) == plain
+
+
 def test_own_number_of_drafts(pair, plain_pair, decoders):
     for p in (pair, plain_pair):
         run(p, PROMPT, max_tokens=3, eos_token_ids=())
@@ -274,6 +285,10 @@ MISTAKES = [
     *(({"top_p": value}, "top_p must be") for value in (-0.1, 1.1, "1")),
     *(({"top_k": value}, "top_k must be") for value in (-1, 1.5, True)),
     *(({"min_p": value}, "min_p must be") for value in (-0.1, 1.1)),
+    ({"xtc_probability": 1.5}, "xtc_probability must be from 0 to 1: got 1.5"),
+    ({"xtc_threshold": 0.6}, "xtc_threshold must be from 0 to 0.5: got 0.6"),
+    ({"xtc_special_tokens": [-1]}, "xtc_special_tokens must be token ids"),
+    ({"xtc_special_tokens": 1}, "must be a sequence of token ids: got 1"),
     *(({"seed": value}, "seed must be") for value in (-1, 2**64, 1.5, "1")),
     *(
         ({"eos_token_ids": value}, "eos_token_ids must be token ids: got")
