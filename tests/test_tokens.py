@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_gemma_mtp import sampling
 from mlx_gemma_mtp import tokens as tokens_module
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.errors import RequestError
@@ -34,6 +35,14 @@ SAMPLED: dict[str, Any] = {"temp": 2.0, "seed": 3}
 @pytest.fixture(scope="module", autouse=True)
 def _uncompiled():
     with uncompiled():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _every_token_is_a_candidate():
+    """A random pair agrees on 64 of 512 tokens too rarely to test what follows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "MAX_CANDIDATES", VOCAB_SIZE)
         yield
 
 
