@@ -56,7 +56,7 @@ _SOURCE = r"""
     uint offset = row_words[word + 4];
     bool is_block = HAS_BLOCK && mode == BLOCK_MODE;
 
-    // Filters: the mass above a token is that of the lanes before, and of the neighbour.
+    // Filters. The mass above a token is that of the lanes before, and its neighbour's.
     float value0 = values[list + first];
     float value1 = values[list + first + 1];
     int id0 = ids[list + first];
@@ -69,7 +69,7 @@ _SOURCE = r"""
     float above0 = simd_prefix_exclusive_sum(mass0 + mass1);
     float above1 = above0 + mass0;
     float inside = above1 < top_p ? value1 : (above0 < top_p ? value0 : best);
-    float least = simd_min(inside);  // with the token that crosses top_p stay its equals
+    float least = simd_min(inside);  // the token that crosses top_p, and its equals
     float floor_of_row = min_p > 0.0f ? best + log(min_p) : minus_infinity;
     bool keeps0 = value0 > minus_infinity && value0 >= least
         && value0 >= floor_of_row && first < top_k;
