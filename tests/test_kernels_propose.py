@@ -28,6 +28,7 @@ from mlx_gemma_mtp.kernels import common, propose
 from tests.metal.lint import lint
 from tests.metal.run import run_on_cpu, run_schedules
 from tests.metal.text import metal_text
+from tests.metal.tsan import run_under_tsan
 
 PAD_ID = 0x7FFFFFFF
 SCORE_TOLERANCE = 4e-6
@@ -301,3 +302,16 @@ def test_lint(monkeypatch):
     )
     propose.propose(*arrays, **rows, step=1)
     assert findings == [[]]
+
+
+@pytest.mark.tsan
+def test_no_races(monkeypatch):
+    races = []
+
+    def launch(kernel, inputs, **options):
+        races.append(run_under_tsan(kernel, inputs, **options))
+        return run_on_cpu(kernel, inputs, **options)
+
+    monkeypatch.setattr(common, "launch", launch)
+    check(settings_of(6), example_logits(6, 100))
+    assert races == [[]]

@@ -28,6 +28,7 @@ from mlx_gemma_mtp.kernels import common, select
 from tests.metal.lint import lint
 from tests.metal.run import run_on_cpu, run_schedules
 from tests.metal.text import metal_text
+from tests.metal.tsan import run_under_tsan
 
 PAD_ID = 0x7FFFFFFF
 MASS_RTOL = 4e-6
@@ -267,3 +268,18 @@ def test_lint(monkeypatch, dtype, has_ids):
     ids = mx.zeros((1, 9000), dtype=mx.int32) if has_ids else None
     select.most_likely(mx.zeros((1, 9000), dtype=dtype), token_ids=ids)
     assert findings == [[], []]
+
+
+@pytest.mark.tsan
+@pytest.mark.parametrize("has_ids", [False, True])
+def test_no_races(monkeypatch, has_ids):
+    races = []
+
+    def launch(kernel, inputs, **options):
+        races.append(run_under_tsan(kernel, inputs, **options))
+        return run_on_cpu(kernel, inputs, **options)
+
+    monkeypatch.setattr(common, "launch", launch)
+    logits = mx.array(np.round(normal(2, 9000)))
+    select.most_likely(logits, token_ids=distinct_ids(2, 9000) if has_ids else None)
+    assert races == [[], []]

@@ -33,7 +33,7 @@ _PAD_ID = 0x7FFFFFFF  # behind every token
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 _SOURCE = r"""
-  // T: type of the logits. HAS_IDS: ids are given. MERGE: the logits are lists of
+  // HAS_IDS: ids are given. MERGE: the logits are lists of
   // blocks, and numbers has their stats; otherwise numbers[0] is the soft-cap.
   // M: columns. PER_THREAD: columns of a thread.
   const uint THREADS = 256u;
@@ -267,7 +267,7 @@ def _launch(
     return common.launch(
         KERNEL,
         [logits, token_ids, numbers],
-        template=[("T", logits.dtype), *template, ("PER_THREAD", per_thread)],
+        template=[*template, ("PER_THREAD", per_thread)],
         grid=(num_blocks * _THREADS, R, 1),
         threadgroup=(_THREADS, 1, 1),
         output_shapes=[
