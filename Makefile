@@ -1,6 +1,7 @@
 # make              lint and test
 # make demo         the embedded pair writes Python (PROMPT='def area(radius):' for another start)
 # make test         every test but the slow ones; ARGS='-k name' goes to pytest
+# make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make test-tsan    races in Metal kernels, by ThreadSanitizer of g++ (Linux)
 #
 # demo, test and all others set up what they need in .venv, once. For another Python:
@@ -18,7 +19,7 @@ DEV_STAMP := $(VENV)/dev.stamp
 CHECK := build/wheel-check
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-slow test-tsan lint format type bench wheel-check clean
+.PHONY: all install demo test test-slow test-cuda test-tsan lint format type bench wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -35,6 +36,10 @@ test: $(DEV_STAMP)
 
 test-slow: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-cuda: $(DEV_STAMP)
+	@$(PIP) nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m cuda $(ARGS)
 
 test-tsan: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m tsan $(ARGS)

@@ -138,6 +138,25 @@ def accept_one_by_one(draft: Draft, target: Distribution, coins: mx.array) -> Ve
     return _verdict(rows, num_accepted, reach)
 
 
+def expected_lengths(draft: Draft, target: Distribution) -> tuple[mx.array, mx.array]:
+    """How many drafts either rule accepts, on average over all coins.
+
+    Arguments as in ``accept_block``.
+
+    Returns:
+        The mean by block and the mean one by one, each float32 [B].
+    """
+    rows = _Probabilities.of(draft, target)
+    _, chances = _chances(rows)
+    # Length i or more is accepted if any coin from i on is won.
+    lost = 1 - chances
+    is_short = mx.cumprod(lost, axis=1, reverse=True)
+    by_block = (1 - is_short).sum(axis=1)
+    ratio = rows.target_of_drafts / mx.maximum(rows.draft_of_drafts, _TINY)
+    one_by_one = mx.cumprod(mx.minimum(1, ratio), axis=1).sum(axis=1)
+    return by_block, one_by_one
+
+
 @dataclass(frozen=True)
 class _Probabilities:
     """What both rules read.

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from .acceptance import Accepted, Draft, Verdict, accept_equal
+from . import fused
+from .acceptance import Accepted, Draft, Verdict, accept_block, accept_equal
 from .noise import COIN, PROPOSAL, RESIDUAL, Stream, gumbel_noise, uniform_noise
 from .sampling import (
     Distribution,
@@ -37,6 +38,7 @@ def propose(
     offset: mx.array,
     step: int,
     token_ids: mx.array | None,
+    verification: Verification = accept_block,
 ) -> Draft:
     """Choose the draft of one step.
 
@@ -47,12 +49,17 @@ def propose(
         offset: The newest token's position, int32 [B].
         step: Number of the draft step, 1 to K.
         token_ids: The candidates' ids [B, 1, M]; None where M is the vocabulary.
+        verification: The rule of rows that are not decided by equality.
 
     Returns:
         One draft for each row.
     """
     if not rule.is_sampled:
         return Draft(_greedy(logits, token_ids), None)
+    if _is_fused(rule, verification):
+        return fused.propose_one(
+            logits, rows, rule=rule, offset=offset, step=step, token_ids=token_ids
+        )
     positions = offset[:, None] + step
     source = proposal(logits, rows, rule=rule, positions=positions, token_ids=token_ids)
     token = drawn = None
@@ -135,6 +142,8 @@ def _decide(
     verification: Verification,
 ) -> Accepted:
     """Decide every row by the graph's rules."""
+    if _is_fused(rule, verification):
+        return fused.decide_all(draft, logits, rows, rule=rule, offset=offset)
     num_draft_tokens = draft.tokens.shape[1]
     equal = verified = None
     if rule.has_coupled or draft.source is None:
@@ -153,6 +162,11 @@ def _decide(
         mx.where(is_block, verified.num_accepted, equal.num_accepted),
         mx.where(is_block[:, None], verified.next_token, equal.next_token),
     )
+
+
+def _is_fused(rule: SamplingRule, verification: Verification) -> bool:
+    """Whether kernels choose: for drafts and decision alike, or for neither."""
+    return verification is accept_block and fused.serves(rule)
 
 
 def _verify(

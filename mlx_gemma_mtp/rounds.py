@@ -146,9 +146,15 @@ class Rounds:
         self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
     ) -> mx.array:
         """Only the drafts of the round that would follow, int32 [B, K]."""
-        return _draft(
-            self.target, self.drafter, state, settings, num_draft_tokens
-        ).tokens
+        draft = _draft(
+            self.target,
+            self.drafter,
+            self._verification,
+            state,
+            settings,
+            num_draft_tokens,
+        )
+        return draft.tokens
 
     def _round(self, num_draft_tokens: int, rule: SamplingRule) -> Callable[..., Any]:
         """The compiled round for K and a rule; traced again when shapes change.
@@ -237,7 +243,7 @@ def _verify(
     settings = RowSettings(rule, sampling, is_active, first_position)
 
     # 1) draft
-    draft = _draft(target, drafter, state, settings, num_draft_tokens)
+    draft = _draft(target, drafter, verification, state, settings, num_draft_tokens)
 
     # 2) verify: row i judges draft i, row K yields the bonus token
     block = last_token
@@ -304,6 +310,7 @@ def _report(draft_tokens: mx.array, accepted: Accepted) -> mx.array:
 def _draft(
     target: TargetLike,
     drafter: DrafterLike | None,
+    verification: Verification,
     state: RoundState,
     settings: RowSettings,
     num_draft_tokens: int,
@@ -327,6 +334,7 @@ def _draft(
             offset=state.offset,
             step=step,
             token_ids=output.token_ids,
+            verification=verification,
         )
         token, hidden = draft.tokens, output.hidden
         drafts.append(draft)

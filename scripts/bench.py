@@ -10,7 +10,7 @@ that slows down slows all of them. Medians over the repeats and ratios are print
 Acceptance length is tokens per round, 1 + accepted / rounds, for greedy drafts:
 "generating" while the target continues held-out prompts, "random places" for the first
 round at random places of held-out text, where a text that has run into a loop cannot
-flatter the drafter. "rules" compares the two rules of sampled decoding at several
+flatter the drafter. "rules" compares the rules of sampled decoding at several
 temperatures, with Gemma's top-k 64 and top-p 0.95, by first rounds at random places.
 """
 
@@ -24,24 +24,27 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
+from mlx_gemma_mtp.acceptance import Draft, Verdict, accept_block, expected_lengths
 from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.load import embedded_pair_path, load
 from mlx_gemma_mtp.machine import describe_machine
 from mlx_gemma_mtp.pair import Pair, pair_of
+from mlx_gemma_mtp.rounds import Rounds
+from mlx_gemma_mtp.sampling import Distribution
 from mlx_gemma_mtp.stats import RoundStats
 from mlx_gemma_mtp.tokens import draft_block, generate_tokens
 
 HELD_OUT = Path(__file__).parent / "data" / "heldout.jsonl.gz"
 SECTIONS = ("speed", "acceptance", "rules", "context")
 TEMPERATURES = (0.5, 1.0, 1.5)
-RULE_DRAFTS = (1, 2, 4, 8)
+RULE_DRAFTS = (1, 2, 3, 4, 5, 8)
 ROWS = 10  # prompts decoded together where only acceptance counts
 
 
@@ -282,27 +285,85 @@ def rules(
     rng: random.Random,
     args: argparse.Namespace,
 ) -> dict[str, object]:
-    """Acceptance length of sampled rounds, by rule, temperature and K."""
+    """Acceptance length of sampled rounds, by rule, temperature and K.
+
+    Both rules for drafts from a distribution judge the same drafts, and their coins
+    are averaged over, so that a small difference is not lost in chance.
+    """
     places = prompts_of(documents, rng, count=args.places, length=args.prompt_tokens)
     ks = " ".join(f"{f'K = {k}':>7}" for k in RULE_DRAFTS)
     show(f"\n{'acceptance length, first round at random places':48} {ks}")
     figures: dict[str, object] = {}
     for temp in TEMPERATURES:
-        for name, is_coupled in (("coupled", True), ("by block", False)):
-            lengths = [
-                first_rounds(pair, places, k, temp, reproducible=is_coupled)
-                for k in RULE_DRAFTS
-            ]
+        by_block, one_by_one = judged_lengths(pair, places, temp)
+        found = {
+            "coupled": coupled_lengths(pair, places, temp),
+            "one by one": one_by_one,
+            "by block": by_block,
+        }
+        for name, lengths in found.items():
             what = f"temperature {temp}, {name}"
-            show(f"{what:48} " + " ".join(f"{length:7.2f}" for length in lengths))
+            show(f"{what:48} " + " ".join(f"{length:7.3f}" for length in lengths))
             figures[what] = dict(zip(map(str, RULE_DRAFTS), lengths, strict=True))
     return figures
 
 
+def coupled_lengths(pair: Pair, places: list[list[int]], temp: float) -> list[float]:
+    """Tokens per round for each K: a shorter block accepts what a longer one would."""
+    most = max(RULE_DRAFTS)
+    rounds = Rounds(pair.rounds.target, pair.drafter)
+    stats = first_rounds(rounds, places, most, temp, reproducible=True)
+    reached = stats.acceptance_by_position
+    return [1 + sum(reached[:count]) for count in RULE_DRAFTS]
+
+
+def judged_lengths(
+    pair: Pair, places: list[list[int]], temp: float
+) -> tuple[list[float], list[float]]:
+    """Tokens per round for each K, by block and one by one."""
+    seen: list[tuple[Draft, Distribution]] = []
+
+    def remember(draft: Draft, target: Distribution, coins: mx.array) -> Verdict:
+        seen.append((draft, target))
+        return accept_block(draft, target, coins)
+
+    # Not compiled: what is remembered must be arrays, not the places of a trace.
+    rounds = Rounds(
+        pair.rounds.target, pair.drafter, verification=remember, use_compile=False
+    )
+    first_rounds(rounds, places, max(RULE_DRAFTS), temp, reproducible=False)
+    by_block, one_by_one = [], []
+    for count in RULE_DRAFTS:
+        means = [expected_lengths(*shortened(*one, count)) for one in seen]
+        blocks, singles = zip(*means, strict=True)
+        by_block.append(1 + cast(float, mx.concatenate(list(blocks)).mean().item()))
+        one_by_one.append(1 + cast(float, mx.concatenate(list(singles)).mean().item()))
+    return by_block, one_by_one
+
+
+def shortened(
+    draft: Draft, target: Distribution, count: int
+) -> tuple[Draft, Distribution]:
+    """The first K drafts of a block and the K + 1 rows that judge them."""
+    source = draft.source
+    assert source is not None  # both rules have one
+    source = Distribution(source.scores[:, :count], source.token_ids[:, :count], False)
+    rows = slice(count + 1)
+    judge = Distribution(
+        target.scores[:, rows], target.token_ids[:, rows], target.is_whole
+    )
+    return Draft(draft.tokens[:, :count], source), judge
+
+
 def first_rounds(
-    pair: Pair, places: list[list[int]], count: int, temp: float, *, reproducible: bool
-) -> float:
-    """Mean tokens of the first round after each place, sampled."""
+    rounds: Rounds,
+    places: list[list[int]],
+    count: int,
+    temp: float,
+    *,
+    reproducible: bool,
+) -> RoundStats:
+    """Counts of the first round after each place, sampled."""
     total = RoundStats()
     for start in range(0, len(places), ROWS):
         requests = [
@@ -310,11 +371,11 @@ def first_rounds(
             Request(place, 2, SamplingParams(temp, 0.95, 64, 0.0, seed, reproducible))
             for seed, place in enumerate(places[start : start + ROWS], start)
         ]
-        decoder = Decoder(pair.rounds, requests, num_draft_tokens=count)
+        decoder = Decoder(rounds, requests, num_draft_tokens=count)
         for _ in decoder.run():
             pass
         total.merge(decoder.stats)
-    return total.acceptance_length
+    return total
 
 
 # --- context ----------------------------------------------------------------------

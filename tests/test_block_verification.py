@@ -24,6 +24,7 @@ from mlx_gemma_mtp.acceptance import (
     _verdict,
     accept_block,
     accept_one_by_one,
+    expected_lengths,
 )
 from mlx_gemma_mtp.sampling import Distribution
 
@@ -206,6 +207,11 @@ def test_coins_decide_as_the_chances_say(rule):
 def test_never_fewer_than_one_by_one(seed, num_drafts, sharpness, is_near):
     instance = Instance(seed, num_drafts, sharpness, is_near=is_near)
     assert instance.num_accepted() >= instance.num_accepted_one_by_one() - 1e-5
+    # The rule's own means of every draft, weighed by how often it is drawn.
+    means = expected_lengths(instance.draft, instance.target)
+    by_block, one_by_one = (np.array(m) @ instance.draft_chances for m in means)
+    assert by_block == pytest.approx(instance.num_accepted(), abs=1e-4)
+    assert one_by_one == pytest.approx(instance.num_accepted_one_by_one(), abs=1e-4)
 
 
 def test_more_than_one_by_one_on_average():

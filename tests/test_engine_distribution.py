@@ -175,3 +175,25 @@ def test_a_row_is_decided_alone():
     other = SamplingParams(1.0, top_k=3, seed=7, reproducible=False)
     together = text(by_block, coupled, greedy, other)
     assert together == [text(row)[0] for row in (by_block, coupled, greedy, other)]
+
+
+@pytest.mark.parametrize("reproducible", [True, False])
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 4])
+def test_xtc_keeps_its_law_under_drafting(num_draft_tokens, reproducible):
+    """Chi-squared over tokens and pairs of neighbours, false alarm 1e-6 each.
+
+    A position's coin must be the same in every round: block verification looks at
+    later rows before it rejects, and a coin tossed anew would favour some texts.
+    """
+    settings = {"xtc_probability": 0.5, "xtc_threshold": 0.12}
+    rows, _ = draw(num_draft_tokens, reproducible=reproducible, **settings)
+    top = TARGET_PROBS > 0.12
+    struck = np.where(top & (TARGET_PROBS > TARGET_PROBS[top].min()), 0, TARGET_PROBS)
+    probs = 0.5 * TARGET_PROBS + 0.5 * struck / struck.sum()
+    check_chi_squared(np.bincount(np.concatenate(rows), minlength=8), probs)
+    pairs = np.bincount(np.array(rows).reshape(-1, 2) @ [8, 1], minlength=64)
+    both = np.outer(probs, probs).ravel()
+    is_rare = both * pairs.sum() < 20
+    observed = np.append(pairs[~is_rare], pairs[is_rare].sum())
+    expected = np.append(both[~is_rare], both[is_rare].sum())
+    check_chi_squared(observed[expected > 0], expected[expected > 0])

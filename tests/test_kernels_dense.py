@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -46,7 +47,8 @@ SUM = 2e-5  # of a sum, relative
 MAX_CLOSE = 0.05  # share of the cases that are too close
 
 PAD_ID = 0x7FFFFFFF
-NONE, TOP_P, MIN_P = {}, {"top_p": 0.9}, {"min_p": 0.05}
+NONE: dict[str, Any] = {}
+TOP_P, MIN_P = {"top_p": 0.9}, {"min_p": 0.05}
 BOTH = {"top_p": 0.8, "min_p": 0.02}
 FILTERS = {"none": NONE, "top_p": TOP_P, "min_p": MIN_P, "both": BOTH}
 
@@ -173,12 +175,12 @@ def packed(params, offset):
         mode = mode if p.temp > 0 else common.GREEDY
         seed = int(p.seed or 0)
         words.append([seed & 0xFFFFFFFF, seed >> 32, mode, 0])
-    words = np.array(words, np.uint32)
+    settings = np.array(words, np.uint32)
     tail = np.zeros((len(params), 4), np.uint32)
     tail[:, 0] = offset
     return {
         "row_floats": mx.array(rows),
-        "row_words": mx.array(np.concatenate([words, tail], axis=1)),
+        "row_words": mx.array(np.concatenate([settings, tail], axis=1)),
     }
 
 
@@ -190,7 +192,7 @@ def flags_of(params):
     }
 
 
-ALL = {"has_top_p": True, "has_min_p": True, "has_coupled": True}
+ALL: dict[str, Any] = {"has_top_p": True, "has_min_p": True, "has_coupled": True}
 
 
 class Close:
@@ -327,6 +329,14 @@ def test_equals_of_the_token_that_crosses_stay():
     np.testing.assert_allclose(np.array(stats)[0, :, 2], [3, 40, 2, 1], rtol=1e-6)
 
 
+def test_a_mass_of_exactly_top_p_is_enough():
+    x = np.full((1, 1, 8), -np.inf, np.float32)
+    x[..., :3] = 0.0, -np.log(2.0), -np.log(2.0)
+    params = [SamplingParams(temp=1.0, top_p=0.5, seed=1)]
+    stats, _ = threshold(mx.array(x), **packed(params, [0]), **ALL)
+    assert np.array(stats).tolist() == [[[0.0, 0.0, 1.0, 2.0]]]
+
+
 @pytest.mark.parametrize("top_p", [1e-6, 0.999, 0.99999])
 def test_extreme_top_p(top_p):
     logits = random_logits(np.random.default_rng(4), (1, 1, 999), mx.float32, spread=9)
@@ -368,7 +378,7 @@ class Block:
     """A round to decide: logits, drafts, and what they were drawn from."""
 
     logits: mx.array
-    params: list
+    params: list[SamplingParams]
     offset: np.ndarray
     draft: Draft
     scores: mx.array
@@ -465,13 +475,13 @@ def exact_token(block, b, rows, q_rows, n, reach):
     if weights.sum() < 100 * WEIGHT:
         return None, True
     offset = mx.array(block.offset[b : b + 1])
-    noise = gumbel_noise(
+    numbers = gumbel_noise(
         sampling_rows(block.params)["seed"][b : b + 1],
         offset[:, None],
         mx.arange(V)[None, None],
         Stream(RESIDUAL, offset),
     )
-    noise = np.array(noise[0, 0], np.float64)
+    noise = np.array(numbers[0, 0], np.float64)
     # What rounding does to a weight, and to its logarithm.
     error = WEIGHT * np.maximum(reach * probs, owed)
     with np.errstate(divide="ignore"):
@@ -695,10 +705,10 @@ def test_where_no_difference_is_left_the_target_decides():
 
 
 def test_tokens_whose_low_bits_are_a_candidate_s():
-    V, like = 70000, [5, 5 + 32768, 5 + 65536]
+    V, like = 90000, [20005, 20005 + 32768, 20005 + 65536]
     row = np.full(V, -np.inf)
     row[like] = 0
-    block, stats, _ = small_block([row] * 2, [5], [{5: 0.0}])
+    block, stats, _ = small_block([row] * 2, [like[0]], [{like[0]: 0.0}])
     seen = set()
     for offset in range(6):
         block.offset = np.array([offset])

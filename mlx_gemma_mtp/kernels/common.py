@@ -28,6 +28,9 @@ GREEDY, COUPLED, BLOCK = 0, 1, 2  # modes of a row
 
 # Metal's words in CUDA. A warp is a simdgroup. Every warp function needs all lanes.
 _CUDA = r"""
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7F800000)
+#endif
 typedef unsigned int uint;
 #define threadgroup __shared__
 #define device
@@ -219,7 +222,9 @@ def launch(
 @cache
 def _built(kernel: Kernel, where: str) -> Callable[..., Any]:
     """MLX's object of a kernel; each text is compiled once by MLX."""
-    build = mx.fast.cuda_kernel if where == "cuda" else mx.fast.metal_kernel
+    build: Callable[..., Any] = (
+        mx.fast.cuda_kernel if where == "cuda" else mx.fast.metal_kernel
+    )
     return build(
         name=f"mtp_{kernel.name}",
         input_names=list(kernel.input_names),

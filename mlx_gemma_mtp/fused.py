@@ -1,0 +1,148 @@
+"""The choices of a round by kernels: what ``decision`` does, in a few launches.
+
+A decision takes three: with top-k, the row's best tokens in two steps and the rule over
+those lists; without, the threshold of every row, the rule, and the draw over the one
+row that needs it. A draft step takes two or three. Nothing is read by the host, and
+the results are those of the plain operations, up to the last bits of floats.
+
+This file knows the rows' settings and the kernels' arguments, and nothing of models.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .acceptance import Accepted, Draft, accept_equal
+from .kernels import common, decide, judge, propose, resample, select, threshold
+from .sampling import Distribution, SamplingRule
+
+
+def serves(rule: SamplingRule) -> bool:
+    """Whether the kernels run here and serve the rows.
+
+    They do not for top-k above 64, for a batch where only some rows have a top-k, and
+    for XTC; greedy rows alone need no more than an argmax.
+    """
+    if common.backend() == "ops" or not rule.is_sampled or rule.has_xtc:
+        return False
+    return rule.max_top_k <= common.LIST
+
+
+def propose_one(
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    *,
+    rule: SamplingRule,
+    offset: mx.array,
+    step: int,
+    token_ids: mx.array | None,
+) -> Draft:
+    """Choose the draft of one step; arguments and result as of ``decision.propose``."""
+    floats, words = _row_numbers(rows, offset)
+    listed = None if token_ids is None else token_ids[:, 0]
+    values, ids, stats = select.most_likely(logits[:, 0], token_ids=listed)
+    tokens, scores = propose.propose(
+        values, ids, stats, row_floats=floats, row_words=words, step=step
+    )
+    if not rule.has_block:
+        return Draft(tokens, None)
+    return Draft(tokens, Distribution(scores, ids[:, None], is_whole=False))
+
+
+def decide_all(
+    draft: Draft,
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    *,
+    rule: SamplingRule,
+    offset: mx.array,
+) -> Accepted:
+    """Decide every row; arguments and result as of ``decision.decide``."""
+    numbers = _row_numbers(rows, offset)
+    if rule.max_top_k:
+        return _by_list(draft, logits, numbers)
+    return _by_threshold(draft, logits, numbers, rule)
+
+
+def _by_list(
+    draft: Draft, logits: mx.array, numbers: tuple[mx.array, mx.array]
+) -> Accepted:
+    """Decide rows whose top-k leaves a short list."""
+    num_rows, num_tokens, vocab_size = logits.shape
+    values, ids, stats = select.most_likely(logits.reshape(-1, vocab_size))
+    source = draft.source
+    report = decide.decide(
+        values.reshape(num_rows, num_tokens, -1),
+        ids.reshape(num_rows, num_tokens, -1),
+        stats.reshape(num_rows, num_tokens, -1),
+        draft.tokens,
+        None if source is None else source.scores,
+        None if source is None else source.token_ids,
+        row_floats=numbers[0],
+        row_words=numbers[1],
+    )
+    return _accepted(report)
+
+
+def _by_threshold(
+    draft: Draft,
+    logits: mx.array,
+    numbers: tuple[mx.array, mx.array],
+    rule: SamplingRule,
+) -> Accepted:
+    """Decide rows that may draw any token."""
+    floats, words = numbers
+    source = draft.source
+    stats, tokens = threshold.threshold(
+        logits,
+        row_floats=floats,
+        row_words=words,
+        has_top_p=rule.has_top_p,
+        has_min_p=rule.has_min_p,
+        has_coupled=rule.has_coupled or source is None,
+    )
+    if source is None:
+        return accept_equal(draft.tokens, tokens)
+    report, reach = judge.judge(
+        logits,
+        stats,
+        tokens,
+        draft.tokens,
+        source.scores,
+        source.token_ids,
+        row_floats=floats,
+        row_words=words,
+    )
+    report = resample.resample(
+        report,
+        reach,
+        logits,
+        stats,
+        source.scores,
+        source.token_ids,
+        row_floats=floats,
+        row_words=words,
+    )
+    return _accepted(report)
+
+
+def _accepted(report: mx.array) -> Accepted:
+    """What a report says; all behind the accepted drafts is the round's last token."""
+    return Accepted(report[:, 0], report[:, -1:])
+
+
+def _row_numbers(
+    rows: dict[str, mx.array], offset: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The rows' settings as the kernels take them, float32 and uint32 [B, 8]."""
+    num_rows = offset.shape[0]
+    temp = rows["temp"][:, 0]
+    columns = [temp, rows["top_p"][:, 0], rows["min_p"][:, 0]]
+    room = mx.zeros((num_rows, common.ROW_FLOATS - len(columns)))
+    floats = mx.concatenate([*columns, room], axis=1)
+    sampled = mx.where(rows["is_block"][:, None], common.BLOCK, common.COUPLED)
+    mode = mx.where(temp > 0, sampled, common.GREEDY)
+    whole = [rows["seed"], mode, rows["top_k"][:, 0], offset[:, None]]
+    words = [column.astype(mx.uint32) for column in whole]
+    room = mx.zeros((num_rows, common.ROW_WORDS - 5), dtype=mx.uint32)
+    return floats, mx.concatenate([*words, room], axis=1)
