@@ -327,6 +327,14 @@ def test_equals_of_the_token_that_crosses_stay():
     np.testing.assert_allclose(np.array(stats)[0, :, 2], [3, 40, 2, 1], rtol=1e-6)
 
 
+def test_a_mass_of_exactly_top_p_is_enough():
+    x = np.full((1, 1, 8), -np.inf, np.float32)
+    x[..., :3] = 0.0, -np.log(2.0), -np.log(2.0)
+    params = [SamplingParams(temp=1.0, top_p=0.5, seed=1)]
+    stats, _ = threshold(mx.array(x), **packed(params, [0]), **ALL)
+    assert np.array(stats).tolist() == [[[0.0, 0.0, 1.0, 2.0]]]
+
+
 @pytest.mark.parametrize("top_p", [1e-6, 0.999, 0.99999])
 def test_extreme_top_p(top_p):
     logits = random_logits(np.random.default_rng(4), (1, 1, 999), mx.float32, spread=9)
@@ -695,10 +703,10 @@ def test_where_no_difference_is_left_the_target_decides():
 
 
 def test_tokens_whose_low_bits_are_a_candidate_s():
-    V, like = 70000, [5, 5 + 32768, 5 + 65536]
+    V, like = 90000, [20005, 20005 + 32768, 20005 + 65536]
     row = np.full(V, -np.inf)
     row[like] = 0
-    block, stats, _ = small_block([row] * 2, [5], [{5: 0.0}])
+    block, stats, _ = small_block([row] * 2, [like[0]], [{like[0]: 0.0}])
     seen = set()
     for offset in range(6):
         block.offset = np.array([offset])
