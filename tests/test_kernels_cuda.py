@@ -52,6 +52,12 @@ def cuda_text(kernel, inputs, template, output_dtypes):
         f"{TYPES[dtype]}* {name}"
         for name, dtype in zip(kernel.output_names, output_dtypes, strict=True)
     ]
+    # MLX passes shapes by value; what counts here is that they can be indexed.
+    parameters += [
+        f"const int* {name}_shape"
+        for name in kernel.input_names
+        if f"{name}_shape" in kernel.source
+    ]
     names = []
     for name, value in template:
         if isinstance(value, bool):

@@ -5,7 +5,8 @@ body also builds there. The rules that keep it so, and that keep Metal's compile
 all versions content:
 
 - ASCII only, float arithmetic only, values converted to float where they are loaded;
-- ``threadgroup`` arrays are declared in the body, and helpers take values, no pointers;
+- ``threadgroup`` arrays are declared in the body, helpers take values, no pointers, and
+  nothing says ``device``;
 - every input has at least eight elements (Metal passes fewer in another address space);
 - a threadgroup is one-dimensional and whole simdgroups.
 
@@ -26,14 +27,14 @@ ROW_FLOATS = 8  # temp, top_p, min_p, and room
 ROW_WORDS = 8  # seed (low, high), mode, top_k, offset, and room
 GREEDY, COUPLED, BLOCK = 0, 1, 2  # modes of a row
 
-# Metal's words in CUDA. A warp is a simdgroup. Every warp function needs all lanes.
+# Metal's words in CUDA, all but "device", which __device__ itself is made of. A warp is
+# a simdgroup. Every warp function needs all lanes.
 _CUDA = r"""
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7F800000)
 #endif
 typedef unsigned int uint;
 #define threadgroup __shared__
-#define device
 #define thread_index_in_threadgroup (threadIdx.x)
 #define thread_index_in_simdgroup (threadIdx.x & 31u)
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
