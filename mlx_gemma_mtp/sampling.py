@@ -23,6 +23,7 @@ from .noise import XTC, Stream, gumbel_noise, uniform_noise
 
 MAX_CANDIDATES = 64  # of a proposal
 _MAX_LIST = 1024  # candidates that tokens are looked up in one by one
+_MIN_TEMP = 2.0**-126  # the smallest normal float32
 _NO_TOP_K = 2**31 - 1  # a number that no vocabulary reaches
 _NO_TOP_P = 2.0  # a mass that no row reaches
 
@@ -127,7 +128,11 @@ def sampling_rows(
         for p in params
     ]
     return {
-        "temp": column([float(p.temp) for p in params], mx.float32),
+        "temp": column(
+            # What float32 would round to 0 is not greedy, see SamplingParams.
+            [max(float(p.temp), _MIN_TEMP) if p.temp > 0 else 0.0 for p in params],
+            mx.float32,
+        ),
         "top_p": column(
             [float(p.top_p) if 0 < p.top_p < 1 else _NO_TOP_P for p in params],
             mx.float32,

@@ -197,3 +197,12 @@ def test_xtc_keeps_its_law_under_drafting(num_draft_tokens, reproducible):
     observed = np.append(pairs[~is_rare], pairs[is_rare].sum())
     expected = np.append(both[~is_rare], both[is_rare].sum())
     check_chi_squared(observed[expected > 0], expected[expected > 0])
+
+
+@pytest.mark.parametrize("temp", [1e-300, 1e-46, 1e-40, 1e-3])
+def test_a_tiny_temperature_is_as_good_as_greedy(temp):
+    """Also where float32 has no such number, and drafts are judged by block."""
+    rounds = Rounds(FixedTarget(), FixedDrafter())
+    request = Request([3], 50, SamplingParams(temp, seed=1, reproducible=False))
+    decoder = Decoder(rounds, [request], num_draft_tokens=3)
+    assert {t for found in decoder.run() for t in found[0].tokens} == {0}
