@@ -23,7 +23,7 @@ from .noise import XTC, Stream, gumbel_noise, uniform_noise
 
 MAX_CANDIDATES = 64  # of a proposal
 _MAX_LIST = 1024  # candidates that tokens are looked up in one by one
-_MIN_TEMP = 2.0**-126  # the smallest normal float32
+_SMALLEST = 2.0**-126  # the smallest normal float32
 _NO_TOP_K = 2**31 - 1  # a number that no vocabulary reaches
 _NO_TOP_P = 2.0  # a mass that no row reaches
 
@@ -34,8 +34,8 @@ class SamplingRule:
 
     Attributes:
         is_sampled: False when every row is greedy.
-        max_top_k: The largest top-k of the rows; 0 when no row has one, _NO_TOP_K
-            when only some have.
+        max_top_k: No less than the largest top-k of the rows; 0 when no row has one,
+            _NO_TOP_K when only some have.
         has_top_p: Whether some row filters by top-p.
         has_min_p: Whether some row filters by min-p.
         has_xtc: Whether some row excludes top choices.
@@ -87,7 +87,7 @@ def sampling_rule(
     return SamplingRule(
         is_sampled=bool(sampled),
         max_top_k=(
-            max(int(p.top_k) or _NO_TOP_K for p in sampled)
+            max(_rounded_up(int(p.top_k)) for p in sampled)
             if any(p.top_k for p in sampled)
             else 0
         ),
@@ -100,6 +100,13 @@ def sampling_rule(
         has_graph=not is_host or not all(is_host),
         num_logprobs=num_logprobs,
     )
+
+
+def _rounded_up(top_k: int) -> int:
+    """A list that is long enough; few lengths, so that few rounds are traced."""
+    if not top_k:
+        return _NO_TOP_K
+    return min(max(MAX_CANDIDATES, 1 << (top_k - 1).bit_length()), _NO_TOP_K)
 
 
 def sampling_rows(
@@ -130,11 +137,14 @@ def sampling_rows(
     return {
         "temp": column(
             # What float32 would round to 0 is not greedy, see SamplingParams.
-            [max(float(p.temp), _MIN_TEMP) if p.temp > 0 else 0.0 for p in params],
+            [max(float(p.temp), _SMALLEST) if p.temp > 0 else 0.0 for p in params],
             mx.float32,
         ),
         "top_p": column(
-            [float(p.top_p) if 0 < p.top_p < 1 else _NO_TOP_P for p in params],
+            [
+                max(float(p.top_p), _SMALLEST) if 0 < p.top_p < 1 else _NO_TOP_P
+                for p in params
+            ],
             mx.float32,
         ),
         "min_p": column([float(p.min_p) for p in params], mx.float32),

@@ -19,14 +19,14 @@ class StopStrings:
     """Cuts a stream of text before the first stop string.
 
     Args:
-        stops: The string to stop at, or several, none of them empty.
+        stops: The string to stop at, or several, none of them empty; None for none.
 
     Raises:
         RequestError: A stop string is empty, or no string.
     """
 
-    def __init__(self, stops: str | Sequence[str] = ()) -> None:
-        self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
+    def __init__(self, stops: str | Sequence[str] | None = ()) -> None:
+        self._stops = (stops,) if isinstance(stops, str) else tuple(stops or ())
         for stop in self._stops:
             if not isinstance(stop, str) or not stop:
                 raise RequestError(

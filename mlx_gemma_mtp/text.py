@@ -108,7 +108,7 @@ def stream_generate(
     logits_processors: Sequence[LogitsProcessor] | None = None,
     sampler: Sampler | None = None,
     num_logprobs: int | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text from a prompt, a token at a time.

@@ -262,6 +262,21 @@ def test_successive_draws_are_independent():
     assert ((counts - expected) ** 2 / expected).sum() < chi_squared_bound(15, 1e-6)
 
 
+@pytest.mark.parametrize("reproducible", [True, False])
+@pytest.mark.parametrize("vocab_size", [64, 5000])
+def test_a_tiny_top_p_keeps_the_best(vocab_size, reproducible):
+    """Also where float32 has no such number; the vocabulary may be too long to list."""
+    logits = np.random.default_rng(2).normal(size=(1, 2, vocab_size))
+    params = SamplingParams(1.0, 1e-50, seed=1, reproducible=reproducible)
+    chosen = choose(logits.astype(np.float32), [params])
+    assert chosen.tolist() == logits.argmax(axis=-1).tolist()
+
+
+def test_few_rounds_are_traced_for_many_settings():
+    rules = {sampling_rule([SamplingParams(1.0, top_k=k)]) for k in range(1, 513)}
+    assert len(rules) == 4
+
+
 def test_greedy_takes_the_first_of_equals():
     assert choose([[[0.0, 2.0, 2.0, 1.0]]], [SamplingParams()]).tolist() == [[1]]
 
@@ -297,13 +312,14 @@ def test_a_draw_depends_on_ids_not_on_their_order():
 def test_a_proposal_is_a_short_list(filters):
     logits = np.random.default_rng(3).normal(size=(1, 20, 300)).astype(np.float32) * 3
     source, drafts = propose(logits, [SamplingParams(1.0, seed=4, **filters)])
-    assert source.token_ids.shape[-1] == min(filters.get("top_k", 64), 64)
+    assert source.token_ids.shape[-1] == 64
     best = np.argsort(-logits, axis=-1, kind="stable")
     ids = np.array(source.token_ids)
     assert (ids == best[..., : ids.shape[-1]]).all()
     probs = np.array(source.probs)
     np.testing.assert_allclose(probs.sum(axis=-1), 1, rtol=1e-6)
     kept = probs > 0
+    assert (kept.sum(axis=-1) <= filters.get("top_k", 64)).all()
     if "top_p" in filters:
         assert (kept.sum(axis=-1) < 64).any()
     where = ids == np.array(drafts)[..., None]

@@ -110,3 +110,9 @@ def test_what_was_held_is_given_back_once():
 def test_a_stop_string_has_characters(stops):
     with pytest.raises(RequestError, match="at least one character: got"):
         StopStrings(stops)
+
+
+def test_none_is_no_stop_string():
+    stops = StopStrings(None)
+    assert stops.add("text") == "text"
+    assert not stops.is_stopped
