@@ -585,8 +585,13 @@ def _check_count(name: str, value: Any, constraint: str, limit: int) -> None:
         raise RequestError(_out_of_range(name, constraint, value))
 
 
+def plain(value: Any) -> Any:
+    """The value itself; arrays, also those of one number, as Python's own objects."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _token_ids(name: str, values: Any) -> tuple[int, ...]:
-    values = values.tolist() if hasattr(values, "tolist") else values  # arrays
+    values = plain(values)
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise RequestError(_out_of_range(name, "a sequence of token ids", values))
     tokens = tuple(values)

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from .acceptance import Accepted
 from .cache import MAX_DRAFT_TOKENS, grow, insert_row, next_capacity
-from .logprobs import TokenLogprobs, log_probabilities
+from .logprobs import TokenLogprobs, log_probabilities, reported_logprobs
 from .rounds import Rounds
 from .row import Request, Row
 from .sampling import choose_tokens
@@ -153,10 +153,7 @@ class Decoder:
                 rule=rule,
                 positions=offset[:, None],
             )
-        logprobs = None
-        if rule.num_logprobs is not None and rule.has_graph:
-            count = rule.num_logprobs
-            logprobs = log_probabilities(all_logits, tokens, num_logprobs=count)
+        logprobs = reported_logprobs(rule, all_logits, tokens)
         # A prefill's report has the form of a round without drafts.
         report = mx.concatenate([mx.zeros_like(tokens), tokens], axis=1)
         outcomes = self._outcomes(Report(report, all_logits, logprobs))

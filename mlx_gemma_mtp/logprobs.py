@@ -14,7 +14,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from .sampling import MAX_CANDIDATES, most_likely
+from .sampling import MAX_CANDIDATES, SamplingRule, most_likely
 
 MAX_LOGPROBS = MAX_CANDIDATES  # most tokens listed beside the chosen one
 
@@ -92,3 +92,18 @@ def log_probabilities(
     best = most_likely(logits, count)
     values = mx.concatenate([own, best.logits], axis=-1) - best.log_mass
     return Logprobs(values, best.token_ids)
+
+
+def reported_logprobs(
+    rule: SamplingRule, logits: mx.array, tokens: mx.array
+) -> Logprobs | None:
+    """What a report says of a block; None where no row of the graph's asks.
+
+    Args:
+        rule: The rows' rule.
+        logits: What the tokens were chosen from, [B, L, V].
+        tokens: The tokens, [B, L].
+    """
+    if rule.num_logprobs is None or not rule.has_graph:
+        return None
+    return log_probabilities(logits, tokens, num_logprobs=rule.num_logprobs)

@@ -22,7 +22,7 @@ from .acceptance import Accepted, Draft, accept_block
 from .cache import SlabLayout, draft_masks
 from .decision import Verification, decide, joined, propose
 from .drafter import DraftOutput, SharedKV
-from .logprobs import log_probabilities
+from .logprobs import reported_logprobs
 from .sampling import SamplingRule
 from .state import Report, RoundState, RowSettings, Verified
 from .target import Prefilled, TargetOutput
@@ -123,7 +123,7 @@ class Rounds:
         """
         assert settings.rule.has_host
         function = self._round(num_draft_tokens, settings.rule)
-        slabs, hidden, _, report = function(*_arrays(state, settings))
+        slabs, hidden, report = function(*_arrays(state, settings))
         verified = Verified(slabs, hidden, before=replace(state, slabs=[]))
         return verified, Report.of_arrays(report)
 
@@ -164,7 +164,7 @@ class Rounds:
         key = (num_draft_tokens, rule)
         if key not in self._compiled:
             function = partial(
-                _verify if rule.has_host else _round,
+                _round,
                 self.target,
                 self.drafter,
                 self._verification,
@@ -190,72 +190,44 @@ def _arrays(state: RoundState, settings: RowSettings) -> tuple[Any, ...]:
     )
 
 
+def _of_arrays(rule: SamplingRule, *arrays: Any) -> tuple[RoundState, RowSettings]:
+    """What ``_arrays`` took apart."""
+    return RoundState(*arrays[:4]), RowSettings(rule, *arrays[4:])
+
+
 def _round(
     target: TargetLike,
     drafter: DrafterLike | None,
     verification: Verification,
     rule: SamplingRule,
     num_draft_tokens: int,
-    slabs: list[mx.array],
-    last_token: mx.array,
-    hidden: mx.array,
-    offset: mx.array,
-    sampling: dict[str, mx.array],
-    is_active: mx.array,
-    first_position: mx.array,
+    *arrays: Any,
 ) -> tuple[Any, ...]:
-    """One round on plain arrays, as ``mx.compile`` takes and gives them."""
-    written, hidden_rows, (num_accepted, next_token), report = _verify(
-        target,
-        drafter,
-        verification,
-        rule,
-        num_draft_tokens,
-        slabs,
-        last_token,
-        hidden,
-        offset,
-        sampling,
-        is_active,
-        first_position,
-    )
-    before = RoundState([], last_token, hidden, offset)
-    accepted = Accepted(num_accepted, next_token)
-    return written, _commit(before, hidden_rows, accepted, is_active), report
+    """One round on plain arrays, as ``mx.compile`` takes and gives them.
 
-
-def _verify(
-    target: TargetLike,
-    drafter: DrafterLike | None,
-    verification: Verification,
-    rule: SamplingRule,
-    num_draft_tokens: int,
-    slabs: list[mx.array],
-    last_token: mx.array,
-    hidden: mx.array,
-    offset: mx.array,
-    sampling: dict[str, mx.array],
-    is_active: mx.array,
-    first_position: mx.array,
-) -> tuple[Any, ...]:
-    """A round up to its commit, on plain arrays."""
-    state = RoundState(slabs, last_token, hidden, offset)
-    settings = RowSettings(rule, sampling, is_active, first_position)
+    Returns:
+        The written slabs, what was committed, the report's arrays; where the host has
+        rows to decide, the block's hidden states in place of what was committed.
+    """
+    state, settings = _of_arrays(rule, *arrays)
+    offset = state.offset
 
     # 1) draft
     draft = _draft(target, drafter, verification, state, settings, num_draft_tokens)
 
     # 2) verify: row i judges draft i, row K yields the bonus token
-    block = last_token
+    block = state.last_token
     if num_draft_tokens:
-        block = mx.concatenate([last_token, draft.tokens], axis=1)  # [B, K + 1]
-    output = target.verify(block, slabs, offset=offset, first_position=first_position)
+        block = mx.concatenate([block, draft.tokens], axis=1)  # [B, K + 1]
+    output = target.verify(
+        block, state.slabs, offset=offset, first_position=settings.first_position
+    )
 
     # 3) accept
     accepted = decide(
         draft,
         output.logits,
-        sampling,
+        settings.sampling,
         rule=rule,
         offset=offset,
         verification=verification,
@@ -263,16 +235,15 @@ def _verify(
 
     tokens = _report(draft.tokens, accepted)
     report = [tokens, output.logits]
-    if rule.num_logprobs is not None and rule.has_graph:
-        count = rule.num_logprobs
-        logprobs = log_probabilities(output.logits, tokens[:, 1:], num_logprobs=count)
+    logprobs = reported_logprobs(rule, output.logits, tokens[:, 1:])
+    if logprobs is not None:
         report += logprobs.arrays
-    return (
-        output.slabs,
-        output.hidden,
-        [accepted.num_accepted, accepted.next_token],
-        report,
-    )
+    if rule.has_host:
+        return output.slabs, output.hidden, report
+
+    # 4) commit
+    committed = _commit(state, output.hidden, accepted, settings.is_active)
+    return output.slabs, committed, report
 
 
 def _commit(
@@ -285,7 +256,6 @@ def _commit(
 
     Everything past the new offset is as if it were never written.
     """
-    # 4) commit
     new_hidden = mx.take_along_axis(
         hidden_rows, accepted.num_accepted[:, None, None], axis=1
     )

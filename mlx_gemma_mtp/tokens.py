@@ -15,7 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from .cache import MAX_DRAFT_TOKENS, insert_row, next_capacity
-from .config import SamplingParams
+from .config import SamplingParams, plain
 from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder
 from .errors import RequestError
 from .logprobs import MAX_LOGPROBS
@@ -100,7 +100,7 @@ def generate_tokens(
         prefill_step_size=prefill_step_size,
     )
     entries = _listed(prompt_tokens)
-    is_batch = bool(entries) and isinstance(_plain(entries[0]), Iterable)
+    is_batch = bool(entries) and isinstance(plain(entries[0]), Iterable)
     prompts: list[Any] = entries if is_batch else [entries]
     sampling = SamplingParams(
         temp,
@@ -312,7 +312,7 @@ def check_prompt(pair: Pair, prompt: Sequence[int] | mx.array) -> list[int]:
     Raises:
         RequestError: The prompt is empty or holds an id that the target does not know.
     """
-    tokens = [_plain(token) for token in _listed(prompt)]
+    tokens = [plain(token) for token in _listed(prompt)]
     if not tokens:
         raise RequestError(
             "prompt must hold at least one token: got none. Give some text, or a "
@@ -349,14 +349,9 @@ def check_num_draft_tokens(pair: Pair, num_draft_tokens: int | None) -> int:
     return num_draft_tokens
 
 
-def _plain(value: Any) -> Any:
-    """The value itself; arrays, also those of one number, as Python's own objects."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def _listed(prompt: Any) -> list[Any]:
     """The entries of a prompt, or of a batch of them."""
-    prompt = _plain(prompt)
+    prompt = plain(prompt)
     if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Iterable):
         raise RequestError(
             f"a prompt must be a sequence of token ids: got {prompt!r}. Encode text "
@@ -366,7 +361,7 @@ def _listed(prompt: Any) -> list[Any]:
 
 
 def _eos_set(eos_token_ids: Iterable[int]) -> frozenset[int]:
-    ids = _plain(eos_token_ids)
+    ids = plain(eos_token_ids)
     ids = list(ids) if isinstance(ids, Iterable) else [None]
     if not all(_is_whole(token) for token in ids):
         raise RequestError(

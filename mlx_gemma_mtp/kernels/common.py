@@ -7,7 +7,7 @@ all versions content:
 - ASCII only, float arithmetic only, values converted to float where they are loaded;
 - ``threadgroup`` arrays are declared in the body, helpers take values, no pointers, and
   nothing says ``device``;
-- every input has at least eight elements (Metal passes fewer in another address space);
+- every input has at least ``MIN_ELEMENTS`` elements;
 - a threadgroup is one-dimensional and whole simdgroups.
 
 This file knows nothing of what the kernels compute.
@@ -22,6 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 
+MIN_ELEMENTS = 8  # of an input; Metal passes fewer in another address space
 LIST = 64  # tokens of a row that a decision looks at
 ROW_FLOATS = 8  # temp, top_p, min_p, and room
 ROW_WORDS = 8  # seed (low, high), mode, top_k, offset, and room
@@ -118,7 +119,11 @@ HELPER float uniform_of(uint bits) {
   return (float(bits >> 9) + 0.5f) * 1.1920928955078125e-07f;
 }
 
-HELPER float gumbel_of(uint bits) {
+// The noise of one token; four neighbouring ids share a block, a word each.
+HELPER float gumbel_of(Words words, uint id) {
+  uint word = id & 3u;
+  uint bits = word < 2u ? (word == 0u ? words.a : words.b)
+                        : (word == 2u ? words.c : words.d);
   return -log(-log(uniform_of(bits)));
 }
 
@@ -126,14 +131,9 @@ HELPER float uniform_at(uint position, uint stream, uint offset, uint k0, uint k
   return uniform_of(philox(0u, position, stream, offset, k0, k1).a);
 }
 
-// The noise of one token; four neighbouring ids share a block, a word each.
 HELPER float gumbel_at(
     uint id, uint position, uint stream, uint offset, uint k0, uint k1) {
-  Words words = philox(id >> 2, position, stream, offset, k0, k1);
-  uint word = id & 3u;
-  uint bits = word < 2u ? (word == 0u ? words.a : words.b)
-                        : (word == 2u ? words.c : words.d);
-  return gumbel_of(bits);
+  return gumbel_of(philox(id >> 2, position, stream, offset, k0, k1), id);
 }
 
 // Whole numbers that sort like floats, smallest first.
@@ -149,6 +149,17 @@ HELPER float value_of(uint order) {
 HELPER float capped(float value, float cap) {
   return cap > 0.0f ? cap * tanh(value / cap) : value;
 }
+
+// The fold of all threads' values, for threadgroups of 32 simdgroups. The body names
+// its lane and simdgroup, and gives 32 cells of threadgroup memory.
+#define REDUCE(result, fold, cells, value)   \
+  {                                          \
+    auto folded = fold(value);               \
+    if (lane == 0u) cells[simdgroup] = folded; \
+    BARRIER();                               \
+    result = fold(cells[lane]);              \
+    BARRIER();                               \
+  }
 """
 
 
@@ -174,6 +185,12 @@ class Kernel:
     def cuda_header(self) -> str:
         """What stands before the body on CUDA."""
         return _CUDA + _SHARED
+
+
+def padded(array: mx.array) -> mx.array:
+    """An array without its shape, zeros behind it where it is too small an input."""
+    flat = array.reshape(-1) if array.size else mx.zeros((1,), dtype=array.dtype)
+    return mx.pad(flat, (0, max(0, MIN_ELEMENTS - flat.size)))
 
 
 def backend() -> str:

@@ -25,7 +25,6 @@ from . import common
 from .common import BLOCK, GREEDY, LIST, ROW_FLOATS, ROW_WORDS, Kernel
 
 MAX_DRAFT_TOKENS = 8
-_MIN_ELEMENTS = 8  # of an input, see common.py
 
 _SOURCE = r"""
     constexpr uint NUM_PROPOSED = HAS_BLOCK ? K * LIST : 1;
@@ -260,7 +259,7 @@ def decide(
     if K > MAX_DRAFT_TOKENS:
         raise ValueError(f"K must be at most {MAX_DRAFT_TOKENS}: got {K}")
     has_block = K > 0 and draft_scores is not None and draft_ids is not None
-    nothing = mx.zeros((_MIN_ELEMENTS,))
+    nothing = mx.zeros((common.MIN_ELEMENTS,))
     if not has_block or draft_scores is None or draft_ids is None:
         draft_scores, draft_ids = nothing, nothing.astype(mx.int32)
     (report,) = common.launch(
@@ -268,13 +267,13 @@ def decide(
         [
             values,
             ids,
-            _padded(stats),
-            _padded(draft_tokens),
+            common.padded(stats),
+            common.padded(draft_tokens),
             draft_scores,
             draft_ids,
             row_floats,
             row_words,
-            nothing if coins is None else _padded(coins),
+            nothing if coins is None else common.padded(coins),
         ],
         template=[
             ("K", K),
@@ -292,9 +291,3 @@ def decide(
         output_dtypes=[mx.int32],
     )
     return report
-
-
-def _padded(array: mx.array) -> mx.array:
-    """All elements in a row, and zeros behind them where there are too few."""
-    flat = array.reshape(-1) if array.size else mx.zeros((1,), dtype=array.dtype)
-    return mx.pad(flat, (0, max(0, _MIN_ELEMENTS - flat.size)))

@@ -13,7 +13,6 @@ import mlx.core as mx
 from . import common
 
 _THREADS = 32
-_MIN_ELEMENTS = 8  # of an input; Metal passes fewer in another address space
 
 _SOURCE = """
     uint lane = thread_index_in_simdgroup;
@@ -163,15 +162,15 @@ def judge(
         KERNEL,
         [
             logits,
-            padded(stats),
-            padded(tokens),
-            padded(draft_tokens),
+            common.padded(stats),
+            common.padded(tokens),
+            common.padded(draft_tokens),
             draft_scores,
             draft_ids,
             row_floats,
             row_words,
-            mx.full((_MIN_ELEMENTS,), softcap, dtype=mx.float32),
-            mx.zeros((_MIN_ELEMENTS,)) if coins is None else padded(coins),
+            mx.full((common.MIN_ELEMENTS,), softcap, dtype=mx.float32),
+            mx.zeros((common.MIN_ELEMENTS,)) if coins is None else common.padded(coins),
         ],
         template=[("INJECT", coins is not None)],
         grid=(B * _THREADS, 1, 1),
@@ -180,9 +179,3 @@ def judge(
         output_dtypes=[mx.int32, mx.float32],
     )
     return report, reach
-
-
-def padded(array: mx.array) -> mx.array:
-    """An array without its shape, zeros behind it where it is too small."""
-    flat = array.reshape(-1)
-    return mx.pad(flat, (0, max(0, _MIN_ELEMENTS - flat.size)))

@@ -138,11 +138,16 @@ def propose(
         ``sampling.Distribution``, float32 [B, 1, 64].
     """
     B = values.shape[0]
-    if B < 4:  # an input has at least eight elements
-        stats = mx.pad(stats, [(0, 4 - B), (0, 0)])
     tokens, scores = common.launch(
         KERNEL,
-        [values, ids, stats, row_floats, row_words, mx.full((8,), step, mx.uint32)],
+        [
+            values,
+            ids,
+            common.padded(stats),
+            row_floats,
+            row_words,
+            mx.full((common.MIN_ELEMENTS,), step, mx.uint32),
+        ],
         template=[],
         grid=(B * 32, 1, 1),
         threadgroup=(32, 1, 1),

@@ -12,19 +12,10 @@ from __future__ import annotations
 import mlx.core as mx
 
 from . import common
-from .judge import padded
 
 _THREADS = 1024
 
 _SOURCE = """
-    #define REDUCE(result, fold, cells, value)            \\
-      {                                                   \\
-        auto folded = fold(value);                        \\
-        if (lane == 0u) cells[simdgroup] = folded;        \\
-        BARRIER();                                        \\
-        result = fold(cells[lane]);                       \\
-        BARRIER();                                        \\
-      }
     const float NOTHING = as_type<float>(0xFF800000u);
     const uint NO_ID = 0x7FFFFFFFu;
     threadgroup float cells[32];
@@ -99,12 +90,9 @@ _SOURCE = """
             words = philox(first >> 2, offset, 3u, offset, k0, k1);
             has_words = true;
           }
-          uint which = id & 3u;
-          uint bits = which < 2u ? (which == 0u ? words.a : words.b)
-                                 : (which == 2u ? words.c : words.d);
-          float noise = gumbel_of(bits);
+          float noise = gumbel_of(words, id);
           float q = 0.0f;
-          if ((bits_seen >> which) & 1u) {
+          if ((bits_seen >> (id & 3u)) & 1u) {
             for (uint j = 0u; j < 64u; j++) q = ids[j] == id ? owed[j] : q;
           }
           float difference = share * p - q;
@@ -139,7 +127,6 @@ _SOURCE = """
       if (is_block && i > num_accepted) value = int(token);
       report[batch * (K + 2u) + i] = value;
     }
-    #undef REDUCE
 """
 
 KERNEL = common.Kernel(
@@ -192,15 +179,15 @@ def resample(
     (result,) = common.launch(
         KERNEL,
         [
-            padded(report),
-            padded(reach),
+            common.padded(report),
+            common.padded(reach),
             logits,
-            padded(stats),
+            common.padded(stats),
             draft_scores,
             draft_ids,
             row_floats,
             row_words,
-            mx.full((8,), softcap, dtype=mx.float32),
+            mx.full((common.MIN_ELEMENTS,), softcap, dtype=mx.float32),
         ],
         template=[],
         grid=(report.shape[0] * _THREADS, 1, 1),

@@ -233,20 +233,19 @@ def most_likely(
     num_blocks = -(-M // _BLOCK)
     values, tokens, stats = _launch(
         logits,
-        mx.zeros((8,), dtype=mx.int32) if ids is None else ids.astype(mx.int32),
-        mx.full((8,), softcap, dtype=mx.float32),
+        mx.zeros((common.MIN_ELEMENTS,), dtype=mx.int32)
+        if ids is None
+        else ids.astype(mx.int32),
+        mx.full((common.MIN_ELEMENTS,), softcap, dtype=mx.float32),
         num_blocks=num_blocks,
         template=[("HAS_IDS", ids is not None), ("MERGE", False), ("M", M)],
     )
     if num_blocks > 1:
         num_columns = num_blocks * common.LIST
-        parts = stats.reshape(-1)
-        if parts.size < 8:
-            parts = mx.pad(parts, [(0, 8 - parts.size)])
         values, tokens, stats = _launch(
             values.reshape(R, num_columns),
             tokens.reshape(R, num_columns),
-            parts,
+            common.padded(stats),
             num_blocks=1,
             template=[("HAS_IDS", True), ("MERGE", True), ("M", num_columns)],
         )

@@ -23,14 +23,6 @@ _NUM_STATS = 4
 _COARSE = {mx.bfloat16: 16, mx.float16: 13}  # bits that are alike in all their floats
 
 _SOURCE = """
-    #define REDUCE(result, fold, cells, value)            \\
-      {                                                   \\
-        auto folded = fold(value);                        \\
-        if (lane == 0u) cells[simdgroup] = folded;        \\
-        BARRIER();                                        \\
-        result = fold(cells[lane]);                       \\
-        BARRIER();                                        \\
-      }
     constexpr uint PROBES = 7u;
     const float NOTHING = as_type<float>(0xFF800000u);
     threadgroup float cells[32];
@@ -157,10 +149,7 @@ _SOURCE = """
               words = philox(first >> 2, position, 0u, 0u, k0, k1);
               has_words = true;
             }
-            uint word = id & 3u;
-            uint bits = word < 2u ? (word == 0u ? words.a : words.b)
-                                  : (word == 2u ? words.c : words.d);
-            score += gumbel_of(bits);
+            score += gumbel_of(words, id);
             if (score > best) {
               best = score;
               best_id = id;
@@ -182,7 +171,6 @@ _SOURCE = """
       stats[row * 4u + 3u] = sum;
       tokens[row] = int(is_noisy ? token : argmax);
     }
-    #undef REDUCE
 """
 
 KERNEL = common.Kernel(
@@ -226,7 +214,12 @@ def threshold(
     B, L, _ = logits.shape
     stats, tokens = common.launch(
         KERNEL,
-        [logits, row_floats, row_words, mx.full((8,), softcap, dtype=mx.float32)],
+        [
+            logits,
+            row_floats,
+            row_words,
+            mx.full((common.MIN_ELEMENTS,), softcap, dtype=mx.float32),
+        ],
         template=[
             ("TOP_P", has_top_p),
             ("MIN_P", has_min_p),
