@@ -1,6 +1,7 @@
 # make              lint and test
 # make demo         the embedded pair writes Python (PROMPT='def area(radius):' for another start)
 # make test         every test but the slow ones; ARGS='-k name' goes to pytest
+# make test-control the choice of draft lengths on every simulated machine and text (10 minutes)
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make test-tsan    races in Metal kernels, by ThreadSanitizer of g++ (Linux)
 #
@@ -19,7 +20,7 @@ DEV_STAMP := $(VENV)/dev.stamp
 CHECK := build/wheel-check
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-slow test-cuda test-tsan lint format type bench wheel-check clean
+.PHONY: all install demo test test-slow test-control test-cuda test-tsan lint format type bench wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -36,6 +37,9 @@ test: $(DEV_STAMP)
 
 test-slow: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-control: $(DEV_STAMP)
+	@$(BIN)/python -m pytest -m control tests/test_control.py $(ARGS)
 
 test-cuda: $(DEV_STAMP)
 	@$(PIP) nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12

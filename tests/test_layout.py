@@ -25,6 +25,10 @@ LAYERS = {
     "config": 0,
     "machine": 0,
     "stats": 0,
+    "learnt": 0,
+    "acceptance_model": 1,
+    "cost_model": 1,
+    "control": 2,
     "checkpoint": 1,
     "noise": 0,
     "generation_defaults": 1,
@@ -185,7 +189,8 @@ def test_the_package_does_not_need_the_converter():
 
 
 def test_the_bottom_layer_knows_no_library():
-    for module in ("errors", "config", "stats"):
+    models = ("learnt", "acceptance_model", "cost_model", "control")
+    for module in ("errors", "config", "stats", *models):
         (path,) = sources(module)
         tops = {name.split(".")[0] for name in absolute_imports(path)}
         assert tops <= sys.stdlib_module_names | {"mlx_gemma_mtp"}, module
