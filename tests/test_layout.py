@@ -21,8 +21,11 @@ PACKAGE = ROOT / "mlx_gemma_mtp"
 # A module imports only modules of lower layers; `errors` stands below them all.
 LAYERS = {
     "errors": -1,
+    "chips": 0,
     "command": 0,
     "config": 0,
+    "control": 1,
+    "families": 0,
     "machine": 0,
     "stats": 0,
     "checkpoint": 1,
@@ -45,6 +48,7 @@ LAYERS = {
     "target": 2,
     "drafter": 2,
     "pairing": 2,
+    "roofline": 2,
     "rounds": 5,
     "fit": 4,
     "pair": 6,
@@ -185,7 +189,7 @@ def test_the_package_does_not_need_the_converter():
 
 
 def test_the_bottom_layer_knows_no_library():
-    for module in ("errors", "config", "stats"):
+    for module in ("errors", "config", "stats", "chips", "families", "roofline"):
         (path,) = sources(module)
         tops = {name.split(".")[0] for name in absolute_imports(path)}
         assert tops <= sys.stdlib_module_names | {"mlx_gemma_mtp"}, module
