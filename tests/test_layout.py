@@ -21,8 +21,10 @@ PACKAGE = ROOT / "mlx_gemma_mtp"
 # A module imports only modules of lower layers; `errors` stands below them all.
 LAYERS = {
     "errors": -1,
+    "chips": 0,
     "command": 0,
     "config": 0,
+    "families": 0,
     "machine": 0,
     "stats": 0,
     "learnt": 0,
@@ -49,6 +51,7 @@ LAYERS = {
     "target": 2,
     "drafter": 2,
     "pairing": 2,
+    "roofline": 3,
     "rounds": 5,
     "fit": 4,
     "pair": 6,
@@ -190,7 +193,8 @@ def test_the_package_does_not_need_the_converter():
 
 def test_the_bottom_layer_knows_no_library():
     models = ("learnt", "acceptance_model", "cost_model", "control")
-    for module in ("errors", "config", "stats", *models):
+    speed = ("chips", "families", "roofline")
+    for module in ("errors", "config", "stats", *models, *speed):
         (path,) = sources(module)
         tops = {name.split(".")[0] for name in absolute_imports(path)}
         assert tops <= sys.stdlib_module_names | {"mlx_gemma_mtp"}, module
