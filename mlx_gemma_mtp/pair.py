@@ -128,7 +128,7 @@ class Pair:
         self._traced = self._weights()
         self._rounds = Rounds(Target(self.target), self.drafter)
 
-    def _prior(self, num_rows: int) -> Prior:
+    def _prior(self, num_rows: int, context: int) -> Prior:
         """What the speed model expects of this machine."""
         args = text_model(self.target).args
         is_gpu = mx.default_device() == mx.gpu
@@ -136,6 +136,7 @@ class Pair:
             str(mx.device_info().get("architecture")) if is_gpu else None,
             family_of(vars(args)),
             batch_size=num_rows,
+            context=context,
         )
 
     def _modules(self) -> list[nn.Module]:

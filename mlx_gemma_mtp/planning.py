@@ -71,7 +71,10 @@ def make_plan(
     if num_draft_tokens is not None:
         return Plan(FixedDraftLength(num_draft_tokens), route, why_plain)
     controller = pair.tuning.controller(
-        _rule(requests), num_rows=len(requests), min_rows=route.min_rows
+        _rule(requests),
+        num_rows=len(requests),
+        min_rows=route.min_rows,
+        context=max(len(request.prompt) for request in requests),
     )
     draft_length = AdaptiveDraftLength(
         controller, setups=pair.tuning.setups, keep=pair.tuning.save
@@ -126,7 +129,7 @@ def _failed(exactness: str, route: Route, verdict: Verdict, reason: str) -> Rout
 def _fastest(pair: Pair, requests: Sequence[Request], route: Route) -> Route:
     """Plain decoding in place of a route whose plain rounds are filled up, or not."""
     is_plain = pair.tuning.is_plain_turn(
-        _rule(requests), num_rows=len(requests), min_rows=route.min_rows
+        _rule(requests), num_rows=len(requests), route=route
     )
     if not is_plain:
         return route
@@ -152,6 +155,9 @@ def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict 
     """
     verdict = pair.tuning.verdict(num_rows)
     if verdict is None:
+        logger.info(
+            "checking, once on this machine, which rounds give plain decoding's bytes"
+        )
         rounds = pair.rounds
         verdict = probe(
             rounds.target,

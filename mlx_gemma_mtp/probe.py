@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import cast
 
 import mlx.core as mx
@@ -100,6 +101,7 @@ class _Probe:
         self._num_rows = num_rows
         self._budget_s = budget_s
         self._num_passes = 0
+        self._plain_s: dict[int, list[float]] = {rows: [] for rows in PLAIN_ROWS}
         self._start = time.perf_counter()
         forward = _forward_of(target)
         self._forward: _Forward = mx.compile(forward) if use_compile else forward
@@ -134,6 +136,7 @@ class _Probe:
             equal={rows: tuple(sorted(drafts)) for rows, drafts in equal.items()},
             max_difference=difference,
             depends_on_capacity=depends_on_capacity,
+            fill_cost=max(1.0, median(self._plain_s[2]) / median(self._plain_s[1])),
             num_passes=self._num_passes,
             seconds=time.perf_counter() - self._start,
         )
@@ -168,7 +171,10 @@ class _Probe:
         """Decode the tokens in rounds of K drafts that are all accepted."""
         logits, hidden = [], []
         for done in range(0, _NUM_STEPS, num_drafts + 1):
+            start = time.perf_counter()
             block, slabs = self._block(slabs, place, num_drafts, min_rows, done)
+            if not num_drafts:
+                self._plain_s[min_rows].append(time.perf_counter() - start)
             logits.append(block.logits)
             hidden.append(block.hidden)
         return _Decoded(mx.concatenate(logits, axis=1), mx.concatenate(hidden, axis=1))

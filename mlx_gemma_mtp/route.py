@@ -49,6 +49,8 @@ class Verdict:
             and any other round; 0.0 where all bytes are equal.
         depends_on_capacity: Whether the capacity of the slabs changes a plain round's
             bytes.
+        fill_cost: Time of a plain round of the target filled up to two rows over that
+            of one as it is, 1.0 or more.
         num_passes: Forward passes of the target that it took.
         seconds: What they took, compilation included.
     """
@@ -56,6 +58,7 @@ class Verdict:
     equal: Mapping[int, tuple[int, ...]]
     max_difference: float
     depends_on_capacity: bool
+    fill_cost: float
     num_passes: int
     seconds: float
 
@@ -66,6 +69,7 @@ class Verdict:
             "equal": {str(rows): list(drafts) for rows, drafts in self.equal.items()},
             "max_difference": self.max_difference,
             "depends_on_capacity": self.depends_on_capacity,
+            "fill_cost": self.fill_cost,
             "num_passes": self.num_passes,
             "seconds": self.seconds,
         }
@@ -86,6 +90,7 @@ class Verdict:
                 equal,
                 float(values["max_difference"]),
                 bool(values["depends_on_capacity"]),
+                float(values["fill_cost"]),
                 int(values["num_passes"]),
                 float(values["seconds"]),
             )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from .control import AcceptanceModel, CostModel, DraftLengthController, Prior
-from .route import Verdict
+from .route import Route, Verdict
 from .store import Store
 
 _Model = TypeVar("_Model")
@@ -25,13 +25,14 @@ class Tuning:
 
     Args:
         store: Where it is kept.
-        prior: What to expect of a batch of so many rows before anything was measured.
+        prior: What to expect of so many rows of so many tokens before anything was
+            measured.
 
     Attributes:
         setups: What it took to trace the last rounds, seconds.
     """
 
-    def __init__(self, store: Store, prior: Callable[[int], Prior]) -> None:
+    def __init__(self, store: Store, prior: Callable[[int, int], Prior]) -> None:
         self._store = store
         self._prior = prior
         self._kept = store.read()
@@ -42,7 +43,7 @@ class Tuning:
         self._num_plain: dict[tuple[str, int], int] = {}
 
     def controller(
-        self, rule: str, *, num_rows: int, min_rows: int
+        self, rule: str, *, num_rows: int, min_rows: int, context: int = 0
     ) -> DraftLengthController:
         """The controller of requests of a kind; the same object for all of them.
 
@@ -50,10 +51,11 @@ class Tuning:
             rule: The rule that judges the drafts: acceptance is learnt for each.
             num_rows: Rows of the batch: costs are learnt for each number.
             min_rows: Rows that a round verifies at least.
+            context: Tokens of the longest row, for what to expect at first.
         """
         key = (rule, num_rows, min_rows)
         if key not in self._controllers:
-            prior = self._prior(num_rows)
+            prior = self._prior(num_rows, context)
             if rule not in self._acceptance:
                 kept = self._section("acceptance").get(rule)
                 self._acceptance[rule] = _restored(
@@ -83,15 +85,18 @@ class Tuning:
         self._verdicts[num_rows] = verdict
         self.save()
 
-    def is_plain_turn(self, rule: str, *, num_rows: int, min_rows: int) -> bool:
-        """Whether a request of a kind should rather be decoded plainly.
+    def is_plain_turn(self, rule: str, *, num_rows: int, route: Route) -> bool:
+        """Whether a request had rather be decoded plainly than by a filled-up route.
 
-        So it is where plain rounds, even filled up to ``min_rows``, are expected to be
-        the fastest; drafting is tried again every now and then.
+        So it is where plain rounds, as they are, are expected to be the fastest;
+        drafting is tried again every now and then.
         """
-        controller = self.controller(rule, num_rows=num_rows, min_rows=min_rows)
-        plain, best = controller.best_rate((0,)), controller.best_rate(range(9))
-        if plain is None or best is None or best > plain:
+        controller = self.controller(rule, num_rows=num_rows, min_rows=route.min_rows)
+        verdict = self.verdict(num_rows)
+        filled, best = controller.best_rate((0,)), controller.best_rate(route.allowed)
+        if verdict is None or filled is None or best is None:
+            return False
+        if best > filled * verdict.fill_cost:
             return False
         count = self._num_plain[rule, num_rows] = (
             self._num_plain.get((rule, num_rows), 0) + 1

@@ -20,13 +20,16 @@ VERDICTS = st.builds(
     equal=st.fixed_dictionaries({1: DRAFTS, 2: DRAFTS}),
     max_difference=st.floats(0, 10),
     depends_on_capacity=st.booleans(),
+    fill_cost=st.floats(1, 3),
     num_passes=st.integers(0, 100),
     seconds=st.floats(0, 100),
 )
 
 
 def verdict(one=(), two=(), *, depends_on_capacity=False):
-    return Verdict({1: tuple(one), 2: tuple(two)}, 0.5, depends_on_capacity, 48, 1.0)
+    return Verdict(
+        {1: tuple(one), 2: tuple(two)}, 0.5, depends_on_capacity, 1.1, 48, 1.0
+    )
 
 
 @given(VERDICTS)

@@ -16,16 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.control import DEFAULT_PRIOR
-from mlx_gemma_mtp.route import Verdict
+from mlx_gemma_mtp.route import Verdict, exact_routes
 from mlx_gemma_mtp.store import Store, cache_folder
 from mlx_gemma_mtp.tuning import Tuning
 
 KEY = {"machine": "m", "pair": "p"}
-VERDICT = Verdict({1: (), 2: (1, 2)}, 0.5, False, 48, 1.0)
+VERDICT = Verdict({1: (), 2: (1, 2)}, 0.5, False, 1.25, 48, 1.0)
 
 
 def tuning_of(folder):
-    return Tuning(Store(KEY, folder), lambda num_rows: DEFAULT_PRIOR)
+    return Tuning(Store(KEY, folder), lambda num_rows, context: DEFAULT_PRIOR)
 
 
 def the_file(folder):
@@ -153,9 +153,12 @@ def test_acceptance_is_shared_and_costs_are_not(tmp_path):
 def test_plain_turns(tmp_path):
     """Where plain rounds win, drafting is tried again every eighth time."""
     tuning = tuning_of(tmp_path)
+    tuning.keep_verdict(1, VERDICT)
+    route = exact_routes(VERDICT)[0]
+    assert route.min_rows == 2
 
     def is_plain():
-        return tuning.is_plain_turn("greedy", num_rows=1, min_rows=2)
+        return tuning.is_plain_turn("greedy", num_rows=1, route=route)
 
     assert not is_plain()  # nothing is known yet
     controller = tuning.controller("greedy", num_rows=1, min_rows=2)
@@ -164,6 +167,25 @@ def test_plain_turns(tmp_path):
     assert [is_plain() for _ in range(16)] == ([True] * 7 + [False]) * 2
     teach(controller, 2000)
     assert not is_plain()
+
+
+@pytest.mark.parametrize(("seconds", "is_plain"), [(0.0113, True), (0.009, False)])
+def test_plain_turns_weigh_what_filling_costs(tmp_path, seconds, is_plain):
+    """Drafts that only beat filled-up plain rounds, 1.25 x as long, do not pay."""
+    tuning = tuning_of(tmp_path)
+    tuning.keep_verdict(1, VERDICT)
+    controller = tuning.controller("greedy", num_rows=1, min_rows=2)
+    for i in range(300):
+        k = i % 3
+        controller.observe(
+            k, [min(k, 1)] if i % 5 == 0 else [0], [0.01, seconds, 0.03][k]
+        )
+    best, plain = controller.best_rate((0, 1, 2)), controller.best_rate((0,))
+    assert best is not None
+    assert plain is not None
+    assert best > plain
+    route = exact_routes(VERDICT)[0]
+    assert tuning.is_plain_turn("greedy", num_rows=1, route=route) == is_plain
 
 
 JSON = st.recursive(
@@ -192,7 +214,7 @@ def test_nonsense_in_the_file_is_as_nothing(values):
         def read(self):
             return values
 
-    tuning = Tuning(Kept(KEY, None), lambda num_rows: DEFAULT_PRIOR)
+    tuning = Tuning(Kept(KEY, None), lambda num_rows, context: DEFAULT_PRIOR)
     controller = tuning.controller("greedy", num_rows=1, min_rows=1)
     assert controller.choose() in range(9)
     assert tuning.verdict(1) is None
