@@ -275,92 +275,6 @@ def test_rows_of_a_batch_all_count():
 TWICE = (1.0, *[2.0] * 8)
 
 
-def test_what_is_seen_at_first_positions_extends_to_all():
-    model = AcceptanceModel(0.5)
-    for _ in range(100):
-        model.observe(2, 2)
-    assert model.expected_tokens()[8] > 8
-
-
-@pytest.mark.parametrize("before", [0.1, 0.9])
-def test_acceptance_follows_the_text(before):
-    model, rng = AcceptanceModel(), random.Random(5)
-    for rate, rounds in (before, 1000), (1 - before, 40):
-        for _ in range(rounds):
-            run = 0
-            while run < 3 and rng.random() < rate:
-                run += 1
-            model.observe(3, run)
-    assert model.probabilities()[0] == pytest.approx(1 - before, abs=0.2)
-
-
-def test_acceptance_of_positions_is_told_apart():
-    model, rng = AcceptanceModel(), random.Random(5)
-    for _ in range(1000):
-        run = 0
-        while run < 3 and rng.random() < (0.9, 0.5, 0.2)[run]:
-            run += 1
-        model.observe(3, run)
-    assert model.probabilities()[:3] == pytest.approx([0.9, 0.5, 0.2], abs=0.1)
-
-
-@pytest.mark.parametrize(("drafted", "accepted"), [(2, 3), (9, 1), (3, -1)])
-def test_impossible_counts(drafted, accepted):
-    with pytest.raises(ValueError, match=r"must be within 0\.\.8"):
-        AcceptanceModel().observe(drafted, accepted)
-
-
-def measured(rng, k, *, slower=1.0, stalls=0.01):
-    factor = math.exp(rng.gauss(0, 0.03)) * slower
-    if rng.random() < stalls:
-        factor *= rng.uniform(5, 20)
-    return PLAIN_S * CURVES["m3"][k] * factor
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_stalls_do_not_pollute_costs(seed):
-    model, rng = CostModel(), random.Random(seed)
-    for _ in range(100):
-        for k in 0, 2, 4:
-            model.observe(k, measured(rng, k, stalls=0.03))
-    for k in 0, 2, 4:
-        assert model.seconds(k) == pytest.approx(PLAIN_S * CURVES["m3"][k], rel=0.05)
-
-
-def test_a_stall_in_the_very_first_round_is_put_right():
-    model, rng = CostModel(), random.Random(0)
-    model.observe(0, 10 * PLAIN_S)
-    for _ in range(3):
-        model.observe(0, measured(rng, 0, stalls=0))
-    assert model.seconds(0) == pytest.approx(PLAIN_S, rel=0.1)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_costs_follow_a_throttled_machine(seed):
-    model, rng = CostModel(), random.Random(seed)
-    for _ in range(20):
-        model.observe(0, measured(rng, 0))
-    for _ in range(300):
-        model.observe(4, measured(rng, 4))
-    for _ in range(12):
-        model.observe(4, measured(rng, 4, slower=2.0))
-    for k, tolerance in (4, 0.1), (0, 0.3):  # K = 0 was not measured since
-        expected = 2 * PLAIN_S * CURVES["m3"][k]
-        assert model.seconds(k) == pytest.approx(expected, rel=tolerance)
-
-
-def test_costs_follow_a_longer_context_at_once():
-    model, rng = CostModel(), random.Random(0)
-    for _ in range(200):
-        for k in 0, 4:
-            model.observe(k, measured(rng, k))
-    model.start()
-    model.observe(4, measured(rng, 4, slower=1.4, stalls=0))
-    for k in 0, 4:
-        expected = 1.4 * PLAIN_S * CURVES["m3"][k]
-        assert model.seconds(k) == pytest.approx(expected, rel=0.12)
-
-
 def test_drafting_comes_back_although_its_first_rounds_were_all_stalled():
     controller, num_stalls, chosen = DraftLengthController(), 3, []
     for _ in range(3000):
@@ -372,13 +286,6 @@ def test_drafting_comes_back_although_its_first_rounds_were_all_stalled():
         controller.observe(k, [k], seconds)
         chosen.append(k)
     assert chosen[-1] == 8
-
-
-@pytest.mark.parametrize("seconds", [0.0, -1.0, math.inf, math.nan])
-def test_times_that_are_none_are_ignored(seconds):
-    model = CostModel()
-    model.observe(1, seconds)
-    assert model.to_dict() == CostModel().to_dict()
 
 
 # --- saved state ------------------------------------------------------------------
@@ -426,17 +333,6 @@ def test_damaged_state_is_refused(data):
     inner[last] = data.draw(st.sampled_from(nonsense))
     with pytest.raises(ValueError, match="must be"):
         DraftLengthController.from_dict(state)
-
-
-def test_impossible_counts_and_covariances_are_refused():
-    state = AcceptanceModel().to_dict()
-    state["accepted"][0] = 5.0
-    with pytest.raises(ValueError, match="at most as many"):
-        AcceptanceModel.from_dict(state)
-    state = CostModel().to_dict()
-    state["covariance"][1] = 30.0  # more than the variances of T(0) and T(1) allow
-    with pytest.raises(ValueError, match="covariance must be"):
-        CostModel.from_dict(state)
 
 
 def test_another_version_is_refused():
