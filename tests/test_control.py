@@ -134,7 +134,9 @@ def test_throughput_everywhere(capsys):
             for name in dict.fromkeys(names):
                 worst = table([row for row in rows if row[0] == name], column)
                 sys.stdout.write(f"\nWorst throughput over {title}:\n{worst}\n")
-    missed = [row for row in rows if row[3] < -0.03 or row[4] < -0.02]
+    # A prior that is wrong by far may cost one percent more.
+    least = {"cold": -0.03, "warm": -0.03, "flat prior": -0.04, "steep prior": -0.04}
+    missed = [row for row in rows if row[3] < least[row[0]] or row[4] < -0.02]
     assert not missed, "\n" + table(missed, 3, len(missed))
 
 
