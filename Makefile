@@ -1,7 +1,7 @@
 # make              lint and test
 # make demo         the embedded pair writes Python (PROMPT='def area(radius):' for another start)
 # make test         every test but the slow ones; ARGS='-k name' goes to pytest
-# make test-control the choice of draft lengths on every simulated machine and text (10 minutes)
+# make test-control the choice of draft lengths on every simulated machine and text (15 minutes)
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make test-tsan    races in Metal kernels, by ThreadSanitizer of g++ (Linux)
 #

@@ -33,6 +33,7 @@ _LEVEL_USUAL = 8.0  # at most, that the profile counts for in a new request
 _LEVEL_IDLE = 1.5  # that remain after many rounds without a draft
 _EVIDENCE_MEMORY = 200.0
 _BREAK_MEMORY = 12.0
+_BREAK_LEAST = 6.0  # below which nothing is news
 
 # By how many standard deviations (of undiscounted trials; of these, seven tenths) the
 # last trials differ from the level where a text has changed.
@@ -193,7 +194,7 @@ class AcceptanceModel:
         level, last = self._level(), self._last
         distance = last.hits - last.trials * level
         variance = last.trials * (level * (1 - level) + 0.01)
-        is_news = last.trials < self._late.trials
+        is_news = _BREAK_LEAST <= last.trials < self._late.trials
         return is_news and distance * distance > _BREAK**2 * variance
 
     def _level(self) -> float:

@@ -10,7 +10,8 @@ would be better if the models erred in its favour by a standard deviation or two
 (optimism in the face of uncertainty). Such a probe costs T(K) - E(K) / (best rate)
 seconds, and is paid for from a credit: an allowance of a few plain rounds at first, and
 later a small share of the time that passes. So drafting that never pays costs no more
-than that share, and what was learnt too slowly.
+than that share, and what was learnt too slowly. Credit that nothing asked for is spent
+on larger doubts, such as whether the rounds that spoke against a K were all stalled.
 
 The idea of choosing by expected value over measured cost, with depth 0 as the way out
 and probes to come back, is that of Ollama's MLX runner
@@ -38,16 +39,19 @@ _VERSION = 1
 # Credit for probes, in plain rounds or as a share of the time that passes.
 _ALLOWANCE = 5.0
 _SHARE = 0.005
-_MOST_CREDIT = 8.0
+_MOST_CREDIT = 6.0
+_LEAST_CREDIT = -1.0
 
 # Optimism, in standard deviations.
 _LEVEL_OPTIMISM = 1.5
 _PROFILE_OPTIMISM = 1.0
 _COST_OPTIMISM = 1.5
+_SPARE_CREDIT = 0.95  # of the most: from there on it is spent on doubts that are
+_SPARE_OPTIMISM = 3.0  # this many times as large
 _LEAST_GAIN = 0.01  # of the rate: less is not worth a probe
 
 _HORIZON = 512  # tokens over which tracing a round must pay off
-_PAYOFF = 2.0  # times over
+_PAYOFF = 1.25  # times over
 _PLAIN_TRIES = 3  # rounds of K = 0 that may pass unmeasured
 _PLAIN_HORIZON = 128  # tokens left that justify tracing K = 0 to measure it
 _FLIGHT = 2  # rounds until a probe has been observed
@@ -194,6 +198,7 @@ class DraftLengthController:
         if self._probe and self._probe.num_draft_tokens == num_draft_tokens:
             # Charge what it did cost, by the learnt time: a stall is not its fault.
             credit_s += self._probe.price_s - max(typical_s - self._probe.worth_s, 0.0)
+            credit_s = max(credit_s, _LEAST_CREDIT * plain_s)
             self._probe = None
         credit_s += _SHARE * min(max(seconds, 0.0), 2 * typical_s)
         self._credit_s = min(credit_s, _MOST_CREDIT * plain_s)
@@ -256,13 +261,16 @@ class DraftLengthController:
         setup_s: Mapping[int, float],
     ) -> _Probe | None:
         """The K that promises most for its price, if any is affordable."""
+        credit_s = self._credit_s or 0.0
+        is_spare = credit_s >= _SPARE_CREDIT * _MOST_CREDIT * seconds[0]
+        optimism = _SPARE_OPTIMISM if is_spare else 1.0
         rate = tokens[best] / seconds[best]
-        hopes = self._hopeful_tokens(best)
+        hopes = self._hopeful_tokens(best, optimism)
         deviations = self.costs.ratio_deviations(best)
         found, most = None, 0.0
         for k in choices:
             deviation = deviations[k]
-            hope = hopes[k] / seconds[k] * (1 + _COST_OPTIMISM * deviation)
+            hope = hopes[k] / seconds[k] * (1 + _COST_OPTIMISM * optimism * deviation)
             gain = hope / rate - 1
             if k == best or gain <= _LEAST_GAIN:
                 continue
@@ -270,23 +278,23 @@ class DraftLengthController:
             price_s = max(seconds[k] * (1 + 0.5 * deviation) - worth_s, 0.0)
             price_s += setup_s.get(k, 0.0)
             score = min(gain, 1.0) / (price_s + 0.05 * seconds[best])
-            if score > most and price_s <= (self._credit_s or 0.0):
+            if score > most and price_s <= credit_s:
                 found, most = _Probe(k, price_s, worth_s), score
         return found
 
-    def _hopeful_tokens(self, best: int) -> list[float]:
+    def _hopeful_tokens(self, best: int, optimism: float) -> list[float]:
         """E(0..8) if what rounds of the best K cannot tell is better than thought.
 
         Those of K = 0 tell nothing of acceptance, those of K > 0 all but the positions
         beyond K.
         """
         if best == 0:
-            hopes = self.acceptance.hopeful_probabilities(_LEVEL_OPTIMISM)
+            hopes = self.acceptance.hopeful_probabilities(optimism * _LEVEL_OPTIMISM)
         else:
             hopes = self.acceptance.probabilities()
         deviations = self.acceptance.profile_deviations()
         for i in range(best, MAX_DRAFT_TOKENS):
-            hopes[i] = min(hopes[i] + _PROFILE_OPTIMISM * deviations[i], 1.0)
+            hopes[i] = min(hopes[i] + optimism * _PROFILE_OPTIMISM * deviations[i], 1.0)
         return tokens_per_round(hopes)
 
 

@@ -86,7 +86,7 @@ class CostModel:
             variance = self._covariance[k][k] + self._noise
             doubt = 0.0
         else:
-            doubt = max(abs(surprise) - _DOUBT * math.sqrt(variance), 0.0)
+            doubt = max(surprise - _DOUBT * math.sqrt(variance), 0.0)
         self._outliers[k] = 0
         self._num_measured[k] += 1
         self._update(k, surprise, variance, doubt * doubt)
