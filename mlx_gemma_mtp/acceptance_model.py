@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_gemma_mtp.learnt import MAX_DRAFT_TOKENS, numbers
+from .config import MAX_DRAFT_TOKENS
+from .learnt import numbers
 
 # In trials: a trial is one draft whose predecessors in its round were all accepted.
 _PROFILE_MEMORY = 2000.0  # of one position

@@ -28,9 +28,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_gemma_mtp.acceptance_model import AcceptanceModel, tokens_per_round
-from mlx_gemma_mtp.cost_model import TYPICAL_COST, CostModel
-from mlx_gemma_mtp.learnt import MAX_DRAFT_TOKENS, numbers
+from .acceptance_model import AcceptanceModel, tokens_per_round
+from .config import MAX_DRAFT_TOKENS
+from .cost_model import TYPICAL_COST, CostModel
+from .learnt import numbers
 
 _ANY = range(MAX_DRAFT_TOKENS + 1)
 _NOTHING: Mapping[int, float] = {}
@@ -105,6 +106,11 @@ class DraftLengthController:
         prior: What to start from.
         acceptance: What is known of the text, where others learn it too.
         costs: What is known of the machine.
+
+    Attributes:
+        acceptance: What is known of the text by now.
+        costs: What is known of the machine by now.
+        credit_s: Seconds that probes may still cost; None before any measurement.
     """
 
     def __init__(
@@ -116,7 +122,7 @@ class DraftLengthController:
     ) -> None:
         self.acceptance = acceptance or AcceptanceModel(prior.acceptance)
         self.costs = costs or CostModel(prior.relative_cost)
-        self._credit_s: float | None = None  # None: nothing measured yet
+        self.credit_s: float | None = None  # None: nothing measured yet
         self._probe: _Probe | None = None
         self._flight = 0
         self._plain_tries = _PLAIN_TRIES
@@ -161,12 +167,12 @@ class DraftLengthController:
             for k, setup in setup_s.items():
                 cost[k] += _PAYOFF * setup / left
         best = min(choices, key=cost.__getitem__)
-        if self._credit_s is None or self._flight or left <= _LAST_TOKENS:
+        if self.credit_s is None or self._flight or left <= _LAST_TOKENS:
             return best
         probe = self._best_probe(choices, best, tokens, seconds, setup_s)
         if probe is None:
             return best
-        self._credit_s -= probe.price_s
+        self.credit_s -= probe.price_s
         self._probe, self._flight = probe, _FLIGHT
         return probe.num_draft_tokens
 
@@ -192,7 +198,7 @@ class DraftLengthController:
         self.costs.observe(num_draft_tokens, seconds)
         plain_s = self.costs.seconds(0)
         typical_s = self.costs.seconds(num_draft_tokens)
-        credit_s = self._credit_s
+        credit_s = self.credit_s
         if credit_s is None:
             credit_s = _ALLOWANCE * plain_s
         if self._probe and self._probe.num_draft_tokens == num_draft_tokens:
@@ -201,7 +207,7 @@ class DraftLengthController:
             credit_s = max(credit_s, _LEAST_CREDIT * plain_s)
             self._probe = None
         credit_s += _SHARE * min(max(seconds, 0.0), 2 * typical_s)
-        self._credit_s = min(credit_s, _MOST_CREDIT * plain_s)
+        self.credit_s = min(credit_s, _MOST_CREDIT * plain_s)
 
     def best_rate(self, allowed: Collection[int] = _ANY) -> float | None:
         """Tokens per second and row of the best K; None before anything was measured.
@@ -221,7 +227,7 @@ class DraftLengthController:
             "version": _VERSION,
             "acceptance": self.acceptance.to_dict(),
             "costs": self.costs.to_dict(),
-            "credit_s": self._credit_s,
+            "credit_s": self.credit_s,
         }
 
     @classmethod
@@ -238,7 +244,7 @@ class DraftLengthController:
         )
         if data.get("credit_s") is not None:
             (credit_s,) = numbers(data, "credit_s", 1, low=-1e6, high=1e6)
-            controller._credit_s = credit_s
+            controller.credit_s = credit_s
         return controller
 
     def _needs_plain(
@@ -261,7 +267,7 @@ class DraftLengthController:
         setup_s: Mapping[int, float],
     ) -> _Probe | None:
         """The K that promises most for its price, if any is affordable."""
-        credit_s = self._credit_s or 0.0
+        credit_s = self.credit_s or 0.0
         is_spare = credit_s >= _SPARE_CREDIT * _MOST_CREDIT * seconds[0]
         optimism = _SPARE_OPTIMISM if is_spare else 1.0
         rate = tokens[best] / seconds[best]

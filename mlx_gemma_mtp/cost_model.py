@@ -17,7 +17,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_gemma_mtp.learnt import MAX_DRAFT_TOKENS, numbers
+from .config import MAX_DRAFT_TOKENS
+from .learnt import numbers
 
 _N = MAX_DRAFT_TOKENS + 1
 

@@ -1,14 +1,9 @@
-"""What the models of rounds share: the range of K, and reading saved numbers back.
-
-Knows nothing of what the numbers mean.
-"""
+"""Reading saved numbers back. Knows nothing of what they mean."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-
-MAX_DRAFT_TOKENS = 8
 
 
 def numbers(data: Any, key: str, count: int, *, low: float, high: float) -> list[float]:

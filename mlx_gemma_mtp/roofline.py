@@ -22,10 +22,10 @@ import math
 from dataclasses import dataclass
 
 from .chips import Chip, chip_of
+from .config import MAX_DRAFT_TOKENS
 from .control import DEFAULT_PRIOR, Prior
 from .families import DRAFTER_LAYERS, FAMILIES, Family, bits_per_weight
 
-MAX_DRAFT_TOKENS = 8
 TYPICAL_FAMILY = "12b"
 # Share of the new experts under independent routing that rows have in common: assumed.
 EXPERT_DISCOUNT = 0.25

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from .control import AcceptanceModel, CostModel, DraftLengthController, Prior
+from .learnt import numbers
 from .route import Route, Verdict
 from .store import Store
 
@@ -18,6 +19,7 @@ _Model = TypeVar("_Model")
 
 # Where plain decoding won, drafting is tried again for every so many requests.
 _PLAIN_REQUESTS = 8
+_MOST_SECONDS = 1e6  # of credit; more is damage
 
 
 class Tuning:
@@ -61,13 +63,15 @@ class Tuning:
                 self._acceptance[rule] = _restored(
                     AcceptanceModel.from_dict, kept
                 ) or AcceptanceModel(prior.acceptance)
-            kept = self._section("costs").get(_name(key))
-            self._controllers[key] = DraftLengthController(
+            name = _name(key)
+            kept = self._section("costs").get(name)
+            controller = self._controllers[key] = DraftLengthController(
                 prior,
                 acceptance=self._acceptance[rule],
                 costs=_restored(CostModel.from_dict, kept)
                 or CostModel(prior.relative_cost),
             )
+            controller.credit_s = _restored(_credit, self._section("credit").get(name))
         return self._controllers[key]
 
     def verdict(self, num_rows: int) -> Verdict | None:
@@ -105,11 +109,13 @@ class Tuning:
 
     def save(self) -> None:
         """Write everything to the store."""
-        kept = {name: dict(self._section(name)) for name in ("acceptance", "costs")}
+        sections = ("acceptance", "costs", "credit")
+        kept = {name: dict(self._section(name)) for name in sections}
         for rule, acceptance in self._acceptance.items():
             kept["acceptance"][rule] = acceptance.to_dict()
         for key, controller in self._controllers.items():
             kept["costs"][_name(key)] = controller.costs.to_dict()
+            kept["credit"][_name(key)] = {"seconds": controller.credit_s}
         kept["verdicts"] = dict(self._section("verdicts"))
         for num_rows, verdict in self._verdicts.items():
             kept["verdicts"][str(num_rows)] = verdict.to_dict()
@@ -129,6 +135,16 @@ def _restored(from_dict: Callable[[Any], _Model], kept: object) -> _Model | None
         return from_dict(kept)
     except ValueError:
         return None
+
+
+def _credit(kept: object) -> float:
+    """What probes may still cost.
+
+    Raises:
+        ValueError: It is no number of seconds.
+    """
+    (seconds,) = numbers(kept, "seconds", 1, low=-_MOST_SECONDS, high=_MOST_SECONDS)
+    return seconds
 
 
 def _name(key: tuple[str, int, int]) -> str:

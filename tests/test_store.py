@@ -20,6 +20,7 @@ from mlx_gemma_mtp.route import Verdict, exact_routes
 from mlx_gemma_mtp.store import Store, cache_folder
 from mlx_gemma_mtp.tuning import Tuning
 
+NAME = "greedy, 1 rows, 1 at least"
 KEY = {"machine": "m", "pair": "p"}
 VERDICT = Verdict({1: (), 2: (1, 2)}, 0.5, False, 1.25, 48, 1.0)
 
@@ -129,6 +130,7 @@ def test_learning_is_kept_across_processes(tmp_path):
     tuning.keep_verdict(1, VERDICT)
     again = tuning_of(tmp_path)
     learnt = again.controller("greedy", num_rows=1, min_rows=1)
+    assert learnt.credit_s is not None
     learnt.start()
     assert learnt.choose() == 8
     assert learnt.best_rate() == pytest.approx(9 / 0.0108, rel=0.1)
@@ -204,6 +206,8 @@ JSON = st.recursive(
         optional={
             "acceptance": JSON | st.dictionaries(st.just("greedy"), JSON),
             "costs": JSON
+            | st.dictionaries(st.just("greedy, 1 rows, 1 at least"), JSON),
+            "credit": JSON
             | st.dictionaries(st.just("greedy, 1 rows, 1 at least"), JSON),
             "verdicts": JSON | st.dictionaries(st.just("1"), JSON),
         },
