@@ -1,0 +1,108 @@
+"""Section ``costs``: what rounds with drafts cost, against what is expected of them.
+
+The controller starts from a prior and corrects it as it measures, so nothing has to
+hold here. The family's column is what its matrices alone say, without draft steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from ..config import MAX_DRAFT_TOKENS
+from ..control import Prior
+from ..decoder import Decoder, Request
+from ..draft_length import FixedDraftLength
+from ..pair import Pair
+from .matmuls import FORMS, Timing, total_seconds
+from .result import INFO, SKIP, Result
+
+_PROMPT = (2, 5, 6, 7)
+_NUM_ROUNDS = 12
+_LEAST_ROUNDS = 4
+ALL_DRAFTS = tuple(range(MAX_DRAFT_TOKENS + 1))
+
+
+class _Recorder(FixedDraftLength):
+    """A fixed K that keeps what its rounds took."""
+
+    def __init__(self, num_draft_tokens: int) -> None:
+        super().__init__(num_draft_tokens)
+        self.seconds: list[float] = []
+
+    def observe_seconds(self, num_draft_tokens: int, seconds: float) -> None:
+        """See ``DraftLength``."""
+        self.seconds.append(seconds)
+
+
+def look(
+    pair: Pair,
+    prior: Prior,
+    timed: Sequence[Timing],
+    allowance_s: float,
+) -> Result:
+    """Time rounds of every K on the embedded pair.
+
+    Args:
+        pair: The embedded pair.
+        prior: What the controller expects.
+        timed: What the section ``rows`` has measured.
+        allowance_s: Seconds; K = 0, 4 and 8 come first.
+    """
+    start = time.perf_counter()
+    measured: dict[int, float] = {}
+    for k in sorted(ALL_DRAFTS, key=lambda k: (k % 4 != 0, k % 2 != 0, k)):
+        if len(measured) > 1 and time.perf_counter() - start > allowance_s:
+            break
+        seconds = round_seconds(pair, k)
+        if seconds is not None:
+            measured[k] = seconds
+    plain = measured.get(0)
+    if plain is None:
+        return Result("costs", SKIP, "no plain round could be timed")
+    ratios = {k: measured[k] / plain for k in sorted(measured)}
+    columns: dict[str, dict[int, float]] = {
+        "measured": ratios,
+        "prior": dict(enumerate(prior.relative_cost)),
+    }
+    for form in FORMS:
+        own = [timing for timing in timed if timing.form == form]
+        if own:
+            columns[f"matrices {form}"] = {
+                k: total_seconds(own, k + 1) / total_seconds(own, 1) for k in ALL_DRAFTS
+            }
+    figures: dict[str, Any] = {
+        "plain_round_s": plain,
+        "relative_cost": {
+            name: {str(k): value for k, value in column.items()}
+            for name, column in columns.items()
+        },
+    }
+    lines = [f"{'T(K) / T(0)':<18}" + "".join(f"{f'K={k}':>6}" for k in ALL_DRAFTS)]
+    for name, column in columns.items():
+        cells = (f"{column[k]:6.2f}" if k in column else f"{'-':>6}" for k in ALL_DRAFTS)
+        lines.append(f"{name:<18}" + "".join(cells))
+    off = [ratios[k] / prior.relative_cost[k] for k in ratios if k]
+    sentence = f"plain rounds of the embedded pair take {plain * 1e3:.1f} ms"
+    if off:
+        sentence += (
+            f"; those with drafts {min(off):.2f} to {max(off):.2f} times the prior"
+        )
+    return Result("costs", INFO, sentence, tuple(lines), figures)
+
+
+def round_seconds(pair: Pair, num_draft_tokens: int) -> float | None:
+    """Median time of a round; None where too few could be timed."""
+    recorder = _Recorder(num_draft_tokens)
+    num_tokens = _NUM_ROUNDS * (num_draft_tokens + 1)
+    decoder = Decoder(
+        pair.rounds,
+        [Request(list(_PROMPT), num_tokens)],
+        num_draft_tokens=recorder,
+    )
+    for number, _ in enumerate(decoder.run()):
+        if number > _NUM_ROUNDS:
+            break
+    return median(recorder.seconds) if len(recorder.seconds) >= _LEAST_ROUNDS else None
