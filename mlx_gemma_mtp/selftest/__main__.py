@@ -7,6 +7,7 @@ one line and exit status 1; where something failed that must hold it is 2.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -90,10 +91,11 @@ def _run(args: argparse.Namespace) -> int:
     from .result import FAIL
     from .sections import Options, run
 
+    # Mistakes are one line, and what a section finds is on the page.
+    logging.getLogger("mlx_gemma_mtp").setLevel(logging.ERROR)
     names = args.section or [n for n in SECTIONS if n != MODEL or args.model]
     loaded = None
     if MODEL in names:
-        _note(f"loading {args.model} ...")
         loaded = open_model(args.model, args.draft_model)
     results = run(Options(names, args.seconds, args.family, loaded), _note)
     if args.json is not None:

@@ -18,6 +18,7 @@ _MAX_CANDIDATES = 4096  # of a drafter's centroid head
 _NO_ID = 0x7FFFFFFF
 _TIE_STEP = 0.5
 _LOWEST = -20.0
+_ERRORS = (0.3, 1.0, 2.0)  # deviations of the drafter's logits from the target's
 _DROPPED = 0.3  # share of the tokens that a row with dropped ones has at -inf
 
 # One row of every rule. With a top-k rows are decided by lists, without by thresholds.
@@ -33,16 +34,28 @@ _WHOLE = (
     {"temp": 0.7, "min_p": 0.05, "reproducible": False},
     {"temp": 1.2, "top_p": 0.95, "min_p": 0.01, "reproducible": False},
 )
-NUM_ROWS = len(_LISTED)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a decision: K, V, and the type of logits."""
+    """The shape of a decision.
+
+    Attributes:
+        num_drafts: K.
+        vocab_size: V.
+        dtype: Type of logits.
+        num_copies: Rows of every rule.
+    """
 
     num_drafts: int
     vocab_size: int
     dtype: mx.Dtype
+    num_copies: int = 1
+
+    @property
+    def size(self) -> int:
+        """Logits of the target, in rows of one rule."""
+        return (self.num_drafts + 1) * self.vocab_size * self.num_copies
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("mlx.core.")
@@ -51,13 +64,13 @@ class Shape:
 
 SHAPES = (
     Shape(4, 262144, mx.bfloat16),
-    Shape(2, 1000, mx.float32),
-    Shape(0, 9000, mx.bfloat16),
-    Shape(1, 5, mx.float32),
-    Shape(8, 64, mx.float16),
-    Shape(3, 8192, mx.float16),
-    Shape(4, 9000, mx.float32),
-    Shape(8, 32768, mx.bfloat16),
+    Shape(2, 1000, mx.float32, 8),
+    Shape(0, 9000, mx.bfloat16, 4),
+    Shape(1, 5, mx.float32, 8),
+    Shape(8, 64, mx.float16, 8),
+    Shape(3, 8192, mx.float16, 4),
+    Shape(4, 9000, mx.float32, 4),
+    Shape(8, 32768, mx.bfloat16, 2),
     Shape(4, 262144, mx.float32),
     Shape(4, 262144, mx.float16),
 )
@@ -104,7 +117,7 @@ class Case:
     def draft(self) -> Draft:
         """The block that plain operations propose."""
         if not self.num_drafts:
-            return Draft(mx.zeros((NUM_ROWS, 0), dtype=mx.int32), None)
+            return Draft(mx.zeros((len(self.params), 0), dtype=mx.int32), None)
         steps = []
         for i in range(self.num_drafts):
             logits, ids = self.step(i)
@@ -152,16 +165,19 @@ def make_case(shape: Shape, turn: int, *, is_listed: bool) -> Case:
         is_listed: Whether rows have a top-k.
     """
     chance = np.random.default_rng(1000 * turn + shape.vocab_size + is_listed)
+    settings = (_LISTED if is_listed else _WHOLE) * shape.num_copies
     logits = np.stack(
-        [_rows_of_kind(chance, shape, (turn + row) % 4) for row in range(NUM_ROWS)]
+        [_rows_of_kind(chance, shape, (turn + i) % 4) for i in range(len(settings))]
     )
-    # A drafter that is often right; nothing drops tokens of its own.
+    # A drafter that is nearly right, or is not; nothing drops tokens of its own.
     judged = np.maximum(logits[:, : shape.num_drafts], np.float32(_LOWEST))
-    drafted = judged + 0.5 * chance.normal(size=judged.shape).astype(np.float32)
+    error = chance.normal(size=judged.shape).astype(np.float32)
+    for i in range(len(settings)):
+        error[i] *= _ERRORS[(turn + i) % len(_ERRORS)]
+    drafted = judged + error
     ids = None
     if turn % 2 and shape.num_drafts:
         drafted, ids = _some_candidates(chance, drafted)
-    settings = _LISTED if is_listed else _WHOLE
     params = tuple(
         SamplingParams(**one, seed=int(chance.integers(2**63)))  # type: ignore[arg-type]
         for one in settings
@@ -171,7 +187,7 @@ def make_case(shape: Shape, turn: int, *, is_listed: bool) -> Case:
         mx.array(drafted).astype(shape.dtype),
         None if ids is None else mx.array(ids),
         params,
-        mx.array(chance.integers(5, 100000, NUM_ROWS).astype(np.int32)),
+        mx.array(chance.integers(5, 100000, len(settings)).astype(np.int32)),
     )
 
 
@@ -181,6 +197,12 @@ def _rows_of_kind(chance: np.random.Generator, shape: Shape, kind: int) -> np.nd
     logits = (3 * chance.normal(size=size)).astype(np.float32)
     if kind % 2:
         logits = np.round(logits / _TIE_STEP) * np.float32(_TIE_STEP)
+        # The best of all has an equal beside it, and one anywhere.
+        best = logits.argmax(axis=-1)
+        others = [best ^ 1, chance.integers(shape.vocab_size, size=len(best))]
+        for other in others:
+            other = np.minimum(other, shape.vocab_size - 1)
+            logits[np.arange(len(best)), other] = logits.max(axis=-1)
     if kind >= 2:
         is_dropped = chance.random(size) < _DROPPED
         is_dropped[:, chance.integers(shape.vocab_size)] = False

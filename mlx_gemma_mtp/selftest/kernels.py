@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
@@ -24,73 +24,16 @@ from ..kernels import common, select, threshold
 from ..sampling import Distribution, choose_tokens, most_likely
 from .kernel_case import SHAPES, Case, Shape, as_lists, make_case, plainly
 from .result import FAIL, PASS, SKIP, Result
-
-NAMES = ("select", "propose", "decide", "threshold", "judge", "resample")
+from .tally import NAMES, Tallies, Tally
 
 SUM = 2e-5  # of a sum of exponentials, relative
 MASS = 5e-6  # of a share of the whole
 FLOOR = 1e-5  # of a logit that a filter compares
 SCORE = 1e-4  # of a score, over the temperature
 NOISE = 2e-5  # what logits are moved by to find close calls
-MAX_CLOSE = 0.05  # share of a kernel's rows that may be close calls
 _NUM_MOVES = 16
 _FREQUENCY = 97.0  # of the wave that moves logits
 _MANY_TOKENS = 20000  # of a vocabulary that two cases of each rule are enough for
-_MAX_MESSAGE = 160
-
-
-@dataclass
-class Tally:
-    """What was compared for one kernel.
-
-    Attributes:
-        rows: Rows compared.
-        close: Rows that rounding decides.
-        wrong: Rows with another answer.
-        max_error: Largest error of a sum, relative.
-        first_wrong: Where the first wrong row was met.
-        error: Why it could not be run, the first time; empty where it could.
-    """
-
-    rows: int = 0
-    close: int = 0
-    wrong: int = 0
-    max_error: float = 0.0
-    first_wrong: str = ""
-    error: str = ""
-
-    def add(self, place: str, *, is_wrong: bool, is_close: bool = False) -> None:
-        """Count a row."""
-        self.rows += 1
-        self.close += is_close
-        self.wrong += is_wrong
-        if is_wrong and not self.first_wrong:
-            self.first_wrong = place
-
-    @property
-    def is_right(self) -> bool:
-        """Whether no row was wrong, and few were close; a lone one says nothing."""
-        if self.error:
-            return False
-        return not self.wrong and self.close <= max(2, MAX_CLOSE * self.rows)
-
-
-@dataclass
-class Tallies:
-    """The tallies of all kernels, and where the comparison stands."""
-
-    of: dict[str, Tally] = field(default_factory=lambda: {n: Tally() for n in NAMES})
-    place: str = ""
-
-    def add(self, name: str, *, is_wrong: bool, is_close: bool = False) -> None:
-        """Count a row of a kernel."""
-        self.of[name].add(self.place, is_wrong=is_wrong, is_close=is_close)
-
-    def fail(self, name: str, error: Exception) -> None:
-        """Note that a kernel could not be run."""
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if not self.of[name].error:
-            self.of[name].error = f"{message[:_MAX_MESSAGE]} in {self.place}"
 
 
 def look(allowance_s: float, shapes: Sequence[Shape] = SHAPES) -> Result:
@@ -107,14 +50,16 @@ def look(allowance_s: float, shapes: Sequence[Shape] = SHAPES) -> Result:
             "kernels need a GPU; without one plain operations decide rounds",
         )
     start = time.perf_counter()
-    tallies, done, longest = Tallies(), [], 0.0
+    tallies, pace = Tallies(), 0.0
+    done: list[str] = []
     for shape in shapes:
         begun = time.perf_counter()
-        if done and begun - start + longest > allowance_s:
-            break
+        if done and begun - start + pace * shape.size > allowance_s:
+            continue
         compare(shape, tallies)
         done.append(str(shape))
-        longest = max(longest, time.perf_counter() - begun)
+        # By the first one, the largest: what is small takes longer for its size.
+        pace = pace or (time.perf_counter() - begun) / shape.size
     return _result(tallies, done, len(shapes))
 
 
@@ -137,9 +82,7 @@ def _result(tallies: Tallies, done: list[str], num_shapes: int) -> Result:
     wrong = [name for name, tally in tallies.of.items() if not tally.is_right]
     lines = []
     for name, tally in tallies.of.items():
-        lines.append(
-            f"{name:<10} {'wrong' if name in wrong else 'equal':<6} {_words(tally)}"
-        )
+        lines.append(f"{name:<10} {'wrong' if name in wrong else 'equal':<6} {tally}")
     figures: dict[str, Any] = {
         "backend": common.backend(),
         "shapes": done,
@@ -154,24 +97,12 @@ def _result(tallies: Tallies, done: list[str], num_shapes: int) -> Result:
     return Result("kernels", PASS, sentence, tuple(lines), figures)
 
 
-def _words(tally: Tally) -> str:
-    """A tally on one line."""
-    parts = [f"{tally.rows:>5} rows, {tally.close} close calls"]
-    if tally.max_error:
-        parts.append(f"sums within {tally.max_error:.0e}")
-    if tally.wrong:
-        parts.append(f"{tally.wrong} wrong, first in {tally.first_wrong}")
-    if tally.error:
-        parts.append(tally.error)
-    return ", ".join(parts)
-
-
 # ---------------------------------------------------------------------- one kernel each
 
 
 def _compare_select(case: Case, tallies: Tallies) -> None:
     """The best 64 tokens of the target's rows and of the drafter's candidates."""
-    batches = [(case.logits, None)]
+    batches: list[tuple[mx.array, mx.array | None]] = [(case.logits, None)]
     if case.num_drafts:
         batches.append((case.drafted, case.token_ids))
     for logits, ids in batches:
@@ -294,7 +225,7 @@ def _is_kept_right(
     is_kept = logits >= stats[1]
     must, may = np.isfinite(logits), np.isfinite(logits)
     if params.temp > 0 and 0 < params.top_p < 1:
-        values, place = np.unique(logits, return_inverse=True)
+        _, place = np.unique(logits, return_inverse=True)
         mass = np.bincount(place.reshape(-1), probs)
         above = (np.cumsum(mass[::-1])[::-1] - mass)[place.reshape(-1)]
         must &= above < params.top_p - MASS

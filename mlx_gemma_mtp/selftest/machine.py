@@ -22,7 +22,7 @@ def look(allowance_s: float) -> Result:
     Args:
         allowance_s: Not needed.
     """
-    info = {key: value for key, value in mx.device_info().items()}
+    info = dict(mx.device_info())
     figures: dict[str, Any] = {
         "processor": cpu_name(),
         "cores": os.cpu_count(),

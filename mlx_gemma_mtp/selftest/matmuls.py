@@ -32,8 +32,9 @@ _MAX_COPIES = 32
 _MAX_SHARE = 0.2  # of memory, for one matrix with its copies
 _COPY_BYTES = 256_000_000
 _CPU_COPY_BYTES = 64_000_000
+_BAND = 256  # outputs with random weights of their own
 # What it takes to time a matrix, in times of one row, making it included.
-_COST = sum(ROWS) + 20
+_COST = sum(ROWS) + 10
 _REPEATS = 5
 _MAX_SHOWN = 5
 
@@ -255,26 +256,29 @@ def _multiplier(
     inputs = mx.random.normal((max(ROWS), num_inputs)).astype(dtype)
     mx.eval(inputs)
     if form == "4-bit":
-        size = (num_outputs, num_inputs * BITS // 32)
+        words = (num_outputs, num_inputs * BITS // 32)
         groups = (num_outputs, num_inputs // GROUP_SIZE)
-        packed = [
-            mx.random.randint(0, 2**31 - 1, size).astype(mx.uint32)
-            for _ in range(num_copies)
-        ]
+        bits = mx.random.randint(0, 2**31 - 1, (_BAND, words[1])).astype(mx.uint32)
+        packed = [_filled(bits, num_outputs) for _ in range(num_copies)]
         scales, biases = mx.full(groups, 0.01, dtype), mx.full(groups, -0.08, dtype)
-        mx.eval(packed, scales, biases)
+        mx.eval(scales, biases)
         return lambda rows: [
             mx.quantized_matmul(
                 inputs[:rows], w, scales, biases, group_size=GROUP_SIZE, bits=BITS
             )
             for w in packed
         ]
-    dense = [
-        mx.random.normal((num_outputs, num_inputs), dtype=dtype)
-        for _ in range(num_copies)
-    ]
-    mx.eval(dense)
+    band = mx.random.normal((_BAND, num_inputs)).astype(dtype)
+    dense = [_filled(band, num_outputs) for _ in range(num_copies)]
     return lambda rows: [inputs[:rows] @ w.T for w in dense]
+
+
+def _filled(band: mx.array, num_outputs: int) -> mx.array:
+    """A matrix of repetitions of a band: random numbers for all would take long."""
+    repeats = -(-num_outputs // band.shape[0])
+    matrix = mx.contiguous(mx.tile(band, (repeats, 1))[:num_outputs])
+    mx.eval(matrix)
+    return matrix
 
 
 def _timed(multiply: Callable[[int], list[mx.array]], rows: int) -> float:

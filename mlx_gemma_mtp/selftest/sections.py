@@ -23,7 +23,7 @@ from .result import FAIL, Result
 _SHARES = {
     MACHINE: 0.0,
     MODEL: 4.0,
-    "kernels": 2.0,
+    "kernels": 3.0,
     "slabs": 2.0,
     "exactness": 3.0,
     "rows": 3.0,
@@ -71,6 +71,15 @@ class _Run:
         self._note = note
         self._end = time.perf_counter() + options.seconds
         self._timed: list[matmuls.Timing] = []
+        self._sections: dict[str, Callable[[float], Result]] = {
+            MACHINE: machine.look,
+            MODEL: self._model,
+            "kernels": kernels.look,
+            "slabs": lambda allowance_s: slabs.look(self._pair, allowance_s),
+            "exactness": self._exactness,
+            "rows": self._rows,
+            "costs": self._costs,
+        }
 
     def results(self, names: Sequence[str]) -> list[Result]:
         """Run sections one after the other."""
@@ -83,10 +92,10 @@ class _Run:
 
     def _contained(self, name: str, allowance_s: float) -> Result:
         """One section, whatever happens in it."""
-        self._note(f"{name} (about {allowance_s:.0f} s) ...")
+        self._note(f"{name}, up to about {allowance_s:.0f} s ...")
         start = time.perf_counter()
         try:
-            result: Result = getattr(self, f"_{name}")(allowance_s)
+            result = self._sections[name](allowance_s)
         # Whatever it is, it is what the user runs this for.
         except Exception as error:  # noqa: BLE001
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -108,15 +117,9 @@ class _Run:
         """What the controller expects of the embedded pair here."""
         return DEFAULT_PRIOR
 
-    def _machine(self, allowance_s: float) -> Result:
-        return machine.look(allowance_s)
-
     def _model(self, allowance_s: float) -> Result:
         assert self._options.loaded is not None  # the command asks for it
         return model.look(self._options.loaded, allowance_s)
-
-    def _kernels(self, allowance_s: float) -> Result:
-        return kernels.look(allowance_s)
 
     def _exactness(self, allowance_s: float) -> Result:
         return exactness.look(self._pair, self._family, allowance_s)
@@ -124,9 +127,6 @@ class _Run:
     def _rows(self, allowance_s: float) -> Result:
         result, self._timed = matmuls.look(self._family, allowance_s)
         return result
-
-    def _slabs(self, allowance_s: float) -> Result:
-        return slabs.look(self._pair, allowance_s)
 
     def _costs(self, allowance_s: float) -> Result:
         return costs.look(self._pair, self._prior, self._timed, allowance_s)

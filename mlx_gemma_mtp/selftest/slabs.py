@@ -41,15 +41,16 @@ class _RoomyLayout(SlabLayout):
 
 
 def look(
-    pair: Pair, allowance_s: float, capacities: Sequence[int] = CAPACITIES
+    pair: Pair, allowance_s: float, capacities: Sequence[int] | None = None
 ) -> Result:
     """Run rounds over slabs of several capacities.
 
     Args:
         pair: The embedded pair.
         allowance_s: Larger slabs are left out when it is used up, seconds.
-        capacities: Slots, the fewest first.
+        capacities: Slots, the fewest first; None for ``CAPACITIES``.
     """
+    capacities = CAPACITIES if capacities is None else capacities
     start = time.perf_counter()
     measured: list[dict[str, Any]] = []
     done: list[int] = []
