@@ -282,9 +282,21 @@ def test_one_row_that_rounds_differently_is_told():
     line = result.lines[0]
     assert "no K for plain rounds of 1" in line
     assert "K = 1-8 for plain rounds of 2" in line
+    assert result.sentence.endswith("plain ones of several rows")
     assert "near ties below" in line
     found = result.figures["embedded pair"]
     assert found["near_tie"] == 2 * found["max_difference"] > 0
+
+
+def test_what_is_left_of_drafting_is_told():
+    pair = uneven_pair(lambda logits, rows: logits * (1 + rows / 1000))
+    result = exactness.look(pair, "e2b", 0.0)
+    assert result.status == PASS
+    assert result.figures["embedded pair"]["route"] == {
+        "min_rows": 2,
+        "allowed": [0, 1],
+    }
+    assert "some K only" in result.sentence
 
 
 def test_rows_that_all_round_differently_are_told():

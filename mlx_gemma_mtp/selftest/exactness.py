@@ -19,7 +19,7 @@ from ..errors import RequestError
 from ..pair import Pair
 from ..probe import probe
 from ..random_pair import random_pair, text_config
-from ..route import PLAIN_ROWS, Route, Verdict, exact_routes
+from ..route import ALL_DRAFTS, PLAIN_ROWS, Route, Verdict, exact_routes
 from .machine import is_on_cpu, memory_bytes
 from .result import FAIL, INFO, PASS, SKIP, Result, status_of
 
@@ -42,7 +42,9 @@ def look(pair: Pair, family: str, allowance_s: float) -> Result:
         allowance_s: A probe that would take longer is left out, seconds.
     """
     start = time.perf_counter()
-    statuses, lines, figures = [], [], {}
+    statuses: list[str] = []
+    lines: list[str] = []
+    figures: dict[str, dict[str, Any]] = {}
 
     def add(label: str, found: tuple[str, str, dict[str, Any]]) -> None:
         statuses.append(found[0])
@@ -64,17 +66,26 @@ def look(pair: Pair, family: str, allowance_s: float) -> Result:
     return Result(
         "exactness",
         status_of(statuses),
-        _sentence(statuses),
+        _sentence(statuses, figures),
         tuple(lines),
         figures,
     )
 
 
-def _sentence(statuses: list[str]) -> str:
+def _sentence(statuses: list[str], figures: dict[str, Any]) -> str:
+    """What all of it comes to."""
+    routes = [found["route"] for found in figures.values() if "route" in found]
     if FAIL in statuses:
         return "texts differ where the probe found equal bytes"
-    if INFO in statuses:
-        return "some rounds with drafts give other bytes than plain ones here"
+    if not routes:
+        return "nothing was probed"
+    fewest = min(len(route["allowed"]) for route in routes)
+    if fewest == 1:
+        return "some rounds with drafts give other bytes than plain ones, for every K"
+    if fewest < len(ALL_DRAFTS):
+        return "exact decoding is left some K only, whose rounds give plain bytes"
+    if any(route["min_rows"] > 1 for route in routes):
+        return "rounds with drafts give the bytes of plain ones of several rows"
     return "rounds with drafts give the bytes of plain ones"
 
 
@@ -115,7 +126,11 @@ def examined(
     if verdict is None:
         return SKIP, "skipped, the probe would take too long", {}
     route = exact_routes(verdict)[0]
-    figures = {**verdict.to_dict(), "near_tie": 2 * verdict.max_difference}
+    figures = {
+        **verdict.to_dict(),
+        "near_tie": 2 * verdict.max_difference,
+        "route": {"min_rows": route.min_rows, "allowed": list(route.allowed)},
+    }
     differing: list[int] = []
     if pair.drafter is not None and budget_s is None:
         plain = greedy_text(pair, 0, route)

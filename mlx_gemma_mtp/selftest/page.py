@@ -40,7 +40,11 @@ def verdict(results: Sequence[Result]) -> str:
 
 
 def to_json(results: Sequence[Result]) -> str:
-    """Everything, as JSON."""
+    """Everything, as JSON.
+
+    An object with ``form``, ``status`` (pass or fail), ``verdict``, ``seconds``,
+    ``machine`` and ``versions``, and ``sections``: each has the fields of ``Result``.
+    """
     found = next((r.figures for r in results if r.name == MACHINE), {})
     document = {
         "form": FORM,
