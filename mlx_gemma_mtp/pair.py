@@ -103,7 +103,7 @@ class Pair:
                 "machine": describe_machine(str(mx.default_device()), *_device()),
                 "pair": fingerprint(self._modules()),
             }
-            self._tuning = Tuning(Store(key, cache_folder()), self._prior)
+            self._tuning = Tuning(Store(key, cache_folder()), self.prior)
         return self._tuning
 
     @property
@@ -111,6 +111,17 @@ class Pair:
         """Memory of the drafter's weights, bytes."""
         modules = [] if self.drafter is None else [self.drafter]
         return sum(array.nbytes for _, array in named_arrays(list(modules)))
+
+    def prior(self, num_rows: int, context: int) -> Prior:
+        """What the speed model expects of so many rows of so many tokens here."""
+        args = text_model(self.target).args
+        is_gpu = mx.default_device() == mx.gpu
+        return prior(
+            str(mx.device_info().get("architecture")) if is_gpu else None,
+            family_of(vars(args)),
+            batch_size=num_rows,
+            context=context,
+        )
 
     def wired(self) -> AbstractContextManager[None]:
         """Keep the weights of target and drafter together in wired memory."""
@@ -127,17 +138,6 @@ class Pair:
         _evaluate_constants(self._modules())
         self._traced = self._weights()
         self._rounds = Rounds(Target(self.target), self.drafter)
-
-    def _prior(self, num_rows: int, context: int) -> Prior:
-        """What the speed model expects of this machine."""
-        args = text_model(self.target).args
-        is_gpu = mx.default_device() == mx.gpu
-        return prior(
-            str(mx.device_info().get("architecture")) if is_gpu else None,
-            family_of(vars(args)),
-            batch_size=num_rows,
-            context=context,
-        )
 
     def _modules(self) -> list[nn.Module]:
         return [m for m in (self.target, self.drafter) if m is not None]

@@ -309,7 +309,7 @@ def test_rows_that_all_round_differently_are_told():
 
 def test_a_text_that_differs_in_spite_of_equal_bytes_fails(monkeypatch):
     everything = dict.fromkeys(PLAIN_ROWS, ALL_DRAFTS[1:])
-    told = Verdict(everything, 0.0, False, 1, 0.0)
+    told = Verdict(everything, 0.0, False, 1.0, 1, 0.0)
     monkeypatch.setattr(exactness, "probe", lambda *_, **__: told)
     pair = uneven_pair(lambda logits, rows: mx.roll(logits, rows, -1))
     result = exactness.look(pair, "e2b", 0.0)

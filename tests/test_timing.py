@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_gemma_mtp.timing import Interval, RoundTimer
+from mlx_gemma_mtp.timing import RoundTimer
 
 
 class Clock:
@@ -55,12 +55,19 @@ def device():
     return device
 
 
+def assert_interval(device, seconds, *, is_queued):
+    interval = device.timer.interval()
+    assert interval is not None
+    assert interval.seconds == pytest.approx(seconds)
+    assert interval.is_queued == is_queued
+
+
 def test_the_device_is_the_slower(device):
     device.caller(0.2)
     device.spend(0.1)
     device.queue(0.05)
     device.wait(0.65)
-    assert device.timer.interval() == Interval(pytest.approx(1.0), False)
+    assert_interval(device, 1.0, is_queued=False)
 
 
 def test_queueing_waits_for_the_round(device):
@@ -68,7 +75,7 @@ def test_queueing_waits_for_the_round(device):
     device.caller(0.25)
     device.queue(0.75)
     device.wait(0.001)
-    assert device.timer.interval() == Interval(pytest.approx(0.751), True)
+    assert_interval(device, 0.751, is_queued=True)
 
 
 def test_a_caller_that_stalls_says_nothing(device):
@@ -82,7 +89,7 @@ def test_a_slow_caller_does_not_hide_a_slower_device(device):
     device.caller(0.8)
     device.queue(0.01)
     device.wait(0.5)
-    assert device.timer.interval() == Interval(pytest.approx(1.31), False)
+    assert_interval(device, 1.31, is_queued=False)
 
 
 def test_disturbances_are_forgotten_after_their_interval(device):
@@ -92,7 +99,7 @@ def test_disturbances_are_forgotten_after_their_interval(device):
     assert device.timer.interval() is None
     device.queue(0.1)
     device.wait(1.0)
-    assert device.timer.interval() == Interval(pytest.approx(1.1), False)
+    assert_interval(device, 1.1, is_queued=False)
 
 
 def test_nothing_was_queued(device):

@@ -33,9 +33,12 @@ class _Recorder(FixedDraftLength):
         super().__init__(num_draft_tokens)
         self.seconds: list[float] = []
 
-    def observe_seconds(self, num_draft_tokens: int, seconds: float) -> None:
+    def observe(
+        self, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None
+    ) -> None:
         """See ``DraftLength``."""
-        self.seconds.append(seconds)
+        if seconds is not None:
+            self.seconds.append(seconds)
 
 
 def look(

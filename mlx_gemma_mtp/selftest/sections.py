@@ -12,7 +12,7 @@ from functools import cached_property
 
 import mlx.core as mx
 
-from ..control import DEFAULT_PRIOR, Prior
+from ..control import Prior
 from ..load import load_pair
 from ..pair import Pair
 from . import costs, exactness, kernels, machine, matmuls, model, slabs
@@ -115,7 +115,7 @@ class _Run:
     @property
     def _prior(self) -> Prior:
         """What the controller expects of the embedded pair here."""
-        return DEFAULT_PRIOR
+        return self._pair.prior(1, 0)
 
     def _model(self, allowance_s: float) -> Result:
         assert self._options.loaded is not None  # the command asks for it
