@@ -7,16 +7,16 @@ because every other is judged against it.
 
 What is never tried is never learnt, so now and then another K is tried: one whose E / T
 would be better if the models erred in its favour by a standard deviation or two
-(optimism in the face of uncertainty). Such a probe costs T(K) - E(K) / (best rate)
+(optimism in the face of uncertainty). Such a trial costs T(K) - E(K) / (best rate)
 seconds, and is paid for from a credit: an allowance of a few plain rounds at first, and
 later a small share of the time that passes. So drafting that never pays costs no more
 than that share, and what was learnt too slowly. Credit that nothing asked for is spent
 on larger doubts, such as whether the rounds that spoke against a K were all stalled.
 
 The idea of choosing by expected value over measured cost, with depth 0 as the way out
-and probes to come back, is that of Ollama's MLX runner
+and trials to come back, is that of Ollama's MLX runner
 (ollama:x/mlxrunner/speculate_depth.go). Here acceptance and cost carry their
-uncertainties, positions and K's inform their neighbours, and probes have a budget in
+uncertainties, positions and K's inform their neighbours, and trials have a budget in
 place of a back-off.
 
 Numbers in, K out: no arrays, no models, no clock, no randomness.
@@ -37,7 +37,7 @@ _ANY = range(MAX_DRAFT_TOKENS + 1)
 _NOTHING: Mapping[int, float] = {}
 _VERSION = 1
 
-# Credit for probes, in plain rounds or as a share of the time that passes.
+# Credit for trials, in plain rounds or as a share of the time that passes.
 _ALLOWANCE = 5.0
 _SHARE = 0.005
 _MOST_CREDIT = 6.0
@@ -49,14 +49,14 @@ _PROFILE_OPTIMISM = 1.0
 _COST_OPTIMISM = 1.5
 _SPARE_CREDIT = 0.95  # of the most: from there on it is spent on doubts that are
 _SPARE_OPTIMISM = 3.0  # this many times as large
-_LEAST_GAIN = 0.01  # of the rate: less is not worth a probe
+_LEAST_GAIN = 0.01  # of the rate: less is not worth a trial
 
 _HORIZON = 512  # tokens over which tracing a round must pay off
 _PAYOFF = 1.25  # times over
 _PLAIN_TRIES = 3  # rounds of K = 0 that may pass unmeasured
 _PLAIN_HORIZON = 128  # tokens left that justify tracing K = 0 to measure it
-_FLIGHT = 2  # rounds until a probe has been observed
-_LAST_TOKENS = MAX_DRAFT_TOKENS  # tokens left that justify no probe
+_FLIGHT = 2  # rounds until a trial has been observed
+_LAST_TOKENS = MAX_DRAFT_TOKENS  # tokens left that justify no trial
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ DEFAULT_PRIOR = Prior(TYPICAL_COST, 0.6)
 
 
 @dataclass(frozen=True, slots=True)
-class _Probe:
+class _Trial:
     """A round run to learn from: what it was charged, what its tokens are worth."""
 
     num_draft_tokens: int
@@ -110,7 +110,7 @@ class DraftLengthController:
     Attributes:
         acceptance: What is known of the text by now.
         costs: What is known of the machine by now.
-        credit_s: Seconds that probes may still cost; None before any measurement.
+        credit_s: Seconds that trials may still cost; None before any measurement.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class DraftLengthController:
         self.acceptance = acceptance or AcceptanceModel(prior.acceptance)
         self.costs = costs or CostModel(prior.relative_cost)
         self.credit_s: float | None = None  # None: nothing measured yet
-        self._probe: _Probe | None = None
+        self._trial: _Trial | None = None
         self._flight = 0
         self._plain_tries = _PLAIN_TRIES
 
@@ -131,7 +131,7 @@ class DraftLengthController:
         """Begin a request: other text, another context length."""
         self.acceptance.start()
         self.costs.start()
-        self._probe, self._flight = None, 0
+        self._trial, self._flight = None, 0
 
     def choose(
         self,
@@ -169,12 +169,12 @@ class DraftLengthController:
         best = min(choices, key=cost.__getitem__)
         if self.credit_s is None or self._flight or left <= _LAST_TOKENS:
             return best
-        probe = self._best_probe(choices, best, tokens, seconds, setup_s)
-        if probe is None:
+        trial = self._best_trial(choices, best, tokens, seconds, setup_s)
+        if trial is None:
             return best
-        self.credit_s -= probe.price_s
-        self._probe, self._flight = probe, _FLIGHT
-        return probe.num_draft_tokens
+        self.credit_s -= trial.price_s
+        self._trial, self._flight = trial, _FLIGHT
+        return trial.num_draft_tokens
 
     def observe(
         self, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None
@@ -201,11 +201,11 @@ class DraftLengthController:
         credit_s = self.credit_s
         if credit_s is None:
             credit_s = _ALLOWANCE * plain_s
-        if self._probe and self._probe.num_draft_tokens == num_draft_tokens:
+        if self._trial and self._trial.num_draft_tokens == num_draft_tokens:
             # Charge what it did cost, by the learnt time: a stall is not its fault.
-            credit_s += self._probe.price_s - max(typical_s - self._probe.worth_s, 0.0)
+            credit_s += self._trial.price_s - max(typical_s - self._trial.worth_s, 0.0)
             credit_s = max(credit_s, _LEAST_CREDIT * plain_s)
-            self._probe = None
+            self._trial = None
         credit_s += _SHARE * min(max(seconds, 0.0), 2 * typical_s)
         self.credit_s = min(credit_s, _MOST_CREDIT * plain_s)
 
@@ -258,14 +258,14 @@ class DraftLengthController:
             and (left >= _PLAIN_HORIZON or not setup_s.get(0))
         )
 
-    def _best_probe(
+    def _best_trial(
         self,
         choices: list[int],
         best: int,
         tokens: list[float],
         seconds: list[float],
         setup_s: Mapping[int, float],
-    ) -> _Probe | None:
+    ) -> _Trial | None:
         """The K that promises most for its price, if any is affordable."""
         credit_s = self.credit_s or 0.0
         is_spare = credit_s >= _SPARE_CREDIT * _MOST_CREDIT * seconds[0]
@@ -285,7 +285,7 @@ class DraftLengthController:
             price_s += setup_s.get(k, 0.0)
             score = min(gain, 1.0) / (price_s + 0.05 * seconds[best])
             if score > most and price_s <= credit_s:
-                found, most = _Probe(k, price_s, worth_s), score
+                found, most = _Trial(k, price_s, worth_s), score
         return found
 
     def _hopeful_tokens(self, best: int, optimism: float) -> list[float]:

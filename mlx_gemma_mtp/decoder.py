@@ -134,7 +134,9 @@ class Decoder:
             else num_draft_tokens
         )
         self._route = route
-        self._room = Room(self._rows, is_fixed=route.has_fixed_growth)
+        # One row's growth can be fixed for nothing, whatever was proved.
+        is_fixed = route.is_exact if len(self._rows) == 1 else route.has_fixed_growth
+        self._room = Room(self._rows, is_fixed=is_fixed)
         self._prefill_step_size = prefill_step_size
         self._look_ahead = look_ahead
         self._in_flight: deque[_InFlight] = deque()
@@ -147,6 +149,8 @@ class Decoder:
             num_logprobs=num_logprobs,
             near_tie=route.near_tie,
         )
+        if self._settings.rule.near_tie is not None:
+            self.stats.near_ties = 0
 
     def run(self) -> Generator[list[Emission], None, None]:
         """Decode until every request has ended.
@@ -157,13 +161,13 @@ class Decoder:
         """
         try:
             emissions = self._prefill()
-            with self._timer.caller():
+            with self._timer.caller(is_idle=True):
                 yield emissions
             while self._wants_round(0):
                 while self._can_queue() and self._wants_round(len(self._in_flight)):
                     self._queue_round()
                 emissions = self._read_round()
-                with self._timer.caller():
+                with self._timer.caller(is_idle=not self._in_flight):
                     yield emissions
         finally:
             self._stop()
@@ -415,12 +419,13 @@ class Decoder:
 
     def _stop(self) -> None:
         """Wait for what is still running and let go of the slabs."""
-        for queued in self._in_flight:
-            mx.eval(queued.report.tokens)
-        self._in_flight.clear()
-        self._state = self._verified = None
-        self._timer.stop()
-        self._draft_length.finish()
+        try:
+            mx.eval([queued.report.tokens for queued in self._in_flight])
+        finally:
+            self._in_flight.clear()
+            self._state = self._verified = None
+            self._timer.stop()
+            self._draft_length.finish()
 
 
 def _read(report: mx.array) -> list[list[int]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from statistics import median
 from typing import Protocol
 
@@ -91,6 +92,7 @@ class AdaptiveDraftLength:
     Args:
         controller: It has learnt from the rounds before.
         setups: What it took to trace the last rounds, seconds; appended to.
+        lock: Held while the controller is asked or told something.
         keep: Keeps what it has learnt, called at the end.
     """
 
@@ -99,12 +101,15 @@ class AdaptiveDraftLength:
         controller: DraftLengthController,
         *,
         setups: deque[float],
+        lock: AbstractContextManager[object],
         keep: Callable[[], None],
     ) -> None:
         self._controller = controller
+        self._lock = lock
         self._setups = setups
         self._keep = keep
-        controller.start()
+        with lock:
+            controller.start()
 
     def choose(
         self,
@@ -116,17 +121,18 @@ class AdaptiveDraftLength:
         """See ``DraftLength``."""
         # The first round of a process also builds what all rounds need.
         setup_s = median(self._setups) if len(self._setups) > 1 else _SETUP_S
-        return self._controller.choose(
-            allowed=allowed,
-            setup_s={k: setup_s for k in allowed if not is_ready(k)},
-            tokens_left=tokens_left,
-        )
+        not_ready = {k: setup_s for k in allowed if not is_ready(k)}
+        with self._lock:
+            return self._controller.choose(
+                allowed=allowed, setup_s=not_ready, tokens_left=tokens_left
+            )
 
     def observe(
         self, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None
     ) -> None:
         """See ``DraftLength``."""
-        self._controller.observe(num_draft_tokens, accepted, seconds)
+        with self._lock:
+            self._controller.observe(num_draft_tokens, accepted, seconds)
 
     def observe_setup(self, seconds: float) -> None:
         """See ``DraftLength``."""

@@ -7,6 +7,8 @@ The pair can travel inside the target's model object, which is how a model loade
 from __future__ import annotations
 
 import hashlib
+import os
+import platform
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import cast
@@ -24,7 +26,7 @@ from .generation_defaults import SamplingDefaults
 from .machine import describe_machine
 from .roofline import prior
 from .rounds import Rounds
-from .store import Store, cache_folder
+from .store import FOLDER_VARIABLE, Store, cache_folder
 from .target import Target, text_model
 from .tuning import Tuning
 from .wired import wired
@@ -48,8 +50,8 @@ class Pair:
         drafter_source: Where the drafter came from, or why there is none.
 
     Attributes:
-        num_draft_tokens: Drafts per round where a request does not say: what the
-            drafter's checkpoint names, else 4; 0 without a drafter.
+        num_draft_tokens: Drafts per round that the drafter's checkpoint names, else 4;
+            0 without a drafter. Requests that do not say let the controller choose.
 
     Raises:
         PairingError: ``target`` is not a Gemma 4 of mlx-lm.
@@ -101,6 +103,8 @@ class Pair:
         if self._tuning is None:
             key = {
                 "machine": describe_machine(str(mx.default_device()), *_device()),
+                "system": platform.mac_ver()[0] or platform.release(),
+                "settings": _mlx_settings(),
                 "pair": fingerprint(self._modules()),
             }
             self._tuning = Tuning(Store(key, cache_folder()), self.prior)
@@ -137,6 +141,7 @@ class Pair:
             mx.eval(self.drafter.parameters())
         _evaluate_constants(self._modules())
         self._traced = self._weights()
+        self._tuning = None  # what was learnt was learnt of the weights before
         self._rounds = Rounds(Target(self.target), self.drafter)
 
     def _modules(self) -> list[nn.Module]:
@@ -171,6 +176,15 @@ def _device() -> list[str]:
     """What MLX says of the device's kind."""
     info = mx.device_info()
     return [str(info[key]) for key in ("device_name", "architecture") if key in info]
+
+
+def _mlx_settings() -> dict[str, str]:
+    """The environment's settings of MLX, some of which choose kernels."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("MLX_") and name != FOLDER_VARIABLE
+    }
 
 
 def _evaluate_constants(modules: list[nn.Module]) -> None:

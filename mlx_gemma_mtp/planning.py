@@ -7,6 +7,7 @@ the machine. It knows nothing of how rounds are run.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,10 @@ _PROBE_BUDGET_S = 10.0
 # Where nothing was measured: two steps of the logits' type where logits end (at 30).
 _NEAR_TIES = {mx.bfloat16: 0.25, mx.float16: 0.03125}
 _NEAR_TIE = 1e-4
-_NO_TEXT = "sampled without a seed: the distribution is the target's for any K"
+_NO_TEXT = "drafts judged by block: the distribution is the target's for any K"
+_TOO_LONG = "the probe takes long on this machine; exactness set to exact runs it"
+_NO_DRAFTS = "no number of drafts gave the bytes of plain decoding on this machine"
+_SHARED_GROWTH = "endless requests share slabs whose growth changes bytes"
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,13 @@ class Plan:
         draft_length: Who chooses the number of drafts.
         route: How rounds are run.
         why_plain: Why there are no drafts, in words; empty where there may be.
+        probe_s: What the probe took, if it ran for this plan, seconds.
     """
 
     draft_length: DraftLength
     route: Route
     why_plain: str = ""
+    probe_s: float = 0.0
 
 
 def make_plan(
@@ -62,84 +68,126 @@ def make_plan(
     Returns:
         The plan. The probe may have run for it.
     """
-    why_plain = _why_plain(pair, num_draft_tokens)
-    if why_plain:
-        num_draft_tokens = 0
-    route = _route(pair, requests, exactness, is_plain=bool(why_plain))
-    if not route.has_drafts and not why_plain:
-        why_plain = route.state
-    if num_draft_tokens is not None:
-        return Plan(FixedDraftLength(num_draft_tokens), route, why_plain)
-    controller = pair.tuning.controller(
-        _rule(requests),
-        num_rows=len(requests),
-        min_rows=route.min_rows,
-        context=max(len(request.prompt) for request in requests),
-    )
-    draft_length = AdaptiveDraftLength(
-        controller, setups=pair.tuning.setups, keep=pair.tuning.save
-    )
-    return Plan(draft_length, route, why_plain)
+    return _Planner(pair, requests, num_draft_tokens, exactness).plan()
 
 
-def _why_plain(pair: Pair, num_draft_tokens: int | None) -> str:
-    """Why a request decodes plainly whatever the machine does, in words."""
-    if pair.drafter is None:
-        return pair.drafter_source or "the model has no drafter"
-    return "num_draft_tokens is 0" if num_draft_tokens == 0 else ""
+class _Planner:
+    """Makes one plan."""
 
+    def __init__(
+        self,
+        pair: Pair,
+        requests: Sequence[Request],
+        num_draft_tokens: int | None,
+        exactness: str,
+    ) -> None:
+        self._rounds = pair.rounds  # first: what was learnt goes with old weights
+        self._pair = pair
+        self._requests = requests
+        self._rule = joined_rules(request.rule for request in requests)
+        self._num_draft_tokens = num_draft_tokens
+        self._exactness = exactness
+        self._probe_s = 0.0
 
-def _route(
-    pair: Pair, requests: Sequence[Request], exactness: str, *, is_plain: bool
-) -> Route:
-    """How the rounds are run."""
-    if all(request.rule == "block verification" for request in requests):
-        return PLAIN if is_plain else replace(ANY_ROUTE, state=_NO_TEXT)
-    if is_plain and (exactness != "exact" or pair.drafter is None):
-        return PLAIN
-    if exactness == "fast":
-        return inexact_route(_near_tie(pair), "exactness is set to fast")
-    verdict = verdict_of(
-        pair, len(requests), budget_s=None if exactness == "exact" else _PROBE_BUDGET_S
-    )
-    if verdict is None:
-        return inexact_route(
-            _near_tie(pair),
-            "the probe would take long on this machine; exactness set to exact runs it",
+    def plan(self) -> Plan:
+        """Choose the route, then who chooses the drafts."""
+        why_plain = self._why_plain()
+        route = self._route(is_plain=bool(why_plain))
+        if why_plain:
+            return Plan(FixedDraftLength(0), route, why_plain, self._probe_s)
+        if not route.has_drafts:
+            why_plain = route.state
+        if self._num_draft_tokens is None:
+            return Plan(self._adaptive(route), route, why_plain, self._probe_s)
+        fixed = FixedDraftLength(self._num_draft_tokens)
+        if self._num_draft_tokens not in route.allowed and route.has_drafts:
+            used = max(k for k in route.allowed if k <= self._num_draft_tokens)
+            note = f"{used} drafts in place of {self._num_draft_tokens}, not proved"
+            route = replace(route, state=f"{route.state}; {note}")
+            why_plain = "" if used else note
+        return Plan(fixed, route, why_plain, self._probe_s)
+
+    def _adaptive(self, route: Route) -> AdaptiveDraftLength:
+        tuning = self._pair.tuning
+        controller = tuning.controller(
+            self._rule,
+            num_rows=len(self._requests),
+            min_rows=route.min_rows,
+            context=max(len(request.prompt) for request in self._requests),
         )
-    route = exact_routes(verdict)[0]
-    if _shares_growth(requests, route):
-        reason = "endless requests share slabs whose growth changes bytes"
-        return _failed(exactness, route, verdict, reason)
-    if not route.has_drafts:
-        return _failed(exactness, route, verdict, route.state)
-    if exactness == AUTO and route.min_rows > 1:
-        return _fastest(pair, requests, route)
-    return route
+        return AdaptiveDraftLength(
+            controller, setups=tuning.setups, lock=tuning.lock, keep=tuning.save
+        )
 
+    def _why_plain(self) -> str:
+        """Why the requests decode plainly whatever the machine does, in words."""
+        if self._pair.drafter is None:
+            return self._pair.drafter_source or "the model has no drafter"
+        return "num_draft_tokens is 0" if self._num_draft_tokens == 0 else ""
 
-def _failed(exactness: str, route: Route, verdict: Verdict, reason: str) -> Route:
-    """The route where equal bytes cannot be had: no drafts, or drafts and a count."""
-    if exactness == "exact":
-        logger.warning("decoding without drafts: %s", reason)
-        return replace(route, allowed=(0,), state=reason)
-    return inexact_route(2 * verdict.max_difference, reason)
+    def _route(self, *, is_plain: bool) -> Route:
+        """How the rounds are run."""
+        if not any(request.has_one_text for request in self._requests):
+            return PLAIN if is_plain else replace(ANY_ROUTE, state=_NO_TEXT)
+        if is_plain and self._exactness != "exact":
+            return PLAIN
+        if self._exactness == "fast":
+            return inexact_route(self._near_tie(), "exactness is set to fast")
+        verdict = self._verdict()
+        if verdict is None:
+            return inexact_route(self._near_tie(), _TOO_LONG)
+        first, second = exact_routes(verdict)
+        if self._shares_growth(first):
+            return self._failed(first, verdict, _SHARED_GROWTH)
+        if not first.has_drafts:
+            return self._failed(first, verdict, _NO_DRAFTS)
+        is_free = self._exactness == AUTO and self._num_draft_tokens is None
+        if is_free and first.min_rows > second.min_rows:
+            return self._faster(first, second)
+        return first
 
+    def _failed(self, route: Route, verdict: Verdict, reason: str) -> Route:
+        """Where equal bytes cannot be had: no drafts, or drafts and a count."""
+        if self._exactness == "exact":
+            logger.warning("decoding without drafts: %s", reason)
+            return replace(route, allowed=(0,), state=reason)
+        return inexact_route(2 * verdict.max_difference, reason)
 
-def _fastest(pair: Pair, requests: Sequence[Request], route: Route) -> Route:
-    """Plain decoding in place of a route whose plain rounds are filled up, or not."""
-    is_plain = pair.tuning.is_plain_turn(
-        _rule(requests), num_rows=len(requests), route=route
-    )
-    if not is_plain:
-        return route
-    return replace(PLAIN, state="plain decoding: rounds with drafts were slower")
+    def _faster(self, filled: Route, unfilled: Route) -> Route:
+        """The faster of two routes that were proved."""
+        is_unfilled = self._pair.tuning.prefers_unfilled(
+            self._rule,
+            num_rows=len(self._requests),
+            filled=filled,
+            unfilled=unfilled,
+        )
+        if not is_unfilled:
+            return filled
+        if unfilled.has_drafts:
+            return unfilled
+        return replace(unfilled, state="plain decoding: rounds with drafts were slower")
 
+    def _shares_growth(self, route: Route) -> bool:
+        """Whether slabs would grow for a row at a place that hangs on another's K."""
+        is_endless = any(request.max_tokens is None for request in self._requests)
+        return route.has_fixed_growth and len(self._requests) > 1 and is_endless
 
-def _shares_growth(requests: Sequence[Request], route: Route) -> bool:
-    """Whether slabs would grow for one row at a place that depends on another's K."""
-    is_endless = any(request.max_tokens is None for request in requests)
-    return route.has_fixed_growth and len(requests) > 1 and is_endless
+    def _verdict(self) -> Verdict | None:
+        """The probe's verdict; it runs where there is none yet."""
+        start = time.perf_counter()
+        is_known = self._pair.tuning.verdict(len(self._requests)) is not None
+        budget_s = None if self._exactness == "exact" else _PROBE_BUDGET_S
+        verdict = verdict_of(self._pair, len(self._requests), budget_s=budget_s)
+        if not is_known:
+            self._probe_s = time.perf_counter() - start
+        return verdict
+
+    def _near_tie(self) -> float:
+        """What counts as a near tie: what was measured, else a guess by the type."""
+        verdict = self._pair.tuning.verdict(1)
+        if verdict is not None and verdict.max_difference:
+            return 2 * verdict.max_difference
+        return _NEAR_TIES.get(self._rounds.target.layout.dtype, _NEAR_TIE)
 
 
 def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict | None:
@@ -151,32 +199,34 @@ def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict 
         budget_s: Longest time for a probe, seconds; None for any.
 
     Returns:
-        The verdict; None where the probe would take longer.
+        The verdict; None where the probe would take longer or does not fit in memory.
+
+    Raises:
+        RuntimeError: It does not fit in memory, where there is no budget.
     """
-    verdict = pair.tuning.verdict(num_rows)
+    rounds, tuning = pair.rounds, pair.tuning
+    verdict = tuning.verdict(num_rows)
+    if verdict is not None or (budget_s and tuning.has_given_up_probe(num_rows)):
+        return verdict
+    logger.info(
+        "checking, once on this machine, which rounds give plain decoding's bytes"
+    )
+    # Weights that were loaded lazily would be read anew in every pass.
+    mx.eval(pair.target.parameters())
+    try:
+        with pair.wired():
+            verdict = probe(
+                rounds.target,
+                num_rows=num_rows,
+                use_compile=rounds.use_compile,
+                budget_s=budget_s,
+            )
+    except RuntimeError as error:  # what MLX raises where memory is short
+        if budget_s is None:
+            raise
+        logger.warning("the check was given up: %s", error)
     if verdict is None:
-        logger.info(
-            "checking, once on this machine, which rounds give plain decoding's bytes"
-        )
-        rounds = pair.rounds
-        verdict = probe(
-            rounds.target,
-            num_rows=num_rows,
-            use_compile=rounds.use_compile,
-            budget_s=budget_s,
-        )
-        if verdict is not None:
-            pair.tuning.keep_verdict(num_rows, verdict)
+        tuning.give_up_probe(num_rows)
+    else:
+        tuning.keep_verdict(num_rows, verdict)
     return verdict
-
-
-def _near_tie(pair: Pair) -> float:
-    """What counts as a near tie: what was measured, else a guess by the type."""
-    verdict = pair.tuning.verdict(1)
-    if verdict is not None and verdict.max_difference:
-        return 2 * verdict.max_difference
-    return _NEAR_TIES.get(pair.rounds.target.layout.dtype, _NEAR_TIE)
-
-
-def _rule(requests: Sequence[Request]) -> str:
-    return joined_rules(request.rule for request in requests)

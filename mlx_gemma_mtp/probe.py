@@ -1,10 +1,11 @@
 """The exactness probe: do blocks give the bytes of plain decoding on this machine?
 
 The same few tokens are decoded by plain rounds and by blocks of every size, over slabs
-filled at random (so no long prompt is needed), at three places: near the start, where
-a sliding layer's ring wraps inside the block, and right behind a growth of the
-capacity. Logits and hidden states are compared byte by byte. Which kernel runs depends
-on shapes alone, so what is found for random keys holds for a text's.
+filled at random (so no long prompt is needed), at three places: near the start, where a
+sliding layer's ring wraps inside the block, and at the end of slabs that have grown to
+some thousand slots. Logits and hidden states of every row are compared byte by byte.
+Which kernel runs depends on shapes alone, so what is found for random keys holds for a
+text's.
 
 It runs the target's own forward as rounds do, and knows nothing of drafters.
 """
@@ -24,12 +25,12 @@ from .config import FULL, MAX_DRAFT_TOKENS
 from .rounds import TargetLike
 from .route import ALL_DRAFTS, PLAIN_ROWS, Verdict
 
-# Plain steps at each place, and so the tokens that every kind of round is compared on
-# at least; blocks are repeated until they have as many.
-_NUM_STEPS = 3
 _MARGIN = MAX_DRAFT_TOKENS + 1  # slots of the longest block
-# Metal's attention splits long keys in two passes from here on.
-_TWO_PASS_KEYS = 1024
+_NUM_STEPS = _MARGIN  # plain steps at each place: every row of every block is compared
+_NUM_BLOCK_TOKENS = 3  # blocks of fewer tokens are repeated: later ones read their keys
+# Slots of the last place. Metal's attention over many keys goes in two passes, from
+# 1,024 on, and its softmax in a loop, from 4,096 on.
+_MANY_SLOTS = 4352
 _KEY_SCALE = 0.125  # scores of a few units, as a text's: no key takes all the weight
 
 _Forward = Callable[
@@ -75,15 +76,14 @@ def probe(
 
 
 def places(layout: SlabLayout) -> list[_Place]:
-    """Near the start, across the ring's end, and behind a growth of the capacity."""
+    """Near the start, across the ring's end, and at the end of grown slabs."""
     wrap = layout.ring - 2
     capacity = next_capacity(wrap + 3 * _MARGIN)
-    grown = next_capacity(max(capacity + _MARGIN, _TWO_PASS_KEYS + 1), capacity)
+    grown = max(_MANY_SLOTS, next_capacity(capacity + 1, capacity))
     return [
         _Place(5, CAPACITY_BLOCK),
         _Place(wrap, capacity),
-        # The first block that no longer fits before the growth.
-        _Place(capacity - _MARGIN, grown),
+        _Place(grown - 3 * _MARGIN, grown),
     ]
 
 
@@ -105,6 +105,9 @@ class _Probe:
         self._start = time.perf_counter()
         forward = _forward_of(target)
         self._forward: _Forward = mx.compile(forward) if use_compile else forward
+        self._equal = {rows: set(ALL_DRAFTS[1:]) for rows in PLAIN_ROWS}
+        self._difference = 0.0
+        self._depends_on_capacity = False
         self._key = mx.random.key(0)
         size = (num_rows, 2 * _MARGIN)
         self._tokens = mx.random.randint(0, target.vocab_size, size, key=self._next())
@@ -113,33 +116,41 @@ class _Probe:
         """Decode at every place; None where it would take too long."""
         if not self._is_affordable():
             return None
-        layout = self._target.layout
-        equal = {rows: set(ALL_DRAFTS[1:]) for rows in PLAIN_ROWS}
-        difference = 0.0
-        depends_on_capacity = False
-        _, wrap, grown = found = places(layout)
-        for place in found:
-            slabs = self._random_slabs(place.capacity)
-            plain = {rows: self._decode(slabs, place, 0, rows) for rows in PLAIN_ROWS}
-            for k in ALL_DRAFTS[1:]:
-                block = self._decode(slabs, place, k, 1)
-                difference = max(difference, _difference(plain[1], block))
-                for rows in PLAIN_ROWS:
-                    if not _is_equal(plain[rows], block):
-                        equal[rows].discard(k)
-            if place == wrap:
-                larger = self._grown(slabs, grown.capacity)
-                depends_on_capacity = not _is_equal(
-                    plain[1], self._decode(larger, wrap, 0, 1)
-                )
+        for place in places(self._target.layout):
+            self._compare(place)
+            mx.clear_cache()
+            if self._is_late():
+                return None
         return Verdict(
-            equal={rows: tuple(sorted(drafts)) for rows, drafts in equal.items()},
-            max_difference=difference,
-            depends_on_capacity=depends_on_capacity,
+            equal={rows: tuple(sorted(drafts)) for rows, drafts in self._equal.items()},
+            max_difference=self._difference,
+            depends_on_capacity=self._depends_on_capacity,
             fill_cost=max(1.0, median(self._plain_s[2]) / median(self._plain_s[1])),
             num_passes=self._num_passes,
             seconds=time.perf_counter() - self._start,
         )
+
+    def _compare(self, place: _Place) -> None:
+        """Compare plain rounds with blocks of every size at one place."""
+        slabs = self._random_slabs(place.capacity)
+        plain = {rows: self._decode(slabs, place, 0, rows) for rows in PLAIN_ROWS}
+        for k in ALL_DRAFTS[1:]:
+            block = self._decode(slabs, place, k, 1)
+            self._difference = max(self._difference, _difference(plain[1], block))
+            for rows in PLAIN_ROWS:
+                if not _is_equal(plain[rows], block):
+                    self._equal[rows].discard(k)
+        _, wrap, grown = places(self._target.layout)
+        if place == wrap:
+            slabs = self._grown(slabs, grown.capacity)
+            later = self._decode(slabs, wrap, 0, 1)
+            self._difference = max(self._difference, _difference(plain[1], later))
+            self._depends_on_capacity = not _is_equal(plain[1], later)
+
+    def _is_late(self) -> bool:
+        """Whether tracing has taken what no estimate could know."""
+        passed = time.perf_counter() - self._start
+        return self._budget_s is not None and passed > 2 * self._budget_s
 
     def _is_affordable(self) -> bool:
         """Whether the whole fits the budget, by the time of one pass."""
@@ -150,8 +161,8 @@ class _Probe:
         self._block(slabs, place, 0, 1, 1)  # traced and compiled here
         start = time.perf_counter()
         self._block(slabs, place, 0, 1, 1)
-        blocks = [0, 0, *ALL_DRAFTS[1:]]
-        num_passes = 3 * sum(-(-_NUM_STEPS // (k + 1)) for k in blocks)
+        num_blocks = sum(-(-_NUM_BLOCK_TOKENS // (k + 1)) for k in ALL_DRAFTS[1:])
+        num_passes = 3 * (2 * _NUM_STEPS + num_blocks) + _NUM_STEPS
         return (time.perf_counter() - start) * num_passes <= self._budget_s
 
     def _grown(self, slabs: list[mx.array], capacity: int) -> list[mx.array]:
@@ -170,7 +181,8 @@ class _Probe:
     ) -> _Decoded:
         """Decode the tokens in rounds of K drafts that are all accepted."""
         logits, hidden = [], []
-        for done in range(0, _NUM_STEPS, num_drafts + 1):
+        num_tokens = _NUM_BLOCK_TOKENS if num_drafts else _NUM_STEPS
+        for done in range(0, num_tokens, num_drafts + 1):
             start = time.perf_counter()
             block, slabs = self._block(slabs, place, num_drafts, min_rows, done)
             if not num_drafts:
@@ -203,12 +215,13 @@ class _Probe:
 
     def _random_slabs(self, capacity: int) -> list[mx.array]:
         """Slabs as if a text had filled them."""
-        slabs = []
-        empty = self._target.layout.allocate(self._num_rows, capacity)
-        for i, slab in enumerate(empty):
-            values = mx.random.normal(slab.shape, slab.dtype, key=self._next())
-            slabs.append(values * _KEY_SCALE if i % 2 == 0 else values)
-        mx.eval(slabs)
+        slabs = self._target.layout.allocate(self._num_rows, capacity)
+        for i, slab in enumerate(slabs):
+            scale = _KEY_SCALE if i % 2 == 0 else 1.0
+            slabs[i] = mx.random.normal(
+                slab.shape, slab.dtype, scale=scale, key=self._next()
+            )
+            mx.eval(slabs[i])  # one by one: their making needs room too
         return slabs
 
     def _next(self) -> mx.array:
@@ -233,7 +246,13 @@ def _forward_of(target: TargetLike) -> _Forward:
 def _is_equal(plain: _Decoded, block: _Decoded) -> bool:
     """Whether both have the same bytes behind the tokens that both have."""
     pairs = ((plain.logits, block.logits), (plain.hidden, block.hidden))
-    return all(_same_bytes(a[:, :_NUM_STEPS], b[:, :_NUM_STEPS]) for a, b in pairs)
+    return all(_same_bytes(*_shared(a, b)) for a, b in pairs)
+
+
+def _shared(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+    """What stands behind the tokens that both have."""
+    num_tokens = min(a.shape[1], b.shape[1])
+    return a[:, :num_tokens], b[:, :num_tokens]
 
 
 def _same_bytes(a: mx.array, b: mx.array) -> bool:
@@ -244,5 +263,6 @@ def _same_bytes(a: mx.array, b: mx.array) -> bool:
 
 def _difference(plain: _Decoded, block: _Decoded) -> float:
     """Largest difference of a logit."""
-    a, b = (one.logits[:, :_NUM_STEPS].astype(mx.float32) for one in (plain, block))
-    return cast(float, mx.abs(a - b).max().item())
+    a, b = _shared(plain.logits, block.logits)
+    difference = mx.abs(a.astype(mx.float32) - b.astype(mx.float32))
+    return cast(float, difference.max().item())

@@ -83,7 +83,9 @@ class Room:
 
     def _latest(self, in_flight: Collection[int]) -> int:
         """The furthest that the next round may start."""
-        return max(row.offset for row in self._rows) + sum(k + 1 for k in in_flight)
+        # A row that has ended goes on beyond its end; what it writes is never seen.
+        offsets = [row.offset for row in self._rows if row.is_live]
+        return max(offsets, default=0) + sum(k + 1 for k in in_flight)
 
     def _limit(self, capacity: int) -> int:
         """The first position whose query sees the next capacity."""

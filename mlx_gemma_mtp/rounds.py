@@ -11,6 +11,7 @@ It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,6 +79,13 @@ class _Shape:
     rule: SamplingRule
 
 
+class _Traced(threading.local):
+    """What was traced before; every thread has traces of its own, as MLX's."""
+
+    def __init__(self) -> None:
+        self.keys: set[tuple[_Shape, int, int]] = set()
+
+
 class Rounds:
     """Runs rounds of one target with one drafter.
 
@@ -101,7 +109,7 @@ class Rounds:
         self.use_compile = use_compile
         self._verification = verification
         self._compiled: dict[_Shape, Callable[..., Any]] = {}
-        self._run_before: set[tuple[_Shape, int, int]] = set()
+        self._traced = _Traced()
 
     def is_ready(
         self,
@@ -114,7 +122,7 @@ class Rounds:
     ) -> bool:
         """Whether such a round has run before: the first one is traced and compiled."""
         shape = _Shape(num_draft_tokens, min_rows, rule)
-        return (shape, num_rows, capacity) in self._run_before
+        return (shape, num_rows, capacity) in self._traced.keys
 
     def run(
         self,
@@ -205,7 +213,7 @@ class Rounds:
             self._compiled[shape] = (
                 mx.compile(function) if self.use_compile else function
             )
-        self._run_before.add(self._key(shape, state))
+        self._traced.keys.add(self._key(shape, state))
         return self._compiled[shape]
 
     def _key(self, shape: _Shape, state: RoundState) -> tuple[_Shape, int, int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from .config import MAX_DRAFT_TOKENS
 from .errors import RequestError
+from .learnt import numbers
 
 AUTO = "auto"  # of K: the controller's choice; of exactness: what was proved
 MODES = (AUTO, "exact", "fast")
@@ -22,6 +23,7 @@ ALL_DRAFTS = tuple(range(MAX_DRAFT_TOKENS + 1))
 # Rows of a plain round: as it is, and filled up to take the kernels of several rows.
 PLAIN_ROWS = (1, 2)
 _FORM = 1  # of a verdict's dictionary
+_MOST = 1e9  # of any of its numbers; more is damage
 
 
 def check_mode(mode: object) -> str:
@@ -75,32 +77,29 @@ class Verdict:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Verdict:
+    def from_dict(cls, values: Any) -> Verdict:
         """What ``to_dict`` gave.
 
         Raises:
             ValueError: It gave something else.
         """
-        try:
-            equal = {
-                int(rows): tuple(sorted({int(k) for k in drafts}))
-                for rows, drafts in values["equal"].items()
-            }
-            verdict = cls(
-                equal,
-                float(values["max_difference"]),
-                bool(values["depends_on_capacity"]),
-                float(values["fill_cost"]),
-                int(values["num_passes"]),
-                float(values["seconds"]),
-            )
-            is_known = values["form"] == _FORM
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"no verdict: {error!r}") from error
-        drafts = {k for one in equal.values() for k in one}
-        if not is_known or set(equal) != set(PLAIN_ROWS) or not drafts <= {*ALL_DRAFTS}:
-            raise ValueError("no verdict of this version")
-        return verdict
+        numbers(values, "form", 1, low=_FORM, high=_FORM)
+        equal = values.get("equal")
+        depends_on_capacity = values.get("depends_on_capacity")
+        if not isinstance(equal, Mapping) or not isinstance(depends_on_capacity, bool):
+            raise ValueError(f"equal must be drafts by rows: got {equal!r:.80}")
+        (max_difference,) = numbers(values, "max_difference", 1, low=0, high=_MOST)
+        (fill_cost,) = numbers(values, "fill_cost", 1, low=1, high=_MOST)
+        (num_passes,) = numbers(values, "num_passes", 1, low=0, high=_MOST)
+        (seconds,) = numbers(values, "seconds", 1, low=0, high=_MOST)
+        return cls(
+            {rows: _drafts(equal.get(str(rows))) for rows in PLAIN_ROWS},
+            max_difference,
+            depends_on_capacity,
+            fill_cost,
+            int(num_passes),
+            seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -165,11 +164,21 @@ def inexact_route(near_tie: float, reason: str) -> Route:
 def _proved(rows: int, drafts: tuple[int, ...]) -> str:
     filled = ", plain rounds filled up to 2 rows" if rows > 1 else ""
     if not drafts:
-        return (
-            "exact, without drafts: no number of drafts gave the bytes of plain "
-            "decoding on this machine"
-        )
-    return f"exact: bytes proved equal for K = {_ranges((0, *drafts))}{filled}"
+        return "exact: plain decoding"
+    return f"exact: logits proved byte-equal for K = {_ranges((0, *drafts))}{filled}"
+
+
+def _drafts(values: object) -> tuple[int, ...]:
+    """Numbers of drafts as a verdict keeps them.
+
+    Raises:
+        ValueError: They are something else.
+    """
+    if not isinstance(values, list) or not all(
+        type(v) is int and v in ALL_DRAFTS[1:] for v in values
+    ):
+        raise ValueError(f"equal must be numbers of drafts: got {values!r:.80}")
+    return tuple(sorted(set(map(int, values))))
 
 
 def _ranges(numbers: Iterable[int]) -> str:

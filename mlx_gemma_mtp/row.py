@@ -42,6 +42,14 @@ class Request:
         return bool(self.logits_processors) or self.sampler is not None
 
     @property
+    def has_one_text(self) -> bool:
+        """Whether the text is a function of the request, whatever K is."""
+        if self.sampler is not None or self.sampling.temp <= 0:
+            return True
+        is_equal = self.sampling.reproducible or self.is_host
+        return self.sampling.seed is not None and is_equal
+
+    @property
     def rule(self) -> str:
         """The rule that judges the drafts, in words."""
         host = ["processors"] if self.logits_processors else []

@@ -44,10 +44,12 @@ class RoundStats:
         drafted_at: drafted_at[i] counts the rounds that proposed draft i + 1.
         rule: The rule that judged the drafts, in words.
         traced: Rounds that were traced, which takes the host much longer.
-        near_ties: Greedy tokens chosen by so little that other kernels might choose
-            another one; None where nobody counts, as in exact decoding.
+        near_ties: Greedy tokens, chosen on the device, that were ahead by so little
+            that other kernels might choose another one; None where nobody counts, as
+            in exact decoding.
         exactness: What is known of the text's equality with plain decoding, in words.
         why_plain: Why no round may have drafts, in words; empty where they may.
+        probe_s: What the exactness probe took for this request, if it ran, seconds.
         phases: Where the time went.
     """
 
@@ -62,6 +64,7 @@ class RoundStats:
     near_ties: int | None = None
     exactness: str = ""
     why_plain: str = ""
+    probe_s: float = 0.0
     phases: Phases = field(default_factory=Phases)
 
     def add_round(self, *, drafted: int, accepted: int) -> None:
@@ -88,8 +91,9 @@ class RoundStats:
         self.traced += other.traced
         if other.near_ties is not None:
             self.add_near_ties(other.near_ties)
-        self.exactness = joined_rules([self.exactness, other.exactness])
-        self.why_plain = joined_rules([self.why_plain, other.why_plain])
+        self.exactness = _both(self.exactness, other.exactness)
+        self.why_plain = _both(self.why_plain, other.why_plain)
+        self.probe_s += other.probe_s
         for name, seconds in asdict(other.phases).items():
             setattr(self.phases, name, getattr(self.phases, name) + seconds)
         self.accepted_at += other.accepted_at
@@ -108,7 +112,7 @@ class RoundStats:
             return self.why_plain
         if not self.rounds:
             return "the text ended with the prompt's first token"
-        return "rounds without drafts were expected to be faster"
+        return "rounds without drafts were expected to be faster, or measured first"
 
     @property
     def acceptance_rate(self) -> float:
@@ -146,8 +150,14 @@ class RoundStats:
             "why_not_engaged": self.why_not_engaged,
             "exactness": self.exactness,
             "near_ties": self.near_ties,
+            "probe_s": self.probe_s,
             **asdict(self.phases),
         }
+
+
+def _both(one: str, other: str) -> str:
+    """Two sentences, or the one that is there."""
+    return " / ".join(dict.fromkeys(text for text in (one, other) if text))
 
 
 def joined_rules(rules: Iterable[str]) -> str:

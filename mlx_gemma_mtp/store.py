@@ -27,11 +27,11 @@ _MAX_BYTES = 1_000_000  # a file of ours has some thousand; a larger one is none
 def cache_folder() -> Path | None:
     """The folder for what is kept; None where nothing is to be kept on disk."""
     named = os.environ.get(FOLDER_VARIABLE)
-    if named is not None:
-        return Path(named).expanduser() if named else None
     try:
+        if named is not None:
+            return Path(named).expanduser() if named else None
         home = Path.home()
-    except RuntimeError:  # no home folder is known
+    except RuntimeError:  # no such home folder is known
         return None
     if sys.platform == "darwin":
         return home / "Library" / "Caches" / "mlx_gemma_mtp"

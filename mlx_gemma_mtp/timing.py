@@ -1,12 +1,11 @@
 """How long a generation's phases and rounds take, as the host sees them.
 
-A round's time is the interval between two reads of reports. Where the host had to wait
-for the device it is the time of the round just read, and what the host did in between
-is hidden in it. Where it had not, queueing the next round was what took long (on the
-CPU backend that waits until the round has nearly run): the interval is that round's,
-less what the caller took. An interval in which a round was traced, slabs grew, or the
-caller kept the generator waiting says nothing of rounds; it has no time. Knows nothing
-of arrays.
+A round's time is the interval between two reads of reports, without what the caller did
+while the device had nothing to do. Where the host had to wait for the device, it is the
+time of the round just read. Where it had not, it is that of the round queued in it:
+queueing took long (on the CPU backend it waits until the round has nearly run), or the
+host is the slower of both. An interval in which a round was traced, slabs grew, or the
+caller stalled the rounds says nothing of them; it has no time. Knows nothing of arrays.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from .stats import Phases
 # The host waited at least this share of an interval for the device: then the device
 # was busy all along, and the interval is the round's time.
 _BUSY_SHARE = 0.02
+# Queueing took at least this share of what was not the caller's: it waited for rounds.
+_BLOCKED_SHARE = 0.5
 # A caller that took more of an interval than this has stalled the rounds.
 _STALL_SHARE = 0.5
 
@@ -53,11 +54,8 @@ class RoundTimer:
         self.phases = Phases()
         self._clock = clock
         self._mark = clock()
-        self._last_read = 0.0
         self._waited = 0.0
-        self._caller = 0.0
-        self._has_queued = False
-        self._is_disturbed = True  # the first interval also fills the queue
+        self._begin_interval()
 
     @contextmanager
     def prefill(self) -> Generator[None, None, None]:
@@ -69,7 +67,8 @@ class RoundTimer:
     def start_rounds(self) -> None:
         """The prefill's token is there: the first interval begins."""
         self._to_host()
-        self._last_read, self._caller = self._mark, 0.0
+        self._begin_interval()
+        self._is_disturbed = True  # the first interval also fills the queue
 
     @contextmanager
     def wait(self) -> Generator[None, None, None]:
@@ -84,16 +83,22 @@ class RoundTimer:
         """Around the handing of a round to the device."""
         self._to_host()
         yield
-        self.phases.rounds_s += self._lap()
-        self._has_queued = True
+        lap = self._lap()
+        self._queued += lap
+        self.phases.rounds_s += lap
 
     @contextmanager
-    def caller(self) -> Generator[None, None, None]:
-        """Around what the caller does between two rounds."""
+    def caller(self, *, is_idle: bool) -> Generator[None, None, None]:
+        """Around what the caller does between two rounds.
+
+        Args:
+            is_idle: Whether no round is in flight meanwhile.
+        """
         self._to_host()
         yield
         lap = self._lap()
         self._caller += lap
+        self._idle += lap if is_idle else 0.0
         self.phases.host_s += lap
 
     def disturb(self) -> None:
@@ -102,18 +107,25 @@ class RoundTimer:
 
     def interval(self) -> Interval | None:
         """What passed since the read before; None where it says nothing of a round."""
-        passed = self._mark - self._last_read
-        caller, self._caller = self._caller, 0.0
-        is_disturbed, self._is_disturbed = self._is_disturbed, False
-        has_queued, self._has_queued = self._has_queued, False
-        self._last_read = self._mark
+        passed = self._mark - self._last_read - self._idle
+        caller, queued = self._caller - self._idle, self._queued
+        is_disturbed = self._is_disturbed
+        self._begin_interval()
         if is_disturbed or passed <= 0:
             return None
         if self._waited >= _BUSY_SHARE * passed:
             return Interval(passed, is_queued=False)
-        if not has_queued or caller > _STALL_SHARE * passed:
+        if not queued or caller > _STALL_SHARE * passed:
             return None
-        return Interval(passed - caller, is_queued=True)
+        if queued > _BLOCKED_SHARE * (passed - caller):
+            passed -= caller  # the round had run by the time the caller had its turn
+        return Interval(passed, is_queued=True)
+
+    def _begin_interval(self) -> None:
+        """Start to count anew."""
+        self._last_read = self._mark
+        self._caller = self._idle = self._queued = 0.0
+        self._is_disturbed = False
 
     @property
     def waited_s(self) -> float:

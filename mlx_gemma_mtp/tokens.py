@@ -220,6 +220,7 @@ def make_decoder(
         route=plan.route,
     )
     decoder.stats.why_plain = plan.why_plain
+    decoder.stats.probe_s = plan.probe_s
     return decoder
 
 

@@ -1,25 +1,22 @@
 """What a pair has learnt on this machine: costs, acceptance, exactness.
 
-It is kept across requests, and in the user's cache folder across processes. This file
-knows nothing of how rounds are run.
+It is kept across requests, and in the user's cache folder across processes. Several
+threads may decode with one pair. This file knows nothing of how rounds are run.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-from .control import AcceptanceModel, CostModel, DraftLengthController, Prior
-from .learnt import numbers
+from .control import AcceptanceModel, DraftLengthController, Prior
 from .route import Route, Verdict
 from .store import Store
 
-_Model = TypeVar("_Model")
-
 # Where plain decoding won, drafting is tried again for every so many requests.
 _PLAIN_REQUESTS = 8
-_MOST_SECONDS = 1e6  # of credit; more is damage
 
 
 class Tuning:
@@ -32,16 +29,19 @@ class Tuning:
 
     Attributes:
         setups: What it took to trace the last rounds, seconds.
+        lock: Held while something is learnt or asked for.
     """
 
     def __init__(self, store: Store, prior: Callable[[int, int], Prior]) -> None:
+        self.setups: deque[float] = deque(maxlen=5)
+        self.lock = threading.RLock()
         self._store = store
         self._prior = prior
-        self._kept = store.read()
+        self._kept = _sections(store.read())
         self._acceptance: dict[str, AcceptanceModel] = {}
         self._controllers: dict[tuple[str, int, int], DraftLengthController] = {}
         self._verdicts: dict[int, Verdict] = {}
-        self.setups: deque[float] = deque(maxlen=5)
+        self._given_up: set[int] = set()
         self._num_plain: dict[tuple[str, int], int] = {}
 
     def controller(
@@ -56,95 +56,98 @@ class Tuning:
             context: Tokens of the longest row, for what to expect at first.
         """
         key = (rule, num_rows, min_rows)
-        if key not in self._controllers:
-            prior = self._prior(num_rows, context)
-            if rule not in self._acceptance:
-                kept = self._section("acceptance").get(rule)
-                self._acceptance[rule] = _restored(
-                    AcceptanceModel.from_dict, kept
-                ) or AcceptanceModel(prior.acceptance)
-            name = _name(key)
-            kept = self._section("costs").get(name)
-            controller = self._controllers[key] = DraftLengthController(
-                prior,
-                acceptance=self._acceptance[rule],
-                costs=_restored(CostModel.from_dict, kept)
-                or CostModel(prior.relative_cost),
-            )
-            controller.credit_s = _restored(_credit, self._section("credit").get(name))
-        return self._controllers[key]
+        with self.lock:
+            if key not in self._controllers:
+                controller = self._restored(key)
+                if controller is None:
+                    controller = DraftLengthController(self._prior(num_rows, context))
+                # One model of the text for all costs.
+                controller.acceptance = self._acceptance.setdefault(
+                    rule, controller.acceptance
+                )
+                self._controllers[key] = controller
+            return self._controllers[key]
 
     def verdict(self, num_rows: int) -> Verdict | None:
-        """What the probe found for a number of rows; None where it has not run."""
-        if num_rows not in self._verdicts:
-            found = self._section("verdicts").get(str(num_rows))
-            try:
-                self._verdicts[num_rows] = Verdict.from_dict(found or {})
-            except ValueError:
-                return None
-        return self._verdicts[num_rows]
+        """What the probe found for a number of rows; None where it has not."""
+        with self.lock:
+            if num_rows not in self._verdicts:
+                found = self._kept["verdicts"].get(str(num_rows))
+                try:
+                    self._verdicts[num_rows] = Verdict.from_dict(found)
+                except ValueError:
+                    return None
+            return self._verdicts[num_rows]
 
     def keep_verdict(self, num_rows: int, verdict: Verdict) -> None:
         """Keep what the probe found."""
-        self._verdicts[num_rows] = verdict
-        self.save()
+        with self.lock:
+            self._verdicts[num_rows] = verdict
+            self.save()
 
-    def is_plain_turn(self, rule: str, *, num_rows: int, route: Route) -> bool:
-        """Whether a request had rather be decoded plainly than by a filled-up route.
+    def give_up_probe(self, num_rows: int) -> None:
+        """Remember, for this process, that a probe would take too long."""
+        self._given_up.add(num_rows)
 
-        So it is where plain rounds, as they are, are expected to be the fastest;
-        drafting is tried again every now and then.
+    def has_given_up_probe(self, num_rows: int) -> bool:
+        """Whether a probe would take too long."""
+        return num_rows in self._given_up
+
+    def prefers_unfilled(
+        self, rule: str, *, num_rows: int, filled: Route, unfilled: Route
+    ) -> bool:
+        """Whether a request had rather take the route whose plain rounds are short.
+
+        So it is where that route, whose fewer drafts are outweighed by shorter plain
+        rounds, is expected to be the faster; the other is tried again now and then.
         """
-        controller = self.controller(rule, num_rows=num_rows, min_rows=route.min_rows)
         verdict = self.verdict(num_rows)
-        filled, best = controller.best_rate((0,)), controller.best_rate(route.allowed)
-        if verdict is None or filled is None or best is None:
-            return False
-        if best > filled * verdict.fill_cost:
-            return False
-        count = self._num_plain[rule, num_rows] = (
-            self._num_plain.get((rule, num_rows), 0) + 1
-        )
-        return count % _PLAIN_REQUESTS != 0
+        with self.lock:
+            controller = self.controller(
+                rule, num_rows=num_rows, min_rows=filled.min_rows
+            )
+            best = controller.best_rate(filled.allowed)
+            plain = controller.best_rate((0,))
+            if verdict is None or best is None or plain is None:
+                return False
+            other = plain * verdict.fill_cost
+            drafts = [k for k in unfilled.allowed if k]
+            if drafts:
+                other = max(other, controller.best_rate(drafts) or 0.0)
+            if best > other:
+                return False
+            count = self._num_plain[rule, num_rows] = (
+                self._num_plain.get((rule, num_rows), 0) + 1
+            )
+            return count % _PLAIN_REQUESTS != 0
 
     def save(self) -> None:
-        """Write everything to the store."""
-        sections = ("acceptance", "costs", "credit")
-        kept = {name: dict(self._section(name)) for name in sections}
-        for rule, acceptance in self._acceptance.items():
-            kept["acceptance"][rule] = acceptance.to_dict()
-        for key, controller in self._controllers.items():
-            kept["costs"][_name(key)] = controller.costs.to_dict()
-            kept["credit"][_name(key)] = {"seconds": controller.credit_s}
-        kept["verdicts"] = dict(self._section("verdicts"))
-        for num_rows, verdict in self._verdicts.items():
-            kept["verdicts"][str(num_rows)] = verdict.to_dict()
-        self._kept = kept
-        self._store.write(kept)
+        """Write what this process knows to the store, beside what others do."""
+        with self.lock:
+            kept = _sections(self._store.read())
+            for key, controller in self._controllers.items():
+                kept["controllers"][_name(key)] = controller.to_dict()
+            for num_rows, verdict in self._verdicts.items():
+                kept["verdicts"][str(num_rows)] = verdict.to_dict()
+            self._kept = kept
+            self._store.write(kept)
 
-    def _section(self, name: str) -> dict[str, Any]:
-        section = self._kept.get(name)
-        return section if isinstance(section, dict) else {}
-
-
-def _restored(from_dict: Callable[[Any], _Model], kept: object) -> _Model | None:
-    """A model as it was kept; None where it was not, or is nonsense."""
-    if kept is None:
-        return None
-    try:
-        return from_dict(kept)
-    except ValueError:
-        return None
+    def _restored(self, key: tuple[str, int, int]) -> DraftLengthController | None:
+        """A controller as it was kept; None where it was not, or is nonsense."""
+        kept = self._kept["controllers"].get(_name(key))
+        try:
+            return DraftLengthController.from_dict(kept)
+        except ValueError:
+            return None
 
 
-def _credit(kept: object) -> float:
-    """What probes may still cost.
-
-    Raises:
-        ValueError: It is no number of seconds.
-    """
-    (seconds,) = numbers(kept, "seconds", 1, low=-_MOST_SECONDS, high=_MOST_SECONDS)
-    return seconds
+def _sections(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parts of what the store has; empty ones for what is missing or nonsense."""
+    sections = {name: found.get(name) for name in ("controllers", "verdicts")}
+    return {
+        name: dict(section) if isinstance(section, dict) else {}
+        for name, section in sections.items()
+    }
 
 
 def _name(key: tuple[str, int, int]) -> str:

@@ -194,7 +194,9 @@ class TestOutput:
         args = ("--exactness", exactness, "--num-draft-tokens", "3")
         status, out, err = run(*args)
         assert (status, out) == (0, expected + "\n")
-        start = "not exact" if exactness == "fast" else "exact: bytes proved equal"
+        start = (
+            "not exact" if exactness == "fast" else "exact: logits proved byte-equal"
+        )
         assert f"Exactness: {start}" in err
 
     def test_seed(self, run):

@@ -92,6 +92,14 @@ def test_a_limited_request_never_grows():
         assert not room.must_grow(capacity, [8])
 
 
+def test_a_row_that_has_ended_makes_nothing_grow():
+    room, (one, other) = room_of((294, 200), (10, 200), is_fixed=True)
+    capacity = room.initial_capacity()
+    one.offset, one.finish_reason = 294 + 207, "length"
+    other.offset = 100
+    assert not room.must_grow(capacity, [8])
+
+
 def test_rows_of_a_batch_are_reserved_in_full_where_growth_is_fixed():
     limit = 10 * RESERVED_TOKENS
     room, _ = room_of((10, limit), (20, limit), is_fixed=True)

@@ -152,42 +152,84 @@ def test_acceptance_is_shared_and_costs_are_not(tmp_path):
     assert coupled.acceptance is not one.acceptance
 
 
-def test_plain_turns(tmp_path):
+def test_what_others_wrote_is_not_erased(tmp_path):
+    one, other = tuning_of(tmp_path), tuning_of(tmp_path)
+    one.keep_verdict(2, VERDICT)
+    teach(one.controller("greedy", num_rows=2, min_rows=1))
+    one.save()
+    other.keep_verdict(1, VERDICT)
+    again = tuning_of(tmp_path)
+    assert again.verdict(1) == again.verdict(2) == VERDICT
+    assert again.controller("greedy", num_rows=2, min_rows=1).credit_s is not None
+
+
+def test_threads_may_learn_and_save(tmp_path):
+    tuning = tuning_of(tmp_path)
+
+    def work(i):
+        for num_rows in range(1, 30):
+            tuning.controller(f"rule {i}", num_rows=num_rows, min_rows=1)
+            tuning.save()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+
+
+def test_unfilled_turns(tmp_path):
     """Where plain rounds win, drafting is tried again every eighth time."""
     tuning = tuning_of(tmp_path)
     tuning.keep_verdict(1, VERDICT)
-    route = exact_routes(VERDICT)[0]
-    assert route.min_rows == 2
+    filled, unfilled = exact_routes(VERDICT)
+    assert (filled.min_rows, unfilled.allowed) == (2, (0,))
 
-    def is_plain():
-        return tuning.is_plain_turn("greedy", num_rows=1, route=route)
+    def is_unfilled():
+        return tuning.prefers_unfilled(
+            "greedy", num_rows=1, filled=filled, unfilled=unfilled
+        )
 
-    assert not is_plain()  # nothing is known yet
+    assert not is_unfilled()  # nothing is known yet
     controller = tuning.controller("greedy", num_rows=1, min_rows=2)
     for i in range(200):
         controller.observe(i % 3, [0], 0.01 * (1 + i % 3))
-    assert [is_plain() for _ in range(16)] == ([True] * 7 + [False]) * 2
+    assert [is_unfilled() for _ in range(16)] == ([True] * 7 + [False]) * 2
     teach(controller, 2000)
-    assert not is_plain()
+    assert not is_unfilled()
 
 
 @pytest.mark.parametrize(("seconds", "is_plain"), [(0.0113, True), (0.009, False)])
-def test_plain_turns_weigh_what_filling_costs(tmp_path, seconds, is_plain):
+def test_turns_weigh_what_filling_costs(tmp_path, seconds, is_plain):
     """Drafts that only beat filled-up plain rounds, 1.25 x as long, do not pay."""
     tuning = tuning_of(tmp_path)
     tuning.keep_verdict(1, VERDICT)
     controller = tuning.controller("greedy", num_rows=1, min_rows=2)
     for i in range(300):
         k = i % 3
-        controller.observe(
-            k, [min(k, 1)] if i % 5 == 0 else [0], [0.01, seconds, 0.03][k]
-        )
+        accepted = min(k, 1) if i % 5 == 0 else 0
+        controller.observe(k, [accepted], [0.01, seconds, 0.03][k])
     best, plain = controller.best_rate((0, 1, 2)), controller.best_rate((0,))
     assert best is not None
     assert plain is not None
     assert best > plain
-    route = exact_routes(VERDICT)[0]
-    assert tuning.is_plain_turn("greedy", num_rows=1, route=route) == is_plain
+    filled, unfilled = exact_routes(VERDICT)
+    assert is_plain == tuning.prefers_unfilled(
+        "greedy", num_rows=1, filled=filled, unfilled=unfilled
+    )
+
+
+def test_fewer_drafts_may_win_with_shorter_plain_rounds(tmp_path):
+    """All drafts of the second route are as good: its plain rounds decide."""
+    verdict = Verdict({1: (1, 2), 2: (1, 2, 3)}, 0.5, False, 1.25, 48, 1.0)
+    tuning = tuning_of(tmp_path)
+    tuning.keep_verdict(1, verdict)
+    filled, unfilled = exact_routes(verdict)
+    assert unfilled.allowed == (0, 1, 2)
+    controller = tuning.controller("greedy", num_rows=1, min_rows=2)
+    for i in range(400):
+        k = i % 4
+        controller.observe(k, [min(k, 1)], [0.01, 0.011, 0.013, 0.03][k])
+    assert tuning.prefers_unfilled(
+        "greedy", num_rows=1, filled=filled, unfilled=unfilled
+    )
 
 
 JSON = st.recursive(
@@ -204,11 +246,7 @@ JSON = st.recursive(
     st.fixed_dictionaries(
         {},
         optional={
-            "acceptance": JSON | st.dictionaries(st.just("greedy"), JSON),
-            "costs": JSON
-            | st.dictionaries(st.just("greedy, 1 rows, 1 at least"), JSON),
-            "credit": JSON
-            | st.dictionaries(st.just("greedy, 1 rows, 1 at least"), JSON),
+            "controllers": JSON | st.dictionaries(st.just(NAME), JSON),
             "verdicts": JSON | st.dictionaries(st.just("1"), JSON),
         },
     )

@@ -38,8 +38,8 @@ class Device:
         with self.timer.wait():
             self.spend(seconds)
 
-    def caller(self, seconds):
-        with self.timer.caller():
+    def caller(self, seconds, *, is_idle=False):
+        with self.timer.caller(is_idle=is_idle):
             self.spend(seconds)
 
 
@@ -90,6 +90,24 @@ def test_a_slow_caller_does_not_hide_a_slower_device(device):
     device.queue(0.01)
     device.wait(0.5)
     assert_interval(device, 1.31, is_queued=False)
+
+
+def test_a_host_that_is_the_slower_is_told_as_it_is(device):
+    """Building graphs and the caller outlast the device: all of it is the time."""
+    device.caller(0.5)
+    device.spend(0.6)
+    device.queue(0.05)
+    device.wait(0.0)
+    assert_interval(device, 1.15, is_queued=True)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 20.0])
+def test_the_callers_time_is_no_rounds_while_nothing_runs(device, seconds):
+    """Without look-ahead, however long it takes."""
+    device.caller(seconds, is_idle=True)
+    device.queue(0.05)
+    device.wait(1.0)
+    assert_interval(device, 1.05, is_queued=False)
 
 
 def test_disturbances_are_forgotten_after_their_interval(device):
