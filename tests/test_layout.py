@@ -51,6 +51,7 @@ LAYERS = {
     "decoder": 6,
     "weights": 4,
     "load": 7,
+    "random_pair": 7,
     "tokens": 7,
     "text": 8,
     "arguments": 1,
