@@ -102,7 +102,10 @@ def _chat_tokens(tokenizer: Any, prompt: KindPrompt, length: int) -> Tokens:
 
 def _turn(tokenizer: Any, content: str) -> Tokens:
     messages = [{"role": "user", "content": content}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    text = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False
+    )
+    return _bare(tokenizer, text)
 
 
 def _bare(tokenizer: Any, text: str) -> Tokens:

@@ -3,8 +3,8 @@
 So the speed of shapes can be measured whose weights are random, at the acceptance that
 trained ones have. The target's logits are computed as always; then the logit of each
 draft is raised above all others, or lowered below them, by a coin that is a function of
-the place. Every rule, the greedy one included, and the kernels then decide as they
-always do, which a scripted rule of acceptance would bypass.
+the place and the newest token. Every rule, the greedy one included, and the kernels
+then decide as they always do, which a scripted rule of acceptance would bypass.
 
 The price is one more pass over the block's logits in each round.
 """
@@ -19,7 +19,7 @@ from mlx_gemma_mtp.noise import COIN, Stream, uniform_noise
 from mlx_gemma_mtp.rounds import Rounds, TargetLike
 from mlx_gemma_mtp.target import Prefilled, TargetOutput
 
-_SEED = (0x5EED, 0)
+_SEED = 0x5EED
 # Beyond every logit, and finite: differences stay numbers at any temperature.
 _FAR = 1e4
 
@@ -54,7 +54,8 @@ class ScriptedTarget:
             return output
         positions = places["offset"][:, None] + mx.arange(1, num_draft_tokens + 1)
         rows = mx.arange(tokens.shape[0], dtype=mx.uint32)
-        seed = mx.stack([rows + _SEED[0], rows * 0 + _SEED[1]], axis=1)
+        # By the token too, or every prompt of one length would see the same coins.
+        seed = mx.stack([rows + _SEED, tokens[:, 0].astype(mx.uint32)], axis=1)
         coins = uniform_noise(seed, positions, Stream(COIN, places["offset"]))
         forced = mx.where(coins < self._acceptance, _FAR, -_FAR)
         forced = forced.astype(output.logits.dtype)

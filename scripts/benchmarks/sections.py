@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -25,6 +26,7 @@ from .workers import Workers
 # The engines that others are compared with, by the name of the ratio.
 BASES = {"x_mlx_lm": EngineSpec(MLX_LM).name, "x_plain": EngineSpec(OURS).name}
 _GRAPH_KIND = "code"
+_FEWEST_TOKENS = 40  # enough rounds that are like each other
 
 
 def engines(args: argparse.Namespace, report: Report) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def graph(args: argparse.Namespace, report: Report) -> dict[str, Any]:
     """Graph and host time per round and per token of each engine, one prompt."""
     model, specs = model_spec(args), graph_specs(args)
     figures, skipped = {}, {}
-    with Workers(model, specs, one_process=args.one_process) as workers:
+    with Workers(model, specs, one_process=True) as workers:
         skipped.update(workers.skipped)
         (prompt,) = _prompts(
             model,
@@ -62,7 +64,7 @@ def graph(args: argparse.Namespace, report: Report) -> dict[str, Any]:
                 name,
                 "graph",
                 prompt=prompt,
-                max_tokens=args.max_tokens,
+                max_tokens=max(args.max_tokens, _FEWEST_TOKENS),
                 sampling=args.samplings[0],
             )
             if "error" in answer:
@@ -80,6 +82,8 @@ def _cells(
     args: argparse.Namespace, model: ModelSpec, vocab_size: int, report: Report
 ) -> Iterator[tuple[Cell, list[Tokens]]]:
     """The cells with their prompts; what has no prompts is said and left out."""
+    if not vocab_size:
+        return  # no engine could be made, and each has said why
     axes = (args.samplings, args.prompt_tokens, args.batch_sizes, args.kinds)
     said = set()
     for sampling, length, batch_size, kind in product(*axes):
@@ -97,7 +101,12 @@ def _prompts(
     model: ModelSpec, kind: str, vocab_size: int, *, count: int, length: int
 ) -> Any:
     """Prompts, or why there are none."""
-    tokenizer = model.tokenizer()
+    tokenizer = _tokenizer(model)
     if tokenizer is None:
         return random_prompts(vocab_size, kind, count=count, length=length)
     return kind_prompts(tokenizer, kind, count=count, length=length)
+
+
+@cache
+def _tokenizer(model: ModelSpec) -> Any:
+    return model.tokenizer()
