@@ -19,6 +19,7 @@ Medians and ratios of interleaved runs are printed; see benchmarks/ for each sec
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import random
 import sys
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run sections and return their figures."""
     if args.plot:
         plot.check_matplotlib()
-    machine = describe_machine(str(mx.default_device()), *openblas.described())
+    device = str(mx.default_device())
+    machine = describe_machine(device, *openblas.described(), *other_versions())
     figures: dict[str, Any] = {"machine": machine}
     report = Report(machine)
     wanted = args.sections or SECTIONS
@@ -70,6 +72,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         title = f"{figures['engines']['model']}\n{machine}"
         plot.plot(figures["engines"]["cells"], title, args.plot)
     return figures
+
+
+def other_versions() -> list[str]:
+    """Versions of what is compared with where it is installed."""
+    try:
+        return [f"mlx-vlm {importlib.metadata.version('mlx-vlm')}"]
+    except importlib.metadata.PackageNotFoundError:
+        return []
 
 
 def in_this_process(args: argparse.Namespace, wanted: Any) -> dict[str, Any]:

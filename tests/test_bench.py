@@ -161,6 +161,21 @@ class FakeWorkers:
         return {"tokens": 10, "seconds": 1.0}
 
 
+def test_a_plot_has_three_panels(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = {"accepted": 3, "rounds": 2}
+    figures = {
+        "tokens_per_second": 9.0,
+        "ms_per_round": 2.0,
+        "drafted": 8,
+        "runs": [run, run],
+        "x_plain_runs": [1.5, 2.0],
+    }
+    cells = [{"prompt_tokens": length, "engines": {"a": figures}} for length in (8, 64)]
+    plot.plot(cells, "title", str(tmp_path / "figures.png"))
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_engines_take_turns():
     workers: Any = FakeWorkers()
     found = run_cell(workers, Cell("code", 1, "greedy", 2), [[0], [1], [2]], 4)
@@ -212,8 +227,8 @@ def test_nodes_and_launches():
         mx.eval(b)  # nothing is left of it
         assert (b.sum() * 2).item() == 64
         assert count.evaluations == 2
-    views = {"Broadcast": 2, "Reshape": 1, "Transpose": 1}
-    assert dict(count.primitives) == {"Add": 1, "Reduce": 1, "Multiply": 1, **views}
+    views = {"Broadcast": 1, "Reshape": 1, "Transpose": 1, "Squeeze": 1}
+    assert dict(count.primitives) == {"Add": 1, "Sum": 1, "Multiply": 1, **views}
     nodes = count.nodes
     mx.eval(a * 3)
     assert count.nodes == nodes
@@ -262,6 +277,8 @@ def test_reasons():
     without = reference_pair(has_drafter=False)
     with pytest.raises(UnavailableError, match="must be 0 without a drafter"):
         make_engine(EngineSpec(OURS, 4), without, model)
+    with pytest.raises(UnavailableError, match="accepted by coin"):
+        make_engine(EngineSpec(MLX_VLM, 4, acceptance=0.5), pair, model)
     with pytest.raises(UnavailableError, match="reads files only"):
         make_engine(EngineSpec(MLX_VLM, 4), pair, ModelSpec(shapes="12b"))
     with pytest.raises(UnavailableError, match="path/that"):
@@ -280,7 +297,7 @@ def test_names_of_engines():
     assert [spec.name for spec in engine_specs(args)] == [
         *("mlx-lm", "plain, K = 0", "drafting, K = 2, p = 0.6"),
         *("drafting, auto, p = 0.6", "drafting, K = 2, p = 0.85"),
-        "drafting, auto, p = 0.85",
+        *("drafting, auto, p = 0.85", "mlx-lm two-model, K = 2", "mlx-vlm, K = 2"),
     ]
     graphs = [spec.name for spec in graph_specs(parse(["--engines", "plain", "draft"]))]
     assert graphs == [

@@ -142,18 +142,16 @@ def engine_specs(args: argparse.Namespace) -> list[EngineSpec]:
     counts = args.num_draft_tokens or [_DRAFTS, AUTO]
     fixed = next((count for count in counts if count != AUTO), _DRAFTS)
     coins = args.scripted_acceptance or [None]
-    has_random_weights = args.shapes is not None
     made = {
         "mlx-lm": [EngineSpec(MLX_LM)],
         "plain": [EngineSpec(OURS)],
         "draft": [
             EngineSpec(OURS, count, coin) for coin in coins for count in counts if count
         ],
-        # Drafts of other engines are judged by models: with coins that says nothing.
-        "two-model": []
-        if has_random_weights or args.scripted_acceptance
-        else [EngineSpec(TWO_MODEL, fixed, draft_path=args.two_model_draft)],
-        "mlx-vlm": [] if args.scripted_acceptance else [EngineSpec(MLX_VLM, fixed)],
+        "two-model": [
+            EngineSpec(TWO_MODEL, fixed, coins[0], draft_path=args.two_model_draft)
+        ],
+        "mlx-vlm": [EngineSpec(MLX_VLM, fixed, coins[0])],
     }
     return [spec for name in ENGINES if name in args.engines for spec in made[name]]
 

@@ -51,8 +51,8 @@ class EngineSpec:
     Attributes:
         kind: One of the constants above.
         num_draft_tokens: Drafts per round, 0 for plain decoding, or ``AUTO``.
-        acceptance: How often a draft is accepted whatever models say; None for what
-            they say.
+        acceptance: How often a draft is to be accepted whatever models say; None for
+            what they say.
         use_compile: Whether this package's rounds are compiled.
         draft_path: The small model of a two-model engine; None for the target itself,
             quantized.
@@ -117,6 +117,8 @@ def make_engine(spec: EngineSpec, pair: Pair, model: ModelSpec) -> Engine:
         return OwnEngine(pair, spec)
     if spec.kind == MLX_LM:
         return MlxLm(pair.target)
+    if spec.acceptance is not None:
+        raise UnavailableError("only this package's drafts can be accepted by coin")
     if spec.kind == TWO_MODEL:
         return TwoModel(pair, spec)
     from .vlm import MlxVlm

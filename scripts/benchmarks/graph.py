@@ -7,7 +7,8 @@ is pending then is written out with ``mx.export_to_dot`` and counted.
 - A launch is a node that moves data: all but those that only describe the same bytes
   anew (``VIEWS``). It is an estimate: a primitive may take several kernels (a sort, a
   reduction, attention where it is not fused), a reshape may copy, and a backend may
-  treat a node as nothing.
+  treat a node as nothing. Counts belong to the device: the CPU has no fused norms,
+  rotations and attention, so that each of these is many nodes there.
 - An evaluation is a call of ``mx.eval`` or ``mx.async_eval``, or a read (``item``,
   ``tolist``) of what was not evaluated yet.
 """
