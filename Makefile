@@ -1,6 +1,7 @@
 # make              lint and test
 # make demo         the embedded pair writes Python (PROMPT='def area(radius):' for another start)
 # make test         every test but the slow ones; ARGS='-k name' goes to pytest
+# make test-control the choice of draft lengths on every simulated machine and text (15 minutes)
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make bench        measures the embedded pair (ARGS='engines graph' chooses sections)
 # make bench-setup  installs what bench can also compare with and plot: mlx-vlm, matplotlib
@@ -21,7 +22,7 @@ DEV_STAMP := $(VENV)/dev.stamp
 CHECK := build/wheel-check
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-slow test-cuda test-tsan lint format type bench bench-setup wheel-check clean
+.PHONY: all install demo test test-slow test-control test-cuda test-tsan lint format type bench bench-setup wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -38,6 +39,9 @@ test: $(DEV_STAMP)
 
 test-slow: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+test-control: $(DEV_STAMP)
+	@$(BIN)/python -m pytest -m control tests/test_control.py $(ARGS)
 
 test-cuda: $(DEV_STAMP)
 	@$(PIP) nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12
@@ -127,6 +131,7 @@ wheel-check: $(DEV_STAMP)
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate --help >/dev/null
 	cd $(CHECK) && user/bin/python -m mlx_gemma_mtp.generate --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --help >/dev/null
+	cd $(CHECK) && user/bin/mlx_gemma_mtp.selftest --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --mlx-path pair --hf-path \
 	  "$$(user/bin/python -c 'import mlx_gemma_mtp as m; print(m.embedded_pair_path())')"
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate --model pair -p "import " -m 8

@@ -13,6 +13,7 @@ from typing import Any
 from .command import Parser
 from .config import SamplingParams, shorten
 from .errors import RequestError
+from .route import AUTO, MODES
 
 DEFAULT_MAX_TOKENS = 100
 # Largest bias or penalty: far beyond any logit (Gemma 4 caps them at 30), and finite in
@@ -52,10 +53,19 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--num-draft-tokens",
-        type=int,
+        type=_number_or_auto,
+        default=AUTO,
         metavar="K",
-        help="drafts per round, 0 (plain decoding) to 8 (default: the drafter's own "
-        "number, else 4)",
+        help="drafts per round, 0 (plain decoding) to 8, or auto for as many in each "
+        "round as are expected to be fastest (default: auto)",
+    )
+    group.add_argument(
+        "--exactness",
+        choices=MODES,
+        default=AUTO,
+        help="exact: only what was proved to give the bytes of plain decoding on this "
+        "machine, fast: nothing is proved, auto: what was proved where something was "
+        "(default: auto)",
     )
     group.add_argument("--adapter-path", help="LoRA adapters for the target")
     group.add_argument(
@@ -117,6 +127,11 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=2048,
         help="most prompt tokens in one forward (default: %(default)s)",
+    )
+    group.add_argument(
+        "--stats-json",
+        metavar="FILE",
+        help="write the closing figures here as JSON; - for standard error",
     )
     group.add_argument(
         "--verbose",
@@ -237,7 +252,7 @@ def check(args: argparse.Namespace) -> Checked:
         raise RequestError(
             "--no-draft and --draft-model exclude each other: got both. Leave one out."
         )
-    if args.no_draft and args.num_draft_tokens:
+    if args.no_draft and args.num_draft_tokens not in (0, AUTO):
         raise RequestError(
             "--num-draft-tokens must be 0 with --no-draft: got "
             f"{args.num_draft_tokens}. Leave one out."
@@ -336,6 +351,17 @@ def _json_object(flag: str, text: str, example: str) -> dict[str, Any]:
             f"{flag} must be a JSON object: got {text!r}. For example '{example}'."
         )
     return value
+
+
+def _number_or_auto(text: str) -> int | str:
+    """A whole number, or auto."""
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        message = f"must be a whole number or auto: got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _boolean(text: str) -> bool:

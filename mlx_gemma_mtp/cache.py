@@ -17,11 +17,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
-from .config import FULL, SLIDING
-
-# The ring's size depends on this bound and never on a round's K: that keeps a key's
-# slot, and so the order of every sum, the same for all K.
-MAX_DRAFT_TOKENS = 8
+from .config import FULL, MAX_DRAFT_TOKENS, SLIDING
 
 # Slabs grow in whole blocks, and by at least a quarter: each capacity is a new trace
 # of the compiled round and one copy of the slabs.
@@ -60,6 +56,9 @@ class SlabLayout:
     @property
     def ring(self) -> int:
         """Slots R of a sliding layer.
+
+        It depends on the bound of K and never on a round's K: that keeps a key's slot,
+        and so the order of every sum, the same for all K.
 
         window + K_max + 1 is enough to decode; the rest is for look-ahead: when a stop
         lands in round r, round r + 1 has already written, and no key in the window of

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import (
@@ -21,7 +23,7 @@ from .arguments import (
     xtc_settings,
 )
 from .command import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, drop_output
-from .errors import MTPError, RequestError
+from .errors import MTPError, OutputError, RequestError
 
 if TYPE_CHECKING:
     from .generation_defaults import SamplingDefaults
@@ -96,12 +98,13 @@ def _run(args: argparse.Namespace) -> int:
         _apply_template(args, tokenizer, prompt, checked.template_config),
         max_tokens=args.max_tokens,
         num_draft_tokens=args.num_draft_tokens,
+        exactness=args.exactness,
         **_sampling(args, pair.sampling_defaults, tokenizer),
         **_logits_processors(args, checked.logit_bias, pair.vocab_size),
         stop=args.stop,
         prefill_step_size=args.prefill_step_size,
     )
-    return _print_responses(responses, verbose=args.verbose)
+    return _print_responses(responses, verbose=args.verbose, stats_json=args.stats_json)
 
 
 def _note(line: str) -> None:
@@ -246,7 +249,9 @@ def _add_eos_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
         tokenizer.add_eos_token(token)
 
 
-def _print_responses(responses: Any, *, verbose: bool) -> int:
+def _print_responses(
+    responses: Any, *, verbose: bool, stats_json: str | None = None
+) -> int:
     """Print the text as it comes, then the figures, also after Control-C."""
     response: GenerationResponse | None = None
     status = 0
@@ -262,4 +267,25 @@ def _print_responses(responses: Any, *, verbose: bool) -> int:
         from .text import describe
 
         print(describe(response), file=sys.stderr)
+    if stats_json is not None and response is not None:
+        _write_stats(response, stats_json)
     return status
+
+
+def _write_stats(response: GenerationResponse, path: str) -> None:
+    """Write a generation's figures as JSON.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    text = json.dumps(response.to_dict(), indent=2) + "\n"
+    if path == "-":
+        sys.stderr.write(text)
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"--stats-json must be a file that can be written: got {path}: "
+            f"{error.strerror}. Name another one."
+        ) from error

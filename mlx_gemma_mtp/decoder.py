@@ -10,6 +10,7 @@ It knows token ids only: nothing of text, tokenizers or files.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,17 +19,17 @@ from typing import cast
 import mlx.core as mx
 
 from .acceptance import Accepted
-from .cache import MAX_DRAFT_TOKENS, grow, insert_row, next_capacity
+from .cache import grow, insert_row, next_capacity
+from .draft_length import DraftLength, FixedDraftLength
 from .logprobs import TokenLogprobs, log_probabilities, reported_logprobs
+from .room import Room
 from .rounds import Rounds
+from .route import ANY_ROUTE, Route
 from .row import Request, Row
 from .sampling import choose_tokens
 from .state import Report, RoundState, Verified, row_settings
 from .stats import RoundStats, joined_rules
-
-# Slabs for a request are reserved up to this many tokens ahead, so that an ordinary
-# one never grows; a longer one grows as it goes.
-RESERVED_TOKENS = 1024
+from .timing import RoundTimer
 
 # MLX keeps freed buffers for reuse; let go of them now and then, as mlx-lm does.
 _ROUNDS_PER_CACHE_CLEAR = 256
@@ -70,6 +71,24 @@ class _Outcome:
     tokens: list[int]
     logits: mx.array
     logprobs: list[TokenLogprobs]
+    near_ties: int | None = None
+
+
+@dataclass
+class _InFlight:
+    """A round on the device.
+
+    Attributes:
+        report: What it will tell.
+        num_draft_tokens: Its K.
+        setup_s: What it took the host to trace it; None where it was traced before.
+        seconds: Its time; None while it is not known.
+    """
+
+    report: Report
+    num_draft_tokens: int
+    setup_s: float | None
+    seconds: float | None = None
 
 
 class Decoder:
@@ -78,11 +97,13 @@ class Decoder:
     Args:
         rounds: The target and its drafter.
         requests: One per row; they may differ in length and settings.
-        num_draft_tokens: K, drafts per round; 0 is plain decoding.
+        num_draft_tokens: K, drafts per round, 0 for plain decoding; or who chooses it
+            for every round.
         prefill_step_size: Most prompt tokens in one forward.
         look_ahead: Whether a round is queued before the last one's report is read.
         num_logprobs: How many of the most likely tokens come with each token's
             log-probability; None for no log-probabilities.
+        route: How rounds are run and which numbers of drafts they may have.
 
     Attributes:
         stats: Counts of the rounds read so far.
@@ -93,18 +114,30 @@ class Decoder:
         rounds: Rounds,
         requests: Sequence[Request],
         *,
-        num_draft_tokens: int,
+        num_draft_tokens: int | DraftLength,
         prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
         look_ahead: bool = True,
         num_logprobs: int | None = None,
+        route: Route = ANY_ROUTE,
     ) -> None:
-        self.stats = RoundStats(rule=joined_rules(r.rule for r in requests))
+        self._timer = RoundTimer()
+        self.stats = RoundStats(
+            rule=joined_rules(r.rule for r in requests),
+            exactness=route.state,
+            phases=self._timer.phases,
+        )
         self._engine = rounds
         self._rows = [Row.of(r) for r in requests]
-        self._num_draft_tokens = num_draft_tokens
+        self._draft_length = (
+            FixedDraftLength(num_draft_tokens)
+            if isinstance(num_draft_tokens, int)
+            else num_draft_tokens
+        )
+        self._route = route
+        self._room = Room(self._rows, is_fixed=route.has_fixed_growth)
         self._prefill_step_size = prefill_step_size
         self._look_ahead = look_ahead
-        self._in_flight: deque[Report] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._num_queued = 0
         self._state: RoundState | None = None
         self._verified: Verified | None = None
@@ -112,6 +145,7 @@ class Decoder:
             [row.request.sampling for row in self._rows],
             is_host=[row.request.is_host for row in self._rows],
             num_logprobs=num_logprobs,
+            near_tie=route.near_tie,
         )
 
     def run(self) -> Generator[list[Emission], None, None]:
@@ -122,11 +156,15 @@ class Decoder:
             that were live.
         """
         try:
-            yield self._prefill()
+            emissions = self._prefill()
+            with self._timer.caller():
+                yield emissions
             while self._wants_round(0):
                 while self._can_queue() and self._wants_round(len(self._in_flight)):
                     self._queue_round()
-                yield self._read_round()
+                emissions = self._read_round()
+                with self._timer.caller():
+                    yield emissions
         finally:
             self._stop()
 
@@ -134,14 +172,15 @@ class Decoder:
         """Read every prompt into its row of the slabs and choose the first tokens."""
         target = self._engine.target
         layout = target.layout
-        slabs = layout.allocate(len(self._rows), self._initial_capacity())
+        slabs = layout.allocate(len(self._rows), self._room.initial_capacity())
         logits, hidden = [], []
-        for i, row in enumerate(self._rows):
-            prompt = mx.array(row.request.prompt, dtype=mx.int32)
-            filled = target.prefill(prompt, step_size=self._prefill_step_size)
-            insert_row(slabs, layout, i, filled.caches)
-            logits.append(filled.logits)
-            hidden.append(filled.hidden)
+        with self._timer.prefill():
+            for i, row in enumerate(self._rows):
+                prompt = mx.array(row.request.prompt, dtype=mx.int32)
+                filled = target.prefill(prompt, step_size=self._prefill_step_size)
+                insert_row(slabs, layout, i, filled.caches)
+                logits.append(filled.logits)
+                hidden.append(filled.hidden)
         offset = mx.array([row.offset for row in self._rows], dtype=mx.int32)
         all_logits = mx.concatenate(logits, axis=0)  # [B, 1, V]
         rule = self._settings.rule
@@ -156,51 +195,108 @@ class Decoder:
         logprobs = reported_logprobs(rule, all_logits, tokens)
         # A prefill's report has the form of a round without drafts.
         report = mx.concatenate([mx.zeros_like(tokens), tokens], axis=1)
+        if rule.near_tie is not None:  # the prompt's pass is the same for all K
+            report = mx.concatenate([report, mx.zeros_like(tokens)], axis=1)
         outcomes = self._outcomes(Report(report, all_logits, logprobs))
         if rule.has_host:
             tokens = mx.array([o.tokens[-1:] for o in outcomes], dtype=mx.int32)
         self._state = RoundState(slabs, tokens, mx.concatenate(hidden, axis=0), offset)
         mx.clear_cache()
+        self._timer.start_rounds()
         return self._emit(outcomes)
 
     def _queue_round(self) -> None:
         """Queue one round on the device."""
         state, self._state = self._with_room(), None
-        settings, count = self._settings, self._num_draft_tokens
+        settings, min_rows = self._settings, self._route.min_rows
+        capacity = self._engine.target.layout.capacity(state.slabs)
+        count = self._choose_drafts(capacity)
+        is_ready = self._is_ready(count, capacity)
+        start = time.perf_counter()
         if settings.rule.has_host:
             self._verified, report = self._engine.verify(
-                state, settings, num_draft_tokens=count
+                state, settings, num_draft_tokens=count, min_rows=min_rows
             )
             queued = self._verified.arrays
         else:
             self._state, report = self._engine.run(
-                state, settings, num_draft_tokens=count
+                state, settings, num_draft_tokens=count, min_rows=min_rows
             )
             queued = self._state.arrays
         # The last reference to the old slabs, which are then written in place.
         del state
-        mx.async_eval(*report.arrays, *queued)
-        self._in_flight.append(report)
+        with self._timer.queue():
+            mx.async_eval(*report.arrays, *queued)
+        setup_s = None if is_ready else time.perf_counter() - start
+        self._in_flight.append(_InFlight(report, count, setup_s))
         self._num_queued += 1
+        if not is_ready:
+            self.stats.traced += 1
+            self._timer.disturb()
         if self._num_queued % _ROUNDS_PER_CACHE_CLEAR == 0:
             mx.clear_cache()
+            self._timer.disturb()
+
+    def _choose_drafts(self, capacity: int) -> int:
+        """K of the next round."""
+        left = [row.num_left for row in self._rows if row.is_live]
+        limits = [n - len(self._in_flight) for n in left if n is not None]
+        return self._draft_length.choose(
+            self._room.allowed(self._route.allowed, capacity),
+            is_ready=lambda count: self._is_ready(count, capacity),
+            tokens_left=max(limits) if len(limits) == len(left) else None,
+        )
+
+    def _is_ready(self, num_draft_tokens: int, capacity: int) -> bool:
+        """Whether such a round was traced before."""
+        return self._engine.is_ready(
+            self._settings.rule,
+            num_draft_tokens=num_draft_tokens,
+            min_rows=self._route.min_rows,
+            num_rows=len(self._rows),
+            capacity=capacity,
+        )
 
     def _read_round(self) -> list[Emission]:
         """Read the oldest report in flight, let the host decide, and count."""
-        outcomes = self._outcomes(self._in_flight.popleft())
+        done = self._in_flight.popleft()
+        outcomes = self._outcomes(done.report)
+        self._measure(done)
         if self._verified is not None:
             self._commit(outcomes)
+        accepted = []
         for row, outcome in zip(self._rows, outcomes, strict=True):
             if row.is_live:
                 row.offset += outcome.num_accepted + 1
-                self.stats.add_round(
-                    drafted=self._num_draft_tokens, accepted=outcome.num_accepted
-                )
+                accepted.append(outcome.num_accepted)
+                self._count(done.num_draft_tokens, outcome)
+        self._draft_length.observe(done.num_draft_tokens, accepted, done.seconds)
         return self._emit(outcomes)
+
+    def _measure(self, done: _InFlight) -> None:
+        """Let the interval that ends with a round's read tell what a round takes."""
+        if done.setup_s is not None:
+            self._timer.disturb()
+            self._draft_length.observe_setup(done.setup_s + self._timer.waited_s)
+        interval = self._timer.interval()
+        if interval is not None and interval.is_queued and self._in_flight:
+            self._in_flight[-1].seconds = interval.seconds
+        elif interval is not None:
+            done.seconds = interval.seconds
+
+    def _count(self, num_draft_tokens: int, outcome: _Outcome) -> None:
+        """Count a live row's part of a round."""
+        self.stats.add_round(drafted=num_draft_tokens, accepted=outcome.num_accepted)
+        if outcome.near_ties is not None:
+            self.stats.add_near_ties(outcome.near_ties)
 
     def _outcomes(self, report: Report) -> list[_Outcome]:
         """What was decided of every row, by the graph or now by the host."""
-        values = _read(report.tokens)  # the one read of the round
+        with self._timer.wait():
+            values = _read(report.tokens)  # the one read of the round
+        near_ties: list[int | None] = [None] * len(values)
+        if self._settings.rule.near_tie is not None:
+            near_ties = [tokens.pop() for tokens in values]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in values]
         if report.logprobs is not None:
             logprobs = report.logprobs.listed()
@@ -208,7 +304,11 @@ class Decoder:
             self._judge(i, report.logits, tokens[:-1])
             if row.host is not None and row.is_live
             else _Outcome(
-                num_accepted, tokens[: num_accepted + 1], report.logits, logprobs[i]
+                num_accepted,
+                tokens[: num_accepted + 1],
+                report.logits,
+                logprobs[i],
+                near_ties[i],
             )
             for i, (row, (num_accepted, *tokens)) in enumerate(
                 zip(self._rows, values, strict=True)
@@ -274,8 +374,22 @@ class Decoder:
 
     def _can_queue(self) -> bool:
         """Whether a round may be queued beside those in flight."""
-        can_look_ahead = self._look_ahead and not self._settings.rule.has_host
-        return len(self._in_flight) < (2 if can_look_ahead else 1)
+        if len(self._in_flight) >= (2 if self._can_look_ahead else 1):
+            return False
+        if not self._in_flight:
+            return True
+        assert self._state is not None  # a round in flight has left one
+        capacity = self._engine.target.layout.capacity(self._state.slabs)
+        return self._room.is_known(capacity, self._drafts_in_flight)
+
+    @property
+    def _can_look_ahead(self) -> bool:
+        """Whether a round may be queued before the last one's report is read."""
+        return self._look_ahead and not self._settings.rule.has_host
+
+    @property
+    def _drafts_in_flight(self) -> list[int]:
+        return [queued.num_draft_tokens for queued in self._in_flight]
 
     def _wants_round(self, num_in_flight: int) -> bool:
         """Whether some row needs a round beyond those in flight.
@@ -288,35 +402,25 @@ class Decoder:
         """The state, its slabs grown when the next round might not fit."""
         state = self._state
         assert state is not None  # set by the prefill and by every queued round
-        block = self._num_draft_tokens + 1
-        offset = max(row.offset for row in self._rows) + len(self._in_flight) * block
         layout = self._engine.target.layout
         capacity = layout.capacity(state.slabs)
-        if offset + block <= capacity:
+        if not self._room.must_grow(capacity, self._drafts_in_flight):
             return state
         slabs, self._state = list(state.slabs), None
         state = replace(state, slabs=[])
-        grow(slabs, layout, next_capacity(offset + block, capacity))
+        grow(slabs, layout, next_capacity(capacity + 1, capacity))
         mx.clear_cache()
+        self._timer.disturb()
         return replace(state, slabs=slabs)
-
-    def _initial_capacity(self) -> int:
-        """Slots for the longest row: its prompt, its tokens, rounds in flight."""
-        # The same for every K: unfused attention may round by the capacity.
-        margin = 2 * (MAX_DRAFT_TOKENS + 1)
-        needed = 0
-        for row in self._rows:
-            limit = row.request.max_tokens
-            ahead = RESERVED_TOKENS if limit is None else min(limit, RESERVED_TOKENS)
-            needed = max(needed, row.offset + ahead + margin)
-        return next_capacity(needed)
 
     def _stop(self) -> None:
         """Wait for what is still running and let go of the slabs."""
-        for report in self._in_flight:
-            mx.eval(report.tokens)
+        for queued in self._in_flight:
+            mx.eval(queued.report.tokens)
         self._in_flight.clear()
         self._state = self._verified = None
+        self._timer.stop()
+        self._draft_length.finish()
 
 
 def _read(report: mx.array) -> list[list[int]]:

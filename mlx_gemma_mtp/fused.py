@@ -38,7 +38,7 @@ def propose_one(
     token_ids: mx.array | None,
 ) -> Draft:
     """Choose the draft of one step; arguments and result as of ``decision.propose``."""
-    floats, words = _row_numbers(rows, offset)
+    floats, words = row_numbers(rows, offset)
     listed = None if token_ids is None else token_ids[:, 0]
     values, ids, stats = select.most_likely(logits[:, 0], token_ids=listed)
     tokens, scores = propose.propose(
@@ -58,7 +58,7 @@ def decide_all(
     offset: mx.array,
 ) -> Accepted:
     """Decide every row; arguments and result as of ``decision.decide``."""
-    numbers = _row_numbers(rows, offset)
+    numbers = row_numbers(rows, offset)
     if rule.max_top_k:
         return _by_list(draft, logits, numbers)
     return _by_threshold(draft, logits, numbers, rule)
@@ -131,7 +131,7 @@ def _accepted(report: mx.array) -> Accepted:
     return Accepted(report[:, 0], report[:, -1:])
 
 
-def _row_numbers(
+def row_numbers(
     rows: dict[str, mx.array], offset: mx.array
 ) -> tuple[mx.array, mx.array]:
     """The rows' settings as the kernels take them, float32 and uint32 [B, 8]."""

@@ -6,19 +6,27 @@ The pair can travel inside the target's model object, which is how a model loade
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
-from .cache import MAX_DRAFT_TOKENS
+from .config import MAX_DRAFT_TOKENS
+from .control import Prior
 from .drafter import Drafter
+from .families import family_of
 from .generation_defaults import SamplingDefaults
+from .machine import describe_machine
+from .roofline import prior
 from .rounds import Rounds
-from .target import Target
+from .store import Store, cache_folder
+from .target import Target, text_model
+from .tuning import Tuning
 from .wired import wired
 
 # Where a checkpoint does not say how many tokens to draft. Published advice for the
@@ -64,6 +72,7 @@ class Pair:
         self.target_source = target_source
         self.drafter_source = drafter_source
         self.num_draft_tokens = _num_draft_tokens(drafter)
+        self._tuning: Tuning | None = None
         self._make_rounds()
 
     @property
@@ -85,6 +94,34 @@ class Pair:
     def vocab_size(self) -> int:
         """Number of token ids the target knows."""
         return self._rounds.target.vocab_size
+
+    @property
+    def tuning(self) -> Tuning:
+        """What the pair has learnt on this machine."""
+        if self._tuning is None:
+            key = {
+                "machine": describe_machine(str(mx.default_device()), *_device()),
+                "pair": fingerprint(self._modules()),
+            }
+            self._tuning = Tuning(Store(key, cache_folder()), self.prior)
+        return self._tuning
+
+    @property
+    def drafter_bytes(self) -> int:
+        """Memory of the drafter's weights, bytes."""
+        modules = [] if self.drafter is None else [self.drafter]
+        return sum(array.nbytes for _, array in named_arrays(list(modules)))
+
+    def prior(self, num_rows: int, context: int) -> Prior:
+        """What the speed model expects of so many rows of so many tokens here."""
+        args = text_model(self.target).args
+        is_gpu = mx.default_device() == mx.gpu
+        return prior(
+            str(mx.device_info().get("architecture")) if is_gpu else None,
+            family_of(vars(args)),
+            batch_size=num_rows,
+            context=context,
+        )
 
     def wired(self) -> AbstractContextManager[None]:
         """Keep the weights of target and drafter together in wired memory."""
@@ -114,6 +151,26 @@ def named_arrays(modules: nn.Module | list[nn.Module]) -> list[tuple[str, mx.arr
     """Every array of the modules with its path, also those that are no parameters."""
     leaves = cast(list[tuple[str, object]], tree_flatten(modules))
     return [(name, leaf) for name, leaf in leaves if isinstance(leaf, mx.array)]
+
+
+def fingerprint(modules: list[nn.Module]) -> str:
+    """A text that differs for modules of other shapes or types, or other weights.
+
+    Of the weights only those of the final norms are looked at: few bytes, and another
+    model has others.
+    """
+    found = hashlib.sha256()
+    for name, array in named_arrays(modules):
+        found.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        if name.endswith("model.norm.weight"):
+            found.update(np.array(array.astype(mx.float32)).tobytes())
+    return found.hexdigest()
+
+
+def _device() -> list[str]:
+    """What MLX says of the device's kind."""
+    info = mx.device_info()
+    return [str(info[key]) for key in ("device_name", "architecture") if key in info]
 
 
 def _evaluate_constants(modules: list[nn.Module]) -> None:

@@ -12,7 +12,7 @@ It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from .acceptance import Accepted, Draft, accept_block
 from .cache import SlabLayout, draft_masks
-from .decision import Verification, decide, joined, propose
+from .decision import Verification, decide, joined, near_ties, propose
 from .drafter import DraftOutput, SharedKV
 from .logprobs import reported_logprobs
 from .sampling import SamplingRule
@@ -69,6 +69,15 @@ class DrafterLike(Protocol):
         """Run one draft step."""
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What shapes the graph of a round, beside the shapes of its arrays."""
+
+    num_draft_tokens: int
+    min_rows: int
+    rule: SamplingRule
+
+
 class Rounds:
     """Runs rounds of one target with one drafter.
 
@@ -89,12 +98,31 @@ class Rounds:
     ) -> None:
         self.target = target
         self.drafter = drafter
+        self.use_compile = use_compile
         self._verification = verification
-        self._use_compile = use_compile
-        self._compiled: dict[tuple[int, SamplingRule], Callable[..., Any]] = {}
+        self._compiled: dict[_Shape, Callable[..., Any]] = {}
+        self._run_before: set[tuple[_Shape, int, int]] = set()
+
+    def is_ready(
+        self,
+        rule: SamplingRule,
+        *,
+        num_draft_tokens: int,
+        min_rows: int,
+        num_rows: int,
+        capacity: int,
+    ) -> bool:
+        """Whether such a round has run before: the first one is traced and compiled."""
+        shape = _Shape(num_draft_tokens, min_rows, rule)
+        return (shape, num_rows, capacity) in self._run_before
 
     def run(
-        self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
+        self,
+        state: RoundState,
+        settings: RowSettings,
+        *,
+        num_draft_tokens: int,
+        min_rows: int = 1,
     ) -> tuple[RoundState, Report]:
         """Queue one round; nothing is evaluated here.
 
@@ -105,24 +133,33 @@ class Rounds:
             state: The state after the round before.
             settings: Each row's settings.
             num_draft_tokens: K, the same for all rows.
+            min_rows: The target verifies no fewer rows; repetitions of the last token
+                fill them, and what they give is dropped.
 
         Returns:
             The new state and the round's report.
         """
         assert not settings.rule.has_host  # see verify
-        function = self._round(num_draft_tokens, settings.rule)
+        shape = _Shape(num_draft_tokens, min_rows, settings.rule)
+        function = self._round(shape, state)
         slabs, committed, report = function(*_arrays(state, settings))
         return RoundState(slabs, *committed), Report.of_arrays(report)
 
     def verify(
-        self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
+        self,
+        state: RoundState,
+        settings: RowSettings,
+        *,
+        num_draft_tokens: int,
+        min_rows: int = 1,
     ) -> tuple[Verified, Report]:
         """Queue a round up to its commit, for the host to decide rows in between.
 
         Arguments and what the caller must do are as for ``run``.
         """
         assert settings.rule.has_host
-        function = self._round(num_draft_tokens, settings.rule)
+        shape = _Shape(num_draft_tokens, min_rows, settings.rule)
+        function = self._round(shape, state)
         slabs, hidden, report = function(*_arrays(state, settings))
         verified = Verified(slabs, hidden, before=replace(state, slabs=[]))
         return verified, Report.of_arrays(report)
@@ -156,25 +193,25 @@ class Rounds:
         )
         return draft.tokens
 
-    def _round(self, num_draft_tokens: int, rule: SamplingRule) -> Callable[..., Any]:
-        """The compiled round for K and a rule; traced again when shapes change.
+    def _round(self, shape: _Shape, state: RoundState) -> Callable[..., Any]:
+        """The compiled round of a shape; traced again when the state's shapes change.
 
         It ends before the commit where the rule has rows that the host decides.
         """
-        key = (num_draft_tokens, rule)
-        if key not in self._compiled:
+        if shape not in self._compiled:
             function = partial(
-                _round,
-                self.target,
-                self.drafter,
-                self._verification,
-                rule,
-                num_draft_tokens,
+                _round, self.target, self.drafter, self._verification, shape
             )
-            self._compiled[key] = (
-                mx.compile(function) if self._use_compile else function
+            self._compiled[shape] = (
+                mx.compile(function) if self.use_compile else function
             )
-        return self._compiled[key]
+        self._run_before.add(self._key(shape, state))
+        return self._compiled[shape]
+
+    def _key(self, shape: _Shape, state: RoundState) -> tuple[_Shape, int, int]:
+        """What a trace depends on."""
+        capacity = self.target.layout.capacity(state.slabs)
+        return shape, state.last_token.shape[0], capacity
 
 
 def _arrays(state: RoundState, settings: RowSettings) -> tuple[Any, ...]:
@@ -199,8 +236,7 @@ def _round(
     target: TargetLike,
     drafter: DrafterLike | None,
     verification: Verification,
-    rule: SamplingRule,
-    num_draft_tokens: int,
+    shape: _Shape,
     *arrays: Any,
 ) -> tuple[Any, ...]:
     """One round on plain arrays, as ``mx.compile`` takes and gives them.
@@ -209,6 +245,7 @@ def _round(
         The written slabs, what was committed, the report's arrays; where the host has
         rows to decide, the block's hidden states in place of what was committed.
     """
+    rule, num_draft_tokens = shape.rule, shape.num_draft_tokens
     state, settings = _of_arrays(rule, *arrays)
     offset = state.offset
 
@@ -219,9 +256,7 @@ def _round(
     block = state.last_token
     if num_draft_tokens:
         block = mx.concatenate([block, draft.tokens], axis=1)  # [B, K + 1]
-    output = target.verify(
-        block, state.slabs, offset=offset, first_position=settings.first_position
-    )
+    output = _verify(target, block, state, settings, min_rows=shape.min_rows)
 
     # 3) accept
     accepted = decide(
@@ -234,16 +269,49 @@ def _round(
     )
 
     tokens = _report(draft.tokens, accepted)
-    report = [tokens, output.logits]
     logprobs = reported_logprobs(rule, output.logits, tokens[:, 1:])
-    if logprobs is not None:
-        report += logprobs.arrays
+    if rule.near_tie is not None:
+        num_near_ties = near_ties(
+            output.logits,
+            settings.sampling,
+            num_accepted=accepted.num_accepted,
+            near_tie=rule.near_tie,
+        )
+        tokens = mx.concatenate([tokens, num_near_ties], axis=1)
+    report = [tokens, output.logits, *(logprobs.arrays if logprobs else [])]
     if rule.has_host:
         return output.slabs, output.hidden, report
 
     # 4) commit
     committed = _commit(state, output.hidden, accepted, settings.is_active)
     return output.slabs, committed, report
+
+
+def _verify(
+    target: TargetLike,
+    block: mx.array,
+    state: RoundState,
+    settings: RowSettings,
+    *,
+    min_rows: int,
+) -> TargetOutput:
+    """The target's forward over a block [B, K + 1], of ``min_rows`` rows or more.
+
+    What fills it up is the last token of the block (a mixture then reads no other
+    experts). Its keys lie past the next offset, whatever is accepted.
+    """
+    num_rows = block.shape[1]
+    if num_rows < min_rows:
+        filling = mx.repeat(block[:, -1:], min_rows - num_rows, axis=1)
+        block = mx.concatenate([block, filling], axis=1)
+    output = target.verify(
+        block, state.slabs, offset=state.offset, first_position=settings.first_position
+    )
+    if num_rows >= min_rows:
+        return output
+    return TargetOutput(
+        output.logits[:, :num_rows], output.hidden[:, :num_rows], output.slabs
+    )
 
 
 def _commit(

@@ -91,10 +91,16 @@ class Row:
         """Whether it has not ended yet."""
         return self.finish_reason is None
 
+    @property
+    def num_left(self) -> int | None:
+        """Tokens that may still be emitted; None for no limit."""
+        limit = self.request.max_tokens
+        return None if limit is None else limit - self.num_emitted
+
     def wants_more_than(self, num_tokens: int) -> bool:
         """Whether the row is live and its budget exceeds ``num_tokens`` more."""
-        limit = self.request.max_tokens
-        return self.is_live and (limit is None or limit - self.num_emitted > num_tokens)
+        left = self.num_left
+        return self.is_live and (left is None or left > num_tokens)
 
     def end_at(self, token: int, num_tokens: int) -> str | None:
         """Why the row ends with a token, the ``num_tokens``-th from here; or None."""

@@ -46,6 +46,8 @@ class SamplingRule:
         has_graph: Whether some row is decided by one of the graph's rules.
         num_logprobs: How many of the best tokens are reported with each token's
             log-probability; None where nobody asks for it.
+        near_tie: Greedy choices of a token by this much or less, in logits, are
+            counted; None where nobody asks for it.
     """
 
     is_sampled: bool = False
@@ -58,6 +60,7 @@ class SamplingRule:
     has_host: bool = False
     has_graph: bool = True
     num_logprobs: int | None = None
+    near_tie: float | None = None
 
     def list_size(self, num_candidates: int) -> int | None:
         """How many tokens a filter needs in order, best first; None for none."""
@@ -75,6 +78,7 @@ def sampling_rule(
     *,
     is_host: Sequence[bool] = (),
     num_logprobs: int | None = None,
+    near_tie: float | None = None,
 ) -> SamplingRule:
     """The smallest rule that serves all rows.
 
@@ -82,8 +86,12 @@ def sampling_rule(
         params: One entry per row.
         is_host: For each row whether the host decides it; ``()`` for none.
         num_logprobs: See ``SamplingRule``.
+        near_tie: See ``SamplingRule``; dropped where the graph decides no greedy row.
     """
     sampled = [p for p in params if p.temp > 0]
+    has_greedy = any(
+        p.temp <= 0 and not (is_host and is_host[i]) for i, p in enumerate(params)
+    )
     return SamplingRule(
         is_sampled=bool(sampled),
         max_top_k=(
@@ -99,6 +107,7 @@ def sampling_rule(
         has_host=any(is_host),
         has_graph=not is_host or not all(is_host),
         num_logprobs=num_logprobs,
+        near_tie=near_tie if has_greedy else None,
     )
 
 

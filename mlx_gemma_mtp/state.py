@@ -59,6 +59,7 @@ def row_settings(
     *,
     is_host: Sequence[bool] = (),
     num_logprobs: int | None = None,
+    near_tie: float | None = None,
 ) -> RowSettings:
     """The settings of rows that are all active and hold their keys from position 0.
 
@@ -67,9 +68,12 @@ def row_settings(
         is_host: For each row whether the host decides it; ``()`` for none.
         num_logprobs: How many of the best tokens are reported with each token's
             log-probability; None for no log-probabilities.
+        near_tie: Greedy choices by this much or less are counted; None for no count.
     """
     return RowSettings(
-        rule=sampling_rule(params, is_host=is_host, num_logprobs=num_logprobs),
+        rule=sampling_rule(
+            params, is_host=is_host, num_logprobs=num_logprobs, near_tie=near_tie
+        ),
         sampling=sampling_rows(params, is_host=is_host),
         is_active=mx.array([True] * len(params)),
         first_position=mx.zeros((len(params),), dtype=mx.int32),
@@ -83,7 +87,8 @@ class Report:
     Attributes:
         tokens: num_accepted, then K + 1 tokens, of which the first num_accepted + 1
             are the round's, int32 [B, K + 2]. Of a row that the host decides K, then
-            the drafts and a 0.
+            the drafts and a 0. Where near ties are counted, their number among the
+            round's tokens stands behind, int32 [B, K + 3].
         logits: The target's logits behind those tokens, [B, K + 1, V].
         logprobs: Log-probabilities of those tokens; None where nobody asks, or where
             the host decides every row.

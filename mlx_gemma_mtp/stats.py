@@ -10,7 +10,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Phases:
+    """Seconds of a generation so far.
+
+    Attributes:
+        prefill_s: Reading the prompt.
+        rounds_s: Handing rounds to the device and waiting for them.
+        host_s: Everything else: building graphs, deciding rows, making text, and the
+            caller.
+    """
+
+    prefill_s: float = 0.0
+    rounds_s: float = 0.0
+    host_s: float = 0.0
 
 
 @dataclass
@@ -26,6 +43,12 @@ class RoundStats:
         accepted_at: accepted_at[i] counts the rounds that accepted draft i + 1.
         drafted_at: drafted_at[i] counts the rounds that proposed draft i + 1.
         rule: The rule that judged the drafts, in words.
+        traced: Rounds that were traced, which takes the host much longer.
+        near_ties: Greedy tokens chosen by so little that other kernels might choose
+            another one; None where nobody counts, as in exact decoding.
+        exactness: What is known of the text's equality with plain decoding, in words.
+        why_plain: Why no round may have drafts, in words; empty where they may.
+        phases: Where the time went.
     """
 
     rounds: int = 0
@@ -35,6 +58,11 @@ class RoundStats:
     accepted_at: Counter[int] = field(default_factory=Counter)
     drafted_at: Counter[int] = field(default_factory=Counter)
     rule: str = ""
+    traced: int = 0
+    near_ties: int | None = None
+    exactness: str = ""
+    why_plain: str = ""
+    phases: Phases = field(default_factory=Phases)
 
     def add_round(self, *, drafted: int, accepted: int) -> None:
         """Count one row's part of one round."""
@@ -45,6 +73,10 @@ class RoundStats:
         self.drafted_at.update(range(drafted))
         self.accepted_at.update(range(accepted))
 
+    def add_near_ties(self, count: int) -> None:
+        """Count near ties among a row's tokens of one round."""
+        self.near_ties = (self.near_ties or 0) + count
+
     def merge(self, other: RoundStats) -> None:
         """Add the counts of other rounds."""
         self.rule = joined_rules([self.rule, other.rule])
@@ -53,7 +85,30 @@ class RoundStats:
         self.accepted += other.accepted
         self.num_draft_tokens += other.num_draft_tokens
         self.drafted_at += other.drafted_at
+        self.traced += other.traced
+        if other.near_ties is not None:
+            self.add_near_ties(other.near_ties)
+        self.exactness = joined_rules([self.exactness, other.exactness])
+        self.why_plain = joined_rules([self.why_plain, other.why_plain])
+        for name, seconds in asdict(other.phases).items():
+            setattr(self.phases, name, getattr(self.phases, name) + seconds)
         self.accepted_at += other.accepted_at
+
+    @property
+    def engaged(self) -> bool:
+        """Whether any draft was proposed."""
+        return self.drafted > 0
+
+    @property
+    def why_not_engaged(self) -> str:
+        """Why nothing was drafted, in words; empty where something was."""
+        if self.engaged:
+            return ""
+        if self.why_plain:
+            return self.why_plain
+        if not self.rounds:
+            return "the text ended with the prompt's first token"
+        return "rounds without drafts were expected to be faster"
 
     @property
     def acceptance_rate(self) -> float:
@@ -72,6 +127,27 @@ class RoundStats:
             self.accepted_at[i] / self.drafted_at[i]
             for i in range(max(self.drafted_at, default=-1) + 1)
         ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything and what follows from it, as JSON takes it."""
+        return {
+            "rounds": self.rounds,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance_rate": self.acceptance_rate,
+            "acceptance_length": self.acceptance_length,
+            "acceptance_by_position": self.acceptance_by_position,
+            "rounds_by_num_draft_tokens": {
+                str(k): self.num_draft_tokens[k] for k in sorted(self.num_draft_tokens)
+            },
+            "rule": self.rule,
+            "traced": self.traced,
+            "engaged": self.engaged,
+            "why_not_engaged": self.why_not_engaged,
+            "exactness": self.exactness,
+            "near_ties": self.near_ties,
+            **asdict(self.phases),
+        }
 
 
 def joined_rules(rules: Iterable[str]) -> str:

@@ -25,7 +25,12 @@ from .pair import Pair, pair_of
 from .processing import LogitsProcessor, Sampler
 from .stats import RoundStats
 from .stop import StopStrings
-from .tokens import check_num_draft_tokens, check_settings, make_request
+from .tokens import (
+    check_num_draft_tokens,
+    check_settings,
+    make_decoder,
+    make_request,
+)
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -52,7 +57,9 @@ class GenerationResponse:
         token_logprob: The token's log-probability; None where ``num_logprobs`` is.
         top_logprobs: The ``num_logprobs`` most likely tokens with theirs, best first,
             of equal ones the lowest id first; None where ``num_logprobs`` is.
-        stats: All counts so far; shared by the responses of a generation.
+        drafter_memory: The drafter's weights among it, in GB.
+        stats: All counts so far and where the time went; shared by the responses of a
+            generation.
     """
 
     text: str
@@ -70,9 +77,29 @@ class GenerationResponse:
     rule: str
     token_logprob: float | None
     top_logprobs: list[tuple[int, float]] | None
+    drafter_memory: float
     stats: RoundStats = field(repr=False)
     _logits: mx.array = field(repr=False)  # of the whole round, [1, K + 1, V]
     _index: int = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures of the generation so far, as JSON takes them."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "prompt_tps": self.prompt_tps,
+            "generation_tokens": self.generation_tokens,
+            "generation_tps": self.generation_tps,
+            "finish_reason": self.finish_reason,
+            "peak_memory_gb": self.peak_memory,
+            "drafter_memory_gb": self.drafter_memory,
+            "drafter_memory_share": self._drafter_share,
+            **self.stats.to_dict(),
+        }
+
+    @property
+    def _drafter_share(self) -> float:
+        """The drafter's share of the peak memory, 0 to 1."""
+        return self.drafter_memory / self.peak_memory if self.peak_memory else 0.0
 
     @property
     def logprobs(self) -> mx.array:
@@ -95,7 +122,8 @@ def stream_generate(
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     draft_model: Drafter | None = None,
-    num_draft_tokens: int | None = None,
+    num_draft_tokens: int | str | None = None,
+    exactness: str = "auto",
     temp: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -120,8 +148,13 @@ def stream_generate(
         prompt: Text, or token ids.
         max_tokens: Tokens to generate, 1 or more; -1 for no limit.
         draft_model: A drafter to use in place of the model's own.
-        num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; None for the
-            pair's own number.
+        num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; ``"auto"`` or
+            None for as many in each round as are expected to be fastest.
+        exactness: ``"auto"``: the bytes of plain decoding, where a short probe (once
+            per machine and pair) proves that drafting gives them; elsewhere near ties
+            are counted in the statistics. ``"exact"``: only what was proved, without
+            drafts if need be; plain decoding goes through the same kernels. ``"fast"``:
+            nothing is proved.
         temp: Temperature; 0 is greedy.
         top_p: Probability mass to keep, 0 to 1; 0 and 1 switch it off.
         top_k: Number of tokens to keep; 0 switches it off.
@@ -162,6 +195,7 @@ def stream_generate(
         num_draft_tokens=num_draft_tokens,
         prefill_step_size=prefill_step_size,
         num_logprobs=num_logprobs,
+        exactness=exactness,
     )
     if draft_model is not None:
         check_fit(model, draft_model)
@@ -188,17 +222,18 @@ def stream_generate(
         logits_processors=logits_processors,
         sampler=sampler,
     )
-    decoder = Decoder(
-        pair.rounds,
+    decoder = make_decoder(
+        pair,
         [request],
         num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens),
+        exactness=exactness,
         prefill_step_size=prefill_step_size,
         num_logprobs=num_logprobs,
     )
     stream = _TextStream(
-        decoder, tokenizer.detokenizer, StopStrings(stop), len(request.prompt)
+        pair, decoder, tokenizer.detokenizer, StopStrings(stop), len(request.prompt)
     )
-    return _stream(pair, stream)
+    return stream.responses()
 
 
 def generate(
@@ -244,6 +279,8 @@ def generate(
 
 def describe(response: GenerationResponse) -> str:
     """The closing figures of a generation, a few lines of text."""
+    stats = response.stats
+    phases = stats.phases
     lines = [
         f"Prompt: {response.prompt_tokens} tokens, "
         f"{response.prompt_tps:.3f} tokens-per-sec",
@@ -251,19 +288,47 @@ def describe(response: GenerationResponse) -> str:
         f"{response.generation_tps:.3f} tokens-per-sec",
         f"Rounds: {response.rounds}, acceptance length "
         f"{response.acceptance_length:.2f} tokens per round, acceptance rate "
-        f"{response.acceptance_rate:.1%} of {response.stats.drafted} drafted, "
+        f"{response.acceptance_rate:.1%} of {stats.drafted} drafted, "
         f"rule: {response.rule}",
-        f"Peak memory: {response.peak_memory:.3f} GB",
+        _describe_drafts(stats),
+        f"Exactness: {stats.exactness}{_describe_ties(stats)}",
+        f"Time: prefill {phases.prefill_s:.2f} s, rounds {phases.rounds_s:.2f} s, host "
+        f"{phases.host_s:.2f} s",
+        f"Peak memory: {response.peak_memory:.3f} GB, the drafter's weights "
+        f"{response.drafter_memory:.3f} GB",
     ]
     return "\n".join(lines)
+
+
+def _describe_drafts(stats: RoundStats) -> str:
+    """How many drafts rounds had and how far they came, or why there were none."""
+    if not stats.engaged:
+        return f"Drafts: none, {stats.why_not_engaged}"
+    rounds = ", ".join(
+        f"{count} with K = {k}" for k, count in sorted(stats.num_draft_tokens.items())
+    )
+    rates = ", ".join(f"{rate:.2f}" for rate in stats.acceptance_by_position)
+    return f"Drafts: rounds {rounds}; accepted by position {rates}"
+
+
+def _describe_ties(stats: RoundStats) -> str:
+    if stats.near_ties is None:
+        return ""
+    return f"; near ties decided: {stats.near_ties}"
 
 
 class _TextStream:
     """One generation on its way from tokens to responses."""
 
     def __init__(
-        self, decoder: Decoder, detokenizer: Any, stops: StopStrings, prompt_tokens: int
+        self,
+        pair: Pair,
+        decoder: Decoder,
+        detokenizer: Any,
+        stops: StopStrings,
+        prompt_tokens: int,
     ) -> None:
+        self._pair = pair
         self._decoder = decoder
         self._detokenizer = detokenizer
         self._stops = stops
@@ -271,11 +336,12 @@ class _TextStream:
         self._prompt_tps = 0.0
         self._start = 0.0
         self._num_tokens = 0
+        self._drafter_memory = pair.drafter_bytes / 1e9
 
-    def responses(self) -> Iterator[GenerationResponse]:
+    def responses(self) -> Generator[GenerationResponse, None, None]:
         """Decode to the end: one response per token."""
         self._start = time.perf_counter()
-        with closing(self._decoder.run()) as rounds:
+        with self._pair.wired(), closing(self._decoder.run()) as rounds:
             for (emission,) in rounds:
                 if not self._num_tokens:
                     self._prompt_tps = self._prompt_tokens / self._elapsed()
@@ -329,19 +395,12 @@ class _TextStream:
             "acceptance_rate": stats.acceptance_rate,
             "rule": stats.rule,
             "stats": stats,
+            "drafter_memory": self._drafter_memory,
         }
 
     def _elapsed(self) -> float:
         """Seconds since the phase began; never 0, so that rates stay finite."""
         return max(time.perf_counter() - self._start, 1e-9)
-
-
-def _stream(
-    pair: Pair, stream: _TextStream
-) -> Generator[GenerationResponse, None, None]:
-    """The responses, with target and drafter wired while they are made."""
-    with pair.wired():
-        yield from stream.responses()
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: Any) -> Any:

@@ -14,13 +14,15 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from .cache import MAX_DRAFT_TOKENS, insert_row, next_capacity
-from .config import SamplingParams, plain
+from .cache import insert_row, next_capacity
+from .config import MAX_DRAFT_TOKENS, SamplingParams, plain
 from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder
 from .errors import RequestError
 from .logprobs import MAX_LOGPROBS
 from .pair import Pair
+from .planning import make_plan
 from .processing import LogitsProcessor, Sampler
+from .route import AUTO, check_mode
 from .row import Request
 from .samplers import sampler_params
 from .state import RoundState, row_settings
@@ -33,7 +35,8 @@ def generate_tokens(
     prompt_tokens: Sequence[int] | Sequence[Sequence[int]] | mx.array,
     *,
     max_tokens: int,
-    num_draft_tokens: int | None = None,
+    num_draft_tokens: int | str | None = None,
+    exactness: str = "auto",
     temp: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -59,8 +62,13 @@ def generate_tokens(
         prompt_tokens: Token ids of one prompt, or a list of such prompts; each has at
             least one token.
         max_tokens: Tokens to emit for each prompt, 1 or more; -1 for no limit.
-        num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; None for the
-            pair's own number.
+        num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; ``"auto"`` or
+            None for as many in each round as are expected to be fastest.
+        exactness: ``"auto"``: the bytes of plain decoding, where a short probe (once
+            per machine and pair) proves that drafting gives them; elsewhere near ties
+            are counted in the statistics. ``"exact"``: only what was proved, without
+            drafts if need be; plain decoding goes through the same kernels. ``"fast"``:
+            nothing is proved.
         temp: Temperature; 0 is greedy.
         top_p: Probability mass to keep, 0 to 1; 0 and 1 switch it off.
         top_k: Number of tokens to keep; 0 switches it off.
@@ -98,6 +106,7 @@ def generate_tokens(
         max_tokens=max_tokens,
         num_draft_tokens=num_draft_tokens,
         prefill_step_size=prefill_step_size,
+        exactness=exactness,
     )
     entries = _listed(prompt_tokens)
     is_batch = bool(entries) and isinstance(plain(entries[0]), Iterable)
@@ -126,10 +135,11 @@ def generate_tokens(
         )
         for p in prompts
     ]
-    decoder = Decoder(
-        pair.rounds,
+    decoder = make_decoder(
+        pair,
         requests,
         num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens),
+        exactness=exactness,
         prefill_step_size=prefill_step_size,
     )
     return _batch(pair, decoder, len(prompts)) if is_batch else _single(pair, decoder)
@@ -186,6 +196,31 @@ def draft_block(
         state, row_settings([SamplingParams()]), num_draft_tokens=num_draft_tokens
     )
     return cast(list[int], drafts[0].tolist())
+
+
+def make_decoder(
+    pair: Pair,
+    requests: Sequence[Request],
+    *,
+    num_draft_tokens: int | None,
+    exactness: str,
+    prefill_step_size: int,
+    num_logprobs: int | None = None,
+) -> Decoder:
+    """A decoder of checked requests, planned for this machine; see ``make_plan``."""
+    plan = make_plan(
+        pair, requests, num_draft_tokens=num_draft_tokens, exactness=exactness
+    )
+    decoder = Decoder(
+        pair.rounds,
+        requests,
+        num_draft_tokens=plan.draft_length,
+        prefill_step_size=prefill_step_size,
+        num_logprobs=num_logprobs,
+        route=plan.route,
+    )
+    decoder.stats.why_plain = plan.why_plain
+    return decoder
 
 
 def make_request(
@@ -271,9 +306,10 @@ def _check_processors(
 def check_settings(
     *,
     max_tokens: int,
-    num_draft_tokens: int | None,
+    num_draft_tokens: int | str | None,
     prefill_step_size: int,
     num_logprobs: int | None = None,
+    exactness: str = "auto",
 ) -> None:
     """Check the settings that can be judged before a pair is loaded.
 
@@ -285,13 +321,8 @@ def check_settings(
             "max_tokens must be 1 or more, or -1 for no limit: got "
             f"{max_tokens!r}. Ask for at least one token."
         )
-    if num_draft_tokens is not None and (
-        not _is_whole(num_draft_tokens) or not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS
-    ):
-        raise RequestError(
-            f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}: got "
-            f"{num_draft_tokens!r}. 4 suits most pairs."
-        )
+    _check_drafts(num_draft_tokens)
+    check_mode(exactness)
     if not _is_whole(prefill_step_size) or prefill_step_size < 1:
         raise RequestError(
             "prefill_step_size must be 1 or more: got "
@@ -303,6 +334,17 @@ def check_settings(
         raise RequestError(
             f"num_logprobs must be from 0 to {MAX_LOGPROBS}, or None: got "
             f"{num_logprobs!r}. 0 gives the token's own log-probability."
+        )
+
+
+def _check_drafts(num_draft_tokens: Any) -> None:
+    """Check a number of drafts, or what stands for the controller's choice."""
+    if num_draft_tokens is None or num_draft_tokens == AUTO:
+        return
+    if not _is_whole(num_draft_tokens) or not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+        raise RequestError(
+            f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}, or auto: got "
+            f"{num_draft_tokens!r}. auto suits most pairs."
         )
 
 
@@ -333,20 +375,22 @@ def check_prompt(pair: Pair, prompt: Sequence[int] | mx.array) -> list[int]:
     return tokens
 
 
-def check_num_draft_tokens(pair: Pair, num_draft_tokens: int | None) -> int:
-    """The K of a request whose settings are checked; None is the pair's own number.
+def check_num_draft_tokens(
+    pair: Pair, num_draft_tokens: int | str | None
+) -> int | None:
+    """The K of a request whose settings are checked; None is the controller's choice.
 
     Raises:
         RequestError: Drafts are asked for without a drafter.
     """
-    if num_draft_tokens is None:
-        return pair.num_draft_tokens
+    if num_draft_tokens is None or isinstance(num_draft_tokens, str):
+        return None
     if num_draft_tokens and pair.drafter is None:
         raise RequestError(
             f"num_draft_tokens must be 0 without a drafter: got {num_draft_tokens}. "
             "Load the pair with a drafter."
         )
-    return num_draft_tokens
+    return int(num_draft_tokens)
 
 
 def _listed(prompt: Any) -> list[Any]:

@@ -1,10 +1,15 @@
 """What every test runs under: no network, the CPU, examples that repeat."""
 
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 
 # Set before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What tests learn of a machine is theirs alone; a process started by them shares it.
+os.environ["MLX_GEMMA_MTP_CACHE"] = tempfile.mkdtemp(prefix="mlx_gemma_mtp-")
 
 import mlx.core as mx
 import pytest
@@ -12,6 +17,8 @@ from hypothesis import settings
 
 # Also where MLX has a GPU: what tests compare with are results of the CPU.
 mx.set_default_device(mx.cpu)
+
+atexit.register(shutil.rmtree, os.environ["MLX_GEMMA_MTP_CACHE"], ignore_errors=True)
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)

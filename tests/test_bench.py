@@ -57,7 +57,7 @@ def test_all_sections_run(tmp_path):
     run = run_bench(
         *("--prompts", "2", "--places", "2", "--repeats", "1", "--max-tokens", "8"),
         *("--contexts", "32", "--kinds", "code", "chat", "--samplings", "greedy"),
-        *("--prompts-per-kind", "2", "--num-draft-tokens", "4"),
+        *("--prompts-per-kind", "2", "--num-draft-tokens", "4", "auto"),
         *("--engines", "mlx-lm", "plain", "draft", "mlx-vlm"),
         *("--json", str(figures), "--markdown", str(tables)),
         cwd=tmp_path,
@@ -86,7 +86,7 @@ def check_engines(found: dict[str, Any]) -> None:
     (cell,) = found["cells"]  # the embedded pair's tokenizer has no chat template
     assert (cell["kind"], cell["sampling"], cell["batch_size"]) == ("code", "greedy", 1)
     have = list(cell["engines"])
-    assert have[:3] == names
+    assert have[:4] == [*names, "drafting, auto"]
     skipped = found["skipped"].get("mlx-vlm, K = 4")
     assert skipped is None or "mlx-vlm" in skipped
     # Every prompt goes to all engines before the next one, which begins with another.
@@ -300,6 +300,10 @@ def test_names_of_engines():
         *("drafting, auto, p = 0.85", "mlx-lm two-model, K = 2", "mlx-vlm, K = 2"),
     ]
     graphs = [spec.name for spec in graph_specs(parse(["--engines", "plain", "draft"]))]
+    exact = engine_specs(parse(["--engines", "draft", "--exactness", "exact"]))
+    assert [spec.name for spec in exact] == [
+        *("drafting, K = 4, exact", "drafting, auto, exact"),
+    ]
     assert graphs == [
         *("plain, K = 0", "drafting, K = 4"),
         *("plain, K = 0, not compiled", "drafting, K = 4, not compiled"),

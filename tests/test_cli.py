@@ -43,7 +43,9 @@ FIGURES = re.compile(
     r"Generation: ([0-9]+) tokens, [0-9]+\.[0-9]{3} tokens-per-sec\n"
     r"Rounds: ([0-9]+), acceptance length ([0-9]\.[0-9]{2}) tokens per round, "
     r"acceptance rate [0-9.]+% of ([0-9]+) drafted, rule: [a-z ():,-]+\n"
-    r"Peak memory: [0-9]+\.[0-9]{3} GB\n"
+    r"Drafts: [^\n]+\nExactness: [^\n]+\n"
+    r"Time: prefill [0-9.]+ s, rounds [0-9.]+ s, host [0-9.]+ s\n"
+    r"Peak memory: [0-9]+\.[0-9]{3} GB, the drafter's weights [0-9]\.[0-9]{3} GB\n"
 )
 
 
@@ -137,7 +139,7 @@ def figures(err):
 
 class TestOutput:
     def test_text_and_figures(self, run, expected):
-        status, out, err = run()
+        status, out, err = run("--num-draft-tokens", "3")
         assert (status, out) == (0, expected + "\n")
         tokens, rounds, length, drafted = figures(err)
         assert (int(tokens), int(drafted)) == (NUM_TOKENS, 3 * int(rounds))
@@ -160,7 +162,8 @@ class TestOutput:
 
     def test_no_reproducible(self, run):
         """The same seed, another rule."""
-        texts = {run(*SAMPLED, *flag)[1] for flag in ((), ("--no-reproducible",))}
+        settings = (*SAMPLED, "--num-draft-tokens", "3")
+        texts = {run(*settings, *flag)[1] for flag in ((), ("--no-reproducible",))}
         assert len(texts) == 2
 
     def test_says_how_it_samples(self, run):
@@ -169,13 +172,39 @@ class TestOutput:
         assert err.startswith(line)
         assert FIGURES.fullmatch(err[len(line) :])
 
+    def test_stats_as_json(self, run, tmp_path):
+        path = tmp_path / "stats.json"
+        args = ("--num-draft-tokens", "3", "--verbose", "False")
+        status, _, err = run(*args, "--stats-json", path)
+        assert (status, err) == (0, "")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert found["generation_tokens"] == NUM_TOKENS
+        assert list(found["rounds_by_num_draft_tokens"]) == ["3"]
+        status, _, err = run(*args, "--stats-json", "-")
+        assert json.loads(err).keys() == found.keys()
+
+    def test_stats_that_cannot_be_written(self, run, tmp_path, expected):
+        path = tmp_path / "none" / "stats.json"
+        status, out, err = run("--verbose", "False", "--stats-json", path)
+        assert (status, out) == (1, expected + "\n")
+        assert err.startswith("error: --stats-json must be a file that can be written")
+
+    @pytest.mark.parametrize("exactness", ["auto", "exact", "fast"])
+    def test_exactness(self, run, expected, exactness):
+        args = ("--exactness", exactness, "--num-draft-tokens", "3")
+        status, out, err = run(*args)
+        assert (status, out) == (0, expected + "\n")
+        start = "not exact" if exactness == "fast" else "exact: bytes proved equal"
+        assert f"Exactness: {start}" in err
+
     def test_seed(self, run):
         texts = [run(*SAMPLED)[1], run(*SAMPLED, "--no-draft")[1]]
         assert texts[0] == texts[1]
         assert run("--temp", "2", "--seed", "6")[1] not in texts
 
     def test_drafter_by_name(self, run, folder, expected):
-        status, out, err = run("--draft-model", folder / "drafter")
+        named = ("--draft-model", folder / "drafter")
+        status, out, err = run(*named, "--num-draft-tokens", "3")
         assert (status, out) == (0, expected + "\n")
         assert figures(err)[3] != "0"
 
@@ -235,6 +264,8 @@ class TestOutput:
         assert own - theirs == {
             "--no-draft",
             "--no-reproducible",
+            "--exactness",
+            "--stats-json",
             "--stop",
             "--revision",
             "--logit-bias",
@@ -339,10 +370,11 @@ class TestMistakes:
         [
             (
                 ("--num-draft-tokens", "9"),
-                "num_draft_tokens must be from 0 to 8: got 9",
+                "num_draft_tokens must be from 0 to 8, or auto: got 9",
             ),
-            (("--num-draft-tokens", "-1"), "from 0 to 8: got -1"),
-            (("--num-draft-tokens", "four"), "invalid int value: 'four'"),
+            (("--num-draft-tokens", "-1"), "from 0 to 8, or auto: got -1"),
+            (("--num-draft-tokens", "four"), "whole number or auto: got 'four'"),
+            (("--exactness", "maybe"), "invalid choice: 'maybe'"),
             (("--no-draft", "--draft-model", "x"), "exclude each other"),
             (("--no-draft", "--num-draft-tokens", "2"), "must be 0 with --no-draft"),
             (("-m", "0"), "max_tokens must be 1 or more"),

@@ -26,6 +26,7 @@ from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.load import load
 from mlx_gemma_mtp.processing import HostRow
+from mlx_gemma_mtp.room import Room
 from mlx_gemma_mtp.rounds import Rounds
 from mlx_gemma_mtp.text import describe, stream_generate
 from mlx_gemma_mtp.tokens import generate_tokens
@@ -456,7 +457,7 @@ class TestEngine:
     def test_slabs_are_written_in_place(self, monkeypatch, num_draft_tokens):
         """Memory beyond the slabs stays below the size of one slab."""
         pair = reference_pair("31b")
-        monkeypatch.setattr(Decoder, "_initial_capacity", lambda self: 32768)
+        monkeypatch.setattr(Room, "initial_capacity", lambda self: 32768)
         request = Request(PROMPT, 40, logits_processors=(Recorder(),))
         decoder = Decoder(pair.rounds, [request], num_draft_tokens=num_draft_tokens)
         rounds = decoder.run()

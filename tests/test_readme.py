@@ -21,6 +21,7 @@ import mlx_gemma_mtp
 from convert import __main__ as converter
 from convert.quantize import RULES
 from mlx_gemma_mtp import cli
+from mlx_gemma_mtp.selftest import __main__ as selftest
 from tests.tiny import model_folder, uncompiled
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +107,13 @@ def test_convert_commands(line, monkeypatch, capsys, converted, tmp_path):
     assert "bits per weight" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.selftest" in s])
+def test_selftest_commands(line):
+    program, *arguments = shlex.split(line)
+    assert program == "mlx_gemma_mtp.selftest"
+    selftest._check(selftest.configure_parser().parse_args(arguments))
+
+
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_examples(code, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -127,7 +135,8 @@ def test_make_commands_exist_and_ci_runs_the_main_ones():
 
 def test_every_other_command_is_known():
     for line in SHELL:
-        programs = ("mlx_gemma_mtp.generate", "mlx_gemma_mtp.convert")
+        commands = ("generate", "convert", "selftest")
+        programs = [f"mlx_gemma_mtp.{command}" for command in commands]
         assert line.startswith(("make ", "pip install .")) or any(
             program in line for program in programs
         )
@@ -141,7 +150,7 @@ def flags(parser):
             yield f"| {names} | {(action.help or '') % vars(action)} |"
 
 
-@pytest.mark.parametrize("command", [cli, converter])
+@pytest.mark.parametrize("command", [cli, converter, selftest])
 def test_flags_are_those_of_the_command(command):
     """Prints the table to paste where it differs."""
     table = "\n".join(flags(command.configure_parser()))

@@ -3,9 +3,11 @@
 Run: python -m pytest tests/test_stats.py
 """
 
+import json
+
 import pytest
 
-from mlx_gemma_mtp.stats import RoundStats
+from mlx_gemma_mtp.stats import Phases, RoundStats
 
 
 def stats_of(*rounds):
@@ -57,3 +59,48 @@ def test_counts_by_number_and_position():
 def test_two_do_not_share_counts():
     stats_of((4, 4))
     assert RoundStats().accepted_at == {}
+
+
+@pytest.mark.parametrize(
+    ("stats", "words"),
+    [
+        (stats_of((2, 0)), ""),
+        (RoundStats(why_plain="no drafter"), "no drafter"),
+        (RoundStats(), "the text ended with the prompt's first token"),
+        (stats_of((0, 0)), "rounds without drafts were expected to be faster"),
+    ],
+)
+def test_why_nothing_was_drafted(stats, words):
+    assert stats.why_not_engaged == words
+    assert stats.engaged == (words == "")
+
+
+def test_near_ties_are_none_until_somebody_counts():
+    stats = stats_of((2, 1))
+    assert stats.near_ties is None
+    stats.add_near_ties(0)
+    assert stats.near_ties == 0
+    stats.add_near_ties(2)
+    assert stats.near_ties == 2
+
+
+def test_merged():
+    one, two = stats_of((4, 2), (0, 0)), stats_of((4, 4))
+    one.exactness, two.exactness = "exact", "exact"
+    one.traced, two.traced = 1, 2
+    two.add_near_ties(3)
+    one.phases, two.phases = Phases(1.0, 2.0, 3.0), Phases(0.5, 0.25, 0.125)
+    one.merge(two)
+    assert (one.rounds, one.drafted, one.accepted) == (3, 8, 6)
+    assert (one.exactness, one.traced, one.near_ties) == ("exact", 3, 3)
+    assert one.phases == Phases(1.5, 2.25, 3.125)
+
+
+def test_as_json():
+    stats = stats_of((4, 2), (0, 0), (4, 0))
+    found = json.loads(json.dumps(stats.to_dict()))
+    assert found["rounds_by_num_draft_tokens"] == {"0": 1, "4": 2}
+    assert found["acceptance_by_position"] == [0.5, 0.5, 0, 0]
+    assert found["acceptance_length"] == pytest.approx(5 / 3)
+    assert (found["engaged"], found["near_ties"]) == (True, None)
+    assert {"prefill_s", "rounds_s", "host_s"} <= found.keys()

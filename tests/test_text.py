@@ -4,7 +4,9 @@ Run: python -m pytest tests/test_text.py
 """
 
 import dataclasses
+import json
 import math
+from collections import Counter
 from itertools import groupby, islice, pairwise
 from typing import Any
 
@@ -15,10 +17,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_gemma_mtp import sampling
 from mlx_gemma_mtp import text as text_module
+from mlx_gemma_mtp import tokens as tokens_module
 from mlx_gemma_mtp.decoder import Emission
 from mlx_gemma_mtp.errors import PairingError, RequestError
 from mlx_gemma_mtp.load import load, load_pair
-from mlx_gemma_mtp.stats import RoundStats
+from mlx_gemma_mtp.stats import Phases, RoundStats
 from mlx_gemma_mtp.text import describe, generate, stream_generate
 from mlx_gemma_mtp.weights import load_drafter
 from tests.tiny import (
@@ -90,7 +93,7 @@ def drafter():
 @pytest.fixture
 def decoders(monkeypatch):
     """The decoders that the calls of a test make."""
-    return record_decoders(monkeypatch, text_module)
+    return record_decoders(monkeypatch, tokens_module)
 
 
 @pytest.fixture
@@ -110,7 +113,7 @@ def script(monkeypatch, model, tokenizer):
                     logits = mx.zeros((len(block), VOCAB_SIZE))
                     yield [Emission(0, block, len(block) - 1, reason, logits)]
 
-        monkeypatch.setattr(text_module, "Decoder", Scripted)
+        monkeypatch.setattr(tokens_module, "Decoder", Scripted)
         return responses(model, tokenizer, max_tokens=99, **settings)
 
     return scripted
@@ -260,15 +263,49 @@ class TestFigures:
             acceptance_length=2.4375,
             acceptance_rate=0.359375,
             peak_memory=0.0125,
-            stats=RoundStats(drafted=64),
+            drafter_memory=0.0015,
+            stats=RoundStats(
+                drafted=64,
+                num_draft_tokens=Counter({4: 15, 0: 1}),
+                drafted_at=Counter({0: 15, 1: 15}),
+                accepted_at=Counter({0: 12, 1: 3}),
+                exactness="not exact: because",
+                near_ties=2,
+                phases=Phases(0.5, 1.25, 0.125),
+            ),
         )
         assert describe(last) == (
             "Prompt: 6 tokens, 12.500 tokens-per-sec\n"
             "Generation: 40 tokens, 33.333 tokens-per-sec\n"
             "Rounds: 16, acceptance length 2.44 tokens per round, acceptance rate "
             "35.9% of 64 drafted, rule: coupled (seed)\n"
-            "Peak memory: 0.013 GB"
+            "Drafts: rounds 1 with K = 0, 15 with K = 4; accepted by position 0.80, "
+            "0.20\n"
+            "Exactness: not exact: because; near ties decided: 2\n"
+            "Time: prefill 0.50 s, rounds 1.25 s, host 0.12 s\n"
+            "Peak memory: 0.013 GB, the drafter's weights 0.002 GB"
         )
+
+    def test_described_without_drafts(self, plain):
+        last = plain[-1]
+        assert "Drafts: none, num_draft_tokens is 0\n" in describe(last)
+        assert "Exactness: plain decoding\n" in describe(last)
+
+    def test_as_json(self, drafted):
+        last = drafted[-1]
+        found = json.loads(json.dumps(last.to_dict()))
+        stats = last.stats
+        assert found["generation_tokens"] == 40
+        assert found["rounds_by_num_draft_tokens"] == {"4": stats.rounds}
+        assert found["acceptance_by_position"] == stats.acceptance_by_position
+        assert found["engaged"] is True
+        assert found["why_not_engaged"] == ""
+        assert found["exactness"].startswith("exact")
+        assert found["prefill_s"] > 0
+        assert found["rounds_s"] > 0
+        assert 0 < found["drafter_memory_share"] < 1
+        share = found["drafter_memory_gb"] / found["peak_memory_gb"]
+        assert found["drafter_memory_share"] == pytest.approx(share)
 
 
 class TestEnds:
@@ -427,7 +464,8 @@ class TestGenerate:
         out, err = capsys.readouterr()
         assert out == text + "\n" == joined(plain) + "\n"
         lines = err.splitlines()
-        starts = ["Prompt: 6 tokens, ", "Generation: 24 tokens, ", "Rounds: ", "Peak "]
+        starts = ["Prompt: 6 tokens, ", "Generation: 24 tokens, ", "Rounds: "]
+        starts += ["Drafts: ", "Exactness: exact", "Time: prefill ", "Peak "]
         for line, start in zip(lines, starts, strict=True):
             assert line.startswith(start)
 
@@ -443,7 +481,7 @@ class TestDrafters:
 
     def test_one_that_is_named_is_used(self, tokenizer, drafter, decoders):
         target = load_pair(REFERENCE / "12b" / "target").target
-        settings = {"max_tokens": 12, "draft_model": drafter}
+        settings = {"max_tokens": 12, "draft_model": drafter, "num_draft_tokens": 4}
         found = responses(target, tokenizer, **settings, **SAMPLED)
         assert found[-1].stats.accepted > 0
         assert decoders[-1]._engine.drafter is drafter
@@ -475,7 +513,10 @@ class TestDrafters:
         ({"prompt": 5}, "sequence of token ids: got 5"),
         ({"max_tokens": 0}, "max_tokens must be 1 or more"),
         ({"max_tokens": True}, "max_tokens must be 1 or more"),
-        ({"num_draft_tokens": 9}, "num_draft_tokens must be from 0 to 8: got 9"),
+        (
+            {"num_draft_tokens": 9},
+            "must be from 0 to 8, or auto: got 9",
+        ),
         ({"prefill_step_size": 0}, "prefill_step_size must be 1 or more: got 0"),
         ({"temp": -1.0}, "temp must be 0 or more"),
         ({"top_p": 2.0}, "top_p must be from 0 to 1"),

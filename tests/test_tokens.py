@@ -13,6 +13,7 @@ import pytest
 
 from mlx_gemma_mtp import sampling
 from mlx_gemma_mtp import tokens as tokens_module
+from mlx_gemma_mtp.draft_length import AdaptiveDraftLength
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.pair import Pair
@@ -125,7 +126,8 @@ def test_max_tokens_is_exact(pair, expected, max_tokens, num_draft_tokens):
 
 
 def test_drafts_are_accepted_and_cut(pair, decoders):
-    tokens = run(pair, PROMPT, max_tokens=20, eos_token_ids=(), **SAMPLED)
+    settings = {"num_draft_tokens": 3, **SAMPLED}
+    tokens = run(pair, PROMPT, max_tokens=20, eos_token_ids=(), **settings)
     (decoder,) = decoders
     assert len(tokens) == 20
     assert decoder.stats.accepted > decoder.stats.rounds  # or the tests above are idle
@@ -142,11 +144,14 @@ def test_xtc(pair):
     assert run(pair, PROMPT, **settings, **strikes, xtc_special_tokens=special) == plain
 
 
-def test_own_number_of_drafts(pair, plain_pair, decoders):
+@pytest.mark.parametrize("settings", [{}, {"num_draft_tokens": "auto"}])
+def test_the_controller_chooses_by_default(pair, plain_pair, decoders, settings):
     for p in (pair, plain_pair):
-        run(p, PROMPT, max_tokens=3, eos_token_ids=())
-    # The checkpoint's generation_config.json names 3.
-    assert [set(d.stats.num_draft_tokens) for d in decoders] == [{3}, {0}]
+        run(p, PROMPT, max_tokens=30, eos_token_ids=(), **settings)
+    drafted, plain = decoders
+    assert isinstance(drafted._draft_length, AdaptiveDraftLength)
+    assert set(plain.stats.num_draft_tokens) == {0}
+    assert plain.stats.why_not_engaged.startswith("no drafter")
 
 
 @pytest.mark.parametrize(
@@ -283,7 +288,10 @@ MISTAKES = [
         for value in (0, -2, True, 5.0, "5", None)
     ),
     *(
-        ({"num_draft_tokens": value}, "num_draft_tokens must be from 0 to 8: got")
+        (
+            {"num_draft_tokens": value},
+            "num_draft_tokens must be from 0 to 8, or auto: got",
+        )
         for value in (9, -1, True, 4.0, "4")
     ),
     *(
@@ -333,9 +341,9 @@ class TestDraftBlock:
         ("prompt", "number", "message"),
         [
             (PROMPT, 0, "at least 1 for a block of drafts: got 0"),
-            (PROMPT, 9, "num_draft_tokens must be from 0 to 8: got 9"),
-            (PROMPT, -1, "num_draft_tokens must be from 0 to 8: got -1"),
-            (PROMPT, True, "num_draft_tokens must be from 0 to 8: got True"),
+            (PROMPT, 9, "num_draft_tokens must be from 0 to 8, or auto: got 9"),
+            (PROMPT, -1, "num_draft_tokens must be from 0 to 8, or auto: got -1"),
+            (PROMPT, True, "num_draft_tokens must be from 0 to 8, or auto: got True"),
             ([], 4, "prompt must hold at least one token"),
             ([2], 4, "at least 2 tokens long for a block of drafts: got 1"),
             ([2, 512], 4, "got 512, expected 0 to 511"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from mlx_gemma_mtp.random_pair import FAMILIES
+from mlx_gemma_mtp.route import MODES
 
 from .engines import AUTO, MLX_LM, MLX_VLM, OURS, SAMPLINGS, TWO_MODEL, EngineSpec
 from .models import ModelSpec
@@ -114,6 +116,9 @@ def _add_engines(group: argparse._ArgumentGroup) -> None:
         "the first",
     )
     group.add_argument(
+        "--exactness", choices=MODES, default=AUTO, help="of this package's drafting"
+    )
+    group.add_argument(
         "--two-model-draft",
         metavar="PATH",
         help="small model for mlx-lm's two-model decoding (default: the target itself "
@@ -146,7 +151,10 @@ def engine_specs(args: argparse.Namespace) -> list[EngineSpec]:
         "mlx-lm": [EngineSpec(MLX_LM)],
         "plain": [EngineSpec(OURS)],
         "draft": [
-            EngineSpec(OURS, count, coin) for coin in coins for count in counts if count
+            EngineSpec(OURS, count, coin, exactness=args.exactness)
+            for coin in coins
+            for count in counts
+            if count
         ],
         "two-model": [
             EngineSpec(TWO_MODEL, fixed, coins[0], draft_path=args.two_model_draft)
@@ -159,9 +167,5 @@ def engine_specs(args: argparse.Namespace) -> list[EngineSpec]:
 def graph_specs(args: argparse.Namespace) -> list[EngineSpec]:
     """The engines whose graphs to count: those, and this package's not compiled."""
     specs = [spec for spec in engine_specs(args) if spec.num_draft_tokens != AUTO]
-    plain = [
-        EngineSpec(spec.kind, spec.num_draft_tokens, spec.acceptance, use_compile=False)
-        for spec in specs
-        if spec.kind == OURS
-    ]
+    plain = [replace(spec, use_compile=False) for spec in specs if spec.kind == OURS]
     return specs + plain

@@ -22,6 +22,7 @@ from mlx_gemma_mtp.decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder, Request
 from mlx_gemma_mtp.errors import MTPError
 from mlx_gemma_mtp.load import load_pair
 from mlx_gemma_mtp.pair import Pair
+from mlx_gemma_mtp.planning import make_plan
 from mlx_gemma_mtp.rounds import Rounds
 from mlx_gemma_mtp.stats import RoundStats
 from mlx_gemma_mtp.tokens import check_num_draft_tokens, check_settings
@@ -29,7 +30,7 @@ from mlx_gemma_mtp.tokens import check_num_draft_tokens, check_settings
 from .models import ModelSpec
 from .scripted import scripted_rounds
 
-AUTO = "auto"  # this package chooses the number of drafts while it decodes
+AUTO = "auto"  # of drafts: this package chooses their number while it decodes
 MLX_LM, OURS, TWO_MODEL, MLX_VLM = "mlx-lm", "ours", "two-model", "mlx-vlm"
 # Settings of sampling, names as in mlx-lm; "sampled" is what Gemma's cards recommend.
 SAMPLINGS: dict[str, dict[str, Any]] = {
@@ -54,6 +55,7 @@ class EngineSpec:
         acceptance: How often a draft is to be accepted whatever models say; None for
             what they say.
         use_compile: Whether this package's rounds are compiled.
+        exactness: What this package's text must be, one of ``route.MODES``.
         draft_path: The small model of a two-model engine; None for the target itself,
             quantized.
     """
@@ -62,6 +64,7 @@ class EngineSpec:
     num_draft_tokens: int | str = 0
     acceptance: float | None = None
     use_compile: bool = True
+    exactness: str = AUTO
     draft_path: str | None = None
 
     @property
@@ -72,6 +75,7 @@ class EngineSpec:
         if self.kind == OURS:
             name = "plain, K = 0" if count == 0 else f"drafting, {drafts}"
             name += "" if self.acceptance is None else f", p = {self.acceptance:g}"
+            name += "" if self.exactness == AUTO else f", {self.exactness}"
             return name if self.use_compile else f"{name}, not compiled"
         names = {MLX_LM: "mlx-lm", TWO_MODEL: "mlx-lm two-model", MLX_VLM: "mlx-vlm"}
         return names[self.kind] + (f", {drafts}" if count else "")
@@ -96,6 +100,10 @@ class Step:
 
 class Engine(Protocol):
     """A way to decode."""
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether it learns as it goes, so that only a whole request warms it up."""
 
     def steps(
         self, prompts: list[list[int]], max_tokens: int, sampling: dict[str, Any]
@@ -130,24 +138,27 @@ class OwnEngine:
     """This package, plain or with its drafter."""
 
     def __init__(self, pair: Pair, spec: EngineSpec) -> None:
-        self._pair = pair
-        count: Any = spec.num_draft_tokens
+        # A pair of its own: what it learns must not be known to another engine.
+        self._pair = Pair(pair.target, pair.drafter)
+        self.is_adaptive = spec.num_draft_tokens == AUTO
+        self._exactness = spec.exactness
         try:
             check_settings(
                 max_tokens=1,
-                num_draft_tokens=count,
+                num_draft_tokens=spec.num_draft_tokens,
                 prefill_step_size=DEFAULT_PREFILL_STEP_SIZE,
+                exactness=spec.exactness,
             )
-            self._count = check_num_draft_tokens(pair, count)
+            self._count = check_num_draft_tokens(pair, spec.num_draft_tokens)
         except MTPError as error:
             raise UnavailableError(str(error)) from None
-        self._rounds = pair.rounds
+        self._rounds = self._pair.rounds
         if spec.acceptance is not None:
             self._rounds = scripted_rounds(
-                pair.rounds, spec.acceptance, use_compile=spec.use_compile
+                self._rounds, spec.acceptance, use_compile=spec.use_compile
             )
         elif not spec.use_compile:
-            self._rounds = Rounds(pair.rounds.target, pair.drafter, use_compile=False)
+            self._rounds = Rounds(self._rounds.target, pair.drafter, use_compile=False)
 
     def steps(
         self, prompts: list[list[int]], max_tokens: int, sampling: dict[str, Any]
@@ -155,7 +166,18 @@ class OwnEngine:
         """Decode prompts together."""
         params = SamplingParams(**sampling)
         requests = [Request(prompt, max_tokens, params) for prompt in prompts]
-        decoder = Decoder(self._rounds, requests, num_draft_tokens=self._count)
+        plan = make_plan(
+            self._pair,
+            requests,
+            num_draft_tokens=self._count,
+            exactness=self._exactness,
+        )
+        decoder = Decoder(
+            self._rounds,
+            requests,
+            num_draft_tokens=plan.draft_length,
+            route=plan.route,
+        )
         before = RoundStats()
         with self._pair.wired(), closing(decoder.run()) as rounds:
             for emissions in rounds:
@@ -171,6 +193,8 @@ class OwnEngine:
 
 class MlxLm:
     """mlx-lm's ``generate_step``, and its ``BatchGenerator`` for several prompts."""
+
+    is_adaptive = False
 
     def __init__(self, target: nn.Module) -> None:
         self._target = target
@@ -206,6 +230,8 @@ class MlxLm:
 
 class TwoModel:
     """mlx-lm's ``speculative_generate_step`` with a small model of the same kind."""
+
+    is_adaptive = False
 
     def __init__(self, pair: Pair, spec: EngineSpec) -> None:
         self._target = pair.target

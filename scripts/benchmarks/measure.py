@@ -18,9 +18,12 @@ _WARM_UP_STEPS = 4
 def warm_up(
     engine: Engine, prompts: list[list[int]], max_tokens: int, sampling: dict[str, Any]
 ) -> None:
-    """Run the first rounds of a request, so that everything is compiled."""
+    """Run the first rounds of a request, so that everything is compiled.
+
+    An engine that chooses as it goes gets a whole request.
+    """
     steps: Any = engine.steps(prompts, max_tokens, sampling)
-    for _ in islice(steps, _WARM_UP_STEPS):
+    for _ in islice(steps, None if engine.is_adaptive else _WARM_UP_STEPS):
         pass
     steps.close()
 

@@ -31,6 +31,8 @@ class MlxVlm:
         UnavailableError: mlx-vlm is not installed, or does not load the pair.
     """
 
+    is_adaptive = False
+
     def __init__(self, model: ModelSpec, num_draft_tokens: int) -> None:
         if model.shapes is not None or model.dtype is not None:
             raise UnavailableError(

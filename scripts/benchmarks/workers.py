@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlx_gemma_mtp.store import FOLDER_VARIABLE
+
 from .engines import EngineSpec
 from .models import ModelSpec
 
@@ -30,7 +32,12 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(paths),
+                # What is learnt here must not outlive it: coins teach nothing true.
+                FOLDER_VARIABLE: "",
+            },
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""How many drafts the next round has: a fixed number, or a controller's choice.
+
+Numbers in, numbers out; the controller itself is in control.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from statistics import median
+from typing import Protocol
+
+from .control import DraftLengthController
+
+# Seconds to trace a round, until some were traced: a guess that keeps short texts from
+# paying for many numbers of drafts.
+_SETUP_S = 0.2
+
+
+class DraftLength(Protocol):
+    """What a decoder asks for each round."""
+
+    def choose(
+        self,
+        allowed: Collection[int],
+        *,
+        is_ready: Callable[[int], bool],
+        tokens_left: int | None,
+    ) -> int:
+        """The number of drafts of the next round.
+
+        Args:
+            allowed: The numbers to choose from, 0 among them.
+            is_ready: Whether a round of so many drafts was traced before.
+            tokens_left: Most tokens that any row still wants; None for no limit.
+        """
+
+    def observe(
+        self, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None
+    ) -> None:
+        """Learn from a round.
+
+        Args:
+            num_draft_tokens: Its drafts.
+            accepted: How many of them each live row accepted.
+            seconds: Its time; None where it says nothing.
+        """
+
+    def observe_setup(self, seconds: float) -> None:
+        """Learn what it took to trace a round."""
+
+    def finish(self) -> None:
+        """The requests have ended: what was learnt may be kept."""
+
+
+class FixedDraftLength:
+    """The same number for every round, or the next smaller that is allowed.
+
+    Args:
+        num_draft_tokens: K.
+    """
+
+    def __init__(self, num_draft_tokens: int) -> None:
+        self._num_draft_tokens = num_draft_tokens
+
+    def choose(
+        self,
+        allowed: Collection[int],
+        *,
+        is_ready: Callable[[int], bool],
+        tokens_left: int | None,
+    ) -> int:
+        """See ``DraftLength``."""
+        return max(k for k in allowed if k <= self._num_draft_tokens)
+
+    def observe(
+        self, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None
+    ) -> None:
+        """A fixed number learns nothing."""
+
+    def observe_setup(self, seconds: float) -> None:
+        """A fixed number learns nothing."""
+
+    def finish(self) -> None:
+        """A fixed number has learnt nothing."""
+
+
+class AdaptiveDraftLength:
+    """What a controller expects to be fastest.
+
+    Args:
+        controller: It has learnt from the rounds before.
+        setups: What it took to trace the last rounds, seconds; appended to.
+        keep: Keeps what it has learnt, called at the end.
+    """
+
+    def __init__(
+        self,
+        controller: DraftLengthController,
+        *,
+        setups: deque[float],
+        keep: Callable[[], None],
+    ) -> None:
+        self._controller = controller
+        self._setups = setups
+        self._keep = keep
+        controller.start()
+
+    def choose(
+        self,
+        allowed: Collection[int],
+        *,
+        is_ready: Callable[[int], bool],
+        tokens_left: int | None,
+    ) -> int:
+        """See ``DraftLength``."""
+        # The first round of a process also builds what all rounds need.
+        setup_s = median(self._setups) if len(self._setups) > 1 else _SETUP_S
+        return self._controller.choose(
+            allowed=allowed,
+            setup_s={k: setup_s for k in allowed if not is_ready(k)},
+            tokens_left=tokens_left,
+        )
+
+    def observe(
+        self, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None
+    ) -> None:
+        """See ``DraftLength``."""
+        self._controller.observe(num_draft_tokens, accepted, seconds)
+
+    def observe_setup(self, seconds: float) -> None:
+        """See ``DraftLength``."""
+        self._setups.append(seconds)
+
+    def finish(self) -> None:
+        """See ``DraftLength``."""
+        self._keep()

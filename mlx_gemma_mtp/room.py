@@ -1,0 +1,90 @@
+"""How many slots the full layers' slabs have, and when they grow.
+
+Where the capacity changes a kernel's bytes, growth must come at positions that do not
+depend on the number of drafts: a token's logits are then computed over the same slots
+with drafting and without. Knows nothing of arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from .cache import next_capacity
+from .config import MAX_DRAFT_TOKENS
+from .row import Row
+
+# Slabs for a request are reserved up to this many tokens ahead, so that an ordinary
+# one never grows; a longer one grows as it goes.
+RESERVED_TOKENS = 1024
+
+_BLOCK = MAX_DRAFT_TOKENS + 1
+
+
+class Room:
+    """The room of a batch's rows.
+
+    Args:
+        rows: The rows; their offsets are read, as of the last report.
+        is_fixed: Whether growth comes at positions that do not depend on the number
+            of drafts.
+    """
+
+    def __init__(self, rows: Sequence[Row], *, is_fixed: bool) -> None:
+        self._rows = rows
+        # Rows of a batch share the capacity, and one row's growth must not depend on
+        # how far another one has come: there everything is reserved.
+        self._is_all_reserved = is_fixed and len(rows) > 1
+        self._is_fixed = is_fixed and len(rows) == 1
+
+    def initial_capacity(self) -> int:
+        """Slots for the longest row: its prompt, its tokens, rounds in flight."""
+        # The same for every K: unfused attention may round by the capacity.
+        needed = 0
+        for row in self._rows:
+            limit, ahead = row.request.max_tokens, RESERVED_TOKENS
+            if limit is not None:
+                ahead = limit if self._is_all_reserved else min(limit, ahead)
+            needed = max(needed, row.offset + ahead + 2 * _BLOCK)
+        return next_capacity(needed)
+
+    def is_known(self, capacity: int, in_flight: Collection[int]) -> bool:
+        """Whether the next round's room does not hang on reports still in flight.
+
+        Args:
+            capacity: Slots now.
+            in_flight: Drafts of each round in flight.
+        """
+        is_near = self._latest(in_flight) + _BLOCK > self._limit(capacity)
+        return not (self._is_fixed and in_flight and is_near)
+
+    def must_grow(self, capacity: int, in_flight: Collection[int]) -> bool:
+        """Whether the slabs must grow before the next round.
+
+        Args:
+            capacity: Slots now.
+            in_flight: Drafts of each round in flight.
+        """
+        latest = self._latest(in_flight)
+        if self._is_fixed:
+            return latest >= self._limit(capacity)
+        return latest + _BLOCK > capacity
+
+    def allowed(self, drafts: Collection[int], capacity: int) -> tuple[int, ...]:
+        """The numbers of drafts that do not reach over the place of a growth.
+
+        Args:
+            drafts: The numbers to choose from, 0 among them.
+            capacity: Slots now, grown where they had to.
+        """
+        if not self._is_fixed:
+            return tuple(drafts)
+        room = self._limit(capacity) - self._latest(())
+        return tuple(k for k in drafts if k < max(room, 1) or room >= _BLOCK)
+
+    def _latest(self, in_flight: Collection[int]) -> int:
+        """The furthest that the next round may start."""
+        return max(row.offset for row in self._rows) + sum(k + 1 for k in in_flight)
+
+    def _limit(self, capacity: int) -> int:
+        """The first position whose query sees the next capacity."""
+        return capacity - _BLOCK

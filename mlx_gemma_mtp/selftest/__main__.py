@@ -1,0 +1,150 @@
+"""The ``mlx_gemma_mtp.selftest`` command: parse, run, print, exit status.
+
+The page goes to standard output, progress to standard error. A mistake of the user's is
+one line and exit status 1; where something failed that must hold it is 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..command import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, Parser, drop_output
+from ..errors import MTPError, OutputError, RequestError
+from .names import MODEL, SECTIONS
+
+EXIT_FAILED = 2
+DEFAULT_SECONDS = 120.0
+FAMILIES = ("e2b", "e4b", "12b", "26b-a4b", "31b")
+
+
+def configure_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = Parser(
+        prog="mlx_gemma_mtp.selftest",
+        description="Test kernels, exactness, caches and speed on this machine. "
+        "Nothing is downloaded without --model.",
+    )
+    parser.add_argument("--model", help="folder or Hub id of a target to test as well")
+    parser.add_argument(
+        "--draft-model",
+        help="folder or Hub id of its drafter (default: found by itself)",
+    )
+    parser.add_argument(
+        "--family",
+        choices=FAMILIES,
+        help="whose shapes random weights have (default: one that suits the memory)",
+    )
+    parser.add_argument(
+        "--section",
+        nargs="+",
+        choices=SECTIONS,
+        metavar="NAME",
+        help=f"run only these: {', '.join(SECTIONS)} (default: all)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=DEFAULT_SECONDS,
+        help="time for all sections, roughly; what does not fit is left out "
+        "(default: %(default)g)",
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write everything that was measured here"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments; None for the process's.
+
+    Returns:
+        Exit status: 0 where all holds that must, 1 for a mistake of the user's, 2 where
+        something failed, 130 for Control-C, 141 where the reader of the page went away.
+    """
+    try:
+        return _run(configure_parser().parse_args(argv))
+    except MTPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        drop_output(sys.stdout)
+        return EXIT_BROKEN_PIPE
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Check, load, run, print."""
+    _check(args)
+    # Heavy imports wait until the arguments are known to be good.
+    from .model import open_model
+    from .page import page, to_json
+    from .result import FAIL
+    from .sections import Options, run
+
+    # Mistakes are one line, and what a section finds is on the page.
+    logging.getLogger("mlx_gemma_mtp").setLevel(logging.ERROR)
+    names = args.section or [n for n in SECTIONS if n != MODEL or args.model]
+    loaded = None
+    if MODEL in names:
+        loaded = open_model(args.model, args.draft_model)
+    results = run(Options(names, args.seconds, args.family, loaded), _note)
+    if args.json is not None:
+        _write(args.json, to_json(results))
+    print(page(results), flush=True)
+    return EXIT_FAILED if any(r.status == FAIL for r in results) else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Find mistakes before anything takes long.
+
+    Raises:
+        MTPError: There is one.
+    """
+    if not (math.isfinite(args.seconds) and args.seconds > 0):
+        raise RequestError(
+            f"--seconds must be above 0: got {args.seconds}. {DEFAULT_SECONDS:g} is "
+            "enough for everything."
+        )
+    if args.model is None and args.section and MODEL in args.section:
+        raise RequestError("--section model must have a model. Name one with --model.")
+    if args.model is None and args.draft_model is not None:
+        raise RequestError(
+            "--draft-model must belong to a model. Name one with --model."
+        )
+    if args.json is not None:
+        path = Path(args.json)
+        if path.is_dir() or not os.access(
+            path if path.exists() else path.parent, os.W_OK
+        ):
+            raise OutputError(
+                f"--json must be a file that can be written: got {args.json}. Name "
+                "another one."
+            )
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"--json must be a file that can be written: got {path}: "
+            f"{error.strerror}. Name another one."
+        ) from error
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,133 @@
+"""How long a generation's phases and rounds take, as the host sees them.
+
+A round's time is the interval between two reads of reports. Where the host had to wait
+for the device it is the time of the round just read, and what the host did in between
+is hidden in it. Where it had not, queueing the next round was what took long (on the
+CPU backend that waits until the round has nearly run): the interval is that round's,
+less what the caller took. An interval in which a round was traced, slabs grew, or the
+caller kept the generator waiting says nothing of rounds; it has no time. Knows nothing
+of arrays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from .stats import Phases
+
+# The host waited at least this share of an interval for the device: then the device
+# was busy all along, and the interval is the round's time.
+_BUSY_SHARE = 0.02
+# A caller that took more of an interval than this has stalled the rounds.
+_STALL_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What passed between two reads.
+
+    Attributes:
+        seconds: The time of one round.
+        is_queued: Whether it is the round last queued, where one is in flight, and not
+            the one just read.
+    """
+
+    seconds: float
+    is_queued: bool
+
+
+class RoundTimer:
+    """Times one decoder.
+
+    Args:
+        clock: Seconds that only ever grow.
+
+    Attributes:
+        phases: Seconds so far, up to the last mark.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.phases = Phases()
+        self._clock = clock
+        self._mark = clock()
+        self._last_read = 0.0
+        self._waited = 0.0
+        self._caller = 0.0
+        self._has_queued = False
+        self._is_disturbed = True  # the first interval also fills the queue
+
+    @contextmanager
+    def prefill(self) -> Generator[None, None, None]:
+        """Around the reading of the prompt."""
+        self._to_host()
+        yield
+        self.phases.prefill_s += self._lap()
+
+    def start_rounds(self) -> None:
+        """The prefill's token is there: the first interval begins."""
+        self._to_host()
+        self._last_read, self._caller = self._mark, 0.0
+
+    @contextmanager
+    def wait(self) -> Generator[None, None, None]:
+        """Around the read of a report."""
+        self._to_host()
+        yield
+        self._waited = self._lap()
+        self.phases.rounds_s += self._waited
+
+    @contextmanager
+    def queue(self) -> Generator[None, None, None]:
+        """Around the handing of a round to the device."""
+        self._to_host()
+        yield
+        self.phases.rounds_s += self._lap()
+        self._has_queued = True
+
+    @contextmanager
+    def caller(self) -> Generator[None, None, None]:
+        """Around what the caller does between two rounds."""
+        self._to_host()
+        yield
+        lap = self._lap()
+        self._caller += lap
+        self.phases.host_s += lap
+
+    def disturb(self) -> None:
+        """Something that is no part of a round falls into this interval."""
+        self._is_disturbed = True
+
+    def interval(self) -> Interval | None:
+        """What passed since the read before; None where it says nothing of a round."""
+        passed = self._mark - self._last_read
+        caller, self._caller = self._caller, 0.0
+        is_disturbed, self._is_disturbed = self._is_disturbed, False
+        has_queued, self._has_queued = self._has_queued, False
+        self._last_read = self._mark
+        if is_disturbed or passed <= 0:
+            return None
+        if self._waited >= _BUSY_SHARE * passed:
+            return Interval(passed, is_queued=False)
+        if not has_queued or caller > _STALL_SHARE * passed:
+            return None
+        return Interval(passed - caller, is_queued=True)
+
+    @property
+    def waited_s(self) -> float:
+        """How long the last report was waited for."""
+        return self._waited
+
+    def stop(self) -> None:
+        """Count what is left since the last mark."""
+        self._to_host()
+
+    def _to_host(self) -> None:
+        self.phases.host_s += self._lap()
+
+    def _lap(self) -> float:
+        now = self._clock()
+        lap, self._mark = now - self._mark, now
+        return lap

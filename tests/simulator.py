@@ -1,0 +1,186 @@
+"""Rounds of a made-up machine on a made-up text, to judge who chooses their K.
+
+A text is, for each position, how many of unlimited drafts the target would accept
+there: fixed by process and seed, so that whoever drafts meets the same luck. Time is
+in plain rounds. Throughput counts a round's true time; what is observed is noisy, late
+and now and then stalled.
+"""
+
+import json
+import math
+import random
+from functools import cache, lru_cache
+
+from mlx_gemma_mtp.control import DEFAULT_PRIOR, DraftLengthController
+
+DEPTH = 8
+PLAIN_S = 0.03  # what a plain round takes on the observer's clock
+
+
+def linear(first, slope):
+    """A round of block width K + 1 costs first + slope (K + 1), a plain one 1."""
+    return [1.0] + [first + slope * (k + 1) for k in range(1, DEPTH + 1)]
+
+
+def grown(forward, draft):
+    """A forward over 1, 2, ... rows, and a draft step per draft."""
+    return [rows + draft * k for k, rows in enumerate(forward)]
+
+
+def mixture():
+    """Gemma 4 26B-A4B in 4 bits: 1.34 GB are dense, 0.80 GB the experts of one token.
+
+    K + 1 rows read the union of their experts, a quarter less than if they chose
+    independently; a draft step reads 0.24 GB.
+    """
+    union = [16 * (1 - (1 - 8 / 128) ** rows) for rows in range(1, DEPTH + 2)]
+    return grown([(1.34 + 0.8 * (0.25 + 0.75 * u)) / 2.14 for u in union], 0.24 / 2.14)
+
+
+# Round time over that of K = 0. Named by chip: growth of a forward with its rows as
+# published for MLX 0.32, and 4 % (M5: 5 %) per draft step. Named by model and chip:
+# round costs published by mlxcel.
+CURVES = {
+    "flat": linear(0.99, 0.01),
+    "steep": linear(0.0, 1.0),
+    "cpu": linear(0.85, 0.15),
+    "m1": grown([1, 1.62, 2.24, 2.86, 3.48, 4.1, 4.7, 5.3, 5.9], 0.04),
+    "m3": grown([1, 1.10, 1.28, 1.45, 1.75, 2.05, 2.35, 2.6, 2.9], 0.04),
+    "m5": grown([1, 1.06, 1.12, 1.27, 1.42, 1.68, 1.94, 2.2, 2.5], 0.05),
+    "mixture": mixture(),
+    "31b-m3-ultra": linear(0.83, 0.170),
+    "12b-m3-ultra": linear(1.14, 0.090),
+    "12b-m1-ultra": linear(1.35, 0.346),
+    "12b-m5-max": linear(1.12, 0.038),
+}
+
+
+def constant(rate):
+    return lambda rng, length: [[rate] * DEPTH] * length
+
+
+def decaying(rng, length):
+    return [[0.9 * 0.85**i for i in range(DEPTH)]] * length
+
+
+def drifting(first, last):
+    def process(rng, length):
+        return [[first + (last - first) * t / length] * DEPTH for t in range(length)]
+
+    return process
+
+
+def bimodal(rng, length):
+    rate = rng.choice([0.9, 0.2])
+    rates: list[list[float]] = []
+    while len(rates) < length:
+        rates += [[rate] * DEPTH] * rng.randint(100, 300)
+        rate = 1.1 - rate
+    return rates[:length]
+
+
+# P(a draft is accepted | those before it were), by text position and draft.
+PROCESSES = {
+    **{f"{p:g}": constant(p) for p in (0, 0.1, 0.3, 0.5, 0.6, 0.75, 0.85, 0.95, 1)},
+    "decaying": decaying,
+    "falling": drifting(0.9, 0.2),
+    "rising": drifting(0.2, 0.9),
+    "bimodal": bimodal,
+}
+
+
+@lru_cache(maxsize=1024)
+def text(process, length, seed):
+    """For each position, how many of unlimited drafts would be accepted."""
+    rng = random.Random(f"{process} {length} {seed}")
+    runs = []
+    for rates in PROCESSES[process](rng, length):
+        run = 0
+        while run < DEPTH and rng.random() < rates[run]:
+            run += 1
+        runs.append(run)
+    return runs
+
+
+@lru_cache(maxsize=1024)
+def noise(seed, length):
+    """Factors of observed times: 3 % log-normal, and 1 % stalls of 5 to 20 times."""
+    rng = random.Random(f"noise {seed}")
+    factors = []
+    for _ in range(length):
+        factor = math.exp(rng.gauss(0, 0.03))
+        factors.append(factor * (rng.uniform(5, 20) if rng.random() < 0.01 else 1))
+    return factors
+
+
+def time_of_fixed(curve, process, length, seed, k):
+    """Time that rounds of one K take for a text."""
+    return CURVES[curve][k] * rounds_of_fixed(process, length, seed, k)
+
+
+@cache
+def rounds_of_fixed(process, length, seed, k):
+    runs, position, rounds = text(process, length, seed), 0, 0
+    while position < length:
+        position += 1 + min(k, runs[position])
+        rounds += 1
+    return rounds
+
+
+def time_of(controller, curve, process, length, seed, *, lag=1, chosen=None):
+    """Time that a controller's rounds take for a text; `chosen` gets their K's.
+
+    Args:
+        lag: By how many rounds observations come late.
+    """
+    runs, factors, costs = (
+        text(process, length, seed),
+        noise(seed, length),
+        CURVES[curve],
+    )
+    position = known = time = 0
+    waiting: list[tuple[int, list[int], float]] = []
+    for factor in factors:
+        k = controller.choose(tokens_left=length - known)
+        if chosen is not None:
+            chosen.append(k)
+        num_accepted = min(k, runs[position])
+        waiting.append((k, [num_accepted], PLAIN_S * costs[k] * factor))
+        time += costs[k]
+        position += 1 + num_accepted
+        if position >= length:
+            break
+        if len(waiting) > lag:
+            late = waiting.pop(0)
+            known += 1 + late[1][0]
+            controller.observe(*late)
+    for late in waiting:
+        controller.observe(*late)
+    return time
+
+
+def saved_and_loaded(controller):
+    return DraftLengthController.from_dict(json.loads(json.dumps(controller.to_dict())))
+
+
+def gains(curve, process, num_seeds, *, warm, prior=DEFAULT_PRIOR):
+    """Mean throughput over that of the best fixed K, and over plain decoding; less 1.
+
+    Args:
+        warm: 500 tokens by a controller that knows 2,000 others of the same process;
+            otherwise 2,000 tokens by one that knows the prior.
+    """
+    length = 500 if warm else 2000
+    own = 0.0
+    fixed = [0.0] * (DEPTH + 1)
+    for seed in range(num_seeds):
+        controller = DraftLengthController(prior)
+        controller.start()
+        if warm:
+            time_of(controller, curve, process, 2000, 100_000 + seed)
+            controller = saved_and_loaded(controller)
+            controller.start()
+        own += length / time_of(controller, curve, process, length, seed)
+        for k in range(DEPTH + 1):
+            fixed[k] += length / time_of_fixed(curve, process, length, seed, k)
+    return own / max(fixed) - 1, own / fixed[0] - 1

@@ -1,0 +1,309 @@
+"""The probe finds what was built in, and exact decoding keeps its promise (CPU).
+
+On Linux's CPU backend rows do not change bytes, so rounding that does is built into a
+layer here. Run: python -m pytest tests/test_probe.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_gemma_mtp import cache as cache_module
+from mlx_gemma_mtp import room as room_module
+from mlx_gemma_mtp.config import SamplingParams
+from mlx_gemma_mtp.decoder import Decoder, Request
+from mlx_gemma_mtp.load import load_pair
+from mlx_gemma_mtp.pair import Pair
+from mlx_gemma_mtp.planning import make_plan
+from mlx_gemma_mtp.probe import places, probe
+from mlx_gemma_mtp.target import Target
+from mlx_gemma_mtp.tokens import make_decoder
+from tests.tiny import FAMILIES, REFERENCE, reference_pair, uncompiled
+
+PROMPT = [2, 17, 300, 45, 99]
+ALL = tuple(range(1, 9))
+NUM_TOKENS = 45  # the window is 16 and the ring 34: both wrap
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled():
+    with uncompiled():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(monkeypatch, tmp_path):
+    """Pairs with something built in have the fingerprint of those without."""
+    monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path))
+
+
+class RoundedByRows(nn.Module):
+    """A layer whose result is rounded in blocks of some numbers of rows.
+
+    Args:
+        inner: The layer.
+        rows: The numbers of rows.
+        step: By how much results grow with each row of the block; 0 rounds all rows
+            to bfloat16.
+    """
+
+    def __init__(self, inner: nn.Module, rows: Collection[int], step: float) -> None:
+        super().__init__()
+        self.inner = inner
+        self._rows = frozenset(rows)
+        self._step = step
+
+    def __call__(self, x: mx.array) -> mx.array:
+        result = self.inner(x)
+        if x.shape[1] not in self._rows:
+            return result
+        if self._step:
+            return result * (1 + self._step * mx.arange(x.shape[1])[:, None])
+        return result.astype(mx.bfloat16).astype(result.dtype)
+
+
+def inexact_pair(rows: Collection[int], *, step: float = 0.0) -> Pair:
+    """A pair whose second layer rounds by the number of rows."""
+    pair = load_pair(REFERENCE / "12b" / "target", REFERENCE / "12b" / "drafter")
+    mlp = pair.target.layers[1].mlp
+    mlp.down_proj = RoundedByRows(mlp.down_proj, rows, step)
+    return pair
+
+
+def decode(pair: Pair, num_draft_tokens: int | None, exactness: str, **options: Any):
+    """The tokens, the float32 logits behind each, and the counts."""
+    request = Request(PROMPT, options.pop("num_tokens", NUM_TOKENS), **options)
+    decoder = make_decoder(
+        pair,
+        [request],
+        num_draft_tokens=num_draft_tokens,
+        exactness=exactness,
+        prefill_step_size=64,
+    )
+    tokens, logits = [], []
+    for emissions in decoder.run():
+        for emission in emissions:
+            tokens += emission.tokens
+            logits.append(np.array(emission.logits[0, : len(emission.tokens)]))
+    return tokens, np.concatenate(logits).tobytes(), decoder.stats
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_number_of_drafts_is_exact_here(family):
+    verdict = probe(reference_pair(family).rounds.target)
+    assert verdict is not None
+    assert verdict.equal == {1: ALL, 2: ALL}
+    assert verdict.max_difference == 0
+    assert not verdict.depends_on_capacity
+
+
+def test_a_probe_is_a_few_passes():
+    verdict = probe(reference_pair("12b").rounds.target)
+    assert verdict is not None
+    assert verdict.num_passes <= 50
+    assert 1 <= verdict.fill_cost < 10
+    assert verdict.seconds > 0
+
+
+def test_places_cover_the_wrap_and_the_growth():
+    layout = reference_pair("12b").rounds.target.layout
+    start, wrap, grown = places(layout)
+    assert start.offset < layout.window
+    assert wrap.offset < layout.ring < wrap.offset + 3
+    assert wrap.offset >= layout.window
+    assert wrap.capacity - 9 == grown.offset
+    assert grown.capacity > max(wrap.capacity, 1024)
+
+
+def test_several_rows_are_probed_too():
+    verdict = probe(inexact_pair(range(3, 10)).rounds.target, num_rows=2)
+    assert verdict is not None
+    assert verdict.equal == {1: (1,), 2: (1,)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "equal_to_one", "equal_to_two"),
+    [
+        (range(2, 10), (), ALL),  # one row has a kernel of its own, as on M3
+        ([4], (1, 2, 4, 5, 6, 7, 8), (1, 2, 4, 5, 6, 7, 8)),
+        (range(6, 10), (1, 2, 3, 4), (1, 2, 3, 4)),  # another kernel at 6 rows, as M1
+    ],
+)
+def test_rounding_by_rows_is_found(rows, equal_to_one, equal_to_two):
+    verdict = probe(inexact_pair(rows).rounds.target)
+    assert verdict is not None
+    assert verdict.equal == {1: equal_to_one, 2: equal_to_two}
+    assert verdict.max_difference > 0
+
+
+def test_a_probe_over_its_budget_is_given_up():
+    assert probe(reference_pair("12b").rounds.target, budget_s=1e-9) is None
+    assert probe(reference_pair("12b").rounds.target, budget_s=1e9) is not None
+
+
+@pytest.mark.parametrize(
+    ("family", "exactness"), [*((f, "exact") for f in FAMILIES), ("e2b", "auto")]
+)
+def test_exact_text_is_byte_equal(family, exactness):
+    pair = reference_pair(family)
+    tokens, logits, stats = decode(pair, 0, exactness)
+    assert not stats.engaged
+    for num_draft_tokens in (1, 8, None):
+        found = decode(pair, num_draft_tokens, exactness)
+        assert found[:2] == (tokens, logits)
+        assert found[2].exactness.startswith("exact: bytes proved equal for K = 0 to 8")
+        assert found[2].near_ties is None
+        assert num_draft_tokens is None or found[2].engaged
+
+
+@pytest.mark.parametrize("settings", [{}, {"temp": 0.9, "seed": 3, "top_k": 20}])
+def test_exact_mode_fills_plain_rounds_up_where_one_row_differs(settings):
+    pair = inexact_pair(range(2, 10))
+    sampling = SamplingParams(**settings)
+    tokens, logits, plain = decode(pair, 0, "exact", sampling=sampling)
+    for num_draft_tokens in (1, 3, 8):
+        found = decode(pair, num_draft_tokens, "exact", sampling=sampling)
+        assert found[:2] == (tokens, logits)
+        assert found[2].engaged
+        assert "filled up to 2 rows" in found[2].exactness
+    # What was built in would be seen: unfilled plain rounds have other bytes.
+    assert decode(pair, 0, "auto", sampling=sampling)[1] != logits
+    assert "filled up to 2 rows" in plain.exactness
+
+
+def test_auto_takes_what_was_proved():
+    pair = inexact_pair(range(2, 10))
+    logits = decode(pair, 0, "exact")[1]
+    found = decode(pair, 4, "auto")
+    assert found[1] == logits
+    assert found[2].exactness.startswith("exact")
+    assert found[2].near_ties is None
+
+
+def test_a_number_of_drafts_that_differs_is_not_used():
+    pair = inexact_pair([4])
+    logits = decode(pair, 0, "exact")[1]
+    found = decode(pair, 3, "exact")
+    assert found[1] == logits
+    assert set(found[2].num_draft_tokens) == {2}  # the next smaller one
+    assert decode(pair, None, "exact")[1] == logits
+
+
+def test_exact_mode_fails_closed():
+    pair = inexact_pair(range(1, 10), step=1e-4)
+    tokens, logits, _ = decode(pair, 0, "exact")
+    for num_draft_tokens in (4, None):
+        found = decode(pair, num_draft_tokens, "exact")
+        assert found[:2] == (tokens, logits)
+        assert not found[2].engaged
+        assert "no number of drafts gave the bytes" in found[2].why_not_engaged
+
+
+def test_auto_says_when_it_is_not_exact_and_counts_near_ties():
+    pair = inexact_pair(range(1, 10), step=1e-4)
+    stats = decode(pair, 4, "auto")[2]
+    assert stats.engaged
+    assert stats.exactness.startswith("not exact")
+    assert stats.near_ties is not None
+    assert 0 <= stats.near_ties <= NUM_TOKENS + 8
+
+
+def test_near_ties_are_counted_by_hand():
+    pair = reference_pair("12b")
+    plan = make_plan(
+        pair, [Request(PROMPT, NUM_TOKENS)], num_draft_tokens=3, exactness="fast"
+    )
+    assert plan.route.near_tie == 1e-4  # float32, nothing measured
+    for near_tie in (0.02, 0.2, 1e9):
+        route = type(plan.route)(near_tie=near_tie)
+        decoder = Decoder(
+            pair.rounds, [Request(PROMPT, 41)], num_draft_tokens=0, route=route
+        )
+        logits = [e.logits[0, 0] for r in decoder.run() for e in r][1:]
+        best = [np.sort(np.array(row))[-2:] for row in logits]
+        expected = sum(bool(b - a <= near_tie) for a, b in best)
+        assert decoder.stats.near_ties == expected
+    assert expected == 40
+
+
+def test_endless_sampling_without_a_seed_needs_no_probe(monkeypatch):
+    pair = reference_pair("12b")
+    monkeypatch.setattr("mlx_gemma_mtp.planning.probe", None)  # must not be called
+    request = Request(PROMPT, None, sampling=SamplingParams(temp=1.0))
+    plan = make_plan(pair, [request], num_draft_tokens=None, exactness="exact")
+    assert plan.route.state.startswith("sampled without a seed")
+    assert plan.route.has_drafts
+
+
+def test_the_verdict_is_remembered_across_pairs(monkeypatch):
+    folder = REFERENCE / "12b"
+    pair = load_pair(folder / "target", folder / "drafter")
+    decode(pair, 4, "auto", num_tokens=4)
+    monkeypatch.setattr("mlx_gemma_mtp.planning.probe", None)  # must not be called
+    again = load_pair(folder / "target", folder / "drafter")
+    assert decode(again, 4, "exact", num_tokens=4)[2].engaged
+
+
+class ByCapacity(Target):
+    """A target whose logits hang on the capacity, as unfused attention's may."""
+
+    def verify(self, tokens: mx.array, slabs: list[mx.array], **places: Any) -> Any:
+        output = super().verify(tokens, slabs, **places)
+        factor = 1 + 1e-6 * self.layout.capacity(slabs)
+        return type(output)(output.logits * factor, output.hidden, output.slabs)
+
+
+@pytest.fixture
+def by_capacity(monkeypatch):
+    """Such a pair, with slabs that grow often."""
+    pair = load_pair(REFERENCE / "12b" / "target", REFERENCE / "12b" / "drafter")
+    rounds = pair.rounds
+    monkeypatch.setattr(rounds, "target", ByCapacity(pair.target))
+    monkeypatch.setattr(room_module, "RESERVED_TOKENS", 8)
+    monkeypatch.setattr(cache_module, "CAPACITY_BLOCK", 32)
+    return pair
+
+
+def test_exact_mode_grows_where_plain_decoding_grows(by_capacity):
+    num_tokens = 150
+    tokens, logits, stats = decode(by_capacity, 0, "exact", num_tokens=num_tokens)
+    assert stats.exactness.startswith("exact")
+    for num_draft_tokens in (1, 4, 8):
+        found = decode(by_capacity, num_draft_tokens, "exact", num_tokens=num_tokens)
+        assert found[2].engaged
+        assert found[:2] == (tokens, logits)
+    # Without that care the bytes would differ.
+    assert decode(by_capacity, 8, "fast", num_tokens=num_tokens)[1] != logits
+
+
+def test_rows_that_share_slabs_have_them_reserved(by_capacity):
+    def rows(num_draft_tokens, max_tokens):
+        requests = [Request(PROMPT, max_tokens), Request([5, 6, 7], max_tokens)]
+        decoder = make_decoder(
+            by_capacity,
+            requests,
+            num_draft_tokens=num_draft_tokens,
+            exactness="exact",
+            prefill_step_size=64,
+        )
+        found: dict[int, list[bytes]] = {0: [], 1: []}
+        rounds = decoder.run()
+        for emissions in rounds:
+            for e in emissions:
+                part = e.logits[e.row, : len(e.tokens)]
+                found[e.row] += [np.array(row).tobytes() for row in part]
+            if len(found[0]) > 80:
+                break
+        rounds.close()
+        return found, decoder.stats
+
+    assert rows(0, 60)[0] == rows(4, 60)[0]
+    endless = rows(4, None)[1]
+    assert not endless.engaged
+    assert "share slabs" in endless.why_not_engaged

@@ -1,0 +1,225 @@
+"""What was learnt survives processes, kills and damage; nothing depends on it.
+
+Run: python -m pytest tests/test_store.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_gemma_mtp.control import DEFAULT_PRIOR
+from mlx_gemma_mtp.route import Verdict, exact_routes
+from mlx_gemma_mtp.store import Store, cache_folder
+from mlx_gemma_mtp.tuning import Tuning
+
+NAME = "greedy, 1 rows, 1 at least"
+KEY = {"machine": "m", "pair": "p"}
+VERDICT = Verdict({1: (), 2: (1, 2)}, 0.5, False, 1.25, 48, 1.0)
+
+
+def tuning_of(folder):
+    return Tuning(Store(KEY, folder), lambda num_rows, context: DEFAULT_PRIOR)
+
+
+def the_file(folder):
+    (path,) = Path(folder).iterdir()
+    return path
+
+
+def test_values_come_back(tmp_path):
+    Store(KEY, tmp_path / "new").write({"a": [1, 2]})
+    assert Store(KEY, tmp_path / "new").read() == {"a": [1, 2]}
+    assert Store({**KEY, "pair": "q"}, tmp_path / "new").read() == {}
+
+
+def test_nowhere(tmp_path):
+    store = Store(KEY, None)
+    store.write({"a": 1})
+    assert store.read() == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"key": {}, "values": {"a": 1}}', "\x00", "[" * 100_000],
+)
+def test_damage_is_as_nothing(tmp_path, text):
+    store = Store(KEY, tmp_path)
+    store.write({"a": 1})
+    the_file(tmp_path).write_text(text, encoding="utf-8")
+    assert store.read() == {}
+    store.write({"a": 2})
+    assert store.read() == {"a": 2}
+
+
+def test_values_of_another_form(tmp_path):
+    store = Store(KEY, tmp_path)
+    store.write({})
+    text = json.dumps({"key": KEY, "values": [1]})
+    the_file(tmp_path).write_text(text, encoding="utf-8")
+    assert store.read() == {}
+    the_file(tmp_path).write_bytes(b" " * 2_000_000)
+    assert store.read() == {}
+
+
+def test_what_cannot_be_written_is_left(tmp_path):
+    (tmp_path / "file").write_text("")
+    Store(KEY, tmp_path / "file").write({"a": 1})
+    Store(KEY, tmp_path / "file" / "deeper").write({"a": 1})
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    store = Store(KEY, tmp_path)
+    store.write({"a": 1})
+
+    def fail(*paths):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    store.write({"a": 2})
+    assert store.read() == {"a": 1}
+    assert the_file(tmp_path).suffix == ".json"  # nothing half-written beside it
+
+
+def test_writers_side_by_side(tmp_path):
+    def write(i):
+        for _ in range(20):
+            Store(KEY, tmp_path).write({"a": [i] * 100})
+            found = Store(KEY, tmp_path).read()["a"]
+            assert len(set(found)) == 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    the_file(tmp_path)
+
+
+def test_the_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", "")
+    assert cache_folder() is None
+    monkeypatch.delenv("MLX_GEMMA_MTP_CACHE")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert cache_folder() == tmp_path / "xdg" / "mlx_gemma_mtp"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == tmp_path / ".cache" / "mlx_gemma_mtp"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert cache_folder() == tmp_path / "Library" / "Caches" / "mlx_gemma_mtp"
+
+
+def teach(controller, num_rounds=200):
+    """Drafts always accepted, rounds that hardly grow."""
+    for i in range(num_rounds):
+        k = i % 9
+        controller.observe(k, [k], 0.01 * (1 + 0.01 * k))
+
+
+def test_learning_is_kept_across_processes(tmp_path):
+    tuning = tuning_of(tmp_path)
+    teach(tuning.controller("greedy", num_rows=1, min_rows=1))
+    tuning.keep_verdict(1, VERDICT)
+    again = tuning_of(tmp_path)
+    learnt = again.controller("greedy", num_rows=1, min_rows=1)
+    assert learnt.credit_s is not None
+    learnt.start()
+    assert learnt.choose() == 8
+    assert learnt.best_rate() == pytest.approx(9 / 0.0108, rel=0.1)
+    assert again.verdict(1) == VERDICT
+    assert again.verdict(2) is None
+    # What this process did not use is not lost when it writes.
+    again.save()
+    assert tuning_of(tmp_path).verdict(1) == VERDICT
+
+
+def test_acceptance_is_shared_and_costs_are_not(tmp_path):
+    tuning = tuning_of(tmp_path)
+    one = tuning.controller("greedy", num_rows=1, min_rows=1)
+    assert tuning.controller("greedy", num_rows=1, min_rows=1) is one
+    four = tuning.controller("greedy", num_rows=4, min_rows=1)
+    assert four.acceptance is one.acceptance
+    assert four.costs is not one.costs
+    coupled = tuning.controller("coupled (seed)", num_rows=1, min_rows=1)
+    assert coupled.acceptance is not one.acceptance
+
+
+def test_plain_turns(tmp_path):
+    """Where plain rounds win, drafting is tried again every eighth time."""
+    tuning = tuning_of(tmp_path)
+    tuning.keep_verdict(1, VERDICT)
+    route = exact_routes(VERDICT)[0]
+    assert route.min_rows == 2
+
+    def is_plain():
+        return tuning.is_plain_turn("greedy", num_rows=1, route=route)
+
+    assert not is_plain()  # nothing is known yet
+    controller = tuning.controller("greedy", num_rows=1, min_rows=2)
+    for i in range(200):
+        controller.observe(i % 3, [0], 0.01 * (1 + i % 3))
+    assert [is_plain() for _ in range(16)] == ([True] * 7 + [False]) * 2
+    teach(controller, 2000)
+    assert not is_plain()
+
+
+@pytest.mark.parametrize(("seconds", "is_plain"), [(0.0113, True), (0.009, False)])
+def test_plain_turns_weigh_what_filling_costs(tmp_path, seconds, is_plain):
+    """Drafts that only beat filled-up plain rounds, 1.25 x as long, do not pay."""
+    tuning = tuning_of(tmp_path)
+    tuning.keep_verdict(1, VERDICT)
+    controller = tuning.controller("greedy", num_rows=1, min_rows=2)
+    for i in range(300):
+        k = i % 3
+        controller.observe(
+            k, [min(k, 1)] if i % 5 == 0 else [0], [0.01, seconds, 0.03][k]
+        )
+    best, plain = controller.best_rate((0, 1, 2)), controller.best_rate((0,))
+    assert best is not None
+    assert plain is not None
+    assert best > plain
+    route = exact_routes(VERDICT)[0]
+    assert tuning.is_plain_turn("greedy", num_rows=1, route=route) == is_plain
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "acceptance": JSON | st.dictionaries(st.just("greedy"), JSON),
+            "costs": JSON
+            | st.dictionaries(st.just("greedy, 1 rows, 1 at least"), JSON),
+            "credit": JSON
+            | st.dictionaries(st.just("greedy, 1 rows, 1 at least"), JSON),
+            "verdicts": JSON | st.dictionaries(st.just("1"), JSON),
+        },
+    )
+)
+def test_nonsense_in_the_file_is_as_nothing(values):
+    class Kept(Store):
+        def read(self):
+            return values
+
+    tuning = Tuning(Kept(KEY, None), lambda num_rows, context: DEFAULT_PRIOR)
+    controller = tuning.controller("greedy", num_rows=1, min_rows=1)
+    assert controller.choose() in range(9)
+    assert tuning.verdict(1) is None
+    tuning.save()
