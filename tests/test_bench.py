@@ -59,6 +59,7 @@ def test_all_sections_run(tmp_path):
         *("--contexts", "32", "--kinds", "code", "chat", "--samplings", "greedy"),
         *("--prompts-per-kind", "2", "--num-draft-tokens", "4", "auto"),
         *("--engines", "mlx-lm", "plain", "draft", "mlx-vlm"),
+        *("--exactness", "fast"),  # no probe
         *("--json", str(figures), "--markdown", str(tables)),
         cwd=tmp_path,
     )
@@ -78,15 +79,15 @@ def test_all_sections_run(tmp_path):
         assert name in run.stdout
     check_engines(found["engines"])
     check_graph(found["graph"])
-    assert "| drafting, K = 4 |" in tables.read_text(encoding="utf-8")
+    assert "| drafting, K = 4, fast |" in tables.read_text(encoding="utf-8")
 
 
 def check_engines(found: dict[str, Any]) -> None:
-    names = ["mlx-lm", "plain, K = 0", "drafting, K = 4"]
+    names = ["mlx-lm", "plain, K = 0", "drafting, K = 4, fast", "drafting, auto, fast"]
     (cell,) = found["cells"]  # the embedded pair's tokenizer has no chat template
     assert (cell["kind"], cell["sampling"], cell["batch_size"]) == ("code", "greedy", 1)
     have = list(cell["engines"])
-    assert have[:4] == [*names, "drafting, auto"]
+    assert have[:4] == names
     skipped = found["skipped"].get("mlx-vlm, K = 4")
     assert skipped is None or "mlx-vlm" in skipped
     # Every prompt goes to all engines before the next one, which begins with another.
@@ -104,7 +105,7 @@ def check_engines(found: dict[str, Any]) -> None:
 
 def check_graph(found: dict[str, Any]) -> None:
     engines = found["engines"]
-    drafting, plain = engines["drafting, K = 4"], engines["plain, K = 0"]
+    drafting, plain = engines["drafting, K = 4, fast"], engines["plain, K = 0"]
     for figures in (drafting, plain, engines["mlx-lm"]):
         assert 0 < figures["launches_per_round"] < figures["nodes_per_round"]
         assert figures["host_ms_per_round"] > 0
