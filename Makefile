@@ -3,6 +3,8 @@
 # make test         every test but the slow ones; ARGS='-k name' goes to pytest
 # make test-control the choice of draft lengths on every simulated machine and text (15 minutes)
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
+# make bench        measures the embedded pair (ARGS='engines graph' chooses sections)
+# make bench-setup  installs what bench can also compare with and plot: mlx-vlm, matplotlib
 # make test-tsan    races in Metal kernels, by ThreadSanitizer of g++ (Linux)
 #
 # demo, test and all others set up what they need in .venv, once. For another Python:
@@ -20,7 +22,7 @@ DEV_STAMP := $(VENV)/dev.stamp
 CHECK := build/wheel-check
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-slow test-control test-cuda test-tsan lint format type bench wheel-check clean
+.PHONY: all install demo test test-slow test-control test-cuda test-tsan lint format type bench bench-setup wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -62,6 +64,9 @@ type: $(DEV_STAMP)
 
 bench: $(RUN_STAMP)
 	@$(BIN)/python scripts/bench.py $(ARGS)
+
+bench-setup: $(RUN_STAMP)
+	@$(PIP) -e '.[bench]'
 
 clean:
 	rm -rf .venv* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

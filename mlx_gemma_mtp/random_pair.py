@@ -5,7 +5,7 @@ where no checkpoint is at hand: nothing is read or downloaded. A pair may have f
 layers and tokens than the published one and is otherwise that.
 
 Numbers are made in the type they are kept in, packed ones as packed words, one tensor
-at a time: memory never exceeds the pair by more than its largest tensor's random bytes.
+at a time: beyond the pair no more memory is used than twice its largest tensor.
 """
 
 from __future__ import annotations
