@@ -1,6 +1,6 @@
 # make              lint and test
 # make demo         the embedded pair writes Python (PROMPT='def area(radius):' for another start)
-# make test         every test but the slow ones; ARGS='-k name' goes to pytest
+# make test         every test but the slow ones, WORKERS=2 at a time; ARGS='-k name' goes to pytest
 # make test-control the choice of draft lengths on every simulated machine and text (15 minutes)
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make bench        measures the embedded pair (ARGS='engines graph' chooses sections)
@@ -14,6 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= class Stack:
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
@@ -35,7 +36,7 @@ demo: $(RUN_STAMP)
 	@printf '%s\n' "$(PROMPT)" | $(BIN)/mlx_gemma_mtp.generate -p - -m 100 --temp 0.6 --top-k 40 --seed 1
 
 test: $(DEV_STAMP)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)

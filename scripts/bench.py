@@ -9,6 +9,7 @@ speed       tokens per second of this package and of mlx-lm, in one process
 acceptance  tokens per round on held-out text
 rules       tokens per round of the rules of sampled decoding
 context     time per round by the length of the context
+useless     what automatic draft lengths cost with a drafter of random weights
 engines     engines against each other by kind of prompt, each in its own process:
             mlx-lm, this package plain and drafting, mlx-lm with two models, mlx-vlm
 graph       nodes, kernel launches and host time per round and per token
@@ -38,6 +39,7 @@ from scripts.benchmarks.arguments import SECTIONS, configure_parser, model_spec
 from scripts.benchmarks.prompts import random_prompts, read_documents
 from scripts.benchmarks.report import Report
 from scripts.benchmarks.speed import context, speed
+from scripts.benchmarks.useless import useless
 
 
 def main() -> None:
@@ -89,6 +91,7 @@ def in_this_process(args: argparse.Namespace, wanted: Any) -> dict[str, Any]:
         "acceptance": acceptance,
         "rules": rules,
         "context": context,
+        "useless": useless,
     }
     names = [name for name in functions if name in wanted]
     if not names:

@@ -1,15 +1,24 @@
 """What every test runs under: no network, the CPU, examples that repeat."""
 
 import atexit
+import logging
 import os
 import shutil
 import socket
 import tempfile
+from pathlib import Path
 
 # Set before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What tests learn of a machine is theirs alone; a process started by them shares it.
 os.environ["MLX_GEMMA_MTP_CACHE"] = tempfile.mkdtemp(prefix="mlx_gemma_mtp-")
+
+# MLX compiles kernels of the CPU into a folder here; two processes that compile one
+# kernel at once would read each other's half of it.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["TMPDIR"] = str(Path(tempfile.gettempdir()) / f"mlx_gemma_mtp-{worker}")
+    Path(os.environ["TMPDIR"]).mkdir(exist_ok=True)
+    tempfile.tempdir = None  # asked for again
 
 import mlx.core as mx
 import pytest
@@ -23,6 +32,16 @@ atexit.register(shutil.rmtree, os.environ["MLX_GEMMA_MTP_CACHE"], ignore_errors=
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """A command sets how much the package says; the next test starts afresh."""
+    package = logging.getLogger("mlx_gemma_mtp")
+    level = package.level
+    yield
+    package.setLevel(level)
+
 
 _connect = socket.socket.connect
 

@@ -49,6 +49,9 @@ def speed(
         ),
         "plain (K = 0)": lambda p: own_tokens(pair, p, args.max_tokens, 0, **settings),
     }
+    methods["drafting, auto"] = lambda p: own_tokens(
+        pair, p, args.max_tokens, "auto", **settings
+    )
     for count in counts:
         methods[f"drafting, K = {count}"] = lambda p, k=count: own_tokens(  # type: ignore[misc]
             pair, p, args.max_tokens, k, **settings
@@ -68,7 +71,7 @@ def speed(
 
 
 def own_tokens(
-    pair: Pair, prompt: list[int], max_tokens: int, count: int, **settings: Any
+    pair: Pair, prompt: list[int], max_tokens: int, count: int | str, **settings: Any
 ) -> Iterator[object]:
     """This package's tokens, without an end, greedy or of a fixed seed."""
     return generate_tokens(
