@@ -65,7 +65,8 @@ def test_all_sections_run(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(figures.read_text(encoding="utf-8"))
-    sections = {"speed", "acceptance", "rules", "context", "engines", "graph"}
+    sections = {"speed", "acceptance", "rules", "context", "useless"}
+    sections |= {"engines", "graph"}
     assert set(found) == {"machine", *sections}
     assert "mlx " in found["machine"]
     for figure in found["speed"].values():
@@ -75,6 +76,7 @@ def test_all_sections_run(tmp_path):
     for lengths in found["rules"].values():
         assert all(1 <= length <= int(k) + 1 for k, length in lengths.items())
     assert set(found["context"]) == {"32"}
+    assert all(f["x_plain_time"] > 0 for f in found["useless"].values())
     for name in ("mlx-lm generate_step", "drafting", "random places", "chat: skipped"):
         assert name in run.stdout
     check_engines(found["engines"])

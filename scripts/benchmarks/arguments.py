@@ -12,7 +12,15 @@ from .engines import AUTO, MLX_LM, MLX_VLM, OURS, SAMPLINGS, TWO_MODEL, EngineSp
 from .models import ModelSpec
 from .prompts import KINDS
 
-SECTIONS = ("speed", "acceptance", "rules", "context", "engines", "graph")
+SECTIONS = (
+    "speed",
+    "acceptance",
+    "rules",
+    "context",
+    "useless",
+    "engines",
+    "graph",
+)
 ENGINES = ("mlx-lm", "plain", "draft", "two-model", "mlx-vlm")
 _DRAFTS = 4
 
