@@ -390,7 +390,7 @@ PROMPTS = [[2, 17, 300, 45], list(range(40, 70)), [9]]
 def test_text_of_a_seed_does_not_depend_on_drafting(family, settings, monkeypatch):
     """Identical for K = 0..8, alone and in a batch."""
     pair = reference_pair(family)
-    monkeypatch.setattr(pair.rounds, "_use_compile", False)
+    monkeypatch.setattr(pair.rounds, "use_compile", False)
     monkeypatch.setattr(pair.rounds, "_compiled", {})
 
     def decode(prompt, num_draft_tokens):
