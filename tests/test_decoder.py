@@ -233,9 +233,11 @@ def test_target_and_drafter_are_wired_together(monkeypatch):
     monkeypatch.setattr(mx, "device_info", lambda: info)
     monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
     pair = reference_pair("e2b")
-    settings = {"num_draft_tokens": 3, "exactness": "fast"}  # no probe of its own
     first, second = (
-        generate_tokens(pair, PROMPT, max_tokens=20, **settings) for _ in range(2)
+        generate_tokens(
+            pair, PROMPT, max_tokens=20, num_draft_tokens=3, exactness="fast"
+        )
+        for _ in range(2)
     )
     next(first)
     next(second)
