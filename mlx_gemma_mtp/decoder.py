@@ -26,7 +26,7 @@ from .room import Room
 from .rounds import Rounds
 from .route import ANY_ROUTE, Route
 from .row import Request, Row
-from .sampling import choose_tokens
+from .sampling import SamplingRule, choose_tokens
 from .state import Report, RoundState, Verified, row_settings
 from .stats import RoundStats, joined_rules
 from .timing import RoundTimer
@@ -141,6 +141,8 @@ class Decoder:
         self._look_ahead = look_ahead
         self._in_flight: deque[_InFlight] = deque()
         self._num_queued = 0
+        self._not_ready_key: tuple[SamplingRule, int] | None = None
+        self._not_traced: set[int] = set()
         self._state: RoundState | None = None
         self._verified: Verified | None = None
         self._settings = row_settings(
@@ -215,7 +217,7 @@ class Decoder:
         settings, min_rows = self._settings, self._route.min_rows
         capacity = self._engine.target.layout.capacity(state.slabs)
         count = self._choose_drafts(capacity)
-        is_ready = self._is_ready(count, capacity)
+        is_ready = count not in self._not_ready(capacity)
         start = time.perf_counter()
         if settings.rule.has_host:
             self._verified, report = self._engine.verify(
@@ -235,6 +237,7 @@ class Decoder:
         self._in_flight.append(_InFlight(report, count, setup_s))
         self._num_queued += 1
         if not is_ready:
+            self._not_traced.discard(count)
             self.stats.traced += 1
             self._timer.disturb()
         if self._num_queued % _ROUNDS_PER_CACHE_CLEAR == 0:
@@ -247,19 +250,27 @@ class Decoder:
         limits = [n - len(self._in_flight) for n in left if n is not None]
         return self._draft_length.choose(
             self._room.allowed(self._route.allowed, capacity),
-            is_ready=lambda count: self._is_ready(count, capacity),
+            not_ready=self._not_ready(capacity),
             tokens_left=max(limits) if len(limits) == len(left) else None,
         )
 
-    def _is_ready(self, num_draft_tokens: int, capacity: int) -> bool:
-        """Whether such a round was traced before."""
-        return self._engine.is_ready(
-            self._settings.rule,
-            num_draft_tokens=num_draft_tokens,
-            min_rows=self._route.min_rows,
-            num_rows=len(self._rows),
-            capacity=capacity,
-        )
+    def _not_ready(self, capacity: int) -> set[int]:
+        """The numbers of drafts whose rounds were not traced before."""
+        key = (self._settings.rule, capacity)
+        if self._not_ready_key != key:
+            self._not_ready_key = key
+            self._not_traced = {
+                count
+                for count in self._route.allowed
+                if not self._engine.is_ready(
+                    self._settings.rule,
+                    num_draft_tokens=count,
+                    min_rows=self._route.min_rows,
+                    num_rows=len(self._rows),
+                    capacity=capacity,
+                )
+            }
+        return self._not_traced
 
     def _read_round(self) -> list[Emission]:
         """Read the oldest report in flight, let the host decide, and count."""

@@ -25,14 +25,14 @@ class DraftLength(Protocol):
         self,
         allowed: Collection[int],
         *,
-        is_ready: Callable[[int], bool],
+        not_ready: Collection[int],
         tokens_left: int | None,
     ) -> int:
         """The number of drafts of the next round.
 
         Args:
             allowed: The numbers to choose from, 0 among them.
-            is_ready: Whether a round of so many drafts was traced before.
+            not_ready: Those of which no round was traced before.
             tokens_left: Most tokens that any row still wants; None for no limit.
         """
 
@@ -68,7 +68,7 @@ class FixedDraftLength:
         self,
         allowed: Collection[int],
         *,
-        is_ready: Callable[[int], bool],
+        not_ready: Collection[int],
         tokens_left: int | None,
     ) -> int:
         """See ``DraftLength``."""
@@ -115,16 +115,14 @@ class AdaptiveDraftLength:
         self,
         allowed: Collection[int],
         *,
-        is_ready: Callable[[int], bool],
+        not_ready: Collection[int],
         tokens_left: int | None,
     ) -> int:
         """See ``DraftLength``."""
-        # The first round of a process also builds what all rounds need.
-        setup_s = median(self._setups) if len(self._setups) > 1 else _SETUP_S
-        not_ready = {k: setup_s for k in allowed if not is_ready(k)}
+        setup_s = dict.fromkeys(not_ready, self._setup_s) if not_ready else {}
         with self._lock:
             return self._controller.choose(
-                allowed=allowed, setup_s=not_ready, tokens_left=tokens_left
+                allowed=allowed, setup_s=setup_s, tokens_left=tokens_left
             )
 
     def observe(
@@ -141,3 +139,9 @@ class AdaptiveDraftLength:
     def finish(self) -> None:
         """See ``DraftLength``."""
         self._keep()
+
+    @property
+    def _setup_s(self) -> float:
+        """What tracing a round is expected to take, seconds."""
+        # The first round of a process also builds what all rounds need.
+        return median(self._setups) if len(self._setups) > 1 else _SETUP_S

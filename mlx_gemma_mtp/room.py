@@ -69,17 +69,17 @@ class Room:
             return latest >= self._limit(capacity)
         return latest + _BLOCK > capacity
 
-    def allowed(self, drafts: Collection[int], capacity: int) -> tuple[int, ...]:
+    def allowed(self, drafts: Collection[int], capacity: int) -> Collection[int]:
         """The numbers of drafts that do not reach over the place of a growth.
 
         Args:
             drafts: The numbers to choose from, 0 among them.
             capacity: Slots now, grown where they had to.
         """
-        if not self._is_fixed:
-            return tuple(drafts)
         room = self._limit(capacity) - self._latest(())
-        return tuple(k for k in drafts if k < max(room, 1) or room >= _BLOCK)
+        if not self._is_fixed or room >= _BLOCK:
+            return drafts
+        return tuple(k for k in drafts if k < max(room, 1))
 
     def _latest(self, in_flight: Collection[int]) -> int:
         """The furthest that the next round may start."""
