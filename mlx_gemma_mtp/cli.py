@@ -12,7 +12,6 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import (
@@ -22,8 +21,8 @@ from .arguments import (
     penalties,
     xtc_settings,
 )
-from .command import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, drop_output
-from .errors import MTPError, OutputError, RequestError
+from .command import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, drop_output, write_file
+from .errors import MTPError, RequestError
 
 if TYPE_CHECKING:
     from .generation_defaults import SamplingDefaults
@@ -281,11 +280,5 @@ def _write_stats(response: GenerationResponse, path: str) -> None:
     text = json.dumps(response.to_dict(), indent=2) + "\n"
     if path == "-":
         sys.stderr.write(text)
-        return
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"--stats-json must be a file that can be written: got {path}: "
-            f"{error.strerror}. Name another one."
-        ) from error
+    else:
+        write_file("--stats-json", path, text)

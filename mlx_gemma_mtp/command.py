@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import NoReturn, TextIO
 
-from .errors import RequestError
+from .errors import OutputError, RequestError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -28,6 +29,26 @@ class Parser(argparse.ArgumentParser):
             RequestError: Always.
         """
         raise RequestError(f"{message}. See {self.prog} --help.")
+
+
+def write_file(flag: str, path: str, text: str) -> None:
+    """Write a file that a flag names.
+
+    Args:
+        flag: The flag, for the message.
+        path: The file.
+        text: What it will hold.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{flag} must be a file that can be written: got {path}: "
+            f"{error.strerror}. Name another one."
+        ) from error
 
 
 def drop_output(stream: TextIO) -> None:

@@ -14,7 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..command import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, Parser, drop_output
+from ..command import (
+    EXIT_BROKEN_PIPE,
+    EXIT_INTERRUPTED,
+    Parser,
+    drop_output,
+    write_file,
+)
 from ..errors import MTPError, OutputError, RequestError
 from .names import MODEL, SECTIONS
 
@@ -99,7 +105,7 @@ def _run(args: argparse.Namespace) -> int:
         loaded = open_model(args.model, args.draft_model)
     results = run(Options(names, args.seconds, args.family, loaded), _note)
     if args.json is not None:
-        _write(args.json, to_json(results))
+        write_file("--json", args.json, to_json(results))
     print(page(results), flush=True)
     return EXIT_FAILED if any(r.status == FAIL for r in results) else 0
 
@@ -130,16 +136,6 @@ def _check(args: argparse.Namespace) -> None:
                 f"--json must be a file that can be written: got {args.json}. Name "
                 "another one."
             )
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"--json must be a file that can be written: got {path}: "
-            f"{error.strerror}. Name another one."
-        ) from error
 
 
 def _note(line: str) -> None:
