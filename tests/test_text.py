@@ -409,7 +409,9 @@ class TestLogprobs:
             assert np.array_equal(np.array(response.logprobs), before)
 
     def test_of_sampled_blocks_are_the_targets(self, model, tokenizer):
-        drafted = responses(model, tokenizer, max_tokens=16, **SAMPLED)
+        drafted = responses(
+            model, tokenizer, max_tokens=16, num_draft_tokens=4, **SAMPLED
+        )
         plain = responses(
             model, tokenizer, max_tokens=16, num_draft_tokens=0, **SAMPLED
         )

@@ -10,7 +10,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -72,7 +72,7 @@ def speed(
 
 def own_tokens(
     pair: Pair, prompt: list[int], max_tokens: int, count: int | str, **settings: Any
-) -> Iterator[object]:
+) -> Generator[Any, None, None]:
     """This package's tokens, without an end, greedy or of a fixed seed."""
     return generate_tokens(
         pair,

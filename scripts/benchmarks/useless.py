@@ -1,8 +1,9 @@
 """What automatic draft lengths cost where no draft is ever right.
 
 The drafter is one of random weights, so that its drafts are accepted by chance alone;
-plain decoding of the same pair is interleaved with it. Traces are made and the
-controller has learnt before anything is timed, as in a process that has run a while.
+plain decoding of the same pair takes turns with it, a few tokens each. Traces are made
+and the controller has learnt before anything is timed, as in a process that has run a
+while.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import time
 from typing import Any
 
 import mlx.core as mx
@@ -18,8 +20,9 @@ from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.pair import Pair
 
 from .prompts import prompts_of
-from .speed import own_tokens, rate, show
+from .speed import own_tokens, show
 
+_TURN = 7  # tokens
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "temperature 1, top-k 64, top-p 0.95": {"temp": 1.0, "top_k": 64, "top_p": 0.95},
@@ -50,19 +53,37 @@ def useless(
     show(f"\n{'a drafter of random weights, auto over plain':46} median   range")
     figures: dict[str, object] = {}
     for name, settings in SAMPLINGS.items():
-        for count in (0, "auto", "auto"):
-            rate(own_tokens(pair, prompts[0], args.max_tokens, count, **settings))
+        for _ in range(2):
+            side_by_side(pair, prompts[0], args.max_tokens, **settings)
         ratios = []
-        for i, prompt in enumerate(prompts):
-            order: list[int | str] = [0, "auto"] if i % 2 else ["auto", 0]
-            rates = {
-                count: rate(
-                    own_tokens(pair, prompt, args.max_tokens, count, **settings)
-                )
-                for count in order
-            }
-            ratios.append(rates[0] / rates["auto"])
+        for prompt in prompts:
+            seconds = side_by_side(pair, prompt, args.max_tokens, **settings)
+            ratios.append(seconds["auto"] / seconds[0])
         median = statistics.median(ratios)
         show(f"{name:46} {median:6.3f}   {min(ratios):.3f} to {max(ratios):.3f}")
         figures[name] = {"x_plain_time": median, "ratios": ratios}
     return figures
+
+
+def side_by_side(
+    pair: Pair, prompt: list[int], max_tokens: int, **settings: Any
+) -> dict[int | str, float]:
+    """Seconds of both, a few tokens of one and of the other in turn.
+
+    A machine that slows down for a second then slows both.
+    """
+    ways: list[int | str] = [0, "auto"]
+    texts = {way: own_tokens(pair, prompt, max_tokens, way, **settings) for way in ways}
+    for text in texts.values():
+        next(text)
+    seconds = dict.fromkeys(ways, 0.0)
+    for turn in range((max_tokens - 1) // _TURN):
+        for way in ways if turn % 2 else reversed(ways):
+            start = time.perf_counter()
+            for _ in range(_TURN):
+                next(texts[way])
+            mx.synchronize()  # a round in flight is not the other's
+            seconds[way] += time.perf_counter() - start
+    for text in texts.values():
+        text.close()
+    return seconds
