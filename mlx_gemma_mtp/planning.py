@@ -204,13 +204,14 @@ def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict 
     Raises:
         RuntimeError: It does not fit in memory, where there is no budget.
     """
-    rounds, tuning = pair.rounds, pair.tuning
+    tuning = pair.tuning
     verdict = tuning.verdict(num_rows)
     if verdict is not None or (budget_s and tuning.has_given_up_probe(num_rows)):
         return verdict
     logger.info(
         "checking, once on this machine, which rounds give plain decoding's bytes"
     )
+    rounds = pair.rounds  # walks over all weights: only where it is needed
     # Weights that were loaded lazily would be read anew in every pass.
     mx.eval(pair.target.parameters())
     try:

@@ -165,7 +165,6 @@ class FakeWorkers:
 
 
 def test_a_plot_has_three_panels(tmp_path):
-    pytest.importorskip("matplotlib")
     run = {"accepted": 3, "rounds": 2}
     figures = {
         "tokens_per_second": 9.0,
