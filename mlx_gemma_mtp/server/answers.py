@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from . import formats
-from .dialogue import Delta, Reader
+from .dialogue import Reader
 from .formats import Envelope
 from .order import Order, Piece, Tally
 from .reply import Reply
@@ -146,7 +146,7 @@ class Answer:
         """The answer once all of it is there.
 
         Raises:
-            Failure: The engine could not finish it.
+            AnswerError: The engine could not finish it.
         """
         pieces = [Piece() for _ in self._reply.jobs]
         while not self._is_over:
@@ -163,7 +163,7 @@ class Answer:
             has_usage: Whether the last chunk says what the answer took.
 
         Raises:
-            Failure: The engine could not finish it.
+            AnswerError: The engine could not finish it.
         """
         envelope = self._style.envelope
         blank = {"usage": None} if has_usage else {}
@@ -179,9 +179,7 @@ class Answer:
                         envelope.around([choice], is_chunk=True, **blank)
                     )
         if has_usage:
-            yield formats.event(
-                envelope.around([], is_chunk=True, **self._figures())
-            )
+            yield formats.event(envelope.around([], is_chunk=True, **self._figures()))
         yield formats.DONE
 
     @property

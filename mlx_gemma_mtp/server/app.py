@@ -24,7 +24,7 @@ from .answers import Answer, ChatStyle, CompletionStyle, Style
 from .arguments import Settings
 from .bridge import Bridge
 from .dialogue import Dialogue
-from .failures import Failure
+from .failures import AnswerError
 from .formats import Envelope, dumps
 from .gate import Counted, Gate, failure_response
 from .order import Order
@@ -96,9 +96,7 @@ class Desk:
     async def in_thread(self, function: Callable[..., T], *args: Any, **kw: Any) -> T:
         """Call what uses the tokenizer."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self.executor, lambda: function(*args, **kw)
-        )
+        return await loop.run_in_executor(self.executor, lambda: function(*args, **kw))
 
 
 def make_app(desk: Desk) -> ASGIApp:
@@ -133,8 +131,8 @@ def make_app(desk: Desk) -> ASGIApp:
 def _add_handlers(app: FastAPI) -> None:
     """Let every mistake be told in OpenAI's form."""
 
-    @app.exception_handler(Failure)
-    async def failed(_: Request, failure: Failure) -> Response:
+    @app.exception_handler(AnswerError)
+    async def failed(_: Request, failure: AnswerError) -> Response:
         return failure_response(failure)
 
     @app.exception_handler(RequestValidationError)
@@ -144,7 +142,7 @@ def _add_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        response = failure_response(Failure(error.status_code, message[:300]))
+        response = failure_response(AnswerError(error.status_code, message[:300]))
         response.headers.update(error.headers or {})
         return response
 
@@ -152,17 +150,17 @@ def _add_handlers(app: FastAPI) -> None:
     async def broken(request: Request, error: Exception) -> Response:
         # Starlette raises it again, and uvicorn logs it.
         text = "the request has failed; the server's log says why."
-        return failure_response(Failure(500, text))
+        return failure_response(AnswerError(500, text))
 
 
-def _invalid(error: RequestValidationError) -> Failure:
+def _invalid(error: RequestValidationError) -> AnswerError:
     """What is wrong with a body, its first mistake."""
     first: Mapping[str, Any] = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"][1:] if part != "body")
     if first["type"] == "json_invalid":
-        return Failure(400, "the body must be JSON: it is not.")
+        return AnswerError(400, "the body must be JSON: it is not.")
     reason = str(first["msg"])
-    return Failure(
+    return AnswerError(
         400,
         f"{place or 'the body'}: {reason[:1].lower()}{reason[1:]}."[:300],
         param=place[:100] or None,

@@ -261,7 +261,7 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         type=_size,
         metavar="SIZE",
         help="memory for the caches of running requests, such as 8GB; others wait "
-        "(default: half of what weights leave of the machine's)",
+        "(default: what the machine has beside the weights)",
     )
     group.add_argument(
         "--prompt-cache-size",
@@ -292,7 +292,7 @@ def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--api-key",
         help="what requests must bring, as Authorization: Bearer KEY; all but /health "
-        f"ask for it (default: {API_KEY_VARIABLE}, else none)",
+        f"and the page ask for it (default: {API_KEY_VARIABLE}, else none)",
     )
     group.add_argument(
         "--allowed-origins",
@@ -597,4 +597,3 @@ def _size(text: str) -> int:
     number, unit, binary = match.groups()
     base = 1024 if binary else 1000
     return int(float(number) * base ** " KMGT".index(unit.upper() or " "))
-

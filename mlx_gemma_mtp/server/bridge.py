@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from .failures import BROKEN, SHUTTING_DOWN, Failure
+from .failures import BROKEN, SHUTTING_DOWN, AnswerError
 from .metrics import Metrics, StepReport
 from .order import Event, Piece
 from .reply import Job, Reply
@@ -108,22 +108,22 @@ class Bridge:
         """Refuse what would be refused later anyway.
 
         Raises:
-            Failure: New requests are not taken.
+            AnswerError: New requests are not taken.
         """
         if self.is_broken:
-            raise Failure(503, BROKEN)
+            raise AnswerError(503, BROKEN)
         if self.is_draining:
-            raise Failure(503, SHUTTING_DOWN, retry_after=_RETRY_S)
+            raise AnswerError(503, SHUTTING_DOWN, retry_after=_RETRY_S)
 
     def submit(self, reply: Reply) -> None:
         """Hand a request's choices to the engine, all or none.
 
         Raises:
-            Failure: There is no room, or new requests are not taken.
+            AnswerError: There is no room, or new requests are not taken.
         """
         self.check_open()
         if len(self._open) + len(reply.jobs) > self._max_open:
-            raise Failure(
+            raise AnswerError(
                 429,
                 f"too many requests: {len(self._open)} decode or wait, at most "
                 f"{self._max_open} may. Try again later.",

@@ -14,7 +14,7 @@ _TYPES = {
 }
 
 
-class Failure(Exception):
+class AnswerError(Exception):
     """An answer that is an error.
 
     Args:
@@ -55,12 +55,14 @@ class Failure(Exception):
 
     def headers(self) -> dict[str, str]:
         """Headers that belong to it."""
-        return {} if self.retry_after is None else {"retry-after": f"{self.retry_after}"}
+        return (
+            {} if self.retry_after is None else {"retry-after": f"{self.retry_after}"}
+        )
 
 
-def bad_request(message: str, param: str | None = None) -> Failure:
+def bad_request(message: str, param: str | None = None) -> AnswerError:
     """A request that can never be answered as it is."""
-    return Failure(400, message, param=param)
+    return AnswerError(400, message, param=param)
 
 
 SHUTTING_DOWN = "the server is shutting down. Try again later, or another one."

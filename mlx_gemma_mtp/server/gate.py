@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import hmac
 import ipaddress
 import time
@@ -14,14 +12,14 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .failures import Failure
+from .failures import AnswerError
 
-OPEN_PATHS = frozenset({"/health"})
-_PAGE = "/"
+# The page is the same for everybody, asks for the key and shows nothing without it.
+OPEN_PATHS = frozenset({"/", "/health"})
 _BODY_TIMEOUT_S = 30.0  # for a body that is sent slowly
 
 
-def failure_response(failure: Failure) -> JSONResponse:
+def failure_response(failure: AnswerError) -> JSONResponse:
     """The answer that says what went wrong."""
     return JSONResponse(failure.body(), failure.status, failure.headers())
 
@@ -58,10 +56,10 @@ class Gate:
             self._check(scope["path"], Headers(scope=scope))
             if scope["method"] == "POST":
                 receive = await self._with_body(Headers(scope=scope), receive)
-        except Failure as failure:
+        except AnswerError as failure:
             response = failure_response(failure)
             if failure.status == 401:
-                response.headers["www-authenticate"] = _challenge(scope["path"])
+                response.headers["www-authenticate"] = "Bearer"
             await response(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -70,14 +68,14 @@ class Gate:
         """Check who asks.
 
         Raises:
-            Failure: Somebody who may not.
+            AnswerError: Somebody who may not.
         """
         if path in OPEN_PATHS:
             return
         if self._key is None:
             self._check_host(headers.get("host", ""))
         elif not hmac.compare_digest(_given_key(headers), self._key):
-            raise Failure(
+            raise AnswerError(
                 401,
                 "the API key must be sent as Authorization: Bearer KEY: got none or "
                 "another one.",
@@ -92,7 +90,7 @@ class Gate:
         """
         name = _host_name(host)
         if name not in self._allowed_hosts and not _is_own(name):
-            raise Failure(
+            raise AnswerError(
                 403,
                 f"the host must be an address or localhost: got {name[:100]!r}. Start "
                 "the server with --allowed-hosts NAME, or with --api-key.",
@@ -102,12 +100,12 @@ class Gate:
         """Read a body and give it on in one piece.
 
         Raises:
-            Failure: It is too large, too slow, or no JSON.
+            AnswerError: It is too large, too slow, or no JSON.
         """
         kind = headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             # Which also keeps out web pages: they may send other types unasked.
-            raise Failure(
+            raise AnswerError(
                 415,
                 f"content-type must be application/json: got {kind[:100]!r}.",
             )
@@ -117,7 +115,7 @@ class Gate:
         try:
             body = await asyncio.wait_for(self._read(receive), _BODY_TIMEOUT_S)
         except asyncio.TimeoutError:
-            raise Failure(
+            raise AnswerError(
                 408, f"the body must arrive within {_BODY_TIMEOUT_S:.0f} s."
             ) from None
         message: Message = {"type": "http.request", "body": body, "more_body": False}
@@ -133,15 +131,17 @@ class Gate:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise Failure(400, "the body must be complete: the connection ended.")
+                raise AnswerError(
+                    400, "the body must be complete: the connection ended."
+                )
             body += message.get("body", b"")
             if len(body) > self._max_bytes:
                 raise self._too_large()
             if not message.get("more_body", False):
                 return bytes(body)
 
-    def _too_large(self) -> Failure:
-        return Failure(
+    def _too_large(self) -> AnswerError:
+        return AnswerError(
             413, f"the body must be at most {self._max_bytes} bytes: got more."
         )
 
@@ -187,27 +187,10 @@ class Counted:
             self._observe(path, status, time.perf_counter() - start)
 
 
-def _challenge(path: str) -> str:
-    """How a client is asked for the key: a browser that wants the page asks a person.
-
-    The password counts then, and the browser sends it with the page's own requests.
-    """
-    kind = "Basic" if path == _PAGE else "Bearer"
-    return f'{kind} realm="mlx_gemma_mtp"'
-
-
 def _given_key(headers: Headers) -> bytes:
     """The key that a request brings; empty where there is none."""
-    scheme, _, value = headers.get("authorization", "").partition(" ")
-    value = value.strip()
-    if scheme.lower() == "bearer":
-        return value.encode("latin-1", "replace")
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(value, validate=True).partition(b":")[2]
-        except (binascii.Error, ValueError):
-            return b""
-    return b""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
 def _host_name(host: str) -> str:

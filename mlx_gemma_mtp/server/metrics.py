@@ -20,7 +20,6 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _PREFIX = "mlx_gemma_mtp_"
 _SPEED_WINDOW_S = 2.0
-_RECENT_ROUNDS = 256
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 5)
 _REQUEST_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
@@ -97,19 +96,19 @@ class Metrics:
     """All counts of one server.
 
     Args:
-        names: What stands in the page's figures beside the numbers: the model and its
-            drafter.
+        facts: What stands in the page's figures beside the numbers: the model, its
+            drafter, and whether it has a chat template.
         max_kv_bytes: The budget of the running rows' caches.
     """
 
-    def __init__(self, names: Mapping[str, str], *, max_kv_bytes: int) -> None:
+    def __init__(self, facts: Mapping[str, Any], *, max_kv_bytes: int) -> None:
         self.registry = CollectorRegistry()
         self.last = StepReport()
         self.num_connections: Callable[[], int] = int
-        self._names = dict(names)
+        self._facts = dict(facts)
         self._max_kv_bytes = max_kv_bytes
         self._recent: deque[tuple[float, int]] = deque()
-        self._recent_drafts: deque[int] = deque(maxlen=_RECENT_ROUNDS)
+        self._num_draft_tokens = 0
         self._requests = self._counter(
             "requests", "Requests answered", ["endpoint", "status"]
         )
@@ -147,7 +146,7 @@ class Metrics:
             self._finished.labels(reason).inc(count)
         if report.num_tokens:
             self._recent.append((report.at, report.num_tokens))
-        self._note_drafts(report.drafting)
+        self._note_draft_tokens(report.drafting)
         self.last = report
 
     def observe_request(self, endpoint: str, status: int, seconds: float) -> None:
@@ -162,7 +161,7 @@ class Metrics:
     def page(self) -> dict[str, Any]:
         """The figures of ``/stats``."""
         drafting = self.last.drafting
-        recent = Counter(self._recent_drafts)
+        rounds = drafting.num_draft_tokens
         return {
             "tokens_per_second": self._tokens_per_second(),
             "live": self.last.num_live,
@@ -170,9 +169,9 @@ class Metrics:
             "acceptance_rate": drafting.acceptance_rate,
             "acceptance_length": drafting.acceptance_length,
             "acceptance_by_position": drafting.acceptance_by_position,
-            "rounds_by_num_draft_tokens": {str(k): recent[k] for k in sorted(recent)},
-            "num_draft_tokens": self._recent_drafts[-1] if self._recent_drafts else 0,
-            **self._names,
+            "rounds_by_num_draft_tokens": {str(k): rounds[k] for k in sorted(rounds)},
+            "num_draft_tokens": self._num_draft_tokens,
+            **self._facts,
             "kv_bytes": self.last.kv_bytes,
             "memory_bytes": self.last.memory_bytes,
         }
@@ -215,14 +214,16 @@ class Metrics:
         }
         for name, (text, counts) in positions.items():
             by_number = {i + 1: count for i, count in counts.items()}
-            yield _labelled(name, f"{text}, by place in the block", "position", by_number)
+            yield _labelled(
+                name, f"{text}, by place in the block", "position", by_number
+            )
 
-    def _note_drafts(self, drafting: Drafting) -> None:
-        """Note the K of the rounds since the last report."""
+    def _note_draft_tokens(self, drafting: Drafting) -> None:
+        """Note the K of the newest round."""
         before = self.last.drafting.num_draft_tokens
         new = [k for k, n in drafting.num_draft_tokens.items() if n > before.get(k, 0)]
         if new:  # rows of a round share its K, but for those that ask for fewer
-            self._recent_drafts.append(max(new))
+            self._num_draft_tokens = max(new)
 
     def _tokens_per_second(self) -> float:
         """Tokens of the last two seconds, per second."""
@@ -236,12 +237,8 @@ class Metrics:
     ) -> CounterMetric:
         return CounterMetric(_PREFIX + name, text, labels, registry=self.registry)
 
-    def _histogram(
-        self, name: str, text: str, buckets: tuple[float, ...]
-    ) -> Histogram:
-        return Histogram(
-            _PREFIX + name, text, registry=self.registry, buckets=buckets
-        )
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(_PREFIX + name, text, registry=self.registry, buckets=buckets)
 
 
 class _Standing:

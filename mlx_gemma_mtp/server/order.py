@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..config import MAX_DRAFT_TOKENS, SamplingParams
-from .failures import Failure
+from .failures import AnswerError
 
 if TYPE_CHECKING:
     from ..logprobs import TokenLogprobs
@@ -113,4 +113,4 @@ class Accepted:
     """An order was checked and waits for its row."""
 
 
-Event = Accepted | Piece | Failure
+Event = Accepted | Piece | AnswerError

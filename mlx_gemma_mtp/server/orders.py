@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import MAX_DRAFT_TOKENS, SamplingParams
 from .arguments import DEFAULT_MODEL, Limits
-from .failures import Failure, bad_request
+from .failures import AnswerError, bad_request
 from .order import Order
 from .prompts import Prompt
 from .schema import ChatBody, CompletionBody
@@ -53,12 +53,13 @@ class Orders:
         """Refuse a model that is not served.
 
         Raises:
-            Failure: It is not.
+            AnswerError: It is not.
         """
         if name is not None and name not in self._names:
-            raise Failure(
+            raise AnswerError(
                 404,
-                f"model must be {self._names[0]!r}: got {name[:100]!r}. See /v1/models.",
+                f"model must be {self._names[0]!r}: got {name[:100]!r}. /v1/models "
+                "names it.",
                 param="model",
                 code="model_not_found",
             )
@@ -90,7 +91,7 @@ class Orders:
             has_tools: Whether the chat template has tools.
 
         Raises:
-            Failure: Something else than text, or calls as the model likes, is asked
+            AnswerError: Something else than text, or calls as the model likes, is asked
                 for.
         """
         form = body.response_format.type if body.response_format else "text"
@@ -151,7 +152,9 @@ class Orders:
                 sampling=self._sampling_of(body, choice),
                 stop=(stop,) if isinstance(stop, str) else tuple(stop),
                 num_logprobs=num_logprobs,
-                max_draft_tokens=drafts if isinstance(drafts, int) else MAX_DRAFT_TOKENS,
+                max_draft_tokens=drafts
+                if isinstance(drafts, int)
+                else MAX_DRAFT_TOKENS,
                 penalties=penalties,
                 places=prompt.places,
             )
@@ -175,7 +178,7 @@ class Orders:
         """Tokens that the answer may have."""
         left = self._model_len - num_prompt_tokens
         if left < (asked or 1):
-            raise Failure(
+            raise AnswerError(
                 400,
                 f"prompt and answer must have at most {self._model_len} tokens: got "
                 f"{num_prompt_tokens} and {asked or 1}. Shorten the prompt or ask for "
@@ -204,7 +207,7 @@ class Orders:
             "top_k": None if body.top_k is None else max(body.top_k, 0),
             "min_p": body.min_p,
         }
-        settings = {
+        settings: dict[str, Any] = {
             name: self._sampling[name] if value is None else value
             for name, value in asked.items()
         }

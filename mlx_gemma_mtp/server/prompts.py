@@ -96,7 +96,7 @@ class Prompts:
             template_args: More arguments for the template.
 
         Raises:
-            Failure: There is no chat template, or it does not take them.
+            AnswerError: There is no chat template, or it does not take them.
         """
         if not self._tokenizer.has_chat_template:
             raise bad_request(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from . import formats
-from .failures import Failure
+from .failures import AnswerError
 
 # Seconds for a request's head to arrive, from the first of its bytes or from the
 # connection's beginning.
@@ -43,7 +43,7 @@ class LimitedProtocol(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
             text = f"at most {self.max_connections} connections are taken."
-            self._refuse(Failure(503, f"{text} Try again later.", retry_after=1))
+            self._refuse(AnswerError(503, f"{text} Try again later.", retry_after=1))
         else:
             self._expect_head()
 
@@ -81,7 +81,7 @@ class LimitedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Say that something is no HTTP request."""
-        self._refuse(Failure(400, msg))
+        self._refuse(AnswerError(400, msg))
 
     def _expect_head(self) -> None:
         if self._head_alarm is None and not self.transport.is_closing():
@@ -89,7 +89,7 @@ class LimitedProtocol(H11Protocol):
                 HEAD_TIMEOUT_S, self.transport.abort
             )
 
-    def _refuse(self, failure: Failure) -> None:
+    def _refuse(self, failure: AnswerError) -> None:
         """Answer without a request, and close."""
         body = formats.dumps(failure.body())
         lines = [
@@ -109,6 +109,8 @@ def limited_protocol(max_connections: int) -> type[LimitedProtocol]:
     return type("Limited", (LimitedProtocol,), {"max_connections": max_connections})
 
 
-def _stopped(alarm: asyncio.TimerHandle | None) -> None:
+def _stopped(alarm: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """No alarm any more, whether there was one or not."""
     if alarm is not None:
         alarm.cancel()
+    return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from .failures import Failure
+from .failures import AnswerError
 from .order import Accepted, Event, Order, Piece
 
 # Tokens that may wait for a reader. A connection's own buffers hold thousands more.
@@ -49,7 +49,7 @@ class Reply:
 
     def __init__(self, orders: Sequence[Order], arrived: float) -> None:
         self.jobs = [Job(order, self, i, arrived) for i, order in enumerate(orders)]
-        self.failure: Failure | None = None
+        self.failure: AnswerError | None = None
         self._num_accepted = 0
         self._num_finished = 0
         self._pending: dict[int, Piece] = {}
@@ -64,13 +64,13 @@ class Reply:
         """Take what the engine says of a choice."""
         if isinstance(event, Accepted):
             self._num_accepted += 1
-        elif isinstance(event, Failure):
+        elif isinstance(event, AnswerError):
             self.fail(event)
         else:
             self._add(index, event)
         self._news.set()
 
-    def fail(self, failure: Failure) -> None:
+    def fail(self, failure: AnswerError) -> None:
         """End the reply; the first failure counts."""
         if not self.is_over:
             self.failure = failure
@@ -80,7 +80,7 @@ class Reply:
         """Wait until every choice was checked.
 
         Raises:
-            Failure: One was refused.
+            AnswerError: One was refused.
         """
         while self._num_accepted < len(self.jobs) and self.failure is None:
             await self._next_news(None)
@@ -98,7 +98,7 @@ class Reply:
             all have ended.
 
         Raises:
-            Failure: Nothing more will come.
+            AnswerError: Nothing more will come.
         """
         if not self._pending and not self.is_over:
             await self._next_news(patience)
@@ -114,7 +114,7 @@ class Reply:
         else:
             known.add(piece)
             if len(known.tokens) > MAX_PENDING_TOKENS:
-                self.fail(Failure(408, _TOO_SLOW))
+                self.fail(AnswerError(408, _TOO_SLOW))
         if piece.finish_reason is not None:
             self._num_finished += 1
 

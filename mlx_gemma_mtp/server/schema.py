@@ -58,9 +58,7 @@ class _Generation(_Body):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=_MAX_INTEGER)] | None = None
-    stop: (
-        str | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None
-    ) = None
+    stop: str | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     temperature: Annotated[Number, Field(ge=0)] | None = None
     top_p: Probability | None = None
     top_k: Annotated[int, Field(ge=-1, le=_MAX_INTEGER)] | None = None
@@ -81,11 +79,7 @@ class _Generation(_Body):
 class CompletionBody(_Generation):
     """The body of ``/v1/completions``."""
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
-    )
+    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     suffix: str | None = None

@@ -63,7 +63,11 @@ def make_bridge(engine: Engine, mailbox: Mailbox) -> Bridge:
     """The bridge between an engine and its clients."""
     limits = engine.settings.limits
     metrics = Metrics(
-        {"model": engine.settings.names[0], "drafter": engine.drafter_name},
+        {
+            "model": engine.settings.names[0],
+            "drafter": engine.drafter_name,
+            "has_chat_template": bool(engine.tokenizer.has_chat_template),
+        },
         max_kv_bytes=engine.max_kv_bytes,
     )
     return Bridge(mailbox, metrics, max_open=limits.rows + limits.waiting)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from . import formats
-from .failures import Failure
+from .failures import AnswerError
 
 T = TypeVar("T")
 
@@ -83,7 +83,9 @@ class EventStream(Response):
         try:
             async for chunk in self._chunks:
                 await send(_body(chunk, more_body=True))
-        except Failure as failure:  # the status is sent, so the stream has to say it
+        except (
+            AnswerError
+        ) as failure:  # the status is sent, so the stream has to say it
             await send(_body(formats.event(failure.body()), more_body=True))
         await send(_body(b"", more_body=False))
 

@@ -19,7 +19,7 @@ class Transcript:
         stop: Strings that end the text.
 
     Attributes:
-        tokens: Every token that was decoded, those past a stop string included.
+        tokens: The tokens that were reported.
         num_from_draft: How many of the reported ones the drafter had proposed.
     """
 
@@ -31,7 +31,6 @@ class Transcript:
 
     def take(self, emission: Emission) -> Piece:
         """The piece that a round's tokens make; ends with the text."""
-        self.tokens += emission.tokens
         piece = Piece()
         last = len(emission.tokens) - 1
         for i, token in enumerate(emission.tokens):
@@ -41,6 +40,7 @@ class Transcript:
             if self._stops.is_stopped:
                 piece.finish_reason = "stop"
                 break
+        self.tokens += piece.tokens
         count = len(piece.tokens)
         piece.logprobs = emission.logprobs[:count]
         self.num_from_draft += min(emission.num_from_draft, count)

@@ -30,7 +30,7 @@ class Vocabulary:
         return known
 
     def text_of(self, token: int) -> str:
-        """A token's text; ``bytes:\\xe2`` where it is no text by itself, as OpenAI's."""
+        """A token's text; as OpenAI's ``bytes:\\xe2`` where it is none by itself."""
         found = self.bytes_of(token)
         try:
             return found.decode()

@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import RequestError
 from .bridge import Bridge, Cancel, Drain, Mailbox, Submit
-from .failures import BROKEN, SHUTTING_DOWN, Failure
+from .failures import BROKEN, SHUTTING_DOWN, AnswerError
 from .metrics import Drafting, StepReport
 from .order import Accepted, Event, Order, Place, Tally
 from .reply import Job
@@ -57,8 +57,8 @@ class DecoderLike(Protocol):
     def kv_bytes(self) -> int:
         """Memory of the rows' caches."""
 
-    def add(self, request: Request, caches: list[Any] | None = None) -> Row:
-        """Let a request wait for its place."""
+    def add(self, request: Request, prompt_cache: Sequence[Any] | None = None) -> Row:
+        """Let a request wait for its seat."""
 
     def step(self) -> Step:
         """Run at most one round, and read at most one chunk of prompts."""
@@ -66,8 +66,8 @@ class DecoderLike(Protocol):
     def remove(self, row: Row) -> None:
         """Let go of a row."""
 
-    def extract(self, row: Row) -> list[Any]:
-        """Copies of a row's caches."""
+    def extract(self, row: Row, *, num_emitted: int | None = None) -> Sequence[Any]:
+        """A row's caches as mlx-lm's."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -83,6 +83,7 @@ class Means:
         make_detokenizer: Makes mlx-lm's detokenizer for one text.
         kept: Caches of earlier prompts; None where none are kept.
         max_rows: Rows of the decoder.
+        window: Tokens that sliding layers see; caches of fewer can be cut shorter.
         memory: Bytes that MLX uses, and the most it used.
     """
 
@@ -91,6 +92,7 @@ class Means:
     make_detokenizer: Callable[[], Any]
     kept: KeptCaches | None
     max_rows: int
+    window: int
     memory: Callable[[], tuple[int, int]]
 
 
@@ -146,7 +148,7 @@ class Worker:
             if not self._is_broken and not self._decoder.is_idle:
                 self._step()
             self._post()
-        self._fail_all(Failure(503, SHUTTING_DOWN))
+        self._fail_all(AnswerError(503, SHUTTING_DOWN))
         self._read_messages()  # what came in between is refused
         self._post()
         if not self._is_broken:
@@ -174,9 +176,9 @@ class Worker:
     def _submit(self, job: Job) -> None:
         """Check an order and let it wait."""
         if self._is_broken:
-            return self._tell(job, Failure(503, BROKEN))
+            return self._tell(job, AnswerError(503, BROKEN))
         if self._deadline is not None:
-            return self._tell(job, Failure(503, SHUTTING_DOWN))
+            return self._tell(job, AnswerError(503, SHUTTING_DOWN))
         try:
             request = self._means.make_request(job.order)
             transcript = Transcript(self._means.make_detokenizer(), job.order.stop)
@@ -212,8 +214,7 @@ class Worker:
             task.request,
             prompt=prompt[read:],
             history=tuple(prompt[:read]),
-            stops=tuple(p.num_tokens - read for p in self._places(task)),
-            keeps_cache=self._kept is not None,
+            pauses=tuple(place.num_tokens - read for place in self._places(task)),
         )
         task.row = self._decoder.add(request, caches)
         self._by_row[task.row] = task
@@ -221,11 +222,15 @@ class Worker:
         self._report.num_cached_tokens += read
 
     def _places(self, task: _Task) -> list[Place]:
-        """Where reading pauses, so that caches can be kept."""
-        if self._kept is None:
+        """Where reading pauses, so that caches can be kept.
+
+        Nowhere if the answer's own can be cut down to any beginning later.
+        """
+        order = task.job.order
+        is_short = len(order.prompt) + order.max_tokens <= self._means.window
+        if self._kept is None or is_short:
             return []
-        places = task.job.order.places
-        return [place for place in places if place.num_tokens > task.num_cached]
+        return [place for place in order.places if place.num_tokens > task.num_cached]
 
     def _step(self) -> None:
         """Run one step and take what it gave."""
@@ -237,7 +242,7 @@ class Worker:
             return
         now = time.perf_counter()
         for progress in step.progress:
-            if progress.is_stop:
+            if progress.is_paused:
                 self._keep_prompt(progress)
         for emission in step.emissions:
             task = self._by_row[emission.row]
@@ -248,13 +253,15 @@ class Worker:
 
     def _take(self, task: _Task, emission: Emission, now: float) -> None:
         """Tell a job what its row emitted."""
+        if emission.error is not None:
+            raise emission.error
         piece = task.transcript.take(emission)
         self._note_times(task, len(piece.tokens), now)
         if piece.finish_reason is not None:
             assert task.row is not None
             self._report.finished[piece.finish_reason] += 1
             piece.tally = _tally(task, task.row)
-            self._keep_answer(task, emission)
+            self._keep_answer(task)
             self._drop(task, is_ended=emission.finish_reason is not None)
         self._tell(task.job, piece)
 
@@ -271,29 +278,27 @@ class Worker:
         task = self._by_row[progress.row]
         num_tokens = task.num_cached + progress.num_read
         kinds = {place.num_tokens: place.kind for place in task.job.order.places}
-        self._keep(
-            task.request.prompt[:num_tokens],
-            lambda: self._decoder.extract(progress.row),
-            kind=kinds.get(num_tokens, "user"),
-        )
+        self._keep(task, task.request.prompt[:num_tokens], kinds[num_tokens])
 
-    def _keep_answer(self, task: _Task, emission: Emission) -> None:
-        """Keep the caches of a prompt and its whole answer."""
-        self._keep(
-            [*task.request.prompt, *task.transcript.tokens],
-            # A row that ends by a stop string is still the decoder's.
-            lambda: emission.caches or self._decoder.extract(emission.row),
-            kind="assistant",
-        )
+    def _keep_answer(self, task: _Task) -> None:
+        """Keep the caches of a prompt and its answer, but for the last token.
 
-    def _keep(
-        self, tokens: list[int], take: Callable[[], list[Any]], *, kind: str
-    ) -> None:
+        That one's keys are not there yet, and whoever goes on reads more anyway.
+        """
+        answer = task.transcript.tokens[:-1]
+        tokens = [*task.request.prompt, *answer]
+        self._keep(task, tokens, "assistant", num_emitted=len(answer))
+
+    def _keep(self, task: _Task, tokens: list[int], kind: str, **how: int) -> None:
         """Keep caches; a request does not fail because of them."""
         if self._kept is None:
             return
+        assert task.row is not None
         try:
-            self._kept.keep(tokens, take(), kind=kind)
+            caches = self._decoder.extract(task.row, **how)
+            self._kept.keep(tokens, list(caches), kind=kind)
+        except RequestError:  # another row has its seat already
+            logger.debug("%d tokens were not kept", len(tokens))
         except Exception:
             logger.exception("the caches of %d tokens could not be kept", len(tokens))
 
@@ -308,19 +313,19 @@ class Worker:
         if was_decoding and not is_ended and not self._is_broken:
             self._decoder.remove(task.row)
 
-    def _fail(self, task: _Task, failure: Failure) -> None:
+    def _fail(self, task: _Task, failure: AnswerError) -> None:
         """End a task with an error."""
         self._drop(task)
         self._tell(task.job, failure)
 
-    def _fail_all(self, failure: Failure) -> None:
+    def _fail_all(self, failure: AnswerError) -> None:
         for task in list(self._tasks.values()):
             self._fail(task, failure)
 
     def _break(self) -> None:
         """The decoder cannot go on: end everything."""
         self._is_broken = self._bridge.is_broken = True
-        self._fail_all(Failure(500, BROKEN))
+        self._fail_all(AnswerError(500, BROKEN))
 
     def _tell(self, job: Job, event: Event) -> None:
         self._events.append((job, event))
@@ -362,13 +367,13 @@ def _tally(task: _Task, row: Row) -> Tally:
         rounds=stats.rounds,
         drafted=stats.drafted,
         accepted=stats.accepted,
-        rule=row.request.rule,
+        rule=stats.rule,
     )
 
 
-def _failure_of(error: Exception) -> Failure:
+def _failure_of(error: Exception) -> AnswerError:
     """What a client is told of an exception in its request."""
     if isinstance(error, RequestError):
-        return Failure(400, str(error))
+        return AnswerError(400, str(error))
     logger.error("a request has failed", exc_info=error)
-    return Failure(500, "the request has failed; the server's log says why.")
+    return AnswerError(500, "the request has failed; the server's log says why.")
