@@ -154,17 +154,31 @@ def _add_handlers(app: FastAPI) -> None:
 
 
 def _invalid(error: RequestValidationError) -> AnswerError:
-    """What is wrong with a body, its first mistake."""
-    first: Mapping[str, Any] = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][1:] if part != "body")
+    """What is wrong with a body, one of its mistakes."""
+    # Of a field that may be one thing or another, the reason that looked deepest.
+    first: Mapping[str, Any] = max(error.errors(), key=lambda e: len(e["loc"]))
     if first["type"] == "json_invalid":
         return AnswerError(400, "the body must be JSON: it is not.")
+    place = _place(first, error.body)
     reason = str(first["msg"])
     return AnswerError(
         400,
         f"{place or 'the body'}: {reason[:1].lower()}{reason[1:]}."[:300],
         param=place[:100] or None,
     )
+
+
+def _place(mistake: Mapping[str, Any], body: Any) -> str:
+    """Where in a body a mistake is, without pydantic's names of alternatives."""
+    parts: list[str] = []
+    for part in mistake["loc"][1:]:
+        is_field = isinstance(body, dict) and part in body
+        is_entry = isinstance(body, list) and isinstance(part, int)
+        if is_field or is_entry:
+            body = body[part]
+        if is_field or is_entry or mistake["type"] == "missing":
+            parts.append(str(part))
+    return ".".join(parts)
 
 
 def _add_routes(app: FastAPI, desk: Desk) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import logging
 import time
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .failures import AnswerError
+
+logger = logging.getLogger("mlx_gemma_mtp.server")
 
 # The page is the same for everybody, asks for the key and shows nothing without it.
 OPEN_PATHS = frozenset({"/", "/health"})
@@ -184,7 +187,11 @@ class Counted:
             await self._app(scope, receive, noting)
         finally:
             path = scope["path"] if scope["path"] in self._endpoints else "other"
-            self._observe(path, status, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self._observe(path, status, seconds)
+            # Others are asked for every second, by whatever watches the server.
+            level = logging.INFO if scope["method"] == "POST" else logging.DEBUG
+            logger.log(level, "%s %d in %.3f s", path, status, seconds)
 
 
 def _given_key(headers: Headers) -> bytes:

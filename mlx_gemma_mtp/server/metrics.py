@@ -127,7 +127,7 @@ class Metrics:
             _TOKEN_S,
         )
         self._request_time = self._histogram(
-            "request_seconds", "Request to the end of its answer", _REQUEST_S
+            "request_seconds", "Request to the end of its text", _REQUEST_S
         )
         self.registry.register(_Standing(self))
         ProcessCollector(registry=self.registry)
@@ -152,7 +152,8 @@ class Metrics:
     def observe_request(self, endpoint: str, status: int, seconds: float) -> None:
         """Count an answered request."""
         self._requests.labels(endpoint, str(status)).inc()
-        self._request_time.observe(seconds)
+        if endpoint.endswith("/completions"):
+            self._request_time.observe(seconds)
 
     def exposition(self) -> bytes:
         """Everything in Prometheus's text format."""
