@@ -198,7 +198,7 @@ class ScriptedCache:
 
 def echo(prompt: Sequence[int]) -> list[int]:
     """A script: the prompt again and again."""
-    return list(prompt[1:] or prompt) * 50
+    return list(prompt[1:] or prompt) * 1000
 
 
 def make_scripted_request(order: Order) -> Request:
@@ -356,12 +356,12 @@ class Client:
         **headers: str,
     ) -> None:
         """Send a request; a body that is no bytes as JSON."""
-        if self.key is not None:
-            headers.setdefault("authorization", f"Bearer {self.key}")
-        if body is not None:
-            headers.setdefault("content-type", "application/json")
-            body = body if isinstance(body, bytes) else json.dumps(body).encode()
         names = {name.replace("_", "-"): value for name, value in headers.items()}
+        if self.key is not None:
+            names.setdefault("authorization", f"Bearer {self.key}")
+        if body is not None:
+            names.setdefault("content-type", "application/json")
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.request(method, path, body, names)
 
     def get(self, path: str, **headers: str) -> Response:

@@ -160,7 +160,7 @@ class Prompts:
         except Exception:  # noqa: BLE001 - a template may want more of a conversation
             return 0
         pairs = zip(start, tokens, strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(start))
 
     def _answer_start(self, tokens: list[int]) -> int:
         """Where the next turn's prompt may differ: before the reasoning's mark."""
