@@ -83,6 +83,7 @@ class BatchGenerator:
         self.sampler = sampler
         self.logits_processors = list(logits_processors or ())
         self.stream = stream or generation_stream
+        self._rows: dict[int, Row] = {}
         self._resources = ExitStack()
         self._pair = pair_of(model)
         self._decoder = make_batch_decoder(
@@ -94,7 +95,6 @@ class BatchGenerator:
         )
         self._stop_sequences = StopSequences(stop_tokens or None)
         self._draw_seed = draw_seed
-        self._rows: dict[int, Row] = {}
         self._counters = BatchCounters()
         self._resources.enter_context(self._pair.wired())
         self._resources.callback(self._decoder.close)
@@ -105,8 +105,7 @@ class BatchGenerator:
         self._resources.close()
 
     def __del__(self) -> None:
-        if "_resources" in vars(self):  # its making may have failed
-            self.close()
+        self.close()
 
     @contextmanager
     def stats(self) -> Iterator[BatchStats]:
