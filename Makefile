@@ -131,10 +131,12 @@ wheel-check: $(DEV_STAMP)
 	@$(CHECK)/user/bin/python -m pip install -q --disable-pip-version-check $(CHECK)/dist/*.whl
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate --help >/dev/null
 	cd $(CHECK) && user/bin/python -m mlx_gemma_mtp.generate --help >/dev/null
+	cd $(CHECK) && user/bin/mlx_gemma_mtp.run --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.selftest --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --mlx-path pair --hf-path \
 	  "$$(user/bin/python -c 'import mlx_gemma_mtp as m; print(m.embedded_pair_path())')"
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate --model pair -p "import " -m 8
+	cd $(CHECK) && user/bin/mlx_gemma_mtp.run mlx_lm.generate --model pair -p "import " -m 8
 	cd $(CHECK) && ! user/bin/python -c "import convert" 2>/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate -p "import " -m 8
