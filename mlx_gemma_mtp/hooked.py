@@ -284,11 +284,6 @@ def _decode(
     num_drafts = hook.settings.num_draft_tokens
     if draft_model is not None and num_draft_tokens is not None:
         num_drafts = num_draft_tokens
-    cache: dict[str, Any] = {
-        "prompt_cache": prompt_cache,
-        "prompt_progress_callback": prompt_progress_callback,
-    }
-    cache = {name: value for name, value in cache.items() if value is not None}
     yield from stream_generate(
         model,
         tokenizer,
@@ -300,7 +295,8 @@ def _decode(
         sampler=sampler,
         logits_processors=logits_processors,
         prefill_step_size=prefill_step_size,
-        **cache,
+        prompt_cache=prompt_cache,
+        prompt_progress_callback=prompt_progress_callback,
     )
 
 
@@ -326,7 +322,14 @@ def _batch_generator(hook: Hook) -> type:
 
 
 def _drafting_batch(hook: Hook, model: nn.Module, **settings: Any) -> Any:
-    raise NotImplementedError
+    from .batch import BatchGenerator  # older mlx-lm has not what it needs
+
+    return BatchGenerator(
+        model,
+        num_draft_tokens=hook.settings.num_draft_tokens,
+        draw_seed=hook.draw_seed,
+        **settings,
+    )
 
 
 def _seed(hook: Hook) -> Callable[..., None]:

@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -150,9 +151,9 @@ class TestText:
 
     def test_past_the_window(self, drafted):
         """Where mlx-lm's own rounding differs, this package's plain text counts."""
-        settings: Any = {"max_tokens": 100, "num_draft_tokens": 0}
-        expected = generate_text(*drafted, prompt=PROMPTS[0], **settings)
-        assert mlx_lm.generate(*drafted, PROMPTS[0], max_tokens=100) == expected
+        settings: Any = {"prompt": PROMPTS[0], "max_tokens": 100}
+        expected = generate_text(*drafted, num_draft_tokens=0, **settings)
+        assert mlx_lm.generate(*drafted, **settings) == expected
 
     def test_responses_have_all_fields(self):
         theirs = inspect.signature(generation.GenerationResponse).parameters
@@ -218,6 +219,134 @@ class TestText:
     def test_unknown_settings_are_a_type_error(self, drafted):
         with pytest.raises(TypeError, match="warp"):
             next(generation.stream_generate(*drafted, PROMPTS[0], warp=9))
+
+
+@needs_hook
+class TestPromptCaches:
+    def test_turns_of_a_chat(self, plain, drafted):
+        """The prompt cache is mlx-lm's; it goes on with every turn."""
+        texts = []
+        for function, model in (
+            (own("stream_generate"), plain),
+            (generation.stream_generate, drafted),
+        ):
+            cache = mlx_lm.models.cache.make_prompt_cache(model[0])
+            turns = [
+                told(function(*model, prompt, max_tokens=6, prompt_cache=cache))
+                for prompt in ("import ", "from ")
+            ]
+            texts.append((turns, {layer.offset for layer in cache}))
+        assert texts[0] == texts[1]
+
+    def test_one_goes_on_with_the_others(self, plain, drafted):
+        make = mlx_lm.models.cache.make_prompt_cache
+        functions = {
+            "plain": (own("stream_generate"), plain),
+            "drafted": (generation.stream_generate, drafted),
+        }
+        texts = []
+        for first, second in (
+            ("plain", "plain"),
+            ("plain", "drafted"),
+            ("drafted", "plain"),
+        ):
+            cache = make(plain[0])
+            function, model = functions[first]
+            list(function(*model, PROMPTS[0], max_tokens=6, prompt_cache=cache))
+            function, model = functions[second]
+            found = function(*model, PROMPTS[2], max_tokens=8, prompt_cache=cache)
+            texts.append(told(found))
+        assert texts[0] == texts[1] == texts[2]
+
+    def test_progress_is_told(self, plain, drafted, tokenizer):
+        calls = []
+        num_tokens = len(tokenizer.encode(PROMPTS[0]))
+        list(
+            generation.stream_generate(
+                *drafted,
+                PROMPTS[0],
+                max_tokens=2,
+                prefill_step_size=4,
+                prompt_progress_callback=lambda *seen: calls.append(seen),
+            )
+        )
+        assert calls[0] == (0, num_tokens)
+        assert calls[-1] == (num_tokens, num_tokens)
+        assert len(calls) >= num_tokens // 4 + 1
+
+
+@needs_hook
+class TestBatches:
+    def prompts(self, tokenizer):
+        return [tokenizer.encode(prompt) for prompt in PROMPTS]
+
+    def test_batch_generate(self, plain, drafted):
+        prompts = self.prompts(plain[1])
+        expected = own_batch(plain, prompts)
+        settings = {"max_tokens": MAX_TOKENS, "return_token_ids": True}
+        found = mlx_lm.batch_generate(*drafted, prompts, **settings)
+        assert found.texts == expected.texts
+        assert found.token_ids == expected.token_ids
+        assert found.stats.generation_tokens == sum(map(len, found.token_ids))
+
+    def test_a_seed_gives_the_same_texts_again(self, drafted):
+        prompts = self.prompts(drafted[1])
+        texts = []
+        for k in (0, 3):
+            install(num_draft_tokens=k)
+            mx.random.seed(5)
+            settings = {"max_tokens": MAX_TOKENS, "sampler": SAMPLER}
+            texts.append(mlx_lm.batch_generate(*drafted, prompts, **settings).texts)
+        assert texts[0] == texts[1]
+        mx.random.seed(6)
+        again = mlx_lm.batch_generate(*drafted, prompts, **settings)
+        assert again.texts != texts[0]
+
+    def test_a_sampler_of_ones_own(self, plain, drafted):
+        """Seeds are for samplers that draw from MLX; this one needs none."""
+        mx.random.seed(5)
+        prompts = self.prompts(plain[1])
+        found = mlx_lm.batch_generate(
+            *drafted,
+            prompts,
+            max_tokens=MAX_TOKENS,
+            sampler=lambda logprobs: mx.argmax(logprobs, axis=-1),
+        )
+        assert found.texts == own_batch(plain, prompts).texts
+
+    def test_the_engine_by_the_name_of_mlx_lms(self, drafted):
+        install(num_draft_tokens=2)
+        batch = generation.BatchGenerator(drafted[0], max_tokens=9)
+        assert type(batch) is mlx_gemma_mtp.BatchGenerator
+        (uid,) = batch.insert([drafted[1].encode(PROMPTS[0])])
+        found = []
+        while responses := batch.next_generated():
+            found += responses
+        assert [r.uid for r in found] == [uid] * 9
+        batch.close()
+
+    def test_subclasses_are_mlx_lms(self, drafted):
+        """What somebody changes there is not there in this package's engine."""
+        own_class = state().own.BatchGenerator
+        batch = type("Sub", (generation.BatchGenerator,), {})(drafted[0])
+        assert isinstance(batch, own_class)
+        batch.close()
+
+
+def own_batch(loaded, prompts):
+    """mlx-lm's own batch."""
+    batch = state().own.BatchGenerator(
+        loaded[0], stop_tokens=[[token] for token in loaded[1].eos_token_ids]
+    )
+    uids = batch.insert(prompts, [MAX_TOKENS] * len(prompts))
+    tokens: Any = {uid: [] for uid in uids}
+    while responses := batch.next_generated():
+        for response in responses:
+            if response.finish_reason != "stop":
+                tokens[response.uid].append(response.token)
+    batch.close()
+    texts = [loaded[1].decode(tokens[uid]) for uid in uids]
+    return SimpleNamespace(texts=texts, token_ids=[tokens[uid] for uid in uids])
 
 
 @needs_hook
