@@ -44,7 +44,7 @@ needs_hook = pytest.mark.skipif(
 )
 
 # Inside the window of 32 tokens with every prompt.
-MAX_TOKENS = 20
+MAX_TOKENS = 16
 SAMPLER = make_sampler(temp=0.9, top_k=40)
 
 
@@ -67,8 +67,11 @@ def plain(folder):
 
 @pytest.fixture
 def hooked_names():
-    """Every name of the table, replaced; given back at the end."""
-    install()
+    """Every name of the table, replaced; given back at the end.
+
+    The number of drafts is fixed: how many are fastest depends on what else runs.
+    """
+    install(num_draft_tokens=3)
     yield
     uninstall()
 
@@ -108,7 +111,12 @@ def both(plain, drafted, prompt, **settings):
     """Responses of mlx-lm's own function and of the hooked one."""
     settings = {"max_tokens": MAX_TOKENS, **settings}
     expected = list(own("stream_generate")(*plain, prompt, **settings))
-    return expected, list(generation.stream_generate(*drafted, prompt, **settings))
+    return expected, hooked_responses(drafted, prompt, **settings)
+
+
+def hooked_responses(drafted, prompt, **settings):
+    settings = {"max_tokens": MAX_TOKENS, **settings}
+    return list(generation.stream_generate(*drafted, prompt, **settings))
 
 
 def state():
@@ -151,7 +159,8 @@ class TestText:
 
     def test_past_the_window(self, drafted):
         """Where mlx-lm's own rounding differs, this package's plain text counts."""
-        settings: Any = {"prompt": PROMPTS[0], "max_tokens": 100}
+        install()  # with as many drafts as are fastest
+        settings: Any = {"prompt": PROMPTS[0], "max_tokens": 60}
         expected = generate_text(*drafted, num_draft_tokens=0, **settings)
         assert mlx_lm.generate(*drafted, **settings) == expected
 
@@ -384,7 +393,7 @@ class TestSettings:
         """Gemma 4 makes its own caches; these numbers are never read."""
         expected, found = both(plain, drafted, PROMPTS[0], max_kv_size=4)
         assert told(found) == told(expected)
-        assert told(found) == told(both(plain, drafted, PROMPTS[0])[1])
+        assert told(found) == told(hooked_responses(drafted, PROMPTS[0]))
 
     def test_quantized_caches_are_refused_before_anything_runs(self, drafted):
         calls = []
@@ -443,7 +452,7 @@ class TestSeeds:
 
     def test_a_seed_gives_the_same_text_again(self, drafted):
         found = []
-        for k in (0, 2, 5, None):
+        for k in (0, 3, None):
             install(num_draft_tokens=k)
             mx.random.seed(3)
             found.append([self.sample(drafted) for _ in range(2)])

@@ -96,7 +96,7 @@ def run_python(*arguments, **settings):
 class TestPrograms:
     @pytest.mark.parametrize("name", ["mlx_lm.generate", "generate"])
     def test_generate(self, folder, capsys, monkeypatch, name):
-        arguments = ["--model", folder, "-p", PROMPTS[0], "-m", "20"]
+        arguments = ["--model", folder, "-p", PROMPTS[0], "-m", "16"]
         expected = own_generate(arguments, capsys, monkeypatch)
         assert run.main([name, *arguments]) == 0
         out, err = capsys.readouterr()
