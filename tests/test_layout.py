@@ -25,6 +25,7 @@ LAYERS = {
     "command": 0,
     "config": 0,
     "families": 0,
+    "hook_table": 0,
     "machine": 0,
     "noise": 0,
     "stats": 0,
@@ -82,6 +83,9 @@ LAYERS = {
     "selftest": 11,
     "generate": 12,
     "__main__": 12,
+    "hooked": 13,
+    "hook": 14,
+    "run": 15,
 }
 # The same inside convert/, which may import any module of the package but these two.
 CONVERT = ROOT / "convert"
@@ -107,7 +111,7 @@ CONVERT_LAYERS = {
     "report": 5,
     "__main__": 6,
 }
-PRINTING = {"cli", "text"}  # text: generate(verbose=True), when asked
+PRINTING = {"cli", "run", "text"}  # text: generate(verbose=True), when asked
 COMMANDS = {PACKAGE / "selftest" / "__main__.py"}  # the rest of theirs does not print
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "sentencepiece"}
 
