@@ -25,6 +25,7 @@ LAYERS = {
     "command": 0,
     "config": 0,
     "families": 0,
+    "hook_table": 0,
     "machine": 0,
     "noise": 0,
     "stats": 0,
@@ -65,21 +66,26 @@ LAYERS = {
     "state": 4,
     "weights": 4,
     "room": 5,
+    "emission": 5,
     "rounds": 5,
-    "seats": 5,
-    "decoder": 6,
+    "seats": 6,
+    "waiting": 7,
+    "decoder": 8,
     "pair": 6,
     "probe": 6,
     "load": 7,
     "planning": 7,
     "random_pair": 7,
-    "tokens": 8,
-    "batch": 9,
-    "text": 9,
-    "cli": 10,
-    "selftest": 10,
-    "generate": 11,
-    "__main__": 11,
+    "tokens": 9,
+    "batch": 10,
+    "text": 10,
+    "cli": 11,
+    "selftest": 11,
+    "generate": 12,
+    "__main__": 12,
+    "hooked": 13,
+    "hook": 14,
+    "run": 15,
 }
 # The same inside convert/, which may import any module of the package but these two.
 CONVERT = ROOT / "convert"
@@ -105,7 +111,7 @@ CONVERT_LAYERS = {
     "report": 5,
     "__main__": 6,
 }
-PRINTING = {"cli", "text"}  # text: generate(verbose=True), when asked
+PRINTING = {"cli", "run", "text"}  # text: generate(verbose=True), when asked
 COMMANDS = {PACKAGE / "selftest" / "__main__.py"}  # the rest of theirs does not print
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "sentencepiece"}
 
