@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_gemma_mtp.config import SamplingParams
-from mlx_gemma_mtp.decoder import Emission, Progress, Step
+from mlx_gemma_mtp.emission import Emission, Progress, Step
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.load import embedded_pair_path, load_tokenizer
 from mlx_gemma_mtp.logprobs import TokenLogprobs
@@ -233,7 +233,7 @@ def scripted_engine(settings: Settings, means: Means) -> Engine:
         means=means,
         tokenizer=tokenizer(),
         sampling={"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
-        model_len=1024,
+        model_len=settings.limits.model_len or 1024,
         vocab_size=VOCAB_SIZE,
         max_kv_bytes=10**9,
         drafter_name="drafter",
@@ -421,7 +421,7 @@ def server_process(*arguments: str) -> Iterator[tuple[Client, subprocess.Popen[s
         process.stderr.close()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], Any]) -> None:
     """Wait for something that another thread does."""
     end = time.monotonic() + WAIT_S
     while not condition():

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import formats
 from .failures import AnswerError
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
@@ -24,9 +25,14 @@ _HALF = b"\\ud"  # how a surrogate is written
 _BODY_TIMEOUT_S = 30.0  # for a body that is sent slowly
 
 
-def failure_response(failure: AnswerError) -> JSONResponse:
+def failure_response(failure: AnswerError) -> Response:
     """The answer that says what went wrong."""
-    return JSONResponse(failure.body(), failure.status, failure.headers())
+    return Response(
+        formats.dumps(failure.body()),
+        failure.status,
+        failure.headers(),
+        media_type="application/json",
+    )
 
 
 class Gate:

@@ -135,7 +135,7 @@ class Prompts:
             )
             return list(self._tokenizer.encode(text, add_special_tokens=False))
         except Exception as error:  # templates raise whatever they like
-            reason = " ".join(repr(str(error))[1:-1].split())[:200]
+            reason = " ".join(str(error).split())[:200]
             raise bad_request(
                 f"the chat template must take these messages: got {reason}. Change "
                 "messages, tools or chat_template_kwargs.",

@@ -24,7 +24,7 @@ from .reply import Job
 from .transcript import Transcript
 
 if TYPE_CHECKING:
-    from ..decoder import Emission, Progress, Step
+    from ..emission import Emission, Progress, Step
     from ..row import Request, Row
     from ..stats import RoundStats
     from .kept import KeptCaches
