@@ -131,6 +131,7 @@ wheel-check: $(DEV_STAMP)
 	@$(CHECK)/user/bin/python -m pip install -q --disable-pip-version-check $(CHECK)/dist/*.whl
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate --help >/dev/null
 	cd $(CHECK) && user/bin/python -m mlx_gemma_mtp.generate --help >/dev/null
+	cd $(CHECK) && user/bin/mlx_gemma_mtp.chat --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.selftest --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --mlx-path pair --hf-path \
@@ -138,3 +139,4 @@ wheel-check: $(DEV_STAMP)
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate --model pair -p "import " -m 8
 	cd $(CHECK) && ! user/bin/python -c "import convert" 2>/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate -p "import " -m 8
+	cd $(CHECK) && echo "import os" | user/bin/mlx_gemma_mtp.chat -m 8

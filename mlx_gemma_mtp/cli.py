@@ -18,10 +18,11 @@ from .command import (
     EXIT_BROKEN_PIPE,
     EXIT_INTERRUPTED,
     drop_output,
+    not_utf8,
     set_up_output,
     write_file,
 )
-from .errors import MTPError, RequestError
+from .errors import MTPError
 from .flags import (
     EMBEDDED_NOTE,
     add_eos_tokens,
@@ -115,10 +116,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
             prompt = sys.stdin.read()
         prompt.encode()  # arguments keep what is not UTF-8 as surrogates
     except UnicodeError as error:
-        raise RequestError(
-            f"the prompt must be UTF-8 text: got {error}. Convert it first, for "
-            "example with iconv."
-        ) from error
+        raise not_utf8("the prompt", error) from error
     return prompt
 
 

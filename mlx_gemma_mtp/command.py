@@ -48,6 +48,19 @@ def set_up_output(output: TextIO, notes: TextIO, *, verbose: bool) -> None:
         output.reconfigure(errors="replace")  # where the encoding is not UTF-8
 
 
+def not_utf8(what: str, error: UnicodeError) -> RequestError:
+    """The mistake that some input is not UTF-8.
+
+    Args:
+        what: The input.
+        error: What Python says of it.
+    """
+    return RequestError(
+        f"{what} must be UTF-8 text: got {error}. Convert it first, for example with "
+        "iconv."
+    )
+
+
 def write_file(flag: str, path: str, text: str) -> None:
     """Write a file that a flag names.
 

@@ -74,6 +74,7 @@ LAYERS = {
     "tokens": 8,
     "flags": 9,
     "text": 9,
+    "chat": 10,
     "cli": 10,
     "selftest": 10,
     "generate": 11,
@@ -104,7 +105,8 @@ CONVERT_LAYERS = {
     "__main__": 6,
 }
 PRINTING = {"cli", "text"}  # text: generate(verbose=True), when asked
-COMMANDS = {PACKAGE / "selftest" / "__main__.py"}  # the rest of theirs does not print
+# The rest of their sub-packages does not print.
+COMMANDS = {PACKAGE / part / "__main__.py" for part in ("chat", "selftest")}
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "sentencepiece"}
 
 
