@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batch import BatchGenerator
     from .config import SamplingParams
     from .errors import MTPError
     from .load import embedded_pair_path, load, load_pair
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchGenerator",
     "GenerationResponse",
     "MTPError",
     "Pair",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "BatchGenerator": "batch",
     "GenerationResponse": "text",
     "MTPError": "errors",
     "Pair": "pair",

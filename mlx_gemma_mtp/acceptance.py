@@ -77,6 +77,28 @@ def accept_equal(draft_tokens: mx.array, target_tokens: mx.array) -> Accepted:
     return Accepted(num_accepted, next_token)
 
 
+def cut(draft_tokens: mx.array, accepted: Accepted, most: mx.array) -> Accepted:
+    """Let rows accept no more than some number of drafts.
+
+    The draft behind the last one that still counts ends the round: it was accepted, so
+    it is the token that the rule emits there. What the rule accepted behind it is
+    dropped, and drawn anew in the next round, from the target's distribution given all
+    that was emitted; so no rule loses its law by it.
+
+    Args:
+        draft_tokens: The block, int32 [B, K].
+        accepted: What the rows' rules have decided.
+        most: How many drafts each row may accept, int32 [B].
+    """
+    if not draft_tokens.shape[1]:
+        return accepted
+    num_accepted = mx.minimum(accepted.num_accepted, most)
+    is_cut = num_accepted < accepted.num_accepted
+    last = mx.minimum(num_accepted, draft_tokens.shape[1] - 1)
+    draft = mx.take_along_axis(draft_tokens, last[:, None], axis=1)
+    return Accepted(num_accepted, mx.where(is_cut[:, None], draft, accepted.next_token))
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a rule for sampled drafts decides; the last token is still to be drawn.

@@ -80,6 +80,17 @@ class SlabLayout:
             i for i, layer in enumerate(self.layers) if layer.layer_type == layer_type
         )
 
+    def num_bytes(self, num_rows: int, capacity: int) -> int:
+        """Memory of the slabs of so many rows."""
+        slots = sum(
+            2
+            * layer.num_kv_heads
+            * layer.head_dim
+            * self.num_slots(layer.layer_type, capacity)
+            for layer in self.layers
+        )
+        return num_rows * slots * self.dtype.size
+
     def allocate(self, num_rows: int, capacity: int) -> list[mx.array]:
         """Empty slabs: keys and values of each layer in turn, [B, G, slots, D]."""
         slabs = []
@@ -96,8 +107,14 @@ def next_capacity(needed: int, capacity: int = 0) -> int:
     return -(-wanted // CAPACITY_BLOCK) * CAPACITY_BLOCK
 
 
-def grow(slabs: list[mx.array], layout: SlabLayout, capacity: int) -> None:
-    """Grow the full layers' slabs in place of the list, one array at a time.
+def resize(
+    slabs: list[mx.array],
+    layout: SlabLayout,
+    capacity: int,
+    *,
+    rows: Sequence[int] | None = None,
+) -> None:
+    """Change how many slots or rows there are, in place of the list, one at a time.
 
     The list must be the only owner of the arrays: then no more than one old slab
     exists beside its copy.
@@ -105,14 +122,71 @@ def grow(slabs: list[mx.array], layout: SlabLayout, capacity: int) -> None:
     Args:
         slabs: Keys and values of each layer in turn; the entries are replaced.
         layout: Their layout.
-        capacity: New number of slots.
+        capacity: New number of slots of the full layers; what lies beyond is dropped.
+        rows: For each new row the old one that it was; None for the same rows.
     """
+    index = None if rows is None else mx.array(list(rows), dtype=mx.int32)
     for i in range(len(slabs)):
+        slab = slabs[i] if index is None else slabs[i][index]
         if layout.layers[i // 2].layer_type == FULL:
-            num_rows, num_heads, slots, head_dim = slabs[i].shape
-            shape = (num_rows, num_heads, capacity - slots, head_dim)
-            slabs[i] = mx.concatenate([slabs[i], mx.zeros(shape, layout.dtype)], axis=2)
+            slab = _with_slots(slab, capacity)
+        if slab is not slabs[i]:
+            slabs[i] = slab
+            del slab
             mx.eval(slabs[i])  # not lazily: that would hold all old slabs at once
+
+
+def _with_slots(slab: mx.array, capacity: int) -> mx.array:
+    """The slab cut to so many slots, or with empty ones behind."""
+    num_rows, num_heads, slots, head_dim = slab.shape
+    if capacity < slots:
+        return mx.contiguous(slab[:, :, :capacity])
+    if capacity == slots:
+        return slab
+    shape = (num_rows, num_heads, capacity - slots, head_dim)
+    return mx.concatenate([slab, mx.zeros(shape, slab.dtype)], axis=2)
+
+
+def take_row(
+    slabs: Sequence[mx.array],
+    layout: SlabLayout,
+    row: int,
+    *,
+    num_tokens: int,
+    first_position: int,
+) -> list[PrefillCache]:
+    """Copy one row out of the slabs, as ``insert_row`` would take it.
+
+    Args:
+        slabs: Keys and values of each layer in turn.
+        layout: Their layout.
+        row: Which row.
+        num_tokens: How many tokens, from position 0 on, the caches stand for; they
+            must have been written and, in rings, not overwritten since.
+        first_position: The oldest position that the row's rings hold keys for.
+    """
+    caches = prefill_caches(layout)
+    for i, cache in enumerate(caches):
+        first = 0
+        if layout.layers[i].layer_type == SLIDING:
+            first = max(first_position, num_tokens - (layout.window + 1), 0)
+        slots = mx.arange(first, num_tokens) % slabs[2 * i].shape[2]
+        kept = [slabs[j][row : row + 1][:, :, slots] for j in (2 * i, 2 * i + 1)]
+        mx.eval(kept)
+        cache.fill(*kept, offset=num_tokens)
+    return caches
+
+
+def oldest_kept(caches: Sequence[PrefillCache], layout: SlabLayout) -> int:
+    """The oldest position that the sliding layers' caches hold keys for."""
+    return max(
+        (
+            cache.oldest
+            for cache, layer in zip(caches, layout.layers, strict=True)
+            if layer.layer_type == SLIDING
+        ),
+        default=0,
+    )
 
 
 def insert_row(
@@ -195,6 +269,28 @@ class PrefillCache:
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
         self.offset = 0
+
+    def fill(self, keys: mx.array, values: mx.array, *, offset: int) -> None:
+        """Start from keys and values that are there already.
+
+        Args:
+            keys: The newest ones, in temporal order, [1, G, S, D].
+            values: Theirs.
+            offset: Tokens so far, S or more.
+        """
+        self._keys, self._values, self.offset = keys, values, offset
+
+    def copy(self) -> PrefillCache:
+        """One that goes on by itself; the arrays are shared, nobody writes them."""
+        copied = PrefillCache(self._num_kept)
+        copied._keys, copied._values = self._keys, self._values
+        copied.offset = self.offset
+        return copied
+
+    @property
+    def oldest(self) -> int:
+        """The oldest position that keys are held for; 0 where there are none."""
+        return 0 if self._keys is None else self.offset - self._keys.shape[2]
 
     @property
     def state(self) -> list[mx.array]:
@@ -279,7 +375,8 @@ def verify_masks(
     Args:
         layout: The slabs' layout.
         offset: Position of each row's first query, int32 [B].
-        first_position: The oldest position each row holds keys for, int32 [B].
+        first_position: The oldest position that each row's rings hold keys for, int32
+            [B].
         num_tokens: Queries L; they are written before attention.
         capacity: Slots of the full layers.
 
@@ -291,7 +388,7 @@ def verify_masks(
     full = mx.arange(capacity)  # [slots]
     sliding = _ring_positions(layout, offset + (num_tokens - 1))[:, None, None, :]
     return {
-        FULL: (full <= queries) & (full >= oldest),
+        FULL: full <= queries,
         SLIDING: (sliding <= queries)
         & (sliding > queries - layout.window)
         & (sliding >= oldest),
@@ -314,7 +411,8 @@ def draft_masks(
     Args:
         layout: The slabs' layout.
         offset: Each row's number of committed tokens, int32 [B].
-        first_position: The oldest position each row holds keys for, int32 [B].
+        first_position: The oldest position that each row's rings hold keys for, int32
+            [B].
         capacity: Slots of the full layers.
 
     Returns:
@@ -325,7 +423,7 @@ def draft_masks(
     full = mx.arange(capacity)
     sliding = _ring_positions(layout, offset - 1)[:, None, None, :]
     return {
-        FULL: (full < end) & (full >= oldest),
+        FULL: full < end,
         SLIDING: (sliding >= end - (layout.window + 1)) & (sliding >= oldest),
     }
 

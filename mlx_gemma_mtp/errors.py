@@ -25,7 +25,7 @@ class PairingError(MTPError):
     """A drafter that does not fit its target."""
 
 
-class RequestError(MTPError):
+class RequestError(MTPError, ValueError):
     """A request with a setting outside its range."""
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import cache
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -92,6 +93,28 @@ def log_probabilities(
     best = most_likely(logits, count)
     values = mx.concatenate([own, best.logits], axis=-1) - best.log_mass
     return Logprobs(values, best.token_ids)
+
+
+def whole_logprobs(logits: mx.array, row: int, index: int) -> mx.array:
+    """Log-probabilities of the whole vocabulary behind one token, [V]; not evaluated.
+
+    They have a stream of their own: on the stream of the round in flight the reader
+    would wait for that round.
+
+    Args:
+        logits: Of a round, [B, K + 1, V].
+        row: Which row of them.
+        index: Which token of the row.
+    """
+    with mx.stream(_reading_stream()):
+        chosen = logits[row, index]
+        return chosen - mx.logsumexp(chosen, keepdims=True)
+
+
+@cache
+def _reading_stream() -> Any:
+    """A stream for what readers ask for beside the rounds."""
+    return mx.new_thread_local_stream(mx.default_device())
 
 
 def reported_logprobs(

@@ -35,6 +35,9 @@ from .wired import wired
 # larger pairs is 4 (vLLM's recipes for Gemma 4).
 DEFAULT_NUM_DRAFT_TOKENS = 4
 
+# Of the memory beside the weights; the rest is for prompts being read and for logits.
+_KV_SHARE = 0.8
+
 
 class Pair:
     """A target with its drafter, or without one.
@@ -116,6 +119,18 @@ class Pair:
         modules = [] if self.drafter is None else [self.drafter]
         return sum(array.nbytes for _, array in named_arrays(list(modules)))
 
+    @property
+    def default_kv_bytes(self) -> int:
+        """Memory for keys and values beside the weights, bytes; 1 where there is none.
+
+        A part of what the device recommends to use, else of the machine's memory, is
+        left to everything else.
+        """
+        limit = mx.device_info().get("max_recommended_working_set_size")
+        most = int(limit) if limit is not None else _memory_bytes() // 2
+        weights = sum(array.nbytes for array in self._weights())
+        return max(int(_KV_SHARE * (most - weights)), 1)
+
     def prior(self, num_rows: int, context: int) -> Prior:
         """What the speed model expects of so many rows of so many tokens here."""
         args = text_model(self.target).args
@@ -170,6 +185,11 @@ def fingerprint(modules: list[nn.Module]) -> str:
         if name.endswith("model.norm.weight"):
             found.update(np.array(array.astype(mx.float32)).tobytes())
     return found.hexdigest()
+
+
+def _memory_bytes() -> int:
+    """The machine's memory, bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _device() -> list[str]:

@@ -13,7 +13,12 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from .draft_length import AdaptiveDraftLength, DraftLength, FixedDraftLength
+from .draft_length import (
+    AdaptiveDraftLength,
+    BatchDraftLength,
+    DraftLength,
+    FixedDraftLength,
+)
 from .pair import Pair
 from .probe import probe
 from .route import ANY_ROUTE, AUTO, PLAIN, Route, Verdict, exact_routes, inexact_route
@@ -30,6 +35,10 @@ _NEAR_TIE = 1e-4
 _NO_TEXT = "drafts judged by block: the distribution is the target's for any K"
 _TOO_LONG = "the probe takes long on this machine; exactness set to exact runs it"
 _NO_DRAFTS = "no number of drafts gave the bytes of plain decoding on this machine"
+_NO_DRAFTER = "the model has no drafter"
+_ROWS_CHANGE = (
+    "not exact: not compared, rows join and leave and kernels may change with them"
+)
 _SHARED_GROWTH = "endless requests share slabs whose growth changes bytes"
 
 
@@ -69,6 +78,37 @@ def make_plan(
         The plan. The probe may have run for it.
     """
     return _Planner(pair, requests, num_draft_tokens, exactness).plan()
+
+
+def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
+    """Plan the rounds of requests that join and leave.
+
+    Nothing is compared with plain decoding: kernels may change with the number of
+    rows, which is another one at every moment.
+
+    Args:
+        pair: Target and drafter.
+        num_draft_tokens: Checked K; None for the controllers' choice.
+    """
+    if pair.drafter is None or num_draft_tokens == 0:
+        why_plain = "num_draft_tokens is 0"
+        if pair.drafter is None:
+            why_plain = pair.drafter_source or _NO_DRAFTER
+        return Plan(FixedDraftLength(0), PLAIN, why_plain)
+    route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
+    if num_draft_tokens is not None:
+        return Plan(FixedDraftLength(num_draft_tokens), route)
+    tuning = pair.tuning
+
+    def adaptive(num_seats: int, rule: str, context: int) -> AdaptiveDraftLength:
+        controller = tuning.controller(
+            rule, num_rows=num_seats, min_rows=route.min_rows, context=context
+        )
+        return AdaptiveDraftLength(
+            controller, setups=tuning.setups, lock=tuning.lock, keep=tuning.save
+        )
+
+    return Plan(BatchDraftLength(adaptive), route)
 
 
 class _Planner:
@@ -122,7 +162,7 @@ class _Planner:
     def _why_plain(self) -> str:
         """Why the requests decode plainly whatever the machine does, in words."""
         if self._pair.drafter is None:
-            return self._pair.drafter_source or "the model has no drafter"
+            return self._pair.drafter_source or _NO_DRAFTER
         return "num_draft_tokens is 0" if self._num_draft_tokens == 0 else ""
 
     def _route(self, *, is_plain: bool) -> Route:

@@ -45,10 +45,11 @@ class HostRow:
     """A row with its history, decided one token after the other.
 
     Args:
-        prompt: The prompt's token ids.
+        prompt: The token ids so far.
         processors: Change the logits, one after the other.
         sampler: Chooses; None for the rule of ``sampling``.
         sampling: Greedy, or coupled noise with a seed.
+        num_unseen: Tokens before those of ``prompt``, which processors do not see.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class HostRow:
         processors: Sequence[LogitsProcessor],
         sampler: Sampler | None,
         sampling: SamplingParams,
+        num_unseen: int = 0,
     ) -> None:
+        self._num_unseen = num_unseen
         self._history = mx.array(list(prompt))
         self._processors = processors
         self._sampler = sampler
@@ -70,15 +73,15 @@ class HostRow:
         logits: mx.array,
         drafts: Sequence[int],
         *,
-        is_end: Callable[[int, int], bool],
+        is_end: Callable[[int], bool],
     ) -> Judged:
         """Decide a block, up to the first difference or the row's end.
 
         Args:
             logits: The target's behind the newest token and each draft, [K + 1, V].
             drafts: K token ids.
-            is_end: Whether the row ends with a token, given that and how many the
-                block has emitted with it. Plain decoding looks no further.
+            is_end: Whether the row ends with a token, asked of one after the other.
+                Plain decoding looks no further.
 
         Raises:
             RequestError: A processor or the sampler returned something else than what
@@ -92,7 +95,7 @@ class HostRow:
             tokens.append(token)
             processed.append(row)
             is_draft = len(tokens) <= len(drafts) and token == drafts[len(tokens) - 1]
-            if not is_draft or is_end(token, len(tokens)):
+            if is_end(token) or not is_draft:
                 break
         num_accepted = len(tokens) - (not is_draft)
         return Judged(num_accepted, tokens, mx.stack(processed, axis=1))
@@ -110,7 +113,8 @@ class HostRow:
     def _choose(self, logits: mx.array) -> int:
         """The token behind the history, which it joins."""
         if self._sampler is None:
-            positions = mx.array([[self._history.size]], dtype=mx.int32)
+            position = self._num_unseen + self._history.size
+            positions = mx.array([[position]], dtype=mx.int32)
             chosen = choose_tokens(
                 logits[None], self._rows, rule=self._rule, positions=positions
             )[0]

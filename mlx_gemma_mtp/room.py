@@ -27,25 +27,40 @@ class Room:
         rows: The rows; their offsets are read, as of the last report.
         is_fixed: Whether growth comes at positions that do not depend on the number
             of drafts.
+
+    Attributes:
+        rows: The rows; whoever lets rows join and leave exchanges them.
     """
 
     def __init__(self, rows: Sequence[Row], *, is_fixed: bool) -> None:
-        self._rows = rows
+        self.rows = rows
         # Rows of a batch share the capacity, and one row's growth must not depend on
         # how far another one has come: there everything is reserved.
         self._is_all_reserved = is_fixed and len(rows) > 1
         self._is_fixed = is_fixed and len(rows) == 1
 
     def initial_capacity(self) -> int:
-        """Slots for the longest row: its prompt, its tokens, rounds in flight."""
+        """Slots for the longest row: its tokens, those to come, rounds in flight."""
         # The same for every K: unfused attention may round by the capacity.
         needed = 0
-        for row in self._rows:
-            limit, ahead = row.request.max_tokens, RESERVED_TOKENS
-            if limit is not None:
-                ahead = limit if self._is_all_reserved else min(limit, ahead)
+        for row in self.rows:
+            left, ahead = row.num_left, RESERVED_TOKENS
+            if left is not None:
+                ahead = left if self._is_all_reserved else min(left, ahead)
             needed = max(needed, row.offset + ahead + 2 * _BLOCK)
         return next_capacity(needed)
+
+    def grown(self, capacity: int) -> int:
+        """The next capacity: no more than the rows can need, where that is known."""
+        grown = next_capacity(capacity + 1, capacity)
+        if self._is_fixed or self._is_all_reserved:
+            return grown
+        most = most_slots(self.rows)
+        return (
+            grown
+            if most is None
+            else max(min(grown, most), next_capacity(capacity + 1))
+        )
 
     def is_known(self, capacity: int, in_flight: Collection[int]) -> bool:
         """Whether the next round's room does not hang on reports still in flight.
@@ -84,9 +99,18 @@ class Room:
     def _latest(self, in_flight: Collection[int]) -> int:
         """The furthest that the next round may start."""
         # A row that has ended goes on beyond its end; what it writes is never seen.
-        offsets = [row.offset for row in self._rows if row.is_live]
+        offsets = [row.offset for row in self.rows if row.is_live]
         return max(offsets, default=0) + sum(k + 1 for k in in_flight)
 
     def _limit(self, capacity: int) -> int:
         """The first position whose query sees the next capacity."""
         return capacity - _BLOCK
+
+
+def most_slots(rows: Sequence[Row]) -> int | None:
+    """The most slots that rows can ever need; None where one has no limit."""
+    ends = [row.last_position for row in rows]
+    limits = [end for end in ends if end is not None]
+    if len(limits) < len(ends):
+        return None
+    return next_capacity(max(limits, default=0) + 2 * _BLOCK)

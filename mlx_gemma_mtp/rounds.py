@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from .acceptance import Accepted, Draft, accept_block
-from .cache import SlabLayout, draft_masks
+from .acceptance import Accepted, Draft, accept_block, cut
+from .cache import PrefillCache, SlabLayout, draft_masks
 from .decision import Verification, decide, joined, near_ties, propose
 from .drafter import DraftOutput, SharedKV
 from .logprobs import reported_logprobs
@@ -38,8 +38,8 @@ class TargetLike(Protocol):
     def embed(self, tokens: mx.array) -> mx.array:
         """Scaled embeddings of tokens."""
 
-    def prefill(self, prompt: mx.array, *, step_size: int) -> Prefilled:
-        """Read a prompt."""
+    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
+        """Read a chunk of a prompt into caches."""
 
     def verify(
         self,
@@ -232,6 +232,7 @@ def _arrays(state: RoundState, settings: RowSettings) -> tuple[Any, ...]:
         settings.sampling,
         settings.is_active,
         settings.first_position,
+        settings.max_drafts,
     )
 
 
@@ -275,6 +276,8 @@ def _round(
         offset=offset,
         verification=verification,
     )
+    if rule.has_max_drafts:
+        accepted = cut(draft.tokens, accepted, settings.max_drafts)
 
     tokens = _report(draft.tokens, accepted)
     logprobs = reported_logprobs(rule, output.logits, tokens[:, 1:])

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import mlx.core as mx
 
-from .config import SamplingParams
+from .config import MAX_DRAFT_TOKENS, SamplingParams
 from .processing import HostRow, Judged, LogitsProcessor, Sampler
+from .stats import RoundStats
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,15 @@ class Request:
         logits_processors: Called as mlx-lm does, with the histories of plain decoding.
             The row is then decided by equality, ``reproducible`` or not.
         sampler: Chooses the tokens in place of ``sampling``; mlx-lm's signature.
+        num_logprobs: How many of the most likely tokens come with each token's
+            log-probability; None for no log-probabilities.
+        max_draft_tokens: How many drafts the row accepts in a round at most, 0 to 8.
+        history: Tokens before the prompt that logits processors shall see.
+        stop_sequences: Sequences of tokens that end the text; their last token is
+            emitted. mlx-lm's ``StopSequences``.
+        pauses: Numbers of the prompt's tokens after which reading it pauses, so that
+            its caches can be had as they are there.
+        keeps_cache: Whether the last emission brings the row's caches.
     """
 
     prompt: list[int]
@@ -35,6 +47,12 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     logits_processors: tuple[LogitsProcessor, ...] = ()
     sampler: Sampler | None = None
+    num_logprobs: int | None = None
+    max_draft_tokens: int = MAX_DRAFT_TOKENS
+    history: tuple[int, ...] = ()
+    stop_sequences: StopSequences | None = None
+    pauses: tuple[int, ...] = ()
+    keeps_cache: bool = False
 
     @property
     def is_host(self) -> bool:
@@ -62,37 +80,75 @@ class Request:
         return "coupled (seed)" if is_coupled else "block verification"
 
 
-@dataclass
+class Matcher(Protocol):
+    """A place in a text, as seen by sequences that end it; mlx-lm's."""
+
+    def advance(self, token: int) -> bool:
+        """Go on by a token; whether a sequence ends with it."""
+
+
+class StopSequences(Protocol):
+    """Sequences of tokens that end a text; mlx-lm's."""
+
+    def matcher(self) -> Matcher:
+        """One at the beginning of a text."""
+
+
+@dataclass(eq=False)
 class Row:
     """The host's knowledge of one row.
 
     Attributes:
         request: What was asked for, its sampling settled.
+        index: How many rows the decoder was given before.
+        num_cached: Tokens that came in caches, before the prompt.
         offset: Tokens in the slabs, as of the last report read.
         host: Decides it, where the host does.
-        num_emitted: Tokens emitted so far.
+        emitted: The tokens emitted so far.
         finish_reason: Why it has ended; None while it is live.
+        stats: Counts of its rounds.
     """
 
     request: Request
+    index: int
+    num_cached: int
     offset: int
     host: HostRow | None
-    num_emitted: int = 0
+    emitted: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    stats: RoundStats = field(default_factory=RoundStats)
+    _matcher: Matcher | None = None
 
     @classmethod
-    def of(cls, request: Request) -> Row:
+    def of(cls, request: Request, *, index: int = 0, num_cached: int = 0) -> Row:
         """The row of a request."""
         request = _settled(request)
         host = None
         if request.is_host:
             host = HostRow(
-                request.prompt,
+                [*request.history, *request.prompt],
                 processors=request.logits_processors,
                 sampler=request.sampler,
                 sampling=request.sampling,
+                num_unseen=num_cached - len(request.history),
             )
-        return cls(request, len(request.prompt), host)
+        row = cls(request, index, num_cached, num_cached + len(request.prompt), host)
+        row.stats.rule = request.rule
+        if request.stop_sequences is not None:
+            row._matcher = request.stop_sequences.matcher()
+        return row
+
+    @property
+    def num_emitted(self) -> int:
+        """Tokens emitted so far."""
+        return len(self.emitted)
+
+    @property
+    def last_position(self) -> int | None:
+        """The position behind the longest text it may have; None for no limit."""
+        limit = self.request.max_tokens
+        start = self.num_cached + len(self.request.prompt)
+        return None if limit is None else start + limit
 
     @property
     def is_live(self) -> bool:
@@ -110,30 +166,50 @@ class Row:
         left = self.num_left
         return self.is_live and (left is None or left > num_tokens)
 
-    def end_at(self, token: int, num_tokens: int) -> str | None:
-        """Why the row ends with a token, the ``num_tokens``-th from here; or None."""
-        if token in self.request.eos_token_ids:
-            return "stop"
-        is_last = self.num_emitted + num_tokens == self.request.max_tokens
-        return "length" if is_last else None
-
     def take(self, tokens: Sequence[int]) -> list[int]:
         """Cut a round's tokens at the request's end and count them."""
         taken = []
+        ends = _Ends(self, self._matcher)
         for token in tokens:
             taken.append(token)
-            self.finish_reason = self.end_at(token, len(taken))
+            self.finish_reason = ends.reason(token)
             if not self.is_live:
                 break
-        self.num_emitted += len(taken)
+        self.emitted += taken
         return taken
 
     def judge(self, logits: mx.array, drafts: Sequence[int]) -> Judged:
         """Decide a block on the host; see ``HostRow.judge``."""
         assert self.host is not None
+        ends = _Ends(self, copy(self._matcher))  # take() goes over the same tokens
         return self.host.judge(
-            logits, drafts, is_end=lambda *end: self.end_at(*end) is not None
+            logits,
+            drafts[: self.request.max_draft_tokens],
+            is_end=lambda token: ends.reason(token) is not None,
         )
+
+
+class _Ends:
+    """Where a row ends, asked of one token after the other.
+
+    Args:
+        row: The row, as it is before the first of them.
+        matcher: Its place among its stop sequences; goes on with the tokens.
+    """
+
+    def __init__(self, row: Row, matcher: Matcher | None) -> None:
+        self._request = row.request
+        self._left = row.num_left
+        self._matcher = matcher
+
+    def reason(self, token: int) -> str | None:
+        """Why the row ends with the next token; None where it does not."""
+        if self._left is not None:
+            self._left -= 1
+        is_stop = self._matcher is not None and self._matcher.advance(token)
+        if is_stop or token in self._request.eos_token_ids:
+            return "stop"
+        return "length" if self._left == 0 else None
 
 
 def _settled(request: Request) -> Request:

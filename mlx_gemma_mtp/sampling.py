@@ -44,6 +44,7 @@ class SamplingRule:
         has_block: Whether some row is decided by block verification.
         has_host: Whether some row is decided on the host.
         has_graph: Whether some row is decided by one of the graph's rules.
+        has_max_drafts: Whether some row accepts fewer drafts than a round may have.
         num_logprobs: How many of the best tokens are reported with each token's
             log-probability; None where nobody asks for it.
         near_tie: Greedy choices of a token by this much or less, in logits, are
@@ -59,8 +60,31 @@ class SamplingRule:
     has_block: bool = False
     has_host: bool = False
     has_graph: bool = True
+    has_max_drafts: bool = False
     num_logprobs: int | None = None
     near_tie: float | None = None
+
+    def joined(self, other: SamplingRule) -> SamplingRule:
+        """The smallest rule that serves the rows of both.
+
+        Who decides rows is taken from this one: that costs more than a few operations.
+        """
+        counts = [r.num_logprobs for r in (self, other) if r.num_logprobs is not None]
+        sizes = [r.max_top_k for r in (self, other) if r.is_sampled]
+        return SamplingRule(
+            is_sampled=self.is_sampled or other.is_sampled,
+            max_top_k=_joined_top_k(sizes),
+            has_top_p=self.has_top_p or other.has_top_p,
+            has_min_p=self.has_min_p or other.has_min_p,
+            has_xtc=self.has_xtc or other.has_xtc,
+            has_coupled=self.has_coupled or other.has_coupled,
+            has_block=self.has_block or other.has_block,
+            has_host=self.has_host,
+            has_graph=self.has_graph,
+            has_max_drafts=self.has_max_drafts or other.has_max_drafts,
+            num_logprobs=max(counts, default=None),
+            near_tie=self.near_tie,
+        )
 
     def list_size(self, num_candidates: int) -> int | None:
         """How many tokens a filter needs in order, best first; None for none."""
@@ -109,6 +133,13 @@ def sampling_rule(
         num_logprobs=num_logprobs,
         near_tie=near_tie if has_greedy else None,
     )
+
+
+def _joined_top_k(sizes: Sequence[int]) -> int:
+    """A list that is long enough for all sampled rows; 0 where none has a top-k."""
+    if not any(sizes):
+        return 0
+    return _NO_TOP_K if 0 in sizes else max(sizes)
 
 
 def _rounded_up(top_k: int) -> int:

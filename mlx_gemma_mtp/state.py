@@ -6,11 +6,11 @@ It knows nothing of models, and of rules only their settings.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from .config import SamplingParams
+from .config import MAX_DRAFT_TOKENS, SamplingParams
 from .logprobs import Logprobs
 from .sampling import SamplingRule, sampling_rows, sampling_rule
 
@@ -37,6 +37,43 @@ class RoundState:
         return [self.last_token, self.hidden, self.offset, *self.slabs]
 
 
+def empty_state(slabs: list[mx.array], hidden: mx.array) -> RoundState:
+    """The state of seats that nobody has taken yet.
+
+    Args:
+        slabs: Empty ones.
+        hidden: Of any row, for its shape and type, [1, 1, H].
+    """
+    num_rows = slabs[0].shape[0]
+    return RoundState(
+        slabs,
+        last_token=mx.zeros((num_rows, 1), dtype=mx.int32),
+        hidden=mx.zeros((num_rows, *hidden.shape[1:]), dtype=hidden.dtype),
+        offset=mx.zeros((num_rows,), dtype=mx.int32),
+    )
+
+
+def with_row(
+    state: RoundState, row: int, *, last_token: int, hidden: mx.array, offset: int
+) -> RoundState:
+    """The state with one row exchanged; its slabs are the caller's to fill."""
+    is_row = mx.arange(state.offset.shape[0]) == row
+    return RoundState(
+        state.slabs,
+        mx.where(is_row[:, None], last_token, state.last_token),
+        mx.where(is_row[:, None, None], hidden, state.hidden),
+        mx.where(is_row, offset, state.offset),
+    )
+
+
+def with_rows(state: RoundState, rows: Sequence[int]) -> RoundState:
+    """The state of other rows, each of which was one of the old; slabs as they are."""
+    index = mx.array(list(rows), dtype=mx.int32)
+    return RoundState(
+        state.slabs, state.last_token[index], state.hidden[index], state.offset[index]
+    )
+
+
 @dataclass(frozen=True)
 class RowSettings:
     """What the host sets for each row.
@@ -45,13 +82,16 @@ class RowSettings:
         rule: The part of the sampling settings that shapes the graph.
         sampling: The numbers of ``sampling.sampling_rows``.
         is_active: False freezes a finished or empty row, bool [B].
-        first_position: The oldest position the row holds keys for, int32 [B].
+        first_position: The oldest position that the row's rings hold keys for, int32
+            [B].
+        max_drafts: How many drafts the row accepts at most, int32 [B].
     """
 
     rule: SamplingRule
     sampling: dict[str, mx.array]
     is_active: mx.array
     first_position: mx.array
+    max_drafts: mx.array
 
 
 def row_settings(
@@ -60,6 +100,7 @@ def row_settings(
     is_host: Sequence[bool] = (),
     num_logprobs: int | None = None,
     near_tie: float | None = None,
+    max_drafts: Sequence[int] = (),
 ) -> RowSettings:
     """The settings of rows that are all active and hold their keys from position 0.
 
@@ -69,14 +110,18 @@ def row_settings(
         num_logprobs: How many of the best tokens are reported with each token's
             log-probability; None for no log-probabilities.
         near_tie: Greedy choices by this much or less are counted; None for no count.
+        max_drafts: How many drafts each row accepts at most; ``()`` for any.
     """
+    most = list(max_drafts) or [MAX_DRAFT_TOKENS] * len(params)
+    rule = sampling_rule(
+        params, is_host=is_host, num_logprobs=num_logprobs, near_tie=near_tie
+    )
     return RowSettings(
-        rule=sampling_rule(
-            params, is_host=is_host, num_logprobs=num_logprobs, near_tie=near_tie
-        ),
+        rule=replace(rule, has_max_drafts=min(most) < MAX_DRAFT_TOKENS),
         sampling=sampling_rows(params, is_host=is_host),
         is_active=mx.array([True] * len(params)),
         first_position=mx.zeros((len(params),), dtype=mx.int32),
+        max_drafts=mx.array(most, dtype=mx.int32),
     )
 
 

@@ -8,7 +8,6 @@ the drafter, of acceptance or of sampling.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,6 @@ from .cache import (
     PrefillCache,
     SlabLayout,
     SlabView,
-    prefill_caches,
     verify_masks,
     verify_slots,
 )
@@ -45,11 +43,11 @@ class TargetOutput:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What reading a prompt gives.
+    """What reading a chunk of a prompt gives.
 
     Attributes:
-        logits: Of the prompt's last token, [1, 1, V].
-        hidden: Of the prompt's last token, after the final norm, [1, 1, H].
+        logits: Of the chunk's last token, [1, 1, V].
+        hidden: Of the chunk's last token, after the final norm, [1, 1, H].
         caches: The cache of each layer that owns its K/V.
     """
 
@@ -92,27 +90,19 @@ class Target:
         """Scaled embeddings of tokens [B, L], as the drafter takes them, [B, L, H]."""
         return scaled_embedding(self._lm, tokens)
 
-    def prefill(self, prompt: mx.array, *, step_size: int) -> Prefilled:
-        """Read a prompt in chunks.
+    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
+        """Read a chunk of a prompt; nothing is evaluated here.
 
         Args:
-            prompt: At least one token id, int32 [L].
-            step_size: Most tokens in a chunk.
+            tokens: At least one token id, int32 [L].
+            caches: One for each layer that owns K/V; they are filled further.
 
         Returns:
-            The last token's logits and hidden state, and the filled caches.
+            The last token's logits and hidden state, and the caches.
         """
-        caches = prefill_caches(self.layout)
-        hidden = mx.array(0.0)
-        for chunk in _chunks(prompt, step_size):
-            hidden = self._lm.model(chunk[None], cache=list(caches))
-            # A read per chunk bounds the graph's memory; the prompt is not a round.
-            mx.eval(hidden, [cache.state for cache in caches])
-            mx.clear_cache()
-        hidden = mx.contiguous(hidden[:, -1:])  # a slice would keep the last chunk
-        logits = head_logits(self._lm, hidden)
-        mx.eval(logits, hidden)
-        return Prefilled(logits, hidden, caches)
+        hidden = self._lm.model(tokens[None], cache=list(caches))
+        hidden = mx.contiguous(hidden[:, -1:])  # a slice would keep the whole chunk
+        return Prefilled(head_logits(self._lm, hidden), hidden, caches)
 
     def verify(
         self,
@@ -128,7 +118,8 @@ class Target:
             tokens: The last token and the drafts, int32 [B, L].
             slabs: Keys and values of each layer in turn.
             offset: Position of each row's first token, int32 [B].
-            first_position: The oldest position each row holds keys for, int32 [B].
+            first_position: The oldest position that each row's rings hold keys for,
+                int32 [B].
 
         Returns:
             Logits and hidden states of every row of the block, and the slabs with the
@@ -227,9 +218,3 @@ def text_model(model: nn.Module) -> gemma4_text.Model:
         "mlx_lm.models.gemma4.Model. Load a Gemma 4 checkpoint, for example "
         "google/gemma-4-E2B-it."
     )
-
-
-def _chunks(prompt: mx.array, step_size: int) -> Iterator[mx.array]:
-    """The prompt's tokens, ``step_size`` at a time."""
-    for start in range(0, prompt.size, step_size):
-        yield prompt[start : start + step_size]

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -18,11 +17,14 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .config import SamplingParams
-from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder, Emission
+from .decoder import Decoder, Emission, Progress
 from .drafter import Drafter
 from .fit import check_fit
+from .logprobs import whole_logprobs
 from .pair import Pair, pair_of
+from .prefill import DEFAULT_PREFILL_STEP_SIZE
 from .processing import LogitsProcessor, Sampler
+from .row import Row
 from .stats import RoundStats
 from .stop import StopStrings
 from .tokens import (
@@ -110,9 +112,7 @@ class GenerationResponse:
         in flight the reader would wait for that round. A response that is kept keeps
         the logits of its round, K + 1 rows.
         """
-        with mx.stream(_reading_stream()):
-            row = self._logits[0, self._index]
-            return row - mx.logsumexp(row, keepdims=True)
+        return whole_logprobs(self._logits, 0, self._index)
 
 
 def stream_generate(
@@ -138,6 +138,8 @@ def stream_generate(
     num_logprobs: int | None = None,
     stop: str | Sequence[str] | None = (),
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
+    prompt_cache: Sequence[Any] | None = None,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text from a prompt, a token at a time.
 
@@ -181,6 +183,11 @@ def stream_generate(
             log-probability, 0 to 64; None for neither.
         stop: A string, or several, that end the text; they are not part of it.
         prefill_step_size: Most prompt tokens in one forward.
+        prompt_cache: mlx-lm's prompt cache of what comes before the prompt, empty or
+            not. It is updated in place once the generator ends or is closed: then it
+            holds the prompt and all yielded tokens, the last one included.
+        prompt_progress_callback: Called with the prompt's tokens that were read so far
+            and all of them, 0 of them first.
 
     Yields:
         One response per token; the last one has a ``finish_reason``.
@@ -221,6 +228,7 @@ def stream_generate(
         eos=frozenset(tokenizer.eos_token_ids),
         logits_processors=logits_processors,
         sampler=sampler,
+        num_logprobs=num_logprobs,
     )
     decoder = make_decoder(
         pair,
@@ -228,10 +236,16 @@ def stream_generate(
         num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens),
         exactness=exactness,
         prefill_step_size=prefill_step_size,
-        num_logprobs=num_logprobs,
+        prompt_caches=() if prompt_cache is None else [prompt_cache],
     )
     stream = _TextStream(
-        pair, decoder, tokenizer.detokenizer, StopStrings(stop), len(request.prompt)
+        pair,
+        decoder,
+        tokenizer.detokenizer,
+        StopStrings(stop),
+        len(request.prompt),
+        prompt_cache=prompt_cache,
+        on_progress=prompt_progress_callback,
     )
     return stream.responses()
 
@@ -333,6 +347,9 @@ class _TextStream:
         detokenizer: Any,
         stops: StopStrings,
         prompt_tokens: int,
+        *,
+        prompt_cache: Sequence[Any] | None,
+        on_progress: Callable[[int, int], None] | None,
     ) -> None:
         self._pair = pair
         self._decoder = decoder
@@ -343,18 +360,45 @@ class _TextStream:
         self._start = 0.0
         self._num_tokens = 0
         self._drafter_memory = pair.drafter_bytes / 1e9
+        self._prompt_cache = prompt_cache
+        self._on_progress = on_progress
+        self._row: Row | None = None
 
     def responses(self) -> Generator[GenerationResponse, None, None]:
         """Decode to the end: one response per token."""
         self._start = time.perf_counter()
-        with self._pair.wired(), closing(self._decoder.run()) as rounds:
-            for (emission,) in rounds:
-                if not self._num_tokens:
-                    self._prompt_tps = self._prompt_tokens / self._elapsed()
-                    self._start = time.perf_counter()
-                yield from self._respond(emission)
-                if self._stops.is_stopped:
-                    return
+        if self._on_progress is not None:
+            self._on_progress(0, self._prompt_tokens)
+        with self._pair.wired(), closing(self._decoder.run(self._report)) as rounds:
+            try:
+                yield from self._decode(rounds)
+            except GeneratorExit:
+                self._keep_cache()
+                raise
+            self._keep_cache()
+
+    def _decode(self, rounds: Iterator[list[Emission]]) -> Iterator[GenerationResponse]:
+        """Respond to rounds up to the end; the decoder still has the row then."""
+        for (emission,) in rounds:
+            if not self._num_tokens:
+                self._prompt_tps = self._prompt_tokens / self._elapsed()
+                self._start = time.perf_counter()
+            self._row = emission.row
+            yield from self._respond(emission)
+            if self._stops.is_stopped or emission.finish_reason is not None:
+                return
+
+    def _report(self, progress: Progress) -> None:
+        """Tell how far the prompt was read."""
+        if self._on_progress is not None:
+            self._on_progress(progress.num_read, progress.num_tokens)
+
+    def _keep_cache(self) -> None:
+        """Let the caller's prompt cache hold the prompt and what was yielded."""
+        if self._prompt_cache is not None and self._row is not None:
+            self._decoder.extract(
+                self._row, num_emitted=self._num_tokens, into=self._prompt_cache
+            )
 
     def _respond(self, emission: Emission) -> Iterator[GenerationResponse]:
         """The responses of one round, up to a stop string."""
@@ -416,9 +460,3 @@ def _encode(tokenizer: TokenizerWrapper, prompt: Any) -> Any:
     bos = tokenizer.bos_token
     add_special_tokens = bos is None or not prompt.startswith(bos)
     return list(tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
-
-
-@cache
-def _reading_stream() -> Any:
-    """A stream for what readers ask for beside the rounds."""
-    return mx.new_thread_local_stream(mx.default_device())

@@ -16,11 +16,12 @@ import mlx.core as mx
 
 from .cache import insert_row, next_capacity
 from .config import MAX_DRAFT_TOKENS, SamplingParams, plain
-from .decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder
+from .decoder import DEFAULT_MAX_ROWS, Decoder
 from .errors import RequestError
 from .logprobs import MAX_LOGPROBS
 from .pair import Pair
-from .planning import make_plan
+from .planning import make_batch_plan, make_plan
+from .prefill import DEFAULT_PREFILL_STEP_SIZE, read_prompt
 from .processing import LogitsProcessor, Sampler
 from .route import AUTO, check_mode
 from .row import Request
@@ -181,9 +182,7 @@ def draft_block(
             f"{len(tokens)}. The drafter starts from the token before the last."
         )
     target = pair.rounds.target
-    filled = target.prefill(
-        mx.array(tokens[:-1], dtype=mx.int32), step_size=DEFAULT_PREFILL_STEP_SIZE
-    )
+    filled = read_prompt(target, tokens[:-1])
     slabs = target.layout.allocate(1, next_capacity(len(tokens)))
     insert_row(slabs, target.layout, 0, filled.caches)
     state = RoundState(
@@ -205,7 +204,7 @@ def make_decoder(
     num_draft_tokens: int | None,
     exactness: str,
     prefill_step_size: int,
-    num_logprobs: int | None = None,
+    prompt_caches: Sequence[Sequence[Any] | None] = (),
 ) -> Decoder:
     """A decoder of checked requests, planned for this machine; see ``make_plan``."""
     plan = make_plan(
@@ -216,11 +215,58 @@ def make_decoder(
         requests,
         num_draft_tokens=plan.draft_length,
         prefill_step_size=prefill_step_size,
-        num_logprobs=num_logprobs,
         route=plan.route,
+        prompt_caches=prompt_caches,
     )
     decoder.stats.why_plain = plan.why_plain
     decoder.stats.probe_s = plan.probe_s
+    return decoder
+
+
+def make_batch_decoder(
+    pair: Pair,
+    *,
+    num_draft_tokens: int | str | None = None,
+    max_rows: int = DEFAULT_MAX_ROWS,
+    max_kv_bytes: int | None = None,
+    prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
+) -> Decoder:
+    """A decoder that requests join and leave; see ``Decoder.add`` and ``step``.
+
+    Args:
+        pair: Target and drafter.
+        num_draft_tokens: Most drafts per round, 0 to 8; ``"auto"`` or None for as many
+            as are expected to be fastest for the rows at hand.
+        max_rows: Most requests that are decoded together, 1 or more.
+        max_kv_bytes: Most memory of their keys and values, bytes; None for what the
+            machine has beside the weights.
+        prefill_step_size: Most prompt tokens in one forward, and between two rounds.
+
+    Raises:
+        RequestError: A setting is outside its range.
+    """
+    check_settings(
+        max_tokens=1,
+        num_draft_tokens=num_draft_tokens,
+        prefill_step_size=prefill_step_size,
+    )
+    for name, value in (("max_rows", max_rows), ("max_kv_bytes", max_kv_bytes)):
+        if value is not None and (not _is_whole(value) or value < 1):
+            raise RequestError(
+                f"{name} must be 1 or more: got {value!r}. Leave it out."
+            )
+    plan = make_batch_plan(
+        pair, num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens)
+    )
+    decoder = Decoder(
+        pair.rounds,
+        num_draft_tokens=plan.draft_length,
+        prefill_step_size=prefill_step_size,
+        route=plan.route,
+        max_rows=max_rows,
+        max_kv_bytes=max_kv_bytes or pair.default_kv_bytes,
+    )
+    decoder.stats.why_plain = plan.why_plain
     return decoder
 
 
@@ -233,8 +279,19 @@ def make_request(
     eos: frozenset[int],
     logits_processors: Sequence[LogitsProcessor] | None = None,
     sampler: Sampler | None = None,
+    **options: Any,
 ) -> Request:
     """Check a prompt and make a request of it and of checked settings.
+
+    Args:
+        pair: Target and drafter.
+        prompt: Token ids.
+        max_tokens: See ``generate_tokens``; checked.
+        sampling: Checked settings.
+        eos: Tokens that end the sequence.
+        logits_processors: See ``generate_tokens``.
+        sampler: See ``generate_tokens``.
+        options: Further fields of ``Request``, checked.
 
     Raises:
         RequestError: The prompt is empty or holds an id that the target does not know;
@@ -249,6 +306,7 @@ def make_request(
         eos_token_ids=eos,
         logits_processors=_check_processors(logits_processors),
         sampler=sampler,
+        **options,
     )
 
 
@@ -437,8 +495,8 @@ def _batch(
     with pair.wired(), closing(decoder.run()) as rounds:
         for emissions in rounds:
             for emission in emissions:
-                queues[emission.row].extend(emission.tokens)
-                is_live[emission.row] = emission.finish_reason is None
+                queues[emission.row.index].extend(emission.tokens)
+                is_live[emission.row.index] = emission.finish_reason is None
             while any(queues) and all(
                 queue or not live for queue, live in zip(queues, is_live, strict=True)
             ):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.cache import LayerKV, SlabLayout, prefill_caches
+from mlx_gemma_mtp.cache import LayerKV, PrefillCache, SlabLayout
 from mlx_gemma_mtp.config import FULL
 from mlx_gemma_mtp.drafter import DraftOutput, SharedKV
 from mlx_gemma_mtp.target import Prefilled, TargetOutput
@@ -41,12 +41,13 @@ class ScriptedTarget:
     def embed(self, tokens: mx.array) -> mx.array:
         return tokens[..., None].astype(mx.float32)
 
-    def prefill(self, prompt: mx.array, *, step_size: int) -> Prefilled:
-        row, self._num_prefilled = self._num_prefilled, self._num_prefilled + 1
-        caches = prefill_caches(self.layout)
-        zeros = mx.zeros((1, 1, prompt.size, 1))
+    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
+        if not caches[0].offset:
+            self._num_prefilled += 1
+        row = self._num_prefilled - 1
+        zeros = mx.zeros((1, 1, tokens.size, 1))
         caches[0].update_and_fetch(zeros, zeros)
-        hidden = mx.array([[[row, prompt.size]]], dtype=mx.float32)
+        hidden = mx.array([[[row, caches[0].offset]]], dtype=mx.float32)
         return Prefilled(self._logits(hidden), hidden, caches)
 
     def verify(

@@ -19,10 +19,10 @@ from mlx_gemma_mtp.cache import (
     SlabLayout,
     SlabView,
     draft_masks,
-    grow,
     insert_row,
     next_capacity,
     prefill_caches,
+    resize,
     verify_masks,
     verify_slots,
 )
@@ -50,7 +50,8 @@ def check_draft_masks(slabs, offsets, first, truth):
     for row, offset in enumerate(offsets):
         for kind, start in ((SLIDING, offset - WINDOW - 1), (FULL, 0)):
             slab = slabs[0] if kind == SLIDING else slabs[2]
-            seen = [truth[row][p] for p in range(max(start, first[row]), offset)]
+            start = max(start, first[row], 0) if kind == SLIDING else 0
+            seen = truth[row][start:offset]
             assert visible(masks[kind], slab, row, 0) == sorted(seen)
 
 
@@ -77,12 +78,13 @@ def check_verify(slabs, offsets, first, truth, num_tokens, names):
     for row, offset_of_row in enumerate(offsets):
         for query in range(num_tokens):
             position = offset_of_row + query
-            for i, start in ((0, position - WINDOW + 1), (1, 0)):
+            in_ring = max(position - WINDOW + 1, first[row])
+            for i, start in ((0, in_ring), (1, 0)):
                 seen = [
                     truth[row][p]
                     if p < offset_of_row
                     else names[row][p - offset_of_row]
-                    for p in range(max(start, first[row]), position + 1)
+                    for p in range(max(start, 0), position + 1)
                 ]
                 mask = masks[(SLIDING, FULL)[i]]
                 assert visible(mask, written[2 * i], row, query) == sorted(seen)
@@ -159,7 +161,7 @@ def test_prefill_cache_keeps_what_the_drafter_sees(chunks):
 def test_growth_keeps_what_was_written():
     slabs = [mx.random.normal(slab.shape) for slab in LAYOUT.allocate(2, 32)]
     before = [np.array(slab) for slab in slabs]
-    grow(slabs, LAYOUT, 96)
+    resize(slabs, LAYOUT, 96)
     assert [slab.shape[2] for slab in slabs] == [LAYOUT.ring, LAYOUT.ring, 96, 96]
     for old, new in zip(before, slabs, strict=True):
         np.testing.assert_array_equal(np.array(new)[:, :, : old.shape[2]], old)

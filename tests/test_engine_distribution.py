@@ -29,8 +29,8 @@ class FixedTarget(ScriptedTarget):
     def __init__(self) -> None:
         super().__init__([[0]])
 
-    def prefill(self, prompt: mx.array, *, step_size: int) -> Prefilled:
-        filled = super().prefill(prompt, step_size=step_size)
+    def prefill(self, tokens, caches) -> Prefilled:
+        filled = super().prefill(tokens, caches)
         logits = mx.log(mx.array(TARGET_PROBS))[None, None]
         return Prefilled(logits, filled.hidden, filled.caches)
 
@@ -62,7 +62,7 @@ def draw(num_draft_tokens, **settings):
     rows: list[list[int]] = [[] for _ in range(NUM_ROWS)]
     for emissions in decoder.run():
         for emission in emissions:
-            rows[emission.row] += emission.tokens
+            rows[emission.row.index] += emission.tokens
     return rows, decoder
 
 
@@ -167,7 +167,7 @@ def test_a_row_is_decided_alone():
         found: list[list[int]] = [[] for _ in rows]
         for emissions in Decoder(rounds, requests, num_draft_tokens=3).run():
             for emission in emissions:
-                found[emission.row] += emission.tokens
+                found[emission.row.index] += emission.tokens
         return found
 
     by_block = SamplingParams(1.0, seed=5, reproducible=False)

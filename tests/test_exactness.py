@@ -81,7 +81,7 @@ def decode(rounds, num_draft_tokens, num_tokens=NUM_TOKENS):
         for emission in emissions:
             tokens += emission.tokens
             logits.append(
-                np.array(emission.logits[emission.row, : len(emission.tokens)])
+                np.array(emission.logits[emission.place, : len(emission.tokens)])
             )
     return tokens, np.concatenate(logits), decoder
 
@@ -135,10 +135,10 @@ def test_a_row_does_not_depend_on_its_neighbours(single_steps):
     row_tokens, row_logits = [], []
     for emissions in decoder.run():
         for emission in emissions:
-            if emission.row == 1:
+            if emission.row.index == 1:
                 row_tokens += emission.tokens
                 row_logits.append(
-                    np.array(emission.logits[emission.row, : len(emission.tokens)])
+                    np.array(emission.logits[emission.place, : len(emission.tokens)])
                 )
     assert row_tokens == tokens
     assert_same(np.concatenate(row_logits), logits)

@@ -103,7 +103,7 @@ def test_neighbours_change_nothing(launches):
         rounds = Rounds(pair.rounds.target, pair.drafter)
         for emissions in Decoder(rounds, requests, num_draft_tokens=3).run():
             for emission in emissions:
-                found[emission.row] += emission.tokens
+                found[emission.row.index] += emission.tokens
         return found
 
     together = text(*params)

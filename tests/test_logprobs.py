@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_logprobs.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -49,16 +50,12 @@ def loaded(tmp_path_factory):
 
 
 def emissions_of(pair, requests, num_draft_tokens, num_logprobs):
-    decoder = Decoder(
-        pair.rounds,
-        requests,
-        num_draft_tokens=num_draft_tokens,
-        num_logprobs=num_logprobs,
-    )
+    requests = [replace(request, num_logprobs=num_logprobs) for request in requests]
+    decoder = Decoder(pair.rounds, requests, num_draft_tokens=num_draft_tokens)
     rows: list[list[Any]] = [[] for _ in requests]
     for emissions in decoder.run():
         for emission in emissions:
-            rows[emission.row].append(emission)
+            rows[emission.row.index].append(emission)
     return rows
 
 
@@ -146,7 +143,7 @@ def test_rounds_still_look_ahead_and_read_once(pair, monkeypatch):
 
     monkeypatch.setattr(decoder_module, "_read", counted_read)
     decoder = Decoder(
-        pair.rounds, [Request(PROMPT, 20)], num_draft_tokens=3, num_logprobs=5
+        pair.rounds, [Request(PROMPT, 20, num_logprobs=5)], num_draft_tokens=3
     )
     in_flight, sizes = [], set()
     for _ in decoder.run():

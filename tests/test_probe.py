@@ -362,8 +362,8 @@ def test_rows_that_share_slabs_have_them_reserved(by_capacity):
         rounds = decoder.run()
         for emissions in rounds:
             for e in emissions:
-                part = e.logits[e.row, : len(e.tokens)]
-                found[e.row] += [np.array(row).tobytes() for row in part]
+                part = e.logits[e.place, : len(e.tokens)]
+                found[e.row.index] += [np.array(row).tobytes() for row in part]
             if len(found[0]) > 80:
                 break
         rounds.close()

@@ -371,7 +371,7 @@ def emissions_by_row(rounds, requests, num_draft_tokens=3, **options):
     rows: list[list[Any]] = [[] for _ in requests]
     for emissions in decoder.run():
         for emission in emissions:
-            rows[emission.row].append(emission)
+            rows[emission.row.index].append(emission)
     return rows, decoder
 
 
@@ -402,7 +402,7 @@ class TestBatches:
             assert [len(e.tokens) for e in emissions] == [len(e.tokens) for e in alone]
             for one, other in zip(emissions, alone, strict=True):
                 count = len(one.tokens)
-                ours, theirs = one.logits[one.row, :count], other.logits[0, :count]
+                ours, theirs = one.logits[one.place, :count], other.logits[0, :count]
                 assert mx.allclose(ours, theirs, atol=1e-4)
         assert decoder.stats.rule == (
             "greedy; accept-if-equal: processors; coupled (seed); block verification; "

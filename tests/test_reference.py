@@ -21,6 +21,7 @@ from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.drafter import DraftOutput
 from mlx_gemma_mtp.load import load_pair
 from mlx_gemma_mtp.pair import Pair
+from mlx_gemma_mtp.prefill import read_prompt
 from mlx_gemma_mtp.rounds import Rounds
 from mlx_gemma_mtp.state import RoundState, row_settings
 from mlx_gemma_mtp.tokens import draft_block, generate_tokens
@@ -68,7 +69,7 @@ def lengths(expected) -> list[int]:
 def begin(pair: Pair, tokens: mx.array, step_size: int = 2048) -> RoundState:
     """The state after all but the last of the tokens were read."""
     target = pair.rounds.target
-    filled = target.prefill(tokens[:-1], step_size=step_size)
+    filled = read_prompt(target, tokens[:-1], step_size=step_size)
     slabs = target.layout.allocate(1, 256)
     insert_row(slabs, target.layout, 0, filled.caches)
     return RoundState(
@@ -107,7 +108,7 @@ def test_target_logits_and_hidden(family, pair):
 @pytest.mark.parametrize("step_size", [2048, 7, 1])
 def test_prefill_logits_do_not_depend_on_the_chunks(family, pair, step_size):
     expected = reference(family)
-    filled = pair.rounds.target.prefill(expected["prompt"][0], step_size=step_size)
+    filled = read_prompt(pair.rounds.target, expected["prompt"][0], step_size=step_size)
     for got, name in ((filled.logits, "logits"), (filled.hidden, "hidden")):
         np.testing.assert_allclose(
             np.array(got),

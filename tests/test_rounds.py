@@ -46,7 +46,7 @@ def row_tokens(rounds, row=0):
         token
         for emissions in rounds
         for emission in emissions
-        if emission.row == row
+        if emission.row.index == row
         for token in emission.tokens
     ]
 
@@ -145,11 +145,11 @@ def test_rows_end_at_different_rounds():
     assert row_tokens(rounds, 1) == [*TEXT[:3], EOS]
     assert row_tokens(rounds, 2) == TEXT[::-1][:9]
     assert row_tokens(rounds, 3) == TEXT[:2]
-    ends = {e.row: i for i, r in enumerate(rounds) for e in r if e.finish_reason}
+    ends = {e.row.index: i for i, r in enumerate(rounds) for e in r if e.finish_reason}
     assert ends == {0: 6, 1: 1, 2: 8, 3: 1}
     # A row that has ended is never reported again.
     for row, end in ends.items():
-        assert all(e.row != row for r in rounds[end + 1 :] for e in r)
+        assert all(e.row.index != row for r in rounds[end + 1 :] for e in r)
 
 
 @given(data=st.data())

@@ -21,6 +21,7 @@ from mlx_gemma_mtp import tokens as tokens_module
 from mlx_gemma_mtp.decoder import Emission
 from mlx_gemma_mtp.errors import PairingError, RequestError
 from mlx_gemma_mtp.load import load, load_pair
+from mlx_gemma_mtp.row import Request, Row
 from mlx_gemma_mtp.stats import Phases, RoundStats
 from mlx_gemma_mtp.text import describe, generate, stream_generate
 from mlx_gemma_mtp.weights import load_drafter
@@ -108,10 +109,11 @@ def script(monkeypatch, model, tokenizer):
                 pass
 
             def run(self):
+                row = Row.of(Request([1], None))
                 for block in blocks:
                     reason = finish if block is blocks[-1] else None
                     logits = mx.zeros((len(block), VOCAB_SIZE))
-                    yield [Emission(0, block, len(block) - 1, reason, logits)]
+                    yield [Emission(row, 0, block, len(block) - 1, reason, logits)]
 
         monkeypatch.setattr(tokens_module, "Decoder", Scripted)
         return responses(model, tokenizer, max_tokens=99, **settings)

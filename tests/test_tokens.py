@@ -394,6 +394,6 @@ def test_without_a_seed_drafts_are_judged_by_block(pair, monkeypatch):
     cases: list[dict[str, Any]] = [{}, {"seed": 1}, {"seed": 1, "reproducible": False}]
     for settings in cases:
         list(generate_tokens(pair, PROMPT, max_tokens=3, temp=1.0, **settings))
-    rules = [decoder._settings.rule for decoder in made]
+    rules = [decoder._seats.settings.rule for decoder in made]
     assert [rule.has_block for rule in rules] == [True, False, True]
     assert [rule.has_coupled for rule in rules] == [False, True, False]

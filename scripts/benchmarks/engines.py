@@ -18,11 +18,12 @@ from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_gemma_mtp.config import SamplingParams
-from mlx_gemma_mtp.decoder import DEFAULT_PREFILL_STEP_SIZE, Decoder, Request
+from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.errors import MTPError
 from mlx_gemma_mtp.load import load_pair
 from mlx_gemma_mtp.pair import Pair
 from mlx_gemma_mtp.planning import make_plan
+from mlx_gemma_mtp.prefill import DEFAULT_PREFILL_STEP_SIZE
 from mlx_gemma_mtp.rounds import Rounds
 from mlx_gemma_mtp.stats import RoundStats
 from mlx_gemma_mtp.tokens import check_num_draft_tokens, check_settings

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_gemma_mtp.cache import PrefillCache
 from mlx_gemma_mtp.noise import COIN, Stream, uniform_noise
 from mlx_gemma_mtp.rounds import Rounds, TargetLike
 from mlx_gemma_mtp.target import Prefilled, TargetOutput
@@ -39,9 +40,9 @@ class ScriptedTarget:
         self.vocab_size = target.vocab_size
         self.embed = target.embed
 
-    def prefill(self, prompt: mx.array, *, step_size: int) -> Prefilled:
-        """Read a prompt as the target does."""
-        return self._target.prefill(prompt, step_size=step_size)
+    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
+        """Read a chunk of a prompt as the target does."""
+        return self._target.prefill(tokens, caches)
 
     def verify(
         self, tokens: mx.array, slabs: list[mx.array], **places: Any
