@@ -533,6 +533,7 @@ class TestSession:
         responses = list(session.answer(question))
         assert len(responses) == 5
         assert responses[-1].finish_reason == "length"
+        assert session.is_full
         with pytest.raises(RequestError, match=f"shorter than {num_tokens + 5}"):
             say(session, "more")
 
@@ -565,12 +566,14 @@ class TestSession:
 
     def test_totals(self, embedded):
         session = make_session(embedded, drafts=2)
+        assert not session.is_full
         for question in ("def area(radius):", "class Stack:"):
             say(session, question)
         totals = session.totals
         assert (totals.answers, totals.tokens) == (2, 24)
         assert totals.stats.drafted == 2 * totals.stats.rounds
         assert totals.num_cached == session.last.num_cached
+        assert not session.is_full
 
 
 @pytest.fixture

@@ -245,7 +245,8 @@ def _print_answer(session: Session, question: str) -> None:
     if interrupts.asked:
         _note("(stopped)")
     elif response is not None and response.finish_reason == "length":
-        _note(f"(cut off after {response.generation_tokens} tokens; see --max-tokens)")
+        why = "the model's context is full" if session.is_full else "see --max-tokens"
+        _note(f"(cut off after {response.generation_tokens} tokens; {why})")
 
 
 def _note(line: str) -> None:

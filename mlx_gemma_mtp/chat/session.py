@@ -119,6 +119,8 @@ class Session:
         system: The system prompt; None for none.
 
     Attributes:
+        max_context: Most tokens of prompt and answer that the model can look at.
+        has_drafter: Whether the model has a drafter.
         conversation: What was said; may be replaced by another one.
         num_draft_tokens: Drafts per round of the answers from here on.
         kept: Caches of earlier turns.
@@ -147,6 +149,14 @@ class Session:
         self.kept = KeptCaches()
         self.last: Turn | None = None
         self.totals = Totals()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the last answer ended where the model's longest context does."""
+        if self.last is None or self.last.response is None:
+            return False
+        num_tokens = self.last.num_prompt + self.last.response.generation_tokens
+        return num_tokens >= self.max_context
 
     def reset(self) -> None:
         """Begin a new conversation with the same system prompt."""
