@@ -3,6 +3,7 @@
 # make test         every test but the slow ones, WORKERS=2 at a time; ARGS='-k name' goes to pytest
 # make test-control the choice of draft lengths on every simulated machine and text (15 minutes)
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
+# make test-clients the openai client and a browser against the server; installs both
 # make bench        measures the embedded pair (ARGS='engines graph' chooses sections)
 # make bench-setup  installs what bench can also compare with and plot: mlx-vlm, matplotlib
 # make test-tsan    races in Metal kernels, by ThreadSanitizer of g++ (Linux)
@@ -20,10 +21,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 RUN_STAMP := $(VENV)/run.stamp
 DEV_STAMP := $(VENV)/dev.stamp
+CLIENTS_STAMP := $(VENV)/clients.stamp
 CHECK := build/wheel-check
+CLIENT_TESTS := tests/test_openai_client.py tests/test_page.py
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-slow test-control test-cuda test-tsan lint format type bench bench-setup wheel-check clean
+.PHONY: all install demo test test-slow test-control test-cuda test-tsan test-clients lint format type bench bench-setup wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -50,6 +53,10 @@ test-cuda: $(DEV_STAMP)
 
 test-tsan: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m tsan $(ARGS)
+
+test-clients: $(CLIENTS_STAMP)
+	@CHROME="$$(scripts/find_browser.sh)" && export CHROME && \
+	  HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m clients $(CLIENT_TESTS) $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
@@ -83,6 +90,11 @@ $(DEV_STAMP): pyproject.toml $(VENV)/pyvenv.cfg
 	@echo "Installing into $(VENV) with test and lint tools (about 450 MB, once) ..." >&2
 	@$(PIP) -e '.[test,lint]'
 	@touch $@ $(RUN_STAMP)
+
+$(CLIENTS_STAMP): $(DEV_STAMP)
+	@echo "Installing the openai client and playwright into $(VENV) (about 150 MB, once) ..." >&2
+	@$(PIP) -e '.[clients]'
+	@touch $@
 
 # MLX compiles its fused CPU graphs with g++ while it runs; on a Mac they run on the GPU.
 $(VENV)/pyvenv.cfg:

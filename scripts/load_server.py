@@ -162,7 +162,9 @@ class Answer:
     is_complete: bool = False
 
 
-async def read_answer(connection: Connection, *, most_pieces: int | None = None) -> Answer:
+async def read_answer(
+    connection: Connection, *, most_pieces: int | None = None
+) -> Answer:
     """Read a stream, or its first pieces only."""
     answer = Answer()
     async for line in connection.lines():
@@ -231,7 +233,8 @@ class Clients:
             if connection.status != 200:
                 text = b"".join([p async for p in connection.pieces()])
                 self._problem(
-                    f"a valid request got {connection.status}: {text[:200]!r}", "refused"
+                    f"a valid request got {connection.status}: {text[:200]!r}",
+                    "refused",
                 )
                 return Answer()
             answer = await read_answer(connection)
@@ -354,9 +357,7 @@ def running(command: Sequence[str], port: int | None) -> Iterator[tuple[int, int
                     print(f"  the server said: {line}", file=sys.stderr)
 
 
-def wait_for_port(
-    process: subprocess.Popen[bytes], log: Path, port: int | None
-) -> int:
+def wait_for_port(process: subprocess.Popen[bytes], log: Path, port: int | None) -> int:
     """Wait until a server listens.
 
     Raises:
@@ -367,8 +368,9 @@ def wait_for_port(
         found = re.search(r"is served at http://\S+:(\d+)", log.read_text())
         known = port or (found and int(found.group(1)))
         if known:
-            with contextlib.suppress(OSError), socket.create_connection(
-                ("127.0.0.1", known), timeout=1
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", known), timeout=1),
             ):
                 return int(known)
         time.sleep(0.2)
@@ -490,7 +492,9 @@ def main() -> int:
     parser.add_argument("--warm-up", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--compare-seconds", type=float, default=60.0)
     parser.add_argument("--max-rows", type=int, default=32)
-    parser.add_argument("--phase", choices=("stress", "compare", "both"), default="both")
+    parser.add_argument(
+        "--phase", choices=("stress", "compare", "both"), default="both"
+    )
     args = parser.parse_args()
     problems: list[str] = []
     if args.phase != "compare":
