@@ -22,7 +22,8 @@ from mlx_lm.generate import (
 from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
 
 from .config import SamplingParams
-from .decoder import DEFAULT_MAX_ROWS, Emission, Progress, Step
+from .decoder import DEFAULT_MAX_ROWS
+from .emission import Emission, Progress, Step
 from .errors import RequestError
 from .logprobs import whole_logprobs
 from .pair import pair_of

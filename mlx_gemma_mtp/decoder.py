@@ -21,40 +21,23 @@ from typing import Any, cast
 import mlx.core as mx
 
 from .acceptance import Accepted
-from .cache import (
-    PrefillCache,
-    insert_row,
-    oldest_kept,
-    resize,
-    take_row,
-)
+from .cache import PrefillCache
 from .draft_length import DraftLength, FixedDraftLength
+from .emission import Emission, Progress, Step
 from .errors import RequestError
 from .logprobs import TokenLogprobs, log_probabilities, reported_logprobs
 from .prefill import DEFAULT_PREFILL_STEP_SIZE, Prefill
-from .prompt_cache import (
-    make_prompt_cache,
-    read_prompt_cache,
-    update_prompt_cache,
-)
-from .room import Room, most_slots
+from .prompt_cache import make_prompt_cache, read_prompt_cache, update_prompt_cache
 from .rounds import Rounds
 from .route import ANY_ROUTE, Route
 from .row import Request, Row
 from .sampling import SamplingRule, choose_tokens
-from .seats import Seats, seats_for
-from .state import (
-    Report,
-    RoundState,
-    Verified,
-    empty_state,
-    row_settings,
-    with_row,
-    with_rows,
-)
+from .seats import Seats
+from .state import Report, Verified, row_settings
 from .stats import RoundStats, joined_rules
 from .target import Prefilled
 from .timing import RoundTimer
+from .waiting import Waiting, WaitingRows
 
 # MLX keeps freed buffers for reuse; let go of them now and then, as mlx-lm does.
 _ROUNDS_PER_CACHE_CLEAR = 256
@@ -63,73 +46,6 @@ DEFAULT_MAX_ROWS = 32
 # A short prompt takes hardly less time than this many tokens: the weights are read for
 # either. So few of them are read between two rounds.
 _SMALLEST_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class Emission:
-    """What one round, or the prefill, emitted for one row.
-
-    Attributes:
-        row: The row.
-        place: Its index in ``logits``.
-        tokens: The emitted tokens, at least one unless there is an error, cut at the
-            end of the request.
-        num_from_draft: How many of them, from the first on, the drafter proposed.
-        finish_reason: ``"stop"`` at an end-of-sequence token or a stop sequence,
-            ``"length"`` when the budget is used up, ``"error"``, else None.
-        logits: The target's logits of the whole round: those behind ``tokens[i]`` are
-            ``logits[place, i]``. Whole, because a slice made here would belong to the
-            stream of the rounds, and its reader would wait for the one in flight.
-            Of a row that the host decides they are the processed ones.
-            [B, K + 1, V]
-        logprobs: One entry per token; empty where the row does not ask.
-        prompt_cache: mlx-lm's caches of the row, which hold its prompt and all its
-            tokens; with the last emission of a request that keeps its cache.
-        error: What a processor or sampler of the row raised.
-    """
-
-    row: Row
-    place: int
-    tokens: list[int]
-    num_from_draft: int
-    finish_reason: str | None
-    logits: mx.array
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_cache: list[Any] | None = None
-    error: Exception | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a prompt has been read.
-
-    Attributes:
-        row: Whose prompt.
-        num_read: Its tokens that were read so far.
-        num_tokens: All of them.
-        is_paused: Whether reading has come to one of the request's pauses: until the
-            next step the row's caches are those of this place.
-    """
-
-    row: Row
-    num_read: int
-    num_tokens: int
-    is_paused: bool
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step has done: at most a round and a chunk of prompts.
-
-    Attributes:
-        emissions: What rows have emitted, in order.
-        progress: How far prompts have been read.
-        num_read: Tokens of prompts that were read.
-    """
-
-    emissions: list[Emission] = field(default_factory=list)
-    progress: list[Progress] = field(default_factory=list)
-    num_read: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,14 +77,6 @@ class _InFlight:
     num_draft_tokens: int
     setup_s: float | None
     seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """A row whose prompt was not read to its end."""
-
-    row: Row
-    prefill: Prefill
 
 
 class Decoder:
@@ -219,8 +127,8 @@ class Decoder:
             exactness=route.state,
             phases=self._timer.phases,
         )
+        self.num_added = 0
         self._engine = rounds
-        self._layout = rounds.target.layout
         self._draft_length = (
             FixedDraftLength(num_draft_tokens)
             if isinstance(num_draft_tokens, int)
@@ -229,56 +137,30 @@ class Decoder:
         self._route = route
         self._prefill_step_size = prefill_step_size
         self._look_ahead = look_ahead
-        self._max_rows = max_rows
-        self._max_kv_bytes = max_kv_bytes
-        self.num_added = 0
-        self._waiting: deque[_Waiting] = deque()
-        self._seats = Seats(near_tie=route.near_tie)
         self._in_flight: deque[_InFlight] = deque()
         self._num_queued = 0
         self._not_ready_key: tuple[SamplingRule, int, int] | None = None
         self._not_traced: set[int] = set()
-        self._state: RoundState | None = None
         self._verified: Verified | None = None
-        self._has_left = False  # rows, since seats were last counted
-        self._num_seats = len(requests)  # fixed; 0 where rows come and go
-        caches = prompt_caches or [None] * len(requests)
-        rows = [self.add(r, c) for r, c in zip(requests, caches, strict=True)]
+        layout = rounds.target.layout
+        self._waiting = WaitingRows(
+            layout,
+            max_rows=None if requests else max_rows,
+            max_kv_bytes=max_kv_bytes,
+        )
+        rows = self.add_all(requests, prompt_caches or [None] * len(requests))
         # One row's growth can be fixed for nothing, whatever was proved.
         is_fixed = route.is_exact if len(rows) == 1 else route.has_fixed_growth
-        self._room = Room(rows, is_fixed=is_fixed and bool(rows))
-
-    # --- rows ---------------------------------------------------------------------
+        self._seats = Seats(
+            layout,
+            reserved=rows,
+            is_fixed=is_fixed and bool(rows),
+            near_tie=route.near_tie,
+        )
 
     def add(self, request: Request, prompt_cache: Sequence[Any] | None = None) -> Row:
-        """Let a request wait for its turn.
-
-        Args:
-            request: A checked one.
-            prompt_cache: mlx-lm's caches that hold what comes before the prompt; they
-                are read, not written.
-
-        Returns:
-            The row that it becomes.
-
-        Raises:
-            RequestError: It could never fit into ``max_kv_bytes``, or the caches are
-                not the target's.
-        """
-        caches = None
-        if prompt_cache is not None:
-            caches = read_prompt_cache(self._layout, prompt_cache)
-        num_cached = caches[0].offset if caches else 0
-        row = Row.of(request, index=self.num_added, num_cached=num_cached)
-        self._check_fit(row)
-        prefill = Prefill(
-            self._engine.target,
-            request.prompt,
-            caches=caches,
-            stops=request.pauses,
-        )
-        self.num_added += 1
-        self._waiting.append(_Waiting(row, prefill))
+        """Let a request wait for its turn; see ``add_all``."""
+        (row,) = self.add_all([request], [prompt_cache])
         return row
 
     def add_all(
@@ -286,31 +168,50 @@ class Decoder:
         requests: Sequence[Request],
         prompt_caches: Sequence[Sequence[Any] | None],
     ) -> list[Row]:
-        """``add`` for several requests: all of them, or none where one raises."""
-        waiting = self._waiting.copy(), self.num_added
-        try:
-            return [
-                self.add(request, caches)
-                for request, caches in zip(requests, prompt_caches, strict=True)
-            ]
-        except RequestError:
-            self._waiting, self.num_added = waiting
-            raise
+        """Let requests wait for their turn: all of them, or none where one may not.
 
-    def tokens_of(self, row: Row) -> list[int]:
-        """The tokens that a row's caches hold now, those of its history included."""
-        request = row.request
-        waiting = next((w for w in self._waiting if w.row is row), None)
-        num_read = len(request.prompt) if waiting is None else waiting.prefill.num_read
-        return [*request.history, *request.prompt[:num_read], *row.emitted]
+        Args:
+            requests: Checked ones.
+            prompt_caches: mlx-lm's caches that hold what comes before each prompt; they
+                are read, not written. None for none.
+
+        Returns:
+            The rows that they become.
+
+        Raises:
+            RequestError: One could never fit into ``max_kv_bytes``, or the caches are
+                not the target's.
+        """
+        entries = [
+            self._entry(request, caches, self.num_added + i)
+            for i, (request, caches) in enumerate(
+                zip(requests, prompt_caches, strict=True)
+            )
+        ]
+        self._waiting.append(entries)
+        self.num_added += len(entries)
+        return [entry.row for entry in entries]
+
+    def _entry(
+        self, request: Request, prompt_cache: Sequence[Any] | None, index: int
+    ) -> Waiting:
+        """A row and its prompt, yet to be read."""
+        target, caches = self._engine.target, None
+        if prompt_cache is not None:
+            caches = read_prompt_cache(target.layout, prompt_cache)
+        num_cached = caches[0].offset if caches else 0
+        row = Row.of(request, index=index, num_cached=num_cached)
+        prefill = Prefill(target, request.prompt, caches=caches, stops=request.pauses)
+        return Waiting(row, prefill)
 
     def remove(self, row: Row) -> None:
         """Send a row away, wherever it is; for one that has ended nothing happens."""
         if row.is_live:
             row.finish_reason = "removed"
-            self._has_left = True
-            self._waiting = deque(w for w in self._waiting if w.row is not row)
-            self._update_seats()
+            self._waiting.remove(row)
+            self._leave()
+            if not self._seats.live:
+                self._rest()
 
     def extract(
         self,
@@ -318,7 +219,7 @@ class Decoder:
         *,
         num_emitted: int | None = None,
         into: Sequence[Any] | None = None,
-    ) -> Sequence[Any]:
+    ) -> list[Any]:
         """A row's keys and values as mlx-lm's prompt cache; the row goes on.
 
         Args:
@@ -333,20 +234,22 @@ class Decoder:
         Raises:
             RequestError: The row has left.
         """
-        waiting = next((w for w in self._waiting if w.row is row), None)
-        if waiting is not None:
-            caches = [cache.copy() for cache in waiting.prefill.caches]
-        else:
-            caches = self._taken(row, num_emitted)
+        layout, waiting = self._engine.target.layout, self._waiting.find(row)
+        caches = (
+            self._taken(row, num_emitted)
+            if waiting is None
+            else [cache.copy() for cache in waiting.prefill.caches]
+        )
         if into is None:
-            return make_prompt_cache(self._layout, caches)
-        update_prompt_cache(self._layout, into, caches)
-        return into
+            return list(make_prompt_cache(layout, caches))
+        update_prompt_cache(layout, into, caches)
+        return list(into)
 
-    @property
-    def rows(self) -> list[Row]:
-        """The rows that wait, in order, and before them those that decode."""
-        return [*self._seats.live, *(w.row for w in self._waiting)]
+    def tokens_of(self, row: Row) -> list[int]:
+        """The tokens that a row's caches hold now, those of its history included."""
+        request, waiting = row.request, self._waiting.find(row)
+        num_read = len(request.prompt) if waiting is None else waiting.prefill.num_read
+        return [*request.history, *request.prompt[:num_read], *row.emitted]
 
     @property
     def num_live(self) -> int:
@@ -366,12 +269,7 @@ class Decoder:
     @property
     def kv_bytes(self) -> int:
         """Memory of the slabs."""
-        if self._state is None:
-            return 0
-        capacity = self._layout.capacity(self._state.slabs)
-        return self._layout.num_bytes(len(self._seats), capacity)
-
-    # --- running ------------------------------------------------------------------
+        return self._seats.num_bytes
 
     def run(
         self, on_progress: Callable[[Progress], None] | None = None
@@ -402,9 +300,9 @@ class Decoder:
     def step(self) -> Step:
         """Run one round of the rows that decode, then read a chunk of prompts."""
         emissions = self._round() if self._wants_round() else []
+        read = self._read_chunk()
         if not self._seats.live:
             self._rest()
-        read = self._read_chunk()
         return replace(read, emissions=[*emissions, *read.emissions])
 
     def close(self) -> None:
@@ -422,10 +320,8 @@ class Decoder:
             mx.eval([queued.report.tokens for queued in self._in_flight])
         finally:
             self._in_flight.clear()
-            self._state = self._verified = None
+            self._verified = None
             self._seats.clear()
-
-    # --- prompts ------------------------------------------------------------------
 
     def _read_all(
         self, on_progress: Callable[[Progress], None] | None
@@ -442,87 +338,40 @@ class Decoder:
         return _checked(emissions)
 
     def _read_chunk(self) -> Step:
-        """Read a chunk of the prompts that wait, first come, first served."""
+        """Read a chunk of the prompts that wait, as far as rows are let in."""
         emissions: list[Emission] = []
         reports: list[Progress] = []
         num_read, budget = 0, self._prefill_step_size
-        while budget > 0 and self._waiting and self._lets_in(self._waiting[0]):
-            waiting = self._waiting[0]
-            prefill = waiting.prefill
+        while budget > 0 and (waiting := self._waiting.next(self._seats.live)):
+            row, prefill = waiting.row, waiting.prefill
             with self._timer.prefill():
                 size = prefill.read(budget)
+            self._timer.disturb()
             num_read += size
             budget -= max(size, _SMALLEST_CHUNK)
-            self._timer.disturb()
+            is_paused = prefill.is_stopped and not prefill.is_done
             reports.append(
-                Progress(
-                    waiting.row,
-                    prefill.num_read,
-                    prefill.num_tokens,
-                    prefill.is_stopped and not prefill.is_done,
-                )
+                Progress(row, prefill.num_read, prefill.num_tokens, is_paused)
             )
             if prefill.is_done:
-                self._waiting.popleft()
-                emissions += self._seat(waiting.row, prefill.filled)
-            elif prefill.is_stopped:
+                self._waiting.remove(row)
+                emissions.append(self._begin(row, prefill.filled))
+            elif is_paused:
                 break  # for the caller to take the caches
         return Step(emissions, reports, num_read)
 
-    def _lets_in(self, waiting: _Waiting) -> bool:
-        """Whether there is a seat and memory for a row, or it is being read already."""
-        if waiting.prefill.num_read or self._num_seats:
-            return True
-        live = self._seats.live
-        if len(live) >= self._max_rows:
-            return False
-        return self._max_kv_bytes is None or (
-            self._most_bytes([*live, waiting.row]) <= self._max_kv_bytes
-        )
-
-    def _check_fit(self, row: Row) -> None:
-        """Raise if a row does not fit into memory, even alone."""
-        if self._max_kv_bytes is None:
-            return
-        needed = self._most_bytes([row])
-        if needed > self._max_kv_bytes:
-            length = row.last_position
-            raise RequestError(
-                f"a request must fit into {self._max_kv_bytes / 1e6:.0f} MB of keys "
-                f"and values: got {needed / 1e6:.0f} MB for "
-                f"{'no limit' if length is None else f'{length} tokens'}, prompt "
-                "included. Ask for fewer tokens, or allow more memory."
-            )
-
-    def _most_bytes(self, rows: Sequence[Row]) -> float:
-        """The most memory that rows can come to need together."""
-        slots = most_slots(rows)
-        if slots is None:
-            return float("inf")
-        return self._layout.num_bytes(seats_for(len(rows)), slots)
-
-    def _seat(self, row: Row, filled: Prefilled) -> list[Emission]:
-        """Choose the first token of a prompt that was read, and give it a seat."""
+    def _begin(self, row: Row, filled: Prefilled) -> Emission:
+        """Choose the first token of a prompt that was read, and give the row a seat."""
         outcome = self._first(row, filled)
-        (emission,) = self._emit((row,), [outcome], keep=False)
-        first_position = oldest_kept(filled.caches, self._layout)
-        seat = self._free_seat(row, filled.hidden)
-        state, self._state = self._state, None
-        assert state is not None
-        insert_row(state.slabs, self._layout, seat, filled.caches)
-        self._state = with_row(
-            state,
-            seat,
-            last_token=(outcome.tokens or [0])[-1],
-            hidden=filled.hidden,
-            offset=row.offset,
-        )
-        self._seats.sit(row, seat, first_position=first_position)
+        (emission,) = _emissions((row,), [outcome])
+        self._seats.sit(row, filled, (outcome.tokens or [0])[-1])
         if self._seats.settings.rule.near_tie is not None:
             self.stats.add_near_ties(0)
-        self._update_seats()
-        mx.clear_cache()
-        return [self._with_cache(emission)]
+        self._seat_drafts()
+        if emission.finish_reason is not None:
+            emission = self._with_cache(emission)
+            self._leave()
+        return emission
 
     def _first(self, row: Row, filled: Prefilled) -> _Outcome:
         """Choose the token behind a prompt."""
@@ -547,105 +396,38 @@ class Decoder:
         )
         return outcome
 
-    # --- seats --------------------------------------------------------------------
+    def _leave(self) -> None:
+        """Some rows have ended."""
+        self._seats.leave()
+        self._seat_drafts()
 
-    def _free_seat(self, row: Row, hidden: mx.array) -> int:
-        """A seat for a row, and slots enough; there may be none yet of either."""
-        if not self._num_seats:
-            self._room.rows = [*self._seats.live, row]
-        needed = self._room.initial_capacity()
-        if self._state is None:
-            num_seats = self._num_seats or seats_for(1)
-            slabs = self._layout.allocate(num_seats, needed)
-            self._state = empty_state(slabs, hidden)
-            self._seats.arrange([None] * num_seats)
-        elif not self._num_seats:
-            capacity = self._capacity
-            if self._seats.free_seat() is None:
-                self._resize(max(capacity, needed), seats_for(len(self._room.rows)))
-            elif needed > capacity:
-                self._resize(max(needed, self._room.grown(capacity)), len(self._seats))
-        seat = self._seats.free_seat()
-        assert seat is not None
-        return seat
-
-    def _update_seats(self) -> None:
-        """Let settings and room follow the rows, after some have joined or ended."""
-        live = self._seats.live
-        if not live:
-            return
-        self._seats.update()
-        if not self._num_seats:
-            self._room.rows = live
+    def _seat_drafts(self) -> None:
+        """Let the choice of drafts follow the rows."""
+        if live := self._seats.live:
             self._draft_length.seat(
                 len(self._seats),
                 rule=self._seats.rule_names,
                 context=max(row.offset for row in live),
             )
 
-    def _shrink(self) -> None:
-        """Give up seats and slots that the rows that are left do not need."""
-        self._has_left = False
-        num_seats, capacity = seats_for(len(self._seats.live)), self._capacity
-        needed = self._room.initial_capacity()
-        is_roomy = 2 * needed <= capacity
-        if num_seats < len(self._seats) or is_roomy:
-            self._resize(needed if is_roomy else capacity, num_seats)
-            self._update_seats()
-
-    def _resize(self, capacity: int, num_seats: int) -> None:
-        """Change slots and seats; live rows keep what they have."""
-        state, self._state = self._state, None
-        assert state is not None
-        assert self._verified is None  # no round is between verify and commit
-        rows = None
-        if not self._num_seats:
-            taken = self._seats.taken
-            # An empty seat goes on as a copy of the first: any row will do.
-            rows = [*taken, *[taken[0]] * (num_seats - len(taken))]
-            seated = [self._seats.rows[i] for i in taken]
-            self._seats.arrange([*seated, *[None] * (num_seats - len(taken))])
-            state = with_rows(state, rows)
-        slabs = list(state.slabs)
-        state = replace(state, slabs=[])
-        resize(slabs, self._layout, capacity, rows=rows)
-        mx.clear_cache()
-        self._timer.disturb()
-        self._state = replace(state, slabs=slabs)
-
-    @property
-    def _capacity(self) -> int:
-        """Slots of the full layers."""
-        assert self._state is not None
-        return self._layout.capacity(self._state.slabs)
-
     def _taken(self, row: Row, num_emitted: int | None) -> list[PrefillCache]:
         """Caches that hold a seated row's prompt and so many of its tokens."""
-        seat, state = self._seats.seat_of(row), self._state
-        if seat is None or state is None:
-            raise RequestError(
-                "the caches of a row must be taken while it has its seat: got one "
-                "that has left. Set keeps_cache in its request."
-            )
         tokens = row.emitted if num_emitted is None else row.emitted[:num_emitted]
         start = row.num_cached + len(row.request.prompt)
         # A round in flight has written the newest token of the one before.
         num_written = row.offset + any(row in queued.rows for queued in self._in_flight)
         num_tokens = min(start + len(tokens), num_written)
-        caches = take_row(
-            state.slabs,
-            self._layout,
-            seat,
-            num_tokens=num_tokens,
-            first_position=self._seats.first_position(row),
-        )
+        caches = self._seats.take(row, num_tokens)
+        if caches is None:
+            raise RequestError(
+                "the caches of a row must be taken while it has its seat: got one "
+                "that has left. Set keeps_cache in its request."
+            )
         if missing := tokens[num_tokens - start :]:
             rest = Prefill(self._engine.target, missing, caches=caches)
             while not rest.is_done:
                 rest.read(self._prefill_step_size)
         return caches
-
-    # --- rounds -------------------------------------------------------------------
 
     def _round(self) -> list[Emission]:
         """Queue rounds, one ahead where that can be, and read the oldest."""
@@ -655,11 +437,13 @@ class Decoder:
 
     def _queue_round(self) -> None:
         """Queue one round on the device."""
-        self._fit()
-        state, self._state = self._state, None
+        if self._seats.fit(self._drafts_in_flight, may_shrink=not self._waiting):
+            self._timer.disturb()
+            self._seat_drafts()
+        capacity, settings = self._seats.capacity, self._seats.settings
+        state, self._seats.state = self._seats.state, None
         assert state is not None
-        settings, min_rows = self._seats.settings, self._route.min_rows
-        capacity = self._layout.capacity(state.slabs)
+        min_rows = self._route.min_rows
         count = self._choose_drafts(capacity)
         is_ready = count not in self._not_ready(capacity)
         start = time.perf_counter()
@@ -669,10 +453,10 @@ class Decoder:
             )
             queued = self._verified.arrays
         else:
-            self._state, report = self._engine.run(
+            self._seats.state, report = self._engine.run(
                 state, settings, num_draft_tokens=count, min_rows=min_rows
             )
-            queued = self._state.arrays
+            queued = self._seats.state.arrays
         # The last reference to the old slabs, which are then written in place.
         del state
         with self._timer.queue():
@@ -694,7 +478,7 @@ class Decoder:
         live = self._seats.live
         left = [row.num_left for row in live]
         limits = [n - len(self._in_flight) for n in left if n is not None]
-        allowed = self._room.allowed(self._route.allowed, capacity)
+        allowed = self._seats.room.allowed(self._route.allowed, capacity)
         most = max(row.request.max_draft_tokens for row in live)
         return self._draft_length.choose(
             [k for k in allowed if k <= most],
@@ -821,7 +605,7 @@ class Decoder:
         next_token = mx.array(
             [(o.tokens or [0])[-1:] for o in outcomes], dtype=mx.int32
         )
-        self._state = self._engine.commit(
+        self._seats.state = self._engine.commit(
             verified, self._seats.settings, accepted=Accepted(num_accepted, next_token)
         )
 
@@ -829,15 +613,12 @@ class Decoder:
         self,
         rows: Sequence[Row | None],
         outcomes: Sequence[_Outcome],
-        *,
-        keep: bool = True,
     ) -> list[Emission]:
         """Turn what was decided into the live rows' emissions."""
         emissions = list(_emissions(rows, outcomes))
-        if keep and any(e.finish_reason for e in emissions):
+        if any(e.finish_reason for e in emissions):
             emissions = [self._with_cache(e) for e in emissions]
-            self._has_left = True
-            self._update_seats()
+            self._leave()
         return emissions
 
     def _with_cache(self, emission: Emission) -> Emission:
@@ -845,7 +626,7 @@ class Decoder:
         row = emission.row
         if not row.request.keeps_cache or emission.finish_reason in (None, "error"):
             return emission
-        return replace(emission, prompt_cache=list(self.extract(row)))
+        return replace(emission, prompt_cache=self.extract(row))
 
     def _can_queue(self) -> bool:
         """Whether a round may be queued beside those in flight."""
@@ -853,7 +634,7 @@ class Decoder:
             return False
         if not self._in_flight:
             return True
-        return self._room.is_known(self._capacity, self._drafts_in_flight)
+        return self._seats.room.is_known(self._seats.capacity, self._drafts_in_flight)
 
     @property
     def _can_look_ahead(self) -> bool:
@@ -874,14 +655,6 @@ class Decoder:
             row.wants_more_than(sum(row in queued.rows for queued in in_flight))
             for row in self._seats.live
         )
-
-    def _fit(self) -> None:
-        """Before a round is queued: no seat too many, and no slot too few."""
-        if self._has_left and not self._num_seats and not self._waiting:
-            self._shrink()
-        capacity = self._capacity
-        if self._room.must_grow(capacity, self._drafts_in_flight):
-            self._resize(self._room.grown(capacity), len(self._seats))
 
 
 def _emissions(

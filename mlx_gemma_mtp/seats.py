@@ -1,8 +1,8 @@
-"""Which row sits where in the batch, and what the rounds must know of it.
+"""The batch: which row sits where, its slabs, and what rounds must know of it.
 
 A compiled round has a fixed number of seats. A row that has ended keeps its seat, which
-is frozen, until another one needs it; an empty seat is computed and never seen. Knows
-nothing of models, caches or rounds.
+is frozen, until another row needs it; an empty seat is computed and never seen. Knows
+nothing of drafts, of rounds or of when rows come and go.
 """
 
 from __future__ import annotations
@@ -12,10 +12,20 @@ from dataclasses import replace
 
 import mlx.core as mx
 
+from .cache import PrefillCache, SlabLayout, insert_row, oldest_kept, resize, take_row
+from .room import Room
 from .row import Row
 from .sampling import SamplingRule
-from .state import RowSettings, row_settings
+from .state import (
+    RoundState,
+    RowSettings,
+    empty_state,
+    row_settings,
+    with_row,
+    with_rows,
+)
 from .stats import joined_rules
+from .target import Prefilled
 
 # Few numbers of seats, so that few rounds are traced; beyond them multiples of 8.
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -30,20 +40,40 @@ class Seats:
     """The seats of a batch.
 
     Args:
+        layout: Of the slabs.
+        reserved: Rows that have a seat each from the start; ``()`` where rows come and
+            go.
+        is_fixed: See ``Room``.
         near_tie: See ``SamplingRule``.
 
     Attributes:
         rows: Who sits where; None for a seat that was never taken.
-        settings: What the next round must know of them.
+        state: What the last round left; None where nobody sits, and while a round
+            stands before its commit. Whoever runs a round takes it out, so that slabs
+            are written in place.
+        settings: What the next round must know of the rows.
+        room: How many slots there must be.
     """
 
     settings: RowSettings
 
-    def __init__(self, *, near_tie: float | None = None) -> None:
+    def __init__(
+        self,
+        layout: SlabLayout,
+        *,
+        reserved: Sequence[Row] = (),
+        is_fixed: bool = False,
+        near_tie: float | None = None,
+    ) -> None:
         self.rows: list[Row | None] = []
+        self.state: RoundState | None = None
+        self.room = Room(list(reserved), is_fixed=is_fixed)
+        self._layout = layout
+        self._num_reserved = len(reserved)
         self._first_positions: dict[Row, int] = {}
         self._near_tie = near_tie
         self._rule: SamplingRule | None = None
+        self._has_left = False  # rows, since seats were last counted
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,52 +84,103 @@ class Seats:
         return [row for row in self.rows if row is not None and row.is_live]
 
     @property
-    def taken(self) -> list[int]:
-        """The seats of the live rows."""
-        return [i for i, row in enumerate(self.rows) if row is not None and row.is_live]
-
-    @property
     def rule_names(self) -> str:
         """The rules of the live rows, in words."""
         return joined_rules(sorted({row.request.rule for row in self.live}))
 
-    def free_seat(self) -> int | None:
-        """A seat that nobody needs; None where there is none."""
-        taken = set(self.taken)
-        return next((i for i in range(len(self.rows)) if i not in taken), None)
+    @property
+    def capacity(self) -> int:
+        """Slots of the full layers."""
+        assert self.state is not None
+        return self._layout.capacity(self.state.slabs)
 
-    def seat_of(self, row: Row) -> int | None:
-        """Where a row sits; None where it does not."""
-        return self.rows.index(row) if row in self.rows else None
-
-    def arrange(self, rows: Sequence[Row | None]) -> None:
-        """Take other seats, as many as there are entries."""
-        self.rows = list(rows)
-        if self.live:
-            self.update()
-
-    def sit(self, row: Row, seat: int, *, first_position: int) -> None:
-        """Let a row take a seat.
-
-        Args:
-            row: The row.
-            seat: Which seat.
-            first_position: The oldest position that its rings hold keys for.
-        """
-        self.rows[seat] = row
-        self._first_positions[row] = first_position
-        self.update()
-
-    def first_position(self, row: Row) -> int:
-        """The oldest position that a row's rings hold keys for."""
-        return self._first_positions[row]
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the slabs."""
+        if self.state is None:
+            return 0
+        return self._layout.num_bytes(len(self), self.capacity)
 
     def clear(self) -> None:
         """Send everybody away, and forget what they asked for."""
-        self.rows, self._first_positions, self._rule = [], {}, None
+        self.rows, self.state = [], None
+        self._first_positions, self._rule = {}, None
+
+    def sit(self, row: Row, filled: Prefilled, last_token: int) -> None:
+        """Give a seat to a row whose prompt was read.
+
+        Args:
+            row: The row.
+            filled: What reading its prompt gave; the caches are emptied.
+            last_token: The token that was chosen behind it.
+        """
+        first_position = oldest_kept(filled.caches, self._layout)
+        seat = self._free_seat(row, filled.hidden)
+        state, self.state = self.state, None
+        assert state is not None
+        insert_row(state.slabs, self._layout, seat, filled.caches)
+        self.state = with_row(
+            state,
+            seat,
+            last_token=last_token,
+            hidden=filled.hidden,
+            offset=row.offset,
+        )
+        self.rows[seat] = row
+        self._first_positions[row] = first_position
+        self.update()
+        mx.clear_cache()
+
+    def leave(self) -> None:
+        """Some rows have ended: let settings and room follow."""
+        self._has_left = True
+        if self.live:
+            self.update()
+
+    def fit(self, in_flight: Sequence[int], *, may_shrink: bool) -> bool:
+        """Before a round is queued: no slot too few and, if asked, none too many.
+
+        Args:
+            in_flight: Drafts of each round in flight.
+            may_shrink: Whether seats and slots that nobody needs are given up.
+
+        Returns:
+            Whether something has changed.
+        """
+        num_seats, capacity = len(self), self.capacity
+        wanted = (num_seats, capacity)
+        if may_shrink and self._has_left and not self._num_reserved:
+            self._has_left = False
+            needed = self.room.initial_capacity()
+            is_roomy = 2 * needed <= capacity
+            wanted = (seats_for(len(self.live)), needed if is_roomy else capacity)
+        if self.room.must_grow(capacity, in_flight):
+            wanted = (wanted[0], self.room.grown(capacity))
+        if wanted == (num_seats, capacity):
+            return False
+        self._resize(*wanted)
+        return True
+
+    def take(self, row: Row, num_tokens: int) -> list[PrefillCache] | None:
+        """Caches that hold a row's first tokens; None where it does not sit here.
+
+        Args:
+            row: The row.
+            num_tokens: How many tokens; the newest of them must have been written
+                within the last two rounds.
+        """
+        if row not in self.rows or self.state is None:
+            return None
+        return take_row(
+            self.state.slabs,
+            self._layout,
+            self.rows.index(row),
+            num_tokens=num_tokens,
+            first_position=self._first_positions[row],
+        )
 
     def update(self) -> None:
-        """Let the settings follow the rows, after one has joined or ended."""
+        """Let settings and room follow the rows."""
         present = [row for row in self.rows if row is not None]
         self._first_positions = {row: self._first_positions[row] for row in present}
         # An empty seat must ask for nothing that no row asks for.
@@ -125,3 +206,45 @@ class Seats:
                 [self._first_positions[row] for row in rows], dtype=mx.int32
             ),
         )
+        if not self._num_reserved:
+            self.room.rows = self.live
+
+    def _free_seat(self, row: Row, hidden: mx.array) -> int:
+        """A seat for a row, and slots enough; there may be none yet of either."""
+        if not self._num_reserved:
+            self.room.rows = [*self.live, row]
+        needed = self.room.initial_capacity()
+        if self.state is None:
+            num_seats = self._num_reserved or seats_for(1)
+            slabs = self._layout.allocate(num_seats, needed)
+            self.state = empty_state(slabs, hidden)
+            self.rows = [None] * num_seats
+        elif not self._num_reserved:
+            num_seats, capacity = len(self), self.capacity
+            if len(self.live) == num_seats:
+                num_seats = seats_for(num_seats + 1)
+            if needed > capacity:
+                capacity = max(needed, self.room.grown(capacity))
+            if (num_seats, capacity) != (len(self), self.capacity):
+                self._resize(num_seats, capacity)
+        return next(i for i, r in enumerate(self.rows) if r is None or not r.is_live)
+
+    def _resize(self, num_seats: int, capacity: int) -> None:
+        """Change seats and slots; live rows keep what they have."""
+        state, self.state = self.state, None
+        assert state is not None  # no round is between verify and commit
+        taken = None
+        if not self._num_reserved:
+            taken = [i for i, r in enumerate(self.rows) if r is not None and r.is_live]
+            num_empty = num_seats - len(taken)
+            self.rows = [*(self.rows[i] for i in taken), *[None] * num_empty]
+            # An empty seat goes on as a copy of the first: any row will do.
+            taken += [*taken, 0][:1] * num_empty
+            state = with_rows(state, taken)
+        slabs = list(state.slabs)
+        state = replace(state, slabs=[])
+        resize(slabs, self._layout, capacity, rows=taken)
+        mx.clear_cache()
+        self.state = replace(state, slabs=slabs)
+        if self.live:
+            self.update()

@@ -17,8 +17,9 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .config import SamplingParams
-from .decoder import Decoder, Emission, Progress
+from .decoder import Decoder
 from .drafter import Drafter
+from .emission import Emission, Progress
 from .fit import check_fit
 from .logprobs import whole_logprobs
 from .pair import Pair, pair_of

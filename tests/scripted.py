@@ -103,3 +103,57 @@ def look_up(scripts: mx.array, hidden: mx.array) -> mx.array:
     is_inside = positions < scripts.shape[1]
     tokens = scripts[rows, mx.where(is_inside, positions, 0)]
     return mx.where(is_inside, tokens, 0)
+
+
+CHAIN_SIZE = 97  # of the chains' vocabulary: tokens below it
+
+
+def successor(token, position):
+    """The token that follows a token at a position; its parity stays."""
+    return (token + 2 * ((7 * position) % 40) + 2) % 96
+
+
+class ChainTarget:
+    """A target whose text is a function of the last token and its position alone.
+
+    So a row's text does not depend on where it sits: for rows that join and leave.
+    """
+
+    def __init__(self) -> None:
+        self.vocab_size = CHAIN_SIZE
+        self.layout = SlabLayout((LayerKV(FULL, 1, 1),), window=4, dtype=mx.float32)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        return tokens[..., None].astype(mx.float32)
+
+    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
+        positions = caches[0].offset + mx.arange(tokens.size)
+        zeros = mx.zeros((1, 1, tokens.size, 1))
+        caches[0].update_and_fetch(zeros, zeros)
+        logits, hidden = self._predict(tokens[None], positions[None])
+        return Prefilled(logits[:, -1:], hidden[:, -1:], caches)
+
+    def verify(self, tokens, slabs, *, offset, first_position) -> TargetOutput:
+        positions = offset[:, None] + mx.arange(tokens.shape[1])
+        return TargetOutput(*self._predict(tokens, positions), slabs)
+
+    def _predict(
+        self, tokens: mx.array, positions: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Logits and, as hidden states, the positions of the predicted tokens."""
+        following = successor(tokens, positions)
+        logits = (mx.arange(CHAIN_SIZE) == following[..., None]).astype(mx.float32)
+        return 9 * logits, (positions + 1)[..., None].astype(mx.float32)
+
+
+class ChainDrafter:
+    """Is always right about even tokens, and always wrong about odd ones."""
+
+    layer_types = (FULL,)
+
+    def __call__(self, embedding, hidden, shared_kv, *, position) -> DraftOutput:
+        token = embedding[..., 0].astype(mx.int32)
+        following = successor(token, hidden[..., 0].astype(mx.int32))
+        following = mx.where(token % 2 == 0, following, (following + 2) % 96)
+        logits = (mx.arange(CHAIN_SIZE) == following[..., None]).astype(mx.float32)
+        return DraftOutput(9 * logits, None, hidden + 1)

@@ -111,7 +111,7 @@ def test_rounds_write_the_slabs_in_place(monkeypatch, num_draft_tokens, look_ahe
     rounds = decoder.run()
     for _ in range(3):
         next(rounds)
-    state = decoder._state
+    state = decoder._seats.state
     assert state is not None
     largest = max(slab.nbytes for slab in state.slabs)
     del state
@@ -157,8 +157,8 @@ def test_text_does_not_change_where_the_slabs_grow(monkeypatch, num_draft_tokens
     layout, capacities, tokens = pair.rounds.target.layout, set(), []
     for emissions in decoder.run():
         tokens += emissions[0].tokens
-        if decoder._state is not None:
-            capacities.add(layout.capacity(decoder._state.slabs))
+        if decoder._seats.state is not None:
+            capacities.add(layout.capacity(decoder._seats.state.slabs))
     assert capacities >= {64, 96}
     assert tokens == expected
 
@@ -189,7 +189,7 @@ def test_closing_early_leaves_nothing_in_flight():
     assert len(decoder._in_flight) == 1
     rounds.close()
     assert not decoder._in_flight
-    assert decoder._state is None
+    assert decoder._seats.state is None
 
 
 def test_compiled_and_uncompiled_rounds_agree():

@@ -361,7 +361,7 @@ class TestMistakes:
         stream.close()
         decoder = decoders[-1]
         assert not decoder._in_flight
-        assert decoder._state is None
+        assert decoder._seats.state is None
         assert decoder._verified is None
         assert len(calls) == call + 1
 
@@ -463,8 +463,8 @@ class TestEngine:
         rounds = decoder.run()
         for _ in range(3):
             next(rounds)
-        assert decoder._state is not None
-        largest = max(slab.nbytes for slab in decoder._state.slabs)
+        assert decoder._seats.state is not None
+        largest = max(slab.nbytes for slab in decoder._seats.state.slabs)
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
@@ -512,7 +512,7 @@ class TestEngine:
         row = HostRow(
             [1, 2], processors=[spoil], sampler=None, sampling=SamplingParams()
         )
-        judged = row.judge(block, [3, 3, 4], is_end=lambda *_: False)
+        judged = row.judge(block, [3, 3, 4], is_end=lambda _: False)
         assert (judged.num_accepted, judged.tokens) == (2, [3, 3, 3])
         assert judged.logits.shape == (1, 3, SCRIPTED_SIZE)
         assert np.array_equal(np.array(block), before)
@@ -532,10 +532,10 @@ class TestEngine:
         def row():
             return HostRow([1], processors=[], sampler=None, sampling=sampling)
 
-        judged = row().judge(block, drafts, is_end=lambda token, _: token == end)
+        judged = row().judge(block, drafts, is_end=lambda token: token == end)
         single, expected = row(), []
         for i, draft in enumerate([*drafts, None]):
-            step = single.judge(block[i, None], [], is_end=lambda *_: False)
+            step = single.judge(block[i, None], [], is_end=lambda _: False)
             expected += step.tokens
             if step.tokens[0] != draft or draft == end:
                 break

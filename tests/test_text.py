@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_gemma_mtp import sampling
 from mlx_gemma_mtp import text as text_module
 from mlx_gemma_mtp import tokens as tokens_module
-from mlx_gemma_mtp.decoder import Emission
+from mlx_gemma_mtp.emission import Emission
 from mlx_gemma_mtp.errors import PairingError, RequestError
 from mlx_gemma_mtp.load import load, load_pair
 from mlx_gemma_mtp.row import Request, Row
@@ -108,7 +108,7 @@ def script(monkeypatch, model, tokenizer):
             def __init__(self, *args, **kwargs):
                 pass
 
-            def run(self):
+            def run(self, on_progress):
                 row = Row.of(Request([1], None))
                 for block in blocks:
                     reason = finish if block is blocks[-1] else None
@@ -214,10 +214,10 @@ class TestStream:
         for _ in range(2):
             stream = stream_generate(model, tokenizer, PROMPT, max_tokens=24)
             found = list(islice(stream, 5))
-            assert decoders[-1]._state is not None
+            assert decoders[-1]._seats.state is not None
             stream.close()
             assert not decoders[-1]._in_flight
-            assert decoders[-1]._state is None
+            assert decoders[-1]._seats.state is None
             assert ids_of(found) == ids_of(plain)[:5]
 
 
@@ -360,7 +360,7 @@ class TestEnds:
         responses(model, tokenizer, stop=joined(plain)[9:13], **settings)
         (decoder,) = decoders
         assert not decoder._in_flight
-        assert decoder._state is None
+        assert decoder._seats.state is None
         assert decoder.stats.rounds < 24
 
     def test_a_stop_string_over_tokens_and_blocks(self, script, tokenizer):

@@ -221,10 +221,10 @@ class TestClosing:
         stream = self.start(pair, prompt)
         first = list(islice(stream, 3))
         (decoder,) = decoders
-        assert decoder._state is not None  # it was in the middle of it
+        assert decoder._seats.state is not None  # it was in the middle of it
         stream.close()
         assert not decoder._in_flight
-        assert decoder._state is None
+        assert decoder._seats.state is None
         assert list(self.start(pair, prompt))[:3] == first
 
     def test_two_at_once(self, pair):
