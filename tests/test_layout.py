@@ -237,13 +237,14 @@ def test_package_list_is_the_tree():
     assert setuptools["package-dir"] == {"mlx_gemma_mtp.convert": "convert"}
 
 
-def test_embedded_pair_is_package_data():
+def test_what_is_no_code_is_package_data():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = settings["tool"]["setuptools"]["package-data"]["mlx_gemma_mtp"]
     listed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
-    data = {p for p in (PACKAGE / "embedded").rglob("*") if p.is_file()}
+    files = {p for p in PACKAGE.rglob("*") if p.is_file()}
+    data = {p for p in files if p.suffix not in (".py", ".pyc")}
+    assert {PACKAGE / "py.typed", PACKAGE / "server" / "page.html"} <= data
     assert data <= listed
-    assert PACKAGE / "py.typed" in listed
 
 
 def test_package_import_is_free():
