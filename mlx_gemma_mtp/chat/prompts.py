@@ -17,13 +17,16 @@ _ADVICE = (
     "Change the system prompt (/system) or --chat-template-config, or use "
     "--ignore-chat-template."
 )
-# Answers that begin differently, a space and a line end among them: what follows may
-# become one token with the end of what was there.
-_ANSWERS = ("x", " ", "\n")
 
 
 class Prompts(Protocol):
-    """Makes prompts of conversations."""
+    """Makes prompts of conversations.
+
+    Attributes:
+        answers: Answers that show how the next prompt may go on.
+    """
+
+    answers: tuple[str, ...]
 
     def tokens(self, conversation: Conversation, *further: str) -> list[int]:
         """The prompt of a conversation and what is said next, token ids."""
@@ -36,6 +39,9 @@ class TemplatePrompts:
         tokenizer: A tokenizer of mlx-lm's that has a chat template.
         config: More arguments for the template.
     """
+
+    # One is enough: templates put a mark between messages, a token of its own.
+    answers: tuple[str, ...] = ("x",)
 
     def __init__(self, tokenizer: Any, config: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
@@ -59,6 +65,9 @@ class PlainPrompts:
     Args:
         tokenizer: The tokenizer.
     """
+
+    # A space or a line end may become one token with the line end before it.
+    answers: tuple[str, ...] = ("x", " ", "\n")
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -93,7 +102,7 @@ def num_stable(
         The number, at most ``len(prompt) - 1``: one token must be left to read.
     """
     stable = len(prompt) - 1
-    for answer in _ANSWERS:
+    for answer in prompts.answers:
         try:
             later = prompts.tokens(conversation, question, answer, "x")
         except RequestError:  # of these messages; the real ones may pass
