@@ -1,9 +1,9 @@
 """Load on the server: many streaming clients, some of whom misbehave.
 
 Phase 1, stress: ``--clients`` clients send valid requests (half of them greedy, half
-with a seed), go away in the middle, send malformed and oversized bodies. It fails unless
-every valid request gets exactly the text that the same request gets alone, every bad one
-its error, and the process's memory stays flat after the warm-up.
+with a seed), go away in the middle, send malformed and oversized bodies. It fails
+unless every valid request gets exactly the text that it gets alone, every bad one its
+error, and the process's memory stays flat after the warm-up.
 
 Phase 2, compare: the same number of clients with greedy requests only, against this
 server and against ``mlx_lm.server`` without a drafter, one after the other.
@@ -337,7 +337,7 @@ def running(command: Sequence[str], port: int | None) -> Iterator[tuple[int, int
         command: The command.
         port: Where it will listen; None to read that from what it says.
     """
-    log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+    log = tempfile.NamedTemporaryFile("w+", suffix=".log")
     with log:
         process = subprocess.Popen(
             [sys.executable, "-m", *command], stderr=log, stdout=log

@@ -100,8 +100,9 @@ class Reply:
         Raises:
             AnswerError: Nothing more will come.
         """
-        if not self._pending and not self.is_over:
-            await self._next_news(patience)
+        time_left = True
+        while time_left and not self._pending and not self.is_over:
+            time_left = await self._next_news(patience)
         if self.failure is not None and not self._pending:
             raise self.failure
         pending, self._pending = self._pending, {}
@@ -118,8 +119,8 @@ class Reply:
         if piece.finish_reason is not None:
             self._num_finished += 1
 
-    async def _next_news(self, patience: float | None) -> None:
-        """Wait for an event, or until time runs out."""
+    async def _next_news(self, patience: float | None) -> bool:
+        """Wait for an event; False where time ran out."""
         alarm = None
         if patience is not None:
             alarm = asyncio.get_running_loop().call_later(patience, self._news.set)
@@ -129,3 +130,4 @@ class Reply:
             if alarm is not None:
                 alarm.cancel()
         self._news.clear()
+        return alarm is None or alarm.when() > asyncio.get_running_loop().time()

@@ -145,9 +145,11 @@ class Worker:
         while not self._is_done():
             self._read_messages()
             self._feed()
+            if self._events:  # who is accepted need not wait for a step to know
+                self._post()
             if not self._is_broken and not self._decoder.is_idle:
                 self._step()
-            self._post()
+                self._post()
         self._fail_all(AnswerError(503, SHUTTING_DOWN))
         self._read_messages()  # what came in between is refused
         self._post()
