@@ -185,10 +185,12 @@ def test_live_figures(visit, address):
     opened = visit(address)
     opened.connect()
     page = opened.page
-    opened.run(CODE, max_tokens=200)
-    opened.until("Number(document.getElementById('speed').textContent) > 0")
-    opened.until("document.getElementById('load').textContent[0] === '1'")
+    opened.run(CODE)
     page.wait_for_selector(VERDICT, timeout=RUN_MS)
+    opened.run(CODE, max_tokens=900)
+    opened.until("document.getElementById('load').textContent[0] === '1'")
+    opened.until("Number(document.getElementById('speed').textContent) > 0")
+    page.click("#stop")
     opened.until(
         "document.getElementById('acceptance').textContent.includes('of all drafts')"
     )
