@@ -849,6 +849,13 @@ def start(*args, stdin, stdout=subprocess.PIPE):
 
 
 class TestProcess:
+    def test_help_loads_no_model_code(self):
+        code = (
+            "import sys; from mlx_gemma_mtp.chat.__main__ import configure_parser; "
+            "configure_parser().format_help(); assert 'mlx' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
     def test_the_module(self, folder):
         command = [sys.executable, "-m", "mlx_gemma_mtp.chat"]
         result = subprocess.run(
