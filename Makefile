@@ -2,6 +2,7 @@
 # make demo         the embedded pair writes Python (PROMPT='def area(radius):' for another start)
 # make test         every test but the slow ones, WORKERS=2 at a time; ARGS='-k name' goes to pytest
 # make test-control the choice of draft lengths on every simulated machine and text (15 minutes)
+# make test-oldest  the hook's tests against the oldest mlx-lm that it knows
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make test-clients the openai client and a browser against the server; installs both
 # make bench        measures the embedded pair (ARGS='engines graph' chooses sections)
@@ -26,7 +27,7 @@ CHECK := build/wheel-check
 CLIENT_TESTS := tests/test_openai_client.py tests/test_page.py
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-slow test-control test-cuda test-tsan test-clients lint format type bench bench-setup wheel-check clean
+.PHONY: all install demo test test-oldest test-slow test-control test-cuda test-tsan test-clients lint format type bench bench-setup wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -46,6 +47,18 @@ test-slow: $(DEV_STAMP)
 
 test-control: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -m control tests/test_control.py $(ARGS)
+
+# Of this release only its own files: what it needs is there for the newest one.
+OLDEST := 0.32.0
+OLDEST_PLACE := build/mlx-lm-$(OLDEST)
+OLDEST_TESTS := tests/test_hook.py tests/test_run.py
+
+test-oldest: $(DEV_STAMP) $(OLDEST_PLACE)/mlx_lm
+	@PYTHONPATH=$(OLDEST_PLACE) $(BIN)/python -c 'import mlx_lm; assert mlx_lm.__version__ == "$(OLDEST)"'
+	@PYTHONPATH=$(OLDEST_PLACE) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(OLDEST_TESTS) $(ARGS)
+
+$(OLDEST_PLACE)/mlx_lm:
+	@$(PIP) --no-deps --target $(OLDEST_PLACE) mlx-lm==$(OLDEST)
 
 test-cuda: $(DEV_STAMP)
 	@$(PIP) nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12
@@ -144,11 +157,13 @@ wheel-check: $(DEV_STAMP)
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate --help >/dev/null
 	cd $(CHECK) && user/bin/python -m mlx_gemma_mtp.generate --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.chat --help >/dev/null
+	cd $(CHECK) && user/bin/mlx_gemma_mtp.run --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.selftest --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --mlx-path pair --hf-path \
 	  "$$(user/bin/python -c 'import mlx_gemma_mtp as m; print(m.embedded_pair_path())')"
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate --model pair -p "import " -m 8
+	cd $(CHECK) && user/bin/mlx_gemma_mtp.run mlx_lm.generate --model pair -p "import " -m 8
 	cd $(CHECK) && ! user/bin/python -c "import convert" 2>/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate -p "import " -m 8
 	cd $(CHECK) && echo "import os" | user/bin/mlx_gemma_mtp.chat -m 8

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .batch import BatchGenerator
     from .config import SamplingParams
     from .errors import MTPError
+    from .hook import install, uninstall
     from .load import embedded_pair_path, load, load_pair
     from .pair import Pair
     from .text import GenerationResponse, generate, stream_generate
@@ -31,9 +32,11 @@ __all__ = [
     "embedded_pair_path",
     "generate",
     "generate_tokens",
+    "install",
     "load",
     "load_pair",
     "stream_generate",
+    "uninstall",
 ]
 
 _MODULE_OF = {
@@ -46,9 +49,11 @@ _MODULE_OF = {
     "embedded_pair_path": "load",
     "generate": "text",
     "generate_tokens": "tokens",
+    "install": "hook",
     "load": "load",
     "load_pair": "load",
     "stream_generate": "text",
+    "uninstall": "hook",
 }
 
 

@@ -44,22 +44,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or Hub id of the target (default: the embedded pair, a tiny model "
         "that completes Python code)",
     )
-    group.add_argument(
-        "--draft-model",
-        help="folder or Hub id of the drafter (default: found by itself inside the "
-        "target's folder, beside it, or on the Hub)",
-    )
-    group.add_argument(
-        "--no-draft", action="store_true", help="decode without a drafter"
-    )
-    group.add_argument(
-        "--num-draft-tokens",
-        type=_number_or_auto,
-        default=AUTO,
-        metavar="K",
-        help="drafts per round, 0 (plain decoding) to 8, or auto for as many in each "
-        "round as are expected to be fastest (default: auto)",
-    )
+    add_draft_arguments(group)
     group.add_argument(
         "--exactness",
         choices=MODES,
@@ -76,6 +61,30 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code",
         action="store_true",
         help="let the tokenizer run code from the checkpoint",
+    )
+
+
+def add_draft_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the arguments that say what drafts; every command has them.
+
+    Args:
+        group: A parser, or a group of its arguments.
+    """
+    group.add_argument(
+        "--draft-model",
+        help="folder or Hub id of the drafter (default: found by itself inside the "
+        "target's folder, beside it, or on the Hub)",
+    )
+    group.add_argument(
+        "--no-draft", action="store_true", help="decode without a drafter"
+    )
+    group.add_argument(
+        "--num-draft-tokens",
+        type=_number_or_auto,
+        default=AUTO,
+        metavar="K",
+        help="drafts per round, 0 (plain decoding) to 8, or auto for as many in each "
+        "round as are expected to be fastest (default: auto)",
     )
 
 

@@ -53,8 +53,9 @@ class BatchGenerator:
         stream: What ``stream`` returns; rounds run on the thread's own stream.
         num_draft_tokens: Most drafts per round, 0 to 8, or "auto".
         max_kv_bytes: Most memory of keys and values; requests wait for it.
-        draw_seed: Draws a seed for each request that samples and brings none; where it
-            is None, or gives None, text is not reproducible and more drafts stand.
+        draw_seed: Draws a seed for each request that brings none, given its sampler;
+            where it is None, or gives None, text is not reproducible and more drafts
+            stand.
 
     Raises:
         RequestError: A setting is outside its range.
@@ -76,13 +77,14 @@ class BatchGenerator:
         stream: Any = None,
         num_draft_tokens: int | str | None = None,
         max_kv_bytes: int | None = None,
-        draw_seed: Callable[[], int | None] | None = None,
+        draw_seed: Callable[[Sampler | None], int | None] | None = None,
     ) -> None:
         self.model = model
         self.max_tokens = max_tokens
         self.sampler = sampler
         self.logits_processors = list(logits_processors or ())
         self.stream = stream or generation_stream
+        self._rows: dict[int, Row] = {}
         self._resources = ExitStack()
         self._pair = pair_of(model)
         self._decoder = make_batch_decoder(
@@ -94,7 +96,6 @@ class BatchGenerator:
         )
         self._stop_sequences = StopSequences(stop_tokens or None)
         self._draw_seed = draw_seed
-        self._rows: dict[int, Row] = {}
         self._counters = BatchCounters()
         self._resources.enter_context(self._pair.wired())
         self._resources.callback(self._decoder.close)
@@ -105,8 +106,7 @@ class BatchGenerator:
         self._resources.close()
 
     def __del__(self) -> None:
-        if "_resources" in vars(self):  # its making may have failed
-            self.close()
+        self.close()
 
     @contextmanager
     def stats(self) -> Iterator[BatchStats]:
@@ -243,7 +243,7 @@ class BatchGenerator:
         sampler = options["samplers"] or self.sampler
         seed = options["seeds"]
         if seed is None and self._draw_seed is not None:
-            seed = self._draw_seed()
+            seed = self._draw_seed(sampler)
         return make_request(
             self._pair,
             prompt,

@@ -341,9 +341,10 @@ class Decoder:
         """Read a chunk of the prompts that wait, as far as rows are let in."""
         emissions: list[Emission] = []
         reports: list[Progress] = []
+        paused: set[Row] = set()
         num_read, budget = 0, self._prefill_step_size
-        while budget > 0 and (waiting := self._waiting.next(self._seats.live)):
-            row, prefill = waiting.row, waiting.prefill
+        while budget > 0 and (entry := self._waiting.next(self._seats.live, paused)):
+            row, prefill = entry.row, entry.prefill
             with self._timer.prefill():
                 size = prefill.read(budget)
             self._timer.disturb()
@@ -357,7 +358,7 @@ class Decoder:
                 self._waiting.remove(row)
                 emissions.append(self._begin(row, prefill.filled))
             elif is_paused:
-                break  # for the caller to take the caches
+                paused.add(row)  # for the caller to take the caches
         return Step(emissions, reports, num_read)
 
     def _begin(self, row: Row, filled: Prefilled) -> Emission:

@@ -31,3 +31,7 @@ class RequestError(MTPError, ValueError):
 
 class OutputError(MTPError):
     """A place that cannot be written, or that holds something already."""
+
+
+class HookError(MTPError):
+    """An mlx-lm that the load hook does not know."""

@@ -60,14 +60,7 @@ def load_pair(
         check_fit(target, drafter)
         _match_type(drafter, target)
         drafter_source = f"drafter {drafter_path}: as named"
-    return Pair(
-        target,
-        drafter,
-        eos_token_ids=eos_token_ids(checkpoint),
-        sampling_defaults=_sampling_defaults(checkpoint),
-        target_source=str(target_path),
-        drafter_source=drafter_source,
-    )
+    return _pair(target, checkpoint, target_path, drafter, drafter_source)
 
 
 def load(
@@ -124,18 +117,36 @@ def load(
         drafter, source = _choose_drafter(target, path_or_hf_repo, folder, draft_model)
     else:
         drafter, source = None, "no drafter: speculative decoding is switched off"
-    pair = Pair(
-        target,
-        drafter,
-        eos_token_ids=eos_ids,
-        sampling_defaults=_sampling_defaults(checkpoint),
-        target_source=str(path_or_hf_repo),
-        drafter_source=source,
-    )
-    attach(target, pair)
+    attach(target, _pair(target, checkpoint, path_or_hf_repo, drafter, source))
     if return_config:
         return target, tokenizer, mlx_lm.utils.load_config(folder)
     return target, tokenizer
+
+
+def attach_drafter(
+    target: nn.Module,
+    path_or_hf_repo: str | Path,
+    *,
+    revision: str | None = None,
+    draft_model: str | Path | None = None,
+) -> None:
+    """Let a target that mlx-lm has loaded carry its drafter, found as ``load`` does.
+
+    Args:
+        target: What ``mlx_lm.load`` returned for a Gemma 4 checkpoint.
+        path_or_hf_repo: The folder or Hub id it came from.
+        revision: A branch, tag or commit of the target's Hub repository.
+        draft_model: The drafter to take, a folder or a Hub id.
+
+    Raises:
+        CheckpointError: A checkpoint cannot be found or read.
+        PairingError: The drafter does not fit the target, or the target is not a
+            Gemma 4 of mlx-lm.
+    """
+    folder = fetch(path_or_hf_repo, revision)
+    checkpoint = open_checkpoint(folder)
+    drafter, source = _choose_drafter(target, path_or_hf_repo, folder, draft_model)
+    attach(target, _pair(target, checkpoint, path_or_hf_repo, drafter, source))
 
 
 def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -161,6 +172,24 @@ def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
             f"them: got {found!r}. Fetch generation_config.json and config.json again."
         )
     return tuple(ids)
+
+
+def _pair(
+    target: nn.Module,
+    checkpoint: Checkpoint,
+    path_or_hf_repo: str | Path,
+    drafter: Drafter | None,
+    drafter_source: str,
+) -> Pair:
+    """A pair whose target came from a checkpoint."""
+    return Pair(
+        target,
+        drafter,
+        eos_token_ids=eos_token_ids(checkpoint),
+        sampling_defaults=_sampling_defaults(checkpoint),
+        target_source=str(path_or_hf_repo),
+        drafter_source=drafter_source,
+    )
 
 
 def _sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults:

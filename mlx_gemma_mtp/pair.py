@@ -245,6 +245,14 @@ def attach(model: nn.Module, pair: Pair) -> None:
     model._mtp_attached = _Attached(pair)
 
 
+def carries_drafter(model: object) -> bool:
+    """Whether a model brings a drafter with it; any object may be asked."""
+    attached = (
+        vars(model).get("_mtp_attached") if isinstance(model, nn.Module) else None
+    )
+    return isinstance(attached, _Attached) and attached.own.drafter is not None
+
+
 def pair_of(model: nn.Module, drafter: Drafter | None = None) -> Pair:
     """The pair to decode a model with.
 

@@ -7,7 +7,7 @@ longest, so none that runs is ever sent away. Knows nothing of rounds.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from .cache import SlabLayout
@@ -71,23 +71,23 @@ class WaitingRows:
         """Let nobody wait any longer."""
         self._entries.clear()
 
-    def next(self, seated: Sequence[Row]) -> Waiting | None:
+    def next(self, seated: Sequence[Row], paused: Collection[Row]) -> Waiting | None:
         """The row whose prompt is to be read next.
 
         Args:
             seated: The rows that decode.
+            paused: Rows whose prompts are not to be read on for now.
 
         Returns:
             Its entry; None where there is none, or no seat or memory for it yet.
         """
-        if not self._entries:
+        entries = [e for e in self._entries if e.row not in paused]
+        if not entries or entries[0].prefill.num_read:  # it was let in before
+            return entries[0] if entries else None
+        inside = [*seated, *(e.row for e in self._entries if e.prefill.num_read)]
+        if self._max_rows is not None and len(inside) >= self._max_rows:
             return None
-        entry = self._entries[0]
-        if entry.prefill.num_read:  # it was let in before
-            return entry
-        if self._max_rows is not None and len(seated) >= self._max_rows:
-            return None
-        return entry if self._fits([*seated, entry.row]) else None
+        return entries[0] if self._fits([*inside, entries[0].row]) else None
 
     def _fits(self, rows: Sequence[Row]) -> bool:
         """Whether rows fit into memory together, however long they become."""

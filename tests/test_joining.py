@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -43,7 +44,8 @@ def chain_text(prompt, max_tokens):
 
 def drain(decoder):
     """Steps to the end: the tokens of every row, and the steps."""
-    found, steps = {}, []
+    found: dict[Any, list[int]] = {}
+    steps = []
     while not decoder.is_idle:
         step = decoder.step()
         steps.append(step)
@@ -73,7 +75,10 @@ class TestText:
             max_rows=data.draw(st.sampled_from([1, 3, 32])),
             prefill_step_size=data.draw(st.sampled_from([1, 7, 2048])),
         )
-        found, expected, cancelled, to_cancel = {}, {}, set(), []
+        found: dict[Any, list[int]] = {}
+        expected = {}
+        cancelled: set[Any] = set()
+        to_cancel: list[list[Any]] = []
         for wait, prompt, limit, most, cancel in plans:
             for _ in range(wait):
                 take(decoder, found, to_cancel, cancelled)
@@ -155,7 +160,8 @@ def check_against_alone(pair, requests, rng, *, num_draft_tokens, **options):
     decoder = make_batch_decoder(
         pair, num_draft_tokens=num_draft_tokens, prefill_step_size=32, **options
     )
-    logprobs, cancelled = {}, set()
+    logprobs: dict[Any, list[Any]] = {}
+    cancelled = set()
     waiting = list(requests)
     while waiting or not decoder.is_idle:
         if waiting and rng.random() < 0.5:

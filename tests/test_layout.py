@@ -25,6 +25,7 @@ LAYERS = {
     "command": 0,
     "config": 0,
     "families": 0,
+    "hook_table": 0,
     "machine": 0,
     "noise": 0,
     "stats": 0,
@@ -86,6 +87,9 @@ LAYERS = {
     "server": 11,
     "generate": 12,
     "__main__": 12,
+    "hooked": 13,
+    "hook": 14,
+    "run": 15,
 }
 # The same inside convert/, which may import any module of the package but these two.
 CONVERT = ROOT / "convert"
@@ -111,7 +115,7 @@ CONVERT_LAYERS = {
     "report": 5,
     "__main__": 6,
 }
-PRINTING = {"cli", "text"}  # text: generate(verbose=True), when asked
+PRINTING = {"cli", "run", "text"}  # text: generate(verbose=True), when asked
 # The rest of their sub-packages does not print.
 COMMANDS = {PACKAGE / part / "__main__.py" for part in ("chat", "selftest")}
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "sentencepiece"}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
+import logging
 import re
 import shlex
 import shutil
@@ -15,17 +17,23 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import mlx_lm.utils
 import pytest
 
 import mlx_gemma_mtp
 from convert import __main__ as converter
 from convert.quantize import RULES
-from mlx_gemma_mtp import cli
+from mlx_gemma_mtp import cli, hook, run
 from mlx_gemma_mtp.chat import __main__ as chat
 from mlx_gemma_mtp.chat.commands import COMMANDS
+from mlx_gemma_mtp.hook_table import OLDEST_VERSION, REPLACED
 from mlx_gemma_mtp.selftest import __main__ as selftest
-from tests.tiny import model_folder, uncompiled
+from tests.tiny import CHAT_TEMPLATE, VOCAB_SIZE, model_folder, uncompiled
 
+VERSION = tuple(int(part) for part in mlx_lm.__version__.split(".")[:2])
+needs_hook = pytest.mark.skipif(
+    VERSION < OLDEST_VERSION, reason="the hook needs mlx-lm 0.32"
+)
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -37,7 +45,13 @@ HUB_ID = "google/gemma-4-E2B-it"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("readme") / "pair", "e2b")
+    place = tmp_path_factory.mktemp("readme") / "pair"
+    model_folder(place, "e2b", chat_template=CHAT_TEMPLATE)
+    path = place / "config.json"
+    # mlx-lm's own loader takes Gemma's where the outer config does not say.
+    config = json.loads(path.read_text()) | {"vocab_size": VOCAB_SIZE}
+    path.write_text(json.dumps(config))
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +79,14 @@ def _local(monkeypatch, folder):
             return fetch(stand_ins.get(path_or_id, path_or_id), revision)
 
         monkeypatch.setattr(module, "fetch", local_fetch)
+    download = mlx_lm.utils._download
+    monkeypatch.setattr(
+        mlx_lm.utils,
+        "_download",
+        lambda path_or_id, **rest: download(
+            str(stand_ins.get(path_or_id, path_or_id)), **rest
+        ),
+    )
     for name in converters:
         module = import_module(name)
 
@@ -125,8 +147,43 @@ def test_selftest_commands(line):
     selftest._check(selftest.configure_parser().parse_args(arguments))
 
 
+@pytest.fixture
+def unhooked(monkeypatch):
+    """What the hook and its command change in this process is undone."""
+    package = logging.getLogger("mlx_gemma_mtp")
+    monkeypatch.setattr(package, "handlers", [])
+    monkeypatch.setattr(package, "propagate", True)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    yield
+    hook.uninstall()
+
+
+@needs_hook
+@pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.run" in s])
+def test_run_commands(line, monkeypatch, capsys, unhooked):
+    command, *arguments = shlex.split(line)
+    assert command == "mlx_gemma_mtp.run"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nq\n"))
+    served = []
+    server = import_module("mlx_lm.server")
+    monkeypatch.setattr(server, "run", lambda *args, **kwargs: served.append(args))
+    limit = [] if "mlx_lm.server" in arguments else ["-m", "8"]
+    assert run.main([*arguments, *limit]) == 0
+    out, err = capsys.readouterr()
+    if "mlx_lm.server" in arguments:
+        ((host, _, provider),) = served
+        assert host == "127.0.0.1"
+        assert provider.cli_args.model == HUB_ID
+    else:
+        figures = "tok/s" if "mlx_lm.chat" in arguments else "Generation: 8 tokens"
+        assert figures in out
+        assert "found inside the target's folder" in err
+
+
 @pytest.mark.parametrize("code", PYTHON)
-def test_python_examples(code, monkeypatch, tmp_path):
+def test_python_examples(code, monkeypatch, tmp_path, unhooked):
+    if ".install()" in code and VERSION < OLDEST_VERSION:
+        pytest.skip("the hook needs mlx-lm 0.32")
     monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -146,7 +203,7 @@ def test_make_commands_exist_and_ci_runs_the_main_ones():
 
 def test_every_other_command_is_known():
     for line in SHELL:
-        commands = ("generate", "chat", "convert", "selftest")
+        commands = ("generate", "run", "chat", "convert", "selftest")
         programs = [f"mlx_gemma_mtp.{command}" for command in commands]
         assert line.startswith(("make ", "pip install .")) or any(
             program in line for program in programs
@@ -157,11 +214,12 @@ def flags(parser):
     """Option strings and help of every argument, as the README's table has them."""
     for action in parser._actions:
         if not isinstance(action, argparse._HelpAction):
-            names = ", ".join(f"`{name}`" for name in action.option_strings)
+            options = action.option_strings or [action.dest]
+            names = ", ".join(f"`{name}`" for name in options)
             yield f"| {names} | {(action.help or '') % vars(action)} |"
 
 
-@pytest.mark.parametrize("command", [cli, chat, converter, selftest])
+@pytest.mark.parametrize("command", [cli, run, chat, converter, selftest])
 def test_flags_are_those_of_the_command(command):
     """Prints the table to paste where it differs."""
     table = "\n".join(flags(command.configure_parser()))
@@ -172,6 +230,17 @@ def test_chat_commands_are_those_of_the_chat():
     """Prints the table to paste where it differs."""
     usages = [(c.usage.replace("|", r"\|"), c.help) for c in COMMANDS]
     table = "\n".join(f"| `{usage}` | {text} |" for usage, text in usages)
+    assert table in README, table
+
+
+def test_replaced_names_are_those_of_the_hook():
+    """Prints the table to paste where it differs."""
+    rows = [
+        f"| `{row.module}.{row.name}` | {row.why} | "
+        f"{', '.join(f'`{copy}`' for copy in row.copies)} |"
+        for row in REPLACED
+    ]
+    table = "\n".join(rows)
     assert table in README, table
 
 
