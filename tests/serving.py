@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_gemma_mtp.config import SamplingParams
-from mlx_gemma_mtp.decoder import Emission, Progress, Step
+from mlx_gemma_mtp.emission import Emission, Progress, Step
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.load import embedded_pair_path, load_tokenizer
 from mlx_gemma_mtp.logprobs import TokenLogprobs
@@ -198,7 +198,7 @@ class ScriptedCache:
 
 def echo(prompt: Sequence[int]) -> list[int]:
     """A script: the prompt again and again."""
-    return list(prompt[1:] or prompt) * 50
+    return list(prompt[1:] or prompt) * 1000
 
 
 def make_scripted_request(order: Order) -> Request:
@@ -233,7 +233,7 @@ def scripted_engine(settings: Settings, means: Means) -> Engine:
         means=means,
         tokenizer=tokenizer(),
         sampling={"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
-        model_len=1024,
+        model_len=settings.limits.model_len or 1024,
         vocab_size=VOCAB_SIZE,
         max_kv_bytes=10**9,
         drafter_name="drafter",
@@ -356,12 +356,12 @@ class Client:
         **headers: str,
     ) -> None:
         """Send a request; a body that is no bytes as JSON."""
-        if self.key is not None:
-            headers.setdefault("authorization", f"Bearer {self.key}")
-        if body is not None:
-            headers.setdefault("content-type", "application/json")
-            body = body if isinstance(body, bytes) else json.dumps(body).encode()
         names = {name.replace("_", "-"): value for name, value in headers.items()}
+        if self.key is not None:
+            names.setdefault("authorization", f"Bearer {self.key}")
+        if body is not None:
+            names.setdefault("content-type", "application/json")
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.request(method, path, body, names)
 
     def get(self, path: str, **headers: str) -> Response:
@@ -421,7 +421,7 @@ def server_process(*arguments: str) -> Iterator[tuple[Client, subprocess.Popen[s
         process.stderr.close()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], Any]) -> None:
     """Wait for something that another thread does."""
     end = time.monotonic() + WAIT_S
     while not condition():

@@ -13,7 +13,7 @@ import pytest
 from mlx_gemma_mtp.server.bridge import Drain
 from mlx_gemma_mtp.server.failures import AnswerError
 from mlx_gemma_mtp.server.kept import MIN_TOKENS, KeptCaches
-from mlx_gemma_mtp.server.order import Order, Place
+from mlx_gemma_mtp.server.order import Order, Piece, Place
 from mlx_gemma_mtp.server.reply import Reply
 from tests.serving import (
     EOS,
@@ -35,7 +35,7 @@ def order_of(text="a b c", max_tokens=8, **fields):
 
 async def read(reply):
     """Everything that comes of a reply: the pieces of each choice."""
-    found = [[] for _ in reply.jobs]
+    found: list[list[Piece]] = [[] for _ in reply.jobs]
     while pieces := await reply.pieces():
         for index, piece in pieces:
             found[index].append(piece)
@@ -402,9 +402,9 @@ class TestKeptCaches:
         assert kept.num_bytes <= 10 * 3 * MIN_TOKENS
         assert len(kept) == 1
 
-    def test_caches_that_cannot_be_had_fail_nobody(self):
+    def test_caches_that_cannot_be_had_fail_nobody(self, monkeypatch):
         decoder = ScriptedDecoder(echo)
-        decoder.extract = None
+        monkeypatch.setattr(decoder, "extract", None)
         order = self.order()
         kept = KeptCaches(max_size=10, max_bytes=10**9)
 

@@ -68,6 +68,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     415: {"description": "The body is no JSON."},
     429: {"description": "Too many requests wait."},
     503: {"description": "The server is shutting down, or has failed."},
+    "4XX": {"description": "Something else is wrong with the request."},
 }
 
 
@@ -155,8 +156,7 @@ def _add_handlers(app: FastAPI) -> None:
 
 def _invalid(error: RequestValidationError) -> AnswerError:
     """What is wrong with a body, one of its mistakes."""
-    # Of a field that may be one thing or another, the reason that looked deepest.
-    first: Mapping[str, Any] = max(error.errors(), key=lambda e: len(e["loc"]))
+    first: Mapping[str, Any] = max(error.errors(), key=_interest)
     if first["type"] == "json_invalid":
         return AnswerError(400, "the body must be JSON: it is not.")
     place = _place(first, error.body)
@@ -166,6 +166,14 @@ def _invalid(error: RequestValidationError) -> AnswerError:
         f"{place or 'the body'}: {reason[:1].lower()}{reason[1:]}."[:300],
         param=place[:100] or None,
     )
+
+
+def _interest(mistake: Mapping[str, Any]) -> tuple[bool, int]:
+    """How much a mistake says, where a field may be one thing or another.
+
+    That it is not of one type says nothing if it is of another.
+    """
+    return not mistake["type"].endswith("_type"), len(mistake["loc"])
 
 
 def _place(mistake: Mapping[str, Any], body: Any) -> str:
@@ -286,7 +294,7 @@ def _add_model_routes(app: FastAPI, desk: Desk) -> None:
         data = [described(name) for name in desk.settings.names]
         return JSONResponse({"object": "list", "data": data})
 
-    @app.get("/v1/models/{name:path}", summary="One model")
+    @app.get("/v1/models/{name:path}", responses=_ERRORS, summary="One model")
     async def model(name: str) -> Response:
         desk.orders.check_model(name)
         return JSONResponse(described(name))

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors
 
+from ..errors import RequestError
 from ..generation_defaults import SamplingDefaults
 from ..load import embedded_pair_path, load
 from ..pair import Pair, pair_of
@@ -102,7 +103,7 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> Engine:
         ),
         tokenizer=tokenizer,
         sampling=_sampling(settings, pair.sampling_defaults),
-        model_len=limits.model_len or _model_len(pair),
+        model_len=_model_len(pair, limits.model_len),
         vocab_size=pair.vocab_size,
         max_kv_bytes=max_kv_bytes,
         drafter_name=_drafter_name(pair),
@@ -153,8 +154,19 @@ def _sampling(settings: Settings, defaults: SamplingDefaults) -> dict[str, Any]:
     return {**defaults.settings(**{**given, "temp": temp or 1.0}), "temp": temp}
 
 
-def _model_len(pair: Pair) -> int:
-    return int(text_model(pair.target).args.max_position_embeddings)
+def _model_len(pair: Pair, asked: int | None) -> int:
+    """Tokens that a prompt and its answer may have.
+
+    Raises:
+        RequestError: More are asked for than the model was made for.
+    """
+    most = int(text_model(pair.target).args.max_position_embeddings)
+    if asked is not None and asked > most:
+        raise RequestError(
+            f"--max-model-len must be at most the model's {most}: got {asked}. Leave "
+            "it out for the model's."
+        )
+    return asked or most
 
 
 def _drafter_name(pair: Pair) -> str:

@@ -5,26 +5,34 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import json
 import logging
 import time
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from . import formats
 from .failures import AnswerError
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
 
 # The page is the same for everybody, asks for the key and shows nothing without it.
 OPEN_PATHS = frozenset({"/", "/health"})
+_HALF = b"\\ud"  # how a surrogate is written
 _BODY_TIMEOUT_S = 30.0  # for a body that is sent slowly
 
 
-def failure_response(failure: AnswerError) -> JSONResponse:
+def failure_response(failure: AnswerError) -> Response:
     """The answer that says what went wrong."""
-    return JSONResponse(failure.body(), failure.status, failure.headers())
+    return Response(
+        formats.dumps(failure.body()),
+        failure.status,
+        failure.headers(),
+        media_type="application/json",
+    )
 
 
 class Gate:
@@ -121,6 +129,7 @@ class Gate:
             raise AnswerError(
                 408, f"the body must arrive within {_BODY_TIMEOUT_S:.0f} s."
             ) from None
+        _check_text(body)
         message: Message = {"type": "http.request", "body": body, "more_body": False}
         messages = iter([message])
 
@@ -192,6 +201,24 @@ class Counted:
             # Others are asked for every second, by whatever watches the server.
             level = logging.INFO if scope["method"] == "POST" else logging.DEBUG
             logger.log(level, "%s %d in %.3f s", path, status, seconds)
+
+
+def _check_text(body: bytes) -> None:
+    """Refuse half characters, which JSON can write and no tokenizer can read.
+
+    Raises:
+        AnswerError: There is one.
+    """
+    if _HALF not in body.lower():
+        return
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise AnswerError(
+            400, "the body must be Unicode text: got half of a surrogate pair."
+        ) from None
+    except (ValueError, RecursionError):
+        return  # no JSON, which is told elsewhere
 
 
 def _given_key(headers: Headers) -> bytes:

@@ -135,7 +135,7 @@ class Prompts:
             )
             return list(self._tokenizer.encode(text, add_special_tokens=False))
         except Exception as error:  # templates raise whatever they like
-            reason = " ".join(repr(str(error))[1:-1].split())[:200]
+            reason = " ".join(str(error).split())[:200]
             raise bad_request(
                 f"the chat template must take these messages: got {reason}. Change "
                 "messages, tools or chat_template_kwargs.",
@@ -160,7 +160,7 @@ class Prompts:
         except Exception:  # noqa: BLE001 - a template may want more of a conversation
             return 0
         pairs = zip(start, tokens, strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(start))
 
     def _answer_start(self, tokens: list[int]) -> int:
         """Where the next turn's prompt may differ: before the reasoning's mark."""

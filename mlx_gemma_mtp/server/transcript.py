@@ -8,7 +8,7 @@ from ..stop import StopStrings
 from .order import Piece
 
 if TYPE_CHECKING:
-    from ..decoder import Emission
+    from ..emission import Emission
 
 
 class Transcript:

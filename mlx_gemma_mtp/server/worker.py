@@ -24,7 +24,7 @@ from .reply import Job
 from .transcript import Transcript
 
 if TYPE_CHECKING:
-    from ..decoder import Emission, Progress, Step
+    from ..emission import Emission, Progress, Step
     from ..row import Request, Row
     from ..stats import RoundStats
     from .kept import KeptCaches
@@ -136,6 +136,7 @@ class Worker:
         self._tasks: dict[Job, _Task] = {}
         self._by_row: dict[Row, _Task] = {}
         self._events: list[tuple[Job, Event]] = []
+        self._has_news = False
         self._report = StepReport()
         self._deadline: float | None = None
         self._is_broken = False
@@ -145,11 +146,11 @@ class Worker:
         while not self._is_done():
             self._read_messages()
             self._feed()
-            if self._events:  # who is accepted need not wait for a step to know
-                self._post()
+            self._post()  # who is accepted need not wait for a step to know
             if not self._is_broken and not self._decoder.is_idle:
                 self._step()
                 self._post()
+        self._has_news = True
         self._fail_all(AnswerError(503, SHUTTING_DOWN))
         self._read_messages()  # what came in between is refused
         self._post()
@@ -165,6 +166,7 @@ class Worker:
         """Do what the messages say; sleep until there is one where nothing else is."""
         is_idle = not self._tasks and self._deadline is None
         for message in self._mailbox.take(wait=is_idle):
+            self._has_news = True
             if isinstance(message, Submit):
                 self._submit(message.job)
             elif isinstance(message, Cancel):
@@ -236,6 +238,7 @@ class Worker:
 
     def _step(self) -> None:
         """Run one step and take what it gave."""
+        self._has_news = True
         try:
             step = self._decoder.step()
         except Exception:
@@ -334,6 +337,9 @@ class Worker:
 
     def _post(self) -> None:
         """Send what has gathered, and how things stand."""
+        if not self._has_news:
+            return
+        self._has_news = False
         events, self._events = self._events, []
         report, self._report = self._report, StepReport()
         report.at = time.perf_counter()
