@@ -123,12 +123,12 @@ class Connection:
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes."""
-        if not self._is_chunked:
-            yield await (
-                self._reader.readexactly(self._length)
-                if self._length >= 0
-                else self._reader.read()
-            )
+        if not self._is_chunked and self._length >= 0:
+            yield await self._reader.readexactly(self._length)
+            return
+        if not self._is_chunked:  # it ends with the connection
+            while piece := await self._reader.read(1 << 16):
+                yield piece
             return
         while size := int(await self._reader.readuntil(b"\r\n"), 16):
             yield (await self._reader.readexactly(size + 2))[:-2]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from importlib import import_module
 from typing import Any
 
 import pytest
 
-from tests.served import CHAT_TEMPLATE, served
+from tests.served import CHAT_TEMPLATE, ROOT, served
 
 pytestmark = pytest.mark.clients
 
@@ -325,3 +326,13 @@ class TestAsync:
                 )
 
         assert asyncio.run(texts()) == alone
+
+
+def test_readme_example(address, capsys):
+    """The README's lines, at another address and with this server's key."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
+    code = code.replace("http://127.0.0.1:8080", address)
+    code = code.replace('api_key="none"', f'api_key="{KEY}"')
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()

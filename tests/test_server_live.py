@@ -144,6 +144,26 @@ def test_a_longer_prompt_is_taken_from_the_caches(client):
     assert fresh == answer + second["choices"][0]["text"]
 
 
+def test_instructions_are_read_once(client, model):
+    """Past the window of 32, where no cache can be cut shorter."""
+    instructions = "Every word of a sentence has its place. " * 9
+    for question in ("import ", "def f(", "import "):
+        messages = [
+            {"role": "system", "content": instructions},
+            {"role": "user", "content": question},
+        ]
+        body = {"messages": messages, "max_tokens": 16}
+        answer = client.ask("POST", "/v1/chat/completions", body).json()
+        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        read = answer["usage"]["prompt_tokens"] - cached
+        prompt = f"# {instructions}\n{question}"
+        expected = text_of(generated(model, prompt, max_tokens=16))
+        assert answer["choices"][0]["message"]["content"] == expected
+        if question == "def f(":
+            assert 1 < read < 8
+    assert read == 1  # the whole prompt had been there
+
+
 def test_a_client_that_goes_away_leaves_the_others_alone(client):
     alone = client.text(PROMPT, max_tokens=60)
 

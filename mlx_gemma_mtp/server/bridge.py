@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from .failures import BROKEN, SHUTTING_DOWN, AnswerError
+from .failures import BROKEN, SHUTTING_DOWN, AnswerError, bad_request
 from .metrics import Metrics, StepReport
 from .order import Event, Piece
 from .reply import Job, Reply
@@ -122,6 +122,12 @@ class Bridge:
             AnswerError: There is no room, or new requests are not taken.
         """
         self.check_open()
+        if len(reply.jobs) > self._max_open:
+            raise bad_request(
+                f"a request must have at most {self._max_open} choices, n for each "
+                f"prompt: got {len(reply.jobs)}. Send several.",
+                "n",
+            )
         if len(self._open) + len(reply.jobs) > self._max_open:
             raise AnswerError(
                 429,

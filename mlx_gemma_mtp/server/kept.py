@@ -49,7 +49,12 @@ class KeptCaches:
         start = list(prompt[:-1])
         caches, rest = self._caches.fetch_nearest_cache(_MODEL, start)
         num_cached = len(start) - len(rest)
-        return (caches, num_cached) if num_cached >= MIN_TOKENS else (None, 0)
+        return (caches, num_cached) if self.is_worth(num_cached) else (None, 0)
+
+    @staticmethod
+    def is_worth(num_tokens: int) -> bool:
+        """Whether caches of so many tokens are worth their place."""
+        return num_tokens >= MIN_TOKENS
 
     def keep(self, tokens: Sequence[int], caches: list[Any], *, kind: str) -> None:
         """Keep the caches of some tokens.
@@ -60,5 +65,4 @@ class KeptCaches:
             kind: ``"system"``, ``"user"`` or ``"assistant"``; the last one goes first
                 when room is needed.
         """
-        if len(tokens) >= MIN_TOKENS:
-            self._caches.insert_cache(_MODEL, list(tokens), caches, cache_type=kind)
+        self._caches.insert_cache(_MODEL, list(tokens), caches, cache_type=kind)

@@ -296,7 +296,7 @@ class Worker:
 
     def _keep(self, task: _Task, tokens: list[int], kind: str, **how: int) -> None:
         """Keep caches; a request does not fail because of them."""
-        if self._kept is None:
+        if self._kept is None or not self._kept.is_worth(len(tokens)):
             return
         assert task.row is not None
         try:
