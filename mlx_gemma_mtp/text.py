@@ -28,6 +28,7 @@ from .processing import LogitsProcessor, Sampler
 from .row import Row
 from .stats import RoundStats
 from .stop import StopStrings
+from .text_pieces import TextPieces
 from .tokens import (
     check_num_draft_tokens,
     check_settings,
@@ -242,8 +243,7 @@ def stream_generate(
     stream = _TextStream(
         pair,
         decoder,
-        tokenizer.detokenizer,
-        StopStrings(stop),
+        TextPieces(tokenizer.detokenizer, StopStrings(stop)),
         len(request.prompt),
         prompt_cache=prompt_cache,
         on_progress=prompt_progress_callback,
@@ -345,8 +345,7 @@ class _TextStream:
         self,
         pair: Pair,
         decoder: Decoder,
-        detokenizer: Any,
-        stops: StopStrings,
+        pieces: TextPieces,
         prompt_tokens: int,
         *,
         prompt_cache: Sequence[Any] | None,
@@ -354,8 +353,7 @@ class _TextStream:
     ) -> None:
         self._pair = pair
         self._decoder = decoder
-        self._detokenizer = detokenizer
-        self._stops = stops
+        self._pieces = pieces
         self._prompt_tokens = prompt_tokens
         self._prompt_tps = 0.0
         self._start = 0.0
@@ -386,7 +384,7 @@ class _TextStream:
                 self._start = time.perf_counter()
             self._row = emission.row
             yield from self._respond(emission)
-            if self._stops.is_stopped or emission.finish_reason is not None:
+            if self._pieces.is_stopped or emission.finish_reason is not None:
                 return
 
     def _report(self, progress: Progress) -> None:
@@ -407,31 +405,21 @@ class _TextStream:
         for i, token in enumerate(emission.tokens):
             reason = emission.finish_reason if i == last else None
             self._num_tokens += 1
-            text = self._text(token, reason)
+            text = self._pieces.add(token, reason)
             logprobs = emission.logprobs[i] if emission.logprobs else None
             yield GenerationResponse(
                 text=text,
                 token=token,
                 from_draft=i < emission.num_from_draft,
-                finish_reason="stop" if self._stops.is_stopped else reason,
+                finish_reason="stop" if self._pieces.is_stopped else reason,
                 token_logprob=logprobs.token if logprobs else None,
                 top_logprobs=logprobs.top if logprobs else None,
                 _logits=emission.logits,
                 _index=i,
                 **self._figures(),
             )
-            if self._stops.is_stopped:
+            if self._pieces.is_stopped:
                 return
-
-    def _text(self, token: int, reason: str | None) -> str:
-        """The text that a token makes certain."""
-        if reason != "stop":  # an end-of-sequence token has no text
-            self._detokenizer.add_token(token)
-        if reason is None:
-            return self._stops.add(self._detokenizer.last_segment)
-        self._detokenizer.finalize()
-        text = self._stops.add(self._detokenizer.last_segment)
-        return text if self._stops.is_stopped else text + self._stops.finish()
 
     def _figures(self) -> dict[str, Any]:
         stats = self._decoder.stats

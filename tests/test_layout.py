@@ -56,6 +56,7 @@ LAYERS = {
     "prompt_cache": 2,
     "processing": 2,
     "target": 2,
+    "text_pieces": 2,
     "draft_length": 3,
     "prefill": 3,
     "fused": 3,

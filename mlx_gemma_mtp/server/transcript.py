@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..stop import StopStrings
+from ..text_pieces import TextPieces
 from .order import Piece
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ class Transcript:
     """
 
     def __init__(self, detokenizer: Any, stop: tuple[str, ...]) -> None:
-        self._detokenizer = detokenizer
-        self._stops = StopStrings(stop)
+        self._pieces = TextPieces(detokenizer, StopStrings(stop))
         self.tokens: list[int] = []
         self.num_from_draft = 0
 
@@ -35,9 +35,9 @@ class Transcript:
         last = len(emission.tokens) - 1
         for i, token in enumerate(emission.tokens):
             piece.finish_reason = emission.finish_reason if i == last else None
-            piece.text += self._text(token, piece.finish_reason)
+            piece.text += self._pieces.add(token, piece.finish_reason)
             piece.tokens.append(token)
-            if self._stops.is_stopped:
+            if self._pieces.is_stopped:
                 piece.finish_reason = "stop"
                 break
         self.tokens += piece.tokens
@@ -45,13 +45,3 @@ class Transcript:
         piece.logprobs = emission.logprobs[:count]
         self.num_from_draft += min(emission.num_from_draft, count)
         return piece
-
-    def _text(self, token: int, reason: str | None) -> str:
-        """The text that a token makes certain."""
-        if reason != "stop":  # an end-of-sequence token has no text
-            self._detokenizer.add_token(token)
-        if reason is None:
-            return self._stops.add(self._detokenizer.last_segment)
-        self._detokenizer.finalize()
-        text = self._stops.add(self._detokenizer.last_segment)
-        return text if self._stops.is_stopped else text + self._stops.finish()
