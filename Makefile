@@ -5,6 +5,7 @@
 # make test-oldest  the hook's tests against the oldest mlx-lm that it knows
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make test-clients the openai client and a browser against the server; installs both
+# make load         200 clients against the server, and against mlx-lm's (6 minutes)
 # make bench        measures the embedded pair (ARGS='engines graph' chooses sections)
 # make bench-setup  installs what bench can also compare with and plot: mlx-vlm, matplotlib
 # make test-tsan    races in Metal kernels, by ThreadSanitizer of g++ (Linux)
@@ -27,7 +28,7 @@ CHECK := build/wheel-check
 CLIENT_TESTS := tests/test_openai_client.py tests/test_page.py
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-oldest test-slow test-control test-cuda test-tsan test-clients lint format type bench bench-setup wheel-check clean
+.PHONY: all install demo test test-oldest test-slow test-control test-cuda test-tsan test-clients load lint format type bench bench-setup wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -70,6 +71,9 @@ test-tsan: $(DEV_STAMP)
 test-clients: $(CLIENTS_STAMP)
 	@CHROME="$$(scripts/find_browser.sh)" && export CHROME && \
 	  HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m clients $(CLIENT_TESTS) $(ARGS)
+
+load: $(DEV_STAMP)
+	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/load_server.py $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
@@ -158,6 +162,8 @@ wheel-check: $(DEV_STAMP)
 	cd $(CHECK) && user/bin/python -m mlx_gemma_mtp.generate --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.chat --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.run --help >/dev/null
+	cd $(CHECK) && user/bin/mlx_gemma_mtp.server --help >/dev/null
+	cd $(CHECK) && ! user/bin/mlx_gemma_mtp.server 2>&1 | grep -v "\[server\]' brings it"
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.selftest --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --mlx-path pair --hf-path \

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 START_S = 120.0  # on a busy machine that compiles kernels for the first time
 STOP_S = 60.0
+LOG = "server.log"
 _READY = re.compile(r"is served at (http://\S+)")
 
 # As little as makes a prompt of messages, for a pair that goes on with text. The
@@ -39,12 +40,34 @@ def served(folder: Path, *args: str) -> Iterator[str]:
     Yields:
         Its address, such as http://127.0.0.1:40123.
     """
-    log = folder / "server.log"
+    with server_process(folder, *args) as (address, process):
+        yield address
+    said = (folder / LOG).read_text()
+    assert process.returncode == 0, said
+    assert "Traceback" not in said, said
+
+
+@contextmanager
+def server_process(
+    folder: Path, *args: str, **environment: str
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The same, for who wants the process too, and may end it.
+
+    Args:
+        folder: Where to keep what it writes to standard error.
+        args: More arguments.
+        environment: More variables.
+
+    Yields:
+        Its address and the process.
+    """
+    log = folder / LOG
     command = [sys.executable, "-m", "mlx_gemma_mtp.server", "--port", "0", *args]
+    env = {**os.environ, **environment}
     with log.open("w") as file:
-        process = subprocess.Popen(command, stderr=file, cwd=ROOT, env=os.environ)
+        process = subprocess.Popen(command, stderr=file, cwd=ROOT, env=env)
     try:
-        yield _address(process, log)
+        yield _address(process, log), process
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -52,9 +75,6 @@ def served(folder: Path, *args: str) -> Iterator[str]:
         finally:
             process.kill()
             process.wait()
-    said = log.read_text()
-    assert process.returncode == 0, said
-    assert "Traceback" not in said, said
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:

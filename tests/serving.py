@@ -6,11 +6,8 @@ import asyncio
 import contextlib
 import http.client
 import json
-import os
-import re
-import signal
 import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +31,7 @@ from mlx_gemma_mtp.server.serve import make_bridge, make_desk
 from mlx_gemma_mtp.server.web import Web, listen
 from mlx_gemma_mtp.server.worker import Means, Worker
 from mlx_gemma_mtp.stats import RoundStats
+from tests.served import server_process
 
 ROOT = Path(__file__).parents[1]
 VOCAB_SIZE = 1024  # of the embedded pair
@@ -390,35 +388,17 @@ class Client:
 
 
 @contextlib.contextmanager
-def server_process(*arguments: str) -> Iterator[tuple[Client, subprocess.Popen[str]]]:
+def running_command(
+    *arguments: str,
+) -> Iterator[tuple[Client, subprocess.Popen[bytes]]]:
     """The command in a process of its own, with the embedded pair."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_gemma_mtp.server", "--port", "0", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "MLX_DISABLE_COMPILE": "1"},
-    )
-    assert process.stderr is not None
-    said: list[str] = []
-    try:
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"is served at http://127\.0\.0\.1:(\d+)", line):
-                break
-        else:
-            raise AssertionError("".join(said))
-        # Read on, or the pipe would fill up.
-        thread = threading.Thread(target=said.extend, args=(process.stderr,))
-        thread.start()
-        yield Client(int(found.group(1))), process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        process.wait(WAIT_S)
-        with contextlib.suppress(UnboundLocalError):
-            thread.join(WAIT_S)
-        process.stderr.close()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        # Rounds as plain graphs: kernels take a minute to compile.
+        server_process(Path(folder), *arguments, MLX_DISABLE_COMPILE="1") as running,
+    ):
+        address, process = running
+        yield Client(int(address.rsplit(":", 1)[1])), process
 
 
 def wait_until(condition: Callable[[], Any]) -> None:

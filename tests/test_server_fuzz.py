@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
 from tests.serving import (
@@ -20,12 +21,15 @@ from tests.serving import (
     Client,
     ScriptedDecoder,
     echo,
+    running_command,
     scripted_means,
     scripted_server,
-    server_process,
 )
 
-PATHS = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
+PATHS: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+}
 
 numbers = st.one_of(
     st.integers(-3, 12),
@@ -206,7 +210,7 @@ def test_bytes_of_every_kind(client, raw):
 @pytest.mark.parametrize("path", sorted(PATHS))
 def test_bodies_of_every_kind_for_the_real_engine(path):
     arguments = ("--max-tokens", "4", "--chat-template", CHAT_TEMPLATE)
-    with server_process(*arguments) as (client, process):
+    with running_command(*arguments) as (client, process):
 
         @settings(max_examples=1500, suppress_health_check=list(HealthCheck))
         @given(bodies(path))

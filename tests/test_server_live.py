@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shlex
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pytest
 
 from mlx_gemma_mtp import embedded_pair_path, load, stream_generate
 from mlx_gemma_mtp.server.arguments import API_KEY_VARIABLE
-from tests.serving import CHAT_TEMPLATE, WAIT_S, server_process, wait_until
+from tests.serving import CHAT_TEMPLATE, ROOT, WAIT_S, running_command, wait_until
 from tests.tiny import uncompiled
 
 PROMPT = "def area(radius):\n"
@@ -24,7 +25,7 @@ PROMPT = "def area(radius):\n"
 
 @pytest.fixture(scope="module")
 def client():
-    with server_process("--chat-template", CHAT_TEMPLATE) as (client, _):
+    with running_command("--chat-template", CHAT_TEMPLATE) as (client, _):
         yield client
 
 
@@ -38,7 +39,10 @@ def model():
 def generated(model, prompt=PROMPT, **settings):
     """The responses of ``stream_generate``."""
     with uncompiled():
-        return list(stream_generate(*model, prompt, exactness="fast", **settings))
+        target, tokenizer = model
+        return list(
+            stream_generate(target, tokenizer, prompt, exactness="fast", **settings)
+        )
 
 
 def text_of(responses):
@@ -157,6 +161,26 @@ def test_a_client_that_goes_away_leaves_the_others_alone(client):
     assert "mlx_gemma_mtp_live_requests 0.0" in metrics
 
 
+def test_readme_commands(client):
+    """The README's curl commands, by another client."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [s for s in readme.splitlines() if s.startswith("curl ")]
+    assert len(commands) >= 3
+    for command in commands:
+        _, *words = shlex.split(command)
+        words = [word for word in words if word != "-N"]
+        path = words[0].removeprefix("http://127.0.0.1:8080")
+        body = None
+        if words[1:]:
+            header, kind, data, text = words[1:]
+            assert (header, kind) == ("-H", "Content-Type: application/json")
+            assert data == "-d"
+            body = json.loads(text)
+        response = client.ask("POST" if body else "GET", path, body)
+        assert response.status == 200, command
+        assert not (body or {}).get("stream") or response.events
+
+
 def test_lengths_are_the_models(client):
     response = client.complete(PROMPT, max_tokens=1020)
     assert response.status == 400
@@ -164,7 +188,7 @@ def test_lengths_are_the_models(client):
 
 
 def test_a_signal_lets_requests_finish():
-    with server_process("--shutdown-timeout", "60") as (client, process):
+    with running_command("--shutdown-timeout", "60") as (client, process):
         text = client.text(PROMPT, max_tokens=150)
         connection = client.connect()
         body = {"prompt": PROMPT, "max_tokens": 150, "stream": True}
@@ -183,7 +207,7 @@ def test_a_signal_lets_requests_finish():
 
 
 def test_the_time_to_finish_is_limited_and_a_second_signal_ends_at_once():
-    with server_process("--shutdown-timeout", "0.2") as (client, process):
+    with running_command("--shutdown-timeout", "0.2") as (client, process):
         connection = client.connect()
         body = {"prompt": PROMPT, "max_tokens": 1000}
         client.send(connection, "POST", "/v1/completions", body)
@@ -194,7 +218,7 @@ def test_the_time_to_finish_is_limited_and_a_second_signal_ends_at_once():
             assert answer.status == 503
             assert "shutting down" in json.loads(answer.read())["error"]["message"]
         assert process.wait(WAIT_S) == 0
-    with server_process("--shutdown-timeout", "1000") as (client, process):
+    with running_command("--shutdown-timeout", "1000") as (client, process):
         threads = [threading.Thread(target=_ask_in_vain, args=(client,))]
         threads[0].start()
         wait_until(lambda: client.get("/stats").json()["live"] == 1)
@@ -214,7 +238,7 @@ def test_settings_of_the_command(monkeypatch):
     monkeypatch.setenv(API_KEY_VARIABLE, "sesame")
     config = json.dumps({"method": "mtp", "num_speculative_tokens": 2})
     arguments = ("--speculative-config", config, "--served-model-name", "tiny", "small")
-    with server_process(*arguments, "--temp", "0.7", "--max-tokens", "5") as (
+    with running_command(*arguments, "--temp", "0.7", "--max-tokens", "5") as (
         client,
         _,
     ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import pytest
@@ -205,7 +206,7 @@ class MarkedTokenizer:
     tool_call_start = "<|tool_call>"
     tool_call_end = "<tool_call|>"
     structural_markers = ()
-    response_transitions = MappingProxyType({})
+    response_transitions: Mapping[str, object] = MappingProxyType({})
 
     @property
     def tool_parser(self):

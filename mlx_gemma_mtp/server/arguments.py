@@ -52,6 +52,9 @@ REFUSED = {
     "--tool-call-parser": "the chat template says how tools are called",
     "--enable-auto-tool-choice": "tools are on where the chat template has them",
     "--use-default-chat-template": "--chat-template names one",
+    "--enable-prefix-caching": "caches are kept; --prompt-cache-size says how many",
+    "--no-enable-prefix-caching": "--prompt-cache-size 0 keeps no caches",
+    "--enable-chunked-prefill": "prompts are always read in chunks",
     "--prompt-concurrency": "prompts are read one chunk at a time between rounds",
     "--enable-lora": "--adapter-path names LoRA adapters",
 }

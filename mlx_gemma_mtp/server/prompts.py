@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .failures import bad_request
+from ..chat_template import apply_chat_template
+from ..errors import RequestError
+from .failures import AnswerError, bad_request
 from .kept import MIN_TOKENS
 from .order import Place
 
@@ -113,7 +115,7 @@ class Prompts:
                 "chat_template_kwargs",
             )
         settings["tools"] = list(tools) if tools else None
-        tokens = self._apply(messages, settings, add_generation_prompt=True)
+        tokens = self._apply(messages, settings)
         system_end = self._system_end(messages, settings, tokens)
         answer_start = self._answer_start(tokens)
         return Prompt(
@@ -123,24 +125,16 @@ class Prompts:
         )
 
     def _apply(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        settings: Mapping[str, Any],
-        **how: Any,
+        self, messages: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
     ) -> list[int]:
         """The tokens that the template makes of messages."""
+        advice = "Change messages, tools or chat_template_kwargs."
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, **settings, **how
+            return apply_chat_template(
+                self._tokenizer, messages, settings, advice=advice
             )
-            return list(self._tokenizer.encode(text, add_special_tokens=False))
-        except Exception as error:  # templates raise whatever they like
-            reason = " ".join(str(error).split())[:200]
-            raise bad_request(
-                f"the chat template must take these messages: got {reason}. Change "
-                "messages, tools or chat_template_kwargs.",
-                "messages",
-            ) from error
+        except RequestError as error:
+            raise bad_request(str(error), "messages") from error
 
     def _system_end(
         self,
@@ -156,8 +150,8 @@ class Prompts:
             return 0
         other = [*messages[:num_system], {"role": "user", "content": ""}]
         try:
-            start = self._apply(other, settings, add_generation_prompt=False)
-        except Exception:  # noqa: BLE001 - a template may want more of a conversation
+            start = self._apply(other, settings)
+        except AnswerError:  # a template may want more of a conversation
             return 0
         pairs = zip(start, tokens, strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(start))

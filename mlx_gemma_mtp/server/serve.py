@@ -39,6 +39,8 @@ def serve(settings: Settings) -> int:
         MTPError: The model cannot be loaded, or the port not opened.
     """
     _set_up_log(settings)
+    if not settings.is_loopback and settings.api_key is None:
+        logger.warning("other machines can send requests: --api-key asks for a key")
     opened = listen(settings)  # first: it fails sooner than a model loads
     with opened:
         engine = load_engine(settings)
