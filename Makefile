@@ -3,6 +3,7 @@
 # make test         every test but the slow ones, WORKERS=2 at a time; ARGS='-k name' goes to pytest
 # make test-control the choice of draft lengths on every simulated machine and text (15 minutes)
 # make test-oldest  the hook's tests against the oldest mlx-lm that it knows
+# make test-mlx-lm  mlx-lm's own tests with the hook and the embedded pair
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make bench        measures the embedded pair (ARGS='engines graph' chooses sections)
 # make bench-setup  installs what bench can also compare with and plot: mlx-vlm, matplotlib
@@ -24,7 +25,7 @@ DEV_STAMP := $(VENV)/dev.stamp
 CHECK := build/wheel-check
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-oldest test-slow test-control test-cuda test-tsan lint format type bench bench-setup wheel-check clean
+.PHONY: all install demo test test-oldest test-mlx-lm test-slow test-control test-cuda test-tsan lint format type bench bench-setup wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -56,6 +57,9 @@ test-oldest: $(DEV_STAMP) $(OLDEST_PLACE)/mlx_lm
 
 $(OLDEST_PLACE)/mlx_lm:
 	@$(PIP) --no-deps --target $(OLDEST_PLACE) mlx-lm==$(OLDEST)
+
+test-mlx-lm: $(DEV_STAMP)
+	@$(BIN)/python scripts/mlx_lm_suite.py $(ARGS)
 
 test-cuda: $(DEV_STAMP)
 	@$(PIP) nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12
