@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 
 import mlx.nn as nn
@@ -122,8 +123,12 @@ class BatchGenerator:
     def insert(
         self, prompts: Sequence[Sequence[int]], *args: Any, **options: Any
     ) -> list[int]:
-        """Let prompts wait for their turn; see ``insert_segments``."""
-        return self.insert_segments([[p] for p in prompts], *args, **options)
+        """Let prompts wait for their turn; see ``insert_segments``.
+
+        Prompts are read without a pause: caches cannot be had before their ends.
+        """
+        segments = [[p] for p in prompts]
+        return self.insert_segments(segments, *args, **options, pauses=False)
 
     def insert_segments(
         self,
@@ -135,6 +140,8 @@ class BatchGenerator:
         logits_processors: Sequence[Sequence[LogitsProcessor]] | None = None,
         stop_sequences: Sequence[Any] | None = None,
         seeds: Sequence[int | None] | None = None,
+        *,
+        pauses: bool = True,
     ) -> list[int]:
         """Let prompts wait for their turn.
 
@@ -148,6 +155,7 @@ class BatchGenerator:
             logits_processors: Of each.
             stop_sequences: mlx-lm's ``StopSequences`` of each.
             seeds: Of each, None for none; a request with one stays in the batch.
+            pauses: Whether reading pauses at the parts' ends.
 
         Returns:
             A number for each request, its uid.
@@ -165,6 +173,7 @@ class BatchGenerator:
             "logits_processors": logits_processors or [self.logits_processors] * count,
             "stop_sequences": stop_sequences or [self._stop_sequences] * count,
             "seeds": seeds or [None] * count,
+            "pauses": [pauses] * count,
         }
         for name, values in options.items():
             if len(values) != count:
@@ -239,7 +248,6 @@ class BatchGenerator:
                 f"Sequence {uid}'s max_tokens must be > 0: got {options['max_tokens']}."
             )
         prompt = [token for part in parts for token in part]
-        ends = [sum(map(len, parts[: i + 1])) for i in range(len(parts))]
         sampler = options["samplers"] or self.sampler
         seed = options["seeds"]
         if seed is None and self._draw_seed is not None:
@@ -254,8 +262,7 @@ class BatchGenerator:
             sampler=sampler,
             history=tuple(options["all_tokens"]),
             stop_sequences=options["stop_sequences"],
-            # mlx-lm's caches at the last part's end are those before its last token.
-            pauses=tuple(sorted({min(end, len(prompt) - 1) for end in ends} - {0})),
+            pauses=_ends(parts) if options["pauses"] else (),
             keeps_cache=True,
         )
 
@@ -306,3 +313,9 @@ class BatchGenerator:
                 prompt_cache=emission.prompt_cache if is_last else None,
                 all_tokens=self._decoder.tokens_of(row) if is_last else None,
             )
+
+
+def _ends(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Where a prompt's parts end, the last one before its last token, as in mlx-lm."""
+    ends = list(accumulate(len(part) for part in parts))
+    return tuple(sorted({min(end, ends[-1] - 1) for end in ends} - {0}))

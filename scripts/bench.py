@@ -10,6 +10,7 @@ acceptance  tokens per round on held-out text
 rules       tokens per round of the rules of sampled decoding
 context     time per round by the length of the context
 useless     what automatic draft lengths cost with a drafter of random weights
+batch       many requests at once: this package's batches and mlx-lm's
 engines     engines against each other by kind of prompt, each in its own process:
             mlx-lm, this package plain and drafting, mlx-lm with two models, mlx-vlm
 graph       nodes, kernel launches and host time per round and per token
@@ -36,6 +37,7 @@ from mlx_gemma_mtp.machine import describe_machine
 from scripts.benchmarks import openblas, plot, sections
 from scripts.benchmarks.acceptance import acceptance, rules
 from scripts.benchmarks.arguments import SECTIONS, configure_parser, model_spec
+from scripts.benchmarks.batch import batch
 from scripts.benchmarks.prompts import random_prompts, read_documents
 from scripts.benchmarks.report import Report
 from scripts.benchmarks.speed import context, speed
@@ -92,6 +94,7 @@ def in_this_process(args: argparse.Namespace, wanted: Any) -> dict[str, Any]:
         "rules": rules,
         "context": context,
         "useless": useless,
+        "batch": batch,
     }
     names = [name for name in functions if name in wanted]
     if not names:

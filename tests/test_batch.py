@@ -118,7 +118,7 @@ def test_several_tokens_of_a_row_come_at_once_and_in_order():
         for r in responses:
             assert r.logprobs.shape == (pair.vocab_size,)
             assert mx.argmax(r.logprobs).item() == r.token
-            assert mx.exp(r.logprobs).sum().item() == pytest.approx(1, abs=0.02)
+            assert mx.exp(r.logprobs).sum().item() == pytest.approx(1, abs=0.1)
     generator.close()
     assert tokens == alone(pair, PROMPTS[0], 40)
     assert most > 1
@@ -155,7 +155,7 @@ def test_seeds_may_be_drawn(pair):
             pair.target,
             sampler=make_sampler(1.0),
             num_draft_tokens=num_draft_tokens,
-            draw_seed=lambda: next(seeds),
+            draw_seed=lambda sampler: next(seeds),
         )
         generator.insert(PROMPTS[:2], [15, 15])
         texts.append(collect(generator)[0])

@@ -18,6 +18,7 @@ SECTIONS = (
     "rules",
     "context",
     "useless",
+    "batch",
     "engines",
     "graph",
 )
@@ -90,7 +91,16 @@ def _add_sizes(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--prompts", type=int, default=100, help="held-out prompts")
     group.add_argument("--places", type=int, default=500, help="random places")
-    group.add_argument("--repeats", type=int, default=7, help="of speed and context")
+    group.add_argument(
+        "--repeats", type=int, default=7, help="of speed, context, batch"
+    )
+    group.add_argument(
+        "--batch-rows",
+        type=int,
+        nargs="+",
+        default=[4],
+        help="rows of batch, which has twice as many requests",
+    )
     group.add_argument("--temp", type=float, default=0.0, help="for the speed")
     group.add_argument("--top-k", type=int, default=0, help="for the speed")
     group.add_argument("--top-p", type=float, default=1.0, help="for the speed")
