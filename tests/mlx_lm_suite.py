@@ -17,7 +17,10 @@ _LOOKS_AHEAD = (
     "histories of the tokens that come out, and no other"
 )
 _PRIVATE = "asks for private attributes of mlx-lm's class"
-_OWN_CACHES = "Gemma 4 makes its own caches, so mlx-lm ignores max_kv_size (fails without the hook)"
+_OWN_CACHES = (
+    "Gemma 4 makes its own caches, so that mlx-lm ignores max_kv_size (fails without "
+    "the hook)"
+)
 _CHAT_MODEL = (
     "wants the embeddings of a Qwen model, and its answer (fails without the hook)"
 )
