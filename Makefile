@@ -5,6 +5,8 @@
 # make test-oldest  hook, batches and prompt caches with the oldest mlx-lm that they know
 # make test-mlx-lm  mlx-lm's own tests with the hook and the embedded pair
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
+# make test-clients the openai client and a browser against the server; installs both
+# make load         200 clients against the server, and against mlx-lm's (6 minutes)
 # make bench        measures the embedded pair (ARGS='engines graph' chooses sections)
 # make bench-setup  installs what bench can also compare with and plot: mlx-vlm, matplotlib
 # make test-tsan    races in Metal kernels, by ThreadSanitizer of g++ (Linux)
@@ -22,10 +24,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 RUN_STAMP := $(VENV)/run.stamp
 DEV_STAMP := $(VENV)/dev.stamp
+CLIENTS_STAMP := $(VENV)/clients.stamp
 CHECK := build/wheel-check
+CLIENT_TESTS := tests/test_openai_client.py tests/test_page.py
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-oldest test-mlx-lm test-slow test-control test-cuda test-tsan lint format type bench bench-setup wheel-check clean
+.PHONY: all install demo test test-oldest test-mlx-lm test-slow test-control test-cuda test-tsan test-clients load lint format type bench bench-setup wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -68,6 +72,13 @@ test-cuda: $(DEV_STAMP)
 test-tsan: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m tsan $(ARGS)
 
+test-clients: $(CLIENTS_STAMP)
+	@CHROME="$$(scripts/find_browser.sh)" && export CHROME && \
+	  HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m clients $(CLIENT_TESTS) $(ARGS)
+
+load: $(DEV_STAMP)
+	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/load_server.py $(ARGS)
+
 lint: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -100,6 +111,11 @@ $(DEV_STAMP): pyproject.toml $(VENV)/pyvenv.cfg
 	@echo "Installing into $(VENV) with test and lint tools (about 450 MB, once) ..." >&2
 	@$(PIP) -e '.[test,lint]'
 	@touch $@ $(RUN_STAMP)
+
+$(CLIENTS_STAMP): $(DEV_STAMP)
+	@echo "Installing the openai client and playwright into $(VENV) (about 150 MB, once) ..." >&2
+	@$(PIP) -e '.[clients]'
+	@touch $@
 
 # MLX compiles its fused CPU graphs with g++ while it runs; on a Mac they run on the GPU.
 $(VENV)/pyvenv.cfg:
@@ -148,7 +164,10 @@ wheel-check: $(DEV_STAMP)
 	@$(CHECK)/user/bin/python -m pip install -q --disable-pip-version-check $(CHECK)/dist/*.whl
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate --help >/dev/null
 	cd $(CHECK) && user/bin/python -m mlx_gemma_mtp.generate --help >/dev/null
+	cd $(CHECK) && user/bin/mlx_gemma_mtp.chat --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.run --help >/dev/null
+	cd $(CHECK) && user/bin/mlx_gemma_mtp.server --help >/dev/null
+	cd $(CHECK) && ! user/bin/mlx_gemma_mtp.server 2>&1 | grep -v "\[server\]' brings it"
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.selftest --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --mlx-path pair --hf-path \
@@ -157,3 +176,4 @@ wheel-check: $(DEV_STAMP)
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.run mlx_lm.generate --model pair -p "import " -m 8
 	cd $(CHECK) && ! user/bin/python -c "import convert" 2>/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate -p "import " -m 8
+	cd $(CHECK) && echo "import os" | user/bin/mlx_gemma_mtp.chat -m 8

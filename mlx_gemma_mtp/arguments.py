@@ -1,6 +1,7 @@
 """The arguments of ``mlx_gemma_mtp.generate``, and what is wrong with them.
 
-Every mistake that shows without a model is found here. Knows nothing of MLX.
+Other commands take groups of them. Every mistake that shows without a model is found
+here. Knows nothing of MLX.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ def configure_parser() -> argparse.ArgumentParser:
         prog="mlx_gemma_mtp.generate",
         description="Generate text with a Gemma 4 model and its MTP drafter.",
     )
-    _add_model_arguments(parser)
+    add_model_arguments(parser)
     _add_prompt_arguments(parser)
     _add_generation_arguments(parser)
-    _add_sampling_arguments(parser)
-    _add_penalty_arguments(parser)
+    add_sampling_arguments(parser)
     return parser
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is loaded, and how many drafts its rounds have."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -92,10 +93,20 @@ def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-p", "--prompt", help="the prompt; - reads standard input (default: a sample)"
     )
-    group.add_argument("--system-prompt", help="system prompt for the chat template")
+    add_system_prompt(group)
     group.add_argument(
         "--prefill-response", help="beginning of the answer, for the chat template"
     )
+    add_template_arguments(group)
+
+
+def add_system_prompt(group: argparse._ArgumentGroup) -> None:
+    """Add --system-prompt."""
+    group.add_argument("--system-prompt", help="system prompt for the chat template")
+
+
+def add_template_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add how a prompt is made of messages."""
     group.add_argument(
         "--ignore-chat-template",
         action="store_true",
@@ -110,11 +121,33 @@ def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
+    add_length_arguments(group, DEFAULT_MAX_TOKENS)
+    group.add_argument(
+        "--stats-json",
+        metavar="FILE",
+        help="write the closing figures here as JSON; - for standard error",
+    )
+    add_verbose(group, "show what is loaded and the closing figures")
+
+
+def add_verbose(group: argparse._ArgumentGroup, what: str) -> None:
+    """Add --verbose, which shows ``what``."""
+    group.add_argument(
+        "--verbose",
+        type=_boolean,
+        default=True,
+        metavar="BOOL",
+        help=f"{what} (default: True)",
+    )
+
+
+def add_length_arguments(group: argparse._ArgumentGroup, max_tokens: int) -> None:
+    """Add where a text ends, and in what steps a prompt is read."""
     group.add_argument(
         "-m",
         "--max-tokens",
         type=int,
-        default=DEFAULT_MAX_TOKENS,
+        default=max_tokens,
         help="most tokens to generate, -1 for no limit (default: %(default)s)",
     )
     group.add_argument(
@@ -137,21 +170,15 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         default=2048,
         help="most prompt tokens in one forward (default: %(default)s)",
     )
-    group.add_argument(
-        "--stats-json",
-        metavar="FILE",
-        help="write the closing figures here as JSON; - for standard error",
-    )
-    group.add_argument(
-        "--verbose",
-        type=_boolean,
-        default=True,
-        metavar="BOOL",
-        help="show what is loaded and the closing figures (default: True)",
-    )
 
 
-def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how a token is chosen: sampling, and penalties before it."""
+    _add_sampling_settings(parser)
+    _add_penalties(parser)
+
+
+def _add_sampling_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--temp",
@@ -199,7 +226,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_penalty_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_penalties(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("penalties")
     group.add_argument(
         "--logit-bias",

@@ -7,35 +7,36 @@ mistake of the user's is one line and exit status 1.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .arguments import (
-    check,
-    configure_parser,
-    given_settings,
-    penalties,
-    xtc_settings,
+from .arguments import check, configure_parser
+from .chat_template import apply_chat_template
+from .command import (
+    EXIT_BROKEN_PIPE,
+    EXIT_INTERRUPTED,
+    drop_output,
+    not_utf8,
+    set_up_output,
+    write_file,
 )
-from .command import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, drop_output, write_file
-from .errors import MTPError, RequestError
+from .errors import MTPError
+from .flags import (
+    EMBEDDED_NOTE,
+    add_eos_tokens,
+    describe_sampling,
+    load_model,
+    logits_processors,
+    sampling_settings,
+)
 
 if TYPE_CHECKING:
-    from .generation_defaults import SamplingDefaults
     from .text import GenerationResponse
 
 DEFAULT_PROMPT = "hello"
 EMBEDDED_PROMPT = "def fibonacci(n):\n"
-_LABELS = {
-    "temp": "temperature",
-    "top_k": "top-k",
-    "top_p": "top-p",
-    "min_p": "min-p",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,10 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
-    _set_up_output(verbose=args.verbose)
+    set_up_output(sys.stdout, sys.stderr, verbose=args.verbose)
     checked = check(args)
     # Heavy imports wait until the arguments are known to be good.
-    from .load import embedded_pair_path, load
     from .pair import pair_of
     from .text import stream_generate
     from .tokens import check_settings
@@ -77,20 +77,14 @@ def _run(args: argparse.Namespace) -> int:
     )
     prompt = _read_prompt(args)
     if args.model is None and args.verbose:
-        _note(
-            "No --model: using the embedded pair, a tiny model that completes Python "
-            "code."
-        )
-    model, tokenizer = load(
-        embedded_pair_path() if args.model is None else args.model,
-        speculative_decoding=not args.no_draft,
-        draft_model=args.draft_model,
-        adapter_path=args.adapter_path,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-    )
+        _note(EMBEDDED_NOTE)
+    model, tokenizer = load_model(args)
     pair = pair_of(model)
-    _add_eos_tokens(tokenizer, args.extra_eos_token)
+    add_eos_tokens(tokenizer, args.extra_eos_token)
+    defaults = pair.sampling_defaults
+    if args.verbose:
+        for line in describe_sampling(args, defaults):
+            _note(line)
     responses = stream_generate(
         model,
         tokenizer,
@@ -98,8 +92,10 @@ def _run(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         num_draft_tokens=args.num_draft_tokens,
         exactness=args.exactness,
-        **_sampling(args, pair.sampling_defaults, tokenizer),
-        **_logits_processors(args, checked.logit_bias, pair.vocab_size),
+        **sampling_settings(args, defaults, tokenizer),
+        # None where there are none: the engine has a shorter way then.
+        logits_processors=logits_processors(args, checked.logit_bias, pair.vocab_size)
+        or None,
         stop=args.stop,
         prefill_step_size=args.prefill_step_size,
     )
@@ -108,83 +104,6 @@ def _run(args: argparse.Namespace) -> int:
 
 def _note(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _sampling(
-    args: argparse.Namespace, defaults: SamplingDefaults, tokenizer: Any
-) -> dict[str, Any]:
-    """How to sample: as the flags say, else as the checkpoint says."""
-    given = given_settings(args)
-    settings = defaults.settings(**given)
-    if args.verbose and settings["temp"]:
-        _note(_describe_sampling(args, settings))
-    if args.verbose and defaults.repetition_penalty and not args.repetition_penalty:
-        _note(
-            "The repetition_penalty in generation_config.json is not applied; "
-            "--repetition-penalty sets one."
-        )
-    settings |= {"seed": args.seed, "reproducible": not args.no_reproducible}
-    if args.xtc_probability:
-        # What mlx-lm's own programs keep from XTC: line ends, and the end.
-        special = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
-        settings |= {**xtc_settings(args), "xtc_special_tokens": special}
-    return settings
-
-
-def _describe_sampling(args: argparse.Namespace, settings: dict[str, Any]) -> str:
-    """The settings that are on, with where they come from."""
-    given = given_settings(args)
-    is_on = {
-        "temp": True,
-        "top_k": settings["top_k"] > 0,
-        "top_p": 0 < settings["top_p"] < 1,
-        "min_p": settings["min_p"] > 0,
-    }
-    own: list[str] = []
-    recommended: list[str] = []
-    for name, label in _LABELS.items():
-        if is_on[name]:
-            place = recommended if given[name] is None else own
-            place.append(f"{label} {settings[name]}")
-    if args.xtc_probability:
-        own.append(f"XTC {args.xtc_probability} above {args.xtc_threshold}")
-    parts = [", ".join(own)] if own else []
-    if recommended:
-        parts.append(f"{', '.join(recommended)} (generation_config.json)")
-    if args.temp is None:
-        parts.append("--temp 0 for greedy")
-    return f"Sampling: {'; '.join(parts)}."
-
-
-def _logits_processors(
-    args: argparse.Namespace, logit_bias: dict[int, float], vocab_size: int
-) -> dict[str, Any]:
-    """The keyword for what changes logits before a token is chosen, if anything does.
-
-    Without one the engine has a shorter way.
-    """
-    for token in logit_bias:
-        if token >= vocab_size:
-            raise RequestError(
-                f"--logit-bias must name tokens from 0 to {vocab_size - 1}: got "
-                f"{token}. Is this the model's own token id?"
-            )
-    settings = penalties(args)
-    if not logit_bias and not settings:
-        return {}
-    from mlx_lm.sample_utils import make_logits_processors
-
-    processors = make_logits_processors(logit_bias or None, **settings)
-    return {"logits_processors": processors}
-
-
-def _set_up_output(*, verbose: bool) -> None:
-    """Notes of the package go to standard error; any text can be printed."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    package = logging.getLogger("mlx_gemma_mtp")
-    package.setLevel(logging.INFO if verbose else logging.ERROR)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where the encoding is not UTF-8
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
@@ -197,10 +116,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
             prompt = sys.stdin.read()
         prompt.encode()  # arguments keep what is not UTF-8 as surrogates
     except UnicodeError as error:
-        raise RequestError(
-            f"the prompt must be UTF-8 text: got {error}. Convert it first, for "
-            "example with iconv."
-        ) from error
+        raise not_utf8("the prompt", error) from error
     return prompt
 
 
@@ -216,36 +132,14 @@ def _apply_template(
     has_prefill = args.prefill_response is not None
     if has_prefill:
         messages.append({"role": "assistant", "content": args.prefill_response})
-    try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            continue_final_message=has_prefill,
-            add_generation_prompt=not has_prefill,
-            **config,
-        )
-    except Exception as error:  # templates raise whatever they like
-        reason = " ".join(str(error).split())
-        raise RequestError(
-            f"the chat template must take this prompt: got {reason}. Change "
-            "--system-prompt, --prefill-response or --chat-template-config, or use "
-            "--ignore-chat-template."
-        ) from error
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def _add_eos_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
-    """Let more tokens end the text, each given by its text or its id."""
-    vocabulary: dict[str, int] = tokenizer.get_vocab() if tokens else {}
-    ids = set(vocabulary.values())
-    for token in tokens:
-        # An unknown text would become the unknown token's id.
-        if not (int(token) in ids if token.isdecimal() else token in vocabulary):
-            raise RequestError(
-                f"--extra-eos-token must be a token of the model: got {token!r}. Give "
-                "a token's text or id."
-            )
-        tokenizer.add_eos_token(token)
+    return apply_chat_template(
+        tokenizer,
+        messages,
+        config,
+        advice="Change --system-prompt, --prefill-response or --chat-template-config, "
+        "or use --ignore-chat-template.",
+        continues_last=has_prefill,
+    )
 
 
 def _print_responses(

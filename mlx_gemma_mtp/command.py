@@ -6,6 +6,8 @@ Knows nothing of what a command does.
 from __future__ import annotations
 
 import argparse
+import io
+import logging
 import os
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -29,6 +31,34 @@ class Parser(argparse.ArgumentParser):
             RequestError: Always.
         """
         raise RequestError(f"{message}. See {self.prog} --help.")
+
+
+def set_up_output(output: TextIO, notes: TextIO, *, verbose: bool) -> None:
+    """Let notes of the package go to a stream, and any text to the other one.
+
+    Args:
+        output: Standard output.
+        notes: Standard error.
+        verbose: Whether what is loaded is said too.
+    """
+    logging.basicConfig(stream=notes, format="%(message)s")
+    package = logging.getLogger("mlx_gemma_mtp")
+    package.setLevel(logging.INFO if verbose else logging.ERROR)
+    if isinstance(output, io.TextIOWrapper):
+        output.reconfigure(errors="replace")  # where the encoding is not UTF-8
+
+
+def not_utf8(what: str, error: UnicodeError) -> RequestError:
+    """The mistake that some input is not UTF-8.
+
+    Args:
+        what: The input.
+        error: What Python says of it.
+    """
+    return RequestError(
+        f"{what} must be UTF-8 text: got {error}. Convert it first, for example with "
+        "iconv."
+    )
 
 
 def write_file(flag: str, path: str, text: str) -> None:

@@ -301,18 +301,24 @@ def describe(response: GenerationResponse) -> str:
         f"{response.prompt_tps:.3f} tokens-per-sec",
         f"Generation: {response.generation_tokens} tokens, "
         f"{response.generation_tps:.3f} tokens-per-sec",
-        f"Rounds: {response.rounds}, acceptance length "
-        f"{response.acceptance_length:.2f} tokens per round, acceptance rate "
-        f"{response.acceptance_rate:.1%} of {stats.drafted} drafted, "
-        f"rule: {response.rule}",
-        _describe_drafts(stats),
-        f"Exactness: {stats.exactness}{_describe_ties(stats)}",
+        *describe_rounds(stats),
         f"Time: prefill {phases.prefill_s:.2f} s, rounds {phases.rounds_s:.2f} s, host "
         f"{phases.host_s:.2f} s",
         f"Peak memory: {response.peak_memory:.3f} GB, the drafter's weights "
         f"{response.drafter_memory:.3f} GB",
     ]
     return "\n".join(lines)
+
+
+def describe_rounds(stats: RoundStats) -> list[str]:
+    """What rounds did, of one generation or of several: lines of text."""
+    return [
+        f"Rounds: {stats.rounds}, acceptance length {stats.acceptance_length:.2f} "
+        f"tokens per round, acceptance rate {stats.acceptance_rate:.1%} of "
+        f"{stats.drafted} drafted, rule: {stats.rule}",
+        _describe_drafts(stats),
+        f"Exactness: {stats.exactness}{_describe_ties(stats)}",
+    ]
 
 
 def _describe_drafts(stats: RoundStats) -> str:

@@ -521,7 +521,7 @@ class TestLogitsProcessors:
     )
     def test_none(self, run, settings, args):
         assert run(*args, "--verbose", "F")[0] == 0
-        assert "logits_processors" not in settings
+        assert settings["logits_processors"] is None
 
     @pytest.mark.parametrize(
         ("args", "expected"),

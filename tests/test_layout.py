@@ -48,6 +48,7 @@ LAYERS = {
     "wired": 1,
     "acceptance": 2,
     "arguments": 2,
+    "chat_template": 2,
     "control": 2,
     "drafter": 2,
     "logprobs": 2,
@@ -78,9 +79,12 @@ LAYERS = {
     "random_pair": 7,
     "tokens": 9,
     "batch": 10,
+    "flags": 10,
     "text": 10,
+    "chat": 11,
     "cli": 11,
     "selftest": 11,
+    "server": 11,
     "generate": 12,
     "__main__": 12,
     "hooked": 13,
@@ -112,7 +116,8 @@ CONVERT_LAYERS = {
     "__main__": 6,
 }
 PRINTING = {"cli", "run", "text"}  # text: generate(verbose=True), when asked
-COMMANDS = {PACKAGE / "selftest" / "__main__.py"}  # the rest of theirs does not print
+# The rest of their sub-packages does not print.
+COMMANDS = {PACKAGE / part / "__main__.py" for part in ("chat", "selftest", "server")}
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "sentencepiece"}
 
 
@@ -236,13 +241,14 @@ def test_package_list_is_the_tree():
     assert setuptools["package-dir"] == {"mlx_gemma_mtp.convert": "convert"}
 
 
-def test_embedded_pair_is_package_data():
+def test_what_is_no_code_is_package_data():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = settings["tool"]["setuptools"]["package-data"]["mlx_gemma_mtp"]
     listed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
-    data = {p for p in (PACKAGE / "embedded").rglob("*") if p.is_file()}
+    files = {p for p in PACKAGE.rglob("*") if p.is_file()}
+    data = {p for p in files if p.suffix not in (".py", ".pyc")}
+    assert {PACKAGE / "py.typed", PACKAGE / "server" / "page.html"} <= data
     assert data <= listed
-    assert PACKAGE / "py.typed" in listed
 
 
 def test_package_import_is_free():

@@ -24,8 +24,12 @@ import mlx_gemma_mtp
 from convert import __main__ as converter
 from convert.quantize import RULES
 from mlx_gemma_mtp import cli, hook, run
+from mlx_gemma_mtp.chat import __main__ as chat
+from mlx_gemma_mtp.chat.commands import COMMANDS
 from mlx_gemma_mtp.hook_table import OLDEST_VERSION, REPLACED
 from mlx_gemma_mtp.selftest import __main__ as selftest
+from mlx_gemma_mtp.server import __main__ as server
+from mlx_gemma_mtp.server.arguments import parse as parse_server_arguments
 from tests.tiny import CHAT_TEMPLATE, VOCAB_SIZE, model_folder, uncompiled
 
 VERSION = tuple(int(part) for part in mlx_lm.__version__.split(".")[:2])
@@ -99,14 +103,15 @@ def _local(monkeypatch, folder):
 
 
 def run_piped(line, monkeypatch):
-    """Run a generate command of the README, with its standard input."""
+    """Run a generate or chat command of the README, with its standard input."""
     *before, command = line.split(" | ")
-    if before:
-        text = shlex.split(before[0])[1] + "\n"
+    if before or "chat" in command:
+        text = shlex.split(before[0])[1] + "\n" if before else "hello\n/quit\n"
+        text = text.replace("\\n", "\n")  # printf's
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     program, *arguments = shlex.split(command)
-    assert program == "mlx_gemma_mtp.generate"
-    return cli.main(arguments)
+    main = {"mlx_gemma_mtp.generate": cli.main, "mlx_gemma_mtp.chat": chat.main}
+    return main[program](arguments)
 
 
 @pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.generate" in s])
@@ -116,6 +121,14 @@ def test_generate_commands(line, monkeypatch, capsys, converted):
     out, err = capsys.readouterr()
     assert out.strip()
     assert "acceptance length" in err
+
+
+@pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.chat" in s])
+def test_chat_commands(line, monkeypatch, capsys):
+    assert run_piped(f"{line} -m 8", monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert out.strip()
+    assert ("tokens-per-sec" in err) == ("stats" in line)
 
 
 @pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.convert" in s])
@@ -134,6 +147,14 @@ def test_selftest_commands(line):
     program, *arguments = shlex.split(line)
     assert program == "mlx_gemma_mtp.selftest"
     selftest._check(selftest.configure_parser().parse_args(arguments))
+
+
+@pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.server" in s])
+def test_server_commands(line):
+    """Their arguments are good; test_server_live.py runs the command."""
+    program, *arguments = shlex.split(line)
+    assert program == "mlx_gemma_mtp.server"
+    parse_server_arguments(arguments)
 
 
 @pytest.fixture
@@ -192,7 +213,7 @@ def test_make_commands_exist_and_ci_runs_the_main_ones():
 
 def test_every_other_command_is_known():
     for line in SHELL:
-        commands = ("generate", "run", "convert", "selftest")
+        commands = ("generate", "run", "chat", "server", "convert", "selftest")
         programs = [f"mlx_gemma_mtp.{command}" for command in commands]
         assert line.startswith(("make ", "pip install .")) or any(
             program in line for program in programs
@@ -208,10 +229,17 @@ def flags(parser):
             yield f"| {names} | {(action.help or '') % vars(action)} |"
 
 
-@pytest.mark.parametrize("command", [cli, run, converter, selftest])
+@pytest.mark.parametrize("command", [cli, run, chat, server, converter, selftest])
 def test_flags_are_those_of_the_command(command):
     """Prints the table to paste where it differs."""
     table = "\n".join(flags(command.configure_parser()))
+    assert table in README, table
+
+
+def test_chat_commands_are_those_of_the_chat():
+    """Prints the table to paste where it differs."""
+    usages = [(c.usage.replace("|", r"\|"), c.help) for c in COMMANDS]
+    table = "\n".join(f"| `{usage}` | {text} |" for usage, text in usages)
     assert table in README, table
 
 

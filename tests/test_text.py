@@ -267,7 +267,10 @@ class TestFigures:
             peak_memory=0.0125,
             drafter_memory=0.0015,
             stats=RoundStats(
+                rounds=16,
                 drafted=64,
+                accepted=23,
+                rule="coupled (seed)",
                 num_draft_tokens=Counter({4: 15, 0: 1}),
                 drafted_at=Counter({0: 15, 1: 15}),
                 accepted_at=Counter({0: 12, 1: 3}),

@@ -1,0 +1,257 @@
+"""The ``mlx_gemma_mtp.chat`` command: parse, read, print, exit status.
+
+Answers go to standard output as they are made, everything else to standard error. In a
+terminal a mistake is one line and the chat goes on; where the input is a file or a pipe
+it ends the chat with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from ..arguments import (
+    add_length_arguments,
+    add_model_arguments,
+    add_sampling_arguments,
+    add_system_prompt,
+    add_template_arguments,
+    add_verbose,
+    check,
+)
+from ..command import (
+    EXIT_BROKEN_PIPE,
+    EXIT_INTERRUPTED,
+    Parser,
+    drop_output,
+    not_utf8,
+    set_up_output,
+)
+from ..errors import MTPError
+from ..flags import (
+    EMBEDDED_NOTE,
+    add_eos_tokens,
+    describe_sampling,
+    load_model,
+    logits_processors,
+    sampling_settings,
+)
+from .interrupt import Interrupts
+from .reader import read_message
+
+if TYPE_CHECKING:
+    from .commands import Commands
+    from .session import Session
+
+DEFAULT_MAX_TOKENS = 512
+_PROMPTS = {False: "> ", True: "... "}  # by whether a message has begun
+_PLAIN_NOTE = (
+    "This model has no chat template: what you type and what it answers is one text "
+    "that it goes on with."
+)
+
+
+def configure_parser() -> argparse.ArgumentParser:
+    """The command's arguments; most are those of ``mlx_gemma_mtp.generate``."""
+    parser = Parser(
+        prog="mlx_gemma_mtp.chat",
+        description="Chat with a Gemma 4 model and its MTP drafter in the terminal. "
+        "/help in the chat lists what else it can do.",
+    )
+    add_model_arguments(parser)
+    group = parser.add_argument_group("conversation")
+    add_system_prompt(group)
+    add_template_arguments(group)
+    group = parser.add_argument_group("answers")
+    add_length_arguments(group, DEFAULT_MAX_TOKENS)
+    group.add_argument(
+        "--stats", action="store_true", help="show the figures after every answer"
+    )
+    add_verbose(group, "show what is loaded")
+    add_sampling_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments; None for the process's.
+
+    Returns:
+        Exit status: 0, 1 for a mistake of the user's, 130 for Control-C, 141 where
+        the reader of the text went away.
+    """
+    try:
+        return _run(configure_parser().parse_args(argv))
+    except MTPError as error:
+        _note(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        drop_output(sys.stdout)
+        return EXIT_BROKEN_PIPE
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Load, then talk."""
+    set_up_output(sys.stdout, sys.stderr, verbose=args.verbose)
+    session = _make_session(args)
+    # Imported late: nothing heavy before the arguments are known to be good.
+    from .commands import Commands
+
+    commands = Commands(session, drafts=args.num_draft_tokens, shows_stats=args.stats)
+    if sys.stdin.isatty():
+        _set_up_editing()
+        _note("/help lists what else can be said, Ctrl-D leaves.")
+    while not commands.has_ended:
+        try:
+            message = read_message(_next_line)
+            if message is None:
+                break
+            _respond(session, commands, message)
+        except MTPError as error:
+            if not sys.stdin.isatty():
+                raise
+            _note(f"error: {error}")
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            _note("")
+    return 0
+
+
+def _make_session(args: argparse.Namespace) -> Session:
+    """Load what the flags name and make a session of it."""
+    checked = check(args)
+    from ..pair import pair_of
+    from ..tokens import check_settings
+    from .prompts import PlainPrompts, TemplatePrompts
+    from .session import Session, Settings
+
+    check_settings(
+        max_tokens=args.max_tokens,
+        num_draft_tokens=args.num_draft_tokens,
+        prefill_step_size=args.prefill_step_size,
+    )
+    if args.model is None and args.verbose:
+        _note(EMBEDDED_NOTE)
+    model, tokenizer = load_model(args)
+    pair = pair_of(model)
+    add_eos_tokens(tokenizer, args.extra_eos_token)
+    is_plain = args.ignore_chat_template or not tokenizer.has_chat_template
+    if args.verbose:
+        for line in describe_sampling(args, pair.sampling_defaults):
+            _note(line)
+    if not tokenizer.has_chat_template:
+        _note(_PLAIN_NOTE)
+    settings = Settings(
+        max_tokens=args.max_tokens,
+        prefill_step_size=args.prefill_step_size,
+        exactness=args.exactness,
+        stop=args.stop,
+        sampling=sampling_settings(args, pair.sampling_defaults, tokenizer),
+        logits_processors=logits_processors(args, checked.logit_bias, pair.vocab_size),
+    )
+    return Session(
+        model,
+        tokenizer,
+        PlainPrompts(tokenizer)
+        if is_plain
+        else TemplatePrompts(tokenizer, checked.template_config),
+        settings,
+        num_draft_tokens=args.num_draft_tokens,
+        system=args.system_prompt,
+    )
+
+
+def _set_up_editing() -> None:
+    """Let lines be edited and called back, where the platform can."""
+    try:
+        import readline
+    except ImportError:  # Python may be built without it
+        return
+    readline.parse_and_bind("tab: self-insert")  # code is indented
+
+
+def _next_line(has_begun: bool) -> str | None:
+    """Ask for a line; None at the end of the input.
+
+    Raises:
+        RequestError: It is not UTF-8.
+    """
+    is_terminal = sys.stdin.isatty()
+    try:
+        if is_terminal and sys.stdout.isatty():
+            line = input(_PROMPTS[has_begun])
+        else:
+            if is_terminal:
+                print(_PROMPTS[has_begun], end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+        line.encode()  # a terminal may keep what is not UTF-8 as surrogates
+    except EOFError:
+        if is_terminal:
+            _note("")
+        return None
+    except UnicodeError as error:
+        raise not_utf8("a message", error) from error
+    return line.removesuffix("\n")
+
+
+def _respond(session: Session, commands: Commands, message: str) -> None:
+    """Carry a command out, or answer."""
+    if not message.strip():
+        return
+    if message.startswith("//"):
+        message = message[1:]
+    elif message.startswith("/"):
+        text = commands.run(message)
+        if text:
+            _note(text)
+        return
+    _print_answer(session, message)
+    if commands.shows_stats and session.last is not None:
+        from .figures import describe_turn
+
+        _note(f"[{describe_turn(session.last)}]")
+
+
+def _print_answer(session: Session, question: str) -> None:
+    """Print an answer as it comes.
+
+    Raises:
+        KeyboardInterrupt: Control-C was pressed before the first token, or where there
+            is no terminal at which to go on.
+    """
+    response = None
+    with Interrupts() as interrupts, closing(session.answer(question)) as responses:
+        try:
+            for response in responses:
+                print(response.text, end="", flush=True)
+                interrupts.may_wait = True
+                if interrupts.asked:
+                    break
+        finally:
+            if response is not None:
+                print(flush=True)
+    if interrupts.asked and not sys.stdin.isatty():
+        raise KeyboardInterrupt
+    if interrupts.asked:
+        _note("(stopped)")
+    elif response is not None and response.finish_reason == "length":
+        why = "the model's context is full" if session.is_full else "see --max-tokens"
+        _note(f"(cut off after {response.generation_tokens} tokens; {why})")
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

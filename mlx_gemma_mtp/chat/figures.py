@@ -1,0 +1,72 @@
+"""What the figures of a chat say, in words.
+
+Numbers in, text out.
+"""
+
+from __future__ import annotations
+
+from ..text import describe_rounds
+from .session import Session, Totals, Turn
+
+
+def describe_turn(turn: Turn) -> str:
+    """An answer's figures, one line."""
+    response = turn.response
+    if response is None:
+        return "no answer yet"
+    drafts = (
+        f"{response.acceptance_length:.2f} per round, {response.acceptance_rate:.0%} "
+        f"of {response.stats.drafted} drafts accepted"
+        if response.stats.engaged
+        else f"no drafts: {response.stats.why_not_engaged}"
+    )
+    return (
+        f"{response.generation_tokens} tokens, {response.generation_tps:.1f} "
+        f"tokens-per-sec, {drafts}; {_prompt(turn.num_prompt, turn.num_cached)}"
+    )
+
+
+def describe_session(session: Session) -> str:
+    """The figures of the last answer and of all, several lines."""
+    turn, totals = session.last, session.totals
+    if turn is None or turn.response is None:
+        return "No answer yet."
+    response = turn.response
+    last = [
+        f"Prompt: {_prompt(turn.num_prompt, turn.num_cached)}, {turn.prompt_s:.2f} s "
+        "to the first token",
+        f"Generation: {response.generation_tokens} tokens, "
+        f"{response.generation_tps:.3f} tokens-per-sec",
+        *describe_rounds(response.stats),
+    ]
+    return "\n".join(
+        [
+            "Last answer:",
+            *(f"  {line}" for line in last),
+            *_describe_totals(totals),
+            f"Memory: peak {response.peak_memory:.3f} GB, the drafter's weights "
+            f"{response.drafter_memory:.3f} GB, {len(session.kept)} kept caches "
+            f"{session.kept.nbytes / 1e9:.3f} GB",
+            f"Drafts of the next answer: {session.num_draft_tokens}",
+        ]
+    )
+
+
+def _describe_totals(totals: Totals) -> list[str]:
+    """The figures of all answers; none of their own where there is only one."""
+    if totals.answers < 2:
+        return []
+    lines = [
+        f"Prompts: {_prompt(totals.num_prompt, totals.num_cached)}",
+        f"Generation: {totals.tokens} tokens, {totals.tokens / totals.seconds:.3f} "
+        "tokens-per-sec",
+        *describe_rounds(totals.stats),
+    ]
+    return [f"All {totals.answers} answers:", *(f"  {line}" for line in lines)]
+
+
+def _prompt(num_tokens: int, num_cached: int) -> str:
+    return (
+        f"{num_tokens} prompt tokens, {num_cached} of them kept from before, "
+        f"{num_tokens - num_cached} read"
+    )

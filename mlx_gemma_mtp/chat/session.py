@@ -1,0 +1,282 @@
+"""Questions in, answers out: one conversation with a model, token by token.
+
+Each turn's prompt is the whole conversation. What of it the caches of earlier turns
+hold is not read again. Knows nothing of the terminal.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..errors import RequestError
+from ..pair import pair_of
+from ..processing import LogitsProcessor
+from ..stats import RoundStats
+from ..target import text_model
+from ..text import GenerationResponse, stream_generate
+from .conversation import Conversation
+from .kept import KeptCaches
+from .prompts import Prompts, num_stable
+
+NO_LIMIT = -1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are made.
+
+    Attributes:
+        max_tokens: Most tokens of an answer, 1 or more; -1 for no limit but the
+            model's longest context.
+        prefill_step_size: Most prompt tokens in one forward.
+        exactness: As ``stream_generate`` has it.
+        stop: Strings that end an answer.
+        sampling: The sampling settings of ``stream_generate``.
+        logits_processors: What changes logits, as ``stream_generate`` takes it.
+    """
+
+    max_tokens: int
+    prefill_step_size: int
+    exactness: str
+    stop: Sequence[str]
+    sampling: dict[str, Any]
+    logits_processors: Sequence[LogitsProcessor] = ()
+
+
+@dataclass
+class Turn:
+    """One answer's figures.
+
+    Attributes:
+        num_prompt: Tokens of the prompt, the whole conversation.
+        num_cached: How many of them a kept cache held.
+        prompt_s: What it took to the first token, seconds.
+        response: The last token's response; None before the first one.
+        start: When the turn began.
+    """
+
+    num_prompt: int
+    num_cached: int = 0
+    prompt_s: float = 0.0
+    response: GenerationResponse | None = None
+    start: float = field(default_factory=time.perf_counter, repr=False)
+
+    @property
+    def num_read(self) -> int:
+        """How many tokens of the prompt were read."""
+        return self.num_prompt - self.num_cached
+
+
+@dataclass
+class Totals:
+    """The figures of all answers so far.
+
+    Attributes:
+        answers: Answers that have at least one token.
+        tokens: Tokens of all answers.
+        seconds: What they took, from each one's first token on.
+        num_prompt: Tokens of all prompts.
+        num_cached: How many of them kept caches held.
+        stats: The rounds of all answers.
+    """
+
+    answers: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    num_prompt: int = 0
+    num_cached: int = 0
+    stats: RoundStats = field(default_factory=RoundStats)
+
+    def add(self, turn: Turn) -> None:
+        """Add an answer that has ended."""
+        response = turn.response
+        if response is None:
+            return
+        self.answers += 1
+        self.tokens += response.generation_tokens
+        self.seconds += response.generation_tokens / response.generation_tps
+        self.num_prompt += turn.num_prompt
+        self.num_cached += turn.num_cached
+        self.stats.merge(response.stats)
+
+
+class Session:
+    """A conversation with a model.
+
+    Args:
+        model: The model that ``load`` returned.
+        tokenizer: Its tokenizer.
+        prompts: What makes prompts of conversations.
+        settings: How answers are made.
+        num_draft_tokens: Drafts per round, 0 to 8, or ``"auto"``.
+        system: The system prompt; None for none.
+
+    Attributes:
+        max_context: Most tokens of prompt and answer that the model can look at.
+        has_drafter: Whether the model has a drafter.
+        conversation: What was said; may be replaced by another one.
+        num_draft_tokens: Drafts per round of the answers from here on.
+        kept: Caches of earlier turns.
+        last: The last answer's figures; None before the first one.
+        totals: The figures of all answers.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: Prompts,
+        settings: Settings,
+        *,
+        num_draft_tokens: int | str,
+        system: str | None = None,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._settings = settings
+        self.max_context: int = text_model(model).args.max_position_embeddings
+        self.has_drafter = pair_of(model).drafter is not None
+        self.conversation = Conversation(system)
+        self.num_draft_tokens = num_draft_tokens
+        self.kept = KeptCaches()
+        self.last: Turn | None = None
+        self.totals = Totals()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the last answer ended where the model's longest context does."""
+        if self.last is None or self.last.response is None:
+            return False
+        num_tokens = self.last.num_prompt + self.last.response.generation_tokens
+        return num_tokens >= self.max_context
+
+    def reset(self) -> None:
+        """Begin a new conversation with the same system prompt."""
+        self.conversation = Conversation(self.conversation.system)
+        self.kept.clear()
+
+    def answer(self, question: str) -> Generator[GenerationResponse, None, None]:
+        """Answer a question; the exchange joins the conversation.
+
+        Closed early, what was said so far is the answer; a question of whose answer
+        nothing was said is dropped.
+
+        Args:
+            question: What the user says.
+
+        Yields:
+            One response per token, as ``stream_generate`` does.
+
+        Raises:
+            RequestError: The conversation is longer than the model's longest context,
+                or its chat template does not take it.
+        """
+        prompt = self._prompts.tokens(self.conversation, question)
+        max_tokens = self._max_tokens(len(prompt))
+        turn = Turn(len(prompt))
+        caches, num_held = self._read_beginning(question, prompt, turn)
+        settings = self._settings
+        before = mx.array(prompt[:num_held], dtype=mx.int32)
+        responses = stream_generate(
+            self._model,
+            self._tokenizer,
+            prompt[num_held:],
+            max_tokens=max_tokens,
+            num_draft_tokens=self.num_draft_tokens,
+            exactness=settings.exactness,
+            **settings.sampling,
+            logits_processors=[_after(before, p) for p in settings.logits_processors]
+            or None,
+            stop=settings.stop,
+            prefill_step_size=settings.prefill_step_size,
+            prompt_cache=caches,
+        )
+        yield from self._follow(responses, question, prompt, caches, turn)
+
+    def _follow(
+        self,
+        responses: Generator[GenerationResponse, None, None],
+        question: str,
+        prompt: list[int],
+        caches: list[Any],
+        turn: Turn,
+    ) -> Generator[GenerationResponse, None, None]:
+        """Pass an answer's tokens on; then conversation and caches have grown."""
+        said: list[str] = []
+        tokens: list[int] = []
+        is_whole = False
+        try:
+            for response in responses:
+                if turn.response is None:
+                    turn.prompt_s = time.perf_counter() - turn.start
+                said.append(response.text)
+                tokens.append(response.token)
+                turn.response = response
+                yield response
+            is_whole = True
+        except GeneratorExit:
+            is_whole = True
+            raise
+        finally:
+            responses.close()
+            if tokens:
+                self.conversation.add(question, "".join(said))
+                self.last = turn
+                self.totals.add(turn)
+            if tokens and is_whole:  # no error came out of the middle of a round
+                self.kept.keep([*prompt, *tokens], caches)
+
+    def _max_tokens(self, num_prompt: int) -> int:
+        """Most tokens of an answer to a prompt: as set, or what has room."""
+        room = self.max_context - num_prompt
+        if room < 1:
+            raise RequestError(
+                f"the conversation must be shorter than {self.max_context} tokens, the "
+                f"model's longest context: got {num_prompt} with this message. Take "
+                "something back (/undo), begin anew (/reset), or say less."
+            )
+        limit = self._settings.max_tokens
+        return room if limit == NO_LIMIT else min(limit, room)
+
+    def _read_beginning(
+        self, question: str, prompt: list[int], turn: Turn
+    ) -> tuple[list[Any], int]:
+        """Read as much of a prompt as later ones will begin with too, and keep it.
+
+        Returns:
+            Caches of the prompt's beginning, and how many of its tokens they hold.
+        """
+        stable = num_stable(self._prompts, self.conversation, question, prompt)
+        found, turn.num_cached = self.kept.take(prompt)
+        caches = make_prompt_cache(self._model) if found is None else found
+        if stable <= turn.num_cached:
+            return caches, turn.num_cached
+        self._read(prompt[turn.num_cached : stable], caches)
+        self.kept.keep(prompt[:stable], caches)
+        return copy.deepcopy(caches), stable
+
+    def _read(self, tokens: list[int], caches: list[Any]) -> None:
+        """Let the target read tokens that follow what the caches hold."""
+        step = self._settings.prefill_step_size
+        for start in range(0, len(tokens), step):
+            self._model(mx.array(tokens[start : start + step])[None], cache=caches)
+            mx.eval([cache.state for cache in caches])
+            mx.clear_cache()
+
+
+def _after(before: mx.array, processor: LogitsProcessor) -> LogitsProcessor:
+    """A processor that sees the tokens in the caches before those that are read."""
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        history = mx.concatenate([before.astype(tokens.dtype), tokens])
+        return processor(history, logits)
+
+    return process

@@ -1,0 +1,78 @@
+"""The ``mlx_gemma_mtp.server`` command: parse, serve, exit status.
+
+Everything goes to standard error. A mistake of the user's is one line and exit status
+1. SIGTERM or Control-C lets running requests finish; a second one ends at once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+
+from ..command import EXIT_INTERRUPTED
+from ..errors import MTPError, RequestError
+from .arguments import configure_parser, parse
+
+__all__ = ["configure_parser", "main"]
+
+_NEEDED = {
+    "fastapi": "fastapi",
+    "uvicorn": "uvicorn",
+    "prometheus_client": "prometheus-client",
+}
+_OLDEST_MLX_LM = (0, 32)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments; None for the process's.
+
+    Returns:
+        Exit status: 0 after a shutdown, 1 for a mistake of the user's, 2 where the
+        server failed, 130 for a Control-C before it was up.
+    """
+    try:
+        settings = parse(argv)
+        _check_packages()
+        # Heavy imports wait until the arguments are known to be good.
+        from .serve import serve
+
+        return serve(settings)
+    except MTPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _check_packages() -> None:
+    """Find out whether everything is installed that the server needs.
+
+    Raises:
+        RequestError: It is not.
+    """
+    missing = [
+        package
+        for module, package in _NEEDED.items()
+        if importlib.util.find_spec(module) is None
+    ]
+    if missing:
+        raise RequestError(
+            f"the server needs {', '.join(missing)}: not installed. pip install "
+            "'mlx_gemma_mtp[server]' brings it."
+        )
+    version = importlib.metadata.version("mlx-lm")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_MLX_LM:
+        raise RequestError(
+            f"the server needs mlx-lm 0.32 or newer: got {version}. Use Python 3.11 or "
+            "newer, where it runs."
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

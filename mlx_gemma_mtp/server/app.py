@@ -1,0 +1,324 @@
+"""The routes: which request is answered how."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from .. import __version__
+from . import metrics as metrics_module
+from .answers import Answer, ChatStyle, CompletionStyle, Style
+from .arguments import Settings
+from .bridge import Bridge
+from .dialogue import Dialogue
+from .failures import AnswerError
+from .formats import Envelope, dumps
+from .gate import Counted, Gate, failure_response
+from .order import Order
+from .orders import Orders
+from .prompts import Prompt, Prompts
+from .reply import Reply
+from .schema import ChatBody, CompletionBody
+from .stream import EventStream, unless_gone
+from .vocabulary import Vocabulary
+
+logger = logging.getLogger("mlx_gemma_mtp.server")
+
+T = TypeVar("T")
+
+PAGE = Path(__file__).with_name("page.html")
+ENDPOINTS = frozenset(
+    {
+        "/",
+        "/health",
+        "/metrics",
+        "/openapi.json",
+        "/stats",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+    }
+)
+# The page is one file with its own script; nothing else may be fetched or run.
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The request cannot be answered as it is."},
+    401: {"description": "The API key is missing or another one."},
+    404: {"description": "The model is not served."},
+    413: {"description": "The body is too large."},
+    415: {"description": "The body is no JSON."},
+    429: {"description": "Too many requests wait."},
+    503: {"description": "The server is shutting down, or has failed."},
+    "4XX": {"description": "Something else is wrong with the request."},
+}
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the routes work with.
+
+    Attributes:
+        settings: The command's.
+        bridge: The way to the engine.
+        orders: Makes orders.
+        prompts: Makes prompts, in ``executor``.
+        dialogue: How answers are marked.
+        vocabulary: The tokens' texts.
+        executor: The tokenizer's thread.
+    """
+
+    settings: Settings
+    bridge: Bridge
+    orders: Orders
+    prompts: Prompts
+    dialogue: Dialogue
+    vocabulary: Vocabulary
+    executor: Executor
+
+    async def in_thread(self, function: Callable[..., T], *args: Any, **kw: Any) -> T:
+        """Call what uses the tokenizer."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.executor, lambda: function(*args, **kw))
+
+
+def make_app(desk: Desk) -> ASGIApp:
+    """The application, with what stands in front of it."""
+    app = FastAPI(
+        title="mlx_gemma_mtp.server",
+        version=__version__,
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+    )
+    _add_handlers(app)
+    _add_routes(app, desk)
+    settings = desk.settings
+    gate: ASGIApp = Gate(
+        app,
+        api_key=settings.api_key,
+        allowed_hosts=settings.allowed_hosts,
+        max_bytes=settings.limits.request_bytes,
+    )
+    if settings.allowed_origins:
+        gate = CORSMiddleware(
+            gate,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    return Counted(
+        gate, observe=desk.bridge.metrics.observe_request, endpoints=ENDPOINTS
+    )
+
+
+def _add_handlers(app: FastAPI) -> None:
+    """Let every mistake be told in OpenAI's form."""
+
+    @app.exception_handler(AnswerError)
+    async def failed(_: Request, failure: AnswerError) -> Response:
+        return failure_response(failure)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return failure_response(_invalid(error))
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        response = failure_response(AnswerError(error.status_code, message[:300]))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        # Starlette raises it again, and uvicorn logs it.
+        text = "the request has failed; the server's log says why."
+        return failure_response(AnswerError(500, text))
+
+
+def _invalid(error: RequestValidationError) -> AnswerError:
+    """What is wrong with a body, one of its mistakes."""
+    first: Mapping[str, Any] = max(error.errors(), key=_interest)
+    if first["type"] == "json_invalid":
+        return AnswerError(400, "the body must be JSON: it is not.")
+    place = _place(first, error.body)
+    reason = str(first["msg"])
+    return AnswerError(
+        400,
+        f"{place or 'the body'}: {reason[:1].lower()}{reason[1:]}."[:300],
+        param=place[:100] or None,
+    )
+
+
+def _interest(mistake: Mapping[str, Any]) -> tuple[bool, int]:
+    """How much a mistake says, where a field may be one thing or another.
+
+    That it is not of one type says nothing if it is of another.
+    """
+    return not mistake["type"].endswith("_type"), len(mistake["loc"])
+
+
+def _place(mistake: Mapping[str, Any], body: Any) -> str:
+    """Where in a body a mistake is, without pydantic's names of alternatives."""
+    parts: list[str] = []
+    for part in mistake["loc"][1:]:
+        is_field = isinstance(body, dict) and part in body
+        is_entry = isinstance(body, list) and isinstance(part, int)
+        if is_field or is_entry:
+            body = body[part]
+        if is_field or is_entry or mistake["type"] == "missing":
+            parts.append(str(part))
+    return ".".join(parts)
+
+
+def _add_routes(app: FastAPI, desk: Desk) -> None:
+    """Every route."""
+    _add_generation_routes(app, desk)
+    _add_model_routes(app, desk)
+    _add_state_routes(app, desk)
+
+
+def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
+    @app.post("/v1/chat/completions", responses=_ERRORS, summary="Answer a message")
+    async def chat(request: Request, body: ChatBody) -> Response:
+        arrived = time.perf_counter()
+        desk.orders.check_model(body.model)
+        tools = desk.orders.tools_of(body, has_tools=desk.prompts.has_tools)
+        prompt = await desk.in_thread(
+            desk.prompts.of_messages,
+            [message.plain() for message in body.messages],
+            tools=tools,
+            template_args=body.chat_template_kwargs,
+        )
+        orders = desk.orders.of_chat(body, prompt)
+        readers = [
+            desk.dialogue.reader(
+                tools, is_reasoning=prompt.is_reasoning, has_numbers=bool(body.stream)
+            )
+            for _ in orders
+        ]
+        style = ChatStyle(
+            Envelope.of_chat(body.model or desk.settings.names[0]),
+            readers,
+            desk.vocabulary,
+            has_logprobs=bool(body.logprobs),
+        )
+        return await _answer(request, desk, body, orders, style, arrived)
+
+    @app.post("/v1/completions", responses=_ERRORS, summary="Continue a text")
+    async def complete(request: Request, body: CompletionBody) -> Response:
+        arrived = time.perf_counter()
+        desk.orders.check_model(body.model)
+        prompts = await desk.in_thread(_prompts, desk.prompts, body.prompt)
+        orders = desk.orders.of_completion(body, prompts)
+        style = CompletionStyle(
+            Envelope.of_completion(body.model or desk.settings.names[0]),
+            desk.vocabulary,
+            has_logprobs=body.logprobs is not None,
+        )
+        return await _answer(request, desk, body, orders, style, arrived)
+
+
+def _prompts(prompts: Prompts, given: Any) -> list[Prompt]:
+    """The prompts of a body: one or several, as text or as token ids."""
+    is_one = isinstance(given, str) or isinstance(given[0], int)
+    return [
+        prompts.of_text(each) if isinstance(each, str) else prompts.of_tokens(each)
+        for each in ([given] if is_one else given)
+    ]
+
+
+async def _answer(
+    request: Request,
+    desk: Desk,
+    body: ChatBody | CompletionBody,
+    orders: list[Order],
+    style: Style,
+    arrived: float,
+) -> Response:
+    """Let the engine work, and send what it makes."""
+    reply = Reply(orders, arrived)
+    answer = Answer(reply, style, num_choices=body.n or 1)
+    desk.bridge.submit(reply)
+
+    def let_go() -> None:
+        desk.bridge.cancel(reply.jobs)
+
+    try:
+        await reply.accepted()
+        if body.stream:
+            options = body.stream_options
+            has_usage = bool(options and options.include_usage)
+            return EventStream(answer.chunks(has_usage=has_usage), let_go)
+        whole = await unless_gone(answer.whole(), request.receive)
+    except BaseException:
+        let_go()
+        raise
+    let_go()
+    if whole is None:
+        return Response(status_code=499)  # nobody waits for it
+    return Response(dumps(whole), media_type="application/json")
+
+
+def _add_model_routes(app: FastAPI, desk: Desk) -> None:
+    created = int(time.time())
+
+    def described(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "mlx_gemma_mtp",
+        }
+
+    @app.get("/v1/models", summary="What is served")
+    async def models() -> Response:
+        data = [described(name) for name in desk.settings.names]
+        return JSONResponse({"object": "list", "data": data})
+
+    @app.get("/v1/models/{name:path}", responses=_ERRORS, summary="One model")
+    async def model(name: str) -> Response:
+        desk.orders.check_model(name)
+        return JSONResponse(described(name))
+
+
+def _add_state_routes(app: FastAPI, desk: Desk) -> None:
+    bridge = desk.bridge
+
+    @app.get("/health", summary="Whether requests are taken")
+    async def health() -> Response:
+        status = bridge.status
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    @app.get("/metrics", summary="Everything that is counted, for Prometheus")
+    async def metrics() -> Response:
+        return Response(
+            bridge.metrics.exposition(),
+            headers={"content-type": metrics_module.CONTENT_TYPE},
+        )
+
+    @app.get("/stats", summary="The page's figures")
+    async def stats() -> Response:
+        return JSONResponse(bridge.metrics.page())
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE, headers=_PAGE_HEADERS)

@@ -1,0 +1,602 @@
+"""The arguments of ``mlx_gemma_mtp.server``, and what is wrong with them.
+
+Every mistake that shows without a model is found here. Names are mlx-lm's where it has
+them; vLLM's are understood where they mean something here. Knows nothing of MLX and of
+HTTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..command import Parser
+from ..config import MAX_DRAFT_TOKENS, SamplingParams, shorten
+from ..errors import RequestError
+
+AUTO = "auto"
+API_KEY_VARIABLE = "MLX_GEMMA_MTP_API_KEY"
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+DEFAULT_MODEL = "default_model"  # mlx-lm's word for whatever is served
+EMBEDDED_MODEL = "embedded"
+MAX_LOGPROBS = 64  # logprobs.MAX_LOGPROBS; a test compares them
+_MAX_PORT = 65535
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+# Flags of vLLM and mlx-lm that people bring and that mean nothing here.
+REFUSED = {
+    "--gpu-memory-utilization": "--max-kv-bytes states the memory of running requests",
+    "--kv-cache-memory-bytes": "it is --max-kv-bytes here",
+    "--tensor-parallel-size": "one machine serves the whole model",
+    "-tp": "one machine serves the whole model",
+    "--pipeline-parallel-size": "one machine serves the whole model",
+    "--data-parallel-size": "one machine serves the whole model",
+    "--pipeline": "one machine serves the whole model",
+    "--dtype": "weights keep the type of the checkpoint; mlx_gemma_mtp.convert has it",
+    "--quantization": "the checkpoint says how it is quantized",
+    "--load-format": "checkpoints are safetensors",
+    "--tokenizer": "the tokenizer comes with the checkpoint",
+    "--enforce-eager": "rounds are always compiled",
+    "--kv-cache-dtype": "mlx-lm has no quantized cache for Gemma 4",
+    "--kv-bits": "mlx-lm has no quantized cache for Gemma 4",
+    "--kv-group-size": "mlx-lm has no quantized cache for Gemma 4",
+    "--quantized-kv-start": "mlx-lm has no quantized cache for Gemma 4",
+    "--reasoning-parser": "the tokenizer's vocabulary says how reasoning is marked",
+    "--tool-call-parser": "the chat template says how tools are called",
+    "--enable-auto-tool-choice": "tools are on where the chat template has them",
+    "--use-default-chat-template": "--chat-template names one",
+    "--enable-prefix-caching": "caches are kept; --prompt-cache-size says how many",
+    "--no-enable-prefix-caching": "--prompt-cache-size 0 keeps no caches",
+    "--enable-chunked-prefill": "prompts are always read in chunks",
+    "--prompt-concurrency": "prompts are read one chunk at a time between rounds",
+    "--enable-lora": "--adapter-path names LoRA adapters",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server takes on at most.
+
+    Attributes:
+        rows: Requests that decode together.
+        waiting: Requests that wait beside them.
+        connections: Open connections.
+        request_bytes: Size of a request's body.
+        kv_bytes: Memory of the running requests' caches; None for what suits the
+            machine.
+        model_len: Tokens of prompt and answer together; None for the model's.
+        logprobs: Most likely tokens to report for one.
+        tokens: Tokens of an answer where the request does not say.
+    """
+
+    rows: int
+    waiting: int
+    connections: int
+    request_bytes: int
+    kv_bytes: int | None
+    model_len: int | None
+    logprobs: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the arguments mean, checked.
+
+    Attributes:
+        model: Folder or Hub id; None for the embedded pair.
+        names: What the model is called in requests, the first one in answers.
+        draft_model: Folder or Hub id of the drafter; None to find it.
+        is_drafting: Whether a drafter is loaded.
+        num_draft_tokens: K; None for the controller's choice.
+        api_key: What requests must bring; None for nothing.
+        given_sampling: ``temp``, ``top_p``, ``top_k``, ``min_p``; None where the
+            checkpoint's counts.
+        chat_template: A template in place of the checkpoint's.
+        chat_template_args: More arguments for it.
+        prompt_cache_size: Prompts kept for later requests; 0 for none.
+        prompt_cache_bytes: Memory of these.
+        shutdown_timeout: Seconds that running requests have to finish.
+    """
+
+    model: str | None
+    names: tuple[str, ...]
+    draft_model: str | None
+    is_drafting: bool
+    adapter_path: str | None
+    revision: str | None
+    trust_remote_code: bool
+    num_draft_tokens: int | None
+    host: str
+    port: int
+    backlog: int
+    api_key: str | None
+    allowed_origins: tuple[str, ...]
+    allowed_hosts: tuple[str, ...]
+    given_sampling: dict[str, Any]
+    chat_template: str | None
+    chat_template_args: dict[str, Any]
+    prefill_step_size: int
+    prompt_cache_size: int
+    prompt_cache_bytes: int
+    log_level: str
+    shutdown_timeout: float
+    limits: Limits
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def parse(argv: Sequence[str] | None) -> Settings:
+    """Read the command's arguments.
+
+    Args:
+        argv: Arguments; None for the process's.
+
+    Raises:
+        RequestError: One of them is unknown, or outside its range.
+    """
+    args, unknown = configure_parser().parse_known_args(argv)
+    for argument in unknown:
+        _refuse(argument)
+    return check(args)
+
+
+def _refuse(argument: str) -> NoReturn:
+    """Say why an argument is not taken."""
+    flag = argument.split("=")[0]
+    reason = REFUSED.get(flag)
+    if reason is None:
+        raise RequestError(
+            f"unrecognized argument: {shorten(argument)}. See mlx_gemma_mtp.server "
+            "--help."
+        )
+    raise RequestError(f"{flag} has no meaning here: {reason}. Leave it out.")
+
+
+def configure_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = Parser(
+        prog="mlx_gemma_mtp.server",
+        description="Serve a Gemma 4 model and its MTP drafter with OpenAI's API.",
+        allow_abbrev=False,  # a flag of vLLM's must not be taken for the start of ours
+    )
+    _add_model_arguments(parser)
+    _add_decoding_arguments(parser)
+    _add_address_arguments(parser)
+    _add_limit_arguments(parser)
+    _add_default_arguments(parser)
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        help="folder or Hub id of the target (default: the embedded pair, a tiny model "
+        "that completes Python code)",
+    )
+    group.add_argument(
+        "--draft-model",
+        help="folder or Hub id of the drafter (default: found by itself inside the "
+        "target's folder, beside it, or on the Hub)",
+    )
+    group.add_argument(
+        "--no-draft", action="store_true", help="decode without a drafter"
+    )
+    group.add_argument("--adapter-path", help="LoRA adapters for the target")
+    group.add_argument(
+        "--revision", help="branch, tag or commit of the target on the Hub"
+    )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let the tokenizer run code from the checkpoint",
+    )
+    group.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="what requests may call the model (default: what --model says)",
+    )
+    group.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a chat template in place of the checkpoint's: a file, or the template "
+        "itself",
+    )
+    group.add_argument(
+        "--chat-template-args",
+        "--default-chat-template-kwargs",
+        metavar="JSON",
+        help="more arguments for the chat template, a JSON object",
+    )
+
+
+def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding")
+    group.add_argument(
+        "--num-draft-tokens",
+        default=AUTO,
+        type=_number_or_auto,
+        metavar="K",
+        help="drafts per round, 0 (plain decoding) to 8, or auto for as many in each "
+        "round as are expected to be fastest (default: auto)",
+    )
+    group.add_argument(
+        "--speculative-config",
+        metavar="JSON",
+        help="the same in vLLM's words: a JSON object with method (mtp), model, "
+        "num_speculative_tokens",
+    )
+    group.add_argument(
+        "--max-rows",
+        "--max-num-seqs",
+        "--decode-concurrency",
+        type=int,
+        default=32,
+        help="most requests that decode together; more wait (default: %(default)s)",
+    )
+    group.add_argument(
+        "--prefill-step-size",
+        "--max-num-batched-tokens",
+        type=int,
+        default=2048,
+        help="most prompt tokens in one forward, which is how long others wait "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-kv-bytes",
+        type=_size,
+        metavar="SIZE",
+        help="memory for the caches of running requests, such as 8GB; others wait "
+        "(default: what the machine has beside the weights)",
+    )
+    group.add_argument(
+        "--prompt-cache-size",
+        type=int,
+        default=10,
+        help="prompts whose caches are kept for later requests, 0 for none (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
+        "--prompt-cache-bytes",
+        type=_size,
+        default=2 * 10**9,
+        metavar="SIZE",
+        help="memory for these (default: 2GB)",
+    )
+
+
+def _add_address_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("address")
+    group.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at (default: %(default)s, this machine only)",
+    )
+    group.add_argument(
+        "--port", type=int, default=8080, help="port, 0 for a free one (default: 8080)"
+    )
+    group.add_argument(
+        "--api-key",
+        help="what requests must bring, as Authorization: Bearer KEY; all but /health "
+        f"and the page ask for it (default: {API_KEY_VARIABLE}, else none)",
+    )
+    group.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="other web pages that may send requests, * for all (default: none)",
+    )
+    group.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names by which requests without a key may call this machine, beside "
+        "localhost and addresses (default: none)",
+    )
+    group.add_argument(
+        "--backlog",
+        type=int,
+        default=2048,
+        help="connections that may wait to be accepted (default: %(default)s)",
+    )
+
+
+def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--max-waiting",
+        type=int,
+        default=512,
+        help="most requests that wait for a row; more get status 429 (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
+        "--max-connections",
+        type=int,
+        default=1024,
+        help="most open connections; more get status 503 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-request-bytes",
+        type=_size,
+        default=8 * 10**6,
+        metavar="SIZE",
+        help="largest body of a request; more gets status 413 (default: 8MB)",
+    )
+    group.add_argument(
+        "--max-model-len",
+        type=int,
+        help="most tokens of prompt and answer together (default: the model's)",
+    )
+    group.add_argument(
+        "--max-logprobs",
+        type=int,
+        default=20,
+        help="most likely tokens that a request may ask for (default: %(default)s)",
+    )
+    group.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long running requests may go on after SIGTERM or Control-C "
+        "(default: 30)",
+    )
+    group.add_argument(
+        "--log-level",
+        "--uvicorn-log-level",
+        type=str.upper,
+        choices=LOG_LEVELS,
+        default="INFO",
+        help="how much is said on standard error (default: %(default)s)",
+    )
+
+
+def _add_default_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where a request does not say")
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        default=512,
+        help="most tokens of an answer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--temp",
+        type=float,
+        help="temperature, 0 is greedy (default: the checkpoint's, else 0)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        help="probability mass to keep (default: the checkpoint's, else 1)",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        help="tokens to keep, 0 for all (default: the checkpoint's, else 0)",
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        help="smallest share of the best token's probability to keep (default: the "
+        "checkpoint's, else 0)",
+    )
+
+
+def check(args: argparse.Namespace) -> Settings:
+    """Find the mistakes that can be found before anything is loaded.
+
+    Args:
+        args: What the parser returned.
+
+    Raises:
+        RequestError: Two arguments exclude each other, or one is outside its range.
+    """
+    drafts = _Drafts.of(args)
+    _check_ranges(args)
+    given = {name: getattr(args, name) for name in ("temp", "top_p", "top_k", "min_p")}
+    SamplingParams(**{name: v for name, v in given.items() if v is not None})
+    return Settings(
+        model=args.model,
+        names=tuple(args.served_model_name or [args.model or EMBEDDED_MODEL]),
+        draft_model=drafts.model,
+        is_drafting=not args.no_draft,
+        adapter_path=args.adapter_path,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        num_draft_tokens=drafts.count,
+        host=args.host,
+        port=args.port,
+        backlog=args.backlog,
+        api_key=_api_key(args.api_key),
+        allowed_origins=tuple(args.allowed_origins),
+        allowed_hosts=tuple(name.lower() for name in args.allowed_hosts),
+        given_sampling=given,
+        chat_template=_template(args.chat_template),
+        chat_template_args=_object("--chat-template-args", args.chat_template_args),
+        prefill_step_size=args.prefill_step_size,
+        prompt_cache_size=args.prompt_cache_size,
+        prompt_cache_bytes=args.prompt_cache_bytes,
+        log_level=args.log_level,
+        shutdown_timeout=args.shutdown_timeout,
+        limits=Limits(
+            rows=args.max_rows,
+            waiting=args.max_waiting,
+            connections=args.max_connections,
+            request_bytes=args.max_request_bytes,
+            kv_bytes=args.max_kv_bytes,
+            model_len=args.max_model_len,
+            logprobs=args.max_logprobs,
+            tokens=args.max_tokens,
+        ),
+    )
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    """Check the numbers."""
+    lowest = {
+        "port": 0,
+        "backlog": 1,
+        "max_rows": 1,
+        "max_waiting": 0,
+        "max_connections": 1,
+        "max_request_bytes": 1,
+        "max_tokens": 1,
+        "max_logprobs": 0,
+        "prefill_step_size": 1,
+        "prompt_cache_size": 0,
+        "shutdown_timeout": 0,
+        "max_model_len": 2,
+        "max_kv_bytes": 1,
+        "prompt_cache_bytes": 0,
+    }
+    highest = {"port": _MAX_PORT, "max_logprobs": MAX_LOGPROBS}
+    for name, minimum in lowest.items():
+        value = getattr(args, name)
+        maximum = highest.get(name, float("inf"))
+        if value is not None and not minimum <= value <= maximum:  # NaN fails too
+            bounds = f"from {minimum} to {maximum}" if name in highest else "or more"
+            expected = bounds if name in highest else f"{minimum} {bounds}"
+            raise RequestError(
+                f"--{name.replace('_', '-')} must be {expected}: got {value}. Leave "
+                "it out for the default."
+            )
+
+
+@dataclass(frozen=True)
+class _Drafts:
+    """Which drafter, and how many drafts."""
+
+    model: str | None
+    count: int | None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> _Drafts:
+        """What the flags say, the package's or vLLM's."""
+        model, count = args.draft_model, args.num_draft_tokens
+        if args.speculative_config is not None:
+            if model or count != AUTO:
+                raise RequestError(
+                    "--speculative-config must stand alone: got --draft-model or "
+                    "--num-draft-tokens beside it. Leave one out."
+                )
+            model, count = _speculative(args.speculative_config)
+        if args.no_draft and (model or count not in (0, AUTO)):
+            raise RequestError(
+                "--no-draft must stand alone: got a drafter or a number of drafts "
+                "beside it. Leave one out."
+            )
+        if count != AUTO and not 0 <= count <= MAX_DRAFT_TOKENS:
+            raise RequestError(
+                f"--num-draft-tokens must be from 0 to {MAX_DRAFT_TOKENS}, or auto: "
+                f"got {count}. auto suits most pairs."
+            )
+        return cls(model, None if count == AUTO else count)
+
+
+def _speculative(text: str) -> tuple[str | None, int | str]:
+    """The drafter and K of vLLM's JSON object."""
+    given = _object("--speculative-config", text)
+    method = given.pop("method", "mtp")
+    if method != "mtp":
+        raise RequestError(
+            f'--speculative-config must have the method "mtp": got {shorten(method)}. '
+            "Gemma 4's drafters have no other."
+        )
+    model = given.pop("model", None)
+    count = given.pop("num_speculative_tokens", AUTO)
+    if given:
+        raise RequestError(
+            "--speculative-config must hold method, model and num_speculative_tokens "
+            f"only: got {shorten(', '.join(given))}. Leave the rest out."
+        )
+    if model is not None and not isinstance(model, str):
+        raise RequestError(
+            "model in --speculative-config must be a folder or a Hub id: got "
+            f"{shorten(model)}. Leave it out to let it be found."
+        )
+    if count != AUTO and (isinstance(count, bool) or not isinstance(count, int)):
+        raise RequestError(
+            "num_speculative_tokens in --speculative-config must be a whole number: "
+            f"got {shorten(count)}. Leave it out for as many as are fastest."
+        )
+    return model, count
+
+
+def _api_key(given: str | None) -> str | None:
+    """The key of the flag, or the environment's."""
+    key = os.environ.get(API_KEY_VARIABLE) or None if given is None else given
+    if key is not None and not (key and key.isascii() and key.isprintable()):
+        raise RequestError(
+            "--api-key must hold printable ASCII characters, which is what a header "
+            "can carry. Choose another one."
+        )
+    return key
+
+
+def _template(given: str | None) -> str | None:
+    """A template given as a file's name or as itself."""
+    if given is None or "{" in given or "\n" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise RequestError(
+            f"--chat-template must be a file that can be read, or a Jinja template: "
+            f"got {shorten(given)}: {error}. Name another one."
+        ) from error
+
+
+def _object(flag: str, text: str | None) -> dict[str, Any]:
+    """A JSON object that a flag gives."""
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise RequestError(
+            f"{flag} must be a JSON object: got {shorten(text)}. Quote it in '...'."
+        )
+    return value
+
+
+def _number_or_auto(text: str) -> int | str:
+    """A whole number, or auto."""
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        message = f"must be a whole number or auto: got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def _size(text: str) -> int:
+    """Bytes of a text such as ``8GB``, ``512MiB`` or ``1000000``."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be a size such as 8GB: got {text!r}")
+    number, unit, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** " KMGT".index(unit.upper() or " "))

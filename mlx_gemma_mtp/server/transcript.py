@@ -1,0 +1,57 @@
+"""From the tokens of one choice to the pieces of its text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..stop import StopStrings
+from .order import Piece
+
+if TYPE_CHECKING:
+    from ..emission import Emission
+
+
+class Transcript:
+    """The text of one choice so far.
+
+    Args:
+        detokenizer: mlx-lm's, fresh.
+        stop: Strings that end the text.
+
+    Attributes:
+        tokens: The tokens that were reported.
+        num_from_draft: How many of the reported ones the drafter had proposed.
+    """
+
+    def __init__(self, detokenizer: Any, stop: tuple[str, ...]) -> None:
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(stop)
+        self.tokens: list[int] = []
+        self.num_from_draft = 0
+
+    def take(self, emission: Emission) -> Piece:
+        """The piece that a round's tokens make; ends with the text."""
+        piece = Piece()
+        last = len(emission.tokens) - 1
+        for i, token in enumerate(emission.tokens):
+            piece.finish_reason = emission.finish_reason if i == last else None
+            piece.text += self._text(token, piece.finish_reason)
+            piece.tokens.append(token)
+            if self._stops.is_stopped:
+                piece.finish_reason = "stop"
+                break
+        self.tokens += piece.tokens
+        count = len(piece.tokens)
+        piece.logprobs = emission.logprobs[:count]
+        self.num_from_draft += min(emission.num_from_draft, count)
+        return piece
+
+    def _text(self, token: int, reason: str | None) -> str:
+        """The text that a token makes certain."""
+        if reason != "stop":  # an end-of-sequence token has no text
+            self._detokenizer.add_token(token)
+        if reason is None:
+            return self._stops.add(self._detokenizer.last_segment)
+        self._detokenizer.finalize()
+        text = self._stops.add(self._detokenizer.last_segment)
+        return text if self._stops.is_stopped else text + self._stops.finish()

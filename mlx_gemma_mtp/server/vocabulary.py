@@ -1,0 +1,46 @@
+"""What single tokens are called in reports of log-probabilities."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MAX_KNOWN = 2**18
+
+
+class Vocabulary:
+    """Texts and bytes of tokens.
+
+    Args:
+        tokenizer: mlx-lm's.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, bytes] = {}
+
+    def bytes_of(self, token: int) -> bytes:
+        """A token's part of the text in UTF-8, perhaps of half a character."""
+        known = self._known.get(token)
+        if known is None:
+            known = self._bytes_of(token)
+            if len(self._known) < _MAX_KNOWN:
+                self._known[token] = known
+        return known
+
+    def text_of(self, token: int) -> str:
+        """A token's text; as OpenAI's ``bytes:\\xe2`` where it is none by itself."""
+        found = self.bytes_of(token)
+        try:
+            return found.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+    def _bytes_of(self, token: int) -> bytes:
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        match = _BYTE.fullmatch(piece) if isinstance(piece, str) else None
+        if match is not None:
+            return bytes([int(match.group(1), 16)])
+        text: str = self._tokenizer.decode([token])
+        return text.encode("utf-8", "replace")

@@ -1,0 +1,387 @@
+"""The engine's thread: orders in, steps of the decoder, pieces out.
+
+Between two steps messages are read, so a request that is let go of has no further
+round. Nothing runs while there is nothing to decode. A request that fails fails alone;
+where the decoder itself fails, every request ends with an error and no new one is
+taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import RequestError
+from .bridge import Bridge, Cancel, Drain, Mailbox, Submit
+from .failures import BROKEN, SHUTTING_DOWN, AnswerError
+from .metrics import Drafting, StepReport
+from .order import Accepted, Event, Order, Place, Tally
+from .reply import Job
+from .transcript import Transcript
+
+if TYPE_CHECKING:
+    from ..emission import Emission, Progress, Step
+    from ..row import Request, Row
+    from ..stats import RoundStats
+    from .kept import KeptCaches
+
+logger = logging.getLogger("mlx_gemma_mtp.server")
+
+# Orders that the decoder holds beyond its rows, so that a row that ends is followed at
+# once. The others wait here: what the caches know is looked up as late as possible.
+_AHEAD = 2
+
+
+class DecoderLike(Protocol):
+    """What is used of a ``Decoder``."""
+
+    stats: RoundStats
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+
+    @property
+    def num_live(self) -> int:
+        """Rows that decode or read."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows that wait."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the rows' caches."""
+
+    def add(self, request: Request, prompt_cache: Sequence[Any] | None = None) -> Row:
+        """Let a request wait for its seat."""
+
+    def step(self) -> Step:
+        """Run at most one round, and read at most one chunk of prompts."""
+
+    def remove(self, row: Row) -> None:
+        """Let go of a row."""
+
+    def extract(self, row: Row, *, num_emitted: int | None = None) -> Sequence[Any]:
+        """A row's caches as mlx-lm's."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What the worker decodes with.
+
+    Attributes:
+        decoder: The rows.
+        make_request: Checks an order and makes a request of it.
+        make_detokenizer: Makes mlx-lm's detokenizer for one text.
+        kept: Caches of earlier prompts; None where none are kept.
+        max_rows: Rows of the decoder.
+        window: Tokens that sliding layers see; caches of fewer can be cut shorter.
+        memory: Bytes that MLX uses, and the most it used.
+    """
+
+    decoder: DecoderLike
+    make_request: Callable[[Order], Request]
+    make_detokenizer: Callable[[], Any]
+    kept: KeptCaches | None
+    max_rows: int
+    window: int
+    memory: Callable[[], tuple[int, int]]
+
+
+@dataclass(eq=False)
+class _Task:
+    """A job in the engine's hands.
+
+    Attributes:
+        job: What is to be done.
+        request: The same for the decoder, with the whole prompt.
+        transcript: Its text so far.
+        row: Its row, once it has one.
+        num_cached: Tokens of the prompt that came in caches.
+        last_at: When its last tokens came, seconds.
+    """
+
+    job: Job
+    request: Request
+    transcript: Transcript
+    row: Row | None = None
+    num_cached: int = 0
+    last_at: float | None = None
+
+
+class Worker:
+    """Decodes for everybody.
+
+    Args:
+        means: What it decodes with.
+        mailbox: Where its messages are.
+        bridge: Where what it has to say goes.
+    """
+
+    def __init__(self, means: Means, mailbox: Mailbox, bridge: Bridge) -> None:
+        self._means = means
+        self._decoder = means.decoder
+        self._kept = means.kept
+        self._mailbox = mailbox
+        self._bridge = bridge
+        self._waiting: deque[_Task] = deque()
+        self._tasks: dict[Job, _Task] = {}
+        self._by_row: dict[Row, _Task] = {}
+        self._events: list[tuple[Job, Event]] = []
+        self._has_news = False
+        self._report = StepReport()
+        self._deadline: float | None = None
+        self._is_broken = False
+
+    def run(self) -> None:
+        """Work until a ``Drain`` was obeyed."""
+        while not self._is_done():
+            self._read_messages()
+            self._feed()
+            self._post()  # who is accepted need not wait for a step to know
+            if not self._is_broken and not self._decoder.is_idle:
+                self._step()
+                self._post()
+        self._has_news = True
+        self._fail_all(AnswerError(503, SHUTTING_DOWN))
+        self._read_messages()  # what came in between is refused
+        self._post()
+        if not self._is_broken:
+            self._decoder.close()
+
+    def _is_done(self) -> bool:
+        if self._deadline is None:
+            return False
+        return not self._tasks or time.monotonic() >= self._deadline
+
+    def _read_messages(self) -> None:
+        """Do what the messages say; sleep until there is one where nothing else is."""
+        is_idle = not self._tasks and self._deadline is None
+        for message in self._mailbox.take(wait=is_idle):
+            self._has_news = True
+            if isinstance(message, Submit):
+                self._submit(message.job)
+            elif isinstance(message, Cancel):
+                self._cancel(message.job)
+            else:
+                self._drain(message)
+
+    def _drain(self, message: Drain) -> None:
+        self._deadline = time.monotonic() + message.timeout_s
+
+    def _submit(self, job: Job) -> None:
+        """Check an order and let it wait."""
+        if self._is_broken:
+            return self._tell(job, AnswerError(503, BROKEN))
+        if self._deadline is not None:
+            return self._tell(job, AnswerError(503, SHUTTING_DOWN))
+        try:
+            request = self._means.make_request(job.order)
+            transcript = Transcript(self._means.make_detokenizer(), job.order.stop)
+        except Exception as error:  # noqa: BLE001 - one order must not end the others
+            return self._tell(job, _failure_of(error))
+        task = _Task(job, request, transcript)
+        self._tasks[job] = task
+        self._waiting.append(task)
+        self._tell(job, Accepted())
+
+    def _cancel(self, job: Job) -> None:
+        """Let go of a job, wherever it is."""
+        task = self._tasks.get(job)
+        if task is not None:
+            self._drop(task)
+
+    def _feed(self) -> None:
+        """Give waiting orders to the decoder, as many as it soon has rows for."""
+        while self._waiting and len(self._by_row) < self._means.max_rows + _AHEAD:
+            task = self._waiting.popleft()
+            try:
+                self._begin(task)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._fail(task, _failure_of(error))
+
+    def _begin(self, task: _Task) -> None:
+        """Add a request to the decoder, with what the caches know of its prompt."""
+        prompt, caches = task.request.prompt, None
+        if self._kept is not None:
+            caches, task.num_cached = self._kept.find(prompt)
+        read = task.num_cached
+        request = replace(
+            task.request,
+            prompt=prompt[read:],
+            history=tuple(prompt[:read]),
+            pauses=tuple(place.num_tokens - read for place in self._places(task)),
+        )
+        task.row = self._decoder.add(request, caches)
+        self._by_row[task.row] = task
+        self._report.num_prompt_tokens += len(prompt)
+        self._report.num_cached_tokens += read
+
+    def _places(self, task: _Task) -> list[Place]:
+        """Where reading pauses, so that caches can be kept.
+
+        Nowhere if the answer's own can be cut down to any beginning later.
+        """
+        order = task.job.order
+        is_short = len(order.prompt) + order.max_tokens <= self._means.window
+        if self._kept is None or is_short:
+            return []
+        return [place for place in order.places if place.num_tokens > task.num_cached]
+
+    def _step(self) -> None:
+        """Run one step and take what it gave."""
+        self._has_news = True
+        try:
+            step = self._decoder.step()
+        except Exception:
+            logger.exception("the engine has failed")
+            self._break()
+            return
+        now = time.perf_counter()
+        for progress in step.progress:
+            if progress.is_paused:
+                self._keep_prompt(progress)
+        for emission in step.emissions:
+            task = self._by_row[emission.row]
+            try:
+                self._take(task, emission, now)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._fail(task, _failure_of(error))
+
+    def _take(self, task: _Task, emission: Emission, now: float) -> None:
+        """Tell a job what its row emitted."""
+        if emission.error is not None:
+            raise emission.error
+        piece = task.transcript.take(emission)
+        self._note_times(task, len(piece.tokens), now)
+        if piece.finish_reason is not None:
+            assert task.row is not None
+            self._report.finished[piece.finish_reason] += 1
+            piece.tally = _tally(task, task.row)
+            self._keep_answer(task)
+            self._drop(task, is_ended=emission.finish_reason is not None)
+        self._tell(task.job, piece)
+
+    def _note_times(self, task: _Task, num_tokens: int, now: float) -> None:
+        self._report.num_tokens += num_tokens
+        if task.last_at is None:
+            self._report.first_token_s.append(now - task.job.arrived)
+        else:
+            self._report.gaps.append((now - task.last_at, num_tokens))
+        task.last_at = now
+
+    def _keep_prompt(self, progress: Progress) -> None:
+        """Keep the caches of a prompt's beginning that was just read."""
+        task = self._by_row[progress.row]
+        num_tokens = task.num_cached + progress.num_read
+        kinds = {place.num_tokens: place.kind for place in task.job.order.places}
+        self._keep(task, task.request.prompt[:num_tokens], kinds[num_tokens])
+
+    def _keep_answer(self, task: _Task) -> None:
+        """Keep the caches of a prompt and its answer, but for the last token.
+
+        That one's keys are not there yet, and whoever goes on reads more anyway.
+        """
+        answer = task.transcript.tokens[:-1]
+        tokens = [*task.request.prompt, *answer]
+        self._keep(task, tokens, "assistant", num_emitted=len(answer))
+
+    def _keep(self, task: _Task, tokens: list[int], kind: str, **how: int) -> None:
+        """Keep caches; a request does not fail because of them."""
+        if self._kept is None:
+            return
+        assert task.row is not None
+        try:
+            caches = self._decoder.extract(task.row, **how)
+            self._kept.keep(tokens, list(caches), kind=kind)
+        except RequestError:  # another row has its seat already
+            logger.debug("%d tokens were not kept", len(tokens))
+        except Exception:
+            logger.exception("the caches of %d tokens could not be kept", len(tokens))
+
+    def _drop(self, task: _Task, *, is_ended: bool = False) -> None:
+        """Forget a task; its row, if it has not ended, has no further round."""
+        self._tasks.pop(task.job, None)
+        if task.row is None:
+            if task in self._waiting:
+                self._waiting.remove(task)
+            return
+        was_decoding = self._by_row.pop(task.row, None) is not None
+        if was_decoding and not is_ended and not self._is_broken:
+            self._decoder.remove(task.row)
+
+    def _fail(self, task: _Task, failure: AnswerError) -> None:
+        """End a task with an error."""
+        self._drop(task)
+        self._tell(task.job, failure)
+
+    def _fail_all(self, failure: AnswerError) -> None:
+        for task in list(self._tasks.values()):
+            self._fail(task, failure)
+
+    def _break(self) -> None:
+        """The decoder cannot go on: end everything."""
+        self._is_broken = self._bridge.is_broken = True
+        self._fail_all(AnswerError(500, BROKEN))
+
+    def _tell(self, job: Job, event: Event) -> None:
+        self._events.append((job, event))
+
+    def _post(self) -> None:
+        """Send what has gathered, and how things stand."""
+        if not self._has_news:
+            return
+        self._has_news = False
+        events, self._events = self._events, []
+        report, self._report = self._report, StepReport()
+        report.at = time.perf_counter()
+        report.num_waiting = len(self._waiting)
+        if not self._is_broken:
+            self._describe(report)
+        self._bridge.post(events, report)
+
+    def _describe(self, report: StepReport) -> None:
+        decoder, stats = self._decoder, self._decoder.stats
+        report.num_live = decoder.num_live
+        report.num_waiting += decoder.num_waiting
+        report.kv_bytes = decoder.kv_bytes
+        report.memory_bytes, report.peak_memory_bytes = self._means.memory()
+        if self._kept is not None:
+            report.prompt_cache_bytes = self._kept.num_bytes
+            report.prompt_cache_size = len(self._kept)
+        report.drafting = Drafting(
+            rounds=stats.rounds,
+            drafted=stats.drafted,
+            accepted=stats.accepted,
+            num_draft_tokens=stats.num_draft_tokens.copy(),
+            drafted_at=stats.drafted_at.copy(),
+            accepted_at=stats.accepted_at.copy(),
+        )
+
+
+def _tally(task: _Task, row: Row) -> Tally:
+    stats = row.stats
+    return Tally(
+        num_cached=task.num_cached,
+        num_from_draft=task.transcript.num_from_draft,
+        rounds=stats.rounds,
+        drafted=stats.drafted,
+        accepted=stats.accepted,
+        rule=stats.rule,
+    )
+
+
+def _failure_of(error: Exception) -> AnswerError:
+    """What a client is told of an exception in its request."""
+    if isinstance(error, RequestError):
+        return AnswerError(400, str(error))
+    logger.error("a request has failed", exc_info=error)
+    return AnswerError(500, "the request has failed; the server's log says why.")

@@ -1,0 +1,925 @@
+"""The chat: conversations, caches kept between turns, commands, the terminal.
+
+Whether a cache was used again is seen by how many tokens the target reads, never by
+time.
+
+Run: python -m pytest tests/test_chat.py
+"""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import closing
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.gemma4_text import Gemma4TextModel
+
+import mlx_gemma_mtp
+from mlx_gemma_mtp.chat import __main__ as chat
+from mlx_gemma_mtp.chat.commands import COMMANDS, HELP, Commands
+from mlx_gemma_mtp.chat.conversation import Conversation
+from mlx_gemma_mtp.chat.kept import KeptCaches
+from mlx_gemma_mtp.chat.prompts import (
+    PlainPrompts,
+    TemplatePrompts,
+    num_common,
+    num_stable,
+)
+from mlx_gemma_mtp.chat.reader import read_message
+from mlx_gemma_mtp.chat.session import Session, Settings
+from mlx_gemma_mtp.errors import MTPError, RequestError
+from tests.tiny import CHAT_TEMPLATE, model_folder, tiny_tokenizer, uncompiled
+
+SESSION = import_module("mlx_gemma_mtp.chat.session")
+ROOT = Path(__file__).parents[1]
+WINDOW = 16  # of the random pairs
+LONG = "the rain in the north and the heat in the south are one another"
+# As Gemma's does, it opens an answer in another way than it shows an old one.
+OPENING = {"opening": "a thought"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _uncompiled():
+    with uncompiled():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("chat") / "plain")
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat") / "template"
+    return model_folder(folder, chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def endless_folder(tmp_path_factory):
+    """A pair that no token ends."""
+    folder = model_folder(tmp_path_factory.mktemp("chat") / "endless", has_eos=False)
+    (folder / "generation_config.json").write_text('{"eos_token_id": []}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def random_pair(folder):
+    return mlx_gemma_mtp.load(folder)
+
+
+@pytest.fixture(scope="module")
+def chat_pair(chat_folder):
+    return mlx_gemma_mtp.load(chat_folder)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return mlx_gemma_mtp.load(mlx_gemma_mtp.embedded_pair_path())
+
+
+@pytest.fixture
+def num_read(monkeypatch):
+    """The numbers of prompt tokens that the target reads, forward by forward."""
+    numbers = []
+    forward = Gemma4TextModel.__call__
+
+    def counted(self, inputs, *args, **settings):
+        numbers.append(inputs.shape[1])
+        return forward(self, inputs, *args, **settings)
+
+    monkeypatch.setattr(Gemma4TextModel, "__call__", counted)
+    return numbers
+
+
+def make_session(
+    pair: Any,
+    *,
+    config: Any = None,
+    system: Any = None,
+    drafts: Any = "auto",
+    **changes: Any,
+) -> Any:
+    model, tokenizer = pair
+    prompts = (
+        TemplatePrompts(tokenizer, config or {})
+        if tokenizer.has_chat_template
+        else PlainPrompts(tokenizer)
+    )
+    settings: dict[str, Any] = {
+        "max_tokens": 12,
+        "prefill_step_size": 2048,
+        "exactness": "fast",  # no time for a probe
+        "stop": (),
+        "sampling": {},
+    }
+    return Session(
+        model,
+        tokenizer,
+        prompts,
+        Settings(**settings | changes),
+        num_draft_tokens=drafts,
+        system=system,
+    )
+
+
+def say(session, question):
+    """The whole answer."""
+    return "".join(response.text for response in session.answer(question))
+
+
+def is_all_that_was_read(numbers, turn):
+    """Whether forwards read a turn's new tokens and no others.
+
+    An answer's last token may take one more of one row to be in the cache.
+    """
+    assert numbers[0] > 0
+    return sum(numbers) - turn.num_read in (0, 1)
+
+
+def one_line(error):
+    text = str(error)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture(scope="module")
+def read_anew(embedded):
+    """Questions, and the answers of plain decoding that keeps nothing."""
+    fresh = make_session(embedded, drafts=0)
+    questions = ["def area(radius):", "class Stack:", "    def push(self, x):"]
+    answers = []
+    for question in questions:
+        fresh.kept.clear()
+        answers.append(say(fresh, question))
+        assert fresh.last.num_cached == 0
+    return questions, answers
+
+
+class TestReader:
+    @pytest.mark.parametrize(
+        ("lines", "messages"),
+        [
+            (["one", "two"], ["one", "two"]),
+            (["one\\", "two\\", "three", "four"], ["one\ntwo\nthree", "four"]),
+            (["one\\"], ["one"]),
+            (['"""one', "", 'two"""', "three"], ["one\n\ntwo", "three"]),
+            (['"""', "    one", "two", '"""', "x"], ["    one\ntwo", "x"]),
+            (['"""one""" and', "two"], ["one and", "two"]),
+            (['"""', "one\\", "two"], ["one\\\ntwo"]),
+            (['""""""', "one"], ["", "one"]),
+            (['"""', '"""', "one"], ["", "one"]),
+            (["", "one"], ["", "one"]),
+            ([], []),
+        ],
+    )
+    def test_messages(self, lines, messages):
+        rest = iter(lines)
+        found = []
+        while (message := read_message(lambda _: next(rest, None))) is not None:
+            found.append(message)
+        assert found == messages
+
+    def test_asks_for_the_rest_in_another_way(self):
+        asked = []
+        lines = iter(["one\\", "two"])
+
+        def ask(has_begun):
+            asked.append(has_begun)
+            return next(lines)
+
+        read_message(ask)
+        assert asked == [False, True]
+
+
+class TestConversation:
+    def test_goes_to_json_and_back(self):
+        said = Conversation("be brief")
+        said.add("hé", 'a "b"\n')
+        said.add("c", "")
+        text = said.to_json()
+        assert Conversation.from_json(text, source="x").messages() == said.messages()
+        assert json.loads(text)["messages"][:2] == [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "hé"},
+        ]
+
+    def test_undo(self):
+        said = Conversation()
+        said.add("a", "b")
+        said.add("c", "d")
+        assert said.undo().question == "c"
+        assert [m["content"] for m in said.messages("e")] == ["a", "b", "e"]
+        said.undo()
+        with pytest.raises(RequestError, match="empty conversation"):
+            said.undo()
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("", "must be JSON"),
+            ("[" * 100_000, "must be JSON"),
+            ("[]", "must hold messages"),
+            ('{"messages": {}}', "must hold messages"),
+            ('{"messages": [1]}', "must have a role and a content"),
+            ('{"messages": [{"role": "user"}]}', "must have a role and a content"),
+            (
+                '{"messages": [{"role": "user", "content": []}]}',
+                "must have a role and a content",
+            ),
+            ('{"messages": [{"role": "user", "content": "a"}]}', "in turn"),
+            ('{"messages": [{"role": "tool", "content": "a"}]}', "in turn"),
+            ('{"messages": [{"role": "assistant", "content": "a"}]}', "in turn"),
+        ],
+    )
+    def test_what_is_none(self, text, reason):
+        with pytest.raises(RequestError, match=reason) as error:
+            Conversation.from_json(text, source="it.json")
+        assert "it.json" in one_line(error.value)
+
+
+class TestPrompts:
+    def test_plain_text_keeps_messages_on_lines_of_their_own(self):
+        tokenizer = tiny_tokenizer()
+        said = Conversation("one")
+        said.add("two", "three")
+        said.add("four\n", "five\n")
+        tokens = PlainPrompts(tokenizer).tokens(said, "six")
+        text = "one\ntwo\nthree\nfour\nfive\nsix\n"
+        assert tokens == tokenizer.encode(text)
+
+    @pytest.mark.parametrize("config", [{}, OPENING])
+    def test_the_next_prompt_begins_with_what_is_stable(self, chat_pair, config):
+        prompts = TemplatePrompts(chat_pair[1], config)
+        said = Conversation()
+        said.add("a", "b")
+        prompt = prompts.tokens(said, "question")
+        stable = num_stable(prompts, said, "question", prompt)
+        assert len(prompts.tokens(said, "")) - 8 < stable < len(prompt)
+        for answer in ("the rain", "\n", "", "a thought"):
+            later = prompts.tokens(said, "question", answer, "more")
+            assert later[:stable] == prompt[:stable]
+
+    def test_one_token_is_always_left(self, embedded):
+        prompts = PlainPrompts(embedded[1])
+        prompt = prompts.tokens(Conversation(), "def f():")
+        stable = num_stable(prompts, Conversation(), "def f():", prompt)
+        assert 0 < stable < len(prompt)
+
+    def test_a_template_that_refuses_what_may_come(self, chat_pair):
+        """It may take the real messages all the same: only nothing is stable then."""
+
+        class Refusing(TemplatePrompts):
+            def tokens(self, conversation, *further):
+                if len(further) > 1:
+                    raise RequestError("no")
+                return super().tokens(conversation, *further)
+
+        prompts = Refusing(chat_pair[1], {})
+        prompt = prompts.tokens(Conversation(), "a")
+        assert num_stable(prompts, Conversation(), "a", prompt) == 0
+
+    def test_num_common(self):
+        assert num_common([1, 2, 3], [1, 2]) == 2
+        assert num_common([1, 2, 3], [1, 5, 3]) == 1
+        assert num_common([], [1]) == 0
+
+
+def filled(num_tokens, *, window=WINDOW):
+    """A full and a sliding layer's caches of so many tokens, read in one go."""
+    caches: list[Any] = [KVCache(), RotatingKVCache(max_size=window)]
+    for cache in caches:
+        keys = mx.arange(num_tokens, dtype=mx.float32)[None, None, :, None]
+        cache.update_and_fetch(keys, -keys)
+    return caches
+
+
+def taken(kept, prompt):
+    """What a prompt can go on from; there must be something."""
+    caches, num_tokens = kept.take(prompt)
+    assert caches is not None
+    return caches, num_tokens
+
+
+class TestKeptCaches:
+    def test_inside_the_window_it_is_cut_back(self):
+        kept = KeptCaches()
+        kept.keep([1, 2, 3, 4, 5], filled(5))
+        caches, num_tokens = taken(kept, [1, 2, 3, 9, 9])
+        assert num_tokens == 3
+        assert [cache.offset for cache in caches] == [3, 3]
+        assert kept.take([7]) == (None, 0)
+
+    def test_one_token_is_left_to_read(self):
+        kept = KeptCaches()
+        kept.keep([1, 2, 3], filled(3))
+        assert kept.take([1, 2, 3])[1] == 2
+
+    def test_past_the_window_only_a_whole_beginning_serves(self):
+        kept = KeptCaches()
+        short, long = list(range(20)), list(range(30))
+        kept.keep(short, filled(20))
+        kept.keep(long, filled(30))
+        assert kept.take([*long, 99])[1] == 30
+        assert kept.take([*range(25), 99])[1] == 20
+        assert kept.take([*range(19), 99])[1] == 0
+        assert kept.take(long)[1] == 20  # a token must be left
+
+    def test_a_cache_that_can_be_cut_takes_the_place_of_its_beginnings(self):
+        kept = KeptCaches()
+        for length in (3, 5, 8):
+            kept.keep(list(range(length)), filled(length))
+        assert len(kept) == 1
+        kept.keep(list(range(20)), filled(20))
+        assert len(kept) == 2
+        assert kept.take([0, 1, 2, 3, 99])[1] == 4
+
+    def test_who_takes_it_may_write_to_it(self):
+        kept = KeptCaches()
+        kept.keep(list(range(20)), filled(20))
+        for _ in range(2):
+            caches, _ = taken(kept, list(range(21)))
+            assert [cache.offset for cache in caches] == [20, 20]
+            for cache in caches:
+                assert cache.keys[0, 0, 19, 0].item() == 19
+                cache.update_and_fetch(mx.zeros((1, 1, 1, 1)), mx.zeros((1, 1, 1, 1)))
+                cache.keys[...] = 7
+
+    def test_full_layers_share_their_arrays(self):
+        kept = KeptCaches()
+        kept.keep(list(range(20)), filled(20))
+        kept.keep(list(range(1000)), filled(1000))
+        alone = KeptCaches()
+        alone.keep(list(range(1000)), filled(1000))
+        # One more window of 16, as read in one go: 20 entries.
+        assert kept.nbytes == alone.nbytes + 2 * 20 * 4
+        caches, num_tokens = taken(kept, [*range(20), 5])
+        keys, _ = caches[0].update_and_fetch(*[mx.full((1, 1, 1, 1), 50.0)] * 2)
+        assert num_tokens == 20
+        assert keys[0, 0, :, 0].tolist() == [*range(20), 50]
+
+    def test_memory_is_bounded(self):
+        size = KeptCaches()
+        size.keep(list(range(20)), filled(20))
+        kept = KeptCaches(max_bytes=3 * size.nbytes)
+        for first in range(6):
+            kept.keep([first, *range(19)], filled(20))
+        assert len(kept) == 3
+        few = KeptCaches(max_bytes=0)
+        for first in range(6):
+            few.keep([first, *range(19)], filled(20))
+        assert len(few) == 2
+        assert few.take([5, *range(30)])[1] == 20
+
+    def test_nothing_once_cleared(self):
+        kept = KeptCaches()
+        kept.keep([1, 2], filled(2))
+        kept.clear()
+        assert (len(kept), kept.nbytes, kept.take([1, 2])) == (0, 0, (None, 0))
+
+
+class TestReuse:
+    """With the embedded pair, whose text is tokenized as it was generated."""
+
+    def test_only_what_is_new_is_read(self, embedded, num_read):
+        session = make_session(embedded)
+        say(session, "def area(radius):")
+        assert session.last.num_cached == 0
+        assert is_all_that_was_read(num_read, session.last)
+        for question in ("def volume(radius):", "def length(radius):"):
+            num_read.clear()
+            before = session.last.num_prompt + 12
+            say(session, question)
+            # All tokens of the turn before are there; past the window of 32 too.
+            assert session.last.num_cached == before
+            assert is_all_that_was_read(num_read, session.last)
+        assert before > 32
+
+    @pytest.mark.parametrize("drafts", [0, "auto", 3])
+    def test_the_text_is_that_of_reading_everything(self, embedded, drafts, read_anew):
+        questions, answers = read_anew
+        session = make_session(embedded, drafts=drafts)
+        assert [say(session, question) for question in questions] == answers
+        assert session.last.num_cached > 32
+
+    def test_drafts_may_change_between_turns(self, embedded, read_anew):
+        questions, answers = read_anew
+        session = make_session(embedded)
+        for number, question, answer in zip([4, 0, 2], questions, answers, strict=True):
+            session.num_draft_tokens = number
+            assert say(session, question) == answer
+        assert session.last.num_cached > 32
+
+    def test_an_answer_said_again(self, embedded, num_read):
+        """Past the window the end of the turn before is still there."""
+        session = make_session(embedded, max_tokens=20)
+        say(session, "def area(radius):")
+        answer = say(session, "class Stack:")
+        session.conversation.undo()
+        num_read.clear()
+        assert say(session, "class Stack:") == answer
+        # The question's end was kept as well; few tokens open the answer.
+        assert is_all_that_was_read(num_read, session.last)
+        assert session.last.num_read < 4
+        assert session.last.num_prompt > 32
+
+    def test_another_question_after_undo(self, embedded, num_read):
+        session = make_session(embedded, max_tokens=24)
+        say(session, "def area(radius):")
+        end = session.last.num_prompt + 24
+        say(session, "class Stack:")
+        session.conversation.undo()
+        num_read.clear()
+        say(session, "import os")
+        assert session.last.num_cached == end > 32
+        assert is_all_that_was_read(num_read, session.last)
+
+    def test_an_answer_that_was_stopped(self, embedded, num_read):
+        session = make_session(embedded, max_tokens=40, drafts=4)
+        with closing(session.answer("def area(radius):")) as responses:
+            said = [response.text for response in islice(responses, 7)]
+        assert session.conversation.messages()[1]["content"] == "".join(said)
+        end = session.last.num_prompt + 7
+        num_read.clear()
+        say(session, "class Stack:")
+        assert session.last.num_cached >= end - 1  # the last token may be cut in two
+        assert is_all_that_was_read(num_read, session.last)
+
+
+class TestTemplateReuse:
+    """With a random pair, whose answers are tokenized anew in every other way."""
+
+    @pytest.mark.parametrize("config", [{}, OPENING])
+    def test_what_is_stable_is_not_read_again(self, chat_pair, num_read, config):
+        session = make_session(chat_pair, config=config)
+        say(session, LONG)
+        assert session.last.num_prompt > 2 * WINDOW
+        stable = num_stable(
+            session._prompts,
+            Conversation(),
+            LONG,
+            session._prompts.tokens(Conversation(), LONG),
+        )
+        num_read.clear()
+        say(session, "and the west")
+        assert session.last.num_cached >= stable > 2 * WINDOW
+        assert is_all_that_was_read(num_read, session.last)
+
+    def test_the_text_is_that_of_reading_everything(self, chat_pair):
+        questions = [LONG, "and the west", LONG]
+        kept = make_session(chat_pair, config=OPENING)
+        answers = [say(kept, question) for question in questions]
+        assert kept.last.num_cached > 0
+        fresh = make_session(chat_pair, config=OPENING, drafts=0)
+        for question, answer in zip(questions, answers, strict=True):
+            fresh.kept.clear()
+            assert say(fresh, question) == answer
+
+    def test_prompts_are_read_in_steps(self, chat_pair, num_read):
+        session = make_session(chat_pair, prefill_step_size=7)
+        say(session, LONG)
+        assert max(num_read) == 7
+        assert is_all_that_was_read(num_read, session.last)
+
+    def test_reset_forgets(self, chat_pair):
+        session = make_session(chat_pair)
+        say(session, LONG)
+        session.reset()
+        assert len(session.kept) == len(session.conversation) == 0
+        say(session, LONG)
+        assert session.last.num_cached == 0
+
+
+class TestSession:
+    def test_processors_see_what_was_kept(self, embedded):
+        seen = []
+
+        def record(tokens, logits):
+            seen.append(tokens.tolist())
+            return logits
+
+        session = make_session(embedded, max_tokens=4, logits_processors=[record])
+        for question in ("def area(radius):", "class Stack:"):
+            seen.clear()
+            say(session, question)
+            assert [len(tokens) for tokens in seen[:4]] == [
+                session.last.num_prompt + i for i in range(4)
+            ]
+        assert session.last.num_cached > 0
+
+    def test_a_conversation_that_is_too_long(self, embedded):
+        session = make_session(embedded, max_tokens=-1)
+        assert session.max_context == 1024
+        with pytest.raises(RequestError, match="shorter than 1024 tokens") as error:
+            say(session, "x = 1\n" * 400)
+        one_line(error.value)
+        assert len(session.conversation) == 0
+
+    @pytest.mark.parametrize("max_tokens", [-1, 12])
+    def test_an_answer_ends_where_the_context_does(self, embedded, max_tokens):
+        session = make_session(embedded, max_tokens=max_tokens)
+        question = "def area(radius):"
+        num_tokens = len(session._prompts.tokens(Conversation(), question))
+        session.max_context = num_tokens + 5
+        responses = list(session.answer(question))
+        assert len(responses) == 5
+        assert responses[-1].finish_reason == "length"
+        assert session.is_full
+        with pytest.raises(RequestError, match=f"shorter than {num_tokens + 5}"):
+            say(session, "more")
+
+    def test_a_question_without_an_answer_is_dropped(self, embedded):
+        session = make_session(embedded)
+        responses = session.answer("def area(radius):")
+        responses.close()
+        assert len(session.conversation) == 0
+        assert session.last is None
+
+    def test_an_error_in_the_middle(self, embedded, monkeypatch):
+        """What was said stays; caches of which nobody knows what they hold do not."""
+        session = make_session(embedded)
+        stream = SESSION.stream_generate
+
+        def failing(*args, **settings):
+            responses = stream(*args, **settings)
+            yield from islice(responses, 3)
+            responses.close()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(SESSION, "stream_generate", failing)
+        with pytest.raises(KeyboardInterrupt):
+            say(session, "def area(radius):")
+        assert len(session.conversation) == 1
+        monkeypatch.undo()
+        say(session, "def area(radius):")
+        prompt = session._prompts.tokens(Conversation(), "def area(radius):")
+        assert session.last.num_cached <= len(prompt)
+
+    def test_totals(self, embedded):
+        session = make_session(embedded, drafts=2)
+        assert not session.is_full
+        for question in ("def area(radius):", "class Stack:"):
+            say(session, question)
+        totals = session.totals
+        assert (totals.answers, totals.tokens) == (2, 24)
+        assert totals.stats.drafted == 2 * totals.stats.rounds
+        assert totals.num_cached == session.last.num_cached
+        assert not session.is_full
+
+
+@pytest.fixture
+def commands(embedded):
+    session = make_session(embedded)
+    return Commands(session, drafts="auto", shows_stats=False), session
+
+
+class TestCommands:
+    def test_every_command_is_carried_out(self, commands):
+        assert {c.name for c in COMMANDS} == set(commands[0]._actions)
+        assert all(c.usage in HELP and c.help in HELP for c in COMMANDS)
+
+    def test_help(self, commands):
+        assert commands[0].run("/help") == HELP
+
+    def test_stats(self, commands):
+        found, session = commands
+        assert found.run("/stats") == "No answer yet."
+        session.num_draft_tokens = 3
+        say(session, "def area(radius):")
+        text = found.run("/stats")
+        assert "Generation: 12 tokens" in text
+        assert "tokens-per-sec" in text
+        assert "rounds " in text
+        assert "with K = 3; accepted by position" in text
+        assert "rule: " in text
+        assert "Memory: peak " in text
+        assert "All " not in text
+        say(session, "class Stack:")
+        text = found.run(" /stats ")
+        assert "All 2 answers:" in text
+        assert "Generation: 24 tokens" in text
+        assert f"{session.last.num_cached} of them kept from before" in text
+
+    def test_stats_after_every_answer(self, commands):
+        found, _ = commands
+        found.run("/stats on")
+        assert found.shows_stats
+        found.run("/stats off")
+        assert not found.shows_stats
+
+    def test_drafts(self, commands):
+        found, session = commands
+        for argument, expected in [("off", 0), ("3", 3), ("on", "auto"), ("0", 0)]:
+            found.run(f"/drafts {argument}")
+            assert session.num_draft_tokens == expected
+
+    def test_drafts_that_a_flag_named(self, embedded):
+        session = make_session(embedded, drafts=0)
+        Commands(session, drafts=5, shows_stats=False).run("/drafts on")
+        assert session.num_draft_tokens == 5
+        Commands(session, drafts=0, shows_stats=False).run("/drafts on")
+        assert session.num_draft_tokens == "auto"
+
+    def test_drafts_without_a_drafter(self):
+        path = mlx_gemma_mtp.embedded_pair_path()
+        pair = mlx_gemma_mtp.load(path, speculative_decoding=False)
+        found = Commands(make_session(pair), drafts="auto", shows_stats=False)
+        with pytest.raises(RequestError, match="without a drafter"):
+            found.run("/drafts on")
+        found.run("/drafts off")
+
+    def test_system(self, commands):
+        found, session = commands
+        assert found.run("/system") == "No system prompt."
+        found.run("/system import os")
+        assert session.conversation.messages("a")[0] == {
+            "role": "system",
+            "content": "import os",
+        }
+        say(session, "def area(radius):")
+        found.run("/reset")
+        assert found.run("/system") == "System prompt: import os"
+        assert len(session.conversation) == 0
+
+    def test_save_and_load(self, commands, tmp_path):
+        found, session = commands
+        path = tmp_path / "said one.json"
+        say(session, "def area(radius):")
+        messages = session.conversation.messages()
+        assert "1 exchange " in found.run(f"/save {path}")
+        say(session, "class Stack:")
+        found.run(f"/save {path}")  # over its own file
+        found.run("/undo")
+        found.run(f"/save {path}")
+        found.run("/reset")
+        found.run(f"/load {path}")
+        assert session.conversation.messages() == messages
+        with pytest.raises(MTPError, match="empty conversation"):
+            [found.run("/undo") for _ in range(2)]
+
+    def test_save_over_something_else(self, commands, tmp_path):
+        path = tmp_path / "precious"
+        path.write_text("mine")
+        with pytest.raises(MTPError, match="holds something else"):
+            commands[0].run(f"/save {path}")
+        assert path.read_text() == "mine"
+
+    @pytest.mark.parametrize(
+        ("line", "reason"),
+        [
+            ("/foo", "got /foo"),
+            ("/", "a command must be one of"),
+            ("/stats x", "on or off: got x"),
+            ("/drafts", "got nothing"),
+            ("/drafts 9", "0 to 8: got 9"),
+            ("/drafts -1", "got -1"),
+            ("/drafts ²", "got ²"),
+            ("/undo", "empty conversation"),
+            ("/undo 2", "stand alone"),
+            ("/reset x", "stand alone"),
+            ("/quit x", "stand alone"),
+            ("/save", "a file's name"),
+            ("/load", "a file's name"),
+            ("/load none.json", "must be a file that can be read"),
+            ("/save none/x.json", "must be a file that can be written"),
+            ("/load .", "must be a file that can be read"),
+        ],
+    )
+    def test_mistakes(self, commands, monkeypatch, tmp_path, line, reason):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(MTPError, match=reason) as error:
+            commands[0].run(line)
+        one_line(error.value)
+
+    def test_a_file_that_is_no_text(self, commands, tmp_path):
+        path = tmp_path / "bytes"
+        path.write_bytes(b"\xff\xfe")
+        with pytest.raises(RequestError, match="UTF-8"):
+            commands[0].run(f"/load {path}")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command over typed lines: status, standard output, standard error."""
+
+    def command(typed, *args, is_terminal=False):
+        raw = typed if isinstance(typed, bytes) else typed.encode()
+        stdin = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8")
+        monkeypatch.setattr(stdin, "isatty", lambda: is_terminal, raising=False)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status = chat.main(["--exactness", "fast", *map(str, args)])
+        return status, *capsys.readouterr()
+
+    return command
+
+
+class TestCommand:
+    def test_answers_alone_go_to_standard_output(self, run, embedded):
+        status, out, err = run("def area(radius):\nclass Stack:\n", "-m", "12")
+        session = make_session(embedded)
+        said = [say(session, q) for q in ("def area(radius):", "class Stack:")]
+        assert (status, out) == (0, "".join(f"{text}\n" for text in said))
+        assert err.count("no chat template") == 1
+        assert err.count("cut off after 12 tokens") == 2
+        assert "> " not in err
+
+    def test_says_nothing_of_what_is_loaded(self, run, folder):
+        status, _, err = run("a\n", "--model", folder, "--verbose", "f", "-m", "4")
+        assert status == 0
+        assert "drafter" not in err
+
+    def test_the_template_is_used(self, run, chat_folder, chat_pair):
+        args = ("--model", chat_folder, "-m", "6")
+        config = ("--chat-template-config", json.dumps(OPENING))
+        status, out, err = run("the rain\n", *args, *config)
+        session = make_session(chat_pair, config=OPENING, max_tokens=6)
+        assert (status, out) == (0, say(session, "the rain") + "\n")
+        assert "no chat template" not in err
+        assert out != run("the rain\n", *args)[1]
+        plain = run("the rain\n", *args, "--ignore-chat-template")[1]
+        assert plain not in (out, run("the rain\n", *args)[1])
+
+    def test_a_template_that_refuses(self, run, chat_folder):
+        args = ("--model", chat_folder, "--system-prompt", "be brief")
+        status, out, err = run("the rain\n", *args)
+        assert (status, out) == (1, "")
+        assert err.splitlines()[-1].startswith("error: the chat template must take")
+
+    def test_in_a_terminal_a_mistake_is_not_the_end(self, run):
+        typed = "/foo\ndef area(radius):\n/quit\nnever\n"
+        status, out, err = run(typed, "-m", "4", is_terminal=True)
+        assert status == 0
+        assert out.count("\n") >= 1
+        assert "error: a command must be one of" in err
+        assert err.count("> ") == 3
+        assert "never" not in out
+
+    def test_in_a_pipe_it_is(self, run):
+        status, out, err = run("/foo\ndef area(radius):\n", "-m", "4")
+        assert (status, out) == (1, "")
+        assert err.splitlines()[-1].startswith("error: a command must be one of")
+
+    def test_stats_after_every_answer(self, run):
+        typed = "def a(b):\n/stats off\ndef c(d):\n/stats on\n/stats\n"
+        _, _, err = run(typed, "--stats", "-m", "4")
+        assert err.count("[4 tokens, ") == 1
+        assert "All 2 answers" in err
+
+    def test_lines_that_go_on_and_slashes(self, run, monkeypatch):
+        questions = []
+        answer = SESSION.Session.answer
+
+        def recorded(self, question):
+            questions.append(question)
+            return answer(self, question)
+
+        monkeypatch.setattr(SESSION.Session, "answer", recorded)
+        run('def f(a):\\\n    return a\n\n  \n"""\n//x\n"""\n//y\n', "-m", "2")
+        assert questions == ["def f(a):\n    return a", "/x", "/y"]
+
+    def test_input_that_is_not_text(self, run):
+        status, out, err = run(b"\xff\n", "-m", "2")
+        assert (status, out) == (1, "")
+        assert err.splitlines()[-1].startswith("error: a message must be UTF-8 text")
+
+    def test_sampling_of_a_seed(self, run, folder):
+        args = ("--model", folder, "-m", "6", "--temp", "2", "--seed")
+        texts = [run("the rain\n", *args, seed) for seed in (5, 5, 6)]
+        assert texts[0][1] == texts[1][1] != texts[2][1]
+        assert "Sampling: temperature 2.0.\n" in texts[0][2]
+
+    def test_penalties_and_bias(self, run, folder):
+        args = ("--model", folder, "-m", "3", "--logit-bias", '{"300": 1000}')
+        name = tiny_tokenizer().convert_ids_to_tokens([300])[0].replace("▁", " ")
+        assert run("the rain\n", *args)[:2] == (0, name * 3 + "\n")
+
+    @pytest.mark.parametrize(
+        ("args", "reason"),
+        [
+            (("--no-draft", "--num-draft-tokens", "2"), "--num-draft-tokens must be 0"),
+            (("--num-draft-tokens", "9"), "from 0 to 8"),
+            (("-m", "0"), "max_tokens must be 1 or more"),
+            (("--temp", "-1"), "temp"),
+            (("--what",), "mlx_gemma_mtp.chat --help"),
+            (("--stop", ""), "a stop string must hold at least one character"),
+        ],
+    )
+    def test_mistakes(self, run, args, reason):
+        status, out, err = run("a\n", *args)
+        assert (status, out) == (1, "")
+        assert reason in err.splitlines()[-1]
+
+    def test_stop(self, run):
+        typed, args = "def area(radius):\n", ("-m", "12")
+        text = run(typed, *args)[1]
+        assert run(typed, *args, "--stop", text[5:8])[1] == text[:5] + "\n"
+
+    def test_without_a_drafter(self, run):
+        typed, args = "def area(radius):\n/stats\n", ("-m", "12")
+        _, text, _ = run(typed, *args)
+        status, plain, err = run(typed, *args, "--no-draft")
+        assert (status, plain) == (0, text)
+        assert "Drafts: none" in err
+
+
+def start(*args, stdin, stdout=subprocess.PIPE):
+    """Start the real command in a process of its own."""
+    # A shell that starts tests in the background may have switched Control-C off.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from mlx_gemma_mtp.chat.__main__ import main; raise SystemExit(main())"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8", "TERM": "dumb"},
+    )
+
+
+class TestProcess:
+    def test_help_loads_no_model_code(self):
+        code = (
+            "import sys; from mlx_gemma_mtp.chat.__main__ import configure_parser; "
+            "configure_parser().format_help(); assert 'mlx' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+    def test_the_module(self, folder):
+        command = [sys.executable, "-m", "mlx_gemma_mtp.chat"]
+        result = subprocess.run(
+            [*command, "--model", str(folder), "-m", "4"],
+            input="the rain\nthe heat\n",
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("\n") >= 2
+
+    @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+    def test_control_c_in_a_pipe(self, endless_folder):
+        args = ("--model", endless_folder, "-m", "-1")
+        with start(*args, stdin=subprocess.PIPE) as process:
+            process.stdin.write(b"the rain\n")
+            process.stdin.flush()
+            assert process.stdout.read(1)  # it is in the middle of it
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        assert out.endswith(b"\n")
+        assert b"Traceback" not in err
+
+    @pytest.mark.skipif(os.name != "posix", reason="terminals as POSIX has them")
+    def test_control_c_in_a_terminal(self, endless_folder):
+        """The answer stops, the chat goes on; what was said stays."""
+        ours, theirs = os.openpty()
+        args = ("--model", endless_folder, "-m", "-1")
+        try:
+            with start(*args, stdin=theirs, stdout=theirs) as process:
+                read_until(ours, b"> ")
+                os.write(ours, b"the rain\n")
+                read_until(ours, b"the rain\r\n", more=40)
+                process.send_signal(signal.SIGINT)
+                read_until(ours, b"> ")
+                os.write(ours, b"/stats\n/undo\n\x04")
+                _, err = process.communicate(timeout=60)
+        finally:
+            os.close(ours)
+            os.close(theirs)
+        assert process.returncode == 0, err
+        for part in (b"(stopped)", b"Last answer:", b"Dropped: the rain"):
+            assert part in err
+
+    @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
+    def test_a_reader_that_leaves(self, endless_folder):
+        args = ("--model", endless_folder, "-m", "-1")
+        with start(*args, stdin=subprocess.PIPE) as process:
+            process.stdin.write(b"the rain\n")
+            process.stdin.flush()
+            assert process.stdout.read(1)
+            process.stdout.close()
+            err = process.stderr.read()
+            process.stdin.close()
+        assert process.returncode == 141, err
+        assert b"Traceback" not in err
+
+
+def read_until(terminal, text, *, more=0):
+    """Read what a terminal shows up to a text, and so many bytes behind it."""
+    shown = b""
+    while text not in shown or len(shown.split(text, 1)[1]) < more:
+        shown += os.read(terminal, 1024)
+    return shown

@@ -1,0 +1,254 @@
+"""The server as it is run: the command in a process, with the embedded pair.
+
+Run: python -m pytest tests/test_server_live.py
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shlex
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+
+from mlx_gemma_mtp import embedded_pair_path, load, stream_generate
+from mlx_gemma_mtp.server.arguments import API_KEY_VARIABLE
+from tests.serving import CHAT_TEMPLATE, ROOT, WAIT_S, running_command, wait_until
+from tests.tiny import uncompiled
+
+PROMPT = "def area(radius):\n"
+
+
+@pytest.fixture(scope="module")
+def client():
+    with running_command("--chat-template", CHAT_TEMPLATE) as (client, _):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The same model here, to compare with."""
+    with uncompiled():
+        yield load(embedded_pair_path())
+
+
+def generated(model, prompt=PROMPT, **settings):
+    """The responses of ``stream_generate``."""
+    with uncompiled():
+        target, tokenizer = model
+        return list(
+            stream_generate(target, tokenizer, prompt, exactness="fast", **settings)
+        )
+
+
+def text_of(responses):
+    return "".join(response.text for response in responses)
+
+
+def together(*asks):
+    """Ask for several things at once."""
+    with ThreadPoolExecutor(len(asks)) as threads:
+        return [future.result() for future in [threads.submit(ask) for ask in asks]]
+
+
+def test_greedy_text_is_that_of_stream_generate(client, model):
+    expected = text_of(generated(model, max_tokens=40))
+    for drafts in (0, 3, "auto"):
+        speculative = {"num_draft_tokens": drafts}
+        body = client.complete(PROMPT, max_tokens=40, speculative=speculative).json()
+        assert body["choices"][0]["text"] == expected
+        details = body["usage"]["completion_tokens_details"]
+        assert (details["accepted_prediction_tokens"] > 0) == (drafts != 0)
+        assert (body["speculative"]["drafted"] > 0) == (drafts != 0)
+    chunks = client.stream(PROMPT, max_tokens=40)[:-1]
+    assert "".join(c["choices"][0]["text"] for c in chunks) == expected
+
+
+def test_a_chat_is_its_templates_text(client, model):
+    expected = text_of(generated(model, "# Be brief.\nimport ", max_tokens=12))
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "import "},
+    ]
+    body = {"messages": messages, "max_tokens": 12}
+    answer = client.ask("POST", "/v1/chat/completions", body).json()
+    assert answer["choices"][0]["message"]["content"] == expected
+
+
+def test_log_probabilities_are_those_of_stream_generate(client, model):
+    responses = generated(model, max_tokens=16, num_logprobs=3)
+    (choice,) = client.complete(PROMPT, max_tokens=16, logprobs=3).json()["choices"]
+    found = choice["logprobs"]
+    own = [response.token_logprob for response in responses]
+    assert found["token_logprobs"] == pytest.approx(own, abs=1e-4)
+    tokenizer = model[1]
+    for response, top in zip(responses, found["top_logprobs"], strict=True):
+        best = {tokenizer.decode([t]): value for t, value in response.top_logprobs}
+        assert top == pytest.approx(best, abs=1e-4)
+
+
+def test_a_seed_has_one_text_alone_and_in_company(client, model):
+    settings = {"temperature": 0.9, "top_k": 50, "max_tokens": 32}
+    alone = client.text(PROMPT, seed=5, **settings)
+    expected = generated(model, max_tokens=32, temp=0.9, top_k=50, seed=5)
+    assert alone == text_of(expected)
+    asks = [
+        lambda i=i: client.text(PROMPT if i % 2 else "import ", seed=5, **settings)
+        for i in range(6)
+    ]
+    texts = together(*asks, lambda: client.text(PROMPT, max_tokens=40))
+    assert texts[1:6:2] == [alone] * 3
+    assert texts[0:6:2] == [texts[0]] * 3
+    assert client.text(PROMPT, seed=6, **settings) != alone
+    # Every choice has a text of its own, and the first one that of the seed.
+    choices = client.complete(PROMPT, seed=5, n=2, **settings).json()["choices"]
+    assert choices[0]["text"] == alone != choices[1]["text"]
+
+
+def test_requests_of_every_kind_together(client):
+    """What one request asks for changes nothing for another."""
+    kinds = [
+        {"max_tokens": 24},
+        {"max_tokens": 7, "logprobs": 2},
+        {"max_tokens": 24, "temperature": 1.0, "seed": 1},
+        {"max_tokens": 20, "presence_penalty": 1.0},
+        {"max_tokens": 20, "logit_bias": {"100": 50}},
+        {"max_tokens": 24, "stop": "\n"},
+        {"max_tokens": 24, "speculative": {"num_draft_tokens": 0}},
+        {"max_tokens": 1},
+    ]
+
+    def ask(kind):
+        body = client.complete(PROMPT, **kind).json()
+        choice = body["choices"][0]
+        return choice["text"], choice["finish_reason"], body["usage"]["total_tokens"]
+
+    alone = [ask(kind) for kind in kinds]
+    assert together(*(lambda k=kind: ask(k) for kind in kinds)) == alone
+    assert alone[5][1] == "stop"
+    assert len({text for text, *_ in alone}) >= 6
+
+
+def test_a_longer_prompt_is_taken_from_the_caches(client):
+    prompt = PROMPT + "    # area of a circle\n" * 8
+    first = client.complete(prompt, max_tokens=20).json()
+    answer = first["choices"][0]["text"]
+    second = client.complete(prompt + answer, max_tokens=20).json()
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached > 64
+    fresh = client.complete(prompt, max_tokens=40).json()["choices"][0]["text"]
+    assert fresh == answer + second["choices"][0]["text"]
+
+
+def test_a_client_that_goes_away_leaves_the_others_alone(client):
+    alone = client.text(PROMPT, max_tokens=60)
+
+    def leave():
+        connection = client.connect()
+        body = {"prompt": PROMPT, "max_tokens": 900, "stream": True}
+        client.send(connection, "POST", "/v1/completions", body)
+        connection.getresponse().read1(10)
+        connection.close()
+
+    asks = [leave, leave, lambda: client.text(PROMPT, max_tokens=60), leave]
+    assert together(*asks)[2] == alone
+    wait_until(lambda: client.get("/stats").json()["live"] == 0)
+    metrics = client.get("/metrics").body.decode()
+    assert "mlx_gemma_mtp_live_requests 0.0" in metrics
+
+
+def test_readme_commands(client):
+    """The README's curl commands, by another client."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [s for s in readme.splitlines() if s.startswith("curl ")]
+    assert len(commands) >= 3
+    for command in commands:
+        _, *words = shlex.split(command)
+        words = [word for word in words if word != "-N"]
+        path = words[0].removeprefix("http://127.0.0.1:8080")
+        body = None
+        if words[1:]:
+            header, kind, data, text = words[1:]
+            assert (header, kind) == ("-H", "Content-Type: application/json")
+            assert data == "-d"
+            body = json.loads(text)
+        response = client.ask("POST" if body else "GET", path, body)
+        assert response.status == 200, command
+        assert not (body or {}).get("stream") or response.events
+
+
+def test_lengths_are_the_models(client):
+    response = client.complete(PROMPT, max_tokens=1020)
+    assert response.status == 400
+    assert "at most 1024 tokens" in response.message
+
+
+def test_a_signal_lets_requests_finish():
+    with running_command("--shutdown-timeout", "60") as (client, process):
+        text = client.text(PROMPT, max_tokens=150)
+        connection = client.connect()
+        body = {"prompt": PROMPT, "max_tokens": 150, "stream": True}
+        client.send(connection, "POST", "/v1/completions", body)
+        answer = connection.getresponse()
+        start = answer.read1(10)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: client.get("/health").status == 503)
+        assert client.complete(max_tokens=1).status == 503
+        with closing(connection):
+            lines = (start + answer.read()).split(b"\n\n")
+        assert lines[-2:] == [b"data: [DONE]", b""]
+        chunks = [json.loads(line.removeprefix(b"data: ")) for line in lines[:-2]]
+        assert "".join(c["choices"][0]["text"] for c in chunks) == text
+        assert process.wait(WAIT_S) == 0
+
+
+def test_the_time_to_finish_is_limited_and_a_second_signal_ends_at_once():
+    with running_command("--shutdown-timeout", "0.2") as (client, process):
+        connection = client.connect()
+        body = {"prompt": PROMPT, "max_tokens": 1000}
+        client.send(connection, "POST", "/v1/completions", body)
+        wait_until(lambda: client.get("/stats").json()["live"] == 1)
+        process.send_signal(signal.SIGINT)
+        with closing(connection):
+            answer = connection.getresponse()
+            assert answer.status == 503
+            assert "shutting down" in json.loads(answer.read())["error"]["message"]
+        assert process.wait(WAIT_S) == 0
+    with running_command("--shutdown-timeout", "1000") as (client, process):
+        threads = [threading.Thread(target=_ask_in_vain, args=(client,))]
+        threads[0].start()
+        wait_until(lambda: client.get("/stats").json()["live"] == 1)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: client.get("/health").status == 503)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 128 + signal.SIGTERM
+        threads[0].join(WAIT_S)
+
+
+def _ask_in_vain(client):
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        client.complete(PROMPT, max_tokens=1000)
+
+
+def test_settings_of_the_command(monkeypatch):
+    monkeypatch.setenv(API_KEY_VARIABLE, "sesame")
+    config = json.dumps({"method": "mtp", "num_speculative_tokens": 2})
+    arguments = ("--speculative-config", config, "--served-model-name", "tiny", "small")
+    with running_command(*arguments, "--temp", "0.7", "--max-tokens", "5") as (
+        client,
+        _,
+    ):
+        assert client.get("/v1/models").status == 401
+        client.key = "sesame"
+        names = [m["id"] for m in client.get("/v1/models").json()["data"]]
+        assert names == ["tiny", "small"]
+        body = client.complete(PROMPT, model="small", seed=3).json()
+        assert body["model"] == "small"
+        assert body["usage"]["completion_tokens"] == 5
+        assert body["speculative"]["rule"] == "coupled (seed)"
+        rounds = client.get("/stats").json()["rounds_by_num_draft_tokens"]
+        assert set(rounds) == {"2"}
