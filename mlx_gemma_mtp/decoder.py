@@ -343,12 +343,15 @@ class Decoder:
         return replace(read, emissions=[*emissions, *read.emissions])
 
     def _fail(self, error: Exception) -> list[Emission]:
-        """End all rows that decode with an error."""
+        """End all rows that decode, or were about to, with an error."""
         logger.error("all rows that decode have failed", exc_info=error)
-        emissions = [failure_of(row, error) for row in self._seats.live]
+        read = [entry.row for entry in self._waiting if entry.prefill.is_done]
+        for row in read:
+            self._waiting.remove(row)
+        failed = dict.fromkeys([*self._seats.live, *read])
         self._in_flight.clear()  # their reports may fail as well
         self._rest()
-        return emissions
+        return [failure_of(row, error) for row in failed]
 
     def close(self) -> None:
         """Wait for what is still running and let go of everything."""
@@ -410,8 +413,8 @@ class Decoder:
                 Progress(row, prefill.num_read, prefill.num_tokens, is_paused)
             )
             if outcome is not None:
-                self._waiting.remove(row)
                 emissions.append(self._begin(row, prefill.filled, outcome))
+                self._waiting.remove(row)
             elif is_paused:
                 paused.add(row)  # for the caller to take the caches
         return Step(emissions, reports, num_read)

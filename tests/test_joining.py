@@ -494,6 +494,22 @@ class TestFailures:
         drain(decoder)
         assert waits.emitted == chain_text([GOOD], 5)
 
+    def test_a_seat_that_cannot_be_made(self, chain, monkeypatch):
+        decoder = Decoder(chain, num_draft_tokens=1)
+        running = decoder.add(Request([GOOD], 30))
+        decoder.step()
+        row = decoder.add(Request([GOOD], 30))
+        with monkeypatch.context() as patched:
+            patched.setattr(decoder._seats, "_resize", fails)
+            emissions = decoder.step().emissions
+        ends = {e.row: e.finish_reason for e in emissions if e.finish_reason}
+        assert ends == {running: "error", row: "error"}
+        assert decoder.is_idle
+        assert decoder.kv_bytes == 0
+        later = decoder.add(Request([GOOD], 30))
+        drain(decoder)
+        assert later.emitted == chain_text([GOOD], 30)
+
 
 def fails(*args, **kwargs):
     raise RuntimeError("no memory")
