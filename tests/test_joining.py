@@ -500,7 +500,7 @@ class TestFailures:
         decoder.step()
         row = decoder.add(Request([GOOD], 30))
         with monkeypatch.context() as patched:
-            patched.setattr(decoder._seats, "_resize", fails)
+            patched.setattr(decoder._seats, "sit", fails)
             emissions = decoder.step().emissions
         ends = {e.row: e.finish_reason for e in emissions if e.finish_reason}
         assert ends == {running: "error", row: "error"}
