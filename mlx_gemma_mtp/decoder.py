@@ -236,8 +236,8 @@ class Decoder:
         """A row's keys and values as mlx-lm's prompt cache; the row goes on.
 
         Args:
-            row: A row that waits, is read or decodes; while ``run`` goes on also one
-                that has ended.
+            row: A row that waits, is read or decodes, or has ended with the last step
+                (while ``run`` goes on: at any time) and not with its first token.
             num_emitted: How many of its tokens the cache shall hold after the prompt:
                 all of them (None), or at least those before its last round.
             into: mlx-lm's cache objects to fill in place; None for new ones.
@@ -277,8 +277,8 @@ class Decoder:
 
     @property
     def is_idle(self) -> bool:
-        """Whether a step would do nothing."""
-        return not self._waiting and not self._seats.live
+        """Whether a step would do nothing; the last one lets go of the slabs."""
+        return not self._waiting and not self._seats.rows
 
     @property
     def kv_bytes(self) -> int:
@@ -329,6 +329,8 @@ class Decoder:
         read by itself, else all that decode. The others go on, and so may new ones.
         """
         self._timer.add_caller(is_idle=not self._in_flight)
+        if not self._seats.live:
+            self._rest()  # not before: until now caches could be taken
         emissions: list[Emission] = []
         read = Step()
         try:
@@ -337,8 +339,6 @@ class Decoder:
             read = self._read_chunk()
         except Exception as error:  # noqa: BLE001 (whatever MLX raises: no row may hang)
             emissions += self._fail(error)
-        if not self._seats.live:
-            self._rest()
         self._timer.mark()
         return replace(read, emissions=[*emissions, *read.emissions])
 

@@ -288,6 +288,10 @@ class TestRows:
             for emission in step.emissions:
                 if emission.finish_reason:
                     ended[emission.row] = emission.prompt_cache
+                    if emission.row.num_emitted > 1:  # it had a seat
+                        count = emission.row.num_emitted - 1
+                        late = decoder.extract(emission.row, num_emitted=count)
+                        assert lengths(late) == {len(PROMPT) + count}
             row = rows[3]
             if row.is_live and row.num_emitted:
                 num_asked += 1
