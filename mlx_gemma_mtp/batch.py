@@ -14,13 +14,6 @@ from itertools import accumulate
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.generate import (
-    GenerationBatch,
-    PromptProcessingBatch,
-    StopSequences,
-    generation_stream,
-)
-from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
 
 from .config import SamplingParams
 from .decoder import DEFAULT_MAX_ROWS
@@ -32,6 +25,20 @@ from .prefill import DEFAULT_PREFILL_STEP_SIZE
 from .processing import LogitsProcessor, Sampler
 from .row import Request, Row
 from .tokens import make_batch_decoder, make_request
+
+try:
+    from mlx_lm.generate import (
+        GenerationBatch,
+        PromptProcessingBatch,
+        StopSequences,
+        generation_stream,
+    )
+    from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
+except ImportError as error:
+    raise ImportError(
+        "BatchGenerator needs mlx-lm 0.32 or newer: got an older one. Use Python 3.11 "
+        "or newer, where it runs, or generate_tokens for several prompts together."
+    ) from error
 
 
 class BatchGenerator:

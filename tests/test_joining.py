@@ -13,7 +13,6 @@ import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.generate import StopSequences
 
 from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.decoder import Decoder, Request
@@ -28,6 +27,25 @@ from tests.scripted import ChainDrafter, ChainTarget, successor
 from tests.tiny import reference_pair, uncompiled
 
 GOOD, BAD = 2, 3  # first tokens of chains that drafts are right, or wrong, about
+
+
+class StopSequences:
+    """As mlx-lm's, which older ones have not."""
+
+    def __init__(self, sequences):
+        self._sequences = sequences
+
+    def matcher(self):
+        return Matcher(self._sequences)
+
+
+class Matcher:
+    def __init__(self, sequences):
+        self._sequences, self._tokens = sequences, []
+
+    def advance(self, token):
+        self._tokens = [*self._tokens, token]
+        return any(self._tokens[-len(s) :] == s for s in self._sequences)
 
 
 @pytest.fixture(scope="module")
