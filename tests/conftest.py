@@ -26,7 +26,7 @@ import pytest
 from hypothesis import settings
 
 # What stands on mlx-lm 0.32, which Python 3.10 does not get.
-collect_ignore = []
+collect_ignore: list[str] = []
 if sys.version_info < (3, 11):
     collect_ignore += ["test_batch.py", "serving.py"]
     collect_ignore += [
