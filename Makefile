@@ -2,7 +2,8 @@
 # make demo         the embedded pair writes Python (PROMPT='def area(radius):' for another start)
 # make test         every test but the slow ones, WORKERS=2 at a time; ARGS='-k name' goes to pytest
 # make test-control the choice of draft lengths on every simulated machine and text (15 minutes)
-# make test-oldest  the hook's tests against the oldest mlx-lm that it knows
+# make test-oldest  hook, batches and prompt caches with the oldest mlx-lm that they know
+# make test-mlx-lm  mlx-lm's own tests with the hook and the embedded pair
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make test-clients the openai client and a browser against the server; installs both
 # make load         200 clients against the server, and against mlx-lm's (6 minutes)
@@ -28,7 +29,7 @@ CHECK := build/wheel-check
 CLIENT_TESTS := tests/test_openai_client.py tests/test_page.py
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-oldest test-slow test-control test-cuda test-tsan test-clients load lint format type bench bench-setup wheel-check clean
+.PHONY: all install demo test test-oldest test-mlx-lm test-slow test-control test-cuda test-tsan test-clients load lint format type bench bench-setup wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -52,7 +53,7 @@ test-control: $(DEV_STAMP)
 # Of this release only its own files: what it needs is there for the newest one.
 OLDEST := 0.32.0
 OLDEST_PLACE := build/mlx-lm-$(OLDEST)
-OLDEST_TESTS := tests/test_hook.py tests/test_run.py
+OLDEST_TESTS := $(addprefix tests/test_,hook.py run.py batch.py prompt_cache.py)
 
 test-oldest: $(DEV_STAMP) $(OLDEST_PLACE)/mlx_lm
 	@PYTHONPATH=$(OLDEST_PLACE) $(BIN)/python -c 'import mlx_lm; assert mlx_lm.__version__ == "$(OLDEST)"'
@@ -60,6 +61,9 @@ test-oldest: $(DEV_STAMP) $(OLDEST_PLACE)/mlx_lm
 
 $(OLDEST_PLACE)/mlx_lm:
 	@$(PIP) --no-deps --target $(OLDEST_PLACE) mlx-lm==$(OLDEST)
+
+test-mlx-lm: $(DEV_STAMP)
+	@$(BIN)/python scripts/mlx_lm_suite.py $(ARGS)
 
 test-cuda: $(DEV_STAMP)
 	@$(PIP) nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12

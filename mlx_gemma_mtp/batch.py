@@ -14,13 +14,6 @@ from itertools import accumulate
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.generate import (
-    GenerationBatch,
-    PromptProcessingBatch,
-    StopSequences,
-    generation_stream,
-)
-from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
 
 from .config import SamplingParams
 from .decoder import DEFAULT_MAX_ROWS
@@ -32,6 +25,20 @@ from .prefill import DEFAULT_PREFILL_STEP_SIZE
 from .processing import LogitsProcessor, Sampler
 from .row import Request, Row
 from .tokens import make_batch_decoder, make_request
+
+try:
+    from mlx_lm.generate import (
+        GenerationBatch,
+        PromptProcessingBatch,
+        StopSequences,
+        generation_stream,
+    )
+    from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
+except ImportError as error:
+    raise ImportError(
+        "BatchGenerator needs mlx-lm 0.32 or newer: got an older one. Use Python 3.11 "
+        "or newer, where it runs, or generate_tokens for several prompts together."
+    ) from error
 
 
 class BatchGenerator:
@@ -47,13 +54,16 @@ class BatchGenerator:
         sampler: For requests that bring none; greedy by default.
         logits_processors: For requests that bring none.
         completion_batch_size: Most requests that are decoded together.
-        prefill_batch_size: Of no effect: prompts are read one after the other, and up
-            to ``prefill_step_size`` of their tokens between two rounds.
+        prefill_batch_size: No fewer requests than this are decoded together. Prompts
+            are read in turn, up to ``prefill_step_size`` of their tokens between two
+            rounds.
         prefill_step_size: Most prompt tokens in one forward, and between two rounds.
         max_kv_size: Of no effect, as in mlx-lm for models that make their own caches.
         stream: What ``stream`` returns; rounds run on the thread's own stream.
         num_draft_tokens: Most drafts per round, 0 to 8, or "auto".
-        max_kv_bytes: Most memory of keys and values; requests wait for it.
+        max_kv_bytes: Most memory of the keys and values of requests that decode; None
+            for what the machine has beside the weights. Requests wait for it. One that
+            asks for more tokens than fit ends where they do, with "length".
         draw_seed: Draws a seed for each request that brings none, given its sampler;
             where it is None, or gives None, text is not reproducible and more drafts
             stand.
@@ -98,6 +108,7 @@ class BatchGenerator:
         self._stop_sequences = StopSequences(stop_tokens or None)
         self._draw_seed = draw_seed
         self._counters = BatchCounters()
+        self._error: Exception | None = None
         self._resources.enter_context(self._pair.wired())
         self._resources.callback(self._decoder.close)
 
@@ -196,15 +207,26 @@ class BatchGenerator:
         Returns:
             mlx-lm's responses: of prompts, and of generated tokens, in order; there may
             be several of one request.
+
+        Raises:
+            Exception: What a processor or sampler of a request has raised, which ends
+                that one; what the others have said comes first.
         """
-        step = self._step()
-        prompts = [self._prompt_response(p) for p in step.progress]
-        generated = [r for e in step.emissions for r in self._responses(e)]
-        return prompts, generated
+        if self._error is None:
+            step = self._step()
+            prompts = [self._prompt_response(p) for p in step.progress]
+            generated = [r for e in step.emissions for r in self._responses(e)]
+            errors = [e.error for e in step.emissions if e.error is not None]
+            self._error = errors[0] if errors else None
+            if prompts or generated or self._error is None:
+                return prompts, generated
+        error, self._error = self._error, None
+        assert error is not None
+        raise error
 
     def next_generated(self) -> list[Any]:
         """Run rounds until tokens come; an empty list where nobody waits any more."""
-        while not self._decoder.is_idle:
+        while self._error is not None or not self._decoder.is_idle:
             _, generated = self.next()
             if generated:
                 return generated
@@ -232,7 +254,7 @@ class BatchGenerator:
     @property
     def prompt_cache_nbytes(self) -> int:
         """Memory of the keys and values of all requests, bytes."""
-        return self._decoder.kv_bytes
+        return self._decoder.kv_bytes + self._decoder.prompt_bytes
 
     def _request(
         self, uid: int, parts: Sequence[Sequence[int]], options: dict[str, Any]
@@ -248,6 +270,12 @@ class BatchGenerator:
                 f"Sequence {uid}'s max_tokens must be > 0: got {options['max_tokens']}."
             )
         prompt = [token for part in parts for token in part]
+        max_tokens = options["max_tokens"]
+        if self._decoder.longest_text is not None:
+            # Many ask for a huge number where they want no limit.
+            num_cached = len(options["all_tokens"])
+            left = self._decoder.longest_text - num_cached - len(prompt)
+            max_tokens = min(max_tokens, max(left, 1))
         sampler = options["samplers"] or self.sampler
         seed = options["seeds"]
         if seed is None and self._draw_seed is not None:
@@ -255,7 +283,7 @@ class BatchGenerator:
         return make_request(
             self._pair,
             prompt,
-            max_tokens=options["max_tokens"],
+            max_tokens=max_tokens,
             sampling=SamplingParams(seed=seed),
             eos=frozenset(),
             logits_processors=options["logits_processors"],
@@ -292,17 +320,11 @@ class BatchGenerator:
         )
 
     def _responses(self, emission: Emission) -> Iterator[Any]:
-        """mlx-lm's word for each token.
-
-        Raises:
-            Exception: What a processor or sampler of the request raised.
-        """
+        """mlx-lm's word for each token."""
         row = emission.row
         is_end = emission.finish_reason is not None
         if is_end:
             self._rows.pop(row.index, None)
-        if emission.error is not None:
-            raise emission.error
         for i, token in enumerate(emission.tokens):
             is_last = is_end and i == len(emission.tokens) - 1
             yield GenerationBatch.Response(

@@ -107,6 +107,20 @@ def next_capacity(needed: int, capacity: int = 0) -> int:
     return -(-wanted // CAPACITY_BLOCK) * CAPACITY_BLOCK
 
 
+def stepped_capacity(needed: int) -> int:
+    """A capacity of few, each half as much again or less: as rows come and go.
+
+    Each pair of a capacity and a number of rows is a trace of the compiled round.
+    """
+    blocks = 1
+    while blocks * CAPACITY_BLOCK < needed:
+        # 1, 2, 3, 4, 6, 8, 12, 16, 24, ... blocks
+        is_power = blocks & (blocks - 1) == 0
+        blocks = blocks * 3 // 2 if is_power and blocks > 1 else blocks * 4 // 3
+        blocks = max(blocks, 2)
+    return blocks * CAPACITY_BLOCK
+
+
 def resize(
     slabs: list[mx.array],
     layout: SlabLayout,

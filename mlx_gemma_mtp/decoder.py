@@ -12,20 +12,22 @@ It knows token ids only: nothing of text, tokenizers or files.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
 
 from .acceptance import Accepted
 from .cache import PrefillCache
-from .draft_length import DraftLength, FixedDraftLength
+from .draft_length import DraftLength, DraftLengths, FixedDraftLength
 from .emission import Emission, Progress, Step
 from .errors import RequestError
-from .logprobs import TokenLogprobs, log_probabilities, reported_logprobs
+from .logprobs import reported_logprobs
+from .outcome import Outcome, emissions_of, failure_of, outcomes_of
 from .prefill import DEFAULT_PREFILL_STEP_SIZE, Prefill
 from .prompt_cache import make_prompt_cache, read_prompt_cache, update_prompt_cache
 from .rounds import Rounds
@@ -39,6 +41,8 @@ from .target import Prefilled
 from .timing import RoundTimer
 from .waiting import Waiting, WaitingRows
 
+logger = logging.getLogger("mlx_gemma_mtp")
+
 # MLX keeps freed buffers for reuse; let go of them now and then, as mlx-lm does.
 _ROUNDS_PER_CACHE_CLEAR = 256
 
@@ -46,18 +50,6 @@ DEFAULT_MAX_ROWS = 32
 # A short prompt takes hardly less time than this many tokens: the weights are read for
 # either. So few of them are read between two rounds.
 _SMALLEST_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What a round decided of one row: fields as in ``Report`` and ``Emission``."""
-
-    num_accepted: int
-    tokens: list[int]
-    logits: mx.array
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    near_ties: int | None = None
-    error: Exception | None = None
 
 
 @dataclass
@@ -68,14 +60,18 @@ class _InFlight:
         report: What it will tell.
         rows: Who sat where when it was queued.
         num_draft_tokens: Its K.
+        chooser: Who chose K.
         setup_s: What it took the host to trace it; None where it was traced before.
+        has_near_ties: Whether the report counts near ties.
         seconds: Its time; None while it is not known.
     """
 
     report: Report
     rows: tuple[Row | None, ...]
     num_draft_tokens: int
+    chooser: DraftLength
     setup_s: float | None
+    has_near_ties: bool
     seconds: float | None = None
 
 
@@ -113,7 +109,7 @@ class Decoder:
         rounds: Rounds,
         requests: Sequence[Request] = (),
         *,
-        num_draft_tokens: int | DraftLength,
+        num_draft_tokens: int | DraftLengths,
         prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
         look_ahead: bool = True,
         route: Route = ANY_ROUTE,
@@ -129,11 +125,13 @@ class Decoder:
         )
         self.num_added = 0
         self._engine = rounds
-        self._draft_length = (
+        self._draft_lengths = (
             FixedDraftLength(num_draft_tokens)
             if isinstance(num_draft_tokens, int)
             else num_draft_tokens
         )
+        self._is_open = not requests
+        self._is_closed = False
         self._route = route
         self._prefill_step_size = prefill_step_size
         self._look_ahead = look_ahead
@@ -148,7 +146,7 @@ class Decoder:
             max_rows=None if requests else max_rows,
             max_kv_bytes=max_kv_bytes,
         )
-        rows = self.add_all(requests, prompt_caches or [None] * len(requests))
+        rows = self._add(requests, prompt_caches or [None] * len(requests))
         # One row's growth can be fixed for nothing, whatever was proved.
         is_fixed = route.is_exact if len(rows) == 1 else route.has_fixed_growth
         self._seats = Seats(
@@ -156,6 +154,12 @@ class Decoder:
             reserved=rows,
             is_fixed=is_fixed and bool(rows),
             near_tie=route.near_tie,
+            max_kv_bytes=max_kv_bytes,
+        )
+        self._chooser = self._draft_lengths.seat(
+            len(rows),
+            rule=self.stats.rule,
+            context=max((row.offset for row in rows), default=0),
         )
 
     def add(self, request: Request, prompt_cache: Sequence[Any] | None = None) -> Row:
@@ -182,6 +186,15 @@ class Decoder:
             RequestError: One could never fit into ``max_kv_bytes``, or the caches are
                 not the target's.
         """
+        assert self._is_open  # the others' seats and slots are counted
+        return self._add(requests, prompt_caches)
+
+    def _add(
+        self,
+        requests: Sequence[Request],
+        prompt_caches: Sequence[Sequence[Any] | None],
+    ) -> list[Row]:
+        """Let requests wait; see ``add_all``."""
         entries = [
             self._entry(request, caches, self.num_added + i)
             for i, (request, caches) in enumerate(
@@ -223,7 +236,8 @@ class Decoder:
         """A row's keys and values as mlx-lm's prompt cache; the row goes on.
 
         Args:
-            row: A row that waits, is read or decodes, or has ended with the last step.
+            row: A row that waits, is read or decodes, or has ended with the last step
+                (while ``run`` goes on: at any time) and not with its first token.
             num_emitted: How many of its tokens the cache shall hold after the prompt:
                 all of them (None), or at least those before its last round.
             into: mlx-lm's cache objects to fill in place; None for new ones.
@@ -232,7 +246,7 @@ class Decoder:
             The cache objects.
 
         Raises:
-            RequestError: The row has left.
+            RequestError: The row has left, or the round that it was in has failed.
         """
         layout, waiting = self._engine.target.layout, self._waiting.find(row)
         caches = (
@@ -263,18 +277,30 @@ class Decoder:
 
     @property
     def is_idle(self) -> bool:
-        """Whether a step would do nothing."""
-        return not self._waiting and not self._seats.live
+        """Whether a step would do nothing; the last one lets go of the slabs."""
+        return not self._waiting and not self._seats.rows
 
     @property
     def kv_bytes(self) -> int:
         """Memory of the slabs."""
         return self._seats.num_bytes
 
+    @property
+    def prompt_bytes(self) -> int:
+        """Memory of the caches of prompts that are read or wait."""
+        return self._waiting.num_bytes
+
+    @property
+    def longest_text(self) -> int | None:
+        """Most tokens that a row may have, its prompt included; None for any."""
+        return self._waiting.longest_text
+
     def run(
         self, on_progress: Callable[[Progress], None] | None = None
     ) -> Generator[list[Emission], None, None]:
-        """Decode until every request has ended.
+        """Decode until every request has ended, and close.
+
+        Where something raises, the decoder is left as it is, for its caches.
 
         Args:
             on_progress: Called after each chunk of a prompt.
@@ -282,37 +308,62 @@ class Decoder:
         Yields:
             After the prefill, and then after each round, the emissions of the rows
             that were live.
-
-        Raises:
-            Exception: What a processor or a sampler raised.
         """
         try:
             emissions = self._read_all(on_progress)
             with self._timer.caller(is_idle=True):
                 yield emissions
             while self._wants_round():
-                emissions = _checked(self._round())
+                emissions = self._round()
                 with self._timer.caller(is_idle=not self._in_flight):
                     yield emissions
-        finally:
+        except GeneratorExit:
             self.close()
+            raise
+        self.close()
 
     def step(self) -> Step:
-        """Run one round of the rows that decode, then read a chunk of prompts."""
-        emissions = self._round() if self._wants_round() else []
-        read = self._read_chunk()
+        """Run one round of the rows that decode, then read a chunk of prompts.
+
+        Where that fails, the rows end with an error: a row whose prompt could not be
+        read by itself, else all that decode. The others go on, and so may new ones.
+        """
+        self._timer.add_caller(is_idle=not self._in_flight)
         if not self._seats.live:
-            self._rest()
+            self._rest()  # not before: until now caches could be taken
+        emissions: list[Emission] = []
+        read = Step()
+        try:
+            if self._wants_round():
+                emissions += self._round()
+            read = self._read_chunk()
+        except Exception as error:  # noqa: BLE001 (whatever MLX raises: no row may hang)
+            emissions += self._fail(error)
+        self._timer.mark()
         return replace(read, emissions=[*emissions, *read.emissions])
+
+    def _fail(self, error: Exception) -> list[Emission]:
+        """End all rows that decode, or were about to, with an error."""
+        logger.error("all rows that decode have failed", exc_info=error)
+        read = [entry.row for entry in self._waiting if entry.prefill.is_done]
+        for row in read:
+            self._waiting.remove(row)
+        failed = dict.fromkeys([*self._seats.live, *read])
+        self._in_flight.clear()  # their reports may fail as well
+        self._rest()
+        return [failure_of(row, error) for row in failed]
 
     def close(self) -> None:
         """Wait for what is still running and let go of everything."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         try:
             self._rest()
         finally:
             self._waiting.clear()
             self._timer.stop()
-            self._draft_length.finish()
+            self._draft_lengths.finish()
 
     def _rest(self) -> None:
         """Wait for what is still running and let go of the slabs."""
@@ -335,7 +386,7 @@ class Decoder:
                 for progress in step.progress:
                     on_progress(progress)
         self._timer.start_rounds()
-        return _checked(emissions)
+        return emissions
 
     def _read_chunk(self) -> Step:
         """Read a chunk of the prompts that wait, as far as rows are let in."""
@@ -345,36 +396,53 @@ class Decoder:
         num_read, budget = 0, self._prefill_step_size
         while budget > 0 and (entry := self._waiting.next(self._seats.live, paused)):
             row, prefill = entry.row, entry.prefill
-            with self._timer.prefill():
-                size = prefill.read(budget)
-            self._timer.disturb()
+            before, outcome = prefill.num_read, None
+            try:
+                outcome = self._read(entry, budget)
+            except Exception as error:
+                if not self._is_open:
+                    raise
+                self._waiting.remove(row)
+                emissions.append(failure_of(row, error))
+                break
+            size = prefill.num_read - before
             num_read += size
             budget -= max(size, _SMALLEST_CHUNK)
             is_paused = prefill.is_stopped and not prefill.is_done
             reports.append(
                 Progress(row, prefill.num_read, prefill.num_tokens, is_paused)
             )
-            if prefill.is_done:
+            if outcome is not None:
+                emissions.append(self._begin(row, prefill.filled, outcome))
                 self._waiting.remove(row)
-                emissions.append(self._begin(row, prefill.filled))
             elif is_paused:
                 paused.add(row)  # for the caller to take the caches
         return Step(emissions, reports, num_read)
 
-    def _begin(self, row: Row, filled: Prefilled) -> Emission:
-        """Choose the first token of a prompt that was read, and give the row a seat."""
-        outcome = self._first(row, filled)
-        (emission,) = _emissions((row,), [outcome])
+    def _read(self, entry: Waiting, budget: int) -> Outcome | None:
+        """Read a chunk of a prompt; its first token, where that was the last one."""
+        self._timer.disturb()
+        with self._timer.prefill():
+            entry.prefill.read(budget)
+        if not entry.prefill.is_done:
+            return None
+        return self._first(entry.row, entry.prefill.filled)
+
+    def _begin(self, row: Row, filled: Prefilled, outcome: Outcome) -> Emission:
+        """Give a seat to a row whose prompt was read."""
+        (emission,) = emissions_of((row,), [outcome])
+        self.stats.rule = joined_rules([self.stats.rule, row.request.rule])
+        if self._is_open and not row.is_live:  # it needs no seat
+            return self._with_cache(emission, filled.caches)
         self._seats.sit(row, filled, (outcome.tokens or [0])[-1])
         if self._seats.settings.rule.near_tie is not None:
             self.stats.add_near_ties(0)
+        if not row.is_live:
+            self._seats.leave()
         self._seat_drafts()
-        if emission.finish_reason is not None:
-            emission = self._with_cache(emission)
-            self._leave()
         return emission
 
-    def _first(self, row: Row, filled: Prefilled) -> _Outcome:
+    def _first(self, row: Row, filled: Prefilled) -> Outcome:
         """Choose the token behind a prompt."""
         settings = row_settings(
             [row.request.sampling],
@@ -404,8 +472,9 @@ class Decoder:
 
     def _seat_drafts(self) -> None:
         """Let the choice of drafts follow the rows."""
-        if live := self._seats.live:
-            self._draft_length.seat(
+        live = self._seats.live
+        if live and self._is_open:
+            self._chooser = self._draft_lengths.seat(
                 len(self._seats),
                 rule=self._seats.rule_names,
                 context=max(row.offset for row in live),
@@ -424,7 +493,13 @@ class Decoder:
                 "the caches of a row must be taken while it has its seat: got one "
                 "that has left. Set keeps_cache in its request."
             )
-        if missing := tokens[num_tokens - start :]:
+        return self._completed(caches, tokens[num_tokens - start :])
+
+    def _completed(
+        self, caches: list[PrefillCache], missing: Sequence[int]
+    ) -> list[PrefillCache]:
+        """Caches with the tokens that no round has written yet."""
+        if missing:
             rest = Prefill(self._engine.target, missing, caches=caches)
             while not rest.is_done:
                 rest.read(self._prefill_step_size)
@@ -432,6 +507,11 @@ class Decoder:
 
     def _round(self) -> list[Emission]:
         """Queue rounds, one ahead where that can be, and read the oldest."""
+        while self._in_flight and not any(
+            row is not None and row.is_live for row in self._in_flight[0].rows
+        ):
+            self._in_flight.popleft()  # everybody has left since it was queued
+            self._timer.disturb()
         while self._can_queue() and self._wants_round(ahead=True):
             self._queue_round()
         return self._read_round()
@@ -464,7 +544,10 @@ class Decoder:
             mx.async_eval(*report.arrays, *queued)
         setup_s = None if is_ready else time.perf_counter() - start
         rows = tuple(self._seats.rows)
-        self._in_flight.append(_InFlight(report, rows, count, setup_s))
+        has_near_ties = settings.rule.near_tie is not None
+        self._in_flight.append(
+            _InFlight(report, rows, count, self._chooser, setup_s, has_near_ties)
+        )
         self._num_queued += 1
         if not is_ready:
             self._not_traced.discard(count)
@@ -481,7 +564,7 @@ class Decoder:
         limits = [n - len(self._in_flight) for n in left if n is not None]
         allowed = self._seats.room.allowed(self._route.allowed, capacity)
         most = max(row.request.max_draft_tokens for row in live)
-        return self._draft_length.choose(
+        return self._chooser.choose(
             [k for k in allowed if k <= most],
             not_ready=self._not_ready(capacity),
             tokens_left=max(limits) if len(limits) == len(left) else None,
@@ -510,9 +593,7 @@ class Decoder:
         """Read the oldest report in flight, let the host decide, and count."""
         done = self._in_flight.popleft()
         outcomes = self._outcomes(
-            done.report,
-            done.rows,
-            has_near_ties=self._seats.settings.rule.near_tie is not None,
+            done.report, done.rows, has_near_ties=done.has_near_ties
         )
         self._measure(done)
         if self._verified is not None:
@@ -524,21 +605,21 @@ class Decoder:
                 self._count(row, done.num_draft_tokens, outcome)
                 if row.request.max_draft_tokens >= done.num_draft_tokens:
                     accepted.append(outcome.num_accepted)
-        self._draft_length.observe(done.num_draft_tokens, accepted, done.seconds)
+        done.chooser.observe(done.num_draft_tokens, accepted, done.seconds)
         return self._emit(done.rows, outcomes)
 
     def _measure(self, done: _InFlight) -> None:
         """Let the interval that ends with a round's read tell what a round takes."""
         if done.setup_s is not None:
             self._timer.disturb()
-            self._draft_length.observe_setup(done.setup_s + self._timer.waited_s)
+            done.chooser.observe_setup(done.setup_s + self._timer.waited_s)
         interval = self._timer.interval()
         if interval is not None and interval.is_queued and self._in_flight:
             self._in_flight[-1].seconds = interval.seconds
         elif interval is not None:
             done.seconds = interval.seconds
 
-    def _count(self, row: Row, num_draft_tokens: int, outcome: _Outcome) -> None:
+    def _count(self, row: Row, num_draft_tokens: int, outcome: Outcome) -> None:
         """Count a live row's part of a round."""
         drafted = min(num_draft_tokens, row.request.max_draft_tokens)
         for stats in (self.stats, row.stats):
@@ -548,56 +629,13 @@ class Decoder:
 
     def _outcomes(
         self, report: Report, rows: Sequence[Row | None], *, has_near_ties: bool
-    ) -> list[_Outcome]:
+    ) -> list[Outcome]:
         """What was decided of every row, by the graph or now by the host."""
         with self._timer.wait():
             values = _read(report.tokens)  # the one read of the round
-        near_ties: list[int | None] = [None] * len(values)
-        if has_near_ties:
-            near_ties = [tokens.pop() for tokens in values]
-        logprobs: list[list[TokenLogprobs]] = [[] for _ in values]
-        if report.logprobs is not None:
-            logprobs = report.logprobs.listed()
-        return [
-            self._judge(row, i, report.logits, tokens[:-1])
-            if row is not None and row.host is not None and row.is_live
-            else _Outcome(
-                num_accepted,
-                tokens[: num_accepted + 1],
-                report.logits,
-                logprobs[i],
-                near_ties[i],
-            )
-            for i, (row, (num_accepted, *tokens)) in enumerate(
-                zip(rows, values, strict=True)
-            )
-        ]
+        return outcomes_of(values, report, rows, has_near_ties=has_near_ties)
 
-    def _judge(
-        self, row: Row, place: int, logits: mx.array, drafts: list[int]
-    ) -> _Outcome:
-        """Let the host decide one row of the block's logits [B, K + 1, V]."""
-        try:
-            judged = row.judge(logits[place], drafts)
-        except Exception as error:  # noqa: BLE001 (a caller's function: any may come)
-            return _Outcome(0, [], logits, error=error)
-        logprobs: list[TokenLogprobs] = []
-        count = row.request.num_logprobs
-        if count is not None:
-            tokens = mx.array([judged.tokens], dtype=mx.int32)
-            (logprobs,) = log_probabilities(
-                judged.logits, tokens, num_logprobs=count
-            ).listed()
-        # A view, so that [place, i] finds the row's own as in a round's logits.
-        shape = (logits.shape[0], *judged.logits.shape[1:])
-        return _Outcome(
-            judged.num_accepted,
-            judged.tokens,
-            mx.broadcast_to(judged.logits, shape),
-            logprobs,
-        )
-
-    def _commit(self, outcomes: list[_Outcome]) -> None:
+    def _commit(self, outcomes: list[Outcome]) -> None:
         """End the round that waits for the host."""
         verified, self._verified = self._verified, None
         assert verified is not None
@@ -613,21 +651,32 @@ class Decoder:
     def _emit(
         self,
         rows: Sequence[Row | None],
-        outcomes: Sequence[_Outcome],
+        outcomes: Sequence[Outcome],
     ) -> list[Emission]:
         """Turn what was decided into the live rows' emissions."""
-        emissions = list(_emissions(rows, outcomes))
+        emissions = emissions_of(rows, outcomes)
         if any(e.finish_reason for e in emissions):
             emissions = [self._with_cache(e) for e in emissions]
             self._leave()
         return emissions
 
-    def _with_cache(self, emission: Emission) -> Emission:
-        """A row's last emission, with its caches where it keeps them."""
+    def _with_cache(
+        self, emission: Emission, caches: list[PrefillCache] | None = None
+    ) -> Emission:
+        """A row's last emission, with its caches where it keeps them.
+
+        Args:
+            emission: The emission.
+            caches: Those of its prompt, where it has no seat.
+        """
         row = emission.row
         if not row.request.keeps_cache or emission.finish_reason in (None, "error"):
             return emission
-        return replace(emission, prompt_cache=self.extract(row))
+        if caches is None:
+            return replace(emission, prompt_cache=self.extract(row))
+        caches = self._completed(caches, row.emitted)
+        made = make_prompt_cache(self._engine.target.layout, caches)
+        return replace(emission, prompt_cache=list(made))
 
     def _can_queue(self) -> bool:
         """Whether a round may be queued beside those in flight."""
@@ -656,38 +705,6 @@ class Decoder:
             row.wants_more_than(sum(row in queued.rows for queued in in_flight))
             for row in self._seats.live
         )
-
-
-def _emissions(
-    rows: Sequence[Row | None], outcomes: Sequence[_Outcome]
-) -> Iterator[Emission]:
-    """The emissions of the rows that are live."""
-    for place, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
-        if row is None or not row.is_live:
-            continue
-        if outcome.error is not None:
-            row.finish_reason = "error"
-        taken = row.take(outcome.tokens)
-        count = row.request.num_logprobs
-        logprobs = [] if count is None else outcome.logprobs[: len(taken)]
-        yield Emission(
-            row=row,
-            place=place,
-            tokens=taken,
-            num_from_draft=min(outcome.num_accepted, len(taken)),
-            finish_reason=row.finish_reason,
-            logits=outcome.logits,
-            logprobs=[replace(p, top=p.top[:count]) for p in logprobs],
-            error=outcome.error,
-        )
-
-
-def _checked(emissions: list[Emission]) -> list[Emission]:
-    """The emissions, unless a row's own function has raised."""
-    for emission in emissions:
-        if emission.error is not None:
-            raise emission.error
-    return emissions
 
 
 def _read(report: mx.array) -> list[list[int]]:

@@ -50,11 +50,15 @@ class DraftLength(Protocol):
     def observe_setup(self, seconds: float) -> None:
         """Learn what it took to trace a round."""
 
-    def seat(self, num_seats: int, *, rule: str, context: int) -> None:
-        """Rows have joined or left.
+
+class DraftLengths(Protocol):
+    """Who chooses, as rows come and go."""
+
+    def seat(self, num_seats: int, *, rule: str, context: int) -> DraftLength:
+        """Who chooses for the rows from now on.
 
         Args:
-            num_seats: Rows that a round computes from now on.
+            num_seats: Rows that a round computes.
             rule: The rules that judge their drafts, in words.
             context: Tokens of the longest row.
         """
@@ -91,8 +95,9 @@ class FixedDraftLength:
     def observe_setup(self, seconds: float) -> None:
         """A fixed number learns nothing."""
 
-    def seat(self, num_seats: int, *, rule: str, context: int) -> None:
-        """A fixed number is the same for all rows."""
+    def seat(self, num_seats: int, *, rule: str, context: int) -> FixedDraftLength:
+        """The same for all rows."""
+        return self
 
     def finish(self) -> None:
         """A fixed number has learnt nothing."""
@@ -148,8 +153,9 @@ class AdaptiveDraftLength:
         """See ``DraftLength``."""
         self._setups.append(seconds)
 
-    def seat(self, num_seats: int, *, rule: str, context: int) -> None:
-        """The controller was chosen for rows that stay."""
+    def seat(self, num_seats: int, *, rule: str, context: int) -> AdaptiveDraftLength:
+        """The same: the controller was chosen for rows that stay."""
+        return self
 
     def finish(self) -> None:
         """See ``DraftLength``."""
@@ -162,53 +168,31 @@ class AdaptiveDraftLength:
         return median(self._setups) if len(self._setups) > 1 else _SETUP_S
 
 
-class BatchDraftLength:
-    """What controllers expect to be fastest, one for each kind of batch.
+class BatchDraftLengths:
+    """A controller's choice for each kind of batch.
 
     Args:
         adaptive: Makes the choice for so many seats, a rule and a context.
+        keep: Keeps what was learnt, called at the end.
     """
 
     def __init__(
-        self, adaptive: Callable[[int, str, int], AdaptiveDraftLength]
+        self,
+        adaptive: Callable[[int, str, int], AdaptiveDraftLength],
+        *,
+        keep: Callable[[], None],
     ) -> None:
         self._adaptive = adaptive
+        self._keep = keep
         self._known: dict[tuple[int, str], AdaptiveDraftLength] = {}
-        self._current: AdaptiveDraftLength | None = None
 
-    def choose(
-        self,
-        allowed: Collection[int],
-        *,
-        not_ready: Collection[int],
-        tokens_left: int | None,
-    ) -> int:
-        """See ``DraftLength``."""
-        assert self._current is not None
-        return self._current.choose(
-            allowed, not_ready=not_ready, tokens_left=tokens_left
-        )
-
-    def observe(
-        self, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None
-    ) -> None:
-        """See ``DraftLength``."""
-        assert self._current is not None
-        self._current.observe(num_draft_tokens, accepted, seconds)
-
-    def observe_setup(self, seconds: float) -> None:
-        """See ``DraftLength``."""
-        assert self._current is not None
-        self._current.observe_setup(seconds)
-
-    def seat(self, num_seats: int, *, rule: str, context: int) -> None:
-        """See ``DraftLength``."""
+    def seat(self, num_seats: int, *, rule: str, context: int) -> AdaptiveDraftLength:
+        """See ``DraftLengths``."""
         key = (num_seats, rule)
         if key not in self._known:
             self._known[key] = self._adaptive(num_seats, rule, context)
-        self._current = self._known[key]
+        return self._known[key]
 
     def finish(self) -> None:
-        """See ``DraftLength``."""
-        for adaptive in self._known.values():
-            adaptive.finish()
+        """See ``DraftLengths``."""
+        self._keep()

@@ -47,6 +47,11 @@ class Emission:
     prompt_cache: list[Any] | None = None
     error: Exception | None = None
 
+    def check(self) -> None:
+        """Raise what a function of the row's own has raised."""
+        if self.error is not None:
+            raise self.error
+
 
 @dataclass(frozen=True)
 class Progress:

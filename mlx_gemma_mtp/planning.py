@@ -15,8 +15,8 @@ import mlx.core as mx
 
 from .draft_length import (
     AdaptiveDraftLength,
-    BatchDraftLength,
-    DraftLength,
+    BatchDraftLengths,
+    DraftLengths,
     FixedDraftLength,
 )
 from .pair import Pair
@@ -47,13 +47,13 @@ class Plan:
     """What a decoder needs beside its requests.
 
     Attributes:
-        draft_length: Who chooses the number of drafts.
+        draft_lengths: Who chooses the number of drafts.
         route: How rounds are run.
         why_plain: Why there are no drafts, in words; empty where there may be.
         probe_s: What the probe took, if it ran for this plan, seconds.
     """
 
-    draft_length: DraftLength
+    draft_lengths: DraftLengths
     route: Route
     why_plain: str = ""
     probe_s: float = 0.0
@@ -108,7 +108,7 @@ def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
             controller, setups=tuning.setups, lock=tuning.lock, keep=tuning.save
         )
 
-    return Plan(BatchDraftLength(adaptive), route)
+    return Plan(BatchDraftLengths(adaptive, keep=tuning.save), route)
 
 
 class _Planner:

@@ -93,9 +93,9 @@ class Prefill:
         size = self.next_size(most)
         chunk = self._prompt[self.num_read : self.num_read + size]
         filled = self._target.prefill(chunk, self.caches)
-        self.num_read += size
         # A read per chunk bounds the graph's memory; the prompt is not a round.
         mx.eval(filled.hidden, [cache.state for cache in self.caches])
+        self.num_read += size
         if self.is_done:
             mx.eval(filled.logits)  # of earlier chunks nobody wants them
             self._filled = filled

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from .cache import next_capacity
+from .cache import SlabLayout, next_capacity, stepped_capacity
 from .config import MAX_DRAFT_TOKENS
 from .row import Row
 
@@ -18,6 +18,7 @@ from .row import Row
 RESERVED_TOKENS = 1024
 
 _BLOCK = MAX_DRAFT_TOKENS + 1
+_LONGEST = 2**31  # positions are int32
 
 
 class Room:
@@ -27,13 +28,17 @@ class Room:
         rows: The rows; their offsets are read, as of the last report.
         is_fixed: Whether growth comes at positions that do not depend on the number
             of drafts.
+        is_open: Whether rows come and go; there are fewer capacities then.
 
     Attributes:
         rows: The rows; whoever lets rows join and leave exchanges them.
     """
 
-    def __init__(self, rows: Sequence[Row], *, is_fixed: bool) -> None:
+    def __init__(
+        self, rows: Sequence[Row], *, is_fixed: bool, is_open: bool = False
+    ) -> None:
         self.rows = rows
+        self._is_open = is_open
         # Rows of a batch share the capacity, and one row's growth must not depend on
         # how far another one has come: there everything is reserved.
         self._is_all_reserved = is_fixed and len(rows) > 1
@@ -48,19 +53,13 @@ class Room:
             if left is not None:
                 ahead = left if self._is_all_reserved else min(left, ahead)
             needed = max(needed, row.offset + ahead + 2 * _BLOCK)
-        return next_capacity(needed)
+        return stepped_capacity(needed) if self._is_open else next_capacity(needed)
 
     def grown(self, capacity: int) -> int:
-        """The next capacity: no more than the rows can need, where that is known."""
-        grown = next_capacity(capacity + 1, capacity)
-        if self._is_fixed or self._is_all_reserved:
-            return grown
-        most = most_slots(self.rows)
-        return (
-            grown
-            if most is None
-            else max(min(grown, most), next_capacity(capacity + 1))
-        )
+        """The next capacity."""
+        if self._is_open:
+            return stepped_capacity(capacity + 1)
+        return next_capacity(capacity + 1, capacity)
 
     def is_known(self, capacity: int, in_flight: Collection[int]) -> bool:
         """Whether the next round's room does not hang on reports still in flight.
@@ -108,9 +107,17 @@ class Room:
 
 
 def most_slots(rows: Sequence[Row]) -> int | None:
-    """The most slots that rows can ever need; None where one has no limit."""
+    """Most slots that rows that come and go can need; None where one has no limit."""
     ends = [row.last_position for row in rows]
     limits = [end for end in ends if end is not None]
     if len(limits) < len(ends):
         return None
-    return next_capacity(max(limits, default=0) + 2 * _BLOCK)
+    return stepped_capacity(max(limits, default=0) + 2 * _BLOCK)
+
+
+def longest_text(layout: SlabLayout, max_kv_bytes: int) -> int:
+    """Most tokens that one row may have where slabs may take so much memory."""
+    capacity, larger = 0, stepped_capacity(1)
+    while layout.num_bytes(1, larger) <= max_kv_bytes and larger < _LONGEST:
+        capacity, larger = larger, stepped_capacity(larger + 1)
+    return max(capacity - 2 * _BLOCK, 0)

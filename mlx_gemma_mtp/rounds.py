@@ -70,6 +70,10 @@ class DrafterLike(Protocol):
         """Run one draft step."""
 
 
+# Traces that a thread keeps; beyond, all are let go of. Each takes some megabytes.
+_MAX_TRACES = 128
+
+
 @dataclass(frozen=True)
 class _Shape:
     """What shapes the graph of a round, beside the shapes of its arrays."""
@@ -206,6 +210,11 @@ class Rounds:
 
         It ends before the commit where the rule has rows that the host decides.
         """
+        key, known = self._key(shape, state), self._traced.keys
+        if key not in known and len(known) >= _MAX_TRACES:
+            known.clear()
+            self._compiled.clear()
+        known.add(key)
         if shape not in self._compiled:
             function = partial(
                 _round, self.target, self.drafter, self._verification, shape
@@ -213,7 +222,6 @@ class Rounds:
             self._compiled[shape] = (
                 mx.compile(function) if self.use_compile else function
             )
-        self._traced.keys.add(self._key(shape, state))
         return self._compiled[shape]
 
     def _key(self, shape: _Shape, state: RoundState) -> tuple[_Shape, int, int]:

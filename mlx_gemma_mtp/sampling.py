@@ -14,7 +14,7 @@ This file knows nothing of models, caches or rounds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -65,26 +65,29 @@ class SamplingRule:
     near_tie: float | None = None
 
     def joined(self, other: SamplingRule) -> SamplingRule:
-        """The smallest rule that serves the rows of both.
+        """This rule with what costs little of another one; it serves the same rows.
 
-        Who decides rows is taken from this one: that costs more than a few operations.
+        Between rules that draw from short lists any difference costs little. A whole
+        vocabulary in order, XTC, log-probabilities and decisions on the host are only
+        ever this rule's own.
         """
-        counts = [r.num_logprobs for r in (self, other) if r.num_logprobs is not None]
-        sizes = [r.max_top_k for r in (self, other) if r.is_sampled]
-        return SamplingRule(
-            is_sampled=self.is_sampled or other.is_sampled,
-            max_top_k=_joined_top_k(sizes),
+        has_max_drafts = self.has_max_drafts or other.has_max_drafts
+        rule = replace(self, has_max_drafts=has_max_drafts)
+        if not (self._has_lists and other._has_lists):
+            return rule
+        return replace(
+            rule,
             has_top_p=self.has_top_p or other.has_top_p,
             has_min_p=self.has_min_p or other.has_min_p,
-            has_xtc=self.has_xtc or other.has_xtc,
             has_coupled=self.has_coupled or other.has_coupled,
             has_block=self.has_block or other.has_block,
-            has_host=self.has_host,
-            has_graph=self.has_graph,
-            has_max_drafts=self.has_max_drafts or other.has_max_drafts,
-            num_logprobs=max(counts, default=None),
-            near_tie=self.near_tie,
         )
+
+    @property
+    def _has_lists(self) -> bool:
+        """Whether every row that samples draws from a short list."""
+        is_short = 0 < self.max_top_k <= MAX_CANDIDATES
+        return self.is_sampled and is_short and not self.has_xtc
 
     def list_size(self, num_candidates: int) -> int | None:
         """How many tokens a filter needs in order, best first; None for none."""
@@ -133,13 +136,6 @@ def sampling_rule(
         num_logprobs=num_logprobs,
         near_tie=near_tie if has_greedy else None,
     )
-
-
-def _joined_top_k(sizes: Sequence[int]) -> int:
-    """A list that is long enough for all sampled rows; 0 where none has a top-k."""
-    if not any(sizes):
-        return 0
-    return _NO_TOP_K if 0 in sizes else max(sizes)
 
 
 def _rounded_up(top_k: int) -> int:

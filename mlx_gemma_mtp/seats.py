@@ -45,6 +45,8 @@ class Seats:
             go.
         is_fixed: See ``Room``.
         near_tie: See ``SamplingRule``.
+        max_kv_bytes: Most memory of the slabs of rows that come and go, in which those
+            that are let in fit at their longest; None for no limit.
 
     Attributes:
         rows: Who sits where; None for a seat that was never taken.
@@ -64,10 +66,12 @@ class Seats:
         reserved: Sequence[Row] = (),
         is_fixed: bool = False,
         near_tie: float | None = None,
+        max_kv_bytes: int | None = None,
     ) -> None:
         self.rows: list[Row | None] = []
         self.state: RoundState | None = None
-        self.room = Room(list(reserved), is_fixed=is_fixed)
+        self.room = Room(list(reserved), is_fixed=is_fixed, is_open=not reserved)
+        self._max_kv_bytes = max_kv_bytes
         self._layout = layout
         self._num_reserved = len(reserved)
         self._first_positions: dict[Row, int] = {}
@@ -103,8 +107,10 @@ class Seats:
 
     def clear(self) -> None:
         """Send everybody away, and forget what they asked for."""
-        self.rows, self.state = [], None
-        self._first_positions, self._rule = {}, None
+        if self.state is not None:
+            self.state = None
+            mx.clear_cache()
+        self.rows, self._first_positions, self._rule = [], {}, None
 
     def sit(self, row: Row, filled: Prefilled, last_token: int) -> None:
         """Give a seat to a row whose prompt was read.
@@ -148,18 +154,12 @@ class Seats:
             Whether something has changed.
         """
         num_seats, capacity = len(self), self.capacity
-        wanted = (num_seats, capacity)
         if may_shrink and self._has_left and not self._num_reserved:
+            num_seats, capacity = self._shrunk(num_seats, capacity)
             self._has_left = False
-            needed = self.room.initial_capacity()
-            is_roomy = 2 * needed <= capacity
-            wanted = (seats_for(len(self.live)), needed if is_roomy else capacity)
         if self.room.must_grow(capacity, in_flight):
-            wanted = (wanted[0], self.room.grown(capacity))
-        if wanted == (num_seats, capacity):
-            return False
-        self._resize(*wanted)
-        return True
+            capacity = self.room.grown(capacity)
+        return self._resize(num_seats, capacity)
 
     def take(self, row: Row, num_tokens: int) -> list[PrefillCache] | None:
         """Caches that hold a row's first tokens; None where it does not sit here.
@@ -194,7 +194,7 @@ class Seats:
             near_tie=self._near_tie,
             max_drafts=[row.request.max_draft_tokens for row in rows],
         )
-        # Once asked for, an operation stays: as rows come and go, few rules are traced.
+        # What costs little stays: as rows come and go, few rules are traced.
         rule = settings.rule if self._rule is None else settings.rule.joined(self._rule)
         rule = replace(rule, has_host=any(row.request.is_host for row in self.live))
         self._rule = rule
@@ -220,17 +220,38 @@ class Seats:
             self.state = empty_state(slabs, hidden)
             self.rows = [None] * num_seats
         elif not self._num_reserved:
-            num_seats, capacity = len(self), self.capacity
-            if len(self.live) == num_seats:
-                num_seats = seats_for(num_seats + 1)
-            if needed > capacity:
-                capacity = max(needed, self.room.grown(capacity))
-            if (num_seats, capacity) != (len(self), self.capacity):
-                self._resize(num_seats, capacity)
+            num_seats = max(len(self), seats_for(len(self.room.rows)))
+            self._resize(num_seats, max(self.capacity, needed))
         return next(i for i, r in enumerate(self.rows) if r is None or not r.is_live)
 
-    def _resize(self, num_seats: int, capacity: int) -> None:
-        """Change seats and slots; live rows keep what they have."""
+    def _shrunk(self, num_seats: int, capacity: int) -> tuple[int, int]:
+        """Seats and slots where rows have left: the same, unless half is enough.
+
+        Every other number is a copy of the slabs, and perhaps a trace.
+        """
+        seats, needed = seats_for(len(self.live)), self.room.initial_capacity()
+        return (
+            seats if 2 * seats <= num_seats else num_seats,
+            needed if 2 * needed <= capacity else capacity,
+        )
+
+    def _within_budget(self, num_seats: int, capacity: int) -> tuple[int, int]:
+        """Seats and slots; no more than rows need where there is no memory for more."""
+        most = self._max_kv_bytes
+        if most is None or self._layout.num_bytes(num_seats, capacity) <= most:
+            return num_seats, capacity
+        return seats_for(len(self.room.rows)), self.room.initial_capacity()
+
+    def _resize(self, num_seats: int, capacity: int) -> bool:
+        """Change seats and slots; live rows keep what they have.
+
+        Returns:
+            Whether something has changed.
+        """
+        if not self._num_reserved:
+            num_seats, capacity = self._within_budget(num_seats, capacity)
+        if (num_seats, capacity) == (len(self), self.capacity):
+            return False
         state, self.state = self.state, None
         assert state is not None  # no round is between verify and commit
         taken = None
@@ -248,3 +269,4 @@ class Seats:
         self.state = replace(state, slabs=slabs)
         if self.live:
             self.update()
+        return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from .config import SamplingParams
 from .decoder import Decoder
 from .drafter import Drafter
 from .emission import Emission, Progress
+from .errors import RequestError
 from .fit import check_fit
 from .logprobs import whole_logprobs
 from .pair import Pair, pair_of
@@ -186,8 +187,9 @@ def stream_generate(
         stop: A string, or several, that end the text; they are not part of it.
         prefill_step_size: Most prompt tokens in one forward.
         prompt_cache: mlx-lm's prompt cache of what comes before the prompt, empty or
-            not. It is updated in place once the generator ends or is closed: then it
-            holds the prompt and all yielded tokens, the last one included.
+            not. It is updated in place once the generator ends, is closed or raises:
+            then it holds the prompt and all yielded tokens, the last one included.
+            Before the first token it is left as it was.
         prompt_progress_callback: Called with the prompt's tokens that were read so far
             and all of them, 0 of them first.
 
@@ -368,13 +370,12 @@ class _TextStream:
         self._start = time.perf_counter()
         if self._on_progress is not None:
             self._on_progress(0, self._prompt_tokens)
-        with self._pair.wired(), closing(self._decoder.run(self._report)) as rounds:
+        run = self._decoder.run(self._report)
+        with self._pair.wired(), closing(self._decoder), closing(run) as rounds:
             try:
                 yield from self._decode(rounds)
-            except GeneratorExit:
+            finally:
                 self._keep_cache()
-                raise
-            self._keep_cache()
 
     def _decode(self, rounds: Iterator[list[Emission]]) -> Iterator[GenerationResponse]:
         """Respond to rounds up to the end; the decoder still has the row then."""
@@ -383,6 +384,7 @@ class _TextStream:
                 self._prompt_tps = self._prompt_tokens / self._elapsed()
                 self._start = time.perf_counter()
             self._row = emission.row
+            emission.check()
             yield from self._respond(emission)
             if self._pieces.is_stopped or emission.finish_reason is not None:
                 return
@@ -394,7 +396,9 @@ class _TextStream:
 
     def _keep_cache(self) -> None:
         """Let the caller's prompt cache hold the prompt and what was yielded."""
-        if self._prompt_cache is not None and self._row is not None:
+        if self._prompt_cache is None or self._row is None or not self._num_tokens:
+            return
+        with suppress(RequestError):  # a round has failed: the cache stays as it was
             self._decoder.extract(
                 self._row, num_emitted=self._num_tokens, into=self._prompt_cache
             )

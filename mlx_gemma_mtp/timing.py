@@ -94,8 +94,16 @@ class RoundTimer:
         Args:
             is_idle: Whether no round is in flight meanwhile.
         """
-        self._to_host()
+        self.mark()
         yield
+        self.add_caller(is_idle=is_idle)
+
+    def mark(self) -> None:
+        """What comes now is the caller's time, until ``add_caller``."""
+        self._to_host()
+
+    def add_caller(self, *, is_idle: bool) -> None:
+        """The caller's time, since the last mark, is over; see ``caller``."""
         lap = self._lap()
         self._caller += lap
         self._idle += lap if is_idle else 0.0

@@ -213,7 +213,7 @@ def make_decoder(
     decoder = Decoder(
         pair.rounds,
         requests,
-        num_draft_tokens=plan.draft_length,
+        num_draft_tokens=plan.draft_lengths,
         prefill_step_size=prefill_step_size,
         route=plan.route,
         prompt_caches=prompt_caches,
@@ -260,7 +260,7 @@ def make_batch_decoder(
     )
     decoder = Decoder(
         pair.rounds,
-        num_draft_tokens=plan.draft_length,
+        num_draft_tokens=plan.draft_lengths,
         prefill_step_size=prefill_step_size,
         route=plan.route,
         max_rows=max_rows,
@@ -481,8 +481,9 @@ def _is_whole(value: Any) -> bool:
 
 def _single(pair: Pair, decoder: Decoder) -> Generator[int, None, None]:
     """Token ids of the only row."""
-    with pair.wired(), closing(decoder.run()) as rounds:
+    with pair.wired(), closing(decoder), closing(decoder.run()) as rounds:
         for (emission,) in rounds:
+            emission.check()
             yield from emission.tokens
 
 
@@ -492,9 +493,10 @@ def _batch(
     """Rows in step: rounds emit ragged lengths, so rows ahead wait in queues."""
     queues: list[deque[int]] = [deque() for _ in range(num_rows)]
     is_live = [True] * num_rows
-    with pair.wired(), closing(decoder.run()) as rounds:
+    with pair.wired(), closing(decoder), closing(decoder.run()) as rounds:
         for emissions in rounds:
             for emission in emissions:
+                emission.check()
                 queues[emission.row.index].extend(emission.tokens)
                 is_live[emission.row.index] = emission.finish_reason is None
             while any(queues) and all(

@@ -1,7 +1,8 @@
 """Rows that wait: for a seat, for memory, and for their prompts to be read.
 
-First come, first served. A row is let in only where all rows fit into memory at their
-longest, so none that runs is ever sent away. Knows nothing of rounds.
+Rows are let in in the order they came, and only where all rows fit into memory at their
+longest, so none that runs is ever sent away. Prompts that were begun are read in turn,
+so that a short one does not wait for the end of a long one. Knows nothing of rounds.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from dataclasses import dataclass
 from .cache import SlabLayout
 from .errors import RequestError
 from .prefill import Prefill
-from .room import most_slots
+from .room import longest_text, most_slots
 from .row import Row
 from .seats import seats_for
+
+# Prompts that are read side by side; each holds the caches of what was read of it.
+_MAX_READING = 8
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Waiting:
 
 
 class WaitingRows:
-    """The rows that wait, in order.
+    """The rows that wait.
 
     Args:
         layout: Of the slabs.
@@ -41,13 +45,28 @@ class WaitingRows:
         self._layout = layout
         self._max_rows = max_rows
         self._max_kv_bytes = max_kv_bytes
-        self._entries: deque[Waiting] = deque()
+        self._reading: deque[Waiting] = deque()
+        self._outside: deque[Waiting] = deque()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._reading) + len(self._outside)
 
     def __iter__(self) -> Iterator[Waiting]:
-        return iter(self._entries)
+        yield from self._reading
+        yield from self._outside
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the prompts' caches, those that came with requests included."""
+        caches = (cache for entry in self for cache in entry.prefill.caches)
+        return sum(array.nbytes for cache in caches for array in cache.state)
+
+    @property
+    def longest_text(self) -> int | None:
+        """Most tokens that one row may have, its prompt included; None for any."""
+        if self._max_kv_bytes is None:
+            return None
+        return longest_text(self._layout, self._max_kv_bytes)
 
     def append(self, entries: Sequence[Waiting]) -> None:
         """Let rows wait behind the others: all of them, or none.
@@ -57,19 +76,21 @@ class WaitingRows:
         """
         for entry in entries:
             self._check_fit(entry.row)
-        self._entries.extend(entries)
+        self._outside.extend(entries)
 
     def find(self, row: Row) -> Waiting | None:
         """A row's entry; None where it does not wait."""
-        return next((entry for entry in self._entries if entry.row is row), None)
+        return next((entry for entry in self if entry.row is row), None)
 
     def remove(self, row: Row) -> None:
         """Let a row wait no longer."""
-        self._entries = deque(entry for entry in self._entries if entry.row is not row)
+        self._reading = deque(entry for entry in self._reading if entry.row is not row)
+        self._outside = deque(entry for entry in self._outside if entry.row is not row)
 
     def clear(self) -> None:
         """Let nobody wait any longer."""
-        self._entries.clear()
+        self._reading.clear()
+        self._outside.clear()
 
     def next(self, seated: Sequence[Row], paused: Collection[Row]) -> Waiting | None:
         """The row whose prompt is to be read next.
@@ -81,13 +102,23 @@ class WaitingRows:
         Returns:
             Its entry; None where there is none, or no seat or memory for it yet.
         """
-        entries = [e for e in self._entries if e.row not in paused]
-        if not entries or entries[0].prefill.num_read:  # it was let in before
-            return entries[0] if entries else None
-        inside = [*seated, *(e.row for e in self._entries if e.prefill.num_read)]
-        if self._max_rows is not None and len(inside) >= self._max_rows:
-            return None
-        return entries[0] if self._fits([*inside, entries[0].row]) else None
+        self._let_in(seated)
+        for _ in range(len(self._reading)):
+            entry = self._reading[0]
+            self._reading.rotate(-1)
+            if entry.row not in paused:
+                return entry
+        return None
+
+    def _let_in(self, seated: Sequence[Row]) -> None:
+        """Let rows in for which there is a seat and memory."""
+        while self._outside and len(self._reading) < _MAX_READING:
+            inside = [*seated, *(entry.row for entry in self._reading)]
+            if self._max_rows is not None and len(inside) >= self._max_rows:
+                return
+            if not self._fits([*inside, self._outside[0].row]):
+                return
+            self._reading.append(self._outside.popleft())
 
     def _fits(self, rows: Sequence[Row]) -> bool:
         """Whether rows fit into memory together, however long they become."""

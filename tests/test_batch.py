@@ -232,7 +232,13 @@ def test_counts_its_work(generator):
     assert stats.peak_memory > 0
 
 
-def test_memory_is_told_and_given_back(pair, generator):
+def test_memory_is_told_and_given_back(pair):
+    generator = BatchGenerator(pair.target, num_draft_tokens=3, prefill_step_size=10)
+    assert generator.prompt_cache_nbytes == 0
+    (uid,) = generator.insert([[5] * 30], [9])
+    generator.next()
+    assert generator.prompt_cache_nbytes > 0  # of what was read of the prompt
+    generator.remove([uid])
     assert generator.prompt_cache_nbytes == 0
     generator.insert(PROMPTS, [9] * 4)
     for _ in range(3):  # a pause before each last token
@@ -240,6 +246,7 @@ def test_memory_is_told_and_given_back(pair, generator):
     assert generator.prompt_cache_nbytes > 0
     collect(generator)
     assert generator.prompt_cache_nbytes == 0
+    generator.close()
 
 
 def test_serves_mlx_lms_own_batch_generate(pair, monkeypatch):
@@ -305,13 +312,47 @@ class TestMistakes:
     def test_memory_that_is_never_enough(self, pair):
         generator = BatchGenerator(pair.target, max_kv_bytes=300_000)
         with pytest.raises(RequestError, match=r"must fit into 0\.3 MB"):
-            generator.insert([[1, 2]], [5000])
+            generator.insert([[1] * 5000], [5])
+        # Many ask for a huge number of tokens where they want no limit.
+        generator.insert([[1, 2]], [10**9])
+        tokens, ends, _ = collect(generator)
+        assert ends[0].finish_reason == "length"
+        assert 100 < len(tokens[0]) < 5000
         generator.close()
 
     def test_a_processor_of_another_shape_is_raised(self, generator):
         generator.insert([[1, 2]], [5], logits_processors=[[lambda _, x: x[0]]])
         with pytest.raises(RequestError, match="a logits processor must return"):
             collect(generator)
+        assert generator.next() == ([], [])
+
+    def test_a_processor_that_raises_takes_nothing_from_others(self, pair, generator):
+        """Their tokens of the same step come first, and they go on."""
+        calls = []
+
+        def fails(tokens, logits):
+            calls.append(1)
+            if len(calls) == 6:
+                raise OSError("no more")
+            return logits
+
+        generator.insert(PROMPTS[:2], [20] * 2, logits_processors=[[fails], []])
+        tokens: dict[int, list[int]] = {0: [], 1: []}
+        num_raised = 0
+        while True:
+            try:
+                responses = generator.next_generated()
+            except OSError:
+                num_raised += 1
+                continue
+            if not responses:
+                break
+            for r in responses:
+                tokens[r.uid].append(r.token)
+        assert num_raised == 1
+        assert tokens[1] == alone(pair, PROMPTS[1], 20)
+        assert tokens[0] == alone(pair, PROMPTS[0], 20)[: len(tokens[0])]
+        assert 3 < len(tokens[0]) < 7
 
     def test_a_generator_that_was_not_made_can_be_thrown_away(self, pair):
         with pytest.raises(RequestError, match="num_draft_tokens"):

@@ -69,6 +69,7 @@ LAYERS = {
     "weights": 4,
     "room": 5,
     "emission": 5,
+    "outcome": 6,
     "rounds": 5,
     "seats": 6,
     "waiting": 7,

@@ -224,6 +224,39 @@ def test_an_error_leaves_the_cache_as_it_was(pair):
     assert lengths(cache) == {len(PROMPT) + 3}
 
 
+def test_an_error_or_an_interrupt_keeps_what_was_yielded(pair, text):
+    """A caller that stops in the middle can go on from there."""
+    calls = []
+
+    def fails(tokens, logits):
+        calls.append(1)
+        if len(calls) > 7:
+            raise OSError("no more")
+        return logits
+
+    for processors, interrupt in (([fails], False), ([], True)):
+        cache, got = new_cache(pair), []
+        responses = stream_generate(
+            pair.target,
+            tiny_tokenizer(has_eos=False),
+            PROMPT,
+            draft_model=pair.drafter,
+            max_tokens=40,
+            num_draft_tokens=3,
+            prompt_cache=cache,
+            logits_processors=processors,
+        )
+        with pytest.raises((OSError, KeyboardInterrupt)):  # noqa: PT012
+            for response in responses:
+                got.append(response.token)
+                if interrupt and len(got) == 5:
+                    responses.throw(KeyboardInterrupt)
+        assert got == text[: len(got)]
+        assert lengths(cache) == {len(PROMPT) + len(got)}
+        more = list(go_on(pair, "mlx-lm", [text[len(got)]], 9, cache))
+        assert more == text[len(got) + 1 : len(got) + 10]
+
+
 def test_progress_is_told(pair):
     told = []
     list(
@@ -255,6 +288,10 @@ class TestRows:
             for emission in step.emissions:
                 if emission.finish_reason:
                     ended[emission.row] = emission.prompt_cache
+                    if emission.row.num_emitted > 1:  # it had a seat
+                        count = emission.row.num_emitted - 1
+                        late = decoder.extract(emission.row, num_emitted=count)
+                        assert lengths(late) == {len(PROMPT) + count}
             row = rows[3]
             if row.is_live and row.num_emitted:
                 num_asked += 1

@@ -108,6 +108,9 @@ def script(monkeypatch, model, tokenizer):
             def __init__(self, *args, **kwargs):
                 pass
 
+            def close(self):
+                pass
+
             def run(self, on_progress):
                 row = Row.of(Request([1], None))
                 for block in blocks:

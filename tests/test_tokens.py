@@ -149,7 +149,7 @@ def test_the_controller_chooses_by_default(pair, plain_pair, decoders, settings)
     for p in (pair, plain_pair):
         run(p, PROMPT, max_tokens=30, eos_token_ids=(), **settings)
     drafted, plain = decoders
-    assert isinstance(drafted._draft_length, AdaptiveDraftLength)
+    assert isinstance(drafted._draft_lengths, AdaptiveDraftLength)
     assert set(plain.stats.num_draft_tokens) == {0}
     assert plain.stats.why_not_engaged.startswith("no drafter")
 

@@ -176,7 +176,7 @@ class OwnEngine:
         decoder = Decoder(
             self._rounds,
             requests,
-            num_draft_tokens=plan.draft_length,
+            num_draft_tokens=plan.draft_lengths,
             route=plan.route,
         )
         before = RoundStats()
