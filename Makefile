@@ -6,7 +6,7 @@
 # make test-mlx-lm  mlx-lm's own tests with the hook and the embedded pair
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make test-clients the openai client and a browser against the server; installs both
-# make load         200 clients against the server, and against mlx-lm's (6 minutes)
+# make load         200 clients against the server, and against mlx-lm's (15 minutes)
 # make bench        measures the embedded pair (ARGS='engines graph' chooses sections)
 # make bench-setup  installs what bench can also compare with and plot: mlx-vlm, matplotlib
 # make test-tsan    races in Metal kernels, by ThreadSanitizer of g++ (Linux)

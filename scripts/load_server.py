@@ -5,8 +5,8 @@ with a seed), go away in the middle, send malformed and oversized bodies. It fai
 unless every valid request gets exactly the text that it gets alone, every bad one its
 error, and the process's memory stays flat after the warm-up.
 
-Phase 2, compare: the same number of clients with greedy requests only, against this
-server and against ``mlx_lm.server`` without a drafter, one after the other.
+Phase 2, compare: well-behaved clients with greedy requests only, first few and then as
+many, against this server and against ``mlx_lm.server`` without a drafter.
 
 Run: make load, or python scripts/load_server.py --clients 200 --seconds 60
 """
@@ -476,12 +476,14 @@ def own_command(args: argparse.Namespace) -> list[str]:
 async def compare(name: str, port: int, args: argparse.Namespace) -> None:
     """Phase 2 with one server."""
     cases = make_cases(has_seeds=False)
-    await Clients(port, cases, seed=3, is_rude=False).run(args.clients, args.warm_up)
-    clients = Clients(port, cases, seed=4, is_rude=False)
-    seconds = await clients.run(args.clients, args.compare_seconds)
-    describe(f"{name}, {args.clients} clients, greedy", clients.tally, seconds)
-    for problem in clients.tally.problems[:3]:
-        print(f"  {problem}")
+    for count in args.compare_clients:
+        warm_up = args.compare_seconds / 2
+        await Clients(port, cases, seed=3, is_rude=False).run(count, warm_up)
+        clients = Clients(port, cases, seed=4, is_rude=False)
+        seconds = await clients.run(count, args.compare_seconds)
+        describe(f"{name}, {count} clients, greedy", clients.tally, seconds)
+        for problem in clients.tally.problems[:1]:
+            print(f"  {problem}")
 
 
 def main() -> int:
@@ -489,8 +491,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--warm-up", type=float, default=60.0, metavar="SECONDS")
-    parser.add_argument("--compare-seconds", type=float, default=60.0)
+    parser.add_argument("--warm-up", type=float, default=90.0, metavar="SECONDS")
+    parser.add_argument("--compare-clients", type=int, nargs="+", default=[1, 8, 200])
+    parser.add_argument("--compare-seconds", type=float, default=40.0)
     parser.add_argument("--max-rows", type=int, default=32)
     parser.add_argument(
         "--phase", choices=("stress", "compare", "both"), default="both"

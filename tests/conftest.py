@@ -3,12 +3,10 @@
 import atexit
 import logging
 import os
-import re
 import shutil
 import socket
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 # Set before anything imports huggingface_hub, which reads it once.
@@ -37,10 +35,6 @@ if sys.version_info < (3, 11):
 
 # Also where MLX has a GPU: what tests compare with are results of the CPU.
 mx.set_default_device(mx.cpu)
-
-# The server refuses an older mlx-lm (Python 3.10 has 0.31.3), in one line.
-if [int(part) for part in re.findall(r"\d+", version("mlx-lm"))[:2]] < [0, 32]:
-    collect_ignore_glob = ["test_server_*.py", "test_openai_client.py", "test_page.py"]
 
 atexit.register(shutil.rmtree, os.environ["MLX_GEMMA_MTP_CACHE"], ignore_errors=True)
 
