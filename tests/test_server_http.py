@@ -521,6 +521,7 @@ class TestLimits:
             response = client.complete(max_tokens=1, n=4)
             assert response.status == 400  # it would never be taken
             assert "at most 3 choices" in response.message
+            assert client.complete(["a"] * 100_000).status == 400
 
     def test_connections(self):
         means = scripted_means(ScriptedDecoder(echo))

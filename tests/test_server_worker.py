@@ -279,6 +279,25 @@ def test_a_broken_decoder_ends_everything():
     assert not decoder.is_closed  # nothing more is asked of it
 
 
+def test_a_decoder_that_cannot_let_go_is_broken_too(monkeypatch):
+    decoder = stepping()
+
+    async def test(case):
+        gone, stays = (case.submit(order_of(t, max_tokens=50)) for t in ("a", "b"))
+        case.start()
+        allow(decoder, 3)
+        monkeypatch.setattr(decoder, "remove", None)
+        case.bridge.cancel(gone.jobs)
+        late = case.submit(order_of("c"))  # in the mailbox behind it
+        decoder.allowed.release(1000)
+        for reply in (stays, late):
+            with pytest.raises(AnswerError):
+                await read(reply)
+        assert case.bridge.status == "failed"
+
+    run(test, decoder=decoder, starts=False)
+
+
 def test_draining_finishes_what_there_is():
     decoder = stepping(max_rows=1)
 

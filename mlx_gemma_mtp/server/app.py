@@ -201,6 +201,7 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
     async def chat(request: Request, body: ChatBody) -> Response:
         arrived = time.perf_counter()
         desk.orders.check_model(body.model)
+        desk.bridge.check_room(body.n or 1)
         tools = desk.orders.tools_of(body, has_tools=desk.prompts.has_tools)
         prompt = await desk.in_thread(
             desk.prompts.of_messages,
@@ -227,7 +228,9 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
     async def complete(request: Request, body: CompletionBody) -> Response:
         arrived = time.perf_counter()
         desk.orders.check_model(body.model)
-        prompts = await desk.in_thread(_prompts, desk.prompts, body.prompt)
+        given = _listed(body.prompt)
+        desk.bridge.check_room(len(given) * (body.n or 1))
+        prompts = await desk.in_thread(_prompts, desk.prompts, given)
         orders = desk.orders.of_completion(body, prompts)
         style = CompletionStyle(
             Envelope.of_completion(body.model or desk.settings.names[0]),
@@ -237,12 +240,16 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
         return await _answer(request, desk, body, orders, style, arrived)
 
 
-def _prompts(prompts: Prompts, given: Any) -> list[Prompt]:
+def _listed(given: Any) -> list[Any]:
     """The prompts of a body: one or several, as text or as token ids."""
     is_one = isinstance(given, str) or isinstance(given[0], int)
+    return [given] if is_one else given
+
+
+def _prompts(prompts: Prompts, given: list[Any]) -> list[Prompt]:
     return [
         prompts.of_text(each) if isinstance(each, str) else prompts.of_tokens(each)
-        for each in ([given] if is_one else given)
+        for each in given
     ]
 
 

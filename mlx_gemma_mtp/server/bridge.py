@@ -104,31 +104,26 @@ class Bridge:
             return "failed"
         return "draining" if self.is_draining else "ok"
 
-    def check_open(self) -> None:
-        """Refuse what would be refused later anyway.
+    def check_room(self, num_choices: int) -> None:
+        """Refuse what there is no room for; before any work is done for it.
+
+        Args:
+            num_choices: How many a request asks for.
 
         Raises:
-            AnswerError: New requests are not taken.
+            AnswerError: There is no room, or new requests are not taken.
         """
         if self.is_broken:
             raise AnswerError(503, BROKEN)
         if self.is_draining:
             raise AnswerError(503, SHUTTING_DOWN, retry_after=_RETRY_S)
-
-    def submit(self, reply: Reply) -> None:
-        """Hand a request's choices to the engine, all or none.
-
-        Raises:
-            AnswerError: There is no room, or new requests are not taken.
-        """
-        self.check_open()
-        if len(reply.jobs) > self._max_open:
+        if num_choices > self._max_open:
             raise bad_request(
                 f"a request must have at most {self._max_open} choices, n for each "
-                f"prompt: got {len(reply.jobs)}. Send several.",
+                f"prompt: got {num_choices}. Send several.",
                 "n",
             )
-        if len(self._open) + len(reply.jobs) > self._max_open:
+        if len(self._open) + num_choices > self._max_open:
             raise AnswerError(
                 429,
                 f"too many requests: {len(self._open)} decode or wait, at most "
@@ -136,6 +131,14 @@ class Bridge:
                 code="rate_limit_exceeded",
                 retry_after=_RETRY_S,
             )
+
+    def submit(self, reply: Reply) -> None:
+        """Hand a request's choices to the engine, all or none.
+
+        Raises:
+            AnswerError: See ``check_room``.
+        """
+        self.check_room(len(reply.jobs))
         for job in reply.jobs:
             self._open.add(job)
             self._mailbox.put(Submit(job))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import RequestError
-from .bridge import Bridge, Cancel, Drain, Mailbox, Submit
+from .bridge import Bridge, Cancel, Drain, Mailbox, Message, Submit
 from .failures import BROKEN, SHUTTING_DOWN, AnswerError
 from .metrics import Drafting, StepReport
 from .order import Accepted, Event, Order, Place, Tally
@@ -132,6 +132,7 @@ class Worker:
         self._kept = means.kept
         self._mailbox = mailbox
         self._bridge = bridge
+        self._messages: deque[Message] = deque()
         self._waiting: deque[_Task] = deque()
         self._tasks: dict[Job, _Task] = {}
         self._by_row: dict[Row, _Task] = {}
@@ -144,18 +145,26 @@ class Worker:
     def run(self) -> None:
         """Work until a ``Drain`` was obeyed."""
         while not self._is_done():
-            self._read_messages()
-            self._feed()
-            self._post()  # who is accepted need not wait for a step to know
-            if not self._is_broken and not self._decoder.is_idle:
-                self._step()
-                self._post()
+            try:
+                self._work()
+            except Exception:
+                logger.exception("the engine has failed")
+                self._break()
         self._has_news = True
         self._fail_all(AnswerError(503, SHUTTING_DOWN))
         self._read_messages()  # what came in between is refused
         self._post()
         if not self._is_broken:
             self._decoder.close()
+
+    def _work(self) -> None:
+        """Do what messages say, and run a step."""
+        self._read_messages()
+        self._feed()
+        self._post()  # who is accepted need not wait for a step to know
+        if not self._is_broken and not self._decoder.is_idle:
+            self._step()
+            self._post()
 
     def _is_done(self) -> bool:
         if self._deadline is None:
@@ -164,8 +173,10 @@ class Worker:
 
     def _read_messages(self) -> None:
         """Do what the messages say; sleep until there is one where nothing else is."""
-        is_idle = not self._tasks and self._deadline is None
-        for message in self._mailbox.take(wait=is_idle):
+        is_idle = not (self._tasks or self._messages or self._events)
+        self._messages += self._mailbox.take(wait=is_idle and self._deadline is None)
+        while self._messages:
+            message = self._messages.popleft()
             self._has_news = True
             if isinstance(message, Submit):
                 self._submit(message.job)
@@ -239,12 +250,7 @@ class Worker:
     def _step(self) -> None:
         """Run one step and take what it gave."""
         self._has_news = True
-        try:
-            step = self._decoder.step()
-        except Exception:
-            logger.exception("the engine has failed")
-            self._break()
-            return
+        step = self._decoder.step()
         now = time.perf_counter()
         for progress in step.progress:
             if progress.is_paused:
@@ -330,6 +336,7 @@ class Worker:
     def _break(self) -> None:
         """The decoder cannot go on: end everything."""
         self._is_broken = self._bridge.is_broken = True
+        self._has_news = True
         self._fail_all(AnswerError(500, BROKEN))
 
     def _tell(self, job: Job, event: Event) -> None:
