@@ -56,7 +56,7 @@ def test_all_sections_run(tmp_path):
     figures, tables = tmp_path / "figures.json", tmp_path / "tables.md"
     run = run_bench(
         *("--prompts", "2", "--places", "2", "--repeats", "1", "--max-tokens", "8"),
-        *("--batch-rows", "2"),
+        *("--batch-rows", "1"),
         *("--contexts", "32", "--kinds", "code", "chat", "--samplings", "greedy"),
         *("--prompts-per-kind", "2", "--num-draft-tokens", "4", "auto"),
         *("--engines", "mlx-lm", "plain", "draft", "mlx-vlm"),
@@ -72,7 +72,7 @@ def test_all_sections_run(tmp_path):
     assert "mlx " in found["machine"]
     for figure in found["speed"].values():
         assert figure["tokens_per_second"] > 0
-    for figure in found["batch"]["2"].values():
+    for figure in found["batch"]["1"].values():
         assert figure["tokens_per_second"] > 0
     for figure in found["acceptance"].values():
         assert 1 <= figure["acceptance_length"] <= 5

@@ -122,7 +122,7 @@ class TestText:
         requests = [
             Request(
                 [2, *(rng.randrange(8, 2000) for _ in range(rng.choice([2, 9, 40])))],
-                rng.choice([1, 5, 12, 40]),
+                rng.choice([1, 4, 9, 30]),
                 SamplingParams(1.0, 0.95, 64, seed=i) if i % 2 else SamplingParams(),
                 eos_token_ids=pair.eos_token_ids,
             )

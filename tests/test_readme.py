@@ -192,8 +192,9 @@ def test_run_commands(line, monkeypatch, capsys, unhooked):
 
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_examples(code, monkeypatch, tmp_path, unhooked):
-    if ".install()" in code and VERSION < OLDEST_VERSION:
-        pytest.skip("the hook needs mlx-lm 0.32")
+    is_new = ".install()" in code or "BatchGenerator" in code
+    if is_new and VERSION < OLDEST_VERSION:
+        pytest.skip("the hook and batches need mlx-lm 0.32")
     monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
