@@ -2,7 +2,7 @@
 # make demo         the embedded pair writes Python (PROMPT='def area(radius):' for another start)
 # make test         every test but the slow ones, WORKERS=2 at a time; ARGS='-k name' goes to pytest
 # make test-control the choice of draft lengths on every simulated machine and text (15 minutes)
-# make test-oldest  the hook and batches with the oldest mlx-lm that they know
+# make test-oldest  hook, batches and prompt caches with the oldest mlx-lm that they know
 # make test-mlx-lm  mlx-lm's own tests with the hook and the embedded pair
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make test-clients the openai client and a browser against the server; installs both
@@ -53,7 +53,7 @@ test-control: $(DEV_STAMP)
 # Of this release only its own files: what it needs is there for the newest one.
 OLDEST := 0.32.0
 OLDEST_PLACE := build/mlx-lm-$(OLDEST)
-OLDEST_TESTS := $(addprefix tests/test_,hook.py batch.py)
+OLDEST_TESTS := $(addprefix tests/test_,hook.py run.py batch.py prompt_cache.py)
 
 test-oldest: $(DEV_STAMP) $(OLDEST_PLACE)/mlx_lm
 	@PYTHONPATH=$(OLDEST_PLACE) $(BIN)/python -c 'import mlx_lm; assert mlx_lm.__version__ == "$(OLDEST)"'
