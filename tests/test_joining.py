@@ -122,7 +122,7 @@ class TestText:
         requests = [
             Request(
                 [2, *(rng.randrange(8, 2000) for _ in range(rng.choice([2, 9, 40])))],
-                rng.choice([1, 4, 9, 30]),
+                rng.choice([1, 3, 8, 24]),
                 SamplingParams(1.0, 0.95, 64, seed=i) if i % 2 else SamplingParams(),
                 eos_token_ids=pair.eos_token_ids,
             )
@@ -131,8 +131,7 @@ class TestText:
         with uncompiled():
             check_against_alone(pair, requests, rng, num_draft_tokens=4, max_rows=8)
 
-    @pytest.mark.parametrize("family", ["e2b", "31b"])
-    def test_all_settings_beside_each_other(self, family):
+    def test_all_settings_beside_each_other(self):
         """Processors, penalties, top-k and none, log-probabilities, own switches."""
         rng = random.Random(5)
 
@@ -152,7 +151,7 @@ class TestText:
                 max_draft_tokens=[8, 0, 2][i % 3],
             )
 
-        pair = reference_pair(family)
+        pair = reference_pair("e2b")
         with uncompiled():
             check_against_alone(
                 pair, [request(i) for i in range(24)], rng, num_draft_tokens=3
