@@ -23,6 +23,7 @@ from mlx_gemma_mtp.cache import (
     next_capacity,
     prefill_caches,
     resize,
+    stepped_capacity,
     verify_masks,
     verify_slots,
 )
@@ -192,3 +193,13 @@ def test_a_row_is_inserted_without_touching_the_others():
         for row in range(3):
             assert set(np.array(slab)[row, 0, :5, 0].tolist()) == {row + 1.0}
             assert not np.array(slab)[row, 0, 5:].any()
+
+
+def test_capacities_of_rows_that_come_and_go_are_few():
+    """Each is a trace: no more than two for a doubling, none with half to spare."""
+    found = {needed: stepped_capacity(needed) for needed in range(1, 70_000, 13)}
+    assert len(set(found.values())) <= 18
+    for needed, capacity in found.items():
+        assert needed <= capacity <= max(2 * needed, CAPACITY_BLOCK)
+        assert capacity % CAPACITY_BLOCK == 0
+        assert stepped_capacity(capacity) == capacity

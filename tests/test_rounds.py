@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp import rounds as rounds_module
 from mlx_gemma_mtp.acceptance import accept_equal
 from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.rounds import Rounds
 from tests.scripted import ScriptedDrafter, ScriptedTarget
+from tests.tiny import reference_pair
 
 EOS = 1
 PROMPT = [5, 6]
@@ -227,3 +229,17 @@ def test_finished_rows_are_frozen():
     # Row 0 has its 3 tokens after the first round and stays at 5 from then on.
     assert [row for row, _ in offsets] == [2] + [5] * (len(offsets) - 1)
     assert all(b - a == 3 for a, b in pairwise(other for _, other in offsets))
+
+
+def test_traces_are_let_go_of_when_there_are_too_many(monkeypatch):
+    """Each takes memory; a round of a shape that was let go of is traced again."""
+    monkeypatch.setattr(rounds_module, "_MAX_TRACES", 3)
+    pair = reference_pair()
+    rounds = Rounds(pair.rounds.target, pair.drafter, use_compile=False)
+    texts = []
+    for count in (0, 1, 2, 3, 4, 0):
+        decoder = Decoder(rounds, [Request([2, 5, 9], 8)], num_draft_tokens=count)
+        texts.append([t for r in decoder.run() for e in r for t in e.tokens])
+        assert len(rounds._traced.keys) <= 3
+        assert len(rounds._compiled) <= 3
+    assert all(text == texts[0] for text in texts)
