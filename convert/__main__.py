@@ -18,12 +18,11 @@ from typing import Any, NoReturn
 
 from mlx_gemma_mtp.checkpoint import FLOAT_DTYPES
 from mlx_gemma_mtp.command import (
-    EXIT_BROKEN_PIPE,
     EXIT_INTERRUPTED,
     Parser,
-    drop_output,
+    exit_status,
 )
-from mlx_gemma_mtp.errors import MTPError, RequestError
+from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.quantization import MODES, Format
 
 from .request import PartRequest, Request
@@ -146,18 +145,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for a mistake of the user's, 128 and the signal's number if
         one ended it, 141 where the reader of the output went away.
     """
+    return exit_status(lambda: _run_or_stop(argv), sys.stdout, sys.stderr)
+
+
+def _run_or_stop(argv: Sequence[str] | None) -> int:
+    """Run, and say so where a signal has stopped it."""
     try:
         with _termination_as_interrupt():
             return _run(configure_parser().parse_args(argv))
-    except MTPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
         return 128 + interrupt.args[0] if interrupt.args else EXIT_INTERRUPTED
-    except BrokenPipeError:
-        drop_output(sys.stdout)
-        return EXIT_BROKEN_PIPE
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 from .arguments import check, configure_parser
 from .chat_template import apply_chat_template
 from .command import (
-    EXIT_BROKEN_PIPE,
     EXIT_INTERRUPTED,
-    drop_output,
+    exit_status,
     not_utf8,
     set_up_output,
     write_file,
 )
-from .errors import MTPError
 from .flags import (
     EMBEDDED_NOTE,
     add_eos_tokens,
@@ -49,16 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for a mistake of the user's, 130 for Control-C, 141 where
         the reader of the text went away.
     """
-    try:
-        return _run(configure_parser().parse_args(argv))
-    except MTPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        drop_output(sys.stdout)
-        return EXIT_BROKEN_PIPE
+    return exit_status(
+        lambda: _run(configure_parser().parse_args(argv)), sys.stdout, sys.stderr
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

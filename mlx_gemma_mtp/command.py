@@ -9,10 +9,11 @@ import argparse
 import io
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from .errors import OutputError, RequestError
+from .errors import MTPError, OutputError, RequestError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -31,6 +32,30 @@ class Parser(argparse.ArgumentParser):
             RequestError: Always.
         """
         raise RequestError(f"{message}. See {self.prog} --help.")
+
+
+def exit_status(run: Callable[[], int], output: TextIO, notes: TextIO) -> int:
+    """Run a command, and say how it ends.
+
+    Args:
+        run: The command; returns its exit status.
+        output: Standard output.
+        notes: Standard error.
+
+    Returns:
+        Exit status: its own, 1 for a mistake of the user's, which is said in one line,
+        130 for Control-C, 141 where the reader of the output went away.
+    """
+    try:
+        return run()
+    except MTPError as error:
+        notes.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        drop_output(output)
+        return EXIT_BROKEN_PIPE
 
 
 def set_up_output(output: TextIO, notes: TextIO, *, verbose: bool) -> None:

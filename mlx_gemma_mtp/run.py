@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 
 from .arguments import add_draft_arguments
-from .command import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, Parser, drop_output
+from .command import Parser, exit_status
 from .config import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES, check_model_type
-from .errors import HookError, MTPError, RequestError
+from .errors import HookError, RequestError
 from .hook_table import DECODING_PROGRAMS
 
 _PREFIX = "mlx_lm."
@@ -32,17 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for a mistake of the user's, 130 for Control-C, 141 where
         the reader of the text went away. A program that exits by itself does so.
     """
-    try:
-        _run(configure_parser().parse_args(argv))
-    except MTPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        drop_output(sys.stdout)
-        return EXIT_BROKEN_PIPE
-    return 0
+    return exit_status(
+        lambda: _run(configure_parser().parse_args(argv)), sys.stdout, sys.stderr
+    )
 
 
 def configure_parser() -> argparse.ArgumentParser:
@@ -61,7 +53,8 @@ def configure_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
+    """Install the hook, then run the program."""
     name, *arguments = args.program
     program = _find(name)
     name = program.name.removeprefix(_PREFIX)
@@ -86,6 +79,7 @@ def _run(args: argparse.Namespace) -> None:
         ) from error
     sys.argv = [program.name, *arguments]
     run()
+    return 0
 
 
 def _find(name: str) -> importlib.metadata.EntryPoint:

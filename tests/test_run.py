@@ -243,7 +243,7 @@ class TestMistakes:
         def end(*args, **kwargs):
             raise raised
 
-        monkeypatch.setattr(run, "drop_output", lambda stream: None)
+        monkeypatch.setattr("mlx_gemma_mtp.command.drop_output", lambda _: None)
         monkeypatch.setattr("mlx_gemma_mtp.hook.install", end)
         assert run.main(["generate", "--model", "x"]) == status
 

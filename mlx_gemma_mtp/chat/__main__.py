@@ -23,10 +23,8 @@ from ..arguments import (
     check,
 )
 from ..command import (
-    EXIT_BROKEN_PIPE,
-    EXIT_INTERRUPTED,
     Parser,
-    drop_output,
+    exit_status,
     not_utf8,
     set_up_output,
 )
@@ -85,16 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for a mistake of the user's, 130 for Control-C, 141 where
         the reader of the text went away.
     """
-    try:
-        return _run(configure_parser().parse_args(argv))
-    except MTPError as error:
-        _note(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        drop_output(sys.stdout)
-        return EXIT_BROKEN_PIPE
+    return exit_status(
+        lambda: _run(configure_parser().parse_args(argv)), sys.stdout, sys.stderr
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

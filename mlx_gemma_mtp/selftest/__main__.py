@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..command import (
-    EXIT_BROKEN_PIPE,
-    EXIT_INTERRUPTED,
     Parser,
-    drop_output,
+    exit_status,
     write_file,
 )
-from ..errors import MTPError, OutputError, RequestError
+from ..errors import OutputError, RequestError
 from .names import MODEL, SECTIONS
 
 EXIT_FAILED = 2
@@ -76,16 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 where all holds that must, 1 for a mistake of the user's, 2 where
         something failed, 130 for Control-C, 141 where the reader of the page went away.
     """
-    try:
-        return _run(configure_parser().parse_args(argv))
-    except MTPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        drop_output(sys.stdout)
-        return EXIT_BROKEN_PIPE
+    return exit_status(
+        lambda: _run(configure_parser().parse_args(argv)), sys.stdout, sys.stderr
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -12,8 +12,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from ..command import EXIT_INTERRUPTED
-from ..errors import MTPError, RequestError
+from ..command import exit_status
+from ..errors import RequestError
 from .arguments import configure_parser, parse
 
 __all__ = ["configure_parser", "main"]
@@ -36,18 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 after a shutdown, 1 for a mistake of the user's, 2 where the
         server failed, 130 for a Control-C before it was up.
     """
-    try:
-        settings = parse(argv)
-        _check_packages()
-        # Heavy imports wait until the arguments are known to be good.
-        from .serve import serve
+    return exit_status(lambda: _run(argv), sys.stdout, sys.stderr)
 
-        return serve(settings)
-    except MTPError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Check, then serve."""
+    settings = parse(argv)
+    _check_packages()
+    # Heavy imports wait until the arguments are known to be good.
+    from .serve import serve
+
+    return serve(settings)
 
 
 def _check_packages() -> None:
