@@ -39,11 +39,7 @@ def configure_parser() -> argparse.ArgumentParser:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is loaded, and how many drafts its rounds have."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        help="folder or Hub id of the target (default: the embedded pair, a tiny model "
-        "that completes Python code)",
-    )
+    add_target(group)
     add_draft_arguments(group)
     group.add_argument(
         "--exactness",
@@ -53,6 +49,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "machine, fast: nothing is proved, auto: what was proved where something was "
         "(default: auto)",
     )
+    add_checkpoint_arguments(group)
+
+
+def add_target(group: argparse._ArgumentGroup) -> None:
+    """Add --model."""
+    group.add_argument(
+        "--model",
+        help="folder or Hub id of the target (default: the embedded pair, a tiny model "
+        "that completes Python code)",
+    )
+
+
+def add_checkpoint_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add how the target is loaded."""
     group.add_argument("--adapter-path", help="LoRA adapters for the target")
     group.add_argument(
         "--revision", help="branch, tag or commit of the target on the Hub"
@@ -70,6 +80,12 @@ def add_draft_arguments(group: argparse._ActionsContainer) -> None:
     Args:
         group: A parser, or a group of its arguments.
     """
+    add_drafter(group)
+    add_num_draft_tokens(group)
+
+
+def add_drafter(group: argparse._ActionsContainer) -> None:
+    """Add which drafter is loaded, if any."""
     group.add_argument(
         "--draft-model",
         help="folder or Hub id of the drafter (default: found by itself inside the "
@@ -78,6 +94,10 @@ def add_draft_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--no-draft", action="store_true", help="decode without a drafter"
     )
+
+
+def add_num_draft_tokens(group: argparse._ActionsContainer) -> None:
+    """Add --num-draft-tokens."""
     group.add_argument(
         "--num-draft-tokens",
         type=_number_or_auto,
@@ -178,8 +198,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     _add_penalties(parser)
 
 
-def _add_sampling_settings(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
+def add_filters(group: argparse._ArgumentGroup) -> None:
+    """Add the settings that a checkpoint may recommend."""
     group.add_argument(
         "--temp",
         type=float,
@@ -201,6 +221,11 @@ def _add_sampling_settings(parser: argparse.ArgumentParser) -> None:
         help="smallest share of the best token's probability to keep (default: the "
         "checkpoint's, else 0)",
     )
+
+
+def _add_sampling_settings(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    add_filters(group)
     group.add_argument(
         "--xtc-probability",
         type=float,
@@ -377,12 +402,18 @@ def _template_config(text: str | None) -> dict[str, Any]:
     return _json_object("--chat-template-config", text, '{"enable_thinking": false}')
 
 
-def _json_object(flag: str, text: str, example: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any] | None:
+    """A JSON object; None where the text is something else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _json_object(flag: str, text: str, example: str) -> dict[str, Any]:
+    value = json_object(text)
+    if value is None:
         raise RequestError(
             f"{flag} must be a JSON object: got {text!r}. For example '{example}'."
         )

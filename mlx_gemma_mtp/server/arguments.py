@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -17,11 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..arguments import (
+    AUTO,
+    add_checkpoint_arguments,
+    add_drafter,
+    add_filters,
+    add_num_draft_tokens,
+    add_target,
+    json_object,
+)
 from ..command import Parser
 from ..config import MAX_DRAFT_TOKENS, SamplingParams, shorten
 from ..errors import RequestError
 
-AUTO = "auto"
 API_KEY_VARIABLE = "MLX_GEMMA_MTP_API_KEY"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 DEFAULT_MODEL = "default_model"  # mlx-lm's word for whatever is served
@@ -185,28 +192,9 @@ def configure_parser() -> argparse.ArgumentParser:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        help="folder or Hub id of the target (default: the embedded pair, a tiny model "
-        "that completes Python code)",
-    )
-    group.add_argument(
-        "--draft-model",
-        help="folder or Hub id of the drafter (default: found by itself inside the "
-        "target's folder, beside it, or on the Hub)",
-    )
-    group.add_argument(
-        "--no-draft", action="store_true", help="decode without a drafter"
-    )
-    group.add_argument("--adapter-path", help="LoRA adapters for the target")
-    group.add_argument(
-        "--revision", help="branch, tag or commit of the target on the Hub"
-    )
-    group.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="let the tokenizer run code from the checkpoint",
-    )
+    add_target(group)
+    add_drafter(group)
+    add_checkpoint_arguments(group)
     group.add_argument(
         "--served-model-name",
         nargs="+",
@@ -229,14 +217,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding")
-    group.add_argument(
-        "--num-draft-tokens",
-        default=AUTO,
-        type=_number_or_auto,
-        metavar="K",
-        help="drafts per round, 0 (plain decoding) to 8, or auto for as many in each "
-        "round as are expected to be fastest (default: auto)",
-    )
+    add_num_draft_tokens(group)
     group.add_argument(
         "--speculative-config",
         metavar="JSON",
@@ -379,27 +360,7 @@ def _add_default_arguments(parser: argparse.ArgumentParser) -> None:
         default=512,
         help="most tokens of an answer (default: %(default)s)",
     )
-    group.add_argument(
-        "--temp",
-        type=float,
-        help="temperature, 0 is greedy (default: the checkpoint's, else 0)",
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        help="probability mass to keep (default: the checkpoint's, else 1)",
-    )
-    group.add_argument(
-        "--top-k",
-        type=int,
-        help="tokens to keep, 0 for all (default: the checkpoint's, else 0)",
-    )
-    group.add_argument(
-        "--min-p",
-        type=float,
-        help="smallest share of the best token's probability to keep (default: the "
-        "checkpoint's, else 0)",
-    )
+    add_filters(group)
 
 
 def check(args: argparse.Namespace) -> Settings:
@@ -570,26 +531,12 @@ def _object(flag: str, text: str | None) -> dict[str, Any]:
     """A JSON object that a flag gives."""
     if text is None:
         return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
+    value = json_object(text)
+    if value is None:
         raise RequestError(
             f"{flag} must be a JSON object: got {shorten(text)}. Quote it in '...'."
         )
     return value
-
-
-def _number_or_auto(text: str) -> int | str:
-    """A whole number, or auto."""
-    if text == AUTO:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        message = f"must be a whole number or auto: got {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
 
 
 def _size(text: str) -> int:
