@@ -496,7 +496,7 @@ class Decoder:
         return self._completed(caches, tokens[num_tokens - start :])
 
     def _completed(
-        self, caches: list[PrefillCache], missing: Sequence[int]
+        self, caches: list[PrefillCache], missing: list[int]
     ) -> list[PrefillCache]:
         """Caches with the tokens that no round has written yet."""
         if missing:

@@ -98,17 +98,24 @@ def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
     route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
     if num_draft_tokens is not None:
         return Plan(FixedDraftLength(num_draft_tokens), route)
-    tuning = pair.tuning
 
     def adaptive(num_seats: int, rule: str, context: int) -> AdaptiveDraftLength:
-        controller = tuning.controller(
-            rule, num_rows=num_seats, min_rows=route.min_rows, context=context
-        )
-        return AdaptiveDraftLength(
-            controller, setups=tuning.setups, lock=tuning.lock, keep=tuning.save
-        )
+        return _adaptive(pair, rule, route, num_rows=num_seats, context=context)
 
-    return Plan(BatchDraftLengths(adaptive, keep=tuning.save), route)
+    return Plan(BatchDraftLengths(adaptive, keep=pair.tuning.save), route)
+
+
+def _adaptive(
+    pair: Pair, rule: str, route: Route, *, num_rows: int, context: int
+) -> AdaptiveDraftLength:
+    """The choice of the pair's controller for rows of a kind."""
+    tuning = pair.tuning
+    controller = tuning.controller(
+        rule, num_rows=num_rows, min_rows=route.min_rows, context=context
+    )
+    return AdaptiveDraftLength(
+        controller, setups=tuning.setups, lock=tuning.lock, keep=tuning.save
+    )
 
 
 class _Planner:
@@ -148,15 +155,12 @@ class _Planner:
         return Plan(fixed, route, why_plain, self._probe_s)
 
     def _adaptive(self, route: Route) -> AdaptiveDraftLength:
-        tuning = self._pair.tuning
-        controller = tuning.controller(
+        return _adaptive(
+            self._pair,
             self._rule,
+            route,
             num_rows=len(self._requests),
-            min_rows=route.min_rows,
             context=max(len(request.prompt) for request in self._requests),
-        )
-        return AdaptiveDraftLength(
-            controller, setups=tuning.setups, lock=tuning.lock, keep=tuning.save
         )
 
     def _why_plain(self) -> str:

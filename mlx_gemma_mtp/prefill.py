@@ -43,7 +43,7 @@ class Prefill:
     def __init__(
         self,
         target: Reader,
-        prompt: Sequence[int],
+        prompt: list[int] | mx.array,
         *,
         caches: list[PrefillCache] | None = None,
         stops: Sequence[int] = (),
@@ -51,7 +51,7 @@ class Prefill:
         self.caches = prefill_caches(target.layout) if caches is None else caches
         self.num_read = 0
         self._target = target
-        self._prompt = mx.array(list(prompt), dtype=mx.int32)
+        self._prompt = mx.array(prompt, dtype=mx.int32)
         self._stops = sorted({*stops, self._prompt.size})
         self._filled: Prefilled | None = None
 
@@ -105,13 +105,12 @@ class Prefill:
 
 def read_prompt(
     target: Reader,
-    prompt: Sequence[int] | mx.array,
+    prompt: list[int] | mx.array,
     *,
     step_size: int = DEFAULT_PREFILL_STEP_SIZE,
 ) -> Prefilled:
     """Read a whole prompt at once, a chunk of at most ``step_size`` at a time."""
-    tokens = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)
-    prefill = Prefill(target, tokens)  # type: ignore[arg-type]
+    prefill = Prefill(target, prompt)
     while not prefill.is_done:
         prefill.read(step_size)
     return prefill.filled

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -79,6 +79,16 @@ class RoundStats:
     def add_near_ties(self, count: int) -> None:
         """Count near ties among a row's tokens of one round."""
         self.near_ties = (self.near_ties or 0) + count
+
+    def snapshot(self) -> RoundStats:
+        """The counts as they are now; those of the rounds to come are not added."""
+        return replace(
+            self,
+            num_draft_tokens=self.num_draft_tokens.copy(),
+            accepted_at=self.accepted_at.copy(),
+            drafted_at=self.drafted_at.copy(),
+            phases=replace(self.phases),
+        )
 
     def merge(self, other: RoundStats) -> None:
         """Add the counts of other rounds."""

@@ -17,40 +17,14 @@ from prometheus_client import Counter as CounterMetric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from ..stats import RoundStats
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _PREFIX = "mlx_gemma_mtp_"
 _SPEED_WINDOW_S = 2.0
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 5)
 _REQUEST_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
-
-
-@dataclass(frozen=True)
-class Drafting:
-    """Totals of all rounds: fields as in ``RoundStats``."""
-
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    num_draft_tokens: Mapping[int, int] = field(default_factory=Counter)
-    drafted_at: Mapping[int, int] = field(default_factory=Counter)
-    accepted_at: Mapping[int, int] = field(default_factory=Counter)
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Accepted over drafted; 0 before anything was drafted."""
-        return self.accepted / self.drafted if self.drafted else 0.0
-
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens per round; 0 before the first."""
-        return 1 + self.accepted / self.rounds if self.rounds else 0.0
-
-    @property
-    def acceptance_by_position(self) -> list[float]:
-        """For each draft position, the share of rounds that accepted it."""
-        last = max(self.drafted_at, default=-1)
-        return [self.accepted_at[i] / self.drafted_at[i] for i in range(last + 1)]
 
 
 @dataclass
@@ -89,7 +63,7 @@ class StepReport:
     prompt_cache_size: int = 0
     memory_bytes: int = 0
     peak_memory_bytes: int = 0
-    drafting: Drafting = field(default_factory=Drafting)
+    drafting: RoundStats = field(default_factory=RoundStats)
 
 
 class Metrics:
@@ -219,7 +193,7 @@ class Metrics:
                 name, f"{text}, by place in the block", "position", by_number
             )
 
-    def _note_draft_tokens(self, drafting: Drafting) -> None:
+    def _note_draft_tokens(self, drafting: RoundStats) -> None:
         """Note the K of the newest round."""
         before = self.last.drafting.num_draft_tokens
         new = [k for k, n in drafting.num_draft_tokens.items() if n > before.get(k, 0)]

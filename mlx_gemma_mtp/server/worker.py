@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import RequestError
 from .bridge import Bridge, Cancel, Drain, Mailbox, Message, Submit
 from .failures import BROKEN, SHUTTING_DOWN, AnswerError
-from .metrics import Drafting, StepReport
+from .metrics import StepReport
 from .order import Accepted, Event, Order, Place, Tally
 from .reply import Job
 from .transcript import Transcript
@@ -364,14 +364,7 @@ class Worker:
         if self._kept is not None:
             report.prompt_cache_bytes = self._kept.num_bytes
             report.prompt_cache_size = len(self._kept)
-        report.drafting = Drafting(
-            rounds=stats.rounds,
-            drafted=stats.drafted,
-            accepted=stats.accepted,
-            num_draft_tokens=stats.num_draft_tokens.copy(),
-            drafted_at=stats.drafted_at.copy(),
-            accepted_at=stats.accepted_at.copy(),
-        )
+        report.drafting = stats.snapshot()
 
 
 def _tally(task: _Task, row: Row) -> Tally:
