@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .calibration import Calibration
 from .config import MAX_DRAFT_TOKENS
 from .control import Prior
 from .drafter import Drafter
@@ -28,7 +29,6 @@ from .roofline import prior
 from .rounds import Rounds
 from .store import FOLDER_VARIABLE, Store, cache_folder
 from .target import Target, text_model
-from .tuning import Tuning
 from .wired import wired
 
 # Where a checkpoint does not say how many tokens to draft. Published advice for the
@@ -77,7 +77,7 @@ class Pair:
         self.target_source = target_source
         self.drafter_source = drafter_source
         self.num_draft_tokens = _num_draft_tokens(drafter)
-        self._tuning: Tuning | None = None
+        self._calibration: Calibration | None = None
         self._make_rounds()
 
     @property
@@ -101,17 +101,17 @@ class Pair:
         return self._rounds.target.vocab_size
 
     @property
-    def tuning(self) -> Tuning:
+    def calibration(self) -> Calibration:
         """What the pair has learnt on this machine."""
-        if self._tuning is None:
+        if self._calibration is None:
             key = {
                 "machine": describe_machine(str(mx.default_device()), *_device()),
                 "system": platform.mac_ver()[0] or platform.release(),
                 "settings": _mlx_settings(),
                 "pair": fingerprint(self._modules()),
             }
-            self._tuning = Tuning(Store(key, cache_folder()), self.prior)
-        return self._tuning
+            self._calibration = Calibration(Store(key, cache_folder()), self.prior)
+        return self._calibration
 
     @property
     def drafter_bytes(self) -> int:
@@ -156,7 +156,7 @@ class Pair:
             mx.eval(self.drafter.parameters())
         _evaluate_constants(self._modules())
         self._traced = self._weights()
-        self._tuning = None  # what was learnt was learnt of the weights before
+        self._calibration = None  # what was learnt was learnt of the weights before
         self._rounds = Rounds(Target(self.target), self.drafter)
 
     def _modules(self) -> list[nn.Module]:

@@ -102,19 +102,22 @@ def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
     def adaptive(num_seats: int, rule: str, context: int) -> AdaptiveDraftLength:
         return _adaptive(pair, rule, route, num_rows=num_seats, context=context)
 
-    return Plan(BatchDraftLengths(adaptive, keep=pair.tuning.save), route)
+    return Plan(BatchDraftLengths(adaptive, keep=pair.calibration.save), route)
 
 
 def _adaptive(
     pair: Pair, rule: str, route: Route, *, num_rows: int, context: int
 ) -> AdaptiveDraftLength:
     """The choice of the pair's controller for rows of a kind."""
-    tuning = pair.tuning
-    controller = tuning.controller(
+    calibration = pair.calibration
+    controller = calibration.controller(
         rule, num_rows=num_rows, min_rows=route.min_rows, context=context
     )
     return AdaptiveDraftLength(
-        controller, setups=tuning.setups, lock=tuning.lock, keep=tuning.save
+        controller,
+        setups=calibration.setups,
+        lock=calibration.lock,
+        keep=calibration.save,
     )
 
 
@@ -199,7 +202,7 @@ class _Planner:
 
     def _faster(self, filled: Route, unfilled: Route) -> Route:
         """The faster of two routes that were proved."""
-        is_unfilled = self._pair.tuning.prefers_unfilled(
+        is_unfilled = self._pair.calibration.prefers_unfilled(
             self._rule,
             num_rows=len(self._requests),
             filled=filled,
@@ -219,7 +222,7 @@ class _Planner:
     def _verdict(self) -> Verdict | None:
         """The probe's verdict; it runs where there is none yet."""
         start = time.perf_counter()
-        is_known = self._pair.tuning.verdict(len(self._requests)) is not None
+        is_known = self._pair.calibration.verdict(len(self._requests)) is not None
         budget_s = None if self._exactness == "exact" else _PROBE_BUDGET_S
         verdict = verdict_of(self._pair, len(self._requests), budget_s=budget_s)
         if not is_known:
@@ -228,7 +231,7 @@ class _Planner:
 
     def _near_tie(self) -> float:
         """What counts as a near tie: what was measured, else a guess by the type."""
-        verdict = self._pair.tuning.verdict(1)
+        verdict = self._pair.calibration.verdict(1)
         if verdict is not None and verdict.max_difference:
             return 2 * verdict.max_difference
         return _NEAR_TIES.get(self._rounds.target.layout.dtype, _NEAR_TIE)
@@ -248,9 +251,9 @@ def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict 
     Raises:
         RuntimeError: It does not fit in memory, where there is no budget.
     """
-    tuning = pair.tuning
-    verdict = tuning.verdict(num_rows)
-    if verdict is not None or (budget_s and tuning.has_given_up_probe(num_rows)):
+    calibration = pair.calibration
+    verdict = calibration.verdict(num_rows)
+    if verdict is not None or (budget_s and calibration.has_given_up_probe(num_rows)):
         return verdict
     logger.info(
         "checking, once on this machine, which rounds give plain decoding's bytes"
@@ -271,7 +274,7 @@ def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict 
             raise
         logger.warning("the check was given up: %s", error)
     if verdict is None:
-        tuning.give_up_probe(num_rows)
+        calibration.give_up_probe(num_rows)
     else:
-        tuning.keep_verdict(num_rows, verdict)
+        calibration.keep_verdict(num_rows, verdict)
     return verdict

@@ -61,7 +61,7 @@ LAYERS = {
     "prefill": 3,
     "fused": 3,
     "roofline": 3,
-    "tuning": 3,
+    "calibration": 3,
     "decision": 4,
     "fit": 4,
     "row": 4,

@@ -15,18 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp.calibration import Calibration
 from mlx_gemma_mtp.control import DEFAULT_PRIOR
 from mlx_gemma_mtp.route import Verdict, exact_routes
 from mlx_gemma_mtp.store import Store, cache_folder
-from mlx_gemma_mtp.tuning import Tuning
 
 NAME = "greedy, 1 rows, 1 at least"
 KEY = {"machine": "m", "pair": "p"}
 VERDICT = Verdict({1: (), 2: (1, 2)}, 0.5, False, 1.25, 48, 1.0)
 
 
-def tuning_of(folder):
-    return Tuning(Store(KEY, folder), lambda num_rows, context: DEFAULT_PRIOR)
+def calibration_of(folder):
+    return Calibration(Store(KEY, folder), lambda num_rows, context: DEFAULT_PRIOR)
 
 
 def the_file(folder):
@@ -125,10 +125,10 @@ def teach(controller, num_rounds=200):
 
 
 def test_learning_is_kept_across_processes(tmp_path):
-    tuning = tuning_of(tmp_path)
-    teach(tuning.controller("greedy", num_rows=1, min_rows=1))
-    tuning.keep_verdict(1, VERDICT)
-    again = tuning_of(tmp_path)
+    calibration = calibration_of(tmp_path)
+    teach(calibration.controller("greedy", num_rows=1, min_rows=1))
+    calibration.keep_verdict(1, VERDICT)
+    again = calibration_of(tmp_path)
     learnt = again.controller("greedy", num_rows=1, min_rows=1)
     assert learnt.credit_s is not None
     learnt.start()
@@ -138,38 +138,38 @@ def test_learning_is_kept_across_processes(tmp_path):
     assert again.verdict(2) is None
     # What this process did not use is not lost when it writes.
     again.save()
-    assert tuning_of(tmp_path).verdict(1) == VERDICT
+    assert calibration_of(tmp_path).verdict(1) == VERDICT
 
 
 def test_acceptance_is_shared_and_costs_are_not(tmp_path):
-    tuning = tuning_of(tmp_path)
-    one = tuning.controller("greedy", num_rows=1, min_rows=1)
-    assert tuning.controller("greedy", num_rows=1, min_rows=1) is one
-    four = tuning.controller("greedy", num_rows=4, min_rows=1)
+    calibration = calibration_of(tmp_path)
+    one = calibration.controller("greedy", num_rows=1, min_rows=1)
+    assert calibration.controller("greedy", num_rows=1, min_rows=1) is one
+    four = calibration.controller("greedy", num_rows=4, min_rows=1)
     assert four.acceptance is one.acceptance
     assert four.costs is not one.costs
-    coupled = tuning.controller("coupled (seed)", num_rows=1, min_rows=1)
+    coupled = calibration.controller("coupled (seed)", num_rows=1, min_rows=1)
     assert coupled.acceptance is not one.acceptance
 
 
 def test_what_others_wrote_is_not_erased(tmp_path):
-    one, other = tuning_of(tmp_path), tuning_of(tmp_path)
+    one, other = calibration_of(tmp_path), calibration_of(tmp_path)
     one.keep_verdict(2, VERDICT)
     teach(one.controller("greedy", num_rows=2, min_rows=1))
     one.save()
     other.keep_verdict(1, VERDICT)
-    again = tuning_of(tmp_path)
+    again = calibration_of(tmp_path)
     assert again.verdict(1) == again.verdict(2) == VERDICT
     assert again.controller("greedy", num_rows=2, min_rows=1).credit_s is not None
 
 
 def test_threads_may_learn_and_save(tmp_path):
-    tuning = tuning_of(tmp_path)
+    calibration = calibration_of(tmp_path)
 
     def work(i):
         for num_rows in range(1, 30):
-            tuning.controller(f"rule {i}", num_rows=num_rows, min_rows=1)
-            tuning.save()
+            calibration.controller(f"rule {i}", num_rows=num_rows, min_rows=1)
+            calibration.save()
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
@@ -177,18 +177,18 @@ def test_threads_may_learn_and_save(tmp_path):
 
 def test_unfilled_turns(tmp_path):
     """Where plain rounds win, drafting is tried again every eighth time."""
-    tuning = tuning_of(tmp_path)
-    tuning.keep_verdict(1, VERDICT)
+    calibration = calibration_of(tmp_path)
+    calibration.keep_verdict(1, VERDICT)
     filled, unfilled = exact_routes(VERDICT)
     assert (filled.min_rows, unfilled.allowed) == (2, (0,))
 
     def is_unfilled():
-        return tuning.prefers_unfilled(
+        return calibration.prefers_unfilled(
             "greedy", num_rows=1, filled=filled, unfilled=unfilled
         )
 
     assert not is_unfilled()  # nothing is known yet
-    controller = tuning.controller("greedy", num_rows=1, min_rows=2)
+    controller = calibration.controller("greedy", num_rows=1, min_rows=2)
     for i in range(200):
         controller.observe(i % 3, [0], 0.01 * (1 + i % 3))
     assert [is_unfilled() for _ in range(16)] == ([True] * 7 + [False]) * 2
@@ -199,9 +199,9 @@ def test_unfilled_turns(tmp_path):
 @pytest.mark.parametrize(("seconds", "is_plain"), [(0.0113, True), (0.009, False)])
 def test_turns_weigh_what_filling_costs(tmp_path, seconds, is_plain):
     """Drafts that only beat filled-up plain rounds, 1.25 x as long, do not pay."""
-    tuning = tuning_of(tmp_path)
-    tuning.keep_verdict(1, VERDICT)
-    controller = tuning.controller("greedy", num_rows=1, min_rows=2)
+    calibration = calibration_of(tmp_path)
+    calibration.keep_verdict(1, VERDICT)
+    controller = calibration.controller("greedy", num_rows=1, min_rows=2)
     for i in range(300):
         k = i % 3
         accepted = min(k, 1) if i % 5 == 0 else 0
@@ -211,7 +211,7 @@ def test_turns_weigh_what_filling_costs(tmp_path, seconds, is_plain):
     assert plain is not None
     assert best > plain
     filled, unfilled = exact_routes(VERDICT)
-    assert is_plain == tuning.prefers_unfilled(
+    assert is_plain == calibration.prefers_unfilled(
         "greedy", num_rows=1, filled=filled, unfilled=unfilled
     )
 
@@ -219,15 +219,15 @@ def test_turns_weigh_what_filling_costs(tmp_path, seconds, is_plain):
 def test_fewer_drafts_may_win_with_shorter_plain_rounds(tmp_path):
     """All drafts of the second route are as good: its plain rounds decide."""
     verdict = Verdict({1: (1, 2), 2: (1, 2, 3)}, 0.5, False, 1.25, 48, 1.0)
-    tuning = tuning_of(tmp_path)
-    tuning.keep_verdict(1, verdict)
+    calibration = calibration_of(tmp_path)
+    calibration.keep_verdict(1, verdict)
     filled, unfilled = exact_routes(verdict)
     assert unfilled.allowed == (0, 1, 2)
-    controller = tuning.controller("greedy", num_rows=1, min_rows=2)
+    controller = calibration.controller("greedy", num_rows=1, min_rows=2)
     for i in range(400):
         k = i % 4
         controller.observe(k, [min(k, 1)], [0.01, 0.011, 0.013, 0.03][k])
-    assert tuning.prefers_unfilled(
+    assert calibration.prefers_unfilled(
         "greedy", num_rows=1, filled=filled, unfilled=unfilled
     )
 
@@ -256,8 +256,8 @@ def test_nonsense_in_the_file_is_as_nothing(values):
         def read(self):
             return values
 
-    tuning = Tuning(Kept(KEY, None), lambda num_rows, context: DEFAULT_PRIOR)
-    controller = tuning.controller("greedy", num_rows=1, min_rows=1)
+    calibration = Calibration(Kept(KEY, None), lambda num_rows, context: DEFAULT_PRIOR)
+    controller = calibration.controller("greedy", num_rows=1, min_rows=1)
     assert controller.choose() in range(9)
-    assert tuning.verdict(1) is None
-    tuning.save()
+    assert calibration.verdict(1) is None
+    calibration.save()

@@ -94,7 +94,7 @@ def look(loaded: Loaded, allowance_s: float) -> Result:
     # The first of each also traces its rounds.
     speeds = {k: median(values[1:]) for k, values in tps.items()}
     stats = drafted.last.stats
-    verdict = pair.tuning.verdict(1)
+    verdict = pair.calibration.verdict(1)
     plain = speeds["0"]
     lines = (
         f"{pair.drafter_source}; loaded in {loaded.seconds:.1f} s, peak memory "

@@ -19,7 +19,7 @@ from .store import Store
 _PLAIN_REQUESTS = 8
 
 
-class Tuning:
+class Calibration:
     """What is known of one pair on this machine.
 
     Args:
