@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mlx_gemma_mtp.tables import aligned, size
+
 from .divergence import Divergence
 from .pipeline import Conversion, Part
 from .plan import PartPlan
@@ -100,7 +102,7 @@ def _describe_part(part: Part) -> list[str]:
         (str(group.num_tensors), group.name, group.what, f"{group.num_bytes:,}")
         for group in groups(plan)
     ]
-    lines += _aligned(rows, left=(1, 2))
+    lines += aligned(rows, left=(1, 2))
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.unused.items():
         reasons.setdefault(reason, []).append(name)
@@ -124,13 +126,13 @@ def _table(conversion: Conversion) -> list[str]:
         rows.append(_row(plan.part, figures))
     if len(conversion.parts) > 1:
         rows.append(_row("total", total))
-    return _aligned(rows, left=(0,))
+    return aligned(rows, left=(0,))
 
 
 def _row(name: str, figures: Sequence[int]) -> tuple[str, str, str, str, str]:
     num_weights, before, after = figures
     bits = f"{8 * after / max(1, num_weights):.2f}"
-    return (name, f"{num_weights:,}", _size(before), _size(after), bits)
+    return (name, f"{num_weights:,}", size(before), size(after), bits)
 
 
 def _describe_divergence(divergence: Divergence | str, *, is_target_kept: bool) -> str:
@@ -146,23 +148,3 @@ def _describe_divergence(divergence: Divergence | str, *, is_target_kept: bool) 
     if divergence.draft_agreement is not None:
         text += f"; drafts agree in {divergence.draft_agreement:.0%}"
     return text
-
-
-def _size(num_bytes: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes} B"
-
-
-def _aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> list[str]:
-    """Align columns, to the left where named, else to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  " + "  ".join(cells).rstrip())
-    return lines

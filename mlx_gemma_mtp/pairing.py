@@ -112,6 +112,15 @@ def cached(repo: str, revision: str | None) -> Path | None:
         return None
 
 
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name can be a Hub id; whether there is such a one is not asked.
+
+    Args:
+        name: Any text.
+    """
+    return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".")
+
+
 def checked_hub_id(path_or_id: str | Path) -> str:
     """Return what is no folder here as a Hub id, if it can be one.
 
@@ -122,7 +131,7 @@ def checked_hub_id(path_or_id: str | Path) -> str:
         CheckpointError: It cannot be a Hub id, or is one of GGUF files.
     """
     repo = str(path_or_id)
-    if not _HUB_ID.fullmatch(repo) or repo.startswith("."):
+    if not is_hub_id(repo):
         raise CheckpointError(
             f"the model must be a folder or a Hub id: got {repo!r}, which is no folder "
             f"here. Check the path, or pass an id such as {PUBLISHED_TARGETS[0]}."

@@ -30,6 +30,7 @@ LAYERS = {
     "noise": 0,
     "stats": 0,
     "store": 0,
+    "tables": 0,
     "tensor_names": 0,
     "kernels": 0,
     "learnt": 0,
