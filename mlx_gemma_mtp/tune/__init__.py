@@ -1,0 +1,1 @@
+"""Adapts a drafter to the target that is actually run."""
