@@ -617,4 +617,6 @@ def shorten(value: Any, *, nothing: str = "nothing") -> str:
         text = nothing if value is None else repr(value)
     except ValueError:  # Python writes no whole number of more than 4300 digits
         text = "a number of thousands of digits"
+    except RecursionError:
+        text = "something nested too deeply"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -29,6 +29,10 @@ class RequestError(MTPError, ValueError):
     """A request with a setting outside its range."""
 
 
+class DataError(MTPError):
+    """Training data that cannot be read or used."""
+
+
 class OutputError(MTPError):
     """A place that cannot be written, or that holds something already."""
 

@@ -20,6 +20,7 @@ from .config import SamplingParams
 from .decoder import Decoder
 from .drafter import Drafter
 from .emission import Emission, Progress
+from .encoding import encode_text
 from .errors import RequestError
 from .fit import check_fit
 from .logprobs import whole_logprobs
@@ -447,9 +448,5 @@ class _TextStream:
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: Any) -> Any:
-    """Token ids of a text, with the begin-of-sequence token unless it is there."""
-    if not isinstance(prompt, str):
-        return prompt
-    bos = tokenizer.bos_token
-    add_special_tokens = bos is None or not prompt.startswith(bos)
-    return list(tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+    """Token ids of a text; token ids as they are."""
+    return encode_text(tokenizer, prompt) if isinstance(prompt, str) else prompt

@@ -24,6 +24,7 @@ from mlx_gemma_mtp.config import (
     check_model_type,
     check_target,
     quantization_map,
+    shorten,
     text_config,
 )
 from mlx_gemma_mtp.errors import CheckpointError, RequestError
@@ -397,3 +398,12 @@ def test_numbers_that_no_model_has():
     for key in ("num_hidden_layers", "hidden_size"):
         config = {"model_type": "gemma4", "text_config": {key: 10**10}}
         fails(lambda c=config: text_config(c, source="here/config.json"), key)
+
+
+def test_values_that_python_cannot_write_are_shown_all_the_same():
+    nested: list[object] = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert shorten(nested) == "something nested too deeply"
+    assert shorten([10**5000]) == "a number of thousands of digits"
+    assert len(shorten("x" * 1000)) == 80

@@ -38,6 +38,7 @@ LAYERS = {
     "cost_model": 1,
     "cache": 1,
     "checkpoint": 1,
+    "encoding": 1,
     "generation_defaults": 1,
     "masked_embedding": 1,
     "quantization": 1,

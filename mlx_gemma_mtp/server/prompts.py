@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..chat_template import apply_chat_template
+from ..encoding import encode_text
 from ..errors import RequestError
 from .failures import AnswerError, bad_request
 from .kept import MIN_TOKENS
@@ -74,10 +75,7 @@ class Prompts:
 
     def of_text(self, text: str) -> Prompt:
         """The prompt of a text, with the begin-of-sequence token unless it is there."""
-        bos = self._tokenizer.bos_token
-        add_special_tokens = bos is None or not text.startswith(bos)
-        tokens = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return self.of_tokens(list(tokens))
+        return self.of_tokens(encode_text(self._tokenizer, text))
 
     def of_tokens(self, tokens: list[int]) -> Prompt:
         """The prompt of token ids."""
