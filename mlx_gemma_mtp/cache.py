@@ -279,7 +279,7 @@ class PrefillCache:
     """
 
     def __init__(self, num_kept: int | None = None) -> None:
-        self._num_kept = num_kept
+        self.num_kept = num_kept
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
         self.offset = 0
@@ -296,7 +296,7 @@ class PrefillCache:
 
     def copy(self) -> PrefillCache:
         """One that goes on by itself; the arrays are shared, nobody writes them."""
-        copied = PrefillCache(self._num_kept)
+        copied = PrefillCache(self.num_kept)
         copied._keys, copied._values = self._keys, self._values
         copied.offset = self.offset
         return copied
@@ -344,10 +344,10 @@ class PrefillCache:
 
     def _kept(self, array: mx.array) -> mx.array:
         """The newest entries, [1, G, S, D]."""
-        if self._num_kept is None or array.shape[2] <= self._num_kept:
+        if self.num_kept is None or array.shape[2] <= self.num_kept:
             return array
         # A copy: a plain slice would keep the whole chunk alive.
-        return mx.contiguous(array[:, :, -self._num_kept :])
+        return mx.contiguous(array[:, :, -self.num_kept :])
 
 
 def prefill_caches(layout: SlabLayout) -> list[PrefillCache]:

@@ -49,11 +49,14 @@ class DraftOutput:
         logits: Scores of the candidates, without soft-cap, [B, 1, M].
         token_ids: The candidates' ids [B, 1, M], or None where M is the vocabulary.
         hidden: The projected hidden state for the next step, [B, 1, H].
+        cluster_scores: How near each cluster of a centroid head is, [B, 1, C]; None
+            without such a head. Decoding has no use for them, training has.
     """
 
     logits: mx.array
     token_ids: mx.array | None
     hidden: mx.array
+    cluster_scores: mx.array | None = None
 
 
 class _Layers(nn.Module):
@@ -106,11 +109,13 @@ class Drafter(nn.Module):
 
         Args:
             embedding: The target's scaled embedding of the newest token, [B, 1, H].
+                Training passes neighbouring places of a text as L in place of 1, with
+                a mask for each, [B, 1, L, S].
             hidden: The target's post-norm row that predicted that token, or the
                 ``hidden`` of the step before, [B, 1, H].
             shared_kv: Keys, values and mask per layer type.
             position: RoPE position of each row's last token, [B]; the same for all
-                steps of a block.
+                steps of a block. Of several places that of the first.
 
         Returns:
             Logits over the candidates and the hidden state for the next step.
@@ -124,9 +129,12 @@ class Drafter(nn.Module):
         x = self.model.norm(x)  # [B, 1, h]
         if self.masked_embedding is None:
             logits, token_ids = self.model.embed_tokens.as_linear(x), None
+            scores = None
         else:
-            logits, token_ids = self.masked_embedding(x, self.model.embed_tokens)
-        return DraftOutput(logits, token_ids, self.post_projection(x))
+            logits, token_ids, scores = self.masked_embedding(
+                x, self.model.embed_tokens
+            )
+        return DraftOutput(logits, token_ids, self.post_projection(x), scores)
 
     @property
     def layer_types(self) -> tuple[str, ...]:

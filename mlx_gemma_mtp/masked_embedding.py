@@ -40,7 +40,7 @@ class MaskedEmbedding(nn.Module):
 
     def __call__(
         self, hidden: mx.array, embed_tokens: nn.Module
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[mx.array, mx.array, mx.array]:
         """Score the tokens of the clusters nearest to ``hidden``.
 
         Args:
@@ -49,14 +49,22 @@ class MaskedEmbedding(nn.Module):
                 dequantized by the module itself.
 
         Returns:
-            Logits and token ids of the M = top_k * V / C candidates, both [B, L, M].
+            Logits and token ids of the M = top_k * V / C candidates, both [B, L, M],
+            and the scores of the clusters, [B, L, C].
         """
         num_rows, num_tokens, _ = hidden.shape
-        nearest = mx.argpartition(-self.centroids(hidden), kth=self.top_k - 1, axis=-1)[
-            ..., : self.top_k
-        ]  # [B, L, top_k]
+        scores = self.centroids(hidden)
+        # A choice has no gradient; without saying so, training could not begin.
+        order = mx.argpartition(-mx.stop_gradient(scores), kth=self.top_k - 1, axis=-1)
+        nearest = order[..., : self.top_k]  # [B, L, top_k]
         clusters = self.token_ordering.reshape(self.num_centroids, -1)
         token_ids = clusters[nearest].reshape(num_rows, num_tokens, -1)  # [B, L, M]
         embeddings = embed_tokens(token_ids)  # [B, L, M, h]
         logits = (embeddings @ hidden[..., None]).squeeze(-1)  # [B, L, M]
-        return logits, token_ids
+        return logits, token_ids, scores
+
+    def clusters_of_tokens(self) -> mx.array:
+        """The cluster of every token id, int32 [V]."""
+        places = mx.argsort(self.token_ordering)
+        size = self.token_ordering.size // self.num_centroids
+        return (places // size).astype(mx.int32)

@@ -71,6 +71,7 @@ class Target:
         args = self._lm.args
         self._first_shared = args.num_hidden_layers - args.num_kv_shared_layers
         self.vocab_size: int = args.vocab_size
+        self.hidden_size: int = args.hidden_size
         self.layout = SlabLayout(
             layers=tuple(
                 LayerKV(
@@ -100,9 +101,25 @@ class Target:
         Returns:
             The last token's logits and hidden state, and the caches.
         """
-        hidden = self._lm.model(tokens[None], cache=list(caches))
-        hidden = mx.contiguous(hidden[:, -1:])  # a slice would keep the whole chunk
-        return Prefilled(head_logits(self._lm, hidden), hidden, caches)
+        hidden = self.read(tokens, caches)[:, -1:]
+        hidden = mx.contiguous(hidden)  # a slice would keep the whole chunk
+        return Prefilled(self.logits(hidden), hidden, caches)
+
+    def read(self, tokens: mx.array, caches: list[PrefillCache]) -> mx.array:
+        """Read a chunk of a text; nothing is evaluated here.
+
+        Args:
+            tokens: At least one token id, int32 [L].
+            caches: One for each layer that owns K/V; they are filled further.
+
+        Returns:
+            The hidden states after the final norm, [1, L, H].
+        """
+        return self._lm.model(tokens[None], cache=list(caches))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """The logits of post-norm hidden states [B, L, H], after the soft-cap."""
+        return head_logits(self._lm, hidden)
 
     def verify(
         self,

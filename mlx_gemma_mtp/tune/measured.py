@@ -49,6 +49,11 @@ class Acceptance:
         square = sum((2 * i + 1) * share for i, share in enumerate(self.reached))
         return math.sqrt(max(square - mean * mean, 0.0) / self.rounds)
 
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Acceptance:
+        """What ``to_dict`` has written."""
+        return cls(tuple(found["reached"]), found["rounds"])
+
     def to_dict(self) -> dict[str, Any]:
         """Everything and what follows from it, as JSON takes it."""
         return {
@@ -69,6 +74,15 @@ class Measured:
 
     overall: Acceptance
     kinds: Mapping[str, Acceptance]
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Measured:
+        """What ``to_dict`` has written."""
+        kinds = found["kinds"].items()
+        return cls(
+            Acceptance.from_dict(found["overall"]),
+            {kind: Acceptance.from_dict(one) for kind, one in kinds},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""

@@ -1,0 +1,389 @@
+"""A tuning from end to end: text, records, training, report, folder.
+
+A run that was cut off goes on from the last group of records or the last checkpoint,
+and ends with the same drafter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoint import open_checkpoint
+from ..config import SamplingParams
+from ..drafter import Drafter
+from ..errors import DataError, OutputError, PairingError
+from ..families import family_of
+from ..fit import check_fit
+from ..load import load
+from ..machine import describe_machine
+from ..pair import Pair, pair_of
+from ..pairing import fetch, find_drafter, hub_id
+from ..staging import check_free_space, check_place
+from ..target import Target, text_model
+from ..weights import load_drafter
+from .adapters import add_adapters, dequantized, fuse_adapters, trainable
+from .documents import DocumentReader, Lengths
+from .fresh import fresh_drafter
+from .material import Chosen, choose, record_all
+from .measured import Measured, Point
+from .measuring import measure
+from .objective import Objective
+from .recording import Records, record_bytes
+from .report import Report, write_report
+from .request import TuneRequest
+from .result import write_drafter
+from .speedup import predict
+from .trainer import Material, Trainer
+from .unrolling import Cutter
+from .workplace import Workplace, remove, workplace
+
+_RECORDS, _CHECKPOINT = "records", "checkpoint.safetensors"
+_LORA_SCALE = 20.0  # mlx-lm's
+# Of what the activations of a chunk of places may take, see ``places_in_memory``.
+_ACTIVATION_BYTES = 1 << 30
+_MOST_PLACES = 256
+
+# Called with what is being done and out of how many; gives a function to call with how
+# many are done.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@contextmanager
+def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Tell nobody how far work is."""
+    yield lambda done: None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The drafter that training begins with.
+
+    Attributes:
+        drafter: As decoding has it, maybe quantized.
+        config: Its ``config.json``.
+        generation_config: Its ``generation_config.json``; empty where it has none.
+        name: Its Hub id or its folder's name; None for random weights.
+    """
+
+    drafter: Drafter
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    name: str | None
+
+
+def tune(
+    request: TuneRequest,
+    *,
+    tell: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
+) -> Report:
+    """Train a drafter for a target and write it.
+
+    Args:
+        request: What is asked for.
+        tell: Called with lines about what is going on.
+        progress: How far long work is.
+
+    Returns:
+        What it has brought; the drafter's folder holds it, too.
+
+    Raises:
+        MTPError: A mistake of the user's: data, checkpoints, settings or places.
+    """
+    check_place(request.output.absolute(), force=request.is_forced)
+    target = fetch(request.model, request.revision)
+    model, tokenizer = load(
+        request.model,
+        speculative_decoding=False,
+        adapter_path=request.adapter_path,
+        revision=request.revision,
+        trust_remote_code=request.trust_remote_code,
+    )[:2]
+    plain = pair_of(model)
+    params = SamplingParams(
+        **plain.sampling_defaults.settings(**request.texts.sampling),
+        seed=request.training.seed,
+    )
+    origin = _origin(request, plain, target)
+    chosen = _chosen(request, plain, tokenizer)
+    with workplace(
+        request.work_folder, request.key, is_resumed=request.is_resumed
+    ) as place:
+        _check_data(place, chosen)
+        run = _Run(request, place, plain, params, origin, chosen, tell, progress)
+        report = run.report()
+        run.write(report)
+        if not request.keeps_work:
+            remove(place)
+    return report
+
+
+@dataclass
+class _Run:
+    """The stages of one run."""
+
+    request: TuneRequest
+    place: Workplace
+    plain: Pair
+    params: SamplingParams
+    origin: Origin
+    chosen: Chosen
+    tell: Callable[[str], None]
+    progress: Progress
+
+    def report(self) -> Report:
+        """Go through the stages that are still to do."""
+        material = self._material()
+        before = self._measured("before", self.origin.drafter)
+        self.drafter, history = self._trained(material)
+        after = self._measured("after", self.drafter)
+        names = [*material.train, *material.held_out]
+        return Report(
+            target=_name(self.request.model),
+            drafter=self.origin.name,
+            before=before,
+            after=after,
+            history=tuple(history),
+            settings={**self.request.key, **_described(self.params)},
+            minutes=self.place.notes["minutes"],
+            peak_memory_bytes=mx.get_peak_memory(),
+            records_bytes=material.records.num_bytes(names),
+            prediction=predict(
+                before.overall.reached,
+                after.overall.reached,
+                family=family_of(vars(text_model(self.plain.target).args)),
+                prior=self.plain.prior(1, 0),
+            ),
+            machine=describe_machine(str(mx.default_device())),
+            command=self.request.command,
+        )
+
+    def write(self, report: Report) -> None:
+        """Write the drafter's folder."""
+        place = self.request.output.absolute()
+        write_drafter(
+            place,
+            self.drafter,
+            self.origin.config,
+            training=report.to_dict(),
+            generation_config=self.origin.generation_config,
+            dtype=self.origin.drafter.model.norm.weight.dtype,
+            force=self.request.is_forced,
+            add=lambda inside: self._write_report(inside, report),
+        )
+
+    def _write_report(self, folder: Path, report: Report) -> None:
+        name = self.request.output.absolute().name
+        for line in write_report(folder, report, name=name):
+            self.tell(line)
+
+    def _material(self) -> Material:
+        """Texts and records."""
+        settings, target = self.request.texts, Target(self.plain.target)
+        texts = [*self.chosen.train, *self.chosen.held_out]
+        continued = [len(text.rest) or settings.max_tokens for text in texts]
+        num_bytes = sum(
+            record_bytes(
+                target,
+                self.params,
+                num_tokens=len(document.prompt) + num_places,
+                num_places=num_places,
+            )
+            for document, num_places in zip(texts, continued, strict=True)
+        )
+        records = Records(self.place.folder / _RECORDS)
+        check_free_space(self.place.folder.absolute() / _RECORDS, num_bytes)
+        self.tell(
+            f"{len(self.chosen.train):,} texts to learn from and "
+            f"{len(self.chosen.held_out):,} to judge by; their records take up to "
+            f"{num_bytes / 1e9:.2f} GB in {self.place.folder}"
+        )
+        parts = []
+        for prefix, documents in (
+            ("train", self.chosen.train),
+            ("judge", self.chosen.held_out),
+        ):
+            with (
+                self.place.stage("text"),
+                self.progress(f"texts to {prefix}", len(documents)) as done,
+            ):
+                parts.append(
+                    record_all(
+                        self.plain,
+                        documents,
+                        records,
+                        prefix=prefix,
+                        params=self.params,
+                        settings=settings,
+                        on_progress=done,
+                    )
+                )
+        if not all(parts):
+            raise DataError(
+                "the target must continue the data's prompts: got ends at once. Check "
+                "the prompts and the chat template."
+            )
+        return Material(records, *parts)
+
+    def _measured(self, when: str, drafter: Drafter) -> Measured:
+        """The engine's acceptance with a drafter, measured once."""
+        notes = self.place.notes
+        if when not in notes:
+            pair = Pair(
+                self.plain.target, drafter, eos_token_ids=self.plain.eos_token_ids
+            )
+            with self.place.stage("measuring"):
+                found = measure(
+                    pair,
+                    self.chosen.held_out,
+                    self.params,
+                    num_draft_tokens=self.request.training.num_draft_tokens,
+                    max_tokens=self.request.texts.max_tokens,
+                    num_rows=self.request.texts.num_rows,
+                )
+            notes[when] = found.to_dict()
+            self.place.save()
+        return Measured.from_dict(notes[when])
+
+    def _trained(self, material: Material) -> tuple[Drafter, list[Point]]:
+        """The trained drafter in its own type, and how it came about."""
+        settings = self.request.training
+        drafter = dequantized(self.origin.drafter)
+        if settings.lora_rank is None:
+            trainable(drafter)
+        else:
+            add_adapters(
+                drafter,
+                rank=settings.lora_rank,
+                scale=_LORA_SCALE,
+                seed=settings.seed,
+            )
+        head = drafter.masked_embedding
+        target = Target(self.plain.target)
+        trainer = Trainer(
+            drafter,
+            material,
+            objective=Objective(
+                settings.loss,
+                settings.num_draft_tokens,
+                self.params.temp,
+                settings.least_reach,
+                None if head is None else head.clusters_of_tokens(),
+            ),
+            cutter=Cutter(
+                target.layout,
+                target.embed,
+                settings.num_draft_tokens,
+                settings.num_places
+                or places_in_memory(drafter, settings.num_draft_tokens),
+                _computing_type(target),
+            ),
+            settings=settings,
+            checkpoint=self.place.folder / _CHECKPOINT,
+            on_point=lambda point: self.tell(_line(point)),
+        )
+        with self.place.stage("training"):
+            trainer.train()
+        fuse_adapters(drafter)
+        drafter.set_dtype(self.origin.drafter.model.norm.weight.dtype)
+        mx.eval(drafter.parameters())
+        return drafter, trainer.progress.history
+
+
+def places_in_memory(drafter: Drafter, num_draft_tokens: int) -> int:
+    """How many places of a text may have their activations in memory together.
+
+    Logits are the most of them: each step's, with their softmax and their gradient; of
+    a centroid head the embeddings of the candidates, which every place gathers.
+    """
+    text = drafter.config.text_config
+    head = drafter.masked_embedding
+    if head is None:
+        numbers = 3 * text["vocab_size"]
+    else:
+        candidates = head.top_k * text["vocab_size"] // head.num_centroids
+        numbers = 2 * candidates * text["hidden_size"]
+    most = _ACTIVATION_BYTES // (4 * numbers * num_draft_tokens)
+    return max(1, min(most, _MOST_PLACES))
+
+
+def _origin(request: TuneRequest, plain: Pair, folder: Path) -> Origin:
+    """The drafter to begin with.
+
+    Raises:
+        PairingError: There is none, or it does not fit.
+    """
+    if request.is_from_scratch:
+        drafter, config = fresh_drafter(plain.target, seed=request.training.seed)
+        return Origin(drafter, config, {}, None)
+    named = request.draft_model
+    if named is None:
+        choice = find_drafter(request.model, folder)
+        if choice.path_or_id is None:
+            raise PairingError(f"{choice.reason} Or begin --from-scratch.")
+        named = choice.path_or_id
+    place = fetch(named)
+    drafter = load_drafter(place)
+    check_fit(plain.target, drafter)
+    checkpoint = open_checkpoint(place)
+    return Origin(
+        drafter, checkpoint.config, checkpoint.generation_config, _name(named)
+    )
+
+
+def _chosen(request: TuneRequest, plain: Pair, tokenizer: Any) -> Chosen:
+    """The documents, after all of the data was read and checked."""
+    settings = request.texts
+    lengths = Lengths(
+        settings.prompt_tokens,
+        settings.max_tokens,
+        text_model(plain.target).args.max_position_embeddings,
+    )
+    reader = DocumentReader(
+        tokenizer,
+        lengths,
+        generate=settings.generate,
+        chat_template_config=settings.chat_template_config,
+    )
+    held_out = reader.read(request.held_out) if request.held_out else None
+    return choose(reader.read(request.data), held_out, settings, request.training.seed)
+
+
+def _check_data(place: Workplace, chosen: Chosen) -> None:
+    """Check that a resumed run has the data that it began with."""
+    digest = chosen.digest
+    if place.notes.setdefault("data", digest) != digest:
+        raise OutputError(
+            f"{place.folder} must be of a run with the same data: got other texts in "
+            "the files. Resume with those of before, or take another --work."
+        )
+    place.save()
+
+
+def _computing_type(target: Target) -> mx.Dtype:
+    """The type that training computes in: the CPU is slow in all but float32."""
+    return mx.float32 if mx.default_device() == mx.cpu else target.layout.dtype
+
+
+def _name(path_or_id: str) -> str:
+    """A Hub id, or a folder's name."""
+    folder = fetch(path_or_id)
+    return hub_id(path_or_id, folder) or folder.resolve().name
+
+
+def _described(params: SamplingParams) -> dict[str, Any]:
+    """The sampling settings that were used."""
+    return {name: getattr(params, name) for name in ("temp", "top_p", "top_k", "min_p")}
+
+
+def _line(point: Point) -> str:
+    return (
+        f"step {point.step:,}: {point.minutes:.1f} minutes, loss {point.loss:.4f}, "
+        f"acceptance length held out {point.acceptance_length:.3f}"
+    )

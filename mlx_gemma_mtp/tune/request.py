@@ -1,0 +1,146 @@
+"""What is asked for of a tuning. Knows nothing of how it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from .settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Which text a drafter learns from.
+
+    Attributes:
+        generate: Whether the target continues the data's prompts; else the data is
+            taken as it is.
+        prompt_tokens: Tokens of plain text that make a prompt.
+        max_tokens: Most tokens behind a prompt.
+        num_texts: Most texts to learn from; of more, a random sample is taken.
+        num_held_out: Most texts to judge by.
+        num_rows: Texts that the target writes together.
+        step_size: Most tokens that the target reads in one forward.
+        temp: The temperature text is drawn at; with the filters, what the drafter will
+            be used with. None for the target's own settings, as of the others.
+        top_p: As in sampling.
+        top_k: As in sampling.
+        min_p: As in sampling.
+        chat_template_config: More arguments for the chat template.
+    """
+
+    generate: bool = True
+    prompt_tokens: int = 64
+    max_tokens: int = 128
+    num_texts: int = 2048
+    num_held_out: int = 64
+    num_rows: int = 32
+    step_size: int = 512
+    temp: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    chat_template_config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the counts.
+
+        Raises:
+            RequestError: One is below 1.
+        """
+        for name in ("num_texts", "num_held_out", "num_rows", "step_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise RequestError(
+                    f"--{name.replace('_', '-')} must be 1 or more: got {value}. "
+                    "Raise it."
+                )
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling settings as given, for ``SamplingDefaults.settings``."""
+        names = ("temp", "top_p", "top_k", "min_p")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class TuneRequest:
+    """What is asked for.
+
+    Attributes:
+        model: The target, a folder or a Hub id.
+        data: Files to learn from.
+        output: Where the drafter goes.
+        draft_model: The drafter to begin with; None to find it.
+        held_out: Files to judge by; none for a part of the data.
+        is_from_scratch: Whether training begins with random weights.
+        adapter_path: LoRA adapters of the target.
+        revision: A branch, tag or commit of the target on the Hub.
+        trust_remote_code: Whether the tokenizer may run code from the checkpoint.
+        work: Where records and checkpoints are kept meanwhile; None for a folder
+            beside the output.
+        is_resumed: Whether a run that was cut off goes on.
+        is_forced: Whether a drafter at ``output`` may be replaced.
+        keeps_work: Whether the work folder stays at the end.
+        texts: The text.
+        training: The training.
+        command: The command line, for the record.
+
+    Raises:
+        RequestError: Settings that exclude each other.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    output: Path
+    draft_model: str | None = None
+    held_out: tuple[str, ...] = ()
+    is_from_scratch: bool = False
+    adapter_path: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    work: Path | None = None
+    is_resumed: bool = False
+    is_forced: bool = False
+    keeps_work: bool = False
+    texts: TextSettings = field(default_factory=TextSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        """Check what excludes each other."""
+        if self.is_from_scratch and self.draft_model is not None:
+            raise RequestError(
+                "--from-scratch must be left out with --draft-model: got both. Leave "
+                "one of them out."
+            )
+        if self.is_from_scratch and self.training.lora_rank is not None:
+            raise RequestError(
+                "--lora-rank must be left out with --from-scratch: got both, and "
+                "random weights need full training. Leave one of them out."
+            )
+        if not self.data:
+            raise RequestError("--data must name at least one file: got none.")
+
+    @property
+    def work_folder(self) -> Path:
+        """Where records and checkpoints are kept meanwhile."""
+        if self.work is not None:
+            return self.work
+        return self.output.with_name(f"{self.output.name}.work")
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What decides the result, by name: a run resumes only one of the same."""
+        texts, training = asdict(self.texts), self.training.to_dict()
+        own = {
+            "model": self.model,
+            "draft_model": self.draft_model,
+            "is_from_scratch": self.is_from_scratch,
+            "adapter_path": self.adapter_path,
+            "revision": self.revision,
+        }
+        return {**own, **texts, **training}

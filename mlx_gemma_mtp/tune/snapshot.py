@@ -1,0 +1,93 @@
+"""A training run on disk: everything that its next step depends on.
+
+Written whole or not at all, so a killed run goes on from its last checkpoint, and a
+resumed run equals an unbroken one. Knows arrays and numbers, nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .arrays import Arrays, read_arrays, write_arrays
+from .measured import Point
+
+
+@dataclass
+class Progress:
+    """How far a training run has come.
+
+    Attributes:
+        weights: The trained weights, float32, as a tree.
+        optimizer: The optimizer's state, a tree.
+        best: The weights that were best so far.
+        step: Optimizer steps so far.
+        seconds: Time of training so far, over all resumptions.
+        best_length: Their acceptance length on held-out records.
+        best_step: After which step they were measured.
+        history: What was measured on the way.
+    """
+
+    weights: dict[str, Any]
+    optimizer: dict[str, Any]
+    best: dict[str, Any]
+    step: int = 0
+    seconds: float = 0.0
+    best_length: float = 0.0
+    best_step: int = 0
+    history: list[Point] = field(default_factory=list)
+
+
+_TREES = ("weights", "optimizer", "best")
+
+
+def write_snapshot(path: Path, progress: Progress) -> None:
+    """Keep a run's progress in a file."""
+    arrays: Arrays = {}
+    for name in _TREES:
+        leaves = tree_flatten(getattr(progress, name), prefix=f".{name}")
+        arrays.update(leaves)
+    numbers = {
+        "step": progress.step,
+        "seconds": progress.seconds,
+        "best_length": progress.best_length,
+        "best_step": progress.best_step,
+        "history": [asdict(point) for point in progress.history],
+    }
+    write_arrays(path, arrays, {"progress": json.dumps(numbers)})
+
+
+def read_snapshot(path: Path) -> Progress | None:
+    """A run's progress; None where none was kept.
+
+    Raises:
+        OutputError: The file is damaged.
+    """
+    if not path.exists():
+        return None
+    arrays, metadata = read_arrays(path)
+    numbers = json.loads(metadata["progress"])
+    trees = {
+        name: tree_unflatten(
+            [
+                (k.removeprefix(f"{name}."), v)
+                for k, v in arrays.items()
+                if k.startswith(f"{name}.")
+            ]
+        )
+        for name in _TREES
+    }
+    mx.eval(trees)
+    return Progress(
+        **trees,
+        step=numbers["step"],
+        seconds=numbers["seconds"],
+        best_length=numbers["best_length"],
+        best_step=numbers["best_step"],
+        history=[Point(**point) for point in numbers["history"]],
+    )

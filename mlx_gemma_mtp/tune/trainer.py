@@ -1,0 +1,208 @@
+"""The training loop.
+
+Weights and the optimizer's state are float32; the drafter computes with a copy in its
+own type. Records are read from disk as they are needed, and the activations of a chunk
+of places are the most that is in memory at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from ..drafter import Drafter
+from .measured import Acceptance, Point
+from .objective import Objective
+from .optimizer import Optimizer, Tree
+from .recording import Records
+from .settings import TrainingSettings
+from .snapshot import Progress, read_snapshot, write_snapshot
+from .unrolling import Cutter
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a drafter learns from and is judged by.
+
+    Attributes:
+        records: Where records are.
+        train: The names of those to learn from.
+        held_out: The names of those to judge by.
+    """
+
+    records: Records
+    train: Sequence[str]
+    held_out: Sequence[str]
+
+
+class Trainer:
+    """Trains a drafter on records.
+
+    Args:
+        drafter: Its trainable parameters are trained, in place.
+        material: What it learns from.
+        objective: The loss.
+        cutter: Makes chunks of records.
+        settings: How it is trained.
+        checkpoint: The file that progress is kept in.
+        on_point: Called with everything that is measured on the way.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        material: Material,
+        *,
+        objective: Objective,
+        cutter: Cutter,
+        settings: TrainingSettings,
+        checkpoint: Path,
+        on_point: Callable[[Point], None] = lambda point: None,
+    ) -> None:
+        self._drafter = drafter
+        self._material = material
+        self._objective = objective
+        self._cutter = cutter
+        self._settings = settings
+        self._checkpoint = checkpoint
+        self._on_point = on_point
+        self._loss_and_gradients = nn.value_and_grad(drafter, objective.loss)
+        self._optimizer = Optimizer(
+            settings.learning_rate, has_muon=settings.lora_rank is None
+        )
+        self.progress = self._first_progress()
+
+    def train(self) -> None:
+        """Train to the end, and leave the best weights in the drafter, float32."""
+        settings, progress = self._settings, self.progress
+        losses: list[float] = []
+        while not self._is_over():
+            began = time.monotonic()
+            names = batch(
+                self._material.train, settings.batch_size, settings.seed, progress.step
+            )
+            loss, gradients = self._gradients(names)
+            if not progress.history:
+                self._note(loss, progress.best_length)
+            progress.weights = self._optimizer.step(
+                gradients, progress.weights, self._share()
+            )
+            progress.optimizer = self._optimizer.state
+            mx.eval(progress.weights, progress.optimizer)
+            self._use(progress.weights)
+            losses.append(loss)
+            progress.step += 1
+            if progress.step % settings.judge_every == 0:
+                self._judge(sum(losses) / len(losses))
+                losses.clear()
+            progress.seconds += time.monotonic() - began
+            if progress.step % settings.save_every == 0:
+                self._save()
+        self._save()
+        self._drafter.update(progress.best)
+
+    def judged(self, names: Sequence[str]) -> Acceptance:
+        """The acceptance of the weights in use, at all places of records."""
+        total, num_places = mx.zeros((self._settings.num_draft_tokens,)), 0
+        for name in names:
+            for chunk in self._cutter.chunks(self._material.records.read(name)):
+                found = self._objective.accepted(self._drafter, chunk)
+                total = total + found.sum(axis=0)
+                num_places += chunk.num_places
+                mx.eval(total)
+        shares = cast(list[float], (total / num_places).tolist())
+        reached = [min(share, 1.0) for share in shares]
+        return Acceptance(tuple(reached), num_places)
+
+    def _gradients(self, names: Sequence[str]) -> tuple[float, Tree]:
+        """The mean loss of a batch and its gradients, a chunk at a time."""
+        loss, num_places = mx.zeros(()), 0
+        gradients = tree_map(mx.zeros_like, self.progress.weights)
+        for name in names:
+            for chunk in self._cutter.chunks(self._material.records.read(name)):
+                part, parts = self._loss_and_gradients(self._drafter, chunk)
+                loss = loss + part
+                gradients = tree_map(
+                    lambda g, p: g + p.astype(mx.float32), gradients, parts
+                )
+                mx.eval(loss, gradients)
+                num_places += chunk.num_places
+        scale = 1 / max(num_places, 1)
+        return cast(float, loss.item()) * scale, tree_map(
+            lambda g: g * scale, gradients
+        )
+
+    def _judge(self, loss: float) -> None:
+        """Measure the weights, and keep them where they are the best."""
+        progress = self.progress
+        length = self.judged(self._material.held_out).length
+        if length > progress.best_length:
+            progress.best = progress.weights
+            progress.best_length, progress.best_step = length, progress.step
+        self._note(loss, length)
+
+    def _note(self, loss: float, length: float) -> None:
+        """Add to the history."""
+        point = Point(self.progress.step, self.progress.seconds / 60, loss, length)
+        self.progress.history.append(point)
+        self._on_point(point)
+
+    def _share(self) -> float:
+        """How much of the run is behind."""
+        settings, progress = self._settings, self.progress
+        share = progress.step / settings.steps
+        if settings.minutes is not None:
+            share = max(share, progress.seconds / (60 * settings.minutes))
+        return min(share, 1.0)
+
+    def _is_over(self) -> bool:
+        progress, settings = self.progress, self._settings
+        since = progress.step - progress.best_step
+        return self._share() >= 1 or since >= settings.patience * settings.judge_every
+
+    def _first_progress(self) -> Progress:
+        """Where the run was, or its beginning."""
+        progress = read_snapshot(self._checkpoint)
+        if progress is None:
+            weights = tree_map(
+                lambda w: w.astype(mx.float32), self._drafter.trainable_parameters()
+            )
+            self._optimizer.init(weights)
+            progress = Progress(weights, self._optimizer.state, best=weights)
+            mx.eval(weights)
+            self._drafter.set_dtype(self._cutter.dtype)
+            progress.best_length = self.judged(self._material.held_out).length
+        else:
+            self._optimizer.state = progress.optimizer
+            self._drafter.set_dtype(self._cutter.dtype)
+        self._use(progress.weights)
+        return progress
+
+    def _use(self, weights: Tree) -> None:
+        """Let the drafter compute with weights, rounded to its type."""
+        self._drafter.update(tree_map(lambda w: w.astype(self._cutter.dtype), weights))
+
+    def _save(self) -> None:
+        write_snapshot(self._checkpoint, self.progress)
+
+
+def batch(names: Sequence[str], size: int, seed: int, step: int) -> list[str]:
+    """The texts of a step: every epoch has all of them, in an order of its own."""
+    places = range(step * size, (step + 1) * size)
+    epochs = [divmod(place, len(names)) for place in places]
+    return [names[_order(len(names), seed, epoch)[i]] for epoch, i in epochs]
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of 0 .. count - 1."""
+    return [int(i) for i in np.random.default_rng([seed, epoch]).permutation(count)]

@@ -1,0 +1,144 @@
+"""Fine-tune the embedded target on English prose, so that its drafter falls behind.
+
+    python scripts/finetune_target.py --output FOLDER
+
+The text is the language reference that Python carries for its help(): English about
+Python, which the target, trained on Python code, has never seen. FOLDER gets the new
+target in ``target/`` and the text, by topic, in ``train.jsonl`` and ``heldout.jsonl``,
+both as `mlx_gemma_mtp.tune` reads them. Nothing is downloaded; mlx-lm's own trainer
+does the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.trainer import TrainingArgs, train
+
+from mlx_gemma_mtp.load import embedded_pair_path, load_tokenizer
+from mlx_gemma_mtp.weights import load_target
+
+_BOS = 2
+_HELD_OUT_ONE_IN = 5
+_WINDOW = 128  # tokens of a training example
+
+
+def main() -> None:
+    """Write the text, train, and write the target."""
+    args = _parser().parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    kept, held_out = split_topics()
+    write_records(args.output / "train.jsonl", kept)
+    write_records(args.output / "heldout.jsonl", held_out)
+    tokenizer = load_tokenizer(embedded_pair_path())
+    model = load_target(embedded_pair_path())
+    # The CPU multiplies float32 matrices several times as fast as bfloat16.
+    model.set_dtype(mx.float32)
+    mx.random.seed(args.seed)
+    train(
+        model,
+        optim.AdamW(
+            optim.cosine_decay(args.learning_rate, args.steps, 1e-5),
+            weight_decay=0.0,
+        ),
+        windows(tokenizer, kept, args.seed),
+        windows(tokenizer, held_out, args.seed),
+        TrainingArgs(
+            batch_size=8,
+            iters=args.steps,
+            val_batches=8,
+            steps_per_report=20,
+            steps_per_eval=100,
+            steps_per_save=args.steps + 1,
+            max_seq_length=_WINDOW,
+            adapter_file=str(args.output / "adapters.safetensors"),
+        ),
+        training_callback=_Shown(),
+    )
+    (args.output / "adapters.safetensors").unlink(missing_ok=True)
+    model.set_dtype(mx.bfloat16)
+    write_target(model, args.output / "target")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    return parser
+
+
+class _Shown(TrainingCallback):
+    """Prints what mlx-lm reports."""
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        """Print the loss of the last steps."""
+        step, loss = train_info["iteration"], train_info["train_loss"]
+        print(f"step {step}: loss {loss:.3f}", file=sys.stderr, flush=True)
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        """Print the loss of held-out topics."""
+        step, loss = val_info["iteration"], val_info["val_loss"]
+        print(f"step {step}: held out {loss:.3f}", file=sys.stderr, flush=True)
+
+
+def split_topics() -> tuple[dict[str, str], dict[str, str]]:
+    """The topics to train on and those held out, by a hash of their names."""
+    kept: dict[str, str] = {}
+    held_out: dict[str, str] = {}
+    for name, text in sorted(topics.items()):
+        digest = hashlib.sha256(name.encode()).digest()
+        is_held_out = digest[0] % _HELD_OUT_ONE_IN == 0
+        (held_out if is_held_out else kept)[name] = text
+    return kept, held_out
+
+
+def write_records(path: Path, texts: dict[str, str]) -> None:
+    """Write one line of JSON for each topic."""
+    records = [{"text": text, "kind": "prose"} for text in texts.values()]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def windows(
+    tokenizer: Any, texts: dict[str, str], seed: int
+) -> list[tuple[list[int], int]]:
+    """Training examples as mlx-lm takes them: tokens, and how many are the prompt."""
+    found = []
+    for text in texts.values():
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        for start in range(0, max(len(tokens) - 1, 1), _WINDOW - 1):
+            found.append(([_BOS, *tokens[start : start + _WINDOW - 1]], 0))
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def write_target(model: Any, folder: Path) -> None:
+    """Write the weights beside copies of the embedded target's other files."""
+    folder.mkdir(exist_ok=True)
+    for path in embedded_pair_path().iterdir():
+        if path.is_file() and path.name not in ("README.md", "model.safetensors"):
+            shutil.copyfile(path, folder / path.name)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), weights, metadata={"format": "mlx"}
+    )
+
+
+if __name__ == "__main__":
+    main()
