@@ -87,6 +87,7 @@ LAYERS = {
     "cli": 11,
     "selftest": 11,
     "server": 11,
+    "tune": 11,
     "generate": 12,
     "__main__": 12,
     "hooked": 13,

@@ -1,0 +1,1 @@
+"""Trains a drafter for the target that it will draft for."""
