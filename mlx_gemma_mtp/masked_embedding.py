@@ -55,6 +55,7 @@ class MaskedEmbedding(nn.Module):
         nearest = mx.argpartition(-self.centroids(hidden), kth=self.top_k - 1, axis=-1)[
             ..., : self.top_k
         ]  # [B, L, top_k]
+        nearest = mx.stop_gradient(nearest)  # ids: gather refuses to look for their own
         clusters = self.token_ordering.reshape(self.num_centroids, -1)
         token_ids = clusters[nearest].reshape(num_rows, num_tokens, -1)  # [B, L, M]
         embeddings = embed_tokens(token_ids)  # [B, L, M, h]
