@@ -19,6 +19,12 @@ from mlx_gemma_mtp.fit import check_fit
 from mlx_gemma_mtp.load import eos_token_ids
 from mlx_gemma_mtp.pairing import DRAFTER_FOLDERS, find_drafter
 from mlx_gemma_mtp.quantization import Format
+from mlx_gemma_mtp.staging import (
+    check_free_space,
+    check_place,
+    forget_replaced,
+    staged,
+)
 from mlx_gemma_mtp.weights import drafter_skeleton, target_skeleton
 
 from . import safetensors
@@ -41,7 +47,6 @@ from .progress import Progress, silent
 from .quantize import default_format
 from .request import AUTO, NONE, PartRequest, Request
 from .sources import Source, open_source
-from .staging import check_free_space, check_place, forget_replaced, staged
 from .stream import verify, write_part
 from .tokenizer import check_tokenizer, copy_files, copy_tokenizer
 
