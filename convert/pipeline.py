@@ -35,6 +35,7 @@ from .manifest import (
     part_entry,
     read_manifest,
     read_origin,
+    read_training,
     written_manifest,
 )
 from .plan import PartPlan
@@ -61,11 +62,13 @@ class Part:
         source: Where it comes from.
         plan: What happens to it.
         folder: Where it goes inside the pair's folder, ``"."`` or ``"drafter"``.
+        training: How it was trained, None where nothing says.
     """
 
     source: Source
     plan: PartPlan
     folder: str
+    training: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,8 @@ def _plan_drafter(
     plan = plan_drafter(source.checkpoint, base, dtype=request.dtype)
     if request.drafter.is_explicit:
         check_not_stored(plan, "the --draft-q flags and --no-draft-quantize")
-    return Part(source, plan, DRAFTER_FOLDER), pairing
+    training = read_training(source.folder)
+    return Part(source, plan, DRAFTER_FOLDER, training), pairing
 
 
 def _base(request: PartRequest, source: Source) -> Format | None:
@@ -307,6 +311,7 @@ def _manifest(conversion: Conversion, digests: Mapping[str, Any]) -> dict[str, A
             source=part.source.name,
             revision=part.source.revision,
             path=part.folder,
+            training=part.training,
         )
         for part in conversion.parts
     ]
