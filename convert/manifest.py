@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_gemma_mtp
-from mlx_gemma_mtp.checkpoint import WEIGHTS_PATTERN
+from mlx_gemma_mtp.checkpoint import TRAINING_NAME, WEIGHTS_PATTERN, read_json
 from mlx_gemma_mtp.errors import OutputError
 
 from .plan import PartPlan
@@ -26,7 +26,12 @@ _MANIFEST_VERSION = 1
 
 
 def part_entry(
-    plan: PartPlan, *, source: str, revision: str | None, path: str
+    plan: PartPlan,
+    *,
+    source: str,
+    revision: str | None,
+    path: str,
+    training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what the manifest says of one part.
 
@@ -35,9 +40,10 @@ def part_entry(
         source: The Hub id or the name of the folder it came from.
         revision: The commit, None where it is unknown.
         path: Its folder inside the result.
+        training: How it was trained, as from ``read_training()``.
     """
     floats = {array.dtype for array in plan.arrays} & {"F32", "BF16", "F16"}
-    return {
+    entry = {
         "path": path,
         "source": source,
         "revision": revision,
@@ -46,6 +52,7 @@ def part_entry(
         "num_parameters": plan.num_weights,
         "num_bytes": plan.num_bytes,
     }
+    return entry if training is None else {**entry, "training": dict(training)}
 
 
 def manifest(
@@ -99,6 +106,36 @@ def read_origin(folder: Path) -> tuple[str, str | None] | None:
     Returns:
         What the manifest says, None without one or where other weights lie there now.
     """
+    for entry in _entries(folder):
+        source, revision = entry.get("source"), entry.get("revision")
+        if isinstance(source, str):
+            return source, revision if isinstance(revision, str) else None
+    return None
+
+
+def read_training(folder: Path) -> dict[str, Any] | None:
+    """Return how a drafter was trained.
+
+    Args:
+        folder: The folder of a drafter, converted or not.
+
+    Returns:
+        The record beside its weights, else the one in its manifest, else None.
+
+    Raises:
+        CheckpointError: The record is there and broken.
+    """
+    if (folder / TRAINING_NAME).is_file():
+        return read_json(folder / TRAINING_NAME)
+    for entry in _entries(folder):
+        training = entry.get("training")
+        if isinstance(training, dict):
+            return training
+    return None
+
+
+def _entries(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield what manifests say of a folder whose weights are those they know."""
     for part, place, prefix in (
         ("target", folder, ""),
         ("drafter", folder.parent, f"{folder.name}/"),
@@ -116,10 +153,8 @@ def read_origin(folder: Path) -> tuple[str, str | None] | None:
             f"{prefix}{path.name}": path.stat().st_size
             for path in folder.glob(WEIGHTS_PATTERN)
         }
-        source, revision = entry.get("source"), entry.get("revision")
-        if isinstance(source, str) and known == found:
-            return source, revision if isinstance(revision, str) else None
-    return None
+        if known == found:
+            yield entry
 
 
 @contextmanager

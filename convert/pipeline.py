@@ -19,6 +19,12 @@ from mlx_gemma_mtp.fit import check_fit
 from mlx_gemma_mtp.load import eos_token_ids
 from mlx_gemma_mtp.pairing import DRAFTER_FOLDERS, find_drafter
 from mlx_gemma_mtp.quantization import Format
+from mlx_gemma_mtp.staging import (
+    check_free_space,
+    check_place,
+    forget_replaced,
+    staged,
+)
 from mlx_gemma_mtp.weights import drafter_skeleton, target_skeleton
 
 from . import safetensors
@@ -29,6 +35,7 @@ from .manifest import (
     part_entry,
     read_manifest,
     read_origin,
+    read_training,
     written_manifest,
 )
 from .plan import PartPlan
@@ -41,7 +48,6 @@ from .progress import Progress, silent
 from .quantize import default_format
 from .request import AUTO, NONE, PartRequest, Request
 from .sources import Source, open_source
-from .staging import check_free_space, check_place, forget_replaced, staged
 from .stream import verify, write_part
 from .tokenizer import check_tokenizer, copy_files, copy_tokenizer
 
@@ -56,11 +62,13 @@ class Part:
         source: Where it comes from.
         plan: What happens to it.
         folder: Where it goes inside the pair's folder, ``"."`` or ``"drafter"``.
+        training: How it was trained, None where nothing says.
     """
 
     source: Source
     plan: PartPlan
     folder: str
+    training: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +242,8 @@ def _plan_drafter(
     plan = plan_drafter(source.checkpoint, base, dtype=request.dtype)
     if request.drafter.is_explicit:
         check_not_stored(plan, "the --draft-q flags and --no-draft-quantize")
-    return Part(source, plan, DRAFTER_FOLDER), pairing
+    training = read_training(source.folder)
+    return Part(source, plan, DRAFTER_FOLDER, training), pairing
 
 
 def _base(request: PartRequest, source: Source) -> Format | None:
@@ -302,6 +311,7 @@ def _manifest(conversion: Conversion, digests: Mapping[str, Any]) -> dict[str, A
             source=part.source.name,
             revision=part.source.revision,
             path=part.folder,
+            training=part.training,
         )
         for part in conversion.parts
     ]

@@ -19,6 +19,7 @@ from .errors import CheckpointError
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
+TRAINING_NAME = "training.json"  # how a drafter was trained, where it was here
 INDEX_NAME = "model.safetensors.index.json"
 # The files that mlx-lm loads: all of these, whatever the index says.
 WEIGHTS_PATTERN = "model*.safetensors"

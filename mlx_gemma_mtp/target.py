@@ -219,6 +219,17 @@ def head_logits(lm: gemma4_text.Model, hidden: mx.array) -> mx.array:
     return logits if cap is None else gemma4_text.logit_softcap(cap, logits)
 
 
+def key_norm(model: nn.Module, layer_type: str) -> mx.array:
+    """The weight of the norm over the keys that a drafter reads, [D].
+
+    Args:
+        model: A target.
+        layer_type: Which of the drafter's layers read them.
+    """
+    layer = Target(model).layout.source(layer_type)
+    return text_model(model).layers[layer].self_attn.k_norm.weight
+
+
 def text_model(model: nn.Module) -> gemma4_text.Model:
     """The language model inside what mlx-lm loads.
 

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import pytest
 
-from convert.staging import (
+from mlx_gemma_mtp.checkpoint import open_checkpoint
+from mlx_gemma_mtp.errors import OutputError
+from mlx_gemma_mtp.staging import (
     MARKER,
     check_free_space,
     check_place,
     forget_replaced,
     staged,
 )
-from mlx_gemma_mtp.checkpoint import open_checkpoint
-from mlx_gemma_mtp.errors import OutputError
 from tests.tiny import model_folder
 
 COMMAND = import_module("convert.__main__")
@@ -179,7 +179,7 @@ class TestLock:
 
     def test_another_process(self, place):
         code = (
-            "import pathlib, sys, time; from convert.staging import staged\n"
+            "import pathlib, sys, time; from mlx_gemma_mtp.staging import staged\n"
             "with staged(pathlib.Path(sys.argv[1]), force=False) as folder:\n"
             "    (folder / 'left').write_text('x')\n"
             "    (folder / 'deep/er').mkdir(parents=True)\n"
@@ -216,7 +216,7 @@ class TestLock:
 
     def test_a_file_in_its_place(self, place, tmp_path):
         (tmp_path / ".out.partial").write_text("x")
-        refused(place, "no stopped conversion left")
+        refused(place, "no stopped run left")
 
 
 class TestPublish:
@@ -342,7 +342,7 @@ class TestPublish:
 IS_FORKING = sys.platform == "linux"
 DRIVER = """
 import json, os, shutil, signal, sys, time
-import convert.card, convert.pipeline, convert.report, convert.stream, convert.staging
+import convert.card, convert.pipeline, convert.report, convert.stream
 import tqdm
 from convert.__main__ import main
 

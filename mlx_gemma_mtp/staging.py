@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from mlx_gemma_mtp.checkpoint import CONFIG_NAME, WEIGHTS_PATTERN
-from mlx_gemma_mtp.config import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
-from mlx_gemma_mtp.errors import OutputError
+from .checkpoint import CONFIG_NAME, WEIGHTS_PATTERN
+from .config import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
+from .errors import OutputError
 
 _MARGIN_BYTES = 64 << 20  # configs, tokenizer, the file system's own
 # In a folder that a run hides: without it nothing there is removed or moved.
@@ -46,7 +46,7 @@ def check_free_space(place: Path, num_bytes: int) -> None:
     if free < needed:
         raise OutputError(
             f"the disk of {place} must have {needed / 1e9:.2f} GB free: got "
-            f"{free / 1e9:.2f} GB. Make room, or take another --mlx-path."
+            f"{free / 1e9:.2f} GB. Make room, or name another folder."
         )
 
 
@@ -62,7 +62,7 @@ def check_place(place: Path, *, force: bool) -> None:
     """
     if not place.name:
         raise OutputError(
-            f"--mlx-path must name a folder to be made: got {place}. Take another."
+            f"the output must be a folder that can be made: got {place}. Name another."
         )
     if os.path.lexists(_beside(place, "replaced")):
         _recover_unless_busy(place)
@@ -76,17 +76,17 @@ def _check_standing(place: Path, *, force: bool) -> None:
     if place.is_symlink():
         raise OutputError(
             f"{place} must not be there yet: got a link, which --force does not "
-            "replace. Take another --mlx-path."
+            "replace. Name another folder."
         )
     if not force:
         raise OutputError(
-            f"{place} must not be there yet: got a {_kind(place)}. Take another "
-            "--mlx-path, or --force to replace it."
+            f"{place} must not be there yet: got a {_kind(place)}. Name another "
+            "folder, or --force to replace it."
         )
     if not _is_checkpoint(place):
         raise OutputError(
             f"{place} must be a folder with a Gemma 4 checkpoint to be replaced: got a "
-            f"{_kind(place)} without one. Take another --mlx-path."
+            f"{_kind(place)} without one. Name another folder."
         )
 
 
@@ -126,7 +126,7 @@ def staged(place: Path, *, force: bool) -> Iterator[Path]:
         raise OutputError(
             f"{place} must be a folder that can be written: got "
             f"{error.strerror or error}{_where(error, place)}. Check the place, or "
-            "take another --mlx-path."
+            "name another folder."
         ) from error
 
 
@@ -161,7 +161,7 @@ def _is_locked(descriptor: int, hidden: Path, place: Path, *, is_own: bool) -> b
     except BlockingIOError:
         raise OutputError(
             f"{place} must be written by one run at a time: got another run at work "
-            "there. Wait for it, or take another --mlx-path."
+            "there. Wait for it, or name another folder."
         ) from None
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:
@@ -248,7 +248,7 @@ def _recover(place: Path) -> None:
     else:
         raise OutputError(
             f"{old} must not be in the way of {place}: got something there that no "
-            "stopped conversion left, or two checkpoints. Move one of them elsewhere."
+            "stopped run left, or two checkpoints. Move one of them elsewhere."
         )
 
 
@@ -274,7 +274,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Tell whether a folder holds what a conversion makes."""
+    """Tell whether a folder holds a target or a drafter."""
     try:
         config = json.loads((folder / CONFIG_NAME).read_bytes())
         kind = config.get("model_type") if isinstance(config, dict) else None
@@ -336,5 +336,5 @@ def _fail_foreign(place: Path) -> NoReturn:
     hidden = _beside(place, "partial")
     raise OutputError(
         f"{place} must be written in {hidden} first: got something there that no "
-        "stopped conversion left. Move it elsewhere, or take another --mlx-path."
+        "stopped run left. Move it elsewhere, or name another folder."
     )
