@@ -8,7 +8,7 @@ the converter takes over into a pair's manifest.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +40,7 @@ def write_drafter(
     files: Mapping[str, bytes] | None = None,
     dtype: mx.Dtype = mx.bfloat16,
     force: bool = False,
+    add: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a drafter's folder, which appears as a whole or not at all.
 
@@ -55,6 +56,7 @@ def write_drafter(
         files: Names and contents of what stands beside them, such as a report.
         dtype: Type of the weights.
         force: Whether a checkpoint that stands there may be replaced.
+        add: Called with the folder before it appears, to write more into it.
 
     Raises:
         OutputError: Something stands there that may not be replaced, or the place
@@ -69,6 +71,7 @@ def write_drafter(
         settings = _generation_config(drafter, own, generation_config)
         _write_json(inside / GENERATION_CONFIG_NAME, settings)
         _write_json(inside / TRAINING_NAME, training)
+        add(inside)
         for name, contents in (files or {}).items():
             (inside / name).write_bytes(contents)
         try:
