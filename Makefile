@@ -170,6 +170,7 @@ wheel-check: $(DEV_STAMP)
 	cd $(CHECK) && ! user/bin/mlx_gemma_mtp.server 2>&1 | grep -v "\[server\]' brings it"
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.selftest --help >/dev/null
+	cd $(CHECK) && user/bin/mlx_gemma_mtp.tune --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.convert --mlx-path pair --hf-path \
 	  "$$(user/bin/python -c 'import mlx_gemma_mtp as m; print(m.embedded_pair_path())')"
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate --model pair -p "import " -m 8

@@ -122,7 +122,9 @@ CONVERT_LAYERS = {
 }
 PRINTING = {"cli", "run", "text"}  # text: generate(verbose=True), when asked
 # The rest of their sub-packages does not print.
-COMMANDS = {PACKAGE / part / "__main__.py" for part in ("chat", "selftest", "server")}
+COMMANDS = {
+    PACKAGE / part / "__main__.py" for part in ("chat", "selftest", "server", "tune")
+}
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "sentencepiece"}
 
 

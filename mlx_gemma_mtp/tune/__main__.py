@@ -226,6 +226,7 @@ def _run_or_stop(argv: Sequence[str] | None) -> int:
     try:
         return _run(argv)
     except KeyboardInterrupt:
+        print("interrupted; --resume goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -239,8 +240,9 @@ def _run(argv: Sequence[str] | None) -> int:
     from .pipeline import tune
 
     report = tune(request, tell=_tell, progress=_progress)
-    for _line in report.lines():
-        pass
+    for line in report.lines():
+        print(line)
+    print(f"the drafter is in {request.output}: --draft-model {request.output}")
     return 0
 
 
@@ -290,7 +292,7 @@ _SHARED_NAMES = {
 
 
 def _tell(line: str) -> None:
-    pass
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

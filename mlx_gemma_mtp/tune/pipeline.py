@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ class _Run:
             before=before,
             after=after,
             history=tuple(history),
-            settings={**self.request.key, **_described(self.params)},
+            settings=self._settings(),
             minutes=self.place.notes["minutes"],
             peak_memory_bytes=mx.get_peak_memory(),
             records_bytes=material.records.num_bytes(names),
@@ -163,6 +163,12 @@ class _Run:
             machine=describe_machine(str(mx.default_device())),
             command=self.request.command,
         )
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides the result beside models and data."""
+        texts, training = self.request.texts, self.request.training
+        used = {name: getattr(self.params, name) for name in texts.sampling}
+        return {**asdict(texts), **used, **training.to_dict()}
 
     def write(self, report: Report) -> None:
         """Write the drafter's folder."""
@@ -375,11 +381,6 @@ def _name(path_or_id: str) -> str:
     """A Hub id, or a folder's name."""
     folder = fetch(path_or_id)
     return hub_id(path_or_id, folder) or folder.resolve().name
-
-
-def _described(params: SamplingParams) -> dict[str, Any]:
-    """The sampling settings that were used."""
-    return {name: getattr(params, name) for name in ("temp", "top_p", "top_k", "min_p")}
 
 
 def _line(point: Point) -> str:
