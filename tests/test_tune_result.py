@@ -199,7 +199,10 @@ def test_a_drafter_that_tells_no_training_gets_none(tmp_path):
 
 
 def test_other_files_stand_beside_it(tmp_path):
-    write(tmp_path / "made", files={"README.md": b"# A drafter\n"})
+    write(
+        tmp_path / "made",
+        add=lambda folder: (folder / "README.md").write_bytes(b"# A drafter\n"),
+    )
     assert (tmp_path / "made" / "README.md").read_bytes() == b"# A drafter\n"
 
 

@@ -37,7 +37,6 @@ def write_drafter(
     *,
     training: Mapping[str, Any],
     generation_config: Mapping[str, Any] | None = None,
-    files: Mapping[str, bytes] | None = None,
     dtype: mx.Dtype = mx.bfloat16,
     force: bool = False,
     add: Callable[[Path], None] = lambda folder: None,
@@ -53,10 +52,9 @@ def write_drafter(
         generation_config: The ``generation_config.json`` beside ``config``, written as
             it is; None or empty for one with the ids in ``config``. The number of
             drafts that the drafter names is added to either.
-        files: Names and contents of what stands beside them, such as a report.
         dtype: Type of the weights.
         force: Whether a checkpoint that stands there may be replaced.
-        add: Called with the folder before it appears, to write more into it.
+        add: Called with the folder before it appears, to write a report into it.
 
     Raises:
         OutputError: Something stands there that may not be replaced, or the place
@@ -72,8 +70,6 @@ def write_drafter(
         _write_json(inside / GENERATION_CONFIG_NAME, settings)
         _write_json(inside / TRAINING_NAME, training)
         add(inside)
-        for name, contents in (files or {}).items():
-            (inside / name).write_bytes(contents)
         try:
             path = str(inside / _WEIGHTS_NAME)
             mx.save_safetensors(path, tensors, metadata={"format": "pt"})
