@@ -6,19 +6,25 @@ Run: python -m pytest tests/test_tune_training.py
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_gemma_mtp.acceptance import Draft, expected_lengths
 from mlx_gemma_mtp.cache import prefill_caches
 from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.drafter import Drafter, DraftOutput
+from mlx_gemma_mtp.errors import OutputError, RequestError
 from mlx_gemma_mtp.pair import Pair
 from mlx_gemma_mtp.sampling import (
     Distribution,
@@ -28,6 +34,7 @@ from mlx_gemma_mtp.sampling import (
 )
 from mlx_gemma_mtp.target import Target
 from mlx_gemma_mtp.tokens import draft_block, generate_tokens
+from mlx_gemma_mtp.tune.adapters import add_adapters, trainable
 from mlx_gemma_mtp.tune.divergence import (
     acceptance,
     cluster_divergence,
@@ -35,11 +42,15 @@ from mlx_gemma_mtp.tune.divergence import (
     foretold,
     reached,
 )
+from mlx_gemma_mtp.tune.measured import Point
 from mlx_gemma_mtp.tune.objective import Objective, best_tokens
+from mlx_gemma_mtp.tune.optimizer import schedule
 from mlx_gemma_mtp.tune.recording import Record, Recorder, Records
-from mlx_gemma_mtp.tune.settings import DIVERGENCES
+from mlx_gemma_mtp.tune.settings import DIVERGENCES, TrainingSettings
 from mlx_gemma_mtp.tune.texts import Text
+from mlx_gemma_mtp.tune.trainer import Material, Trainer, batch
 from mlx_gemma_mtp.tune.unrolling import Cutter, unroll
+from mlx_gemma_mtp.weights import load_drafter
 from tests import tiny
 
 K = 3
@@ -338,3 +349,221 @@ def test_gradients_are_those_of_finite_differences(family, kind):
     finally:
         drafter.update(kept)
         drafter.unfreeze()
+
+
+# The loop
+
+
+def material(folder: Path, family: str = "12b", count: int = 6) -> Material:
+    """Records of the same text, each beginning elsewhere."""
+    records, text = Records(folder), own_text(family)
+    recorder = Recorder(Target(float32_pair(family).target), GREEDY, step_size=64)
+    names = [f"text-{i}" for i in range(count)]
+    for i, name in enumerate(names):
+        start = len(PROMPT) + 4 * (i % 6)
+        records.write(name, recorder.record(replace(text, num_prompt_tokens=start)))
+    return Material(records, names[:-1], names[-1:])
+
+
+def new_drafter(family: str = "12b") -> Drafter:
+    drafter = load_drafter(tiny.REFERENCE / family / "drafter")
+    trainable(drafter)
+    return drafter
+
+
+def trainer(
+    folder: Path,
+    drafter: Drafter | None = None,
+    family: str = "12b",
+    on_point: Callable[[Point], None] = lambda point: None,
+    **settings: Any,
+) -> Trainer:
+    drafter = new_drafter(family) if drafter is None else drafter
+    usual = TrainingSettings(
+        num_draft_tokens=K,
+        learning_rate=3e-3,
+        steps=12,
+        batch_size=2,
+        judge_every=3,
+        save_every=2,
+    )
+    chosen = replace(usual, **settings)
+    head = drafter.masked_embedding
+    clusters = None if head is None else head.clusters_of_tokens()
+    return Trainer(
+        drafter,
+        material(folder / "records", family),
+        objective=Objective(chosen.loss, K, 0.0, chosen.least_reach, clusters),
+        cutter=cutter(family, num_places=chosen.num_places or 64),
+        settings=chosen,
+        checkpoint=folder / "checkpoint.safetensors",
+        on_point=on_point,
+    )
+
+
+def orderings(drafter: Drafter) -> list[int]:
+    """The ids of a centroid head; none of a dense one."""
+    head = drafter.masked_embedding
+    return [] if head is None else cast(list[int], head.token_ordering.tolist())
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("family", ["e2b", "12b"])
+def test_training_learns_and_keeps_the_best_weights(tmp_path, family):
+    points: list[Point] = []
+    drafter = new_drafter(family)
+    ordering = orderings(drafter)
+    own = trainer(
+        tmp_path, drafter, family, points.append, steps=30, learning_rate=0.01
+    )
+    own.train()
+    assert [point.step for point in points] == [0, *range(3, 31, 3)]
+    assert points[-1].loss < 0.7 * points[0].loss
+    lengths = [point.acceptance_length or 0 for point in points]
+    assert max(lengths) > lengths[0]
+    assert own.judged(["text-5"]).length == pytest.approx(max(lengths))
+    assert orderings(drafter) == ordering
+
+
+@pytest.mark.parametrize("stop_at", [3, 6])
+def test_resumed_training_equals_an_unbroken_one(tmp_path, stop_at):
+    """Bit for bit, also where steps behind the last checkpoint were lost."""
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+
+    def stop(point: Point) -> None:
+        if point.step == stop_at:
+            raise _StopError
+
+    broken = trainer(tmp_path / "broken", on_point=stop)
+    with pytest.raises(_StopError):
+        broken.train()
+    resumed = trainer(tmp_path / "broken")
+    assert 0 < resumed.progress.step <= stop_at
+    resumed.train()
+    for part in ("weights", "best", "optimizer"):
+        found = named(getattr(resumed.progress, part))
+        wanted = named(getattr(whole.progress, part))
+        assert found.keys() == wanted.keys()
+        for name, array in wanted.items():
+            assert mx.array_equal(found[name], array), name
+    assert [replace(point, minutes=0) for point in resumed.progress.history] == [
+        replace(point, minutes=0) for point in whole.progress.history
+    ]
+
+
+def test_resumed_adapters_equal_unbroken_ones(tmp_path):
+    def adapted() -> Drafter:
+        drafter = load_drafter(tiny.REFERENCE / "12b" / "drafter")
+        add_adapters(drafter, rank=2, scale=20.0, seed=1)
+        return drafter
+
+    def stop(point: Point) -> None:
+        if point.step == 6:
+            raise _StopError
+
+    drafters = [adapted() for _ in range(3)]
+    trainer(tmp_path / "whole", drafters[0], lora_rank=2).train()
+    with pytest.raises(_StopError):
+        trainer(tmp_path / "broken", drafters[1], on_point=stop, lora_rank=2).train()
+    trainer(tmp_path / "broken", drafters[2], lora_rank=2).train()
+    before = named(adapted().parameters())
+    whole, resumed = (named(drafters[i].parameters()) for i in (0, 2))
+    changed = set()
+    for name, array in whole.items():
+        assert mx.array_equal(resumed[name], array), name
+        if not mx.array_equal(before[name].astype(mx.float32), array):
+            changed.add(name.rpartition(".")[2])
+    assert changed == {"lora_a", "lora_b"}
+
+
+def test_training_ends_where_nothing_gets_better(tmp_path):
+    own = trainer(tmp_path, steps=1000, learning_rate=1e-12, patience=2)
+    own.train()
+    assert own.progress.step == 6
+
+
+def test_training_ends_with_its_minutes(tmp_path, monkeypatch):
+    """A clock that gives each step six seconds; the rate has come down by then."""
+    ticks = itertools.count(0, 6)
+    clock = "mlx_gemma_mtp.tune.trainer.time.monotonic"
+    monkeypatch.setattr(clock, lambda: next(ticks))
+    own = trainer(tmp_path, steps=1000, minutes=0.5)
+    own.train()
+    assert own.progress.step == 5
+    assert own.progress.history[-1].minutes < 0.5
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """Records are read as they are needed, and given back."""
+    peaks = []
+    for count in (6, 24):
+        folder = tmp_path / str(count)
+        own = trainer(folder, steps=12, judge_every=100)
+        own._material = material(folder / "records", count=count)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        own.train()
+        peaks.append(mx.get_peak_memory())
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_gradients_are_accumulated_over_chunks(tmp_path):
+    """Small chunks give the gradients of whole texts."""
+    found = []
+    for size in (64, 5):
+        own = trainer(tmp_path / str(size), num_places=size)
+        loss, gradients = own._gradients(["text-0", "text-3"])
+        found.append((loss, named(gradients)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    for name, gradient in found[0][1].items():
+        assert mx.allclose(gradient, found[1][1][name], rtol=1e-3, atol=1e-5), name
+
+
+@given(count=st.integers(1, 40), size=st.integers(1, 50), seed=st.integers(0, 9))
+def test_every_epoch_has_every_text_once(count, size, seed):
+    names = [str(i) for i in range(count)]
+    steps = -(-3 * count // size)
+    taken = [name for step in range(steps) for name in batch(names, size, seed, step)]
+    assert all(len(batch(names, size, seed, step)) == size for step in range(steps))
+    for epoch in range(3):
+        assert sorted(taken[epoch * count : (epoch + 1) * count]) == sorted(names)
+
+
+def test_damaged_checkpoint_is_told_in_one_line(tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"nothing")
+    with pytest.raises(OutputError, match="must be a file that a run wrote"):
+        trainer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_draft_tokens": 0},
+        {"num_draft_tokens": 9},
+        {"loss": "l2"},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"least_reach": 1.5},
+        {"minutes": 0.0},
+        {"lora_rank": 0},
+        {"steps": 0},
+        {"num_places": 0},
+    ],
+)
+def test_settings_are_checked(setting):
+    name = next(iter(setting)).replace("_", "-")
+    with pytest.raises(RequestError, match=f"--{name} must be"):
+        TrainingSettings(**setting)
+
+
+def test_learning_rate_goes_up_and_comes_down():
+    rates = [schedule(i / 100) for i in range(101)]
+    top = rates.index(max(rates))
+    assert 0 < rates[0] < rates[top] == 1
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[-1] == pytest.approx(0.02)

@@ -35,7 +35,7 @@ class TrainingSettings:
     """
 
     num_draft_tokens: int = 4
-    loss: str = "tv"
+    loss: str = "acceptance"
     least_reach: float = 0.1
     learning_rate: float = 1e-3
     steps: int = 1000

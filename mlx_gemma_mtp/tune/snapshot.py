@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -30,6 +30,7 @@ class Progress:
         seconds: Time of training so far, over all resumptions.
         best_length: Their acceptance length on held-out records.
         best_step: After which step they were measured.
+        losses: Of the steps since the last measurement.
         history: What was measured on the way.
     """
 
@@ -40,10 +41,32 @@ class Progress:
     seconds: float = 0.0
     best_length: float = 0.0
     best_step: int = 0
+    losses: list[float] = field(default_factory=list)
     history: list[Point] = field(default_factory=list)
 
 
 _TREES = ("weights", "optimizer", "best")
+
+
+def canonical(tree: Any) -> Any:
+    """A tree as it would come back from a file: its order, and the arrays' layout.
+
+    Sums over a tree follow its order, and products of matrices are rounded otherwise
+    where these are laid out otherwise. Else a resumed run would part from an unbroken
+    one, bit by bit.
+    """
+    leaves = cast(list[tuple[str, mx.array]], tree_flatten(tree))
+    arrays = {name: mx.contiguous(array) for name, array in leaves}
+    return tree_unflatten(_sorted_leaves(arrays))
+
+
+def _sorted_leaves(arrays: Arrays, *, prefix: str = "") -> list[tuple[str, mx.array]]:
+    """The leaves of one tree by name, without the prefix."""
+    return sorted(
+        (name.removeprefix(prefix), array)
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    )
 
 
 def write_snapshot(path: Path, progress: Progress) -> None:
@@ -51,12 +74,13 @@ def write_snapshot(path: Path, progress: Progress) -> None:
     arrays: Arrays = {}
     for name in _TREES:
         leaves = tree_flatten(getattr(progress, name), prefix=f".{name}")
-        arrays.update(leaves)
+        arrays.update(cast(list[tuple[str, mx.array]], leaves))
     numbers = {
         "step": progress.step,
         "seconds": progress.seconds,
         "best_length": progress.best_length,
         "best_step": progress.best_step,
+        "losses": progress.losses,
         "history": [asdict(point) for point in progress.history],
     }
     write_arrays(path, arrays, {"progress": json.dumps(numbers)})
@@ -72,15 +96,9 @@ def read_snapshot(path: Path) -> Progress | None:
         return None
     arrays, metadata = read_arrays(path)
     numbers = json.loads(metadata["progress"])
-    trees = {
-        name: tree_unflatten(
-            [
-                (k.removeprefix(f"{name}."), v)
-                for k, v in arrays.items()
-                if k.startswith(f"{name}.")
-            ]
-        )
-        for name in _TREES
+    trees: dict[str, Any] = {
+        tree: tree_unflatten(_sorted_leaves(arrays, prefix=f"{tree}."))
+        for tree in _TREES
     }
     mx.eval(trees)
     return Progress(
@@ -89,5 +107,6 @@ def read_snapshot(path: Path) -> Progress | None:
         seconds=numbers["seconds"],
         best_length=numbers["best_length"],
         best_step=numbers["best_step"],
+        losses=numbers["losses"],
         history=[Point(**point) for point in numbers["history"]],
     )

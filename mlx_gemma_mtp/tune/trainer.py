@@ -25,7 +25,7 @@ from .objective import Objective
 from .optimizer import Optimizer, Tree
 from .recording import Records
 from .settings import TrainingSettings
-from .snapshot import Progress, read_snapshot, write_snapshot
+from .snapshot import Progress, canonical, read_snapshot, write_snapshot
 from .unrolling import Cutter
 
 
@@ -84,7 +84,6 @@ class Trainer:
     def train(self) -> None:
         """Train to the end, and leave the best weights in the drafter, float32."""
         settings, progress = self._settings, self.progress
-        losses: list[float] = []
         while not self._is_over():
             began = time.monotonic()
             names = batch(
@@ -93,17 +92,12 @@ class Trainer:
             loss, gradients = self._gradients(names)
             if not progress.history:
                 self._note(loss, progress.best_length)
-            progress.weights = self._optimizer.step(
-                gradients, progress.weights, self._share()
-            )
-            progress.optimizer = self._optimizer.state
-            mx.eval(progress.weights, progress.optimizer)
+            self._step(gradients)
             self._use(progress.weights)
-            losses.append(loss)
+            progress.losses.append(loss)
             progress.step += 1
             if progress.step % settings.judge_every == 0:
-                self._judge(sum(losses) / len(losses))
-                losses.clear()
+                self._judge()
             progress.seconds += time.monotonic() - began
             if progress.step % settings.save_every == 0:
                 self._save()
@@ -141,9 +135,20 @@ class Trainer:
             lambda g: g * scale, gradients
         )
 
-    def _judge(self, loss: float) -> None:
+    def _step(self, gradients: Tree) -> None:
+        """Let the optimizer take a step."""
+        progress, optimizer = self.progress, self._optimizer
+        weights = optimizer.step(gradients, progress.weights, self._share())
+        progress.weights = canonical(weights)
+        progress.optimizer = canonical(optimizer.state)
+        mx.eval(progress.weights, progress.optimizer)
+        optimizer.state = progress.optimizer
+
+    def _judge(self) -> None:
         """Measure the weights, and keep them where they are the best."""
         progress = self.progress
+        loss = sum(progress.losses) / len(progress.losses)
+        progress.losses.clear()
         length = self.judged(self._material.held_out).length
         if length > progress.best_length:
             progress.best = progress.weights
@@ -173,9 +178,8 @@ class Trainer:
         """Where the run was, or its beginning."""
         progress = read_snapshot(self._checkpoint)
         if progress is None:
-            weights = tree_map(
-                lambda w: w.astype(mx.float32), self._drafter.trainable_parameters()
-            )
+            parameters = self._drafter.trainable_parameters()
+            weights = canonical(tree_map(lambda w: w.astype(mx.float32), parameters))
             self._optimizer.init(weights)
             progress = Progress(weights, self._optimizer.state, best=weights)
             mx.eval(weights)
