@@ -296,6 +296,8 @@ class _Run:
         )
         with self.place.stage("training"):
             trainer.train()
+        if not trainer.progress.best_step:
+            self.tell("no step was better on held-out text: the drafter is as it was")
         fuse_adapters(drafter)
         drafter.set_dtype(self.origin.drafter.model.norm.weight.dtype)
         mx.eval(drafter.parameters())

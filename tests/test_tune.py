@@ -1,0 +1,256 @@
+"""The tune command: from data files to a drafter's folder.
+
+Run: python -m pytest tests/test_tune.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_gemma_mtp.load import embedded_pair_path, load
+from mlx_gemma_mtp.pair import pair_of
+from mlx_gemma_mtp.tune.__main__ import main
+from mlx_gemma_mtp.weights import load_drafter
+from tests import tiny
+
+WORDS = "the tea seat rain stone area line sat toe mean scan hall wall form".split()
+SMALL = (
+    "--prompt-tokens 8 --max-tokens 12 --num-texts 12 --num-held-out 4 --num-rows 4 "
+    "--steps 6 --batch-size 2 --judge-every 2 --save-every 2 --num-draft-tokens 2 "
+    "--learning-rate 0.01"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def _plain_graphs():
+    with tiny.uncompiled():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.model_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "notes.jsonl"
+    rng = random.Random(1)
+    lines = [
+        {"text": " ".join(rng.choices(WORDS, k=40)), "kind": rng.choice(["tea", "sea"])}
+        for _ in range(40)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    paths = ["--model", str(model), "--data", str(data), "--output", str(output)]
+    return [*paths, *SMALL, *more]
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_drafter_is_trained_reported_and_loaded(model, data, tmp_path, capsys):
+    output = tmp_path / "made"
+    assert main(arguments(model, data, output, "--temp", "1")) == 0
+    shown = capsys.readouterr()
+    assert f"--draft-model {output}" in shown.out
+    assert "tokens per round" in shown.out
+    assert "step 6:" in shown.err
+    training = json.loads((output / "training.json").read_text())
+    assert training["settings"]["steps"] == 6
+    assert training["settings"]["temp"] == 1
+    assert set(training["acceptance"]["after"]["kinds"]) <= {"tea", "sea"}
+    assert [point["step"] for point in training["history"]] == [0, 2, 4, 6]
+    assert set(training["minutes"]) == {"text", "measuring", "training"}
+    assert training["peak_memory_bytes"] > 0
+    assert "tokens per round" in (output / "README.md").read_text()
+    assert (output / "plot.svg").exists()
+    assert not (tmp_path / "made.work").exists()
+
+    before, after = load_drafter(model / "drafter"), load_drafter(output)
+    assert after.config == before.config
+    assert not mx.array_equal(after.model.norm.weight, before.model.norm.weight)
+    target, _ = load(model, draft_model=output)
+    assert pair_of(target).drafter is not None
+
+
+def test_target_says_the_same_with_the_new_drafter(model, data, tmp_path):
+    from mlx_gemma_mtp import generate_tokens
+
+    assert main(arguments(model, data, tmp_path / "made", "--loss", "tv")) == 0
+    prompt = [2, 40, 50, 60]
+    texts = []
+    for drafter in (None, model / "drafter", tmp_path / "made"):
+        target, _ = load(
+            model,
+            draft_model=drafter,
+            speculative_decoding=drafter is not None,
+        )
+        texts.append(list(generate_tokens(pair_of(target), prompt, max_tokens=40)))
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_from_scratch_and_without_generating(model, data, tmp_path):
+    output = tmp_path / "made"
+    more = ("--from-scratch", "--no-generate", "--temp", "0.8", "--top-k", "20")
+    assert main(arguments(model, data, output, *more)) == 0
+    training = json.loads((output / "training.json").read_text())
+    assert training["drafter"] is None
+    assert training["settings"]["generate"] is False
+    assert training["settings"]["top_k"] == 20
+    target, _ = load(model, draft_model=output)
+    assert pair_of(target).drafter is not None
+
+
+def test_training_that_brings_nothing_keeps_the_drafter(model, data, tmp_path, capsys):
+    output = tmp_path / "made"
+    assert main(arguments(model, data, output, "--learning-rate", "1e-12")) == 0
+    assert "no step was better" in capsys.readouterr().err
+    before, after = load_drafter(model / "drafter"), load_drafter(output)
+    assert mx.array_equal(after.model.norm.weight, before.model.norm.weight)
+
+
+def test_adapters_leave_the_head_as_it_is(model, data, tmp_path):
+    output = tmp_path / "made"
+    more = ("--lora-rank", "2", "--temp", "1")
+    assert main(arguments(model, data, output, *more)) == 0
+    before, after = load_drafter(model / "drafter"), load_drafter(output)
+    assert mx.array_equal(
+        after.model.embed_tokens.weight, before.model.embed_tokens.weight
+    )
+    assert not mx.array_equal(after.pre_projection.weight, before.pre_projection.weight)
+
+
+def test_killed_at_random_moments_it_resumes(model, data, tmp_path):
+    """The folder is that of an unbroken run, byte for byte."""
+    # Without g++ at work, and with a program to import once only.
+    environment = {**os.environ, "MLX_DISABLE_COMPILE": "1"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+
+    def run(output: Path, seconds: float | None) -> int | None:
+        command = [sys.executable, "-m", "mlx_gemma_mtp.tune"]
+        command += arguments(model, data, output, "--resume", "--steps", "20")
+        with subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            work, end = output.with_name(f"{output.name}.work"), 0.0
+            while process.poll() is None:
+                if seconds is not None and (work / "run.json").exists():
+                    end = end or time.monotonic() + seconds
+                    if time.monotonic() > end:
+                        process.send_signal(signal.SIGKILL)
+                time.sleep(0.01)
+        return process.returncode
+
+    assert run(whole, None) == 0
+    rng = random.Random()
+    ends = [run(broken, rng.uniform(0, 2)) for _ in range(4)]
+    assert set(ends) <= {0, -signal.SIGKILL}
+    if ends[-1] != 0:
+        assert run(broken, None) == 0
+    assert weights_of(broken) == weights_of(whole)
+    assert not list(tmp_path.glob("*.work"))
+    assert not list(tmp_path.glob(".broken*"))
+
+
+def test_run_that_was_cut_off_is_not_overwritten(model, data, tmp_path, capsys):
+    output = tmp_path / "made"
+    kept = arguments(model, data, output, "--keep-work")
+    assert main(kept) == 0
+    capsys.readouterr()
+    assert main([*kept, "--force"]) == 1
+    assert "--resume to go on" in capsys.readouterr().err
+    assert main([*kept, "--force", "--resume", "--seed", "3"]) == 1
+    assert "same settings: got another seed" in capsys.readouterr().err
+    other = data.with_name("other.jsonl")
+    other.write_text("\n".join(data.read_text().splitlines()[1:]) + "\n")
+    again = [str(other) if value == str(data) else value for value in kept]
+    assert main([*again, "--force", "--resume"]) == 1
+    assert "same data" in capsys.readouterr().err
+    assert main([*kept, "--force", "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"", "line"),
+        (b'{"text": "' + b"tea " * 20 + b'"}\n\xff\xfe\n', "line 2"),
+        (b'{"text": "tea"', "line 1"),
+        (b'["tea"]\n', "line 1"),
+    ],
+)
+def test_bad_data_is_one_line_before_anything_is_written(
+    model, tmp_path, capsys, contents, message
+):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(contents)
+    assert main(arguments(model, path, tmp_path / "made")) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(path) in error
+    assert message in error or not contents
+    assert [found.name for found in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--from-scratch", "--draft-model", "x"], "--from-scratch must be left out"),
+        (["--from-scratch", "--lora-rank", "2"], "--lora-rank must be left out"),
+        (["--steps", "0"], "--steps must be 1 or more"),
+        (["--num-rows", "0"], "--num-rows must be 1 or more"),
+        (["--loss", "l2"], "invalid choice"),
+        (["--temp", "-1"], "temp must be 0 or more"),
+        (["--chat-template-config", "[]"], "must be a JSON object"),
+        (["--max-tokens", "1000000"], "context"),
+        (["--draft-model", "nowhere/at-all/x"], "nowhere/at-all/x"),
+    ],
+)
+def test_mistakes_are_one_line(model, data, tmp_path, capsys, more, message):
+    assert main(arguments(model, data, tmp_path / "made", *more)) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_drafter_of_another_target_is_refused(model, data, tmp_path, capsys):
+    drafter = str(embedded_pair_path() / "drafter")
+    more = ("--draft-model", drafter)
+    assert main(arguments(model, data, tmp_path / "made", *more)) == 1
+    assert "error:" in capsys.readouterr().err
+
+
+def test_place_that_is_taken_is_refused_at_once(model, data, tmp_path, capsys):
+    output = tmp_path / "made"
+    output.mkdir()
+    (output / "letter.txt").write_text("dear")
+    assert main(arguments(model, data, output)) == 1
+    assert "must not be there yet" in capsys.readouterr().err
+    assert (output / "letter.txt").read_text() == "dear"
+
+
+def test_too_little_data_is_told(model, tmp_path, capsys):
+    path = tmp_path / "one.jsonl"
+    path.write_text(
+        json.dumps({"text": "tea sat here and was mean to the hall"}) + "\n"
+    )
+    assert main(arguments(model, path, tmp_path / "made")) == 1
+    assert "must have texts to judge by" in capsys.readouterr().err
