@@ -89,7 +89,12 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         _TEXT.num_texts,
         "most texts to learn from; of more, a random sample is taken",
     )
-    _add_count(group, "--num-held-out", _TEXT.num_held_out, "most texts to judge by")
+    _add_count(
+        group,
+        "--num-held-out",
+        _TEXT.num_held_out,
+        "most texts to judge by, and as many others for the report",
+    )
     _add_count(group, "--num-rows", _TEXT.num_rows, "texts written together")
     _add_count(
         group,

@@ -7,6 +7,7 @@ groups: a run that was cut off finds the groups that are there.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -30,18 +31,21 @@ class Chosen:
 
     Attributes:
         train: To learn from.
-        held_out: To judge by; of other sources.
+        judged: To judge weights by while they are trained; of other sources.
+        reported: To measure the result on: what has chosen the best weights would
+            flatter them.
     """
 
     train: list[Document]
-    held_out: list[Document]
+    judged: list[Document]
+    reported: list[Document]
 
     @property
     def digest(self) -> str:
         """A text that differs for other documents."""
         both = [
             [[document.prompt, document.rest, document.kind] for document in part]
-            for part in (self.train, self.held_out)
+            for part in (self.train, self.judged, self.reported)
         ]
         return hashlib.sha256(json.dumps(both).encode()).hexdigest()
 
@@ -64,16 +68,18 @@ def choose(
         DataError: There is too little data.
     """
     train = _Sample(settings.num_texts, seed)
-    judged = _Sample(settings.num_held_out, seed)
+    held = [_Sample(settings.num_held_out, seed) for _ in range(2)]
+    turns = itertools.cycle(held)
     for document in data:
         is_kept = held_out is None and is_held_out(
             document.source, every=_HELD_OUT_EVERY
         )
-        (judged if is_kept else train).add(document)
+        (next(turns) if is_kept else train).add(document)
     for document in held_out or ():
-        judged.add(document)
-    chosen = Chosen(train.chosen, judged.chosen)
-    for what, documents in (("train on", chosen.train), ("judge by", chosen.held_out)):
+        next(turns).add(document)
+    judged, reported = (sample.chosen for sample in held)
+    chosen = Chosen(train.chosen, judged, reported or judged)
+    for what, documents in (("train on", chosen.train), ("judge by", judged)):
         if not documents:
             raise DataError(
                 f"the data must have texts to {what}: got none. Add more data, of "

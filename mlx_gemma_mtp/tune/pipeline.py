@@ -192,7 +192,7 @@ class _Run:
     def _material(self) -> Material:
         """Texts and records."""
         settings, target = self.request.texts, Target(self.plain.target)
-        texts = [*self.chosen.train, *self.chosen.held_out]
+        texts = [*self.chosen.train, *self.chosen.judged]
         continued = [len(text.rest) or settings.max_tokens for text in texts]
         num_bytes = sum(
             record_bytes(
@@ -207,13 +207,13 @@ class _Run:
         check_free_space(self.place.folder.absolute() / _RECORDS, num_bytes)
         self.tell(
             f"{len(self.chosen.train):,} texts to learn from and "
-            f"{len(self.chosen.held_out):,} to judge by; their records take up to "
+            f"{len(self.chosen.judged):,} to judge by; their records take up to "
             f"{num_bytes / 1e9:.2f} GB in {self.place.folder}"
         )
         parts = []
         for prefix, documents in (
             ("train", self.chosen.train),
-            ("judge", self.chosen.held_out),
+            ("judge", self.chosen.judged),
         ):
             with (
                 self.place.stage("text"),
@@ -247,7 +247,7 @@ class _Run:
             with self.place.stage("measuring"):
                 found = measure(
                     pair,
-                    self.chosen.held_out,
+                    self.chosen.reported,
                     self.params,
                     num_draft_tokens=self.request.training.num_draft_tokens,
                     max_tokens=self.request.texts.max_tokens,

@@ -87,6 +87,7 @@ class Record:
         return arrays
 
 
+_SORT_BYTES = 1 << 28
 _NAMES = ("tokens", "hidden", "token_ids", "probs", "next_probs")
 
 
@@ -136,8 +137,10 @@ class Recorder:
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Most likely tokens, their probabilities, those of the text's own tokens."""
         parts = []
-        for first in range(0, next_tokens.size, self._step_size):
-            end = first + self._step_size
+        # Of a large vocabulary few rows: sorting takes eight bytes for each entry.
+        size = max(1, _SORT_BYTES // (8 * self._target.vocab_size))
+        for first in range(0, next_tokens.size, size):
+            end = first + size
             parts.append(self._lists(hidden[first:end], next_tokens[first:end], first))
             mx.eval(parts[-1])
         ids, probs, next_probs = (

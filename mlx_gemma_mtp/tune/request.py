@@ -21,7 +21,8 @@ class TextSettings:
         prompt_tokens: Tokens of plain text that make a prompt.
         max_tokens: Most tokens behind a prompt.
         num_texts: Most texts to learn from; of more, a random sample is taken.
-        num_held_out: Most texts to judge by.
+        num_held_out: Most texts to judge by while training, and as many others to
+            measure the result on.
         num_rows: Texts that the target writes together.
         step_size: Most tokens that the target reads in one forward.
         temp: The temperature text is drawn at; with the filters, what the drafter will
