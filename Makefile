@@ -9,6 +9,8 @@
 # make load         200 clients against the server, and against mlx-lm's (15 minutes)
 # make bench        measures the embedded pair (ARGS='engines graph' chooses sections)
 # make bench-setup  installs what bench can also compare with and plot: mlx-vlm, matplotlib
+# make train-drafter the embedded pair's drafter from random weights, into build/drafter (half an hour)
+# make tune-proof   what tuning wins back after fine-tuning, and reaches from nothing (an hour or more)
 # make test-tsan    races in Metal kernels, by ThreadSanitizer of g++ (Linux)
 #
 # demo, test and all others set up what they need in .venv, once. For another Python:
@@ -29,7 +31,7 @@ CHECK := build/wheel-check
 CLIENT_TESTS := tests/test_openai_client.py tests/test_page.py
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-oldest test-mlx-lm test-slow test-control test-cuda test-tsan test-clients load lint format type bench bench-setup wheel-check clean
+.PHONY: all install demo test test-oldest test-mlx-lm test-slow test-control test-cuda test-tsan test-clients load lint format type bench bench-setup train-drafter tune-proof wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -96,6 +98,12 @@ bench: $(RUN_STAMP)
 
 bench-setup: $(RUN_STAMP)
 	@$(PIP) -e '.[bench]'
+
+train-drafter: $(RUN_STAMP)
+	@$(BIN)/python scripts/train_drafter.py --output build/drafter $(ARGS)
+
+tune-proof: $(RUN_STAMP)
+	@$(BIN)/python scripts/tune_proof.py $(ARGS)
 
 clean:
 	rm -rf .venv* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -34,7 +34,8 @@ import mlx.core as mx
 
 from mlx_gemma_mtp.errors import MTPError
 from mlx_gemma_mtp.machine import describe_machine
-from scripts.benchmarks import openblas, plot, sections
+from scripts import openblas
+from scripts.benchmarks import plot, sections
 from scripts.benchmarks.acceptance import acceptance, rules
 from scripts.benchmarks.arguments import SECTIONS, configure_parser, model_spec
 from scripts.benchmarks.batch import batch
@@ -48,7 +49,7 @@ def main() -> None:
     """Run the sections that were asked for, all by default."""
     args = configure_parser(__doc__ or "").parse_args()
     if args.openblas is not None:
-        openblas.start_again(args.openblas)
+        openblas.require(args.openblas)
     figures = run(args)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2), encoding="utf-8")

@@ -160,7 +160,7 @@ class _Run:
                 family=family_of(vars(text_model(self.plain.target).args)),
                 prior=self.plain.prior(1, 0),
             ),
-            machine=describe_machine(str(mx.default_device())),
+            machine=describe_machine(str(mx.default_device()), *self.request.hardware),
             command=self.request.command,
         )
 

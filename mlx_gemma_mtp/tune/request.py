@@ -89,6 +89,7 @@ class TuneRequest:
         texts: The text.
         training: The training.
         command: The command line, for the record.
+        hardware: What to say of the hardware beside its names, for the record.
 
     Raises:
         RequestError: Settings that exclude each other.
@@ -110,6 +111,7 @@ class TuneRequest:
     texts: TextSettings = field(default_factory=TextSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     command: str = ""
+    hardware: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check what excludes each other."""

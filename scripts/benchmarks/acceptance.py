@@ -64,14 +64,23 @@ def acceptance(
 
 def decode_all(pair: Pair, prompts: list[list[int]], max_tokens: int) -> RoundStats:
     """Decode greedily with K = 4, ten prompts at a time; the counts."""
+    return decode(pair, prompts, max_tokens)[1]
+
+
+def decode(
+    pair: Pair, prompts: list[list[int]], max_tokens: int, num_draft_tokens: int = 4
+) -> tuple[list[list[int]], RoundStats]:
+    """Decode greedily, ten prompts at a time; the tokens of each, and the counts."""
+    texts: list[list[int]] = [[] for _ in prompts]
     total = RoundStats()
     for start in range(0, len(prompts), ROWS):
         requests = [Request(p, max_tokens) for p in prompts[start : start + ROWS]]
-        decoder = Decoder(pair.rounds, requests, num_draft_tokens=4)
-        for _ in decoder.run():
-            pass
+        decoder = Decoder(pair.rounds, requests, num_draft_tokens=num_draft_tokens)
+        for emissions in decoder.run():
+            for emission in emissions:
+                texts[start + emission.row.index] += emission.tokens
         total.merge(decoder.stats)
-    return total
+    return texts, total
 
 
 def blocks(pair: Pair, places: list[list[int]]) -> RoundStats:
