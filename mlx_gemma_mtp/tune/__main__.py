@@ -98,6 +98,12 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     _add_count(group, "--num-rows", _TEXT.num_rows, "texts written together")
     _add_count(
         group,
+        "--num-threads",
+        _TEXT.num_threads,
+        "threads that write texts; on a CPU one for each core, a GPU needs one",
+    )
+    _add_count(
+        group,
         "--step-size",
         _TEXT.step_size,
         "most tokens that the target reads in one forward",

@@ -11,7 +11,11 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from threading import Event, Lock
+
+import mlx.core as mx
 
 from ..config import SamplingParams
 from ..errors import DataError
@@ -115,53 +119,92 @@ class _Sample:
         return kept
 
 
-def record_all(
-    pair: Pair,
-    documents: Sequence[Document],
-    records: Records,
-    *,
-    prefix: str,
-    params: SamplingParams,
-    settings: TextSettings,
-    on_progress: Callable[[int], None],
-) -> list[str]:
-    """Make a record of every document whose continuation has something to foretell.
+@dataclass
+class Writing:
+    """Makes a record of every document whose continuation has something to foretell.
 
-    Args:
+    Attributes:
         pair: The target.
         documents: The documents.
-        records: Where they go; those that are there already are left as they are.
+        records: Where records go; those that are there already are left as they are.
         prefix: Of the records' names.
         params: How tokens are drawn.
         settings: How texts are made.
         on_progress: Called with the number of documents done.
-
-    Returns:
-        The names of the records.
     """
-    recorder = Recorder(Target(pair.target), params, step_size=settings.step_size)
-    found = []
-    for start in range(0, len(documents), settings.num_rows):
-        group = documents[start : start + settings.num_rows]
-        names = [f"{prefix}-{start + i:06d}" for i in range(len(group))]
-        if not all(name in records for name in names):
-            seeded = replace(params, seed=(params.seed or 0) + start)
-            texts = _texts(pair, group, seeded, settings)
-            for name, text in zip(names, texts, strict=True):
-                # The first token behind a prompt is no draft's.
-                if len(text.tokens) - text.num_prompt_tokens >= 2:
-                    records.write(name, recorder.record(text))
-        found += [name for name in names if name in records]
-        on_progress(start + len(group))
-    return found
 
+    pair: Pair
+    documents: Sequence[Document]
+    records: Records
+    prefix: str
+    params: SamplingParams
+    settings: TextSettings
+    on_progress: Callable[[int], None]
 
-def _texts(
-    pair: Pair,
-    group: Sequence[Document],
-    params: SamplingParams,
-    settings: TextSettings,
-) -> list[Text]:
-    if not settings.generate:
-        return list(given_texts(group))
-    return own_texts(pair, group, params, max_tokens=settings.max_tokens)
+    def __post_init__(self) -> None:
+        """Nothing is done yet."""
+        self._num_done = 0
+        self._lock = Lock()
+        self._is_stopped = Event()
+
+    def run(self) -> list[str]:
+        """Make all records; gives their names."""
+        starts = range(0, len(self.documents), self.settings.num_rows)
+        count = min(self.settings.num_threads, len(starts))
+        if count <= 1:
+            self._write_all(starts)
+        else:
+            self._write_in_threads([starts[i::count] for i in range(count)])
+        names = map(self._name, range(len(self.documents)))
+        return [name for name in names if name in self.records]
+
+    def _write_in_threads(self, shares: Sequence[range]) -> None:
+        """Each thread has a stream of its own, which on a CPU is a core of its own."""
+        with ThreadPoolExecutor(len(shares)) as pool:
+            futures = [pool.submit(self._write_in_thread, share) for share in shares]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            finally:
+                self._is_stopped.set()
+
+    def _write_in_thread(self, starts: range) -> None:
+        try:
+            self._write_all(starts)
+        finally:
+            mx.clear_streams()  # a thread that leaves some aborts the process at exit
+
+    def _write_all(self, starts: range) -> None:
+        """Make records of the groups that begin at these documents."""
+        settings = self.settings
+        recorder = Recorder(
+            Target(self.pair.target), self.params, step_size=settings.step_size
+        )
+        for start in starts:
+            if self._is_stopped.is_set():
+                return
+            group = self.documents[start : start + settings.num_rows]
+            names = [self._name(start + i) for i in range(len(group))]
+            if not all(name in self.records for name in names):
+                for name, text in zip(names, self._texts(group, start), strict=True):
+                    # The first token behind a prompt is no draft's.
+                    if len(text.tokens) - text.num_prompt_tokens >= 2:
+                        self.records.write(name, recorder.record(text))
+            with self._lock:
+                self._num_done += len(group)
+                self.on_progress(self._num_done)
+
+    def _texts(self, group: Sequence[Document], start: int) -> list[Text]:
+        """The texts of a group; each document has a seed of its own."""
+        if not self.settings.generate:
+            return list(given_texts(group))
+        seed = (self.params.seed or 0) + start
+        return own_texts(
+            self.pair,
+            group,
+            replace(self.params, seed=seed),
+            max_tokens=self.settings.max_tokens,
+        )
+
+    def _name(self, index: int) -> str:
+        return f"{self.prefix}-{index:06d}"

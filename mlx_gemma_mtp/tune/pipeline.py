@@ -30,7 +30,7 @@ from ..weights import load_drafter
 from .adapters import add_adapters, dequantized, fuse_adapters, trainable
 from .documents import DocumentReader, Lengths
 from .fresh import fresh_drafter
-from .material import Chosen, choose, record_all
+from .material import Chosen, Writing, choose
 from .measured import Measured, Point
 from .measuring import measure
 from .objective import Objective
@@ -219,17 +219,16 @@ class _Run:
                 self.place.stage("text"),
                 self.progress(f"texts to {prefix}", len(documents)) as done,
             ):
-                parts.append(
-                    record_all(
-                        self.plain,
-                        documents,
-                        records,
-                        prefix=prefix,
-                        params=self.params,
-                        settings=settings,
-                        on_progress=done,
-                    )
+                writing = Writing(
+                    self.plain,
+                    documents,
+                    records,
+                    prefix,
+                    self.params,
+                    settings,
+                    on_progress=done,
                 )
+                parts.append(writing.run())
         if not all(parts):
             raise DataError(
                 "the target must continue the data's prompts: got ends at once. Check "

@@ -24,6 +24,8 @@ class TextSettings:
         num_held_out: Most texts to judge by while training, and as many others to
             measure the result on.
         num_rows: Texts that the target writes together.
+        num_threads: Threads that write and record texts. A GPU needs one; on a CPU MLX
+            uses a core for each.
         step_size: Most tokens that the target reads in one forward.
         temp: The temperature text is drawn at; with the filters, what the drafter will
             be used with. None for the target's own settings, as of the others.
@@ -39,6 +41,7 @@ class TextSettings:
     num_texts: int = 2048
     num_held_out: int = 64
     num_rows: int = 32
+    num_threads: int = 1
     step_size: int = 512
     temp: float | None = None
     top_p: float | None = None
@@ -52,7 +55,13 @@ class TextSettings:
         Raises:
             RequestError: One is below 1.
         """
-        for name in ("num_texts", "num_held_out", "num_rows", "step_size"):
+        for name in (
+            "num_texts",
+            "num_held_out",
+            "num_rows",
+            "num_threads",
+            "step_size",
+        ):
             value = getattr(self, name)
             if value < 1:
                 raise RequestError(
@@ -139,6 +148,7 @@ class TuneRequest:
     def key(self) -> dict[str, Any]:
         """What decides the result, by name: a run resumes only one of the same."""
         texts, training = asdict(self.texts), self.training.to_dict()
+        del texts["num_threads"]  # a text is the same whoever writes it
         own = {
             "model": self.model,
             "draft_model": self.draft_model,
