@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import pytest
@@ -178,12 +179,12 @@ def test_run_that_was_cut_off_is_not_overwritten(model, data, tmp_path, capsys):
     assert main([*kept, "--force"]) == 1
     assert "--resume to go on" in capsys.readouterr().err
     assert main([*kept, "--force", "--resume", "--seed", "3"]) == 1
-    assert "same settings: got another seed" in capsys.readouterr().err
+    assert "same texts: got another data, seed" in capsys.readouterr().err
     other = data.with_name("other.jsonl")
     other.write_text("\n".join(data.read_text().splitlines()[1:]) + "\n")
     again = [str(other) if value == str(data) else value for value in kept]
     assert main([*again, "--force", "--resume"]) == 1
-    assert "same data" in capsys.readouterr().err
+    assert "got another data" in capsys.readouterr().err
     assert main([*kept, "--force", "--resume"]) == 0
 
 
@@ -220,6 +221,9 @@ def test_bad_data_is_one_line_before_anything_is_written(
         (["--temp", "-1"], "temp must be 0 or more"),
         (["--chat-template-config", "[]"], "must be a JSON object"),
         (["--max-tokens", "1000000"], "context"),
+        (["--max-tokens", "1"], "--max-tokens must be 2 or more"),
+        (["--seed", "-1"], "--seed must be from 0"),
+        (["--learning-rate", "inf"], "--learning-rate must be above 0 and finite"),
         (["--draft-model", "nowhere/at-all/x"], "nowhere/at-all/x"),
     ],
 )
@@ -247,10 +251,99 @@ def test_place_that_is_taken_is_refused_at_once(model, data, tmp_path, capsys):
     assert (output / "letter.txt").read_text() == "dear"
 
 
+@pytest.mark.parametrize("work", ["made", "made/work", "."])
+def test_work_and_output_are_apart(model, data, tmp_path, capsys, work):
+    more = ("--work", str(tmp_path / work))
+    assert main(arguments(model, data, tmp_path / "made", *more)) == 1
+    assert "--work must be outside --output" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_must_have_a_name(model, data, capsys):
+    assert main(arguments(model, data, Path("/"))) == 1
+    assert "--output must name a folder" in capsys.readouterr().err
+
+
+def test_other_training_settings_keep_the_texts(model, data, tmp_path, capsys):
+    output = tmp_path / "made"
+    kept = arguments(model, data, output, "--keep-work", "--temp", "1")
+    assert main(kept) == 0
+    records = tmp_path / "made.work" / "records"
+    before = {path.name: path.stat().st_mtime_ns for path in records.iterdir()}
+    first = weights_of(output)
+    more = ("--force", "--resume", "--learning-rate", "0.003")
+    assert main([*kept, *more]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in records.iterdir()} == before
+    assert weights_of(output) != first
+    capsys.readouterr()
+
+
+def test_another_target_at_the_same_place_is_noticed(data, tmp_path, capsys):
+    model = tiny.model_folder(tmp_path / "model")
+    kept = arguments(model, data, tmp_path / "made", "--keep-work")
+    assert main(kept) == 0
+    path = str(model / "model.safetensors")
+    weights = cast(dict[str, mx.array], mx.load(path))
+    name = next(name for name in weights if name.endswith("mlp.up_proj.weight"))
+    changed = weights[name] * mx.where(mx.arange(weights[name].shape[1]) == 3, 2, 1)
+    mx.eval(changed)
+    weights = {**weights, name: changed.astype(weights[name].dtype)}
+    mx.eval(weights)
+    mx.save_safetensors(path, weights, {"format": "pt"})
+    capsys.readouterr()
+    assert main([*kept, "--force", "--resume"]) == 1
+    assert "same texts: got another target" in capsys.readouterr().err
+
+
+def test_steps_behind_the_last_measurement_are_measured(model, data, tmp_path):
+    output = tmp_path / "made"
+    more = ("--temp", "1", "--judge-every", "100")
+    assert main(arguments(model, data, output, *more)) == 0
+    training = json.loads((output / "training.json").read_text())
+    assert [point["step"] for point in training["history"]] == [0, 6]
+
+
+def test_loss_that_is_no_number_is_one_line(model, data, tmp_path, capsys):
+    more = ("--temp", "1", "--learning-rate", "1e30")
+    assert main(arguments(model, data, tmp_path / "made", *more)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the loss must be a number")
+    assert (tmp_path / "made.work" / "records").exists()
+
+
+def test_full_disk_is_one_line(model, data, tmp_path, capsys, monkeypatch):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mlx_gemma_mtp.tune.arrays.os.replace", fail)
+    assert main(arguments(model, data, tmp_path / "made")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "must be writable: got No space left on device" in error
+
+
+def test_run_that_was_done_is_only_cleaned_up(model, data, tmp_path):
+    """As after a kill between the drafter's appearance and the end."""
+    output = tmp_path / "made"
+    kept = arguments(model, data, output, "--keep-work")
+    assert main(kept) == 0
+    first = weights_of(output)
+    assert main([*kept[:-1], "--resume"]) == 0
+    assert weights_of(output) == first
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_texts_are_the_same_in_threads(model, data, tmp_path):
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    for output, count in zip(outputs, "13", strict=True):
+        more = ("--num-threads", count, "--temp", "1")
+        assert main(arguments(model, data, output, *more)) == 0
+    assert weights_of(outputs[0]) == weights_of(outputs[1])
+
+
 def test_too_little_data_is_told(model, tmp_path, capsys):
     path = tmp_path / "one.jsonl"
     path.write_text(
         json.dumps({"text": "tea sat here and was mean to the hall"}) + "\n"
     )
     assert main(arguments(model, path, tmp_path / "made")) == 1
-    assert "must have texts to judge by" in capsys.readouterr().err
+    assert "must have texts to" in capsys.readouterr().err

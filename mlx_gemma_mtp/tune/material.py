@@ -81,13 +81,17 @@ def choose(
         (next(turns) if is_kept else train).add(document)
     for document in held_out or ():
         next(turns).add(document)
+    seen = {tuple(document.prompt) for sample in held for document in sample.chosen}
     judged, reported = (sample.chosen for sample in held)
-    chosen = Chosen(train.chosen, judged, reported or judged)
-    for what, documents in (("train on", chosen.train), ("judge by", judged)):
+    # What is judged by must not have been learnt, also where the data repeats itself.
+    learnt = [text for text in train.chosen if tuple(text.prompt) not in seen]
+    chosen = Chosen(learnt, judged, reported or judged)
+    for what, documents in (("learn from", learnt), ("judge by", judged)):
         if not documents:
             raise DataError(
-                f"the data must have texts to {what}: got none. Add more data, of "
-                f"{_HELD_OUT_EVERY} records or more, or name --held-out files."
+                f"the data must have texts to {what}: got none, or none that are not "
+                f"held out too. Add more data, of {_HELD_OUT_EVERY} records or more, "
+                "or name other --held-out files."
             )
     return chosen
 
@@ -150,13 +154,17 @@ class Writing:
     def run(self) -> list[str]:
         """Make all records; gives their names."""
         starts = range(0, len(self.documents), self.settings.num_rows)
+        with self.pair.wired():
+            self._write(starts)
+        names = map(self._name, range(len(self.documents)))
+        return [name for name in names if name in self.records]
+
+    def _write(self, starts: range) -> None:
         count = min(self.settings.num_threads, len(starts))
         if count <= 1:
             self._write_all(starts)
         else:
             self._write_in_threads([starts[i::count] for i in range(count)])
-        names = map(self._name, range(len(self.documents)))
-        return [name for name in names if name in self.records]
 
     def _write_in_threads(self, shares: Sequence[range]) -> None:
         """Each thread has a stream of its own, which on a CPU is a core of its own."""
@@ -185,10 +193,12 @@ class Writing:
                 return
             group = self.documents[start : start + settings.num_rows]
             names = [self._name(start + i) for i in range(len(group))]
-            if not all(name in self.records for name in names):
+            if not all(map(self.records.is_done, names)):
                 for name, text in zip(names, self._texts(group, start), strict=True):
                     # The first token behind a prompt is no draft's.
-                    if len(text.tokens) - text.num_prompt_tokens >= 2:
+                    if len(text.tokens) - text.num_prompt_tokens < 2:
+                        self.records.skip(name)
+                    else:
                         self.records.write(name, recorder.record(text))
             with self._lock:
                 self._num_done += len(group)
@@ -204,6 +214,7 @@ class Writing:
             group,
             replace(self.params, seed=seed),
             max_tokens=self.settings.max_tokens,
+            step_size=self.settings.step_size,
         )
 
     def _name(self, index: int) -> str:

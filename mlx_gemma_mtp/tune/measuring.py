@@ -24,6 +24,7 @@ def measure(
     num_draft_tokens: int,
     max_tokens: int,
     num_rows: int,
+    step_size: int,
 ) -> Measured:
     """Let the pair continue prompts, drafting K tokens in every round.
 
@@ -35,6 +36,7 @@ def measure(
         num_draft_tokens: K.
         max_tokens: Most tokens behind each prompt.
         num_rows: How many prompts are continued together.
+        step_size: Most tokens of a prompt in one forward.
     """
     kinds: dict[str, RoundStats] = {}
     for start in range(0, len(documents), num_rows):
@@ -43,12 +45,21 @@ def measure(
             Request(
                 document.prompt,
                 max_tokens,
-                replace(params, seed=start + i, reproducible=False),
+                replace(
+                    params, seed=(params.seed or 0) + start + i, reproducible=False
+                ),
                 pair.eos_token_ids,
             )
             for i, document in enumerate(group)
         ]
-        rows = _decoded(pair, requests, num_draft_tokens)
+        decoder = Decoder(
+            pair.rounds,
+            requests,
+            num_draft_tokens=num_draft_tokens,
+            prefill_step_size=step_size,
+        )
+        with pair.wired():
+            rows = _counts(decoder, len(requests))
         for document, stats in zip(group, rows, strict=True):
             kinds.setdefault(document.kind, RoundStats()).merge(stats)
     overall = RoundStats()
@@ -60,12 +71,9 @@ def measure(
     return Measured(_acceptance(overall, num_draft_tokens), found)
 
 
-def _decoded(
-    pair: Pair, requests: Sequence[Request], num_draft_tokens: int
-) -> list[RoundStats]:
-    """The counts of each request's rounds."""
-    decoder = Decoder(pair.rounds, requests, num_draft_tokens=num_draft_tokens)
-    counts = [RoundStats() for _ in requests]
+def _counts(decoder: Decoder, num_rows: int) -> list[RoundStats]:
+    """The counts of each row's rounds, after they were run."""
+    counts = [RoundStats() for _ in range(num_rows)]
     for emissions in decoder.run():
         for emission in emissions:
             counts[emission.row.index] = emission.row.stats

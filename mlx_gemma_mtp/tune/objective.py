@@ -58,9 +58,10 @@ class Objective:
     def accepted(self, drafter: Drafter, chunk: Chunk) -> mx.array:
         """The probability that i drafts or more are accepted, [C, K], i = 1 to K.
 
-        Greedy drafts stand where they are the text's own tokens; of drawn ones see
-        divergence.py. Filters of the drafter's own distribution are left out, so drawn
-        drafts do a little better than this.
+        Greedy drafts stand where they are the target's own choice; of drawn ones see
+        divergence.py. The steps behind a draft count where the text goes on with it.
+        Filters of the drafter's own distribution are left out, so drawn drafts do a
+        little better than this.
         """
         reach = mx.ones((chunk.num_places,))
         found = []
@@ -70,9 +71,10 @@ class Objective:
                 found.append(reach * chance * judge.is_inside)
                 reach = reach * reached(said, judge.next_probs)
             else:
-                is_same = best_tokens(output) == judge.next_tokens
-                reach = reach * is_same * judge.is_inside
-                found.append(reach)
+                best = best_tokens(output)
+                is_chosen = best == judge.token_ids[:, 0]
+                found.append(reach * is_chosen * judge.is_inside)
+                reach = reach * is_chosen * (best == judge.next_tokens)
         return mx.stack(found, axis=-1)
 
     def _divergence(

@@ -6,27 +6,34 @@ and ends with the same drafter.
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import gemma4_text
 
 from ..checkpoint import open_checkpoint
 from ..config import SamplingParams
 from ..drafter import Drafter
-from ..errors import DataError, OutputError, PairingError
+from ..errors import DataError, PairingError
 from ..families import family_of
 from ..fit import check_fit
 from ..load import load
 from ..machine import describe_machine
-from ..pair import Pair, pair_of
+from ..pair import Pair, named_arrays, pair_of
 from ..pairing import fetch, find_drafter, hub_id
 from ..staging import check_free_space, check_place
 from ..target import Target, text_model
 from ..weights import load_drafter
+from . import workplace
 from .adapters import add_adapters, dequantized, fuse_adapters, trainable
 from .documents import DocumentReader, Lengths
 from .fresh import fresh_drafter
@@ -41,13 +48,13 @@ from .result import write_drafter
 from .speedup import predict
 from .trainer import Material, Trainer
 from .unrolling import Cutter
-from .workplace import Workplace, remove, workplace
+from .workplace import Workplace
 
-_RECORDS, _CHECKPOINT = "records", "checkpoint.safetensors"
 _LORA_SCALE = 20.0  # mlx-lm's
 # Of what the activations of a chunk of places may take, see ``places_in_memory``.
 _ACTIVATION_BYTES = 1 << 30
 _MOST_PLACES = 256
+_DIGEST_BLOCK = 1 << 24  # numbers of an array in memory beside it
 
 # Called with what is being done and out of how many; gives a function to call with how
 # many are done.
@@ -69,12 +76,14 @@ class Origin:
         config: Its ``config.json``.
         generation_config: Its ``generation_config.json``; empty where it has none.
         name: Its Hub id or its folder's name; None for random weights.
+        dtype: The type of the new drafter's weights.
     """
 
     drafter: Drafter
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     name: str | None
+    dtype: mx.Dtype = mx.bfloat16
 
 
 def tune(
@@ -96,8 +105,10 @@ def tune(
     Raises:
         MTPError: A mistake of the user's: data, checkpoints, settings or places.
     """
-    check_place(request.output.absolute(), force=request.is_forced)
-    target = fetch(request.model, request.revision)
+    # A run that was cut off after all its work may put the same folder there again.
+    is_done = request.is_resumed and workplace.is_done(request.work_folder)
+    check_place(request.place, force=request.is_forced or is_done)
+    folder = fetch(request.model, request.revision)
     model, tokenizer = load(
         request.model,
         speculative_decoding=False,
@@ -110,17 +121,20 @@ def tune(
         **plain.sampling_defaults.settings(**request.texts.sampling),
         seed=request.training.seed,
     )
-    origin = _origin(request, plain, target)
     chosen = _chosen(request, plain, tokenizer)
-    with workplace(
-        request.work_folder, request.key, is_resumed=request.is_resumed
+    origin = _origin(request, plain, folder)
+    with workplace.workplace(
+        request.work_folder,
+        texts=_texts_key(request, plain, params, chosen),
+        training=_training_key(request, origin),
+        is_resumed=request.is_resumed,
     ) as place:
-        _check_data(place, chosen)
         run = _Run(request, place, plain, params, origin, chosen, tell, progress)
-        report = run.report()
+        name = hub_id(request.model, folder) or folder.resolve().name
+        report = run.report(name)
         run.write(report)
         if not request.keeps_work:
-            remove(place)
+            place.remove()
     return report
 
 
@@ -137,15 +151,20 @@ class _Run:
     tell: Callable[[str], None]
     progress: Progress
 
-    def report(self) -> Report:
-        """Go through the stages that are still to do."""
+    def report(self, name: str) -> Report:
+        """Go through the stages that are still to do.
+
+        Args:
+            name: What the target is called.
+        """
         material = self._material()
         before = self._measured("before", self.origin.drafter)
         self.drafter, history = self._trained(material)
         after = self._measured("after", self.drafter)
-        names = [*material.train, *material.held_out]
+        names = [*material.train, *material.judged]
+        target = text_model(self.plain.target)
         return Report(
-            target=_name(self.request.model),
+            target=name,
             drafter=self.origin.name,
             before=before,
             after=after,
@@ -157,8 +176,9 @@ class _Run:
             prediction=predict(
                 before.overall.reached,
                 after.overall.reached,
-                family=family_of(vars(text_model(self.plain.target).args)),
+                family=family_of(vars(target.args)),
                 prior=self.plain.prior(1, 0),
+                bits=_bits(target),
             ),
             machine=describe_machine(str(mx.default_device()), *self.request.hardware),
             command=self.request.command,
@@ -168,25 +188,33 @@ class _Run:
         """What decides the result beside models and data."""
         texts, training = self.request.texts, self.request.training
         used = {name: getattr(self.params, name) for name in texts.sampling}
-        return {**asdict(texts), **used, **training.to_dict()}
+        return {
+            "data": [Path(path).name for path in self.request.data],
+            "data_sha256": self.chosen.digest,
+            "adapters": self.request.adapter_path is not None,
+            "revision": self.request.revision,
+            **asdict(texts),
+            **used,
+            **training.to_dict(),
+        }
 
     def write(self, report: Report) -> None:
-        """Write the drafter's folder."""
-        place = self.request.output.absolute()
+        """Write the drafter's folder; from here on a resumed run replaces it."""
+        self.place.notes["is_done"] = True
+        self.place.save()
         write_drafter(
-            place,
+            self.request.place,
             self.drafter,
             self.origin.config,
             training=report.to_dict(),
             generation_config=self.origin.generation_config,
-            dtype=self.origin.drafter.model.norm.weight.dtype,
-            force=self.request.is_forced,
+            dtype=self.origin.dtype,
+            force=True,  # what stood there before all the work was checked
             add=lambda inside: self._write_report(inside, report),
         )
 
     def _write_report(self, folder: Path, report: Report) -> None:
-        name = self.request.output.absolute().name
-        for line in write_report(folder, report, name=name):
+        for line in write_report(folder, report, name=self.request.place.name):
             self.tell(line)
 
     def _material(self) -> Material:
@@ -203,8 +231,9 @@ class _Run:
             )
             for document, num_places in zip(texts, continued, strict=True)
         )
-        records = Records(self.place.folder / _RECORDS)
-        check_free_space(self.place.folder.absolute() / _RECORDS, num_bytes)
+        records = Records(self.place.records)
+        missing = num_bytes - records.num_bytes_there
+        check_free_space(self.place.records, max(missing, 0) + self._checkpoint_bytes())
         self.tell(
             f"{len(self.chosen.train):,} texts to learn from and "
             f"{len(self.chosen.judged):,} to judge by; their records take up to "
@@ -236,6 +265,16 @@ class _Run:
             )
         return Material(records, *parts)
 
+    def _checkpoint_bytes(self) -> int:
+        """What progress takes on disk: weights, the best, two of Adam's; twice.
+
+        An old checkpoint is there until the new one is whole.
+        """
+        numbers = sum(
+            array.size for _, array in named_arrays([dequantized(self.origin.drafter)])
+        )
+        return 2 * 4 * 4 * numbers
+
     def _measured(self, when: str, drafter: Drafter) -> Measured:
         """The engine's acceptance with a drafter, measured once."""
         notes = self.place.notes
@@ -251,6 +290,7 @@ class _Run:
                     num_draft_tokens=self.request.training.num_draft_tokens,
                     max_tokens=self.request.texts.max_tokens,
                     num_rows=self.request.texts.num_rows,
+                    step_size=self.request.texts.step_size,
                 )
             notes[when] = found.to_dict()
             self.place.save()
@@ -290,7 +330,7 @@ class _Run:
                 _computing_type(target),
             ),
             settings=settings,
-            checkpoint=self.place.folder / _CHECKPOINT,
+            checkpoint=self.place.checkpoint,
             on_point=lambda point: self.tell(_line(point)),
         )
         with self.place.stage("training"):
@@ -298,7 +338,7 @@ class _Run:
         if not trainer.progress.best_step:
             self.tell("no step was better on held-out text: the drafter is as it was")
         fuse_adapters(drafter)
-        drafter.set_dtype(self.origin.drafter.model.norm.weight.dtype)
+        drafter.set_dtype(self.origin.dtype)
         mx.eval(drafter.parameters())
         return drafter, trainer.progress.history
 
@@ -340,7 +380,11 @@ def _origin(request: TuneRequest, plain: Pair, folder: Path) -> Origin:
     check_fit(plain.target, drafter)
     checkpoint = open_checkpoint(place)
     return Origin(
-        drafter, checkpoint.config, checkpoint.generation_config, _name(named)
+        drafter,
+        checkpoint.config,
+        checkpoint.generation_config,
+        hub_id(named, place) or place.resolve().name,
+        drafter.model.norm.weight.dtype,
     )
 
 
@@ -362,15 +406,52 @@ def _chosen(request: TuneRequest, plain: Pair, tokenizer: Any) -> Chosen:
     return choose(reader.read(request.data), held_out, settings, request.training.seed)
 
 
-def _check_data(place: Workplace, chosen: Chosen) -> None:
-    """Check that a resumed run has the data that it began with."""
-    digest = chosen.digest
-    if place.notes.setdefault("data", digest) != digest:
-        raise OutputError(
-            f"{place.folder} must be of a run with the same data: got other texts in "
-            "the files. Resume with those of before, or take another --work."
-        )
-    place.save()
+def _texts_key(
+    request: TuneRequest, plain: Pair, params: SamplingParams, chosen: Chosen
+) -> workplace.Key:
+    """What decides the records, by name."""
+    texts = asdict(request.texts)
+    del texts["num_threads"]  # a text is the same whoever writes it
+    used = {name: getattr(params, name) for name in (*request.texts.sampling, "seed")}
+    return {
+        "data": chosen.digest,
+        "target": weights_digest(plain.target),
+        **texts,
+        **used,
+        "package version": version("mlx_gemma_mtp"),
+    }
+
+
+def _training_key(request: TuneRequest, origin: Origin) -> workplace.Key:
+    """What decides the training beside the records, by name."""
+    training = request.training.to_dict()
+    del training["save_every"]
+    return {
+        "drafter": weights_digest(origin.drafter),
+        "device": str(mx.default_device()),
+        **training,
+    }
+
+
+def weights_digest(module: nn.Module) -> str:
+    """A text that differs for other weights, by their shapes, types and sums."""
+    found = hashlib.sha256()
+    for name, array in named_arrays([module]):
+        found.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        flat = array.reshape(-1)
+        for start in range(0, flat.size, _DIGEST_BLOCK):
+            block = mx.view(flat[start : start + _DIGEST_BLOCK], mx.uint8)
+            words = block.astype(mx.uint32)
+            places = mx.arange(1, words.size + 1, dtype=mx.uint32)
+            sums = mx.stack([words.sum(), (words * places).sum()])
+            found.update(np.array(sums).tobytes())
+    return found.hexdigest()
+
+
+def _bits(target: gemma4_text.Model) -> int:
+    """Bits of most of the target's weights."""
+    packed = [m for m in target.modules() if isinstance(m, nn.QuantizedLinear)]
+    return Counter(m.bits for m in packed).most_common(1)[0][0] if packed else 16
 
 
 def _computing_type(target: Target) -> mx.Dtype:
@@ -378,14 +459,8 @@ def _computing_type(target: Target) -> mx.Dtype:
     return mx.float32 if mx.default_device() == mx.cpu else target.layout.dtype
 
 
-def _name(path_or_id: str) -> str:
-    """A Hub id, or a folder's name."""
-    folder = fetch(path_or_id)
-    return hub_id(path_or_id, folder) or folder.resolve().name
-
-
 def _line(point: Point) -> str:
     return (
         f"step {point.step:,}: {point.minutes:.1f} minutes, loss {point.loss:.4f}, "
-        f"acceptance length held out {point.acceptance_length:.3f}"
+        f"acceptance length at every place {point.acceptance_length:.3f}"
     )

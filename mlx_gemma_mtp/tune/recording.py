@@ -12,7 +12,7 @@ Knows the target and the disk; nothing of drafters or of training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from ..cache import PrefillCache, SlabLayout, prefill_caches
 from ..config import SLIDING, SamplingParams
+from ..errors import OutputError
 from ..sampling import (
     MAX_CANDIDATES,
     distribution,
@@ -87,7 +88,7 @@ class Record:
         return arrays
 
 
-_SORT_BYTES = 1 << 28
+_SORT_BYTES = 1 << 27
 _NAMES = ("tokens", "hidden", "token_ids", "probs", "next_probs")
 
 
@@ -113,11 +114,17 @@ class Recorder:
         layout, start = self._target.layout, text.num_prompt_tokens
         tokens = mx.array(text.tokens, dtype=mx.int32)
         num_read = tokens.size - 1  # nothing stands behind the last one to be foretold
-        caches = [_WholeCache(cache) for cache in prefill_caches(layout)]
+        caches = prefill_caches(layout)
+        kept = {}
+        for kind in layer_types(layout):
+            source = layout.source(kind)
+            kept[kind] = caches[source] = _WholeCache(
+                caches[source], first_seen(layout, kind, start)
+            )
         rows = []
         for first in range(0, num_read, self._step_size):
             chunk = tokens[first : min(first + self._step_size, num_read)]
-            hidden = self._target.read(chunk, list(caches))
+            hidden = self._target.read(chunk, caches)
             mx.eval(hidden, [cache.state for cache in caches])
             rows.append(hidden[0, max(start - 1 - first, 0) :])
         hidden = mx.concatenate(rows)  # from position start - 1 on
@@ -126,7 +133,7 @@ class Recorder:
             start,
             hidden[:-1],
             *self._distributions(hidden[1:], tokens[start + 1 :]),
-            {kind: _kept(layout, caches, kind, start) for kind in layer_types(layout)},
+            {kind: cache.whole() for kind, cache in kept.items()},
         )
         mx.eval(record.arrays)
         mx.clear_cache()
@@ -168,26 +175,29 @@ class Recorder:
 
 
 class _WholeCache(PrefillCache):
-    """A layer's cache that also keeps what it lets go of."""
+    """A layer's cache that also keeps what it lets go of, from a position on."""
 
-    def __init__(self, cache: PrefillCache) -> None:
+    def __init__(self, cache: PrefillCache, first: int) -> None:
         super().__init__(cache.num_kept)
+        self._first = first
         self._chunks: list[tuple[mx.array, mx.array]] = []
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Append a chunk; give what its queries may see."""
-        self._chunks.append((keys, values))
+        skipped = max(self._first - self.offset, 0)
+        if skipped < keys.shape[2]:
+            self._chunks.append((keys[:, :, skipped:], values[:, :, skipped:]))
         return super().update_and_fetch(keys, values)
 
-    def since(self, first: int) -> KeysValues:
-        """All keys and values from a position on."""
+    def whole(self) -> KeysValues:
+        """All keys and values from the position on."""
         keys, values = (
-            mx.concatenate(list(part), axis=2)[:, :, first:]
+            mx.concatenate(list(part), axis=2)
             for part in zip(*self._chunks, strict=True)
         )
-        return KeysValues(mx.contiguous(keys), mx.contiguous(values), first)
+        return KeysValues(keys, values, self._first)
 
 
 def layer_types(layout: SlabLayout) -> list[str]:
@@ -200,27 +210,36 @@ def first_seen(layout: SlabLayout, layer_type: str, offset: int) -> int:
     return max(offset - layout.window - 1, 0) if layer_type == SLIDING else 0
 
 
-def _kept(
-    layout: SlabLayout, caches: Sequence[_WholeCache], layer_type: str, start: int
-) -> KeysValues:
-    """What drafts behind position ``start`` or later read of one type of layer."""
-    first = first_seen(layout, layer_type, start)
-    return caches[layout.source(layer_type)].since(first)
-
-
 class Records:
     """Records in a folder, one file each.
 
     Args:
         folder: Made where it is not there.
+
+    Raises:
+        OutputError: It cannot be made.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{folder} must be writable: got {error.strerror or error}. Check the "
+                "disk, then --resume."
+            ) from error
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).exists()
+
+    def is_done(self, name: str) -> bool:
+        """Whether there is a record, or was found that there can be none."""
+        return name in self or self._mark(name).exists()
+
+    def skip(self, name: str) -> None:
+        """Note that a text has nothing to foretell."""
+        self._mark(name).touch()
 
     def write(self, name: str, record: Record) -> int:
         """Keep a record, whole or not at all; gives its bytes."""
@@ -243,9 +262,17 @@ class Records:
         named = {field: arrays[field] for field in _NAMES}
         return Record(**named, start=int(metadata["start"]), kv=kv)
 
+    @property
+    def num_bytes_there(self) -> int:
+        """What all records take on disk."""
+        return sum(path.stat().st_size for path in self._folder.iterdir())
+
     def num_bytes(self, names: Iterable[str]) -> int:
         """What records take on disk."""
         return sum(self._path(name).stat().st_size for name in names)
+
+    def _mark(self, name: str) -> Path:
+        return self._folder / f"{name}.nothing"
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
@@ -268,7 +295,7 @@ def record_bytes(
         2
         * layer.num_kv_heads
         * layer.head_dim
-        * (num_tokens if layer.layer_type != SLIDING else num_places + layout.window)
+        * (num_tokens - first_seen(layout, layer.layer_type, num_tokens - num_places))
         for layer in sources
     )
     numbers += target.hidden_size * num_places

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
 from .settings import TrainingSettings
+
+_LEAST = {
+    "prompt_tokens": 8,  # a shorter stretch of text says nothing
+    "max_tokens": 2,  # the first one behind a prompt is no draft's
+    "num_texts": 1,
+    "num_held_out": 1,
+    "num_rows": 1,
+    "num_threads": 1,
+    "step_size": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -53,19 +64,13 @@ class TextSettings:
         """Check the counts.
 
         Raises:
-            RequestError: One is below 1.
+            RequestError: One is too small.
         """
-        for name in (
-            "num_texts",
-            "num_held_out",
-            "num_rows",
-            "num_threads",
-            "step_size",
-        ):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value < 1:
+            if value < least:
                 raise RequestError(
-                    f"--{name.replace('_', '-')} must be 1 or more: got {value}. "
+                    f"--{name.replace('_', '-')} must be {least} or more: got {value}. "
                     "Raise it."
                 )
 
@@ -134,26 +139,28 @@ class TuneRequest:
                 "--lora-rank must be left out with --from-scratch: got both, and "
                 "random weights need full training. Leave one of them out."
             )
+        if not self.place.name:
+            raise RequestError(
+                f"--output must name a folder to be made: got {self.output}. Take "
+                "another."
+            )
+        places = os.path.realpath(self.place), os.path.realpath(self.work_folder)
+        if os.path.commonpath(places) in places:
+            raise RequestError(
+                f"--work must be outside --output, and the other way round: got "
+                f"{self.work_folder} and {self.place}. Take another --work."
+            )
         if not self.data:
             raise RequestError("--data must name at least one file: got none.")
 
     @property
-    def work_folder(self) -> Path:
-        """Where records and checkpoints are kept meanwhile."""
-        if self.work is not None:
-            return self.work
-        return self.output.with_name(f"{self.output.name}.work")
+    def place(self) -> Path:
+        """Where the drafter goes, absolute."""
+        return self.output.expanduser().absolute()
 
     @property
-    def key(self) -> dict[str, Any]:
-        """What decides the result, by name: a run resumes only one of the same."""
-        texts, training = asdict(self.texts), self.training.to_dict()
-        del texts["num_threads"]  # a text is the same whoever writes it
-        own = {
-            "model": self.model,
-            "draft_model": self.draft_model,
-            "is_from_scratch": self.is_from_scratch,
-            "adapter_path": self.adapter_path,
-            "revision": self.revision,
-        }
-        return {**own, **texts, **training}
+    def work_folder(self) -> Path:
+        """Where records and checkpoints are kept meanwhile, absolute."""
+        if self.work is not None:
+            return self.work.expanduser().absolute()
+        return self.place.with_name(f"{self.place.name}.work")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..config import MAX_DRAFT_TOKENS
 from ..errors import RequestError
+
+_MOST_SEEDS = 2**48  # every text adds its number to it
 
 DIVERGENCES = ("tv", "acceptance", "kl", "ce")  # see divergence.py
 
@@ -37,10 +40,10 @@ class TrainingSettings:
     num_draft_tokens: int = 4
     loss: str = "acceptance"
     least_reach: float = 0.1
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     steps: int = 1000
     minutes: float | None = None
-    batch_size: int = 8
+    batch_size: int = 4
     num_places: int | None = None
     judge_every: int = 50
     save_every: int = 50
@@ -57,7 +60,10 @@ class TrainingSettings:
         k = self.num_draft_tokens
         _check("--num-draft-tokens", k, 1 <= k <= MAX_DRAFT_TOKENS, "1 to 8")
         _check("--loss", self.loss, self.loss in DIVERGENCES, ", ".join(DIVERGENCES))
-        _check("--learning-rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        is_rate = 0 < self.learning_rate < math.inf
+        _check("--learning-rate", self.learning_rate, is_rate, "above 0 and finite")
+        is_seed = 0 <= self.seed < _MOST_SEEDS
+        _check("--seed", self.seed, is_seed, f"from 0 to {_MOST_SEEDS - 1}")
         is_share = 0 <= self.least_reach <= 1
         _check("--least-reach", self.least_reach, is_share, "from 0 to 1")
         minutes = self.minutes

@@ -14,11 +14,12 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..errors import OutputError
 from .arrays import Arrays, read_arrays, write_arrays
 from .measured import Point
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
     """How far a training run has come.
 
@@ -90,11 +91,16 @@ def read_snapshot(path: Path) -> Progress | None:
     """A run's progress; None where none was kept.
 
     Raises:
-        OutputError: The file is damaged.
+        OutputError: The file is damaged, or another one.
     """
     if not path.exists():
         return None
     arrays, metadata = read_arrays(path)
+    if "progress" not in metadata:
+        raise OutputError(
+            f"{path} must be a training run's: got another file of arrays. Remove it, "
+            "then --resume."
+        )
     numbers = json.loads(metadata["progress"])
     trees: dict[str, Any] = {
         tree: tree_unflatten(_sorted_leaves(arrays, prefix=f"{tree}."))

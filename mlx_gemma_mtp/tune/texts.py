@@ -43,6 +43,7 @@ def own_texts(
     params: SamplingParams,
     *,
     max_tokens: int,
+    step_size: int,
 ) -> list[Text]:
     """Let the target continue the documents' prompts, all together.
 
@@ -54,6 +55,7 @@ def own_texts(
         documents: Whose prompts.
         params: How tokens are drawn; with a seed.
         max_tokens: Most tokens of a continuation.
+        step_size: Most tokens of a prompt in one forward.
     """
     requests = [
         Request(
@@ -65,7 +67,9 @@ def own_texts(
         for i, document in enumerate(documents)
     ]
     written: list[list[int]] = [[] for _ in requests]
-    decoder = Decoder(pair.rounds, requests, num_draft_tokens=0)
+    decoder = Decoder(
+        pair.rounds, requests, num_draft_tokens=0, prefill_step_size=step_size
+    )
     for emissions in decoder.run():
         for emission in emissions:
             written[emission.row.index] += emission.tokens

@@ -7,9 +7,10 @@ of places are the most that is in memory at once.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
@@ -20,6 +21,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from ..drafter import Drafter
+from ..errors import RequestError
 from .measured import Acceptance, Point
 from .objective import Objective
 from .optimizer import Optimizer, Tree
@@ -36,12 +38,12 @@ class Material:
     Attributes:
         records: Where records are.
         train: The names of those to learn from.
-        held_out: The names of those to judge by.
+        judged: The names of those to judge by.
     """
 
     records: Records
     train: Sequence[str]
-    held_out: Sequence[str]
+    judged: Sequence[str]
 
 
 class Trainer:
@@ -80,29 +82,26 @@ class Trainer:
             settings.learning_rate, has_muon=settings.lora_rank is None
         )
         self.progress = self._first_progress()
+        self._judge_if_due()  # the run was cut off before
 
     def train(self) -> None:
-        """Train to the end, and leave the best weights in the drafter, float32."""
-        settings, progress = self._settings, self.progress
-        while not self._is_over():
-            began = time.monotonic()
-            names = batch(
-                self._material.train, settings.batch_size, settings.seed, progress.step
-            )
-            loss, gradients = self._gradients(names)
-            if not progress.history:
-                self._note(loss, progress.best_length)
-            self._step(gradients)
-            self._use(progress.weights)
-            progress.losses.append(loss)
-            progress.step += 1
-            if progress.step % settings.judge_every == 0:
-                self._judge()
-            progress.seconds += time.monotonic() - began
-            if progress.step % settings.save_every == 0:
-                self._save()
+        """Train to the end, and leave the best weights in the drafter, float32.
+
+        Raises:
+            RequestError: The loss is no number any more.
+        """
+        try:
+            while not self._is_over():
+                self._step()
+                if self.progress.step % self._settings.save_every == 0:
+                    self._save()
+                self._judge_if_due()
+            self._judge()
+        except KeyboardInterrupt:
+            self._save()
+            raise
         self._save()
-        self._drafter.update(progress.best)
+        self._drafter.update(self.progress.best)
 
     def judged(self, names: Sequence[str]) -> Acceptance:
         """The acceptance of the weights in use, at all places of records."""
@@ -116,6 +115,38 @@ class Trainer:
         shares = cast(list[float], (total / num_places).tolist())
         reached = [min(share, 1.0) for share in shares]
         return Acceptance(tuple(reached), num_places)
+
+    def _step(self) -> None:
+        """One step of the optimizer.
+
+        Progress changes in one assignment: an interruption finds it before or after.
+        """
+        began, progress, settings = time.monotonic(), self.progress, self._settings
+        size, seed = settings.batch_size, settings.seed
+        names = batch(self._material.train, size, seed, progress.step)
+        loss, gradients = self._gradients(names)
+        if not math.isfinite(loss):
+            raise RequestError(
+                f"the loss must be a number: got {loss} after {progress.step} steps. "
+                "Lower --learning-rate, and pass --resume to keep the texts."
+            )
+        if not progress.history:
+            self._note(loss, progress.best_length)
+        optimizer = self._optimizer
+        optimizer.state = progress.optimizer
+        weights = optimizer.step(gradients, progress.weights, self._share())
+        weights, state = canonical(weights), canonical(optimizer.state)
+        mx.eval(weights, state)
+        self._use(weights)
+        self.progress = replace(
+            self.progress,
+            weights=weights,
+            optimizer=state,
+            step=progress.step + 1,
+            seconds=progress.seconds + time.monotonic() - began,
+            losses=[*progress.losses, loss],
+        )
+        mx.clear_cache()  # texts of other lengths use none of these buffers
 
     def _gradients(self, names: Sequence[str]) -> tuple[float, Tree]:
         """The mean loss of a batch and its gradients, a chunk at a time."""
@@ -131,34 +162,39 @@ class Trainer:
                 mx.eval(loss, gradients)
                 num_places += chunk.num_places
         scale = 1 / max(num_places, 1)
-        return cast(float, loss.item()) * scale, tree_map(
-            lambda g: g * scale, gradients
-        )
+        gradients = tree_map(lambda g: g * scale, gradients)
+        return cast(float, loss.item()) * scale, gradients
 
-    def _step(self, gradients: Tree) -> None:
-        """Let the optimizer take a step."""
-        progress, optimizer = self.progress, self._optimizer
-        weights = optimizer.step(gradients, progress.weights, self._share())
-        progress.weights = canonical(weights)
-        progress.optimizer = canonical(optimizer.state)
-        mx.eval(progress.weights, progress.optimizer)
-        optimizer.state = progress.optimizer
+    def _judge_if_due(self) -> None:
+        if self.progress.step % self._settings.judge_every == 0:
+            self._judge()
 
     def _judge(self) -> None:
-        """Measure the weights, and keep them where they are the best."""
-        progress = self.progress
-        loss = sum(progress.losses) / len(progress.losses)
-        progress.losses.clear()
-        length = self.judged(self._material.held_out).length
-        if length > progress.best_length:
-            progress.best = progress.weights
-            progress.best_length, progress.best_step = length, progress.step
-        self._note(loss, length)
+        """Measure weights that were not measured; keep them where they are the best."""
+        began, progress = time.monotonic(), self.progress
+        if not progress.losses:
+            return
+        length = self.judged(self._material.judged).length
+        best, best_length, best_step = (
+            (progress.weights, length, progress.step)
+            if length > progress.best_length
+            else (progress.best, progress.best_length, progress.best_step)
+        )
+        self.progress = replace(
+            progress,
+            best=best,
+            best_length=best_length,
+            best_step=best_step,
+            losses=[],
+            seconds=progress.seconds + time.monotonic() - began,
+        )
+        self._note(sum(progress.losses) / len(progress.losses), length)
 
     def _note(self, loss: float, length: float) -> None:
         """Add to the history."""
-        point = Point(self.progress.step, self.progress.seconds / 60, loss, length)
-        self.progress.history.append(point)
+        progress = self.progress
+        point = Point(progress.step, progress.seconds / 60, loss, length)
+        self.progress = replace(progress, history=[*progress.history, point])
         self._on_point(point)
 
     def _share(self) -> float:
@@ -184,10 +220,10 @@ class Trainer:
             progress = Progress(weights, self._optimizer.state, best=weights)
             mx.eval(weights)
             self._drafter.set_dtype(self._cutter.dtype)
-            progress.best_length = self.judged(self._material.held_out).length
-        else:
-            self._optimizer.state = progress.optimizer
-            self._drafter.set_dtype(self._cutter.dtype)
+            self._use(weights)
+            length = self.judged(self._material.judged).length
+            return replace(progress, best_length=length)
+        self._drafter.set_dtype(self._cutter.dtype)
         self._use(progress.weights)
         return progress
 

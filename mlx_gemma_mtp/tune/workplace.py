@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import OutputError
 
 _NOTES_NAME = "run.json"
+Key = dict[str, Any]
 
 
 class Workplace:
@@ -25,42 +26,61 @@ class Workplace:
 
     Attributes:
         folder: Where it is.
+        records: The folder for records.
+        checkpoint: The file for the training's progress.
         notes: What stages have found, as JSON has it; ``save`` keeps it.
     """
 
     def __init__(self, folder: Path, notes: dict[str, Any]) -> None:
         self.folder = folder
         self.notes = notes
+        self.records = folder / "records"
+        self.checkpoint = folder / "checkpoint.safetensors"
 
     def save(self) -> None:
-        """Keep the notes, whole or not at all."""
+        """Keep the notes, whole or not at all.
+
+        Raises:
+            OutputError: They cannot be written.
+        """
         path = self.folder / _NOTES_NAME
         scratch = path.with_name(f".{_NOTES_NAME}")
-        scratch.write_text(json.dumps(self.notes), encoding="utf-8")
-        os.replace(scratch, path)
+        try:
+            scratch.write_text(json.dumps(self.notes), encoding="utf-8")
+            os.replace(scratch, path)
+        except OSError as error:
+            raise _not_writable(path, error) from error
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the minutes of a stage, over all runs of it."""
+        """Count the minutes of a stage, over all runs of it that were not killed."""
         began = time.monotonic()
-        try:
-            yield
-        finally:
-            minutes = self.notes.setdefault("minutes", {})
-            spent = (time.monotonic() - began) / 60
-            minutes[name] = minutes.get(name, 0.0) + spent
-            self.save()
+        yield
+        minutes = self.notes.setdefault("minutes", {})
+        spent = (time.monotonic() - began) / 60
+        minutes[name] = minutes.get(name, 0.0) + spent
+        self.save()
+
+    def remove(self) -> None:
+        """Remove the folder: at once as far as anyone can see, then what was in it."""
+        hidden = self.folder.with_name(f".{self.folder.name}.done")
+        with suppress(OSError):  # the drafter stands; what is left is only room
+            shutil.rmtree(hidden, ignore_errors=True)
+            os.rename(self.folder, hidden)
+            shutil.rmtree(hidden)
 
 
 @contextmanager
 def workplace(
-    folder: Path, key: dict[str, Any], *, is_resumed: bool
+    folder: Path, *, texts: Key, training: Key, is_resumed: bool
 ) -> Iterator[Workplace]:
     """Hold a run's folder.
 
     Args:
         folder: Made where it is not there.
-        key: What decides the run's result.
+        texts: What decides the records.
+        training: What decides the training beside them. Where that is all that has
+            changed, the records stay and training begins anew.
         is_resumed: Whether a run that was cut off goes on; where there is none, one
             begins.
 
@@ -71,28 +91,30 @@ def workplace(
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise OutputError(
-            f"{folder} must be a folder that can be written: got "
-            f"{error.strerror or error}. Check the place, or take another --work."
-        ) from error
+        raise _not_writable(folder, error) from error
     try:
         _lock(descriptor, folder)
-        yield Workplace(folder, _notes(folder, key, is_resumed=is_resumed))
+        place = Workplace(folder, _notes(folder, is_resumed=is_resumed))
+        # As they come back from a file.
+        texts, training = json.loads(json.dumps([texts, training]))
+        _check_same(place, texts)
+        if place.notes.setdefault("training", training) != training:
+            place.notes = {
+                "texts": texts,
+                "training": training,
+                "minutes": {"text": place.notes.get("minutes", {}).get("text", 0.0)},
+            }
+            place.checkpoint.unlink(missing_ok=True)
+        place.save()
+        yield place
     finally:
         os.close(descriptor)
 
 
-def remove(place: Workplace) -> None:
-    """Remove what a run has kept; its notes go last, so that it can be told."""
-    notes = place.folder / _NOTES_NAME
-    for path in place.folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path != notes:
-            path.unlink()
-    notes.unlink()
-    with suppress(OSError):
-        place.folder.rmdir()
+def is_done(folder: Path) -> bool:
+    """Whether a run was cut off after its result was complete."""
+    path = folder / _NOTES_NAME
+    return path.exists() and bool(_read(path).get("is_done"))
 
 
 def _lock(descriptor: int, folder: Path) -> None:
@@ -107,40 +129,40 @@ def _lock(descriptor: int, folder: Path) -> None:
         return  # a share without locks: as good as it gets there
 
 
-def _notes(folder: Path, key: dict[str, Any], *, is_resumed: bool) -> dict[str, Any]:
-    """The notes of the run that goes on, or of a new one."""
+def _notes(folder: Path, *, is_resumed: bool) -> dict[str, Any]:
+    """The notes of the run that goes on; none of a new one."""
     path = folder / _NOTES_NAME
-    key = json.loads(json.dumps(key))
-    if not path.exists():
-        if any(not found.name.startswith(".run") for found in folder.iterdir()):
-            raise OutputError(
-                f"{folder} must be empty or of a run that was cut off: got other "
-                "files. Take another --work."
-            )
-        place = Workplace(folder, {"key": key})
-        place.save()
-        return place.notes
-    if not is_resumed:
+    if path.exists():
+        if is_resumed:
+            return _read(path)
         raise OutputError(
             f"{folder} must not be there yet: got a run that was cut off. Pass "
             "--resume to go on with it, or remove the folder."
         )
-    notes = _read(path)
-    found = notes["key"]
-    differences = sorted(n for n in {*key, *found} if key.get(n) != found.get(n))
-    if differences:
+    if any(found.name != f".{_NOTES_NAME}" for found in folder.iterdir()):
         raise OutputError(
-            f"{folder} must be of a run with the same settings: got another "
-            f"{', '.join(differences)}. Resume with those of before, or take another "
+            f"{folder} must be empty or of a run that was cut off: got other files. "
+            "Take another --work."
+        )
+    return {}
+
+
+def _check_same(place: Workplace, texts: Key) -> None:
+    """Check that records are of the same texts, or that there are none."""
+    found = place.notes.setdefault("texts", texts)
+    names = sorted(n for n in {*texts, *found} if texts.get(n) != found.get(n))
+    if names:
+        raise OutputError(
+            f"{place.folder} must be of a run with the same texts: got another "
+            f"{', '.join(names)}. Resume with what it was begun with, or take another "
             "--work."
         )
-    return notes
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         notes = json.loads(path.read_bytes())
-        if isinstance(notes["key"], dict):
+        if isinstance(notes["texts"], dict) and isinstance(notes["training"], dict):
             return notes
         reason = "no settings in it"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -148,4 +170,11 @@ def _read(path: Path) -> dict[str, Any]:
     raise OutputError(
         f"{path} must be what a run wrote: got {reason}. Remove the folder to start "
         "again."
+    )
+
+
+def _not_writable(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path} must be writable: got {error.strerror or error}. Check the disk, then "
+        "--resume, or take another --work."
     )
