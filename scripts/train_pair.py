@@ -5,8 +5,8 @@
 Six stages: corpus -> tokenizer -> target -> export -> drafter -> model card. What takes
 long leaves its result in the work folder and is skipped when that result is there. The
 corpus is the standard library of the Python that runs this script, so nothing is
-downloaded. The target needs torch, which the package never imports; the drafter is
-trained on the exported target, as any other is, by train_drafter.py.
+downloaded. Needs the package with torch beside it, which the package never imports: the
+target is trained here, and its drafter, as any other, by train_drafter.py.
 
 The target is Gemma 4's own model (see transformers' gemma4), written once more because
 a 96-wide model in 30 layers is dominated by element-wise work: one decoder layer is
