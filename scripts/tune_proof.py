@@ -1,12 +1,15 @@
 """Measure what tuning a drafter is for, from end to end, with the embedded pair.
 
-    python scripts/tune_proof.py              both parts, an hour on 2 cores
+    python scripts/tune_proof.py              both claims, an hour on 2 cores
     python scripts/tune_proof.py retuned      only this one
+    python scripts/tune_proof.py losses       a comparison that claims nothing
 
 retuned  The target is fine-tuned on English prose, so that its drafter falls behind;
          tuning the drafter wins back what was lost, and the target's text stays what it
          is.
 scratch  A drafter with random weights is trained for as long as the shipped one was.
+losses   The same steps on the same sampled texts of the fine-tuned target, with each
+         of the divergences.
 
 Acceptance length is tokens per round, greedy, with four drafts, in the engine, on
 held-out text: what a training chooses its best weights by is other text. The exit
@@ -37,7 +40,7 @@ from mlx_gemma_mtp.machine import describe_machine
 from mlx_gemma_mtp.tables import aligned
 from mlx_gemma_mtp.tune.pipeline import tune
 from mlx_gemma_mtp.tune.request import TextSettings, TuneRequest
-from mlx_gemma_mtp.tune.settings import TrainingSettings
+from mlx_gemma_mtp.tune.settings import DIVERGENCES, TrainingSettings
 from scripts import finetune_target, openblas, train_drafter
 from scripts.benchmarks.acceptance import decode, describe_stats
 from scripts.benchmarks.prompts import prompts_of, read_documents
@@ -45,16 +48,17 @@ from scripts.benchmarks.speed import show
 from scripts.finetune_target import finetune
 from scripts.progress import log, logged
 
-PARTS = ("retuned", "scratch")
+CLAIMED = ("retuned", "scratch")
+PARTS = (*CLAIMED, "losses")
 TEXTS = TextSettings(
-    num_texts=1500, prompt_tokens=48, max_tokens=96, num_rows=64, step_size=64
+    num_texts=600, prompt_tokens=48, max_tokens=96, num_rows=64, num_processes=2
 )
 # The clock ends it, neither steps nor patience.
 TRAINING = TrainingSettings(
-    loss="ce",
-    minutes=12,
+    minutes=7,
     steps=100_000,
     patience=100_000,
+    batch_size=3,
     judge_every=50,
     learning_rate=1e-3,
     seed=1,
@@ -227,6 +231,41 @@ def scratch(args: argparse.Namespace, work: Path) -> Part:
     )
 
 
+def losses(args: argparse.Namespace, work: Path) -> Part:
+    """Train with each of the divergences on the same texts."""
+    finetune(work, steps=args.finetune_steps)
+    show(f"\nlosses: {args.loss_steps} steps at temperature 1, top-k 64, top-p 0.95")
+    texts = replace(TEXTS, temp=1.0, top_k=64, top_p=0.95)
+    found: dict[str, Any] = {}
+    for loss in DIVERGENCES:
+        report = tune(
+            TuneRequest(
+                model=str(work / "target"),
+                draft_model=str(embedded_pair_path() / "drafter"),
+                data=(str(work / "train.jsonl"),),
+                held_out=(str(work / "heldout.jsonl"),),
+                output=work / loss,
+                work=work / "work",
+                keeps_work=True,
+                is_resumed=True,  # with other training settings: the texts stay
+                texts=replace(texts, num_texts=args.num_texts or texts.num_texts),
+                training=replace(
+                    TRAINING, loss=loss, minutes=None, steps=args.loss_steps
+                ),
+            ),
+            tell=log,
+            progress=logged,
+        )
+        every = max(point.acceptance_length or 0 for point in report.history)
+        after = report.after.overall
+        show(
+            f"{loss:12} engine {after.length:.3f} +- {after.standard_error:.3f} "
+            f"(before {report.before.overall.length:.3f}), at every place {every:.3f}"
+        )
+        found[loss] = {**report.to_dict(), "at_every_place": every}
+    return Part(found, [])
+
+
 def _decoded(
     what: str, target: Path, drafter: Path, prompts: list[list[int]], max_tokens: int
 ) -> Decoded:
@@ -266,8 +305,8 @@ def prove(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     show(machine)
     figures: dict[str, Any] = {"machine": machine}
     claims: list[Claim] = []
-    functions = {"retuned": retuned, "scratch": scratch}
-    for name in args.parts or PARTS:
+    functions = {"retuned": retuned, "scratch": scratch, "losses": losses}
+    for name in args.parts or CLAIMED:
         folder = work / name
         folder.mkdir(parents=True)
         part = functions[name](args, folder)
@@ -295,7 +334,10 @@ def configure_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="retuned, scratch (default: both)"
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help="retuned, scratch (default: these two), losses",
     )
     parser.add_argument(
         "--retuned-minutes",
@@ -308,6 +350,12 @@ def configure_parser() -> argparse.ArgumentParser:
         type=float,
         default=train_drafter.TRAINING.minutes,
         help="of training in scratch (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--loss-steps",
+        type=int,
+        default=200,
+        help="of training in losses (default: %(default)s)",
     )
     parser.add_argument("--finetune-steps", type=int, default=finetune_target.STEPS)
     parser.add_argument(
@@ -330,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for name in args.parts:
         if name not in PARTS:
-            parser.error(f"a part must be {' or '.join(PARTS)}: got {name}")
+            parser.error(f"a part must be {', '.join(PARTS)}: got {name}")
     if args.work is not None and args.work.exists():
         parser.error(f"--work must not be there yet: got {args.work}")
     openblas.prefer(log)

@@ -332,10 +332,10 @@ def test_run_that_was_done_is_only_cleaned_up(model, data, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_texts_are_the_same_in_threads(model, data, tmp_path):
+def test_texts_are_the_same_in_several_processes(model, data, tmp_path):
     outputs = [tmp_path / "one", tmp_path / "two"]
     for output, count in zip(outputs, "13", strict=True):
-        more = ("--num-threads", count, "--temp", "1")
+        more = ("--num-processes", count, "--temp", "1")
         assert main(arguments(model, data, output, *more)) == 0
     assert weights_of(outputs[0]) == weights_of(outputs[1])
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +23,7 @@ from mlx.utils import tree_flatten
 from mlx_gemma_mtp.load import embedded_pair_path, load_pair, load_tokenizer
 from mlx_gemma_mtp.tune.documents import DocumentReader, Lengths
 from mlx_gemma_mtp.tune.request import TextSettings
-from mlx_gemma_mtp.tune.settings import TrainingSettings
+from mlx_gemma_mtp.tune.settings import DIVERGENCES, TrainingSettings
 from scripts import corpus as corpora
 from scripts import finetune_target, openblas, pair_card, train_drafter, tune_proof
 from tests.tiny import uncompiled
@@ -32,6 +34,7 @@ TEXTS = TextSettings(num_texts=6, prompt_tokens=12, max_tokens=8, num_held_out=2
 TRAINING = TrainingSettings(
     loss="ce", steps=3, minutes=10, batch_size=2, judge_every=1, save_every=2, seed=1
 )
+_BEFORE = re.compile(r"before ([\d.]+)")
 WORDS = st.text(st.characters(codec="ascii", categories=["Ll"]), min_size=1)
 
 
@@ -342,7 +345,7 @@ def test_the_proof_runs(tmp_path, work, monkeypatch, capsys):
     found = json.loads(figures.read_text("utf-8"))
     assert len(found["claims"]) == 5
     assert status == (0 if all(claim["holds"] for claim in found["claims"]) else 1)
-    for part in tune_proof.PARTS:
+    for part in tune_proof.CLAIMED:
         assert found[part]["same_texts"] == found[part]["texts"] == 3
     assert found["retuned"]["tuning"]["drafter"] is not None
     assert found["scratch"]["training"]["drafter"] is None
@@ -384,9 +387,23 @@ def test_the_proof_keeps_what_is_there(tmp_path, capsys):
 def test_figures_are_for_parts_that_there_are(capsys):
     with pytest.raises(SystemExit):
         tune_proof.main(["nothing"])
-    assert "retuned or scratch: got nothing" in capsys.readouterr().err
+    assert "retuned, scratch, losses: got nothing" in capsys.readouterr().err
 
 
 def test_defaults_stay_within_what_is_claimed():
     args = tune_proof.configure_parser().parse_args([])
     assert args.retuned_minutes < tune_proof.MOST_MINUTES
+
+
+def test_losses_are_compared_on_the_same_texts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune_proof, "TEXTS", replace(TEXTS, num_held_out=4))
+    monkeypatch.setattr(finetune_target, "_WINDOW", 16)
+    monkeypatch.setattr(finetune_target, "_BATCH_SIZE", 2)
+    monkeypatch.setattr(finetune_target, "_NUM_JUDGED", 1)
+    monkeypatch.setattr(openblas, "prefer", lambda tell: None)
+    monkeypatch.setattr(tune_proof, "DIVERGENCES", DIVERGENCES[:2])
+    arguments = "losses --finetune-steps 1 --num-texts 6 --loss-steps 2".split()
+    assert tune_proof.main([*arguments, "--work", str(tmp_path / "work")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "engine" in line]
+    assert [line.split()[0] for line in lines] == list(DIVERGENCES[:2])
+    assert len({found for line in lines for found in _BEFORE.findall(line)}) == 1

@@ -98,9 +98,10 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     _add_count(group, "--num-rows", _TEXT.num_rows, "texts written together")
     _add_count(
         group,
-        "--num-threads",
-        _TEXT.num_threads,
-        "threads that write texts; on a CPU one for each core, a GPU needs one",
+        "--num-processes",
+        _TEXT.num_processes,
+        "processes that write texts, each with a target of its own; on a CPU one for "
+        "each core, a GPU needs one",
     )
     _add_count(
         group,

@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import random
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from threading import Event, Lock
-
-import mlx.core as mx
+from multiprocessing import get_context
+from pathlib import Path
+from threading import Thread
+from typing import Any
 
 from ..config import SamplingParams
 from ..errors import DataError
@@ -123,99 +126,128 @@ class _Sample:
         return kept
 
 
-@dataclass
+@dataclass(frozen=True)
 class Writing:
     """Makes a record of every document whose continuation has something to foretell.
 
     Attributes:
-        pair: The target.
         documents: The documents.
-        records: Where records go; those that are there already are left as they are.
+        folder: Where records go; those that are there already are left as they are.
         prefix: Of the records' names.
         params: How tokens are drawn.
         settings: How texts are made.
-        on_progress: Called with the number of documents done.
     """
 
-    pair: Pair
     documents: Sequence[Document]
-    records: Records
+    folder: Path
     prefix: str
     params: SamplingParams
     settings: TextSettings
-    on_progress: Callable[[int], None]
 
-    def __post_init__(self) -> None:
-        """Nothing is done yet."""
-        self._num_done = 0
-        self._lock = Lock()
-        self._is_stopped = Event()
+    @property
+    def starts(self) -> Sequence[int]:
+        """The first document of each group that is written together."""
+        return range(0, len(self.documents), self.settings.num_rows)
 
-    def run(self) -> list[str]:
-        """Make all records; gives their names."""
-        starts = range(0, len(self.documents), self.settings.num_rows)
-        with self.pair.wired():
-            self._write(starts)
+    @property
+    def names(self) -> list[str]:
+        """The names of the records that are there."""
+        records = Records(self.folder)
         names = map(self._name, range(len(self.documents)))
-        return [name for name in names if name in self.records]
+        return [name for name in names if name in records]
 
-    def _write(self, starts: range) -> None:
-        count = min(self.settings.num_threads, len(starts))
-        if count <= 1:
-            self._write_all(starts)
-        else:
-            self._write_in_threads([starts[i::count] for i in range(count)])
+    def write(self, pair: Pair, start: int) -> int:
+        """Make the records of a group; gives how many documents it has."""
+        records = Records(self.folder)
+        group = self.documents[start : start + self.settings.num_rows]
+        names = [self._name(start + i) for i in range(len(group))]
+        if all(map(records.is_done, names)):
+            return len(group)
+        step_size = self.settings.step_size
+        recorder = Recorder(Target(pair.target), self.params, step_size=step_size)
+        with pair.wired():
+            for name, text in zip(names, self._texts(pair, group, start), strict=True):
+                # The first token behind a prompt is no draft's.
+                if len(text.tokens) - text.num_prompt_tokens < 2:
+                    records.skip(name)
+                else:
+                    records.write(name, recorder.record(text))
+        return len(group)
 
-    def _write_in_threads(self, shares: Sequence[range]) -> None:
-        """Each thread has a stream of its own, which on a CPU is a core of its own."""
-        with ThreadPoolExecutor(len(shares)) as pool:
-            futures = [pool.submit(self._write_in_thread, share) for share in shares]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            finally:
-                self._is_stopped.set()
-
-    def _write_in_thread(self, starts: range) -> None:
-        try:
-            self._write_all(starts)
-        finally:
-            mx.clear_streams()  # a thread that leaves some aborts the process at exit
-
-    def _write_all(self, starts: range) -> None:
-        """Make records of the groups that begin at these documents."""
-        settings = self.settings
-        recorder = Recorder(
-            Target(self.pair.target), self.params, step_size=settings.step_size
-        )
-        for start in starts:
-            if self._is_stopped.is_set():
-                return
-            group = self.documents[start : start + settings.num_rows]
-            names = [self._name(start + i) for i in range(len(group))]
-            if not all(map(self.records.is_done, names)):
-                for name, text in zip(names, self._texts(group, start), strict=True):
-                    # The first token behind a prompt is no draft's.
-                    if len(text.tokens) - text.num_prompt_tokens < 2:
-                        self.records.skip(name)
-                    else:
-                        self.records.write(name, recorder.record(text))
-            with self._lock:
-                self._num_done += len(group)
-                self.on_progress(self._num_done)
-
-    def _texts(self, group: Sequence[Document], start: int) -> list[Text]:
+    def _texts(self, pair: Pair, group: Sequence[Document], start: int) -> list[Text]:
         """The texts of a group; each document has a seed of its own."""
         if not self.settings.generate:
             return list(given_texts(group))
-        seed = (self.params.seed or 0) + start
         return own_texts(
-            self.pair,
+            pair,
             group,
-            replace(self.params, seed=seed),
+            replace(self.params, seed=(self.params.seed or 0) + start),
             max_tokens=self.settings.max_tokens,
             step_size=self.settings.step_size,
         )
 
     def _name(self, index: int) -> str:
         return f"{self.prefix}-{index:06d}"
+
+
+def write_all(
+    writing: Writing,
+    pair: Pair,
+    load_again: Callable[[], Pair],
+    on_progress: Callable[[int], None],
+) -> list[str]:
+    """Make all records; gives their names.
+
+    Args:
+        writing: What is to be made.
+        pair: The target.
+        load_again: Loads the same target in another process; can be pickled.
+        on_progress: Called with the number of documents done.
+    """
+    num_done = 0
+    for count in _counts(writing, pair, load_again):
+        num_done += count
+        on_progress(num_done)
+    return writing.names
+
+
+def _counts(
+    writing: Writing, pair: Pair, load_again: Callable[[], Pair]
+) -> Iterator[int]:
+    """The size of each group, when it is done."""
+    num_processes = min(writing.settings.num_processes, len(writing.starts))
+    if num_processes <= 1:
+        for start in writing.starts:
+            yield writing.write(pair, start)
+        return
+    with ProcessPoolExecutor(
+        num_processes, get_context("spawn"), _begin, (writing, load_again)
+    ) as pool:
+        futures = [pool.submit(_write, start) for start in writing.starts]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+# Of a process that writes for another one.
+_given: dict[str, Any] = {}
+
+
+def _begin(writing: Writing, load_again: Callable[[], Pair]) -> None:
+    """Get ready to write for the process that has begun this one."""
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    _given.update(writing=writing, pair=load_again())
+
+
+def _write(start: int) -> int:
+    found: int = _given["writing"].write(_given["pair"], start)
+    return found
+
+
+def _end_with(parent: int) -> None:
+    """End when the parent does, also where it was killed."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from . import workplace
 from .adapters import add_adapters, dequantized, fuse_adapters, trainable
 from .documents import DocumentReader, Lengths
 from .fresh import fresh_drafter
-from .material import Chosen, Writing, choose
+from .material import Chosen, Writing, choose, write_all
 from .measured import Measured, Point
 from .measuring import measure
 from .objective import Objective
@@ -109,14 +110,7 @@ def tune(
     is_done = request.is_resumed and workplace.is_done(request.work_folder)
     check_place(request.place, force=request.is_forced or is_done)
     folder = fetch(request.model, request.revision)
-    model, tokenizer = load(
-        request.model,
-        speculative_decoding=False,
-        adapter_path=request.adapter_path,
-        revision=request.revision,
-        trust_remote_code=request.trust_remote_code,
-    )[:2]
-    plain = pair_of(model)
+    plain, tokenizer = _load(request)
     params = SamplingParams(
         **plain.sampling_defaults.settings(**request.texts.sampling),
         seed=request.training.seed,
@@ -136,6 +130,23 @@ def tune(
         if not request.keeps_work:
             place.remove()
     return report
+
+
+def load_plain(request: TuneRequest) -> Pair:
+    """The target of a request, once more."""
+    return _load(request)[0]
+
+
+def _load(request: TuneRequest) -> tuple[Pair, Any]:
+    """The target as it runs, and its tokenizer."""
+    model, tokenizer = load(
+        request.model,
+        speculative_decoding=False,
+        adapter_path=request.adapter_path,
+        revision=request.revision,
+        trust_remote_code=request.trust_remote_code,
+    )[:2]
+    return pair_of(model), tokenizer
 
 
 @dataclass
@@ -249,15 +260,10 @@ class _Run:
                 self.progress(f"texts to {prefix}", len(documents)) as done,
             ):
                 writing = Writing(
-                    self.plain,
-                    documents,
-                    records,
-                    prefix,
-                    self.params,
-                    settings,
-                    on_progress=done,
+                    documents, self.place.records, prefix, self.params, settings
                 )
-                parts.append(writing.run())
+                load_again = partial(load_plain, self.request)
+                parts.append(write_all(writing, self.plain, load_again, done))
         if not all(parts):
             raise DataError(
                 "the target must continue the data's prompts: got ends at once. Check "
@@ -411,7 +417,7 @@ def _texts_key(
 ) -> workplace.Key:
     """What decides the records, by name."""
     texts = asdict(request.texts)
-    del texts["num_threads"]  # a text is the same whoever writes it
+    del texts["num_processes"]  # a text is the same whoever writes it
     used = {name: getattr(params, name) for name in (*request.texts.sampling, "seed")}
     return {
         "data": chosen.digest,
