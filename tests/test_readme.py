@@ -30,6 +30,7 @@ from mlx_gemma_mtp.hook_table import OLDEST_VERSION, REPLACED
 from mlx_gemma_mtp.selftest import __main__ as selftest
 from mlx_gemma_mtp.server import __main__ as server
 from mlx_gemma_mtp.server.arguments import parse as parse_server_arguments
+from mlx_gemma_mtp.tune import __main__ as tuner
 from tests.tiny import CHAT_TEMPLATE, VOCAB_SIZE, model_folder, uncompiled
 
 VERSION = tuple(int(part) for part in mlx_lm.__version__.split(".")[:2])
@@ -157,6 +158,14 @@ def test_server_commands(line):
     parse_server_arguments(arguments)
 
 
+@pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.tune" in s])
+def test_tune_commands(line):
+    """Their arguments are good; test_tune.py runs the command."""
+    program, *arguments = shlex.split(line)
+    assert program == "mlx_gemma_mtp.tune"
+    tuner.parse(arguments)
+
+
 @pytest.fixture
 def unhooked(monkeypatch):
     """What the hook and its command change in this process is undone."""
@@ -214,7 +223,7 @@ def test_make_commands_exist_and_ci_runs_the_main_ones():
 
 def test_every_other_command_is_known():
     for line in SHELL:
-        commands = ("generate", "run", "chat", "server", "convert", "selftest")
+        commands = "generate run chat server convert selftest tune".split()
         programs = [f"mlx_gemma_mtp.{command}" for command in commands]
         assert line.startswith(("make ", "pip install .")) or any(
             program in line for program in programs
@@ -230,7 +239,9 @@ def flags(parser):
             yield f"| {names} | {(action.help or '') % vars(action)} |"
 
 
-@pytest.mark.parametrize("command", [cli, run, chat, server, converter, selftest])
+@pytest.mark.parametrize(
+    "command", [cli, run, chat, server, converter, selftest, tuner]
+)
 def test_flags_are_those_of_the_command(command):
     """Prints the table to paste where it differs."""
     table = "\n".join(flags(command.configure_parser()))

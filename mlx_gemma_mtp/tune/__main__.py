@@ -244,8 +244,7 @@ def _run_or_stop(argv: Sequence[str] | None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     """Tune, print."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    request = _request(configure_parser().parse_args(arguments), arguments)
+    request = parse(sys.argv[1:] if argv is None else argv)
     # It would say that PyTorch is not there, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Heavy imports wait until the arguments are known to be good.
@@ -258,8 +257,16 @@ def _run(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _request(args: argparse.Namespace, arguments: Sequence[str]) -> TuneRequest:
-    """Check the arguments and put them together."""
+def parse(arguments: Sequence[str]) -> TuneRequest:
+    """Check arguments and put them together.
+
+    Args:
+        arguments: Those behind the command's name.
+
+    Raises:
+        RequestError: One is wrong.
+    """
+    args = configure_parser().parse_args(arguments)
     template = args.chat_template_config
     config = {} if template is None else json_object(template)
     if config is None:
