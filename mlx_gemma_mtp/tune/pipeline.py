@@ -108,7 +108,8 @@ def tune(
     """
     # A run that was cut off after all its work may put the same folder there again.
     is_done = request.is_resumed and workplace.is_done(request.work_folder)
-    check_place(request.place, force=request.is_forced or is_done)
+    is_forced = request.is_forced or is_done
+    check_place(request.place, force=is_forced)
     folder = fetch(request.model, request.revision)
     plain, tokenizer = _load(request)
     params = SamplingParams(
@@ -126,7 +127,7 @@ def tune(
         run = _Run(request, place, plain, params, origin, chosen, tell, progress)
         name = hub_id(request.model, folder) or folder.resolve().name
         report = run.report(name)
-        run.write(report)
+        run.write(report, force=is_forced)
         if not request.keeps_work:
             place.remove()
     return report
@@ -182,7 +183,7 @@ class _Run:
             history=tuple(history),
             settings=self._settings(),
             minutes=self.place.notes["minutes"],
-            peak_memory_bytes=mx.get_peak_memory(),
+            peak_memory_bytes=self.place.notes["peak_memory_bytes"],
             records_bytes=material.records.num_bytes(names),
             prediction=predict(
                 before.overall.reached,
@@ -194,6 +195,15 @@ class _Run:
             machine=describe_machine(str(mx.default_device()), *self.request.hardware),
             command=self.request.command,
         )
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """A part of the work whose time and memory the report tells."""
+        with self.place.stage(name):
+            yield
+            notes = self.place.notes
+            before = notes.get("peak_memory_bytes", 0)  # of a process before this one
+            notes["peak_memory_bytes"] = max(before, mx.get_peak_memory())
 
     def _settings(self) -> dict[str, Any]:
         """What decides the result beside models and data."""
@@ -209,8 +219,13 @@ class _Run:
             **training.to_dict(),
         }
 
-    def write(self, report: Report) -> None:
-        """Write the drafter's folder; from here on a resumed run replaces it."""
+    def write(self, report: Report, *, force: bool) -> None:
+        """Write the drafter's folder; from here on a resumed run replaces it.
+
+        Args:
+            report: What stands in it.
+            force: Whether a drafter that stands there may be replaced.
+        """
         self.place.notes["is_done"] = True
         self.place.save()
         write_drafter(
@@ -220,9 +235,14 @@ class _Run:
             training=report.to_dict(),
             generation_config=self.origin.generation_config,
             dtype=self.origin.dtype,
-            force=True,  # what stood there before all the work was checked
+            force=force,
             add=lambda inside: self._write_report(inside, report),
         )
+        if self.origin.config.get("quantization"):
+            self.tell(
+                "the drafter was quantized and the new one is not: "
+                "mlx_gemma_mtp.convert --draft-model quantizes it"
+            )
 
     def _write_report(self, folder: Path, report: Report) -> None:
         for line in write_report(folder, report, name=self.request.place.name):
@@ -256,7 +276,7 @@ class _Run:
             ("judge", self.chosen.judged),
         ):
             with (
-                self.place.stage("text"),
+                self._stage("text"),
                 self.progress(f"texts to {prefix}", len(documents)) as done,
             ):
                 writing = Writing(
@@ -288,7 +308,7 @@ class _Run:
             pair = Pair(
                 self.plain.target, drafter, eos_token_ids=self.plain.eos_token_ids
             )
-            with self.place.stage("measuring"):
+            with self._stage("measuring"):
                 found = measure(
                     pair,
                     self.chosen.reported,
@@ -339,8 +359,10 @@ class _Run:
             checkpoint=self.place.checkpoint,
             on_point=lambda point: self.tell(_line(point)),
         )
-        with self.place.stage("training"):
+        with self._stage("training"):
             trainer.train()
+        # Its own count has what killed processes have spent.
+        self.place.notes["minutes"]["training"] = trainer.progress.seconds / 60
         if not trainer.progress.best_step:
             self.tell("no step was better on held-out text: the drafter is as it was")
         fuse_adapters(drafter)
