@@ -21,6 +21,7 @@ from mlx_gemma_mtp.command import (
     EXIT_INTERRUPTED,
     Parser,
     exit_status,
+    progress_bar,
 )
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.quantization import MODES, Format
@@ -225,18 +226,7 @@ def _part_request(args: argparse.Namespace, prefix: str, switch: str) -> PartReq
 @contextmanager
 def _progress(what: str, num_bytes: int) -> Iterator[Callable[[int], Any]]:
     """Show bytes and time left on standard error."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file is no screen
-    with tqdm(
-        desc=what,
-        total=num_bytes,
-        unit="B",
-        unit_scale=True,
-        file=sys.stderr,
-        mininterval=interval,
-        maxinterval=interval,
-    ) as bar:
+    with progress_bar(what, num_bytes, sys.stderr, unit="B", unit_scale=True) as bar:
         yield bar.update
 
 

@@ -9,9 +9,10 @@ import argparse
 import io
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from .errors import MTPError, OutputError, RequestError
 
@@ -32,6 +33,33 @@ class Parser(argparse.ArgumentParser):
             RequestError: Always.
         """
         raise RequestError(f"{message}. See {self.prog} --help.")
+
+
+@contextmanager
+def progress_bar(what: str, total: int, notes: TextIO, **style: Any) -> Iterator[Any]:
+    """Show how far work is, and the time left.
+
+    Args:
+        what: What is being done.
+        total: How much that is.
+        notes: Standard error.
+        style: More settings of tqdm's bar.
+
+    Yields:
+        The bar.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    interval = 0.2 if notes.isatty() else 10.0  # a log file is no screen
+    with tqdm(
+        desc=what,
+        total=total,
+        file=notes,
+        mininterval=interval,
+        maxinterval=interval,
+        **style,
+    ) as bar:
+        yield bar
 
 
 def exit_status(run: Callable[[], int], output: TextIO, notes: TextIO) -> int:

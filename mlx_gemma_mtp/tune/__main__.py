@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import add_checkpoint_arguments, add_filters, json_object
-from ..command import EXIT_INTERRUPTED, Parser, exit_status
+from ..command import EXIT_INTERRUPTED, Parser, exit_status, progress_bar
 from ..errors import RequestError
 from .request import TextSettings, TuneRequest
 from .settings import DIVERGENCES, TrainingSettings
@@ -317,16 +317,7 @@ def _tell(line: str) -> None:
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
     """Show how far work is and the time left on standard error."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file is no screen
-    with tqdm(
-        desc=what,
-        total=total,
-        file=sys.stderr,
-        mininterval=interval,
-        maxinterval=interval,
-    ) as bar:
+    with progress_bar(what, total, sys.stderr) as bar:
         yield lambda done: bar.update(done - bar.n)
 
 
