@@ -110,7 +110,7 @@ def _quick_target(model: Path, work: Path) -> Path:
     Its hidden states differ from those of bfloat16 by rounding alone; a CPU without
     units for bfloat16 takes four times as long for them.
     """
-    if mx.default_device() != mx.cpu:
+    if mx.default_device() != mx.cpu or not model.is_dir():
         return model
     folder = work / "target_float32"
     folder.mkdir(exist_ok=True)

@@ -12,15 +12,22 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 import pytest
 
-from mlx_gemma_mtp.load import embedded_pair_path, load
+from mlx_gemma_mtp.config import SamplingParams
+from mlx_gemma_mtp.load import embedded_pair_path, load, load_tokenizer
 from mlx_gemma_mtp.pair import pair_of
 from mlx_gemma_mtp.tune.__main__ import main
+from mlx_gemma_mtp.tune.documents import DocumentReader, Lengths
+from mlx_gemma_mtp.tune.material import Writing, write_all
+from mlx_gemma_mtp.tune.pipeline import load_plain
+from mlx_gemma_mtp.tune.request import TextSettings, TuneRequest
 from mlx_gemma_mtp.weights import load_drafter
 from tests import tiny
 
@@ -161,14 +168,18 @@ def test_killed_at_random_moments_it_resumes(model, data, tmp_path):
         return process.returncode
 
     assert run(whole, None) == 0
-    rng = random.Random()
-    ends = [run(broken, rng.uniform(0, 2)) for _ in range(4)]
-    assert set(ends) <= {0, -signal.SIGKILL}
-    if ends[-1] != 0:
-        assert run(broken, None) == 0
-    assert weights_of(broken) == weights_of(whole)
+    seed = random.SystemRandom().randrange(2**32)
+    rng = random.Random(seed)
+    for seconds in [*(rng.uniform(0, 2) for _ in range(4)), None]:
+        status = run(broken, seconds)
+        assert status in (0, -signal.SIGKILL), f"seed {seed}"
+        if status == 0:
+            break
+        # Killed when all was done but the removal of what it had kept.
+        if broken.exists() and not broken.with_name("broken.work").exists():
+            break
+    assert weights_of(broken) == weights_of(whole), f"seed {seed}"
     assert not list(tmp_path.glob("*.work"))
-    assert not list(tmp_path.glob(".broken*"))
 
 
 def test_run_that_was_cut_off_is_not_overwritten(model, data, tmp_path, capsys):
@@ -271,8 +282,13 @@ def test_other_training_settings_keep_the_texts(model, data, tmp_path, capsys):
     records = tmp_path / "made.work" / "records"
     before = {path.name: path.stat().st_mtime_ns for path in records.iterdir()}
     first = weights_of(output)
-    more = ("--force", "--resume", "--learning-rate", "0.003")
-    assert main([*kept, *more]) == 0
+    more = ("--resume", "--learning-rate", "0.003")
+    assert main([*kept, *more]) == 1
+    error = capsys.readouterr().err
+    assert "another learning_rate than before" in error
+    assert "must not be there yet" in error
+    assert weights_of(output) == first
+    assert main([*kept, *more, "--force"]) == 0
     assert {path.name: path.stat().st_mtime_ns for path in records.iterdir()} == before
     assert weights_of(output) != first
     capsys.readouterr()
@@ -338,6 +354,38 @@ def test_texts_are_the_same_in_several_processes(model, data, tmp_path):
         more = ("--num-processes", count, "--temp", "1")
         assert main(arguments(model, data, output, *more)) == 0
     assert weights_of(outputs[0]) == weights_of(outputs[1])
+
+
+def test_checkpoint_at_another_place_is_not_replaced(model, data, tmp_path, capsys):
+    work, output = tmp_path / "work", tmp_path / "made"
+    kept = arguments(model, data, output, "--keep-work", "--work", str(work))
+    assert main(kept) == 0
+    other = tiny.model_folder(tmp_path / "other")
+    before = weights_of(other)
+    again = [str(other) if value == str(output) else value for value in kept]
+    assert main([*again, "--resume"]) == 1
+    assert "must not be there yet" in capsys.readouterr().err
+    assert weights_of(other) == before
+
+
+def test_mistake_in_a_process_ends_the_others(model, data, tmp_path):
+    lengths = Lengths(8, 12, 1000)
+    reader = DocumentReader(load_tokenizer(model), lengths, generate=True)
+    documents = list(reader.read([data]))
+    texts = TextSettings(num_rows=1, num_processes=2, prompt_tokens=8, max_tokens=12)
+    folder = tmp_path / "records"
+    writing = Writing(documents, folder, "x", SamplingParams(seed=1), texts)
+    request = TuneRequest(str(model), (str(data),), tmp_path / "made", texts=texts)
+    load_again = partial(load_plain, request)
+
+    def fail(num_done: int) -> None:
+        if num_done:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_all(writing, load_again(), load_again, fail)
+    assert not active_children()
+    assert len(list(folder.glob("x-*"))) < len(documents) / 2
 
 
 def test_too_little_data_is_told(model, tmp_path, capsys):

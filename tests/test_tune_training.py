@@ -455,6 +455,29 @@ def test_resumed_training_equals_an_unbroken_one(tmp_path, stop_at):
     ]
 
 
+def test_interrupted_inside_a_step_it_resumes_before_it(tmp_path, monkeypatch):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    broken = trainer(tmp_path / "broken", save_every=100)
+    use, calls = broken._use, itertools.count()
+
+    def interrupt(weights: dict[str, Any]) -> None:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        use(weights)
+
+    monkeypatch.setattr(broken, "_use", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = trainer(tmp_path / "broken", save_every=100)
+    assert resumed.progress.step == 4
+    resumed.train()
+    for part in ("weights", "optimizer"):
+        found = named(getattr(resumed.progress, part))
+        for name, array in named(getattr(whole.progress, part)).items():
+            assert mx.array_equal(found[name], array), name
+
+
 def test_resumed_adapters_equal_unbroken_ones(tmp_path):
     def adapted() -> Drafter:
         drafter = load_drafter(tiny.REFERENCE / "12b" / "drafter")

@@ -20,7 +20,8 @@ def write_arrays(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -> int
     Raises:
         OutputError: It cannot be written.
     """
-    scratch = path.with_name(f".{path.name}")
+    # Another process may write the same file.
+    scratch = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         mx.save_safetensors(str(scratch), arrays, dict(metadata))
         os.replace(scratch, path)

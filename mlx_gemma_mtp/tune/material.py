@@ -7,13 +7,13 @@ groups: a run that was cut off finds the groups that are there.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import random
-import time
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +21,7 @@ from threading import Thread
 from typing import Any
 
 from ..config import SamplingParams
-from ..errors import DataError
+from ..errors import DataError, OutputError
 from ..pair import Pair
 from ..target import Target
 from .documents import Document, is_held_out
@@ -46,6 +46,11 @@ class Chosen:
     train: list[Document]
     judged: list[Document]
     reported: list[Document]
+
+    @property
+    def is_judge_reported(self) -> bool:
+        """Whether there is too little held out for two."""
+        return self.judged is self.reported
 
     @property
     def digest(self) -> str:
@@ -76,27 +81,45 @@ def choose(
     """
     train = _Sample(settings.num_texts, seed)
     held = [_Sample(settings.num_held_out, seed) for _ in range(2)]
-    turns = itertools.cycle(held)
+    sides: dict[tuple[bool, int], int] = {}  # what is held out, by turns
+
+    def hold_out(document: Document, *, is_named: bool) -> None:
+        side = sides.setdefault((is_named, document.source), len(sides) % 2)
+        held[side].add(document)
+
     for document in data:
         is_kept = held_out is None and is_held_out(
             document.source, every=_HELD_OUT_EVERY
         )
-        (next(turns) if is_kept else train).add(document)
+        if is_kept:
+            hold_out(document, is_named=False)
+        else:
+            train.add(document)
     for document in held_out or ():
-        next(turns).add(document)
-    seen = {tuple(document.prompt) for sample in held for document in sample.chosen}
-    judged, reported = (sample.chosen for sample in held)
+        hold_out(document, is_named=True)
+    judged = held[0].chosen
+    seen = _prompts(judged)
+    reported = [text for text in held[1].chosen if tuple(text.prompt) not in seen]
     # What is judged by must not have been learnt, also where the data repeats itself.
+    seen |= _prompts(reported)
     learnt = [text for text in train.chosen if tuple(text.prompt) not in seen]
+    if not judged:
+        raise DataError(
+            "the data must have texts to judge by: got too few records (or, of plain "
+            f"text, blocks of 16 kB) to hold out one in {_HELD_OUT_EVERY}. Add more "
+            "data, or name --held-out files."
+        )
+    if not learnt:
+        raise DataError(
+            "the data must have texts to learn from: got none that are not held out "
+            "too. Add more data, or name other --held-out files."
+        )
     chosen = Chosen(learnt, judged, reported or judged)
-    for what, documents in (("learn from", learnt), ("judge by", judged)):
-        if not documents:
-            raise DataError(
-                f"the data must have texts to {what}: got none, or none that are not "
-                f"held out too. Add more data, of {_HELD_OUT_EVERY} records or more, "
-                "or name other --held-out files."
-            )
     return chosen
+
+
+def _prompts(documents: Iterable[Document]) -> set[tuple[int, ...]]:
+    return {tuple(document.prompt) for document in documents}
 
 
 class _Sample:
@@ -132,7 +155,7 @@ class Writing:
 
     Attributes:
         documents: The documents.
-        folder: Where records go; those that are there already are left as they are.
+        folder: Where records go; groups that are there are left as they are.
         prefix: Of the records' names.
         params: How tokens are drawn.
         settings: How texts are made.
@@ -150,19 +173,37 @@ class Writing:
         return range(0, len(self.documents), self.settings.num_rows)
 
     @property
+    def missing(self) -> list[Document]:
+        """The documents that no record was made of yet."""
+        records = Records(self.folder)
+        return [
+            document
+            for i, document in enumerate(self.documents)
+            if not records.is_done(self._name(i))
+        ]
+
+    @property
     def names(self) -> list[str]:
         """The names of the records that are there."""
         records = Records(self.folder)
         names = map(self._name, range(len(self.documents)))
         return [name for name in names if name in records]
 
+    def size(self, start: int) -> int:
+        """How many documents a group has."""
+        return len(self.documents[start : start + self.settings.num_rows])
+
+    def is_done(self, start: int) -> bool:
+        """Whether all records of a group are there."""
+        records = Records(self.folder)
+        names = range(start, start + self.size(start))
+        return all(records.is_done(self._name(i)) for i in names)
+
     def write(self, pair: Pair, start: int) -> int:
-        """Make the records of a group; gives how many documents it has."""
+        """Make the records of a group, all of them; gives how many documents it has."""
         records = Records(self.folder)
         group = self.documents[start : start + self.settings.num_rows]
         names = [self._name(start + i) for i in range(len(group))]
-        if all(map(records.is_done, names)):
-            return len(group)
         step_size = self.settings.step_size
         recorder = Recorder(Target(pair.target), self.params, step_size=step_size)
         with pair.wired():
@@ -215,29 +256,43 @@ def _counts(
     writing: Writing, pair: Pair, load_again: Callable[[], Pair]
 ) -> Iterator[int]:
     """The size of each group, when it is done."""
-    num_processes = min(writing.settings.num_processes, len(writing.starts))
+    missing = [start for start in writing.starts if not writing.is_done(start)]
+    yield len(writing.documents) - sum(map(writing.size, missing))
+    num_processes = min(writing.settings.num_processes, len(missing))
     if num_processes <= 1:
-        for start in writing.starts:
+        for start in missing:
             yield writing.write(pair, start)
         return
-    with ProcessPoolExecutor(
-        num_processes, get_context("spawn"), _begin, (writing, load_again)
-    ) as pool:
-        futures = [pool.submit(_write, start) for start in writing.starts]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    context = get_context("spawn")
+    is_stopped = context.Event()
+    pool = ProcessPoolExecutor(
+        num_processes, context, _begin, (writing, load_again, os.getpid(), is_stopped)
+    )
+    try:
+        for future in as_completed([pool.submit(_write, start) for start in missing]):
+            yield future.result()
+    except BaseException as error:
+        is_stopped.set()  # also to the group that is being written
+        if isinstance(error, BrokenProcessPool):
+            raise OutputError(
+                "the processes that write texts must go on to the end: got one that "
+                "ended, maybe for want of memory. Lower --num-processes, then --resume."
+            ) from None
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 # Of a process that writes for another one.
 _given: dict[str, Any] = {}
 
 
-def _begin(writing: Writing, load_again: Callable[[], Pair]) -> None:
+def _begin(
+    writing: Writing, load_again: Callable[[], Pair], parent: int, is_stopped: Any
+) -> None:
     """Get ready to write for the process that has begun this one."""
-    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Control-C is the parent's to answer
+    Thread(target=_end_with, args=(parent, is_stopped), daemon=True).start()
     _given.update(writing=writing, pair=load_again())
 
 
@@ -246,8 +301,8 @@ def _write(start: int) -> int:
     return found
 
 
-def _end_with(parent: int) -> None:
-    """End when the parent does, also where it was killed."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
+def _end_with(parent: int, is_stopped: Any) -> None:
+    """End when the parent stops or is no more, also where it was killed."""
+    while os.getppid() == parent and not is_stopped.wait(0.2):
+        pass
     os._exit(1)

@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import gemma4_text
 
-from ..checkpoint import open_checkpoint
+from ..checkpoint import TRAINING_NAME, open_checkpoint, read_json
 from ..config import SamplingParams
 from ..drafter import Drafter
 from ..errors import DataError, PairingError
@@ -55,7 +55,7 @@ _LORA_SCALE = 20.0  # mlx-lm's
 # Of what the activations of a chunk of places may take, see ``places_in_memory``.
 _ACTIVATION_BYTES = 1 << 30
 _MOST_PLACES = 256
-_DIGEST_BLOCK = 1 << 24  # numbers of an array in memory beside it
+_DIGEST_BYTES = 1 << 24  # of an array, looked at together
 
 # Called with what is being done and out of how many; gives a function to call with how
 # many are done.
@@ -107,9 +107,10 @@ def tune(
         MTPError: A mistake of the user's: data, checkpoints, settings or places.
     """
     # A run that was cut off after all its work may put the same folder there again.
-    is_done = request.is_resumed and workplace.is_done(request.work_folder)
-    is_forced = request.is_forced or is_done
-    check_place(request.place, force=is_forced)
+    is_own = request.is_resumed and workplace.has_written(
+        request.work_folder, _training_of(request.place)
+    )
+    check_place(request.place, force=request.is_forced or is_own)
     folder = fetch(request.model, request.revision)
     plain, tokenizer = _load(request)
     params = SamplingParams(
@@ -124,6 +125,14 @@ def tune(
         training=_training_key(request, origin),
         is_resumed=request.is_resumed,
     ) as place:
+        if place.changed:
+            tell(
+                f"another {', '.join(place.changed)} than before: training begins anew "
+                "on the texts that are there"
+            )
+        is_own = place.has_written(_training_of(request.place))
+        is_forced = request.is_forced or is_own
+        check_place(request.place, force=is_forced)  # it may have other settings now
         run = _Run(request, place, plain, params, origin, chosen, tell, progress)
         name = hub_id(request.model, folder) or folder.resolve().name
         report = run.report(name)
@@ -220,19 +229,17 @@ class _Run:
         }
 
     def write(self, report: Report, *, force: bool) -> None:
-        """Write the drafter's folder; from here on a resumed run replaces it.
+        """Write the drafter's folder.
 
         Args:
             report: What stands in it.
             force: Whether a drafter that stands there may be replaced.
         """
-        self.place.notes["is_done"] = True
-        self.place.save()
         write_drafter(
             self.request.place,
             self.drafter,
             self.origin.config,
-            training=report.to_dict(),
+            training={**report.to_dict(), "run": self.place.notes["run"]},
             generation_config=self.origin.generation_config,
             dtype=self.origin.dtype,
             force=force,
@@ -251,8 +258,15 @@ class _Run:
     def _material(self) -> Material:
         """Texts and records."""
         settings, target = self.request.texts, Target(self.plain.target)
-        texts = [*self.chosen.train, *self.chosen.judged]
-        continued = [len(text.rest) or settings.max_tokens for text in texts]
+        records = Records(self.place.records)
+        records.clear_scratch()
+        writings = [
+            Writing(documents, self.place.records, prefix, self.params, settings)
+            for prefix, documents in (
+                ("train", self.chosen.train),
+                ("judge", self.chosen.judged),
+            )
+        ]
         num_bytes = sum(
             record_bytes(
                 target,
@@ -260,29 +274,29 @@ class _Run:
                 num_tokens=len(document.prompt) + num_places,
                 num_places=num_places,
             )
-            for document, num_places in zip(texts, continued, strict=True)
+            for writing in writings
+            for document in writing.missing
+            for num_places in [len(document.rest) or settings.max_tokens]
         )
-        records = Records(self.place.records)
-        missing = num_bytes - records.num_bytes_there
-        check_free_space(self.place.records, max(missing, 0) + self._checkpoint_bytes())
+        check_free_space(self.place.records, num_bytes + self._checkpoint_bytes())
         self.tell(
             f"{len(self.chosen.train):,} texts to learn from and "
-            f"{len(self.chosen.judged):,} to judge by; their records take up to "
-            f"{num_bytes / 1e9:.2f} GB in {self.place.folder}"
+            f"{len(self.chosen.judged):,} to judge by; records that are still to write "
+            f"take up to {num_bytes / 1e9:.2f} GB in {self.place.folder}"
         )
+        if self.chosen.is_judge_reported:
+            self.tell(
+                "little text is held out: the report is on the texts that choose the "
+                "weights, too"
+            )
         parts = []
-        for prefix, documents in (
-            ("train", self.chosen.train),
-            ("judge", self.chosen.judged),
-        ):
+        load_again = partial(load_plain, self.request)
+        for writing in writings:
+            what = f"texts to {writing.prefix}"
             with (
                 self._stage("text"),
-                self.progress(f"texts to {prefix}", len(documents)) as done,
+                self.progress(what, len(writing.documents)) as done,
             ):
-                writing = Writing(
-                    documents, self.place.records, prefix, self.params, settings
-                )
-                load_again = partial(load_plain, self.request)
                 parts.append(write_all(writing, self.plain, load_again, done))
         if not all(parts):
             raise DataError(
@@ -299,7 +313,8 @@ class _Run:
         numbers = sum(
             array.size for _, array in named_arrays([dequantized(self.origin.drafter)])
         )
-        return 2 * 4 * 4 * numbers
+        there = self.place.checkpoint
+        return 2 * 4 * 4 * numbers - (there.stat().st_size if there.exists() else 0)
 
     def _measured(self, when: str, drafter: Drafter) -> Measured:
         """The engine's acceptance with a drafter, measured once."""
@@ -416,6 +431,12 @@ def _origin(request: TuneRequest, plain: Pair, folder: Path) -> Origin:
     )
 
 
+def _training_of(folder: Path) -> Mapping[str, Any]:
+    """What a drafter's folder says of its training; nothing where there is none."""
+    path = folder / TRAINING_NAME
+    return read_json(path) if path.is_file() else {}
+
+
 def _chosen(request: TuneRequest, plain: Pair, tokenizer: Any) -> Chosen:
     """The documents, after all of the data was read and checked."""
     settings = request.texts
@@ -446,6 +467,8 @@ def _texts_key(
         "target": weights_digest(plain.target),
         **texts,
         **used,
+        "adapters": _adapter_settings(request.adapter_path),
+        "ends": sorted(plain.eos_token_ids),
         "package version": version("mlx_gemma_mtp"),
     }
 
@@ -461,14 +484,21 @@ def _training_key(request: TuneRequest, origin: Origin) -> workplace.Key:
     }
 
 
+def _adapter_settings(adapter_path: str | None) -> Mapping[str, Any] | None:
+    """What adapters beside their arrays decide, such as their scale."""
+    path = None if adapter_path is None else Path(adapter_path) / "adapter_config.json"
+    return None if path is None or not path.is_file() else read_json(path)
+
+
 def weights_digest(module: nn.Module) -> str:
-    """A text that differs for other weights, by their shapes, types and sums."""
+    """A text that tells weights apart, by their shapes, types and sums."""
     found = hashlib.sha256()
     for name, array in named_arrays([module]):
         found.update(f"{name} {array.shape} {array.dtype}\n".encode())
         flat = array.reshape(-1)
-        for start in range(0, flat.size, _DIGEST_BLOCK):
-            block = mx.view(flat[start : start + _DIGEST_BLOCK], mx.uint8)
+        size = _DIGEST_BYTES // array.dtype.size
+        for start in range(0, flat.size, size):
+            block = mx.view(flat[start : start + size], mx.uint8)
             words = block.astype(mx.uint32)
             places = mx.arange(1, words.size + 1, dtype=mx.uint32)
             sums = mx.stack([words.sum(), (words * places).sum()])

@@ -239,7 +239,13 @@ class Records:
 
     def skip(self, name: str) -> None:
         """Note that a text has nothing to foretell."""
-        self._mark(name).touch()
+        try:
+            self._mark(name).touch()
+        except OSError as error:
+            raise OutputError(
+                f"{self._mark(name)} must be writable: got {error.strerror or error}. "
+                "Check the disk, then --resume."
+            ) from error
 
     def write(self, name: str, record: Record) -> int:
         """Keep a record, whole or not at all; gives its bytes."""
@@ -262,10 +268,10 @@ class Records:
         named = {field: arrays[field] for field in _NAMES}
         return Record(**named, start=int(metadata["start"]), kv=kv)
 
-    @property
-    def num_bytes_there(self) -> int:
-        """What all records take on disk."""
-        return sum(path.stat().st_size for path in self._folder.iterdir())
+    def clear_scratch(self) -> None:
+        """Remove what killed processes have left half written."""
+        for path in self._folder.glob(".*"):
+            path.unlink(missing_ok=True)
 
     def num_bytes(self, names: Iterable[str]) -> int:
         """What records take on disk."""

@@ -97,10 +97,8 @@ class Trainer:
                     self._save()
                 self._judge_if_due()
             self._judge()
-        except KeyboardInterrupt:
+        finally:
             self._save()
-            raise
-        self._save()
         self._drafter.update(self.progress.best)
 
     def judged(self, names: Sequence[str]) -> Acceptance:
@@ -131,15 +129,17 @@ class Trainer:
                 "Lower --learning-rate, and pass --resume to keep the texts."
             )
         if not progress.history:
-            self._note(loss, progress.best_length)
+            first = Point(0, progress.seconds / 60, loss, progress.best_length)
+            self.progress = progress = replace(progress, history=[first])
+            self._on_point(first)
         optimizer = self._optimizer
-        optimizer.state = progress.optimizer
+        optimizer.state = _copied(progress.optimizer)  # it is changed in place
         weights = optimizer.step(gradients, progress.weights, self._share())
         weights, state = canonical(weights), canonical(optimizer.state)
         mx.eval(weights, state)
         self._use(weights)
         self.progress = replace(
-            self.progress,
+            progress,
             weights=weights,
             optimizer=state,
             step=progress.step + 1,
@@ -180,21 +180,18 @@ class Trainer:
             if length > progress.best_length
             else (progress.best, progress.best_length, progress.best_step)
         )
+        seconds = progress.seconds + time.monotonic() - began
+        loss = sum(progress.losses) / len(progress.losses)
+        point = Point(progress.step, seconds / 60, loss, length)
         self.progress = replace(
             progress,
             best=best,
             best_length=best_length,
             best_step=best_step,
             losses=[],
-            seconds=progress.seconds + time.monotonic() - began,
+            seconds=seconds,
+            history=[*progress.history, point],
         )
-        self._note(sum(progress.losses) / len(progress.losses), length)
-
-    def _note(self, loss: float, length: float) -> None:
-        """Add to the history."""
-        progress = self.progress
-        point = Point(progress.step, progress.seconds / 60, loss, length)
-        self.progress = replace(progress, history=[*progress.history, point])
         self._on_point(point)
 
     def _share(self) -> float:
@@ -233,6 +230,12 @@ class Trainer:
 
     def _save(self) -> None:
         write_snapshot(self._checkpoint, self.progress)
+
+
+def _copied(tree: Tree) -> Tree:
+    """Another tree of the same arrays."""
+    found: Tree = tree_map(lambda array: array, tree)
+    return found
 
 
 def batch(names: Sequence[str], size: int, seed: int, step: int) -> list[str]:

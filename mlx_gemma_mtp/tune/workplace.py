@@ -6,11 +6,13 @@ Knows nothing of what is kept there.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ class Workplace:
     Attributes:
         folder: Where it is.
         records: The folder for records.
-        checkpoint: The file for the training's progress.
+        checkpoint: The file for the training's progress; other settings have another.
+        changed: Names of settings of the training that were others before.
         notes: What stages have found, as JSON has it; ``save`` keeps it.
     """
 
@@ -36,6 +39,7 @@ class Workplace:
         self.notes = notes
         self.records = folder / "records"
         self.checkpoint = folder / "checkpoint.safetensors"
+        self.changed: list[str] = []
 
     def save(self) -> None:
         """Keep the notes, whole or not at all.
@@ -55,19 +59,35 @@ class Workplace:
     def stage(self, name: str) -> Iterator[None]:
         """Count the minutes of a stage, over all runs of it that were not killed."""
         began = time.monotonic()
-        yield
+        try:
+            yield
+        except BaseException:
+            with suppress(OutputError):  # what has gone wrong first is what counts
+                self._add_minutes(name, began)
+            raise
+        self._add_minutes(name, began)
+
+    def _add_minutes(self, name: str, began: float) -> None:
         minutes = self.notes.setdefault("minutes", {})
         spent = (time.monotonic() - began) / 60
         minutes[name] = minutes.get(name, 0.0) + spent
         self.save()
 
+    def has_written(self, training: Mapping[str, Any]) -> bool:
+        """Whether a drafter's ``training.json`` is this very run's."""
+        return training.get("run") == self.notes["run"]
+
     def remove(self) -> None:
-        """Remove the folder: at once as far as anyone can see, then what was in it."""
-        hidden = self.folder.with_name(f".{self.folder.name}.done")
-        with suppress(OSError):  # the drafter stands; what is left is only room
-            shutil.rmtree(hidden, ignore_errors=True)
+        """Remove the folder: at once as far as anyone can see, then what was in it.
+
+        The drafter stands by then; what cannot be removed is only room.
+        """
+        hidden = _removed(self.folder)
+        shutil.rmtree(hidden, ignore_errors=True)
+        with suppress(OSError):
             os.rename(self.folder, hidden)
-            shutil.rmtree(hidden)
+        for folder in (hidden, self.folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -98,23 +118,40 @@ def workplace(
         # As they come back from a file.
         texts, training = json.loads(json.dumps([texts, training]))
         _check_same(place, texts)
-        if place.notes.setdefault("training", training) != training:
+        before = place.notes.setdefault("training", training)
+        place.changed = _differences(before, training)
+        if place.changed:
+            minutes = place.notes.get("minutes", {}).get("text", 0.0)
             place.notes = {
                 "texts": texts,
                 "training": training,
-                "minutes": {"text": place.notes.get("minutes", {}).get("text", 0.0)},
+                "minutes": {"text": minutes},
+                "peak_memory_bytes": place.notes.get("peak_memory_bytes", 0),
             }
-            place.checkpoint.unlink(missing_ok=True)
+        place.notes.setdefault("run", secrets.token_hex(8))
+        digest = hashlib.sha256(json.dumps(training, sort_keys=True).encode())
+        place.checkpoint = folder / f"checkpoint-{digest.hexdigest()[:8]}.safetensors"
+        shutil.rmtree(_removed(folder), ignore_errors=True)
         place.save()
         yield place
     finally:
         os.close(descriptor)
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a run was cut off after its result was complete."""
+def has_written(folder: Path, training: Mapping[str, Any]) -> bool:
+    """Whether a drafter's ``training.json`` is of the run in a folder, if there is one.
+
+    Args:
+        folder: The run's.
+        training: What ``training.json`` says.
+    """
     path = folder / _NOTES_NAME
-    return path.exists() and bool(_read(path).get("is_done"))
+    return path.exists() and training.get("run") == _read(path).get("run", "")
+
+
+def _removed(folder: Path) -> Path:
+    """What a folder is called while it is removed."""
+    return folder.with_name(f".{folder.name}.done")
 
 
 def _lock(descriptor: int, folder: Path) -> None:
@@ -136,7 +173,7 @@ def _notes(folder: Path, *, is_resumed: bool) -> dict[str, Any]:
         if is_resumed:
             return _read(path)
         raise OutputError(
-            f"{folder} must not be there yet: got a run that was cut off. Pass "
+            f"{folder} must not be there yet: got what another run has left. Pass "
             "--resume to go on with it, or remove the folder."
         )
     if any(found.name != f".{_NOTES_NAME}" for found in folder.iterdir()):
@@ -147,10 +184,13 @@ def _notes(folder: Path, *, is_resumed: bool) -> dict[str, Any]:
     return {}
 
 
+def _differences(one: Key, other: Key) -> list[str]:
+    return sorted(n for n in {*one, *other} if one.get(n) != other.get(n))
+
+
 def _check_same(place: Workplace, texts: Key) -> None:
     """Check that records are of the same texts, or that there are none."""
-    found = place.notes.setdefault("texts", texts)
-    names = sorted(n for n in {*texts, *found} if texts.get(n) != found.get(n))
+    names = _differences(place.notes.setdefault("texts", texts), texts)
     if names:
         raise OutputError(
             f"{place.folder} must be of a run with the same texts: got another "
