@@ -27,9 +27,16 @@ def write_arrays(path: Path, arrays: Arrays, metadata: Mapping[str, str]) -> int
         os.replace(scratch, path)
         return path.stat().st_size
     except (OSError, RuntimeError) as error:  # MLX's own where it cannot write
-        raise OutputError(
-            f"{path} must be writable: got {error}. Check the disk, then --resume."
-        ) from error
+        raise not_writable(path, error) from error
+
+
+def not_writable(path: Path, error: OSError | RuntimeError) -> OutputError:
+    """What to raise where a run's file or folder cannot be written."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return OutputError(
+        f"{path} must be writable: got {reason or error}. Check the disk, then "
+        "--resume, or take another --work."
+    )
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:

@@ -81,22 +81,19 @@ def choose(
     """
     train = _Sample(settings.num_texts, seed)
     held = [_Sample(settings.num_held_out, seed) for _ in range(2)]
-    sides: dict[tuple[bool, int], int] = {}  # what is held out, by turns
+    sides: dict[int, int] = {}  # of each source that is held out, by turns
 
-    def hold_out(document: Document, *, is_named: bool) -> None:
-        side = sides.setdefault((is_named, document.source), len(sides) % 2)
+    def hold_out(document: Document) -> None:
+        side = sides.setdefault(document.source, len(sides) % 2)
         held[side].add(document)
 
     for document in data:
-        is_kept = held_out is None and is_held_out(
-            document.source, every=_HELD_OUT_EVERY
-        )
-        if is_kept:
-            hold_out(document, is_named=False)
+        if held_out is None and is_held_out(document.source, every=_HELD_OUT_EVERY):
+            hold_out(document)
         else:
             train.add(document)
     for document in held_out or ():
-        hold_out(document, is_named=True)
+        hold_out(document)
     judged = held[0].chosen
     seen = _prompts(judged)
     reported = [text for text in held[1].chosen if tuple(text.prompt) not in seen]
@@ -114,8 +111,7 @@ def choose(
             "the data must have texts to learn from: got none that are not held out "
             "too. Add more data, or name other --held-out files."
         )
-    chosen = Chosen(learnt, judged, reported or judged)
-    return chosen
+    return Chosen(learnt, judged, reported or judged)
 
 
 def _prompts(documents: Iterable[Document]) -> set[tuple[int, ...]]:

@@ -20,7 +20,6 @@ import mlx.core as mx
 
 from ..cache import PrefillCache, SlabLayout, prefill_caches
 from ..config import SLIDING, SamplingParams
-from ..errors import OutputError
 from ..sampling import (
     MAX_CANDIDATES,
     distribution,
@@ -29,7 +28,7 @@ from ..sampling import (
     sampling_rule,
 )
 from ..target import Target
-from .arrays import read_arrays, write_arrays
+from .arrays import not_writable, read_arrays, write_arrays
 from .texts import Text
 
 
@@ -225,10 +224,7 @@ class Records:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(
-                f"{folder} must be writable: got {error.strerror or error}. Check the "
-                "disk, then --resume."
-            ) from error
+            raise not_writable(folder, error) from error
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).exists()
@@ -242,10 +238,7 @@ class Records:
         try:
             self._mark(name).touch()
         except OSError as error:
-            raise OutputError(
-                f"{self._mark(name)} must be writable: got {error.strerror or error}. "
-                "Check the disk, then --resume."
-            ) from error
+            raise not_writable(self._mark(name), error) from error
 
     def write(self, name: str, record: Record) -> int:
         """Keep a record, whole or not at all; gives its bytes."""

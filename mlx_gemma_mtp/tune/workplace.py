@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from .arrays import not_writable
 
 _NOTES_NAME = "run.json"
 Key = dict[str, Any]
@@ -34,12 +35,13 @@ class Workplace:
         notes: What stages have found, as JSON has it; ``save`` keeps it.
     """
 
-    def __init__(self, folder: Path, notes: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, notes: dict[str, Any], training: Key) -> None:
         self.folder = folder
         self.notes = notes
         self.records = folder / "records"
-        self.checkpoint = folder / "checkpoint.safetensors"
-        self.changed: list[str] = []
+        digest = hashlib.sha256(json.dumps(training, sort_keys=True).encode())
+        self.checkpoint = folder / f"checkpoint-{digest.hexdigest()[:8]}.safetensors"
+        self.changed = _differences(notes.setdefault("training", training), training)
 
     def save(self) -> None:
         """Keep the notes, whole or not at all.
@@ -53,7 +55,7 @@ class Workplace:
             scratch.write_text(json.dumps(self.notes), encoding="utf-8")
             os.replace(scratch, path)
         except OSError as error:
-            raise _not_writable(path, error) from error
+            raise not_writable(path, error) from error
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -111,15 +113,13 @@ def workplace(
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise not_writable(folder, error) from error
     try:
         _lock(descriptor, folder)
-        place = Workplace(folder, _notes(folder, is_resumed=is_resumed))
         # As they come back from a file.
         texts, training = json.loads(json.dumps([texts, training]))
+        place = Workplace(folder, _notes(folder, is_resumed=is_resumed), training)
         _check_same(place, texts)
-        before = place.notes.setdefault("training", training)
-        place.changed = _differences(before, training)
         if place.changed:
             minutes = place.notes.get("minutes", {}).get("text", 0.0)
             place.notes = {
@@ -129,8 +129,6 @@ def workplace(
                 "peak_memory_bytes": place.notes.get("peak_memory_bytes", 0),
             }
         place.notes.setdefault("run", secrets.token_hex(8))
-        digest = hashlib.sha256(json.dumps(training, sort_keys=True).encode())
-        place.checkpoint = folder / f"checkpoint-{digest.hexdigest()[:8]}.safetensors"
         shutil.rmtree(_removed(folder), ignore_errors=True)
         place.save()
         yield place
@@ -210,11 +208,4 @@ def _read(path: Path) -> dict[str, Any]:
     raise OutputError(
         f"{path} must be what a run wrote: got {reason}. Remove the folder to start "
         "again."
-    )
-
-
-def _not_writable(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{path} must be writable: got {error.strerror or error}. Check the disk, then "
-        "--resume, or take another --work."
     )
