@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 
 from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.load import embedded_pair_path, load, load_tokenizer
-from mlx_gemma_mtp.pair import pair_of
+from mlx_gemma_mtp.pair import named_arrays, pair_of
 from mlx_gemma_mtp.tune.__main__ import main
 from mlx_gemma_mtp.tune.documents import DocumentReader, Lengths
 from mlx_gemma_mtp.tune.material import Writing, write_all
@@ -356,6 +357,20 @@ def test_texts_are_the_same_in_several_processes(model, data, tmp_path):
     assert weights_of(outputs[0]) == weights_of(outputs[1])
 
 
+def test_memory_of_writing_processes_counts(model, data, tmp_path):
+    writing, load_again = some_writing(model, data, tmp_path)
+    writing = replace(writing, documents=writing.documents[:4])
+    pair = load_again()
+    before = mx.get_peak_memory()
+    written = write_all(writing, pair, load_again, lambda done: None)
+    assert written.names == writing.names
+    weights = sum(array.nbytes for _, array in named_arrays([pair.target]))
+    assert written.peak_memory_bytes >= before + 2 * weights
+    again = write_all(writing, pair, load_again, lambda done: None)
+    assert again.names == written.names
+    assert again.peak_memory_bytes == mx.get_peak_memory()
+
+
 def test_checkpoint_at_another_place_is_not_replaced(model, data, tmp_path, capsys):
     work, output = tmp_path / "work", tmp_path / "made"
     kept = arguments(model, data, output, "--keep-work", "--work", str(work))
@@ -368,7 +383,8 @@ def test_checkpoint_at_another_place_is_not_replaced(model, data, tmp_path, caps
     assert weights_of(other) == before
 
 
-def test_mistake_in_a_process_ends_the_others(model, data, tmp_path):
+def some_writing(model, data, tmp_path):
+    """Documents for two processes, and how these get the target."""
     lengths = Lengths(8, 12, 1000)
     reader = DocumentReader(load_tokenizer(model), lengths, generate=True)
     documents = list(reader.read([data]))
@@ -376,7 +392,11 @@ def test_mistake_in_a_process_ends_the_others(model, data, tmp_path):
     folder = tmp_path / "records"
     writing = Writing(documents, folder, "x", SamplingParams(seed=1), texts)
     request = TuneRequest(str(model), (str(data),), tmp_path / "made", texts=texts)
-    load_again = partial(load_plain, request)
+    return writing, partial(load_plain, request)
+
+
+def test_mistake_in_a_process_ends_the_others(model, data, tmp_path):
+    writing, load_again = some_writing(model, data, tmp_path)
 
     def fail(num_done: int) -> None:
         if num_done:
@@ -385,7 +405,7 @@ def test_mistake_in_a_process_ends_the_others(model, data, tmp_path):
     with pytest.raises(ZeroDivisionError):
         write_all(writing, load_again(), load_again, fail)
     assert not active_children()
-    assert len(list(folder.glob("x-*"))) < len(documents) / 2
+    assert len(list(writing.folder.glob("x-*"))) < len(writing.documents) / 2
 
 
 def test_too_little_data_is_told(model, tmp_path, capsys):

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
 from typing import Any
+
+import mlx.core as mx
 
 from ..config import SamplingParams
 from ..errors import DataError, OutputError
@@ -227,13 +230,41 @@ class Writing:
         return f"{self.prefix}-{index:06d}"
 
 
+@dataclass(frozen=True)
+class Written:
+    """The records of all documents.
+
+    Attributes:
+        names: Of the records.
+        peak_memory_bytes: The most that MLX held, of all processes that took part.
+    """
+
+    names: list[str]
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Documents that are done.
+
+    Attributes:
+        size: How many.
+        process: Who has written them.
+        peak_memory_bytes: The most that MLX has held there so far.
+    """
+
+    size: int
+    process: int
+    peak_memory_bytes: int
+
+
 def write_all(
     writing: Writing,
     pair: Pair,
     load_again: Callable[[], Pair],
     on_progress: Callable[[int], None],
-) -> list[str]:
-    """Make all records; gives their names.
+) -> Written:
+    """Make all records.
 
     Args:
         writing: What is to be made.
@@ -241,23 +272,29 @@ def write_all(
         load_again: Loads the same target in another process; can be pickled.
         on_progress: Called with the number of documents done.
     """
-    num_done = 0
-    for count in _counts(writing, pair, load_again):
-        num_done += count
-        on_progress(num_done)
-    return writing.names
-
-
-def _counts(
-    writing: Writing, pair: Pair, load_again: Callable[[], Pair]
-) -> Iterator[int]:
-    """The size of each group, when it is done."""
     missing = [start for start in writing.starts if not writing.is_done(start)]
-    yield len(writing.documents) - sum(map(writing.size, missing))
+    num_done = len(writing.documents) - sum(map(writing.size, missing))
+    on_progress(num_done)
+    peaks: Counter[int] = Counter()
+    for group in _groups(writing, missing, pair, load_again):
+        peaks[group.process] = max(peaks[group.process], group.peak_memory_bytes)
+        num_done += group.size
+        on_progress(num_done)
+    peaks[os.getpid()] = mx.get_peak_memory()  # it holds a target while others write
+    return Written(writing.names, peaks.total())
+
+
+def _groups(
+    writing: Writing,
+    missing: Sequence[int],
+    pair: Pair,
+    load_again: Callable[[], Pair],
+) -> Iterator[_Group]:
+    """Each group that was missing, when it is done."""
     num_processes = min(writing.settings.num_processes, len(missing))
     if num_processes <= 1:
         for start in missing:
-            yield writing.write(pair, start)
+            yield _write(writing, pair, start)
         return
     context = get_context("spawn")
     is_stopped = context.Event()
@@ -265,7 +302,9 @@ def _counts(
         num_processes, context, _begin, (writing, load_again, os.getpid(), is_stopped)
     )
     try:
-        for future in as_completed([pool.submit(_write, start) for start in missing]):
+        for future in as_completed(
+            [pool.submit(_write_given, start) for start in missing]
+        ):
             yield future.result()
     except BaseException as error:
         is_stopped.set()  # also to the group that is being written
@@ -292,9 +331,13 @@ def _begin(
     _given.update(writing=writing, pair=load_again())
 
 
-def _write(start: int) -> int:
-    found: int = _given["writing"].write(_given["pair"], start)
-    return found
+def _write_given(start: int) -> _Group:
+    return _write(_given["writing"], _given["pair"], start)
+
+
+def _write(writing: Writing, pair: Pair, start: int) -> _Group:
+    size = writing.write(pair, start)
+    return _Group(size, os.getpid(), mx.get_peak_memory())
 
 
 def _end_with(parent: int, is_stopped: Any) -> None:

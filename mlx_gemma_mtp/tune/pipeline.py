@@ -210,9 +210,12 @@ class _Run:
         """A part of the work whose time and memory the report tells."""
         with self.place.stage(name):
             yield
-            notes = self.place.notes
-            before = notes.get("peak_memory_bytes", 0)  # of a process before this one
-            notes["peak_memory_bytes"] = max(before, mx.get_peak_memory())
+            self._note_memory(mx.get_peak_memory())
+
+    def _note_memory(self, num_bytes: int) -> None:
+        """Keep the most that was held at a time, also before the run went on."""
+        before = self.place.notes.get("peak_memory_bytes", 0)
+        self.place.notes["peak_memory_bytes"] = max(before, num_bytes)
 
     def _settings(self) -> dict[str, Any]:
         """What decides the result beside models and data."""
@@ -297,7 +300,9 @@ class _Run:
                 self._stage("text"),
                 self.progress(what, len(writing.documents)) as done,
             ):
-                parts.append(write_all(writing, self.plain, load_again, done))
+                written = write_all(writing, self.plain, load_again, done)
+                self._note_memory(written.peak_memory_bytes)
+                parts.append(written.names)
         if not all(parts):
             raise DataError(
                 "the target must continue the data's prompts: got ends at once. Check "

@@ -43,7 +43,7 @@ class Report:
         history: Points of the training, in order.
         settings: What was asked for, by name, in values that JSON has.
         minutes: Taken, by stage.
-        peak_memory_bytes: Of the process.
+        peak_memory_bytes: The most that MLX held, of all processes together.
         records_bytes: Of what the target was asked once, on disk.
         prediction: Of speed.
         machine: Hardware and versions, as from ``describe_machine()``.
