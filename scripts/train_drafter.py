@@ -61,6 +61,7 @@ def train_drafter(
     output: Path,
     work: Path,
     *,
+    draft_model: str | None = None,
     texts: TextSettings = TEXTS,
     training: TrainingSettings = TRAINING,
     is_resumed: bool = False,
@@ -68,12 +69,13 @@ def train_drafter(
     keeps_run: bool = False,
     hardware: str | None = None,
 ) -> Report:
-    """Train a drafter on the corpus from random weights.
+    """Train a drafter on the corpus.
 
     Args:
         model: The target's folder.
         output: The drafter's folder.
         work: A folder for the corpus, which stays there, and for the run.
+        draft_model: The folder of the drafter to begin with; None for random weights.
         texts: Which text the target writes.
         training: How the drafter learns.
         is_resumed: Whether a run that was cut off goes on.
@@ -91,7 +93,8 @@ def train_drafter(
         data=(str(data),),
         held_out=(str(held_out),),
         output=output,
-        is_from_scratch=True,
+        draft_model=draft_model,
+        is_from_scratch=draft_model is None,
         work=work / _RUN,
         is_resumed=is_resumed,
         is_forced=is_forced,

@@ -24,6 +24,7 @@ from mlx_gemma_mtp.load import embedded_pair_path, load_pair, load_tokenizer
 from mlx_gemma_mtp.tune.documents import DocumentReader, Lengths
 from mlx_gemma_mtp.tune.request import TextSettings
 from mlx_gemma_mtp.tune.settings import DIVERGENCES, TrainingSettings
+from mlx_gemma_mtp.weights import load_drafter
 from scripts import corpus as corpora
 from scripts import finetune_target, openblas, pair_card, train_drafter, tune_proof
 from tests.tiny import uncompiled
@@ -337,18 +338,22 @@ def test_the_proof_runs(tmp_path, work, monkeypatch, capsys):
     monkeypatch.setattr(openblas, "prefer", lambda tell: None)
     status = tune_proof.main(
         [
-            *("--finetune-steps", "2", "--prompts", "3", "--prompt-tokens", "16"),
+            *("retuned", "scratch", "centroids", "--finetune-steps", "2"),
+            *("--prompts", "3", "--prompt-tokens", "16"),
             *("--max-tokens", "8", "--num-texts", "4", "--work", str(place)),
             *("--json", str(figures)),
         ]
     )
     found = json.loads(figures.read_text("utf-8"))
-    assert len(found["claims"]) == 5
+    assert len(found["claims"]) == 6
     assert status == (0 if all(claim["holds"] for claim in found["claims"]) else 1)
-    for part in tune_proof.CLAIMED:
+    for part in (*tune_proof.CLAIMED, "centroids"):
         assert found[part]["same_texts"] == found[part]["texts"] == 3
     assert found["retuned"]["tuning"]["drafter"] is not None
     assert found["scratch"]["training"]["drafter"] is None
+    assert found["centroids"]["training"]["drafter"] == "fresh"
+    drafter = load_drafter(place / "centroids/drafter")
+    assert drafter.masked_embedding is not None
     embedded, tuned = map(weights, (embedded_pair_path(), place / "retuned/target"))
     assert set(embedded) == set(tuned)
     assert any(not mx.array_equal(embedded[name], tuned[name]) for name in embedded)
@@ -387,7 +392,7 @@ def test_the_proof_keeps_what_is_there(tmp_path, capsys):
 def test_figures_are_for_parts_that_there_are(capsys):
     with pytest.raises(SystemExit):
         tune_proof.main(["nothing"])
-    assert "retuned, scratch, losses: got nothing" in capsys.readouterr().err
+    assert "retuned, scratch, centroids, losses: got nothing" in capsys.readouterr().err
 
 
 def test_defaults_stay_within_what_is_claimed():
