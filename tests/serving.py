@@ -66,6 +66,8 @@ class ScriptedDecoder:
         max_rows: Rows that are emitted for together.
 
     Attributes:
+        steps: How many have begun.
+        asked: How many were asked for: one more while a step waits to be allowed.
         allowed: How many steps may be run; None for any number.
         added: The requests, with the caches that came with them.
         removed: Rows that were sent away.
@@ -82,6 +84,7 @@ class ScriptedDecoder:
     ) -> None:
         self.stats = RoundStats()
         self.steps = 0
+        self.asked = 0
         self.allowed: threading.Semaphore | None = None
         self.added: list[tuple[Request, Any]] = []
         self.removed: list[Row] = []
@@ -133,6 +136,7 @@ class ScriptedDecoder:
         self.is_closed = True
 
     def step(self) -> Step:
+        self.asked += 1
         if self.allowed is not None:
             assert self.allowed.acquire(timeout=WAIT_S)
         self.steps += 1

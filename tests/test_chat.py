@@ -877,7 +877,7 @@ class TestProcess:
             process.stdin.flush()
             assert process.stdout.read(1)  # it is in the middle of it
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=300)
         assert process.returncode == 130, err
         assert out.endswith(b"\n")
         assert b"Traceback" not in err
@@ -895,7 +895,7 @@ class TestProcess:
                 process.send_signal(signal.SIGINT)
                 read_until(ours, b"> ")
                 os.write(ours, b"/stats\n/undo\n\x04")
-                _, err = process.communicate(timeout=60)
+                _, err = process.communicate(timeout=300)
         finally:
             os.close(ours)
             os.close(theirs)

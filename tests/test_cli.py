@@ -727,7 +727,7 @@ class TestInterrupt:
         with start(*args) as process:
             assert process.stdout.read(1)  # it is in the middle of it
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=300)
         assert process.returncode == 130, err
         assert out.endswith("\n")
         assert FIGURES.search(err)
@@ -755,7 +755,7 @@ class TestProcess:
 
     def test_a_mistake(self, tmp_path):
         with start("--model", tmp_path) as process:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=300)
         assert_one_line((process.returncode, out, err), "config.json")
 
     @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")

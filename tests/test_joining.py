@@ -121,7 +121,13 @@ class TestText:
         rng = random.Random(3)
         requests = [
             Request(
-                [2, *(rng.randrange(8, 2000) for _ in range(rng.choice([2, 9, 40])))],
+                [
+                    2,
+                    *(
+                        rng.randrange(8, pair.vocab_size)
+                        for _ in range(rng.choice([2, 9, 40]))
+                    ),
+                ],
                 rng.choice([1, 3, 8, 24]),
                 SamplingParams(1.0, 0.95, 64, seed=i) if i % 2 else SamplingParams(),
                 eos_token_ids=pair.eos_token_ids,

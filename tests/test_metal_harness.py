@@ -358,6 +358,7 @@ def mlx_lm_kernel(monkeypatch):
 
 
 def test_expert_routing_of_mlx_lm(mlx_lm_kernel):
+    mx.random.seed(0)
     route = mlx_lm_kernel("expert_routing", "expert_routing")
     logits, bias = mx.random.normal((7, 128)), mx.random.normal((128,)) * 0.1
     options = {"multiplier": 1.5, "score_eps": 1e-6, "route_scale": 2.0}
@@ -371,6 +372,7 @@ def test_expert_routing_of_mlx_lm(mlx_lm_kernel):
 
 
 def test_rms_norm_sigmoid_gate_of_mlx_lm(mlx_lm_kernel):
+    mx.random.seed(0)
     norm_gate = mlx_lm_kernel("rms_norm_sigmoid_gate", "rms_norm_sigmoid_gate")
     B, N, L, D = 1, 4, 5, 64
     x, gate = mx.random.normal((B, N, L, D)), mx.random.normal((B, L, N * D))
@@ -381,6 +383,7 @@ def test_rms_norm_sigmoid_gate_of_mlx_lm(mlx_lm_kernel):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_norm_add_of_mlx_lm(mlx_lm_kernel, dtype):
+    mx.random.seed(0)
     norm_add = mlx_lm_kernel("norm_add_norm", "norm_add_norm")
     branch = mx.random.normal((3, 1536)).astype(dtype)
     weight = mx.random.normal((1536,)).astype(dtype)

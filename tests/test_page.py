@@ -46,7 +46,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    with served(tmp_path_factory.mktemp("page")) as address:
+    # Drafts of a number that no clock chooses: there is always something to show.
+    settings = ("--num-draft-tokens", "4")
+    with served(tmp_path_factory.mktemp("page"), *settings) as address:
         yield address
 
 

@@ -399,10 +399,12 @@ class TestState:
         ok = 'requests_total{endpoint="/v1/completions",status="200"}'
         assert float(values[ok]) >= 1
 
-    def test_stats(self, client):
+    def test_stats(self, client, monkeypatch):
+        window_s = 600.0  # nobody is so slow that the tokens are out of it
+        monkeypatch.setattr("mlx_gemma_mtp.server.metrics._SPEED_WINDOW_S", window_s)
         client.complete(max_tokens=6)
         found = client.get("/stats").json()
-        assert found["tokens_per_second"] >= 3  # six in the last two seconds
+        assert found["tokens_per_second"] >= 6 / window_s
         assert (found["live"], found["waiting"], found["kv_bytes"]) == (0, 0, 0)
         assert (found["model"], found["drafter"]) == ("embedded", "drafter")
         assert found["has_chat_template"] is True
@@ -589,7 +591,7 @@ class TestReaders:
             decoder.allowed.release(1)
             wait_until(lambda: decoder.removed)
             assert decoder.steps <= steps + 1
-            assert client.get("/stats").json()["live"] == 0
+            wait_until(lambda: client.get("/stats").json()["live"] == 0)
 
     def test_one_who_reads_slowly_gets_larger_pieces(self):
         decoder = ScriptedDecoder(echo)

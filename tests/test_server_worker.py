@@ -154,10 +154,10 @@ def stepping(**settings):
 
 
 def allow(decoder, count=1):
-    """Let some steps run, and wait until they have."""
+    """Let some steps run, and wait until the next one would."""
     wanted = decoder.steps + count
     decoder.allowed.release(count)
-    wait_until(lambda: decoder.steps >= wanted)
+    wait_until(lambda: decoder.asked > wanted)
 
 
 def test_a_cancelled_row_has_no_further_round():

@@ -188,6 +188,7 @@ class TestStream:
         assert texts[0] == texts[1]
 
     def test_seeds(self, model, tokenizer):
+        tokenizer.eos_token_ids = []  # two texts that end at once are equal
         texts = [
             generate(model, tokenizer, PROMPT, max_tokens=12, temp=2.0, seed=seed)
             for seed in (1, 2, 1, None, None)
