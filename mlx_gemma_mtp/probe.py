@@ -135,6 +135,8 @@ class _Probe:
         slabs = self._random_slabs(place.capacity)
         plain = {rows: self._decode(slabs, place, 0, rows) for rows in PLAIN_ROWS}
         for k in ALL_DRAFTS[1:]:
+            if self._is_late():  # which verdict() finds too
+                return
             block = self._decode(slabs, place, k, 1)
             self._difference = max(self._difference, _difference(plain[1], block))
             for rows in PLAIN_ROWS:

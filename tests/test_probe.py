@@ -7,6 +7,7 @@ layer here. Run: python -m pytest tests/test_probe.py
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import chain, count
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from mlx_gemma_mtp import cache as cache_module
+from mlx_gemma_mtp import probe as probe_module
 from mlx_gemma_mtp import room as room_module
 from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.decoder import Decoder, Request
@@ -161,6 +163,24 @@ def test_the_last_row_of_a_block_counts(num_rows):
 def test_a_probe_over_its_budget_is_given_up():
     assert probe(reference_pair("12b").rounds.target, budget_s=1e-9) is None
     assert probe(reference_pair("12b").rounds.target, budget_s=1e9) is not None
+
+
+def test_a_probe_that_takes_longer_than_it_looked_like_ends_before_the_next_block(
+    monkeypatch,
+):
+    sizes = []
+    block = probe_module._Probe._block
+
+    def counted(self, slabs, place, num_drafts, *args):
+        sizes.append(num_drafts)
+        return block(self, slabs, place, num_drafts, *args)
+
+    monkeypatch.setattr(probe_module._Probe, "_block", counted)
+    # Until one pass was timed there was no time at all; then every look takes a second.
+    ticks = chain([0.0] * 3, count(1.0))
+    monkeypatch.setattr(probe_module.time, "perf_counter", lambda: next(ticks))
+    assert probe(reference_pair("12b").rounds.target, budget_s=5) is None
+    assert set(sizes) == {0}
 
 
 @pytest.mark.parametrize(
