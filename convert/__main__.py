@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mlx_gemma_mtp.checkpoint import FLOAT_DTYPES
 from mlx_gemma_mtp.command import (
-    EXIT_INTERRUPTED,
     Parser,
     exit_status,
     progress_bar,
@@ -146,17 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for a mistake of the user's, 128 and the signal's number if
         one ended it, 141 where the reader of the output went away.
     """
-    return exit_status(lambda: _run_or_stop(argv), sys.stdout, sys.stderr)
-
-
-def _run_or_stop(argv: Sequence[str] | None) -> int:
-    """Run, and say so where a signal has stopped it."""
-    try:
-        with _termination_as_interrupt():
-            return _run(configure_parser().parse_args(argv))
-    except KeyboardInterrupt as interrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + interrupt.args[0] if interrupt.args else EXIT_INTERRUPTED
+    return exit_status(
+        lambda: _run(configure_parser().parse_args(argv)),
+        *(sys.stdout, sys.stderr),
+        stopped="interrupted",
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -228,25 +219,6 @@ def _progress(what: str, num_bytes: int) -> Iterator[Callable[[int], Any]]:
     """Show bytes and time left on standard error."""
     with progress_bar(what, num_bytes, sys.stderr, unit="B", unit_scale=True) as bar:
         yield bar.update
-
-
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Let a polite kill or a closed terminal clean up like Control-C does."""
-
-    def interrupt(signum: int, frame: Any) -> NoReturn:
-        raise KeyboardInterrupt(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals go elsewhere
-        return
-    signals = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, interrupt) for number in signals]
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ import argparse
 import io
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -62,28 +64,60 @@ def progress_bar(what: str, total: int, notes: TextIO, **style: Any) -> Iterator
         yield bar
 
 
-def exit_status(run: Callable[[], int], output: TextIO, notes: TextIO) -> int:
+def exit_status(
+    run: Callable[[], int],
+    output: TextIO,
+    notes: TextIO,
+    *,
+    stopped: str | None = None,
+) -> int:
     """Run a command, and say how it ends.
 
     Args:
         run: The command; returns its exit status.
         output: Standard output.
         notes: Standard error.
+        stopped: What to say where a signal ends it, of a command that cleans up or
+            keeps its work then: a polite kill and a closed terminal are answered like
+            Control-C.
 
     Returns:
         Exit status: its own, 1 for a mistake of the user's, which is said in one line,
-        130 for Control-C, 141 where the reader of the output went away.
+        128 and the signal's number if one ended it, 141 where the reader of the output
+        went away.
     """
     try:
-        return run()
+        with nullcontext() if stopped is None else _signals_as_interrupts():
+            return run()
     except MTPError as error:
         notes.write(f"error: {error}\n")
         return 1
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        if stopped is not None:
+            notes.write(f"{stopped}\n")
+        return 128 + interrupt.args[0] if interrupt.args else EXIT_INTERRUPTED
     except BrokenPipeError:
         drop_output(output)
         return EXIT_BROKEN_PIPE
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """Let a polite kill or a closed terminal raise what Control-C raises."""
+
+    def interrupt(signum: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go elsewhere
+        return
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def set_up_output(output: TextIO, notes: TextIO, *, verbose: bool) -> None:

@@ -29,6 +29,8 @@ from mlx_gemma_mtp.tune.documents import DocumentReader, Lengths
 from mlx_gemma_mtp.tune.material import Writing, _Group, write_all
 from mlx_gemma_mtp.tune.pipeline import load_plain
 from mlx_gemma_mtp.tune.request import TextSettings, TuneRequest
+from mlx_gemma_mtp.tune.snapshot import read_snapshot
+from mlx_gemma_mtp.tune.trainer import Trainer
 from mlx_gemma_mtp.weights import load_drafter
 from tests import tiny
 
@@ -182,6 +184,35 @@ def test_killed_at_random_moments_it_resumes(model, data, tmp_path):
             break
     assert weights_of(broken) == weights_of(whole), f"seed {seed}"
     assert not list(tmp_path.glob("*.work"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signal_is_answered_with_what_is_done(
+    model, data, tmp_path, capsys, monkeypatch, number
+):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(arguments(model, data, whole)) == 0
+    step, handlers = Trainer._step, signal.getsignal(number)
+
+    def stopped(self):
+        step(self)
+        if self.progress.step == 3:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "_step", stopped)
+    command = arguments(model, data, broken)
+    assert main(command) == (128 + number)
+    notes = capsys.readouterr().err.splitlines()
+    assert notes[-1] == "interrupted; --resume goes on"
+    assert signal.getsignal(number) == handlers
+    (checkpoint,) = (tmp_path / "broken.work").glob("checkpoint-*")
+    kept = read_snapshot(checkpoint)
+    assert kept is not None
+    assert kept.step == 3  # the last one at which it keeps them by itself is 2
+    monkeypatch.undo()
+    with tiny.uncompiled():
+        assert main([*command, "--resume"]) == 0
+    assert weights_of(broken) == weights_of(whole)
 
 
 def test_run_that_was_cut_off_is_not_overwritten(model, data, tmp_path, capsys):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import add_checkpoint_arguments, add_filters, json_object
-from ..command import EXIT_INTERRUPTED, Parser, exit_status, progress_bar
+from ..command import Parser, exit_status, progress_bar
 from ..errors import RequestError
 from .request import TextSettings, TuneRequest
 from .settings import DIVERGENCES, TrainingSettings
@@ -230,16 +230,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for a mistake of the user's, 128 and the signal's number if
         one ended it, 141 where the reader of the output went away.
     """
-    return exit_status(lambda: _run_or_stop(argv), sys.stdout, sys.stderr)
-
-
-def _run_or_stop(argv: Sequence[str] | None) -> int:
-    """Run, and say so where a signal has stopped it."""
-    try:
-        return _run(argv)
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return exit_status(
+        lambda: _run(argv),
+        *(sys.stdout, sys.stderr),
+        stopped="interrupted; --resume goes on",
+    )
 
 
 def _run(argv: Sequence[str] | None) -> int:

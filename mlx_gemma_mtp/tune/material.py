@@ -326,7 +326,8 @@ def _begin(
     writing: Writing, load_again: Callable[[], Pair], parent: int, is_stopped: Any
 ) -> None:
     """Get ready to write for the process that has begun this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Control-C is the parent's to answer
+    for number in (signal.SIGINT, signal.SIGHUP):  # are the parent's to answer
+        signal.signal(number, signal.SIG_IGN)
     Thread(target=_end_with, args=(parent, is_stopped), daemon=True).start()
     _given.update(writing=writing, pair=load_again())
 
