@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -323,25 +324,57 @@ def _small_cache() -> Iterator[None]:
 
 
 def _in_parallel(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-    """Yield results in the order of the jobs; a few are under way at a time."""
+    """Yield results in the order of the jobs; a few are under way at a time.
+
+    Control-C may come anywhere, also inside the pool's own functions: what has begun is
+    known here before the pool hears of it, and until it has ended.
+    """
     pool, pending = _pool(NUM_WORKERS), deque[Future[Any]]()
+
+    def first() -> Any:
+        result = pending[0].result()
+        pending.popleft()
+        return result
+
     try:
         for job in jobs:
-            pending.append(pool.submit(work, job))
+            pending.append(Future())
+            pool.submit(_run, pending[-1], work, job)
             if len(pending) > NUM_WORKERS:
-                yield pending.popleft().result()
+                yield first()
         while pending:
-            yield pending.popleft().result()
+            yield first()
     finally:
-        for future in pending:
-            future.cancel()
-        wait(pending)  # what runs still uses the files
+        wait([f for f in pending if not f.cancel()])  # what runs still uses the files
+
+
+def _run(future: Future[Any], work: Callable[[Any], Any], job: Any) -> None:
+    """Give a future its result, unless it was cancelled."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = work(job)
+    except BaseException as error:
+        future.set_exception(error)
+        raise  # to the pool's own future, which nobody asks
+    future.set_result(result)
 
 
 @cache
 def _pool(num_workers: int) -> ThreadPoolExecutor:
-    """The process's workers: MLX keeps a stream for every thread it has ever seen."""
-    return ThreadPoolExecutor(num_workers)
+    """The process's workers: MLX keeps a stream for every thread it has ever seen.
+
+    All of them begin here. A pool that is interrupted while it begins one does not know
+    that one, and does not wake it when the process ends; this pool is then lost as a
+    whole, which all of its workers notice.
+    """
+    pool, has_begun = ThreadPoolExecutor(num_workers), Event()
+    try:
+        for _ in range(num_workers):
+            pool.submit(has_begun.wait)
+    finally:
+        has_begun.set()
+    return pool
 
 
 def _from_disk(descriptor: int) -> None:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -895,6 +896,86 @@ class TestInterrupt:
         assert (process.returncode, printed) == (128 + number, ""), err
         assert without_bars(err) == ["interrupted"]
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_while_a_thread_begins(self, source, tmp_path):
+        """The pool does not know it yet, and would leave it asleep for ever."""
+        code = (
+            "import sys, threading\n"
+            "from convert.__main__ import main\n"
+            "real = threading.Thread.start\n"
+            "def start(thread):\n"
+            "    real(thread)\n"
+            "    if thread.name.startswith('ThreadPool'):\n"
+            "        raise KeyboardInterrupt\n"
+            "threading.Thread.start = start\n"
+            "sys.exit(main(sys.argv[1:]))"
+        )
+        args = ["--hf-path", source, "--mlx-path", tmp_path / "out", "--no-check"]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, args)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 130, done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    @pytest.mark.parametrize("number", [1, 2, 6])
+    @pytest.mark.parametrize("is_late", [False, True])
+    def test_while_work_is_handed_over(self, monkeypatch, number, is_late):
+        """What uses the files has ended then, and nothing begins any more."""
+        stream._pool(stream.NUM_WORKERS)
+        submit, calls = ThreadPoolExecutor.submit, []
+        begun: list[int] = []
+        ended: list[int] = []
+
+        def interrupted(pool, *args):
+            calls.append(args)
+            if len(calls) == number and not is_late:
+                raise KeyboardInterrupt
+            future = submit(pool, *args)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return future
+
+        def work(job):
+            begun.append(job)
+            time.sleep(0.05)
+            ended.append(job)
+            return job
+
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(stream._in_parallel(work, range(20)))
+        assert sorted(begun) == sorted(ended)
+        time.sleep(0.2)  # for those that would still begin
+        assert sorted(begun) == sorted(ended) == list(range(len(begun)))
+        assert len(begun) <= number
+
+    def test_while_a_result_is_waited_for(self, monkeypatch):
+        result, calls = Future.result, []
+        begun: list[int] = []
+        ended: list[int] = []
+
+        def interrupted(future, *args):
+            calls.append(future)
+            if len(calls) < 6:
+                return result(future, *args)
+            while 5 not in begun:
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+
+        def work(job):
+            begun.append(job)
+            time.sleep(0.5 if job == 5 else 0.01)
+            ended.append(job)
+
+        monkeypatch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(stream._in_parallel(work, range(20)))
+        assert sorted(begun) == sorted(ended)
 
 
 class TestForeignCode:
