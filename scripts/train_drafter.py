@@ -89,7 +89,7 @@ def train_drafter(
     work.mkdir(parents=True, exist_ok=True)
     data, held_out = write_data(make_corpus(work), work)
     request = TuneRequest(
-        model=str(_quick_target(Path(model), work)),
+        model=str(quick_target(Path(model), work)),
         data=(str(data),),
         held_out=(str(held_out),),
         output=output,
@@ -107,7 +107,7 @@ def train_drafter(
     return tune(request, tell=log, progress=logged)
 
 
-def _quick_target(model: Path, work: Path) -> Path:
+def quick_target(model: Path, work: Path) -> Path:
     """The target as the CPU computes it fastest: in float32.
 
     Its hidden states differ from those of bfloat16 by rounding alone; a CPU without

@@ -35,11 +35,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import mlx.core as mx
 
+from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.errors import MTPError
 from mlx_gemma_mtp.load import embedded_pair_path, load_pair, load_tokenizer
 from mlx_gemma_mtp.machine import describe_machine
 from mlx_gemma_mtp.tables import aligned
+from mlx_gemma_mtp.tune.documents import Document
 from mlx_gemma_mtp.tune.fresh import fresh_config, fresh_drafter
+from mlx_gemma_mtp.tune.measuring import measure
 from mlx_gemma_mtp.tune.pipeline import tune
 from mlx_gemma_mtp.tune.request import TextSettings, TuneRequest
 from mlx_gemma_mtp.tune.result import write_drafter
@@ -72,6 +75,7 @@ TRAINING = TrainingSettings(
     learning_rate=1e-3,
     seed=1,
 )
+SAMPLED = SamplingParams(temp=1.0, top_k=64, top_p=0.95)  # of losses
 LEAST_WON_BACK = 0.8
 MOST_MINUTES = 20  # of the whole command: texts, measurements, training
 LEAST_OF_SHIPPED = 0.9
@@ -130,7 +134,7 @@ def retuned(args: argparse.Namespace, work: Path) -> Part:
         "drafter",
     )
     finetune(work, steps=args.finetune_steps)
-    prompts = _prose_prompts(work / "heldout.jsonl", args)
+    prompts = _prose_prompts(work / "heldout.jsonl", args, count=args.prompts)
     show(f"\nretuned: {len(prompts)} prompts of held-out prose")
     original = _decoded(
         "the shipped drafter, the target as it was",
@@ -271,14 +275,24 @@ def _from_scratch(
 def losses(args: argparse.Namespace, work: Path) -> Part:
     """Train with each of the divergences on the same texts."""
     finetune(work, steps=args.finetune_steps)
-    show(f"\nlosses: {args.loss_steps} steps at temperature 1, top-k 64, top-p 0.95")
-    texts = replace(TEXTS, temp=1.0, top_k=64, top_p=0.95)
-    found: dict[str, Any] = {}
+    target, shipped = (
+        train_drafter.quick_target(work / "target", work),
+        embedded_pair_path() / "drafter",
+    )
+    prompts = _prose_prompts(work / "heldout.jsonl", args, count=args.loss_prompts)
+    show(
+        f"\nlosses: {args.loss_steps} steps at temperature 1, top-k 64, top-p 0.95; "
+        f"{len(prompts)} prompts of held-out prose"
+    )
+    found: dict[str, Any] = {
+        "before": _sampled("before", target, shipped, prompts, args)
+    }
+    texts = replace(TEXTS, temp=SAMPLED.temp, top_k=SAMPLED.top_k, top_p=SAMPLED.top_p)
     for loss in DIVERGENCES:
         report = tune(
             TuneRequest(
-                model=str(work / "target"),
-                draft_model=str(embedded_pair_path() / "drafter"),
+                model=str(target),
+                draft_model=str(shipped),
                 data=(str(work / "train.jsonl"),),
                 held_out=(str(work / "heldout.jsonl"),),
                 output=work / loss,
@@ -294,13 +308,31 @@ def losses(args: argparse.Namespace, work: Path) -> Part:
             progress=logged,
         )
         every = max(point.acceptance_length or 0 for point in report.history)
-        after = report.after.overall
-        show(
-            f"{loss:12} engine {after.length:.3f} +- {after.standard_error:.3f} "
-            f"(before {report.before.overall.length:.3f}), at every place {every:.3f}"
-        )
-        found[loss] = {**report.to_dict(), "at_every_place": every}
+        figures = _sampled(loss, target, work / loss, prompts, args)
+        show(f"{loss:12} at every place of other texts {every:.3f}")
+        found[loss] = {**report.to_dict(), "sampled": figures, "at_every_place": every}
     return Part(found, [])
+
+
+def _sampled(
+    what: str,
+    target: Path,
+    drafter: Path,
+    prompts: list[list[int]],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Continue prompts with a pair as sampled text is; its acceptance is shown."""
+    found = measure(
+        load_pair(target, drafter),
+        [Document("prose", i, prompt, []) for i, prompt in enumerate(prompts)],
+        replace(SAMPLED, seed=args.seed),
+        num_draft_tokens=TRAINING.num_draft_tokens,
+        max_tokens=args.max_tokens,
+        num_rows=TEXTS.num_rows,
+        step_size=TEXTS.step_size,
+    ).overall
+    show(f"{what:12} {found.length:.3f} +- {found.standard_error:.3f}")
+    return {**found.to_dict(), "standard_error": found.standard_error}
 
 
 def _decoded(
@@ -311,13 +343,15 @@ def _decoded(
     return Decoded(texts, stats.acceptance_length, describe_stats(what, stats))
 
 
-def _prose_prompts(path: Path, args: argparse.Namespace) -> list[list[int]]:
+def _prose_prompts(
+    path: Path, args: argparse.Namespace, *, count: int
+) -> list[list[int]]:
     """Random stretches of the prose that no training has seen."""
     tokenizer = load_tokenizer(embedded_pair_path())
     records = map(json.loads, path.read_text("utf-8").splitlines())
     documents = [list(tokenizer.encode(record["text"])) for record in records]
     rng = random.Random(args.seed)
-    return prompts_of(documents, rng, count=args.prompts, length=args.prompt_tokens)
+    return prompts_of(documents, rng, count=count, length=args.prompt_tokens)
 
 
 def _num_same(*texts: list[list[int]]) -> int:
@@ -398,6 +432,12 @@ def configure_parser() -> argparse.ArgumentParser:
         type=int,
         default=200,
         help="of training in losses (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--loss-prompts",
+        type=int,
+        default=400,
+        help="to measure on in losses (default: %(default)s)",
     )
     parser.add_argument("--finetune-steps", type=int, default=finetune_target.STEPS)
     parser.add_argument(

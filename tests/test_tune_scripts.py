@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 from dataclasses import replace
@@ -35,7 +34,6 @@ TEXTS = TextSettings(num_texts=6, prompt_tokens=12, max_tokens=8, num_held_out=2
 TRAINING = TrainingSettings(
     loss="ce", steps=3, minutes=10, batch_size=2, judge_every=1, save_every=2, seed=1
 )
-_BEFORE = re.compile(r"before ([\d.]+)")
 WORDS = st.text(st.characters(codec="ascii", categories=["Ll"]), min_size=1)
 
 
@@ -408,7 +406,14 @@ def test_losses_are_compared_on_the_same_texts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(openblas, "prefer", lambda tell: None)
     monkeypatch.setattr(tune_proof, "DIVERGENCES", DIVERGENCES[:2])
     arguments = "losses --finetune-steps 1 --num-texts 6 --loss-steps 2".split()
+    arguments += "--loss-prompts 3 --max-tokens 4".split()
     assert tune_proof.main([*arguments, "--work", str(tmp_path / "work")]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "engine" in line]
-    assert [line.split()[0] for line in lines] == list(DIVERGENCES[:2])
-    assert len({found for line in lines for found in _BEFORE.findall(line)}) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "+-" in line]
+    assert [line.split()[0] for line in lines] == ["before", *DIVERGENCES[:2]]
+    reports = [
+        json.loads((tmp_path / "work/losses" / loss / "training.json").read_text())
+        for loss in DIVERGENCES[:2]
+    ]
+    first, second = (report["acceptance"]["before"] for report in reports)
+    assert first == second
+    assert [r["settings"]["loss"] for r in reports] == list(DIVERGENCES[:2])
