@@ -186,7 +186,7 @@ def test_killed_at_random_moments_it_resumes(model, data, tmp_path):
     assert not list(tmp_path.glob("*.work"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signal_is_answered_with_what_is_done(
     model, data, tmp_path, capsys, monkeypatch, number
 ):
