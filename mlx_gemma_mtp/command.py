@@ -103,7 +103,10 @@ def exit_status(
 
 @contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
-    """Let a polite kill or a closed terminal raise what Control-C raises."""
+    """Let a polite kill or a closed terminal raise what Control-C raises.
+
+    A signal that is ignored, as nohup lets it be, stays so.
+    """
 
     def interrupt(signum: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt(signum)
@@ -112,12 +115,15 @@ def _signals_as_interrupts() -> Iterator[None]:
         yield  # signals go elsewhere
         return
     signals = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, interrupt) for number in signals]
+    before = {number: signal.getsignal(number) for number in signals}
+    changed = [number for number in signals if before[number] != signal.SIG_IGN]
+    for number in changed:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
+        for number in changed:
+            signal.signal(number, before[number])
 
 
 def set_up_output(output: TextIO, notes: TextIO, *, verbose: bool) -> None:
