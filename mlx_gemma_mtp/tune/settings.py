@@ -38,7 +38,7 @@ class TrainingSettings:
     """
 
     num_draft_tokens: int = 4
-    loss: str = "acceptance"
+    loss: str = "kl"
     least_reach: float = 0.1
     learning_rate: float = 3e-4
     steps: int = 1000
