@@ -81,8 +81,15 @@ def test_all_sections_run(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(figures.read_text(encoding="utf-8"))
-    sections = {"speed", "acceptance", "rules", "context", "useless", "batch"}
-    sections |= {"engines"}
+    sections = {
+        "speed",
+        "acceptance",
+        "rules",
+        "context",
+        "useless",
+        "batch",
+        "engines",
+    }
     assert set(found) == {"machine", *sections}
     assert "mlx " in found["machine"]
     for figure in found["speed"].values():

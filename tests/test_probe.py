@@ -111,12 +111,20 @@ def test_every_number_of_drafts_is_exact_here(family):
     assert not verdict.depends_on_capacity
 
 
-def test_a_probe_is_a_few_passes():
+def test_a_probe_is_a_few_passes(monkeypatch):
+    now, block = [0.0], probe_module._Probe._block
+
+    def timed(self, slabs, place, num_drafts, min_rows, done):
+        now[0] += 3 if min_rows == 2 else 2
+        return block(self, slabs, place, num_drafts, min_rows, done)
+
+    monkeypatch.setattr(probe_module._Probe, "_block", timed)
+    monkeypatch.setattr(probe_module.time, "perf_counter", lambda: now[0])
     verdict = probe(reference_pair("12b").rounds.target)
     assert verdict is not None
     assert verdict.num_passes <= 90
-    assert verdict.fill_cost >= 1
-    assert verdict.seconds > 0
+    assert verdict.fill_cost == 1.5
+    assert verdict.seconds == now[0] > 0
 
 
 def test_places_cover_the_wrap_and_the_growth():

@@ -188,20 +188,20 @@ class Writing:
         names = map(self._name, range(len(self.documents)))
         return [name for name in names if name in records]
 
-    def size(self, start: int) -> int:
-        """How many documents a group has."""
-        return len(self.documents[start : start + self.settings.num_rows])
+    def group(self, start: int) -> Sequence[Document]:
+        """The documents that are written together from one on."""
+        return self.documents[start : start + self.settings.num_rows]
 
     def is_done(self, start: int) -> bool:
         """Whether all records of a group are there."""
         records = Records(self.folder)
-        names = range(start, start + self.size(start))
+        names = range(start, start + len(self.group(start)))
         return all(records.is_done(self._name(i)) for i in names)
 
-    def write(self, pair: Pair, start: int) -> int:
-        """Make the records of a group, all of them; gives how many documents it has."""
+    def write(self, pair: Pair, start: int) -> None:
+        """Make the records of a group, all of them."""
         records = Records(self.folder)
-        group = self.documents[start : start + self.settings.num_rows]
+        group = self.group(start)
         names = [self._name(start + i) for i in range(len(group))]
         step_size = self.settings.step_size
         recorder = Recorder(Target(pair.target), self.params, step_size=step_size)
@@ -212,7 +212,6 @@ class Writing:
                     records.skip(name)
                 else:
                     records.write(name, recorder.record(text))
-        return len(group)
 
     def _texts(self, pair: Pair, group: Sequence[Document], start: int) -> list[Text]:
         """The texts of a group; each document has a seed of its own."""
@@ -273,7 +272,7 @@ def write_all(
         on_progress: Called with the number of documents done.
     """
     missing = [start for start in writing.starts if not writing.is_done(start)]
-    num_done = len(writing.documents) - sum(map(writing.size, missing))
+    num_done = len(writing.documents) - sum(len(writing.group(s)) for s in missing)
     on_progress(num_done)
     peaks: Counter[int] = Counter()
     for group in _groups(writing, missing, pair, load_again):
@@ -337,8 +336,8 @@ def _write_given(start: int) -> _Group:
 
 
 def _write(writing: Writing, pair: Pair, start: int) -> _Group:
-    size = writing.write(pair, start)
-    return _Group(size, os.getpid(), mx.get_peak_memory())
+    writing.write(pair, start)
+    return _Group(len(writing.group(start)), os.getpid(), mx.get_peak_memory())
 
 
 def _end_with(parent: int, is_stopped: Any) -> None:

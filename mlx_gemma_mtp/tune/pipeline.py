@@ -106,11 +106,7 @@ def tune(
     Raises:
         MTPError: A mistake of the user's: data, checkpoints, settings or places.
     """
-    # A run that was cut off after all its work may put the same folder there again.
-    is_own = request.is_resumed and workplace.has_written(
-        request.work_folder, _training_of(request.place)
-    )
-    check_place(request.place, force=request.is_forced or is_own)
+    check_place(request.place, force=_may_replace(request))
     folder = fetch(request.model, request.revision)
     plain, tokenizer = _load(request)
     params = SamplingParams(
@@ -130,8 +126,7 @@ def tune(
                 f"another {', '.join(place.changed)} than before: training begins anew "
                 "on the texts that are there"
             )
-        is_own = place.has_written(_training_of(request.place))
-        is_forced = request.is_forced or is_own
+        is_forced = _may_replace(request)
         check_place(request.place, force=is_forced)  # it may have other settings now
         run = _Run(request, place, plain, params, origin, chosen, tell, progress)
         name = hub_id(request.model, folder) or folder.resolve().name
@@ -433,6 +428,17 @@ def _origin(request: TuneRequest, plain: Pair, folder: Path) -> Origin:
         checkpoint.generation_config,
         hub_id(named, place) or place.resolve().name,
         drafter.model.norm.weight.dtype,
+    )
+
+
+def _may_replace(request: TuneRequest) -> bool:
+    """Whether a drafter at the place of the new one may go.
+
+    A run that was cut off after all its work may put the same folder there again.
+    """
+    return request.is_forced or (
+        request.is_resumed
+        and workplace.has_written(request.work_folder, _training_of(request.place))
     )
 
 

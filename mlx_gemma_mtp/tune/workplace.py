@@ -75,10 +75,6 @@ class Workplace:
         minutes[name] = minutes.get(name, 0.0) + spent
         self.save()
 
-    def has_written(self, training: Mapping[str, Any]) -> bool:
-        """Whether a drafter's ``training.json`` is this very run's."""
-        return training.get("run") == self.notes["run"]
-
     def remove(self) -> None:
         """Remove the folder: at once as far as anyone can see, then what was in it.
 
