@@ -26,6 +26,8 @@ import pytest
 from hypothesis import settings
 
 from mlx_gemma_mtp import planning
+from mlx_gemma_mtp.load import load_tokenizer
+from tests import gemma
 
 # What stands on mlx-lm 0.32, which Python 3.10 does not get.
 collect_ignore: list[str] = []
@@ -70,3 +72,25 @@ def _connect_locally(self, address):
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", _connect_locally)
+
+
+@pytest.fixture(scope="session")
+def gemma_tokenizer_folder(tmp_path_factory):
+    """A folder with Gemma's tokenizer and no chat template, not to be written to."""
+    return gemma.write_tokenizer(tmp_path_factory.mktemp("gemma") / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def gemma_tokenizer(gemma_tokenizer_folder):
+    """The tokenizer of a form of the chat template, by its name: loaded once."""
+    found = {}
+
+    def tokenizer(form):
+        if form not in found:
+            template = {"chat_template": gemma.FORMS[form].template}
+            found[form] = load_tokenizer(
+                gemma_tokenizer_folder, template, gemma.EOS_IDS
+            )
+        return found[form]
+
+    return tokenizer
