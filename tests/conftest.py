@@ -27,7 +27,7 @@ from hypothesis import settings
 
 from mlx_gemma_mtp import planning
 from mlx_gemma_mtp.load import load_tokenizer
-from tests import gemma
+from tests import gemma, gemma_pair
 
 # What stands on mlx-lm 0.32, which Python 3.10 does not get.
 collect_ignore: list[str] = []
@@ -94,3 +94,24 @@ def gemma_tokenizer(gemma_tokenizer_folder):
         return found[form]
 
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def gemma_pair_folder(tmp_path_factory):
+    """The folder of a random pair with a form's chat template, by the form's name.
+
+    What lies in it is shared and not to be written to.
+    """
+    place = tmp_path_factory.mktemp("gemma-pair")
+    shared = gemma_pair.write_pair(place / "shared")
+
+    def pair_folder(form):
+        folder = place / form
+        if not folder.exists():
+            folder.mkdir()
+            for path in shared.iterdir():
+                (folder / path.name).symlink_to(path)
+            gemma.FORMS[form].write_template(folder)
+        return folder
+
+    return pair_folder

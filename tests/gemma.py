@@ -153,6 +153,10 @@ class Form:
                 return own.read_text(encoding="utf-8")
         return _template(self)
 
+    def write_template(self, folder: Path) -> None:
+        """Write chat_template.jinja to a folder."""
+        (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+
 
 _APRIL = Form("april-e2b", is_first=True, replays_reasoning="never")
 _MAY = Form("may-e2b")
@@ -220,8 +224,7 @@ def write_tokenizer(
         file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
     if form is not None:
-        text = form.template
-        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+        form.write_template(folder)
     return folder
 
 

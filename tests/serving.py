@@ -25,7 +25,7 @@ from mlx_gemma_mtp.row import Request, Row
 from mlx_gemma_mtp.server.app import Desk, make_app
 from mlx_gemma_mtp.server.arguments import Settings, parse
 from mlx_gemma_mtp.server.bridge import Bridge, Drain, Mailbox
-from mlx_gemma_mtp.server.engine import Engine
+from mlx_gemma_mtp.server.engine import Engine, load_engine
 from mlx_gemma_mtp.server.order import Order
 from mlx_gemma_mtp.server.serve import make_bridge, make_desk
 from mlx_gemma_mtp.server.web import Web, listen
@@ -256,17 +256,23 @@ class Parts:
 
 @contextlib.contextmanager
 def working(means: Means, *arguments: str, starts: bool = True) -> Iterator[Parts]:
-    """The parts of a server around means, without HTTP.
+    """The parts of a server around means, without HTTP."""
+    settings = parse(["--port", "0", *arguments])
+    with working_engine(scripted_engine(settings, means), starts=starts) as parts:
+        yield parts
+
+
+@contextlib.contextmanager
+def working_engine(engine: Engine, *, starts: bool = True) -> Iterator[Parts]:
+    """The parts of a server around an engine, without HTTP.
 
     Without ``starts`` the caller starts the thread; what was submitted until then is
     taken together.
     """
-    settings = parse(["--port", "0", *arguments])
-    engine = scripted_engine(settings, means)
     mailbox = Mailbox()
     bridge = make_bridge(engine, mailbox)
     desk = make_desk(engine, bridge)
-    worker = Worker(means, mailbox, bridge)
+    worker = Worker(engine.means, mailbox, bridge)
     thread = threading.Thread(target=worker.run)
     if starts:
         thread.start()
@@ -274,9 +280,9 @@ def working(means: Means, *arguments: str, starts: bool = True) -> Iterator[Part
         yield Parts(mailbox, bridge, desk, worker, thread)
     finally:
         mailbox.put(Drain(0.0))
-        allowed = cast(Any, means.decoder).allowed
-        if allowed is not None:
-            allowed.release(1000)
+        decoder = engine.means.decoder
+        if isinstance(decoder, ScriptedDecoder) and decoder.allowed is not None:
+            decoder.allowed.release(1000)
         thread.join(WAIT_S)
         desk.executor.shutdown()
         assert not thread.is_alive()
@@ -285,17 +291,33 @@ def working(means: Means, *arguments: str, starts: bool = True) -> Iterator[Part
 @contextlib.contextmanager
 def scripted_server(means: Means, *arguments: str) -> Iterator[tuple[Client, Parts]]:
     """A server around means, in this process, and a client for it."""
-    with working(means, *arguments) as parts:
-        settings = parts.desk.settings
-        opened = listen(settings)
-        web = Web(make_app(parts.desk), settings, parts.bridge, on_end=lambda: None)
-        web.start(opened)
-        port = opened.getsockname()[1]
-        try:
-            yield Client(port, settings.api_key), parts
-        finally:
-            web.stop()
-            opened.close()
+    with working(means, *arguments) as parts, answering(parts) as client:
+        yield client, parts
+
+
+@contextlib.contextmanager
+def pair_server(folder: Path, *arguments: str) -> Iterator[tuple[Client, Parts]]:
+    """A server of a folder's pair, in this process, and a client for it."""
+    settings = parse(["--port", "0", "--model", str(folder), *arguments])
+    with (
+        working_engine(load_engine(settings)) as parts,
+        answering(parts) as client,
+    ):
+        yield client, parts
+
+
+@contextlib.contextmanager
+def answering(parts: Parts) -> Iterator[Client]:
+    """Let a server's parts answer over HTTP; a client for them."""
+    settings = parts.desk.settings
+    opened = listen(settings)
+    web = Web(make_app(parts.desk), settings, parts.bridge, on_end=lambda: None)
+    web.start(opened)
+    try:
+        yield Client(opened.getsockname()[1], settings.api_key)
+    finally:
+        web.stop()
+        opened.close()
 
 
 @dataclass
