@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx_gemma_mtp.checkpoint import open_checkpoint
 from mlx_gemma_mtp.config import FULL
 from mlx_gemma_mtp.drafter import SharedKV
+from mlx_gemma_mtp.encoding import encode_text
 from mlx_gemma_mtp.load import load_tokenizer
 from mlx_gemma_mtp.weights import load_drafter
 
@@ -94,7 +95,8 @@ def _compare(
         )
     targets = [before[0]] if source[0] == result[0] else [before[0], after[0]]
     num_bytes = sum(sum(layer_bytes(plan).values()) for plan in targets)
-    token_ids = load_tokenizer(result[0]).encode(TEXT)[: _num_tokens(before[0])]
+    tokenizer = load_tokenizer(result[0])
+    token_ids = encode_text(tokenizer, TEXT)[: _num_tokens(before[0])]
     with progress("comparing with the source", num_bytes) as advance:
         with open_target(before[0], advance) as target:
             expected = target.read(token_ids)

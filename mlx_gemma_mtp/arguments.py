@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from .chat_template import DEFAULT_THINKING, THINKING
 from .command import Parser
 from .config import SamplingParams, shorten
 from .errors import RequestError
@@ -131,6 +132,12 @@ def add_template_arguments(group: argparse._ArgumentGroup) -> None:
         "--ignore-chat-template",
         action="store_true",
         help="give the prompt to the model as it is",
+    )
+    add_thinking(group)
+    group.add_argument(
+        "--show-thoughts",
+        action="store_true",
+        help="write thoughts to standard output where that is no terminal too",
     )
     group.add_argument(
         "--chat-template-config",
@@ -287,6 +294,16 @@ def _add_penalties(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_thinking(group: argparse._ActionsContainer) -> None:
+    """Add --thinking."""
+    group.add_argument(
+        "--thinking",
+        choices=("on", "off"),
+        help="whether the model thinks before it answers, where its chat template has "
+        f"that (default: {'on' if DEFAULT_THINKING else 'off'})",
+    )
+
+
 @dataclass(frozen=True)
 class Checked:
     """What arguments mean that are more than a number or a text.
@@ -324,7 +341,8 @@ def check(args: argparse.Namespace) -> Checked:
     SamplingParams(**given, **xtc_settings(args), seed=args.seed)
     _check_penalties(args)
     return Checked(
-        _template_config(args.chat_template_config), _logit_bias(args.logit_bias)
+        _template_config(args.chat_template_config, args.thinking),
+        _logit_bias(args.logit_bias),
     )
 
 
@@ -395,11 +413,36 @@ def _logit_bias(text: str | None) -> dict[int, float]:
     return {int(token): float(value) for token, value in bias.items()}
 
 
-def _template_config(text: str | None) -> dict[str, Any]:
-    """The JSON object of --chat-template-config."""
-    if text is None:
-        return {}
-    return _json_object("--chat-template-config", text, '{"enable_thinking": false}')
+def _template_config(text: str | None, thinking: str | None) -> dict[str, Any]:
+    """The JSON object of --chat-template-config, and --thinking."""
+    flag = "--chat-template-config"
+    given = (
+        {} if text is None else _json_object(flag, text, '{"preserve_thinking": true}')
+    )
+    return with_thinking(given, thinking, flag)
+
+
+def with_thinking(
+    given: dict[str, Any], thinking: str | None, flag: str
+) -> dict[str, Any]:
+    """Arguments for a chat template with what --thinking says.
+
+    Args:
+        given: The arguments.
+        thinking: ``"on"``, ``"off"``, or None where it was not given.
+        flag: Where the arguments come from.
+
+    Raises:
+        RequestError: Both say something.
+    """
+    if thinking is None:
+        return given
+    if THINKING in given:
+        raise RequestError(
+            f"--thinking and {THINKING} in {flag} exclude each other: got both. Leave "
+            "one out."
+        )
+    return {**given, THINKING: thinking == "on"}
 
 
 def json_object(text: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .answer import AnswerReader, marks_of
 from .arguments import check, configure_parser
 from .chat_template import apply_chat_template
 from .command import (
@@ -31,6 +32,7 @@ from .flags import (
 )
 
 if TYPE_CHECKING:
+    from .display import Display
     from .text import GenerationResponse
 
 DEFAULT_PROMPT = "hello"
@@ -57,6 +59,7 @@ def _run(args: argparse.Namespace) -> int:
     set_up_output(sys.stdout, sys.stderr, verbose=args.verbose)
     checked = check(args)
     # Heavy imports wait until the arguments are known to be good.
+    from .display import Display
     from .pair import pair_of
     from .text import stream_generate
     from .tokens import check_settings
@@ -76,10 +79,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.verbose:
         for line in describe_sampling(args, defaults):
             _note(line)
+    whole, opening = _apply_template(args, tokenizer, prompt, checked.template_config)
     responses = stream_generate(
         model,
         tokenizer,
-        _apply_template(args, tokenizer, prompt, checked.template_config),
+        whole,
         max_tokens=args.max_tokens,
         num_draft_tokens=args.num_draft_tokens,
         exactness=args.exactness,
@@ -90,7 +94,13 @@ def _run(args: argparse.Namespace) -> int:
         stop=args.stop,
         prefill_step_size=args.prefill_step_size,
     )
-    return _print_responses(responses, verbose=args.verbose, stats_json=args.stats_json)
+    return _print_responses(
+        responses,
+        AnswerReader(marks_of(tokenizer), opening=opening),
+        Display(sys.stdout, shows_thoughts=args.show_thoughts),
+        verbose=args.verbose,
+        stats_json=args.stats_json,
+    )
 
 
 def _note(line: str) -> None:
@@ -113,17 +123,20 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 def _apply_template(
     args: argparse.Namespace, tokenizer: Any, prompt: str, config: dict[str, Any]
-) -> Any:
-    """The prompt as text, or as tokens where a chat template was applied."""
+) -> tuple[Any, str]:
+    """The prompt, and what it has written of the answer.
+
+    It is text, or tokens where a chat template was applied.
+    """
     if args.ignore_chat_template or not tokenizer.has_chat_template:
-        return prompt
+        return prompt, ""
     messages = [{"role": "user", "content": prompt}]
     if args.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": args.system_prompt})
     has_prefill = args.prefill_response is not None
     if has_prefill:
         messages.append({"role": "assistant", "content": args.prefill_response})
-    return apply_chat_template(
+    found = apply_chat_template(
         tokenizer,
         messages,
         config,
@@ -131,22 +144,32 @@ def _apply_template(
         "or use --ignore-chat-template.",
         continues_last=has_prefill,
     )
+    return found.tokens, found.opening
 
 
 def _print_responses(
-    responses: Any, *, verbose: bool, stats_json: str | None = None
+    responses: Any,
+    reader: AnswerReader,
+    display: Display,
+    *,
+    verbose: bool,
+    stats_json: str | None = None,
 ) -> int:
     """Print the text as it comes, then the figures, also after Control-C."""
     response: GenerationResponse | None = None
     status = 0
     try:
         for response in responses:
-            print(response.text, end="", flush=True)
+            display.show(reader.read(response.text))
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     finally:
         responses.close()
-    print(flush=True)
+        display.show(reader.read("", is_last=True))
+        display.end()
+    if response is not None and response.finish_reason == "length":
+        if not display.has_content:  # else the end shows by itself
+            _note(display.cut_off(response.generation_tokens))
     if verbose and response is not None:
         from .text import describe
 

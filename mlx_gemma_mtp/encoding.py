@@ -1,20 +1,26 @@
-"""Plain text to token ids, as models read it where no chat template is applied."""
+"""Text to token ids, as models read it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, with the begin-of-sequence token unless it is there.
+def encode_text(tokenizer: Any, text: str, *, continues: bool = False) -> list[int]:
+    """Token ids of a text, behind exactly one begin-of-sequence token.
+
+    Gemma's instruction-tuned tokenizers add none by themselves, others do: what a
+    tokenizer does counts for nothing here. A text may begin with the token.
 
     Args:
-        tokenizer: mlx-lm's, or one of transformers.
+        tokenizer: mlx-lm's, or one of transformers. One that has no such token adds
+            none.
         text: The text.
+        continues: Whether other tokens stand before it already; none is added then.
     """
-    bos = tokenizer.bos_token
-    add_special_tokens = bos is None or not text.startswith(bos)
     # Not verbose: how long a text may be is the model's to say, not transformers'.
-    return list(
-        tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
-    )
+    ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    bos = tokenizer.bos_token_id
+    if bos is None or continues:
+        return ids
+    begin = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+    return [bos, *ids[begin:]]

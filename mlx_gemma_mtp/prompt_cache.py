@@ -55,6 +55,12 @@ def read_prompt_cache(
     return caches
 
 
+def holds_tokens(prompt_cache: Sequence[Any]) -> bool:
+    """Whether something was read into mlx-lm's cache objects."""
+    kinds = (KVCache, RotatingKVCache)
+    return any(isinstance(c, kinds) and int(c.offset) > 0 for c in prompt_cache)
+
+
 def make_prompt_cache(
     layout: SlabLayout, caches: Sequence[PrefillCache]
 ) -> list[KVCache | RotatingKVCache]:

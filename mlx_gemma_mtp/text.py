@@ -27,6 +27,7 @@ from .logprobs import whole_logprobs
 from .pair import Pair, pair_of
 from .prefill import DEFAULT_PREFILL_STEP_SIZE
 from .processing import LogitsProcessor, Sampler
+from .prompt_cache import holds_tokens
 from .row import Row
 from .stats import RoundStats
 from .stop import StopStrings
@@ -151,7 +152,8 @@ def stream_generate(
         model: The model that ``load`` returned (it carries its drafter), or any
             Gemma 4 of mlx-lm.
         tokenizer: Its tokenizer.
-        prompt: Text, or token ids.
+        prompt: Text, or token ids. A text gets the begin-of-sequence token unless it
+            begins with it or goes on a prompt cache; token ids stay as they are.
         max_tokens: Tokens to generate, 1 or more; -1 for no limit.
         draft_model: A drafter to use in place of the model's own.
         num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; ``"auto"`` or
@@ -217,7 +219,7 @@ def stream_generate(
         tokenizer = TokenizerWrapper(tokenizer, eos_token_ids=pair.eos_token_ids)
     request = make_request(
         pair,
-        _encode(tokenizer, prompt),
+        _encode(tokenizer, prompt, prompt_cache),
         max_tokens=max_tokens,
         sampling=SamplingParams(
             temp,
@@ -447,6 +449,9 @@ class _TextStream:
         return max(time.perf_counter() - self._start, 1e-9)
 
 
-def _encode(tokenizer: TokenizerWrapper, prompt: Any) -> Any:
-    """Token ids of a text; token ids as they are."""
-    return encode_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
+def _encode(tokenizer: TokenizerWrapper, prompt: Any, cache: Any) -> Any:
+    """Token ids of a text that goes on what a cache holds; token ids as they are."""
+    if not isinstance(prompt, str):
+        return prompt
+    continues = cache is not None and holds_tokens(cache)
+    return encode_text(tokenizer, prompt, continues=continues)

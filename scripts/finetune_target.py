@@ -31,6 +31,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, train
 
+from mlx_gemma_mtp.encoding import encode_text
 from mlx_gemma_mtp.load import embedded_pair_path, load_tokenizer
 from mlx_gemma_mtp.weights import load_target
 from scripts import openblas
@@ -142,7 +143,7 @@ def windows(
     """Training examples as mlx-lm takes them: tokens, and how many are the prompt."""
     found = []
     for text in texts.values():
-        tokens = tokenizer.encode(text, add_special_tokens=False)
+        tokens = encode_text(tokenizer, text, continues=True)
         for start in range(0, max(len(tokens) - 1, 1), _WINDOW - 1):
             found.append(([_BOS, *tokens[start : start + _WINDOW - 1]], 0))
     random.Random(seed).shuffle(found)

@@ -38,6 +38,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_gemma_mtp.config import FULL, SLIDING
 from mlx_gemma_mtp.drafter import Drafter, SharedKV
+from mlx_gemma_mtp.encoding import encode_text
 from mlx_gemma_mtp.load import embedded_pair_path, load_pair
 from mlx_gemma_mtp.quantization import Format
 from mlx_gemma_mtp.target import Target, text_model
@@ -258,8 +259,9 @@ def held_out_stretches(count: int, length: int, seed: int) -> mx.array:
         text = rng.choice(texts)
         start = rng.randrange(len(text) - STRETCH_CHARACTERS)
         piece = text[start : start + STRETCH_CHARACTERS]
+        begin, *tokens = encode_text(tokenizer, piece)
         # The first token may be the end of a word that the cut went through.
-        tokens = tokenizer.encode(piece, add_special_tokens=False)[1 : length + 1]
+        tokens = [begin, *tokens[1:length]]
         if len(tokens) == length:
             stretches.append(tokens)
     return mx.array(stretches, dtype=mx.int32)

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import mlx.core as mx
 
 from mlx_gemma_mtp.config import SamplingParams
+from mlx_gemma_mtp.encoding import encode_text
 from mlx_gemma_mtp.errors import MTPError
 from mlx_gemma_mtp.load import embedded_pair_path, load_pair, load_tokenizer
 from mlx_gemma_mtp.machine import describe_machine
@@ -356,7 +357,7 @@ def _prose_prompts(
     """Random stretches of the prose that no training has seen."""
     tokenizer = load_tokenizer(embedded_pair_path())
     records = map(json.loads, path.read_text("utf-8").splitlines())
-    documents = [list(tokenizer.encode(record["text"])) for record in records]
+    documents = [encode_text(tokenizer, record["text"]) for record in records]
     rng = random.Random(args.seed)
     return prompts_of(documents, rng, count=count, length=args.prompt_tokens)
 

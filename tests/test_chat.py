@@ -134,7 +134,9 @@ def make_session(
 
 def say(session, question):
     """The whole answer."""
-    return "".join(response.text for response in session.answer(question))
+    return "".join(
+        part.text for said in session.answer(question) for part in said.parts
+    )
 
 
 def is_all_that_was_read(numbers, turn):
@@ -253,7 +255,7 @@ class TestPrompts:
         said = Conversation("one")
         said.add("two", "three")
         said.add("four\n", "five\n")
-        tokens = PlainPrompts(tokenizer).tokens(said, "six")
+        tokens = PlainPrompts(tokenizer).prompt(said, "six").tokens
         text = "one\ntwo\nthree\nfour\nfive\nsix\n"
         assert tokens == tokenizer.encode(text)
 
@@ -262,16 +264,16 @@ class TestPrompts:
         prompts = TemplatePrompts(chat_pair[1], config)
         said = Conversation()
         said.add("a", "b")
-        prompt = prompts.tokens(said, "question")
+        prompt = prompts.prompt(said, "question").tokens
         stable = num_stable(prompts, said, "question", prompt)
-        assert len(prompts.tokens(said, "")) - 8 < stable < len(prompt)
+        assert len(prompts.prompt(said, "").tokens) - 8 < stable < len(prompt)
         for answer in ("the rain", "\n", "", "a thought"):
-            later = prompts.tokens(said, "question", answer, "more")
+            later = prompts.prompt(said, "question", answer, "more").tokens
             assert later[:stable] == prompt[:stable]
 
     def test_one_token_is_always_left(self, embedded):
         prompts = PlainPrompts(embedded[1])
-        prompt = prompts.tokens(Conversation(), "def f():")
+        prompt = prompts.prompt(Conversation(), "def f():").tokens
         stable = num_stable(prompts, Conversation(), "def f():", prompt)
         assert 0 < stable < len(prompt)
 
@@ -279,13 +281,13 @@ class TestPrompts:
         """It may take the real messages all the same: only nothing is stable then."""
 
         class Refusing(TemplatePrompts):
-            def tokens(self, conversation, *further):
+            def prompt(self, conversation, *further):
                 if len(further) > 1:
                     raise RequestError("no")
-                return super().tokens(conversation, *further)
+                return super().prompt(conversation, *further)
 
         prompts = Refusing(chat_pair[1], {})
-        prompt = prompts.tokens(Conversation(), "a")
+        prompt = prompts.prompt(Conversation(), "a").tokens
         assert num_stable(prompts, Conversation(), "a", prompt) == 0
 
     def test_num_common(self):
@@ -445,9 +447,10 @@ class TestReuse:
 
     def test_an_answer_that_was_stopped(self, embedded, num_read):
         session = make_session(embedded, max_tokens=40, drafts=4)
-        with closing(session.answer("def area(radius):")) as responses:
-            said = [response.text for response in islice(responses, 7)]
-        assert session.conversation.messages()[1]["content"] == "".join(said)
+        with closing(session.answer("def area(radius):")) as answer:
+            parts = [part for said in islice(answer, 7) for part in said.parts]
+        said = "".join(part.text for part in parts)
+        assert session.conversation.messages()[1]["content"] == said
         end = session.last.num_prompt + 7
         num_read.clear()
         say(session, "class Stack:")
@@ -467,7 +470,7 @@ class TestTemplateReuse:
             session._prompts,
             Conversation(),
             LONG,
-            session._prompts.tokens(Conversation(), LONG),
+            session._prompts.prompt(Conversation(), LONG).tokens,
         )
         num_read.clear()
         say(session, "and the west")
@@ -528,11 +531,11 @@ class TestSession:
     def test_an_answer_ends_where_the_context_does(self, embedded, max_tokens):
         session = make_session(embedded, max_tokens=max_tokens)
         question = "def area(radius):"
-        num_tokens = len(session._prompts.tokens(Conversation(), question))
+        num_tokens = len(session._prompts.prompt(Conversation(), question).tokens)
         session.max_context = num_tokens + 5
-        responses = list(session.answer(question))
-        assert len(responses) == 5
-        assert responses[-1].finish_reason == "length"
+        answer = list(session.answer(question))
+        assert len(answer) == 5
+        assert answer[-1].response.finish_reason == "length"
         assert session.is_full
         with pytest.raises(RequestError, match=f"shorter than {num_tokens + 5}"):
             say(session, "more")
@@ -561,7 +564,7 @@ class TestSession:
         assert len(session.conversation) == 1
         monkeypatch.undo()
         say(session, "def area(radius):")
-        prompt = session._prompts.tokens(Conversation(), "def area(radius):")
+        prompt = session._prompts.prompt(Conversation(), "def area(radius):").tokens
         assert session.last.num_cached <= len(prompt)
 
     def test_totals(self, embedded):

@@ -275,6 +275,8 @@ class TestOutput:
             "--repetition-context-size",
             "--presence-penalty",
             "--frequency-penalty",
+            "--thinking",
+            "--show-thoughts",
         }
 
 
@@ -282,7 +284,7 @@ def one_response(text):
     """A stand-in for ``stream_generate`` that says one thing."""
 
     def stream(*args, **settings):
-        yield type("Response", (), {"text": text})()
+        yield type("Response", (), {"text": text, "finish_reason": "stop"})()
 
     return stream
 
@@ -321,7 +323,7 @@ class TestChatTemplate:
             ),
             (
                 ("--prefill-response", "Well"),
-                "<bos><|turn>user\nthe rain<turn|>\n<|turn>assistant\nWell",
+                "<bos><|turn>user\nthe rain<turn|>\n<|turn>model\nWell",
             ),
             (
                 (
@@ -484,7 +486,7 @@ def settings(monkeypatch):
     def recorded(model, tokenizer, prompt, **given):
         seen.clear()
         seen.update(given)
-        yield type("Response", (), {"text": ""})()
+        yield type("Response", (), {"text": "", "finish_reason": "stop"})()
 
     monkeypatch.setattr(TEXT, "stream_generate", recorded)
     return seen

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
-from types import MappingProxyType
 
 import pytest
 
@@ -27,6 +25,7 @@ from mlx_gemma_mtp.server.formats import dumps
 from mlx_gemma_mtp.server.kept import MIN_TOKENS, KeptCaches
 from mlx_gemma_mtp.server.prompts import Prompts
 from mlx_gemma_mtp.server.vocabulary import Vocabulary
+from tests.gemma import SPECIAL
 from tests.serving import ROOT, ScriptedCache, tokenizer
 from tests.tiny import BOS, CHAT_TEMPLATE, tiny_tokenizer
 
@@ -197,22 +196,10 @@ class TestCommand:
 
 
 class MarkedTokenizer:
-    """As much of mlx-lm's as says how answers are marked; Gemma 4's marks."""
+    """As much of a tokenizer as says which marks answers have."""
 
-    has_thinking = True
-    has_tool_calling = True
-    think_start = "<|channel>thought"
-    think_end = "<channel|>"
-    tool_call_start = "<|tool_call>"
-    tool_call_end = "<tool_call|>"
-    structural_markers = ()
-    response_transitions: Mapping[str, object] = MappingProxyType({})
-
-    @property
-    def tool_parser(self):
-        from mlx_lm.tool_parsers import gemma4
-
-        return gemma4.parse_tool_call
+    def get_added_vocab(self):
+        return {mark: token for token, mark in SPECIAL.items()}
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]
@@ -235,7 +222,7 @@ class TestDialogue:
     def test_reasoning_and_a_call(self, size):
         text = f"<|channel>thought\nhm<channel|>Let me see.{CALL}"
         delta, reader = self.read(text, size=size)
-        assert delta.reasoning == "\nhm"
+        assert delta.reasoning == "hm"
         assert delta.content == "Let me see."
         (call,) = delta.tool_calls
         assert call["type"] == "function"
@@ -254,21 +241,49 @@ class TestDialogue:
         assert (delta.reasoning, delta.content) == ("hm", "Yes")
 
     @pytest.mark.parametrize("size", [1, 7, 1000])
-    def test_nothing_is_lost_of_a_call_that_cannot_be_read(self, size):
-        for text in (
-            "a<|tool_call>nonsense<tool_call|>b",
-            "a<|tool_call>call:weather{city:",
-            'a<|tool_call>call:weather{"city": }<tool_call|>',
-            "x < y <|tool",
-            "a<|chan",
-        ):
-            delta, reader = self.read(text, size=size)
-            assert delta.content == text
-            assert not reader.has_calls
+    @pytest.mark.parametrize(
+        ("text", "content", "reason"),
+        [
+            ("a<|tool_call>nonsense<tool_call|>b", "anonsenseb", "cannot be read"),
+            ("a<|tool_call>call:weather{c:", "acall:weather{c:", "has no end"),
+            (
+                '<|tool_call>call:weather{c:<|"|>Ro',
+                'call:weather{c:"Ro',
+                "has no end",
+            ),
+            ("x < y <|tool", "x < y <|tool", None),
+            ("a<|chan", "a<|chan", None),
+        ],
+    )
+    def test_nothing_is_lost_of_a_call_that_is_none(
+        self, caplog, text, content, reason, size
+    ):
+        delta, reader = self.read(text, size=size)
+        assert delta.content == content
+        assert not reader.has_calls
+        assert caplog.messages == (
+            [f"a tool call {reason}; its text is content"] if reason else []
+        )
 
     def test_without_tools_a_call_is_text(self):
         delta, _ = self.read(f"a{CALL}b", size=3, tools=None)
-        assert delta.content == f"a{CALL}b"
+        assert delta.content == 'acall:weather{city:"Rome"}b'
+
+    def test_no_more_calls_than_asked_for(self):
+        reader = Dialogue(MarkedTokenizer()).reader(TOOLS, max_calls=1)
+        delta = reader.read(f"a{CALL}b{CALL}c", is_last=True)
+        assert (len(delta.tool_calls), delta.content) == (1, "abc")
+
+    def test_numbers_that_json_has_not(self):
+        """They would make the client's JSON parser fail."""
+        reader = Dialogue(MarkedTokenizer()).reader(TOOLS)
+        call = "<|tool_call>call:weather{a:nan,b:[-inf,1e999],c:1e3}<tool_call|>"
+        (found,) = reader.read(call, is_last=True).tool_calls
+        assert json.loads(found["function"]["arguments"]) == {
+            "a": "nan",
+            "b": ["-inf", "1e999"],
+            "c": 1000.0,
+        }
 
     def test_a_tokenizer_without_marks(self):
         reader = Dialogue(tokenizer()).reader(

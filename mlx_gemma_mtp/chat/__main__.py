@@ -28,6 +28,7 @@ from ..command import (
     not_utf8,
     set_up_output,
 )
+from ..display import Display
 from ..errors import MTPError
 from ..flags import (
     EMBEDDED_NOTE,
@@ -104,7 +105,7 @@ def _run(args: argparse.Namespace) -> int:
             message = read_message(_next_line)
             if message is None:
                 break
-            _respond(session, commands, message)
+            _respond(session, commands, message, shows_thoughts=args.show_thoughts)
         except MTPError as error:
             if not sys.stdin.isatty():
                 raise
@@ -195,7 +196,9 @@ def _next_line(has_begun: bool) -> str | None:
     return line.removesuffix("\n")
 
 
-def _respond(session: Session, commands: Commands, message: str) -> None:
+def _respond(
+    session: Session, commands: Commands, message: str, *, shows_thoughts: bool
+) -> None:
     """Carry a command out, or answer."""
     if not message.strip():
         return
@@ -206,14 +209,14 @@ def _respond(session: Session, commands: Commands, message: str) -> None:
         if text:
             _note(text)
         return
-    _print_answer(session, message)
+    _print_answer(session, message, shows_thoughts=shows_thoughts)
     if commands.shows_stats and session.last is not None:
         from .figures import describe_turn
 
         _note(f"[{describe_turn(session.last)}]")
 
 
-def _print_answer(session: Session, question: str) -> None:
+def _print_answer(session: Session, question: str, *, shows_thoughts: bool) -> None:
     """Print an answer as it comes.
 
     Raises:
@@ -221,23 +224,25 @@ def _print_answer(session: Session, question: str) -> None:
             is no terminal at which to go on.
     """
     response = None
-    with Interrupts() as interrupts, closing(session.answer(question)) as responses:
+    display = Display(sys.stdout, shows_thoughts=shows_thoughts)
+    with Interrupts() as interrupts, closing(session.answer(question)) as answer:
         try:
-            for response in responses:
-                print(response.text, end="", flush=True)
+            for said in answer:
+                response = said.response
+                display.show(said.parts)
                 interrupts.may_wait = True
                 if interrupts.asked:
                     break
         finally:
             if response is not None:
-                print(flush=True)
+                display.end()
     if interrupts.asked and not sys.stdin.isatty():
         raise KeyboardInterrupt
     if interrupts.asked:
         _note("(stopped)")
     elif response is not None and response.finish_reason == "length":
-        why = "the model's context is full" if session.is_full else "see --max-tokens"
-        _note(f"(cut off after {response.generation_tokens} tokens; {why})")
+        why = "the model's context is full" if session.is_full else None
+        _note(display.cut_off(response.generation_tokens, why))
 
 
 def _note(line: str) -> None:

@@ -13,15 +13,23 @@ from ..config import shorten
 from ..errors import RequestError
 
 Message = dict[str, str]
+_THOUGHT = "reasoning"  # as templates and servers call it
 _FORM = '{"messages": [{"role": "user", "content": "..."}, ...]}'
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What the user said, and what the model answered."""
+    """What the user said, and what the model answered.
+
+    Attributes:
+        question: The user's words.
+        answer: The model's, without marks.
+        thought: What it said to itself before; perhaps nothing.
+    """
 
     question: str
     answer: str
+    thought: str = ""
 
 
 class Conversation:
@@ -41,9 +49,9 @@ class Conversation:
     def __len__(self) -> int:
         return len(self._exchanges)
 
-    def add(self, question: str, answer: str) -> None:
+    def add(self, question: str, answer: str, thought: str = "") -> None:
         """Add an exchange."""
-        self._exchanges.append(Exchange(question, answer))
+        self._exchanges.append(Exchange(question, answer, thought))
 
     def undo(self) -> Exchange:
         """Take the last exchange away, and return it.
@@ -64,19 +72,13 @@ class Conversation:
         Args:
             further: What is said next, user and assistant in turn.
         """
-        said = [
-            text
-            for exchange in self._exchanges
-            for text in (exchange.question, exchange.answer)
-        ]
+        found = [] if self.system is None else [_message("system", self.system)]
+        for exchange in self._exchanges:
+            found.append(_message("user", exchange.question))
+            thought = {_THOUGHT: exchange.thought} if exchange.thought else {}
+            found.append(_message("assistant", exchange.answer) | thought)
         roles = ("user", "assistant")
-        found = [
-            {"role": roles[i % 2], "content": text}
-            for i, text in enumerate((*said, *further))
-        ]
-        if self.system is not None:
-            found.insert(0, {"role": "system", "content": self.system})
-        return found
+        return found + [_message(roles[i % 2], text) for i, text in enumerate(further)]
 
     def to_json(self) -> str:
         """The conversation as text, for ``from_json``."""
@@ -105,8 +107,14 @@ class Conversation:
             )
         found = cls(system)
         for question, answer in zip(messages[::2], messages[1::2], strict=True):
-            found.add(question["content"], answer["content"])
+            found.add(
+                question["content"], answer["content"], answer.get(_THOUGHT) or ""
+            )
         return found
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
 def _messages(text: str, source: str) -> list[dict[str, Any]]:
@@ -125,8 +133,10 @@ def _messages(text: str, source: str) -> list[dict[str, Any]]:
         )
     for message in messages:
         is_message = isinstance(message, dict) and all(
-            isinstance(message.get(key), str) for key in ("role", "content")
+            isinstance(message.get(key, ""), str)
+            for key in ("role", "content", _THOUGHT)
         )
+        is_message = is_message and {"role", "content"} <= message.keys()
         if not is_message:
             raise RequestError(
                 f"a message in {source} must have a role and a content, both text: "

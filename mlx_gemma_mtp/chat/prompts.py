@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ..chat_template import apply_chat_template
+from ..chat_template import ChatPrompt, apply_chat_template
+from ..encoding import encode_text
 from ..errors import RequestError
 from .conversation import Conversation
 
@@ -28,8 +29,8 @@ class Prompts(Protocol):
 
     answers: tuple[str, ...]
 
-    def tokens(self, conversation: Conversation, *further: str) -> list[int]:
-        """The prompt of a conversation and what is said next, token ids."""
+    def prompt(self, conversation: Conversation, *further: str) -> ChatPrompt:
+        """The prompt of a conversation and what is said next."""
 
 
 class TemplatePrompts:
@@ -47,8 +48,8 @@ class TemplatePrompts:
         self._tokenizer = tokenizer
         self._config = config
 
-    def tokens(self, conversation: Conversation, *further: str) -> list[int]:
-        """The prompt of a conversation and what is said next, token ids.
+    def prompt(self, conversation: Conversation, *further: str) -> ChatPrompt:
+        """The prompt of a conversation and what is said next.
 
         Raises:
             RequestError: The template does not take it.
@@ -72,8 +73,8 @@ class PlainPrompts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def tokens(self, conversation: Conversation, *further: str) -> list[int]:
-        """The prompt of a conversation and what is said next, token ids."""
+    def prompt(self, conversation: Conversation, *further: str) -> ChatPrompt:
+        """The prompt of a conversation and what is said next."""
         text = ""
         for message in conversation.messages(*further):
             if text and not text.endswith("\n"):
@@ -81,7 +82,8 @@ class PlainPrompts:
             text += message["content"]
             if message["role"] != "assistant" and not text.endswith("\n"):
                 text += "\n"
-        return list(self._tokenizer.encode(text))
+        tokens = encode_text(self._tokenizer, text)
+        return ChatPrompt(tokens, "", len(tokens) - 1)
 
 
 def num_stable(
@@ -104,7 +106,7 @@ def num_stable(
     stable = len(prompt) - 1
     for answer in prompts.answers:
         try:
-            later = prompts.tokens(conversation, question, answer, "x")
+            later = prompts.prompt(conversation, question, answer, "x").tokens
         except RequestError:  # of these messages; the real ones may pass
             return 0
         stable = min(stable, num_common(prompt, later))

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..answer import CONTENT, REASONING, AnswerReader, Part, marks_of
 from ..errors import RequestError
 from ..pair import pair_of
 from ..processing import LogitsProcessor
@@ -107,6 +109,19 @@ class Totals:
         self.stats.merge(response.stats)
 
 
+@dataclass(frozen=True)
+class Said:
+    """What one token adds to an answer.
+
+    Attributes:
+        parts: What is certain with it.
+        response: The token, and the figures up to it.
+    """
+
+    parts: list[Part]
+    response: GenerationResponse
+
+
 class Session:
     """A conversation with a model.
 
@@ -140,6 +155,7 @@ class Session:
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._marks = marks_of(tokenizer)
         self._prompts = prompts
         self._settings = settings
         self.max_context: int = text_model(model).args.max_position_embeddings
@@ -163,7 +179,7 @@ class Session:
         self.conversation = Conversation(self.conversation.system)
         self.kept.clear()
 
-    def answer(self, question: str) -> Generator[GenerationResponse, None, None]:
+    def answer(self, question: str) -> Generator[Said, None, None]:
         """Answer a question; the exchange joins the conversation.
 
         Closed early, what was said so far is the answer; a question of whose answer
@@ -173,13 +189,14 @@ class Session:
             question: What the user says.
 
         Yields:
-            One response per token, as ``stream_generate`` does.
+            What each token adds.
 
         Raises:
             RequestError: The conversation is longer than the model's longest context,
                 or its chat template does not take it.
         """
-        prompt = self._prompts.tokens(self.conversation, question)
+        asked = self._prompts.prompt(self.conversation, question)
+        prompt, opening = asked.tokens, asked.opening
         max_tokens = self._max_tokens(len(prompt))
         turn = Turn(len(prompt))
         caches, num_held = self._read_beginning(question, prompt, turn)
@@ -199,36 +216,36 @@ class Session:
             prefill_step_size=settings.prefill_step_size,
             prompt_cache=caches,
         )
-        yield from self._follow(responses, question, prompt, caches, turn)
+        reader = AnswerReader(self._marks, opening=opening)
+        said = _read(responses, reader, turn)
+        yield from self._follow(said, question, prompt, caches, turn)
 
     def _follow(
         self,
-        responses: Generator[GenerationResponse, None, None],
+        said: Generator[Said, None, None],
         question: str,
         prompt: list[int],
         caches: list[Any],
         turn: Turn,
-    ) -> Generator[GenerationResponse, None, None]:
-        """Pass an answer's tokens on; then conversation and caches have grown."""
-        said: list[str] = []
+    ) -> Generator[Said, None, None]:
+        """Pass an answer on; then conversation and caches have grown."""
+        texts = {CONTENT: "", REASONING: ""}
         tokens: list[int] = []
         is_whole = False
         try:
-            for response in responses:
-                if turn.response is None:
-                    turn.prompt_s = time.perf_counter() - turn.start
-                said.append(response.text)
-                tokens.append(response.token)
-                turn.response = response
-                yield response
+            for each in said:
+                tokens.append(each.response.token)
+                for part in each.parts:
+                    texts[part.kind] += part.text
+                yield each
             is_whole = True
         except GeneratorExit:
             is_whole = True
             raise
         finally:
-            responses.close()
+            said.close()
             if tokens:
-                self.conversation.add(question, "".join(said))
+                self.conversation.add(question, texts[CONTENT], texts[REASONING])
                 self.last = turn
                 self.totals.add(turn)
             if tokens and is_whole:  # no error came out of the middle of a round
@@ -270,6 +287,21 @@ class Session:
             self._model(mx.array(tokens[start : start + step])[None], cache=caches)
             mx.eval([cache.state for cache in caches])
             mx.clear_cache()
+
+
+def _read(
+    responses: Generator[GenerationResponse, None, None],
+    reader: AnswerReader,
+    turn: Turn,
+) -> Generator[Said, None, None]:
+    """Read an answer as its tokens come."""
+    with closing(responses):
+        for response in responses:
+            if turn.response is None:
+                turn.prompt_s = time.perf_counter() - turn.start
+            turn.response = response
+            is_last = response.finish_reason is not None
+            yield Said(reader.read(response.text, is_last=is_last), response)
 
 
 def _after(before: mx.array, processor: LogitsProcessor) -> LogitsProcessor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..chat_template import apply_chat_template
 from ..errors import RequestError
 from ..load import load
 from ..pair import Pair, pair_of
@@ -152,4 +153,5 @@ def _prompt(tokenizer: Any) -> Any:
     if not tokenizer.has_chat_template:
         return PROMPT
     messages = [{"role": "user", "content": PROMPT}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    advice = "Leave --model out to check without it."
+    return apply_chat_template(tokenizer, messages, {}, advice=advice).tokens

@@ -43,6 +43,7 @@ PAGE = Path(__file__).with_name("page.html")
 ENDPOINTS = frozenset(
     {
         "/",
+        "/chat/completions",
         "/health",
         "/metrics",
         "/openapi.json",
@@ -197,6 +198,7 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
 
 
 def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
+    @app.post("/chat/completions", include_in_schema=False)  # mlx-lm's server has it
     @app.post("/v1/chat/completions", responses=_ERRORS, summary="Answer a message")
     async def chat(request: Request, body: ChatBody) -> Response:
         arrived = time.perf_counter()
@@ -207,12 +209,16 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
             desk.prompts.of_messages,
             [message.plain() for message in body.messages],
             tools=tools,
-            template_args=body.chat_template_kwargs,
+            template_args=desk.orders.template_args_of(body),
+            continues_last=body.continue_final_message,
         )
         orders = desk.orders.of_chat(body, prompt)
         readers = [
             desk.dialogue.reader(
-                tools, is_reasoning=prompt.is_reasoning, has_numbers=bool(body.stream)
+                tools,
+                opening=prompt.opening,
+                has_numbers=bool(body.stream),
+                max_calls=1 if body.parallel_tool_calls is False else None,
             )
             for _ in orders
         ]

@@ -23,7 +23,9 @@ from ..arguments import (
     add_filters,
     add_num_draft_tokens,
     add_target,
+    add_thinking,
     json_object,
+    with_thinking,
 )
 from ..command import Parser
 from ..config import MAX_DRAFT_TOKENS, SamplingParams, shorten
@@ -213,6 +215,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="more arguments for the chat template, a JSON object",
     )
+    add_thinking(group)
 
 
 def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
@@ -393,7 +396,11 @@ def check(args: argparse.Namespace) -> Settings:
         allowed_hosts=tuple(name.lower() for name in args.allowed_hosts),
         given_sampling=given,
         chat_template=_template(args.chat_template),
-        chat_template_args=_object("--chat-template-args", args.chat_template_args),
+        chat_template_args=with_thinking(
+            _object("--chat-template-args", args.chat_template_args),
+            args.thinking,
+            "--chat-template-args",
+        ),
         prefill_step_size=args.prefill_step_size,
         prompt_cache_size=args.prompt_cache_size,
         prompt_cache_bytes=args.prompt_cache_bytes,

@@ -1,23 +1,22 @@
-"""What an answer's text means: content, reasoning, calls of tools.
+"""What an answer's text means, in the form of OpenAI's API.
 
-mlx-lm finds the marks between them and reads the calls; here the parts are put
-together. Text whose call cannot be read is content, so nothing is lost.
+``AnswerReader`` tells content, thoughts and calls apart; here they become parts of a
+message.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lm.generate import TextStateMachine, make_text_state_machine
-from mlx_lm.server import ToolCallFormatter
+from ..answer import CALL, REASONING, THOUGHT_OPENING, AnswerReader, Part, marks_of
+from ..tool_calls import ToolCall, Tools
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
-
-_TOOL = "tool"
-_REASONING = "reasoning"
 
 
 @dataclass
@@ -52,52 +51,61 @@ class Dialogue:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._machine = make_text_state_machine(tokenizer)
+        self._marks = marks_of(tokenizer)
 
     def reader(
-        self, tools: Sequence[Any] | None, *, is_reasoning: bool, has_numbers: bool
+        self,
+        tools: Sequence[Any] | None,
+        *,
+        opening: str = "",
+        is_reasoning: bool = False,
+        has_numbers: bool = False,
+        max_calls: int | None = None,
     ) -> Reader:
         """A reader for one answer.
 
         Args:
             tools: Tools that the model may call; None for none.
-            is_reasoning: Whether the answer begins inside its reasoning.
+            opening: What the prompt has written of the answer's turn.
+            is_reasoning: Whether that is the mark of a thought.
             has_numbers: Whether calls have an ``index``, as in a stream.
+            max_calls: Most calls to hand on; None for all.
         """
-        initial = _REASONING if is_reasoning else "normal"
-        calls = None
-        if tools and self._tokenizer.has_tool_calling:
-            calls = ToolCallFormatter(
-                self._tokenizer.tool_parser, tools, streaming=has_numbers
-            )
-        marks = (
-            self._tokenizer.tool_call_start or "",
-            self._tokenizer.tool_call_end or "",
+        return Reader(
+            AnswerReader(
+                self._marks,
+                Tools(tools) if tools else None,
+                opening=THOUGHT_OPENING if is_reasoning else opening,
+            ),
+            has_numbers=has_numbers,
+            max_calls=max_calls,
         )
-        return Reader(self._machine.make_state(initial), calls, marks)
 
 
 class Reader:
     """Reads one answer.
 
     Args:
-        state: mlx-lm's state of the text.
-        calls: Reads the text of calls; None where there are no tools.
-        marks: What stands around a call.
+        answer: Tells its parts.
+        has_numbers: Whether calls have an ``index``.
+        max_calls: Most calls to hand on; None for all.
 
     Attributes:
-        has_calls: Whether a tool was called.
+        num_calls: Calls that were handed on.
     """
 
     def __init__(
-        self, state: Any, calls: ToolCallFormatter | None, marks: tuple[str, str]
+        self, answer: AnswerReader, *, has_numbers: bool, max_calls: int | None
     ) -> None:
-        self._state = state
-        self._calls = calls
-        self._marks = marks
-        self._call = ""
-        self.has_calls = False
+        self._answer = answer
+        self._has_numbers = has_numbers
+        self._max_calls = max_calls
+        self.num_calls = 0
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether a tool was called."""
+        return self.num_calls > 0
 
     def read(self, text: str, *, is_last: bool) -> Delta:
         """What more text means.
@@ -106,45 +114,32 @@ class Reader:
             text: The next piece.
             is_last: Whether the answer ends with it.
         """
+        num_unread = self._answer.num_unread
         delta = Delta()
-        for character in text:
-            # One at a time: what a step lets go of then belongs to the state before.
-            before = self._state[0]
-            self._state, certain, after = TextStateMachine.step(self._state, character)
-            self._sort(delta, before, certain)
-            if before == _TOOL and after != _TOOL:
-                self._end_call(delta, self._marks[1])
-        if is_last:
-            before = self._state[0]
-            self._state, rest, _ = TextStateMachine.flush(self._state)
-            self._sort(delta, before, rest)
-            if before == _TOOL:
-                self._end_call(delta, "")
+        for part in self._answer.read(text, is_last=is_last):
+            self._sort(delta, part)
+        if self._answer.num_unread > num_unread:
+            reason = "has no end" if self._answer.is_cut_off else "cannot be read"
+            logger.warning("a tool call %s; its text is content", reason)
         return delta
 
-    def _sort(self, delta: Delta, state: str, text: str) -> None:
-        if state == _TOOL:
-            self._call += text
-        elif state == _REASONING:
-            delta.reasoning += text
+    def _sort(self, delta: Delta, part: Part) -> None:
+        if part.kind == CALL:
+            assert part.call is not None
+            if self._max_calls is None or self.num_calls < self._max_calls:
+                delta.tool_calls.append(self._written(part.call))
+                self.num_calls += 1
+        elif part.kind == REASONING:
+            delta.reasoning += part.text
         else:
-            delta.content += text
+            delta.content += part.text
 
-    def _end_call(self, delta: Delta, end: str) -> None:
-        """Read the call whose text is complete."""
-        text, self._call = self._call, ""
-        calls = self._read_call(text)
-        if calls:
-            self.has_calls = True
-            delta.tool_calls += calls
-        else:
-            delta.content += f"{self._marks[0]}{text}{end}"
-
-    def _read_call(self, text: str) -> list[dict[str, Any]]:
-        if self._calls is None:
-            return []
-        try:
-            return list(self._calls([text]))
-        except Exception as error:  # noqa: BLE001 - the model may write anything
-            logger.warning("a tool call could not be read: %r", error)
-            return []
+    def _written(self, call: ToolCall) -> dict[str, Any]:
+        arguments = json.dumps(call.arguments, ensure_ascii=False, allow_nan=False)
+        number = {"index": self.num_calls} if self._has_numbers else {}
+        return {
+            **number,
+            "id": f"call_{secrets.token_hex(12)}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": arguments},
+        }

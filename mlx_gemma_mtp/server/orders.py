@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..chat_template import THINKING
 from ..config import MAX_DRAFT_TOKENS, SamplingParams
 from .arguments import DEFAULT_MODEL, Limits
 from .failures import AnswerError, bad_request
@@ -117,6 +118,15 @@ class Orders:
                 "tools",
             )
         return [tool.model_dump(exclude_unset=True) for tool in body.tools]
+
+    def template_args_of(self, body: ChatBody) -> dict[str, Any]:
+        """What the request says of the chat template's variables.
+
+        Any effort but none is a thought; ``chat_template_kwargs`` count before it.
+        """
+        effort = body.reasoning_effort
+        thinking = {} if effort is None else {THINKING: effort.lower() != "none"}
+        return {**thinking, **(body.chat_template_kwargs or {})}
 
     def of_chat(self, body: ChatBody, prompt: Prompt) -> list[Order]:
         """The orders of a conversation: one for each choice."""

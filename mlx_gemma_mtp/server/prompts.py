@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..chat_template import apply_chat_template
+from ..answer import AnswerReader, marks_of
+from ..chat_template import ChatPrompt, apply_chat_template
 from ..encoding import encode_text
 from ..errors import RequestError
 from .failures import AnswerError, bad_request
@@ -37,8 +38,6 @@ _RESERVED = frozenset(
         "truncation",
     }
 )
-# Tokens at the end of a prompt among which its reasoning may begin; mlx-lm's number.
-_TAIL = 11
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,13 @@ class Prompt:
     Attributes:
         tokens: Token ids.
         places: Where caches are worth keeping.
-        is_reasoning: Whether the answer begins inside its reasoning.
+        opening: What its end has written of the answer's turn.
+        is_reasoning: Whether that has begun a thought.
     """
 
     tokens: list[int]
     places: tuple[Place, ...] = ()
+    opening: str = ""
     is_reasoning: bool = False
 
 
@@ -66,6 +67,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, template_args: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
+        self._marks = marks_of(tokenizer)
         self._template_args = dict(template_args)
 
     @property
@@ -87,6 +89,7 @@ class Prompts:
         *,
         tools: Sequence[Any] | None = None,
         template_args: Mapping[str, Any] | None = None,
+        continues_last: bool | None = None,
     ) -> Prompt:
         """The prompt of a conversation.
 
@@ -94,6 +97,8 @@ class Prompts:
             messages: Content as text, arguments of calls as objects.
             tools: Tools that the model may call, as the request has them.
             template_args: More arguments for the template.
+            continues_last: Whether the last message is the beginning of the answer;
+                None where it is an assistant's text.
 
         Raises:
             AnswerError: There is no chat template, or it does not take them.
@@ -113,23 +118,31 @@ class Prompts:
                 "chat_template_kwargs",
             )
         settings["tools"] = list(tools) if tools else None
-        tokens = self._apply(messages, settings)
-        system_end = self._system_end(messages, settings, tokens)
-        answer_start = self._answer_start(tokens)
+        found = self._apply(messages, settings, _continues(messages, continues_last))
+        system_end = self._system_end(messages, settings, found.tokens)
+        reader = AnswerReader(self._marks, opening=found.opening)
         return Prompt(
-            tokens,
-            _places(answer_start, system_end),
-            is_reasoning=self._is_reasoning(tokens),
+            found.tokens,
+            _places(found.num_stable, system_end),
+            found.opening,
+            reader.is_thought,
         )
 
     def _apply(
-        self, messages: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
-    ) -> list[int]:
-        """The tokens that the template makes of messages."""
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        settings: Mapping[str, Any],
+        continues_last: bool = False,
+    ) -> ChatPrompt:
+        """What the template makes of messages."""
         advice = "Change messages, tools or chat_template_kwargs."
         try:
             return apply_chat_template(
-                self._tokenizer, messages, settings, advice=advice
+                self._tokenizer,
+                messages,
+                settings,
+                advice=advice,
+                continues_last=continues_last,
             )
         except RequestError as error:
             raise bad_request(str(error), "messages") from error
@@ -148,25 +161,28 @@ class Prompts:
             return 0
         other = [*messages[:num_system], {"role": "user", "content": ""}]
         try:
-            start = self._apply(other, settings)
+            start = self._apply(other, settings).tokens
         except AnswerError:  # a template may want more of a conversation
             return 0
         pairs = zip(start, tokens, strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(start))
 
-    def _answer_start(self, tokens: list[int]) -> int:
-        """Where the next turn's prompt may differ: before the reasoning's mark."""
-        if self._tokenizer.has_thinking:
-            start = self._tokenizer.rfind_think_start(tokens, start=len(tokens) - _TAIL)
-            if start >= 0:
-                return int(start)
-        return len(tokens) - 1
 
-    def _is_reasoning(self, tokens: list[int]) -> bool:
-        if not self._tokenizer.has_thinking:
-            return False
-        start = self._tokenizer.rfind_think_start(tokens)
-        return bool(start > self._tokenizer.rfind_think_end(tokens))
+def _continues(messages: Sequence[Mapping[str, Any]], asked: bool | None) -> bool:
+    """Whether the last message is the beginning of the answer.
+
+    Raises:
+        AnswerError: It is to be, and cannot.
+    """
+    last = messages[-1]
+    can_be = last["role"] == "assistant" and not last.get("tool_calls")
+    if asked and not can_be:
+        raise bad_request(
+            "continue_final_message must stand behind a text of the assistant's: got a "
+            f"last message of {last['role'][:40]!r}. Leave it out.",
+            "continue_final_message",
+        )
+    return can_be and asked is not False
 
 
 def _is_system(message: Mapping[str, Any]) -> bool:

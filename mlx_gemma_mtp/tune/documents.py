@@ -185,8 +185,7 @@ class DocumentReader:
         Raises:
             UnicodeEncodeError: The text has half of a character.
         """
-        text.encode()
-        tokens = encode_text(self._tokenizer, text)
+        tokens = self._begun(text)
         begin = tokens[:1] if tokens[:1] == [self._tokenizer.bos_token_id] else []
         body = tokens[len(begin) :]
         num_prompt = self._lengths.prompt_tokens - len(begin)
@@ -216,15 +215,14 @@ class DocumentReader:
     def _chat_pair(self, record: ChatRecord, place: Place) -> _Pair:
         """A conversation up to the answer, and the answer."""
         if self._generate:
-            return self._encode(self._conversations.prompt(record, place)), []
+            return self._begun(self._conversations.prompt(record, place)), []
         prompt, answer = self._conversations.split(record, place)
         # Apart, as decoding has it: a prompt's last token never grows.
-        return self._encode(prompt), self._up_to_end(self._encode(answer))
+        return self._begun(prompt), self._up_to_end(self._encode(answer))
 
     def _raw_pair(self, record: PromptRecord) -> _Pair:
         """A prompt as it is, and an answer that ends."""
-        record.prompt.encode()
-        prompt = encode_text(self._tokenizer, record.prompt)
+        prompt = self._begun(record.prompt)
         if self._generate or record.completion is None:
             return prompt, []
         rest = self._encode(record.completion)
@@ -232,14 +230,23 @@ class DocumentReader:
             rest.append(self._tokenizer.eos_token_id)
         return prompt, self._up_to_end(rest)
 
-    def _encode(self, text: str) -> list[int]:
-        """Token ids of a text that has its special tokens.
+    def _begun(self, text: str) -> list[int]:
+        """Token ids of a text that other ones follow.
 
         Raises:
             UnicodeEncodeError: The text has half of a character.
         """
         text.encode()
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return encode_text(self._tokenizer, text)
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of a text that follows other ones.
+
+        Raises:
+            UnicodeEncodeError: The text has half of a character.
+        """
+        text.encode()
+        return encode_text(self._tokenizer, text, continues=True)
 
     def _up_to_end(self, rest: list[int]) -> list[int]:
         """An answer up to its end-of-sequence token, behind which nothing is read."""

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_gemma_mtp.chat_template import apply_chat_template
+from mlx_gemma_mtp.encoding import encode_text
+
 DATA = Path(__file__).parents[1] / "data"
 HELD_OUT = DATA / "heldout.jsonl.gz"
 KINDS_FILE = DATA / "prompts.json"
@@ -26,19 +29,19 @@ def read_documents(tokenizer: Any) -> list[Tokens]:
     """Held-out texts as token ids, each with its begin-of-sequence token."""
     with gzip.open(HELD_OUT, "rt", encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
-    return [list(tokenizer.encode(text)) for text in texts]
+    return [encode_text(tokenizer, text) for text in texts]
 
 
 def prompts_of(
     documents: list[Tokens], rng: random.Random, *, count: int, length: int
 ) -> list[Tokens]:
-    """Random stretches of held-out text."""
+    """Random stretches of held-out text, each behind its document's first token."""
     usable = [d for d in documents if len(d) > length]
     prompts = []
     for _ in range(count):
         document = rng.choice(usable)
         start = rng.randrange(len(document) - length)
-        prompts.append(document[start : start + length])
+        prompts.append([document[0], *document[start + 1 : start + length]])
     return prompts
 
 
@@ -87,7 +90,7 @@ def random_prompts(
 
 
 def _plain_tokens(tokenizer: Any, prompt: KindPrompt, length: int) -> Tokens:
-    before = list(tokenizer.encode(prompt.before))  # with the begin of the sequence
+    before = encode_text(tokenizer, prompt.before)
     after = _bare(tokenizer, prompt.after)
     room = max(1, length - len(before) - len(after))
     return [*before, *_fitted(_bare(tokenizer, prompt.text), room), *after]
@@ -102,14 +105,12 @@ def _chat_tokens(tokenizer: Any, prompt: KindPrompt, length: int) -> Tokens:
 
 def _turn(tokenizer: Any, content: str) -> Tokens:
     messages = [{"role": "user", "content": content}]
-    text = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False
-    )
-    return _bare(tokenizer, text)
+    advice = "Take a model whose template does."
+    return apply_chat_template(tokenizer, messages, {}, advice=advice).tokens
 
 
 def _bare(tokenizer: Any, text: str) -> Tokens:
-    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+    return encode_text(tokenizer, text, continues=True) if text else []
 
 
 def _fitted(tokens: Sequence[int], length: int) -> Tokens:

@@ -1,0 +1,228 @@
+"""What an answer of Gemma 4's means: content, thoughts, and calls of tools.
+
+``<|channel>thought`` and a line end open a thought, a line end and ``<channel|>``
+close it; ``<|tool_call>`` and ``<tool_call|>`` stand around a call, whose strings may
+hold any of these marks. All else is content. Marks are control tokens: none is ever
+shown, and no text is lost.
+
+Every front end reads answers with ``AnswerReader``. It knows nothing of tokens, of HTTP
+or of terminals.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from .tool_calls import QUOTE, ToolCall, Tools, UnreadableCallError, read_calls
+
+CONTENT = "content"
+REASONING = "reasoning"
+CALL = "call"
+
+THOUGHT_START = "<|channel>"
+THOUGHT_END = "<channel|>"
+CALL_START = "<|tool_call>"
+CALL_END = "<tool_call|>"
+TURN_END = "<turn|>"
+# Without <mask> and <unk>, which rule nothing: <mask> is a word of SVG.
+_MARKS = (
+    *("<|tool>", "<tool|>", CALL_START, CALL_END, "<|tool_response>"),
+    *("<tool_response|>", QUOTE, "<|think|>", THOUGHT_START, THOUGHT_END),
+    *("<|turn>", TURN_END, "<|image>", "<|image|>", "<image|>", "<|audio>"),
+    *("<|audio|>", "<audio|>", "<|video|>", "<pad>", "<bos>", "<eos>"),
+)
+_LABEL = "thought"
+_LABELLED = re.compile(rf"(?:{_LABEL}\b)?\n?")
+# What opens a thought, as templates and models write it.
+THOUGHT_OPENING = f"{THOUGHT_START}{_LABEL}\n"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an answer.
+
+    Attributes:
+        kind: ``CONTENT``, ``REASONING`` or ``CALL``.
+        text: The text; empty for a call.
+        call: The call.
+    """
+
+    kind: str
+    text: str = ""
+    call: ToolCall | None = None
+
+
+def marks_of(tokenizer: Any) -> frozenset[str]:
+    """Gemma 4's control tokens that a tokenizer has; others are no more than text."""
+    return frozenset(_MARKS) & frozenset(tokenizer.get_added_vocab())
+
+
+class AnswerReader:
+    """Reads one answer, in pieces of any length, in linear time.
+
+    Args:
+        marks: The control tokens, ``marks_of`` the tokenizer.
+        tools: The tools that may be called; None where the text of a call is content.
+        opening: The text before the answer, from the turn's beginning on: what the
+            prompt itself has opened. None of it is a part of the answer.
+
+    Attributes:
+        is_cut_off: Whether the answer has ended inside a call.
+        num_unread: Calls that could not be read, and are content.
+    """
+
+    def __init__(
+        self, marks: Collection[str], tools: Tools | None = None, *, opening: str = ""
+    ) -> None:
+        # All begin with the only < in them.
+        self._beginnings = {mark[:n] for mark in marks for n in range(1, len(mark))}
+        self._longest = max(map(len, marks), default=0)
+        words = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
+        self._pattern = re.compile(words or r"(?!)")
+        self._tools = tools
+        self._parts: list[Part] = []
+        self._held = ""  # may be the beginning of a mark
+        self._is_thought = False
+        self._label: str | None = (
+            None  # what follows a thought's mark, until it is sure
+        )
+        self._line_end = ""  # at the end of a thought, may belong to its closing mark
+        self._has_thought = False  # there was another one before
+        self._call: list[str] | None = None
+        self._is_string = False
+        self._has_strings = True  # False where one has no end
+        self._num_known = 0  # held characters that are none of the answer
+        self.is_cut_off = False
+        self.num_unread = 0
+        self.read(opening)
+        self._has_thought = False
+        self._num_known = sum(map(len, (self._held, self._line_end, self._label or "")))
+
+    @property
+    def is_thought(self) -> bool:
+        """Whether what comes next belongs to a thought."""
+        return self._is_thought
+
+    def read(self, text: str, *, is_last: bool = False) -> list[Part]:
+        """What more text means.
+
+        Args:
+            text: The next piece.
+            is_last: Whether the answer ends with it.
+
+        Returns:
+            What is certain by now, in order.
+        """
+        self._read(text, is_last=is_last)
+        if is_last:
+            self._end()
+        found, self._parts = self._parts, []
+        return found
+
+    def _read(self, text: str, *, is_last: bool) -> None:
+        text, self._held = self._held + text, ""
+        start = 0
+        for mark in self._pattern.finditer(text):
+            self._add(text[start : mark.start()])
+            self._take(mark.group())
+            start = mark.end()
+        end = len(text) if is_last else len(text) - self._num_held(text, start)
+        self._add(text[start:end])
+        self._held = text[end:]
+
+    def _num_held(self, text: str, start: int) -> int:
+        """Length of the text's end that may be the beginning of a mark."""
+        last = text.rfind("<", max(start, len(text) - self._longest))
+        return len(text) - last if last >= 0 and text[last:] in self._beginnings else 0
+
+    def _add(self, text: str) -> None:
+        """Text without marks."""
+        if not text:
+            return
+        if self._call is not None:
+            self._call.append(text)
+        elif self._is_thought:
+            self._think(text)
+        else:
+            self._emit(CONTENT, text)
+
+    def _take(self, mark: str) -> None:
+        """A mark: it changes what the text behind it is."""
+        if self._call is not None:
+            if mark == QUOTE or (self._is_string and self._has_strings):
+                self._is_string ^= mark == QUOTE
+                self._call.append(mark)
+                return
+            self._end_call()
+        if mark == QUOTE:
+            self._add('"')
+        elif mark == CALL_START and self._tools is not None:
+            self._call, self._is_string = [], False
+        elif mark == THOUGHT_START:
+            self._end_label()
+            self._is_thought, self._label = True, ""
+            self._line_end = "\n" if self._has_thought else ""  # between two thoughts
+        elif mark == THOUGHT_END:
+            self._end_label()
+            self._is_thought, self._line_end = False, ""
+        self._num_known = 0
+
+    def _think(self, text: str) -> None:
+        """Text of a thought."""
+        if self._label is not None:
+            text, self._label = self._label + text, None
+            if len(text) < len(_LABEL) + 1 and f"{_LABEL}\n".startswith(text):
+                self._label = text
+                return
+            label = _LABELLED.match(text)
+            if label:
+                text = text[label.end() :]
+                self._num_known *= not label.end()
+        text, self._line_end = self._line_end + text, ""
+        if text.endswith("\n"):
+            text, self._line_end = text[:-1], "\n"
+        self._emit(REASONING, text)
+
+    def _end_label(self) -> None:
+        """What was held back as a label, where a mark or the end follows."""
+        label, self._label = self._label, None
+        if label and label != _LABEL:
+            self._emit(REASONING, label)
+
+    def _emit(self, kind: str, text: str) -> None:
+        text, self._num_known = text[self._num_known :], 0
+        if text:
+            self._parts.append(Part(kind, text))
+            self._has_thought |= kind == REASONING
+
+    def _end_call(self) -> None:
+        """Read the call whose text is complete; one that is none is text."""
+        assert self._call is not None
+        assert self._tools is not None
+        text, self._call = "".join(self._call), None
+        try:
+            calls = read_calls(text, self._tools)
+        except UnreadableCallError:
+            self.num_unread += 1
+            for part in self._pattern.split(text.replace(QUOTE, '"')):
+                self._add(part)
+            return
+        self._parts += [Part(CALL, call=call) for call in calls]
+
+    def _end(self) -> None:
+        """The answer is over: nothing is held back any longer."""
+        if self._call is not None and self._is_string and self._has_strings:
+            # Nobody wrote the end of this string: it hides all the marks behind it.
+            text, self._call, self._has_strings = "".join(self._call), None, False
+            self._take(CALL_START)
+            self._read(text, is_last=True)
+        if self._call is not None:
+            before = self.num_unread
+            self._end_call()
+            self.is_cut_off = self.num_unread > before
+        self._end_label()
+        if self._is_thought:
+            self._emit(REASONING, self._line_end)

@@ -1,0 +1,76 @@
+"""An answer on a screen: thoughts apart from what is said.
+
+In a terminal thoughts are dimmed. Where standard output is a file or a pipe, a program
+reads it: thoughts are left out there unless they are asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TextIO
+
+from .answer import REASONING, Part
+
+_DIM, _PLAIN = "\033[2m", "\033[0m"
+_GAP = "\n\n"  # between a thought and what follows
+
+
+class Display:
+    """Writes one answer as it comes; calls of tools are none of its parts.
+
+    Args:
+        out: Standard output.
+        shows_thoughts: Whether thoughts are written also where it is no terminal.
+
+    Attributes:
+        has_content: Whether something was said, not only thought.
+    """
+
+    def __init__(self, out: TextIO, *, shows_thoughts: bool = False) -> None:
+        is_terminal = out.isatty()
+        has_colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._out = out
+        self._shows_thoughts = shows_thoughts or is_terminal
+        self._marks = (_DIM, _PLAIN) if is_terminal and has_colors else ("", "")
+        self._is_thought = False
+        self._has_gap = True  # nothing needs to be told apart yet
+        self.has_content = False
+
+    def show(self, parts: Iterable[Part]) -> None:
+        """Write what comes next."""
+        for part in parts:
+            is_thought = part.kind == REASONING
+            self.has_content |= not is_thought
+            if is_thought and not self._shows_thoughts:
+                continue
+            self._turn(is_thought)
+            self._out.write(part.text)
+            self._has_gap = False
+        self._out.flush()
+
+    def cut_off(self, num_tokens: int, why: str | None = None) -> str:
+        """What to say of an answer that has no end, one line."""
+        is_thought = not self.has_content
+        usual = "see --max-tokens" + (", or --thinking off" if is_thought else "")
+        what = "cut off while thinking," if is_thought else "cut off"
+        return f"({what} after {num_tokens} tokens; {why or usual})"
+
+    def end(self) -> None:
+        """End the line."""
+        if self._is_thought:
+            self._out.write(self._marks[1])
+        self._out.write("\n")
+        self._out.flush()
+
+    def _turn(self, is_thought: bool) -> None:
+        """Begin or end a thought."""
+        if is_thought == self._is_thought:
+            return
+        self._is_thought = is_thought
+        if not is_thought:
+            self._out.write(self._marks[1])
+        if not self._has_gap:
+            self._out.write(_GAP)
+        if is_thought:
+            self._out.write(self._marks[0])
