@@ -10,7 +10,7 @@ from .dialogue import Reader
 from .formats import Envelope
 from .order import Order, Piece, Tally
 from .reply import Reply
-from .vocabulary import Vocabulary
+from .vocabulary import Places, Vocabulary
 
 # A stream that has nothing to say for so long says that it is alive, seconds: proxies
 # close connections that are silent for a minute.
@@ -101,17 +101,14 @@ class CompletionStyle:
         self.envelope = envelope
         self._vocabulary = vocabulary
         self._has_logprobs = has_logprobs
-        self._offsets: dict[int, int] = {}
+        self._places: dict[int, Places] = {}
 
     def whole(self, index: int, piece: Piece) -> dict[str, Any]:
         """See ``Style``."""
         logprobs = None
         if self._has_logprobs:
-            offset = self._offsets.get(index, 0)
-            logprobs = formats.completion_logprobs(
-                self._vocabulary, piece, offset=offset
-            )
-            self._offsets[index] = offset + sum(map(len, logprobs["tokens"]))
+            places = self._places.setdefault(index, Places())
+            logprobs = formats.completion_logprobs(self._vocabulary, piece, places)
         return {
             "index": index,
             "text": piece.text,

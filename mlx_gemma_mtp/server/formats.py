@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from .dialogue import Delta
 from .order import Piece, Tally
-from .vocabulary import Vocabulary
+from .vocabulary import Places, Vocabulary
 
 if TYPE_CHECKING:
     from ..logprobs import TokenLogprobs
@@ -146,29 +146,24 @@ def chat_logprobs(vocabulary: Vocabulary, piece: Piece) -> dict[str, Any]:
 
 
 def completion_logprobs(
-    vocabulary: Vocabulary, piece: Piece, *, offset: int
+    vocabulary: Vocabulary, piece: Piece, places: Places
 ) -> dict[str, Any]:
     """Log-probabilities as ``/v1/completions`` has them.
 
     Args:
         vocabulary: The tokens' texts.
         piece: Tokens.
-        offset: Characters of the text before them.
+        places: Of the text; it goes on by them.
     """
     listed = _listed(piece)
-    texts = [vocabulary.text_of(token) for token, _ in listed]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
     return {
-        "tokens": texts,
+        "tokens": [vocabulary.text_of(token) for token, _ in listed],
         "token_logprobs": [_finite(logprobs.token) for _, logprobs in listed],
         "top_logprobs": [
             {vocabulary.text_of(token): _finite(value) for token, value in logprobs.top}
             for _, logprobs in listed
         ],
-        "text_offset": offsets,
+        "text_offset": [places.add(vocabulary.bytes_of(token)) for token, _ in listed],
     }
 
 

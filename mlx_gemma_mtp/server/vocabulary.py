@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from typing import Any
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MAX_KNOWN = 2**18
+
+
+class Places:
+    """Where the tokens of one text stand in it."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_characters = 0
+
+    def add(self, data: bytes) -> int:
+        """The place of the next token, in characters of the text.
+
+        Args:
+            data: Its bytes. One that begins inside a character stands where that does.
+        """
+        place = self._num_characters
+        self._num_characters += len(self._decoder.decode(data))
+        return place
 
 
 class Vocabulary:
