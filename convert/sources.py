@@ -30,6 +30,7 @@ from mlx_gemma_mtp.pairing import (
     explain_hub_error,
     fetch,
     hub_id,
+    local_path,
 )
 
 from .manifest import read_origin
@@ -73,11 +74,11 @@ def open_source(
     Raises:
         CheckpointError: It cannot be found or is damaged.
     """
-    local = Path(path_or_id).expanduser()
+    local = local_path(path_or_id)
     if not headers_only:
         fetched = fetch(path_or_id, revision)
         return _local(path_or_id, fetched, revision, headers_only=False)
-    if local.exists():
+    if local is not None:
         repo = _repository(local)
         if repo is None or any(local.glob(WEIGHTS_PATTERN)):
             return _local(path_or_id, local, revision, headers_only=True)

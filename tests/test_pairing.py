@@ -197,7 +197,8 @@ def test_a_folder_without_a_drafter_says_what_was_looked_for(hub, target):
     choice = find_drafter(target, target)
     assert choice.path_or_id is None
     for word in (
-        str(target / "assistant"),
+        str(target),
+        "assistant",
         f"{target}-assistant",
         str(target.parent / "drafter"),
         "--draft-model",
