@@ -138,7 +138,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: There is no such folder or file, or it is no JSON object.
     """
-    if folder.is_file():
+    if _attempt(folder.is_file, folder):
         _fail_other_format(folder, [folder])
         next_step = f"Pass the folder {folder.parent}."
         _fail(f"the checkpoint {folder}", "a folder", "a file", next_step)
@@ -334,8 +334,10 @@ def refuse_peft(folder: Path) -> None:
     Raises:
         CheckpointError: It holds PEFT's.
     """
+    has_weights = any(
+        _attempt((folder / name).is_file, folder) for name in _PEFT_WEIGHTS
+    )
     config = folder / ADAPTER_CONFIG_NAME
-    has_weights = any((folder / name).is_file() for name in _PEFT_WEIGHTS)
     if has_weights or (config.is_file() and "peft_type" in read_json(config)):
         next_step = (
             "Merge them into their model with peft's merge_and_unload and load that, "

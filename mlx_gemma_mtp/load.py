@@ -25,7 +25,7 @@ from .errors import CheckpointError, MTPError, PairingError
 from .fit import check_fit
 from .generation_defaults import SamplingDefaults
 from .pair import Pair, attach
-from .pairing import fetch, find_drafter
+from .pairing import fetch, find_drafter, local_path
 from .target import text_model
 from .weights import load_drafter, one_line, read_target
 
@@ -111,7 +111,7 @@ def load(
     checkpoint = open_checkpoint(folder)
     target = read_target(checkpoint, lazy=lazy)
     if adapter_path is not None:
-        target = _with_adapters(target, Path(adapter_path).expanduser())
+        target = _with_adapters(target, adapter_path)
     eos_ids = eos_token_ids(checkpoint)
     tokenizer = load_tokenizer(
         folder, tokenizer_config, eos_ids, trust_remote_code=trust_remote_code
@@ -212,8 +212,9 @@ def _match_type(drafter: Drafter, target: nn.Module) -> None:
         mx.eval(drafter.parameters())
 
 
-def _with_adapters(target: nn.Module, folder: Path) -> nn.Module:
+def _with_adapters(target: nn.Module, adapter_path: str) -> nn.Module:
     """Put mlx-lm's adapters on a target."""
+    folder = local_path(adapter_path) or Path(adapter_path)
     refuse_peft(folder)
     next_step = "Pass a folder with adapter_config.json and adapters.safetensors."
     with one_line(f"the adapters in {cut(folder)}", next_step):

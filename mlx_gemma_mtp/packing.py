@@ -211,7 +211,7 @@ def _found(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[Kind, str]]:
 def _foreign_type(name: str, dtype: str) -> str | None:
     """Return what a tensor's type says of the tool, None if it may be MLX's."""
     if dtype.startswith("F8_"):
-        return "FP8"
+        return f"FP8 weights of type {dtype}"
     if name.endswith((".weight_scale", ".weight_zero_point")):
         return "weights with scales of their own"
     is_float = dtype in FLOAT_DTYPES.values()
