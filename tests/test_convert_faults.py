@@ -537,6 +537,18 @@ class TestPairing:
         shutil.rmtree(source / "drafter")
         refused(words=[str(source), "no drafter found", "--draft-model none"])
 
+    def test_a_drafter_that_was_found_and_cannot_be_read(self, refused, source):
+        path = source / "drafter" / WEIGHTS
+        os.truncate(path, path.stat().st_size - 1)
+        refused(words=[str(path), "cut off", "--draft-model none"])
+        line = refused("--draft-model", source / "drafter", words="cut off")
+        assert "none" not in line
+
+    def test_a_drafter_that_was_found_and_does_not_fit(self, refused, source, families):
+        shutil.rmtree(source / "drafter")
+        shutil.copytree(families["26b-a4b"] / "drafter", source / "drafter")
+        refused(words=["must be the target's", "--draft-model none"])
+
     def test_no_such_drafter(self, refused, tmp_path):
         where = tmp_path / "nowhere"
         refused("--draft-model", where, words=str(where))

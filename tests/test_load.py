@@ -485,6 +485,13 @@ def test_a_target_without_the_layers_a_drafter_reads():
     fails(
         lambda: check_fit(target, drafter),
         f"K/V source for {SLIDING}",
+        "made for this target",
+        error=PairingError,
+    )
+    drafter = load_drafter(REFERENCE / "e2b" / "drafter")
+    fails(
+        lambda: check_fit(target, drafter),
+        "hidden size",
         "google/gemma-4-31B-it-assistant",
         error=PairingError,
     )

@@ -20,7 +20,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from convert.pipeline import convert, plan_conversion
 from convert.request import NONE, PartRequest, Request
 from mlx_gemma_mtp import packing, weights
-from mlx_gemma_mtp.checkpoint import TensorInfo, open_checkpoint
+from mlx_gemma_mtp.checkpoint import INDEX_NAME, TensorInfo, open_checkpoint
 from mlx_gemma_mtp.errors import CheckpointError
 from mlx_gemma_mtp.quantization import Format
 from mlx_gemma_mtp.weights import load_drafter, load_target
@@ -65,6 +65,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     change(tensors)
     mx.eval(tensors)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    (folder / INDEX_NAME).unlink(missing_ok=True)
 
 
 def parameters(model: nn.Module) -> dict[str, Any]:
@@ -332,6 +333,37 @@ def test_the_tensors_tell_how_mlx_has_packed(tmp_path, config):
     assert equal(load_target(place), expected)
     router: Any = expected.layers[0].router.proj
     assert (router.bits, router.group_size) == (8, 64)
+
+
+@pytest.mark.parametrize("head", ["lm_head.", "language_model.lm_head."])
+def test_a_head_of_its_own_is_converted_and_read(tmp_path, head):
+    """Float, then quantized, then quantized in the place where transformers has it."""
+    folder = model_folder(tmp_path / "pair", "12b", has_drafter=False)
+    embedding = "model.language_model.embed_tokens.weight"
+    edit_weights(folder, lambda t: t.update({f"{head}weight": t[embedding] * 2}))
+    edit_config(folder, lambda c: c.update(tie_word_embeddings=False))
+    place, again = tmp_path / "out", tmp_path / "again"
+    wanted = PartRequest(format=Format(8, 32))
+    said = convert(plan_conversion(Request(folder, place, NONE, target=wanted)))
+    assert not isinstance(said, str)  # compared
+    expected = parameters(load_target(place))
+    own = "language_model.lm_head."
+    head_matrix = expected[f"{own}weight"], expected[f"{own}scales"]
+    found = mx.dequantize(*head_matrix, expected[f"{own}biases"], group_size=32, bits=8)
+    source: Any = mx.load(str(folder / "model.safetensors"))
+    assert mx.allclose(found, source[f"{head}weight"], atol=1e-2)
+
+    def rename(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.startswith(own)]:
+            tensors[name.replace(own, head)] = tensors.pop(name)
+
+    edit_weights(place, rename)
+    loaded = parameters(load_target(place))
+    assert set(loaded) == set(expected)
+    assert all(mx.array_equal(loaded[name], expected[name]) for name in loaded)
+    convert(plan_conversion(Request(place, again, NONE, has_check=False)))
+    kept = parameters(load_target(again))
+    assert all(mx.array_equal(kept[name], expected[name]) for name in expected)
 
 
 @pytest.fixture
