@@ -489,7 +489,8 @@ class TestValues:
         with changed(source / WEIGHTS) as tensors:
             for name in (TABLE, NORM):
                 set_word(tensors[name], 0, 0x49742400)  # a million
-        refused("--dtype", dtype, *quantize, words=[TABLE, "too large for F16"])
+        words = [TABLE, "too large for F16", "Take another --dtype."]
+        assert "again" not in refused("--dtype", dtype, *quantize, words=words)
 
     def test_a_range_too_large_for_a_scale(self, refused, source):
         with changed(source / WEIGHTS) as tensors:
