@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlx_gemma_mtp.checkpoint import CONFIG_NAME, INDEX_NAME, open_checkpoint
-from mlx_gemma_mtp.errors import CheckpointError, OutputError, RequestError
+from mlx_gemma_mtp.errors import (
+    CheckpointError,
+    OutputError,
+    PairingError,
+    RequestError,
+)
 from mlx_gemma_mtp.fit import check_fit
 from mlx_gemma_mtp.load import eos_token_ids
 from mlx_gemma_mtp.pairing import DRAFTER_FOLDERS, find_drafter
@@ -52,6 +57,7 @@ from .stream import verify, write_part
 from .tokenizer import check_tokenizer, copy_files, copy_tokenizer
 
 DRAFTER_FOLDER = DRAFTER_FOLDERS[0]
+_ALONE = "Or convert the target alone: --draft-model none."
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,16 @@ def convert(conversion: Conversion, *, progress: Progress = silent) -> Divergenc
 
 def _plan(request: Request, *, headers_only: bool) -> Conversion:
     target, is_in_place = _plan_target(request, headers_only=headers_only)
-    drafter, pairing = _plan_drafter(request, target, headers_only=headers_only)
+    try:
+        drafter, pairing = _plan_drafter(request, target, headers_only=headers_only)
+        if drafter is not None:
+            model = target_skeleton(target.source.checkpoint)
+            check_fit(model, drafter_skeleton(drafter.source.checkpoint))
+    except (CheckpointError, PairingError) as error:
+        if request.draft_model != AUTO:
+            raise
+        # Whoever named none can go on without the one that was found.
+        raise type(error)(f"{error} {_ALONE}") from error
     if is_in_place and drafter is None:
         raise RequestError(
             f"--mlx-path must be another folder than --hf-path to convert a target "
@@ -196,9 +211,6 @@ def _plan(request: Request, *, headers_only: bool) -> Conversion:
                 f"{request.mlx_path} must get another drafter than its own: got "
                 f"{standing}. Name one with --draft-model."
             )
-    if drafter is not None:
-        model = target_skeleton(target.source.checkpoint)
-        check_fit(model, drafter_skeleton(drafter.source.checkpoint))
     eos_token_ids(target.source.checkpoint)  # a wrong one could not be loaded
     return Conversion(request, target, drafter, pairing, is_in_place)
 
@@ -231,9 +243,7 @@ def _plan_drafter(
     if chosen == AUTO:
         choice = find_drafter(request.hf_path, target.source.folder)
         if choice.path_or_id is None:
-            raise CheckpointError(
-                f"{choice.reason} Or convert the target alone: --draft-model none."
-            )
+            raise CheckpointError(choice.reason)
         chosen, pairing = choice.path_or_id, choice.reason
     source = open_source(
         chosen, revision=request.draft_revision, headers_only=headers_only

@@ -9,29 +9,36 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_gemma_mtp.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
-from mlx_gemma_mtp.config import quantization_map
+from mlx_gemma_mtp.config import cut
 from mlx_gemma_mtp.errors import CheckpointError, RequestError
-from mlx_gemma_mtp.quantization import Format, stored_format
+from mlx_gemma_mtp.packing import check_packing, stored_formats
+from mlx_gemma_mtp.quantization import Format
+from mlx_gemma_mtp.tensor_names import (
+    Names,
+    Share,
+    drafter_names,
+    target_names,
+    tensor_name,
+)
 from mlx_gemma_mtp.weights import (
     drafter_skeleton,
+    parameter_shapes,
     target_settings,
     target_skeleton,
 )
 
-from .names import Names, Share, drafter_names, target_names, tensor_name
 from .output_config import output_config
 from .plan import TOKEN_ORDERING, Array, Parameter, PartPlan, Rows
 from .quantize import DRAFTER, TARGET, Choice
 
 _INTEGERS = ("I32", "I64")
-_SAME_CHECKPOINT = "Take config.json and weights from the same checkpoint, or download"
+_SAME_CHECKPOINT = "Take config.json and weights from the same checkpoint."
 
 
 def plan_target(
@@ -88,9 +95,9 @@ def _plan(
     dtype: str | None,
 ) -> PartPlan:
     """Go through the model's parameters and find what each is made of."""
-    quantization_map(checkpoint.config, source=str(checkpoint.config_path))
-    shapes = _parameter_shapes(model)
-    stored = _stored_formats(checkpoint, names, shapes)
+    check_packing(checkpoint)
+    shapes = parameter_shapes(model)
+    stored = stored_formats(checkpoint, names, shapes)
     formats = stored or _chosen_formats(model, shapes, choice)
     # What is packed already keeps its types, whatever its config says, unless asked.
     named = dtype if dtype or stored else _named_dtype(checkpoint)
@@ -118,11 +125,6 @@ def _plan(
             dtype=dtype,
         ),
     )
-
-
-def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    leaves: Any = tree_flatten(model.parameters())
-    return {name: tuple(array.shape) for name, array in leaves}
 
 
 def _chosen_formats(
@@ -197,9 +199,9 @@ class _Planner:
         if share is None:
             tensor = tensor_name(name, self.checkpoint.tensors)
             raise CheckpointError(
-                f"{tensor} in {self.checkpoint.folder} must be there, as "
+                f"{cut(tensor)} in {cut(self.checkpoint.folder)} must be there, as "
                 f"{self.checkpoint.config_path.name} says: got no such tensor. "
-                f"{_SAME_CHECKPOINT} it again."
+                f"{_SAME_CHECKPOINT}"
             )
         return share, self.checkpoint.tensors[share.tensor]
 
@@ -231,10 +233,10 @@ class _Planner:
             if name not in known:
                 source = self.checkpoint.tensors[share.tensor]
                 raise CheckpointError(
-                    f"{share.tensor} in {source.file} must be a tensor of the "
+                    f"{cut(share.tensor)} in {cut(source.file)} must be a "
+                    f"tensor of the "
                     f"{self.part} that {self.checkpoint.config_path.name} "
-                    f"describes: got one that it does not have. {_SAME_CHECKPOINT} it "
-                    "again."
+                    f"describes: got one that it does not have. {_SAME_CHECKPOINT}"
                 )
 
     def fail(
@@ -242,9 +244,8 @@ class _Planner:
     ) -> NoReturn:
         """Raise what a tensor must be and is not."""
         raise CheckpointError(
-            f"{tensor} in {source.file} must be {expected}, as "
-            f"{self.checkpoint.config_path.name} says: got {found}. {_SAME_CHECKPOINT} "
-            "it again."
+            f"{cut(tensor)} in {cut(source.file)} must be {expected}, as "
+            f"{self.checkpoint.config_path.name} says: got {found}. {_SAME_CHECKPOINT}"
         )
 
 
@@ -266,6 +267,8 @@ def _packed_arrays(
     ]
     if packed.has_biases:
         arrays.append(Array(f"{path}.biases", dtype, packed.scales_shape(shape)))
+    if packed.has_global_scale:
+        arrays.append(Array(f"{path}.global_scale", "F32", shape[:1]))
     return tuple(arrays)
 
 
@@ -279,39 +282,10 @@ def _rows(shape: tuple[int, ...], share: Share) -> Rows:
     return Rows(num_columns, first, length, stride, math.prod(shape[:-2]))
 
 
-def _stored_formats(
-    checkpoint: Checkpoint, names: Names, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Format]:
-    """Return the formats of matrices that are packed in the checkpoint already."""
-    stored = {}
-    for name, share in names.parameters.items():
-        path = name.removesuffix(".scales")
-        weight = names.parameters.get(f"{path}.weight")
-        if path == name or weight is None or f"{path}.weight" not in shapes:
-            continue
-        scales = checkpoint.tensors[share.tensor]
-        packed = checkpoint.tensors[weight.tensor]
-        found = None
-        if scales.shape and packed.shape and packed.dtype == "U32":
-            found = stored_format(
-                shapes[f"{path}.weight"][-1],
-                num_words=packed.shape[-1],
-                num_scales=scales.shape[-1],
-                has_byte_scales=scales.dtype == "U8",
-            )
-        if found is None:
-            raise CheckpointError(
-                f"{weight.tensor} in {packed.file} must be packed by MLX: got "
-                f"{packed.dtype} {_shape_text(packed.shape)} with scales "
-                f"{scales.dtype} {_shape_text(scales.shape)}. {_SAME_CHECKPOINT} it "
-                "again."
-            )
-        stored[path] = found
-    return stored
-
-
 def _most_common(formats: Mapping[str, Format]) -> Format:
-    return Counter(formats.values()).most_common(1)[0][0]
+    # A scale of an expert is never what other matrices take by default.
+    common = Counter(replace(f, has_global_scale=False) for f in formats.values())
+    return common.most_common(1)[0][0]
 
 
 def _named_dtype(checkpoint: Checkpoint) -> str | None:

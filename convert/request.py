@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mlx_gemma_mtp.errors import RequestError
+from mlx_gemma_mtp.pairing import local_path
 from mlx_gemma_mtp.quantization import Format
 
 AUTO, NONE = "auto", "none"
@@ -80,7 +81,7 @@ class Request:
 
 
 def _is_folder(path_or_id: str | Path) -> bool:
-    return Path(path_or_id).expanduser().exists()
+    return local_path(path_or_id) is not None
 
 
 def _fail_unused(flag: str, other: str) -> NoReturn:

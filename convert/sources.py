@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import huggingface_hub
 
 from mlx_gemma_mtp.checkpoint import (
+    ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     WEIGHTS_PATTERN,
@@ -22,6 +23,7 @@ from mlx_gemma_mtp.checkpoint import (
     open_checkpoint,
     read_json,
 )
+from mlx_gemma_mtp.config import cut
 from mlx_gemma_mtp.errors import CheckpointError
 from mlx_gemma_mtp.pairing import (
     DRAFTER_FOLDERS,
@@ -30,6 +32,7 @@ from mlx_gemma_mtp.pairing import (
     explain_hub_error,
     fetch,
     hub_id,
+    local_path,
 )
 
 from .manifest import read_origin
@@ -73,11 +76,11 @@ def open_source(
     Raises:
         CheckpointError: It cannot be found or is damaged.
     """
-    local = Path(path_or_id).expanduser()
+    local = local_path(path_or_id)
     if not headers_only:
         fetched = fetch(path_or_id, revision)
         return _local(path_or_id, fetched, revision, headers_only=False)
-    if local.exists():
+    if local is not None:
         repo = _repository(local)
         if repo is None or any(local.glob(WEIGHTS_PATTERN)):
             return _local(path_or_id, local, revision, headers_only=True)
@@ -138,11 +141,16 @@ def _hub_headers(repo: str, revision: str | None, *, folder: str = "") -> Source
         }
     except Exception as error:  # of the Hub's client or whatever HTTP library it has
         raise CheckpointError(explain_hub_error(repo, revision, error)) from error
+    if not shards and f"{prefix}{ADAPTER_CONFIG_NAME}" in files:
+        raise CheckpointError(
+            f"{cut(repo)} must hold a model: got adapters alone. Merge them into their "
+            "model (peft's merge_and_unload, mlx_lm.fuse) and convert that."
+        )
     if config is None or not shards:
         missing = f"{prefix}{WEIGHTS_PATTERN}" if config else f"{prefix}{CONFIG_NAME}"
         raise CheckpointError(
-            f"{repo} must hold a safetensors checkpoint: got no {missing} there. Take "
-            "another repository or revision."
+            f"{cut(repo)} must hold a safetensors checkpoint: got no {missing} there. "
+            "Take another repository or revision."
         )
     tensors = {
         name: TensorInfo(

@@ -175,7 +175,7 @@ def _convert(
     source = parameter.source.dtype
     words = np.frombuffer(data, WORDS[DTYPE_BITS[source]])
     if not _is_finite(words, source):
-        _fail_not_finite(parameter, "a value that is not finite")
+        _fail_not_finite(parameter, "a value that is not finite", "Download it again.")
     if parameter.name == TOKEN_ORDERING:
         ids = _token_ordering(parameter, words)
         return [writer.write(parameter.arrays[0], block.row, ids)]
@@ -184,7 +184,7 @@ def _convert(
     regions = []
     for array, made in zip(parameter.arrays, _compute(parameter, words), strict=True):
         if not _is_finite(made, array.dtype):  # a scale of what is just finite
-            _fail_not_finite(parameter, f"a value too large for {array.dtype}")
+            _fail_too_large(parameter, array.dtype)
         regions.append(writer.write(array, block.row, made))
     return regions
 
@@ -196,7 +196,7 @@ def _compute(parameter: Parameter, words: Any) -> list[Any]:
     if parameter.dtype != parameter.source.dtype:
         values = values.astype(FLOATS[parameter.dtype])
         if not _is_finite(_as_words(values), parameter.dtype):
-            _fail_not_finite(parameter, f"a value too large for {parameter.dtype}")
+            _fail_too_large(parameter, parameter.dtype)
     packed = parameter.format
     results: Sequence[mx.array] = (values,)
     if packed is not None:
@@ -234,10 +234,15 @@ def _token_ordering(parameter: Parameter, ids: Any) -> Any:
     return ids.astype(np.int32)
 
 
-def _fail_not_finite(parameter: Parameter, found: str) -> NoReturn:
+def _fail_too_large(parameter: Parameter, dtype: str) -> NoReturn:
+    found = f"a value too large for {dtype}"
+    _fail_not_finite(parameter, found, "Take another --dtype.")
+
+
+def _fail_not_finite(parameter: Parameter, found: str, next_step: str) -> NoReturn:
     raise CheckpointError(
         f"{parameter.tensor} in {parameter.source.file} must hold finite numbers: got "
-        f"{found}. Download it again, or take another --dtype."
+        f"{found}. {next_step}"
     )
 
 

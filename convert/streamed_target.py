@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_gemma_mtp.target import head_logits, scaled_embedding, text_model
-from mlx_gemma_mtp.weights import target_skeleton
+from mlx_gemma_mtp.weights import as_stored, target_skeleton
 
 from .plan import Block, Parameter, PartPlan
 from .reader import Reader, open_reader
@@ -87,7 +87,7 @@ class StreamedTarget:
         self, plan: PartPlan, reader: Reader, advance: Callable[[int], Any]
     ) -> None:
         self.model = target_skeleton(plan.checkpoint)
-        nn.quantize(self.model, class_predicate=_stored(plan))
+        nn.quantize(self.model, class_predicate=as_stored(plan.formats))
         self.text = text_model(self.model)
         inner = self.text.model
         prefix = "" if self.text is self.model else "language_model."
@@ -221,14 +221,6 @@ class _Table:
 def _pair(scales: Sequence[mx.array]) -> tuple[mx.array, mx.array | None]:
     """Return scales and, where there are any, biases."""
     return scales[0], scales[1] if len(scales) > 1 else None
-
-
-def _stored(plan: PartPlan) -> Any:
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        found = plan.formats.get(path)
-        return False if found is None else found.as_config()
-
-    return predicate
 
 
 def _read(reader: Reader, parameter: Parameter) -> mx.array:

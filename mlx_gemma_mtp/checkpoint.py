@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .config import cut
 from .errors import CheckpointError
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 TRAINING_NAME = "training.json"  # how a drafter was trained, where it was here
 INDEX_NAME = "model.safetensors.index.json"
 # The files that mlx-lm loads: all of these, whatever the index says.
@@ -26,6 +28,7 @@ WEIGHTS_PATTERN = "model*.safetensors"
 
 _AGAIN = "Download or copy it again."
 _SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+_PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LENGTH_BYTES = 8  # a safetensors file starts with its header's length
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_COUNT = 2**63 - 1
@@ -38,6 +41,9 @@ DTYPE_BITS = {
     "F8_E4M3": 8,
     "F8_E5M2": 8,
     "F8_E8M0": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
     "U16": 16,
     "I16": 16,
     "F16": 16,
@@ -132,7 +138,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: There is no such folder or file, or it is no JSON object.
     """
-    if folder.is_file():
+    if _attempt(folder.is_file, folder):
         _fail_other_format(folder, [folder])
         next_step = f"Pass the folder {folder.parent}."
         _fail(f"the checkpoint {folder}", "a folder", "a file", next_step)
@@ -141,6 +147,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         _fail(f"the checkpoint {folder}", "a folder", "no such folder", next_step)
     if not (folder / CONFIG_NAME).is_file():
         _fail_other_format(folder, _attempt(lambda: list(folder.iterdir()), folder))
+        _refuse_adapters(folder)
         next_step = "Pass the folder that holds config.json and model.safetensors."
         _fail(f"{folder}", "a folder with config.json", "none there", next_step)
     return read_json(folder / CONFIG_NAME)
@@ -285,6 +292,7 @@ def _weight_files(folder: Path) -> list[Path]:
     everything = _attempt(lambda: sorted(folder.iterdir()), folder)
     files = [p for p in everything if p.match(WEIGHTS_PATTERN) and p.is_file()]
     if not files:
+        _refuse_adapters(folder)
         others = [p.name for p in everything if p.suffix == ".safetensors"]
         if others:
             expected = f"weights named {WEIGHTS_PATTERN}"
@@ -315,6 +323,35 @@ def _read_files(files: list[Path], *, headers_only: bool) -> dict[str, TensorInf
                 _fail(f"{name} in {path}", "in one file only", found, next_step)
             tensors[name] = tensor
     return tensors
+
+
+def refuse_peft(folder: Path) -> None:
+    """Refuse adapters that PEFT has trained, which mlx-lm does not read.
+
+    Args:
+        folder: A folder, maybe one with adapters.
+
+    Raises:
+        CheckpointError: It holds PEFT's.
+    """
+    has_weights = any(
+        _attempt((folder / name).is_file, folder) for name in _PEFT_WEIGHTS
+    )
+    config = folder / ADAPTER_CONFIG_NAME
+    if has_weights or (config.is_file() and "peft_type" in read_json(config)):
+        next_step = (
+            "Merge them into their model with peft's merge_and_unload and load that, "
+            "or train with mlx_lm.lora."
+        )
+        _fail(f"the adapters in {folder}", "mlx-lm's", "PEFT's", next_step)
+
+
+def _refuse_adapters(folder: Path) -> None:
+    """Tell adapters that are passed as a model."""
+    refuse_peft(folder)
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        next_step = "Pass the model they belong to, and them as adapter_path."
+        _fail(f"{folder}", "a model", "adapters (--adapter-path)", next_step)
 
 
 def _fail_other_format(folder: Path, files: list[Path]) -> None:
@@ -354,4 +391,8 @@ def _attempt(read: Any, path: Path) -> Any:
 
 
 def _fail(what: str, constraint: str, found: str, next_step: str) -> NoReturn:
+    """Raise the one error of this module, cut where names of any length stand."""
+    what, constraint, found, next_step = (
+        cut(part) for part in (what, constraint, found, next_step)
+    )
     raise CheckpointError(f"{what} must be {constraint}: got {found}. {next_step}")

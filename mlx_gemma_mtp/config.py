@@ -96,6 +96,12 @@ _MAX_LAYERS = 1000
 _MAX_INTEGER = 2**31 - 1
 _LAYERS_PER_FULL = 6  # without layer_types, every sixth layer is a full one
 _GLOBAL_HEAD_DIM = 512
+# What to do about a value that no model has, and about one that only others have.
+_DAMAGED = "Fetch the checkpoint's config.json again."
+_UNSUPPORTED = (
+    "mlx-lm's Gemma 4 has nothing else: take a checkpoint that is built as the "
+    "published ones are."
+)
 
 
 def check_model_type(
@@ -121,8 +127,8 @@ def check_model_type(
         note = " (a Gemma 4 target, which is no drafter)"
     ids = PUBLISHED_TARGETS if set(expected) & {"gemma4"} else PUBLISHED_DRAFTERS
     raise CheckpointError(
-        f"model_type in {source} must be {_either(expected)}: got {repr(found)[:80]}"
-        f"{note}. Take one of {', '.join(ids)}."
+        f"model_type in {cut(source)} must be {_either(expected)}: got "
+        f"{shorten(found, nothing='None')}{note}. Take one of {', '.join(ids)}."
     )
 
 
@@ -147,9 +153,8 @@ def text_config(config: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     raw = config if kind in _TEXT_ONLY else config.get("text_config")
     if not isinstance(raw, Mapping):
         raise CheckpointError(
-            f"text_config in {source} must be an object: got {shorten(raw)}, "
-            "expected the text model's settings. Fetch the checkpoint's config.json "
-            "again."
+            f"text_config in {cut(source)} must be an object: got "
+            f"{shorten(raw)}, expected the text model's settings. {_DAMAGED}"
         )
     reader = _Reader(raw, _defaults(kind, config, raw), source)
     reader.refuse_unsupported()
@@ -177,7 +182,6 @@ class DrafterConfig:
         num_centroids: C, the token clusters of the centroid head.
         centroid_intermediate_top_k: How many clusters a step looks into, 1..C.
         text_config: Settings of its layers, as from ``text_config()``.
-        quantization: mlx-lm's quantization map, or None for float weights.
         num_assistant_tokens: Drafts per round that ``generation_config.json`` names,
             or None.
     """
@@ -188,7 +192,6 @@ class DrafterConfig:
     num_centroids: int
     centroid_intermediate_top_k: int
     text_config: dict[str, Any]
-    quantization: dict[str, Any] | None = None
     num_assistant_tokens: int | None = None
 
     @classmethod
@@ -219,7 +222,6 @@ class DrafterConfig:
                 "centroid_intermediate_top_k", 32, minimum=1
             ),
             text_config=text,
-            quantization=quantization_map(config, source=source),
         )
         _check_drafter(drafter, source)
         return drafter
@@ -283,31 +285,6 @@ class SamplingParams:
             _check_count("seed", self.seed, "a whole number from 0 to 2**64-1", 2**64)
 
 
-def quantization_map(
-    config: Mapping[str, Any], *, source: str
-) -> dict[str, Any] | None:
-    """Return mlx-lm's quantization map of a checkpoint, None for float weights.
-
-    Args:
-        config: The parsed ``config.json``.
-        source: Where it came from, for messages.
-
-    Raises:
-        CheckpointError: The checkpoint is quantized in another tool's format.
-    """
-    found = config.get("quantization") or config.get("quantization_config")
-    if found is None or found == {}:
-        return None
-    if not isinstance(found, Mapping) or not {"bits", "group_size"} <= set(found):
-        method = found.get("quant_method") if isinstance(found, Mapping) else found
-        raise CheckpointError(
-            f"quantization in {source} must be mlx-lm's (bits, group_size): got "
-            f"{shorten(method)}. Take the float checkpoint (…-qat-q4_0-unquantized for "
-            "quantization-aware training) or an mlx-community one."
-        )
-    return dict(found)
-
-
 class _Reader:
     """Reads and checks single keys of one JSON object."""
 
@@ -323,7 +300,8 @@ class _Reader:
         for key, allowed in _ONLY_VALUES.items():
             value = self.raw.get(key)
             if value is not None and value not in allowed:
-                self.fail(key, _either([repr(v) for v in allowed]), value)
+                allowed_text = _either([repr(v) for v in allowed])
+                self.fail(key, allowed_text, value, next_step=_UNSUPPORTED)
 
     def scalars(self) -> dict[str, Any]:
         """Return every key that holds a number or a flag and needs no other key."""
@@ -387,7 +365,8 @@ class _Reader:
             self.fail("layer_types", f"a list of {num_layers} layer types", types)
         for i, layer_type in enumerate(types):
             if layer_type not in LAYER_TYPES:
-                self.fail(f"layer_types[{i}]", _either(LAYER_TYPES), layer_type)
+                where, allowed = f"layer_types[{i}]", _either(LAYER_TYPES)
+                self.fail(where, allowed, layer_type, next_step=_UNSUPPORTED)
         # As transformers does: the last layer is a full one whatever the file says.
         return [*types[:-1], FULL]
 
@@ -457,7 +436,8 @@ class _Reader:
             if layer_type == FULL:
                 seen.add((entry.get("head_dim"), entry.get("num_key_value_heads")))
         if by_layer or len(seen) != 1:
-            self.fail("per_layer_config", "the same for every full layer", overrides)
+            constraint = "the same for every full layer"
+            self.fail("per_layer_config", constraint, overrides, next_step=_UNSUPPORTED)
         head_dim, heads = seen.pop()
         return head_dim or text["head_dim"], heads
 
@@ -473,13 +453,16 @@ class _Reader:
             if key in free:
                 _Reader(entry, {}, self.source).integer(key, text[key], minimum=1)
             elif value is not None and value != text.get(key, self.raw.get(key)):
-                self.fail(where, f"as in the other layers ({text.get(key)})", value)
+                constraint = f"as in the other layers ({shorten(text.get(key))})"
+                self.fail(where, constraint, value, next_step=_UNSUPPORTED)
 
-    def fail(self, key: str, constraint: str, value: Any) -> None:
+    def fail(
+        self, key: str, constraint: str, value: Any, *, next_step: str = _DAMAGED
+    ) -> None:
         """Raise the one error of this class."""
         raise CheckpointError(
-            f"{key} in {self.source} must be {constraint}: got {shorten(value)}. "
-            "Fetch the checkpoint's config.json again."
+            f"{cut(key)} in {cut(self.source)} must be {constraint}: got "
+            f"{shorten(value)}. {next_step}"
         )
 
 
@@ -542,6 +525,7 @@ def check_target(text: Mapping[str, Any], *, source: str) -> None:
             "num_kv_shared_layers",
             "small enough that every layer type has a layer with its own K/V",
             text["num_kv_shared_layers"],
+            next_step=_UNSUPPORTED,
         )
 
 
@@ -557,7 +541,9 @@ def _check_drafter(drafter: DrafterConfig, source: str) -> None:
     }
     for key, value in expected.items():
         if text[key] != value:
-            reader.fail(f"text_config.{key}", f"{value} in a drafter", text[key])
+            constraint = f"{value} in a drafter"
+            where = f"text_config.{key}"
+            reader.fail(where, constraint, text[key], next_step=_UNSUPPORTED)
     if not drafter.use_ordered_embeddings:
         return  # the centroid settings stand in the file but mean nothing
     if text["vocab_size"] % drafter.num_centroids:
@@ -620,3 +606,9 @@ def shorten(value: Any, *, nothing: str = "nothing") -> str:
     except RecursionError:
         text = "something nested too deeply"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def cut(text: object) -> str:
+    """A text of any length for a message, such as a path: its beginning and its end."""
+    whole = str(text)
+    return whole if len(whole) <= 240 else f"{whole[:100]}...{whole[-137:]}"

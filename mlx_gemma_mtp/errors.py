@@ -4,17 +4,23 @@ Whatever stands in front of the user (command line, server) shows an ``MTPError`
 as its one line of text and exits with status 1; a traceback would only hide it.
 """
 
+_MOST = 1000  # characters of a message: what is longer holds somebody's whole input
+
 
 class MTPError(Exception):
     """A mistake a user can fix; ``str(error)`` is the whole message, one line.
 
     Args:
         message: The message. Line ends in it, which names in damaged files may have,
-            become spaces.
+            become spaces; of a very long one the middle is left out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
+        line = " ".join(message.splitlines())
+        if len(line) > _MOST:
+            half = _MOST // 2 - 2
+            line = f"{line[:half]}...{line[-half:]}"
+        super().__init__(line)
 
 
 class CheckpointError(MTPError):

@@ -64,7 +64,9 @@ def _kv_shape(args: gemma4_text.ModelArgs, layer_type: str) -> tuple[int, int]:
 
 
 def _misfit(what: str, theirs: object, ours: object, hidden_size: int) -> str:
-    published = published_drafter(hidden_size)
+    # Every published width is one model's: a drafter of the right width that does not
+    # fit may be the published one itself.
+    published = published_drafter(hidden_size) if what == "hidden size" else None
     take = f"Take {published}" if published else "Take the drafter made for this target"
     return (
         f"the drafter's {what} must be the target's: got {ours} in the drafter, "

@@ -20,11 +20,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .config import DRAFTER_MODEL_TYPES
+from .checkpoint import open_checkpoint
+from .config import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
 from .drafter import Drafter
-from .errors import PairingError, RequestError
+from .errors import CheckpointError, PairingError, RequestError
 from .load import attach_drafter
+from .packing import without_stale_keys
 from .pair import carries_drafter
+from .pairing import fetch
 from .samplers import sampler_params
 from .target import text_model
 from .text import GenerationResponse, stream_generate
@@ -159,9 +162,14 @@ def _load(hook: Hook) -> Callable[..., tuple[Any, ...]]:
         path, revision = call.arguments["path_or_hf_repo"], call.arguments["revision"]
         try:
             loaded = own(*args, **kwargs)
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             _explain_drafter(path, error)
-            raise
+            settings = _float_settings(path, revision)
+            if settings is None:
+                raise
+            given = call.arguments["model_config"] or {}
+            call.arguments["model_config"] = {**settings, **given}
+            loaded = own(*call.args, **call.kwargs)
         model = loaded[0]
         if is_wanted and named is not None:
             text_model(model)  # a drafter for another model is a mistake
@@ -190,7 +198,20 @@ def _is_target(model: nn.Module) -> bool:
     return True
 
 
-def _explain_drafter(path: str | Path, error: ValueError) -> None:
+def _float_settings(path: str | Path, revision: str | None) -> dict[str, None] | None:
+    """What mlx-lm must read of a Gemma 4 whose config names a quantization it has not.
+
+    Quantization-aware trained float checkpoints do. None for everything else.
+    """
+    try:
+        checkpoint = open_checkpoint(fetch(path, revision))
+    except CheckpointError:
+        return None
+    is_ours = checkpoint.config.get("model_type") in TARGET_MODEL_TYPES
+    return without_stale_keys(checkpoint) if is_ours else None
+
+
+def _explain_drafter(path: str | Path, error: Exception) -> None:
     """Say where a drafter is named, if that is what mlx-lm refused to load.
 
     Raises:

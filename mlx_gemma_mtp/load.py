@@ -13,13 +13,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 
-from .checkpoint import GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
+from .checkpoint import (
+    GENERATION_CONFIG_NAME,
+    Checkpoint,
+    open_checkpoint,
+    refuse_peft,
+)
+from .config import cut
 from .drafter import Drafter
-from .errors import CheckpointError, PairingError
+from .errors import CheckpointError, MTPError, PairingError
 from .fit import check_fit
 from .generation_defaults import SamplingDefaults
 from .pair import Pair, attach
-from .pairing import fetch, find_drafter
+from .pairing import fetch, find_drafter, local_path
 from .target import text_model
 from .weights import load_drafter, one_line, read_target
 
@@ -56,9 +62,7 @@ def load_pair(
     target = read_target(checkpoint, lazy=False)
     drafter, drafter_source = None, "no drafter: none was named"
     if drafter_path is not None:
-        drafter = load_drafter(fetch(drafter_path))
-        check_fit(target, drafter)
-        _match_type(drafter, target)
+        drafter = _fitting_drafter(target, drafter_path)
         drafter_source = f"drafter {drafter_path}: as named"
     return _pair(target, checkpoint, target_path, drafter, drafter_source)
 
@@ -78,15 +82,16 @@ def load(
     """Load a target with its tokenizer, and its drafter by itself.
 
     The drafter is looked for inside the target's folder, beside it, and on the Hub
-    by the published pairing; which one was taken is logged. Where there is none,
-    the model decodes plainly and a warning says why.
+    by the published pairing; which one was taken is logged. Where there is none, or
+    the one that was found cannot be had, be read or does not fit, the model decodes
+    plainly and a warning says why.
 
     Args:
         path_or_hf_repo: A folder or a Hub id.
         speculative_decoding: Whether to decode with a drafter.
         draft_model: The drafter to take, a folder or a Hub id.
         tokenizer_config: Arguments for the tokenizer, as in ``mlx_lm.load``.
-        adapter_path: LoRA adapters for the target.
+        adapter_path: LoRA adapters for the target, as mlx-lm writes them.
         lazy: Leave the target's weights in their files until they are used.
         revision: A branch, tag or commit of the target's Hub repository.
         trust_remote_code: Let the tokenizer run code from the checkpoint. The model
@@ -98,17 +103,15 @@ def load(
         ``(model, tokenizer, config)``. ``generate`` finds the drafter by the model.
 
     Raises:
-        CheckpointError: A checkpoint cannot be found or read.
-        PairingError: The drafter does not fit the target, also when it was not named.
+        CheckpointError: The target, or a drafter that was named, cannot be found or
+            read.
+        PairingError: A drafter that was named does not fit the target.
     """
     folder = fetch(path_or_hf_repo, revision)
     checkpoint = open_checkpoint(folder)
     target = read_target(checkpoint, lazy=lazy)
     if adapter_path is not None:
-        next_step = "Pass a folder with adapter_config.json and adapters.safetensors"
-        with one_line(f"the adapters in {adapter_path}", next_step):
-            target = mlx_lm.utils.load_adapters(target, adapter_path)
-            target.eval()
+        target = _with_adapters(target, adapter_path)
     eos_ids = eos_token_ids(checkpoint)
     tokenizer = load_tokenizer(
         folder, tokenizer_config, eos_ids, trust_remote_code=trust_remote_code
@@ -139,9 +142,10 @@ def attach_drafter(
         draft_model: The drafter to take, a folder or a Hub id.
 
     Raises:
-        CheckpointError: A checkpoint cannot be found or read.
-        PairingError: The drafter does not fit the target, or the target is not a
-            Gemma 4 of mlx-lm.
+        CheckpointError: The target, or a drafter that was named, cannot be found or
+            read.
+        PairingError: A drafter that was named does not fit the target, or the target
+            is not a Gemma 4 of mlx-lm.
     """
     folder = fetch(path_or_hf_repo, revision)
     checkpoint = open_checkpoint(folder)
@@ -208,6 +212,17 @@ def _match_type(drafter: Drafter, target: nn.Module) -> None:
         mx.eval(drafter.parameters())
 
 
+def _with_adapters(target: nn.Module, adapter_path: str) -> nn.Module:
+    """Put mlx-lm's adapters on a target."""
+    folder = local_path(adapter_path) or Path(adapter_path)
+    refuse_peft(folder)
+    next_step = "Pass a folder with adapter_config.json and adapters.safetensors."
+    with one_line(f"the adapters in {cut(folder)}", next_step):
+        target = mlx_lm.utils.load_adapters(target, str(folder))
+        target.eval()
+    return target
+
+
 def _choose_drafter(
     target: nn.Module,
     path_or_id: str | Path,
@@ -216,27 +231,41 @@ def _choose_drafter(
 ) -> tuple[Drafter | None, str]:
     """Return the drafter, if any, and a sentence about it."""
     if draft_model is not None:
-        chosen, reason = str(draft_model), "as named"
-        drafter_folder = fetch(draft_model)
-    else:
+        try:
+            drafter = _fitting_drafter(target, draft_model)
+        except PairingError as error:
+            raise PairingError(f"{error} {_SWITCH_OFF}") from None
+        return drafter, _chosen(draft_model, "as named")
+    found = "the search for a drafter"
+    try:
         choice = find_drafter(path_or_id, folder)
         if choice.path_or_id is None:
             return _no_drafter(choice.reason)
-        chosen, reason = choice.path_or_id, choice.reason
-        try:
-            drafter_folder = fetch(chosen)
-        except CheckpointError as error:
-            # Nobody asked for this one by name, and the target decodes without it.
-            return _no_drafter(f"{reason} is out of reach: {error}")
-    drafter = load_drafter(drafter_folder)
-    try:
-        check_fit(target, drafter)
-    except PairingError as error:
-        raise PairingError(f"{error} {_SWITCH_OFF}") from None
+        found = f"{cut(choice.path_or_id)}, {choice.reason}"
+        drafter = _fitting_drafter(target, choice.path_or_id)
+    except MTPError as error:
+        # Nobody asked for this one by name, and the target decodes without it.
+        return _no_drafter(f"{found}, cannot be used: {error}")
+    return drafter, _chosen(choice.path_or_id, choice.reason)
+
+
+def _fitting_drafter(target: nn.Module, path_or_id: str | Path) -> Drafter:
+    """Load a drafter for a target.
+
+    Raises:
+        CheckpointError: It cannot be found or read.
+        PairingError: It does not fit.
+    """
+    drafter = load_drafter(fetch(path_or_id))
+    check_fit(target, drafter)
     _match_type(drafter, target)
-    source = f"drafter {chosen}: {reason}"
+    return drafter
+
+
+def _chosen(path_or_id: str | Path, reason: str) -> str:
+    source = f"drafter {path_or_id}: {reason}"
     logger.info("%s", source)
-    return drafter, source
+    return source
 
 
 def _no_drafter(reason: str) -> tuple[None, str]:
@@ -267,7 +296,7 @@ def load_tokenizer(
     """
     # Named either way: where it is not, transformers asks on standard input.
     extra = {"trust_remote_code": trust_remote_code}
-    next_step = "Copy tokenizer.json and tokenizer_config.json of the same model there"
+    next_step = "Copy tokenizer.json and tokenizer_config.json of the same model there."
     with one_line(f"the tokenizer in {name or folder}", next_step):
         return mlx_lm.utils.load_tokenizer(
             folder, {**extra, **(tokenizer_config or {})}, list(eos_ids) or None

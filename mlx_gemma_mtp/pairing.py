@@ -6,6 +6,7 @@ is a Hub id. Reads no weights and knows nothing of models.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -16,9 +17,16 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from .checkpoint import CONFIG_NAME, WEIGHTS_PATTERN, read_json
-from .config import DRAFTER_MODEL_TYPES, PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
+from .config import (
+    DRAFTER_MODEL_TYPES,
+    PUBLISHED_DRAFTERS,
+    PUBLISHED_TARGETS,
+    cut,
+    shorten,
+)
 from .errors import CheckpointError
 
+_AGAIN = "Check the connection and try again, or pass a local folder."
 # Folders inside a target's folder that may hold its drafter, in this order.
 DRAFTER_FOLDERS = ("drafter", "assistant", "mtp")
 # The sizes Gemma 4 is published in, and the hidden size of each target.
@@ -78,8 +86,8 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
         CheckpointError: It is neither a folder nor a Hub id, or the Hub does not
             give it: unknown, gated, not cached while offline, no network.
     """
-    local = Path(path_or_id).expanduser()
-    if local.exists():
+    local = local_path(path_or_id)
+    if local is not None:
         return local
     repo = checked_hub_id(path_or_id)
     try:
@@ -90,6 +98,19 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
         )
     except Exception as error:  # of the Hub's client or whatever HTTP library it has
         raise CheckpointError(explain_hub_error(repo, revision, error)) from error
+
+
+def local_path(path_or_id: str | Path) -> Path | None:
+    """Return the path of what is here by that name, None if nothing is.
+
+    Args:
+        path_or_id: What the user named.
+    """
+    try:
+        path = Path(path_or_id).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # a name no disk can have, no such user's home
+        return None
 
 
 def cached(repo: str, revision: str | None) -> Path | None:
@@ -133,13 +154,15 @@ def checked_hub_id(path_or_id: str | Path) -> str:
     repo = str(path_or_id)
     if not is_hub_id(repo):
         raise CheckpointError(
-            f"the model must be a folder or a Hub id: got {repo!r}, which is no folder "
-            f"here. Check the path, or pass an id such as {PUBLISHED_TARGETS[0]}."
+            f"the model must be a folder or a Hub id: got {cut(repr(repo))}, which is "
+            "no folder here. Check the path, or pass an id such as "
+            f"{PUBLISHED_TARGETS[0]}."
         )
     if repo.lower().endswith("gguf"):
         raise CheckpointError(
-            f"{repo} must be a safetensors repository: got one of GGUF files. Take the "
-            f"same model's repository without GGUF, such as {PUBLISHED_TARGETS[0]}."
+            f"{cut(repo)} must be a safetensors repository: got one of GGUF files. "
+            "Take the same model's repository without GGUF, such as "
+            f"{PUBLISHED_TARGETS[0]}."
         )
     return repo
 
@@ -163,11 +186,14 @@ def find_drafter(target_path_or_id: str | Path, folder: Path) -> DrafterChoice:
     target_id = hub_id(target_path_or_id, folder)
     if target_id is not None:
         return _published_drafter_of(target_id)
-    places = ", ".join(str(candidate) for candidate, _ in looked_for)
+    # Those beside it by their paths, those inside it by their names.
+    inside = ", ".join(DRAFTER_FOLDERS)
+    places = " and ".join(cut(p) for p, _ in looked_for[len(DRAFTER_FOLDERS) :])
     return DrafterChoice(
         None,
-        f"no drafter found for {folder}: looked for {places}; the folder does not tell "
-        "a Hub id. Name one with --draft-model (draft_model=...).",
+        f"no drafter found for {cut(folder)}: looked for {inside} in it and for "
+        f"{places}; the folder does not tell a Hub id. Name one with --draft-model "
+        "(draft_model=...).",
     )
 
 
@@ -216,7 +242,7 @@ def hub_id(path_or_id: str | Path, folder: Path) -> str | None:
         path_or_id: The checkpoint as the user named it.
         folder: Its local folder, as from ``fetch()``.
     """
-    if not Path(path_or_id).expanduser().exists():
+    if local_path(path_or_id) is None:
         return str(path_or_id)
     for place in (Path(os.path.abspath(folder)), folder.resolve()):
         match = _CACHE_FOLDER.fullmatch(place.parent.parent.name)
@@ -232,14 +258,14 @@ def _published_drafter_of(target_id: str) -> DrafterChoice:
     if not match:
         return DrafterChoice(
             None,
-            f"no drafter found for {target_id}: it is not named after a published "
+            f"no drafter found for {cut(target_id)}: it is not named after a published "
             f"Gemma 4. {name_one}",
         )
     rest = match["rest"].lower()
     if rest != "-it" and not rest.startswith("-it-"):
         return DrafterChoice(
             None,
-            f"no drafter found for {target_id}: drafters are published for the "
+            f"no drafter found for {cut(target_id)}: drafters are published for the "
             f"instruction-tuned models (…-it) only, not for base models. {name_one}",
         )
     size = next(s for s in _HIDDEN_SIZES if s.lower() == match["size"].lower())
@@ -262,31 +288,101 @@ def explain_hub_error(repo: str, revision: str | None, error: Exception) -> str:
         revision: What was asked for of it.
         error: What the Hub's client raised.
     """
-    again = "Check the connection and try again, or pass a local folder."
+    if isinstance(error, hub_errors.LocalEntryNotFoundError) and error.__cause__:
+        # What the client says where it found no copy here either; why it asked for
+        # one stands behind it.
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    found, next_step = (
+        _of_repository(repo, revision, error)
+        or _of_answer(error)
+        or _of_machine(error)
+        or _of_connection(error)
+        or _of_anything(error)
+    )
+    message = f"{cut(repo)} must be a repository the Hub gives: got {found}."
+    return f"{message} {next_step}{_published_hint(repo)}"
+
+
+def _of_repository(
+    repo: str, revision: str | None, error: Exception
+) -> tuple[str, str] | None:
+    """What the Hub says of a repository, and what to do; None if it says nothing."""
     if isinstance(error, hub_errors.GatedRepoError):
-        found = "a gated repository"
-        page = f"https://huggingface.co/{repo}"
-        again = f"Accept its terms at {page}, then run hf auth login."
-    elif isinstance(error, hub_errors.RevisionNotFoundError):
-        found = f"no revision {revision!r} there"
-        again = "Check the revision, or leave it out."
-    elif isinstance(error, hub_errors.RepositoryNotFoundError):
-        found = "no such repository (or a private one)"
-        again = "Check the name, or run hf auth login if it is private."
-    elif isinstance(
+        page = f"https://huggingface.co/{cut(repo)}"
+        next_step = f"Accept its terms at {page}, then run hf auth login."
+        return "a gated repository", next_step
+    if isinstance(error, hub_errors.DisabledRepoError):
+        return "one that the Hub has disabled", "Take another repository."
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        next_step = "Check the revision, or leave it out."
+        return f"no revision {shorten(revision)} there", next_step
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        next_step = "Check the name, or run hf auth login if it is private."
+        return "no such repository (or a private one)", next_step
+    return None
+
+
+def _of_answer(error: Exception) -> tuple[str, str] | None:
+    """What another answer of the Hub means, told by its status."""
+    response = getattr(error, "response", None)  # of any version of the client
+    if not isinstance(error, hub_errors.HfHubHTTPError) or response is None:
+        return None
+    status = response.status_code
+    if status == 429:
+        wait = response.headers.get("Retry-After") or ""
+        when = f"{wait} seconds" if wait.isdecimal() else "some minutes"
+        next_step = f"Wait {when} and try again; hf auth login raises the limit."
+        return "too many requests (429)", next_step
+    if status >= 500:
+        next_step = "Try again later; status.huggingface.co says how it is."
+        return f"a failure of the Hub itself ({status})", next_step
+    if status == 401:
+        return "a token that is not valid (401)", "Run hf auth login."
+    if status == 403:
+        next_step = "Run hf auth login with a token that may read this repository."
+        return "no permission (403)", next_step
+    if status == 404:
+        return "no such file there (404)", "Check the name and the revision."
+    return f"the Hub's answer {status} ({_words(error)})", _AGAIN
+
+
+def _of_machine(error: Exception) -> tuple[str, str] | None:
+    """What the disk here says, or the client of a full one in its own words."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return "a full disk", "Make room, or name another cache with HF_HOME."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        found = f"a cache that cannot be written ({_words(error)})"
+        return found, "Mend its permissions, or name another one with HF_HOME."
+    return None
+
+
+def _of_connection(error: Exception) -> tuple[str, str] | None:
+    """What keeps the client from the Hub."""
+    if isinstance(
         error, (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled)
     ):
-        # The Hub's client raises this for every way of not reaching the network.
-        found = "no complete copy in the Hub's cache and no connection"
-        again = (
-            "Connect (or unset HF_HUB_OFFLINE) and try again, or pass a local folder."
+        return (
+            "no complete copy in the Hub's cache and no connection",
+            "Connect (or unset HF_HUB_OFFLINE) and try again, or pass a local folder.",
         )
-    else:
-        found = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
-        if isinstance(error, ValueError):  # the client refuses the name itself
-            again = "Check the name."
-    message = f"{repo} must be a repository the Hub gives: got {found}. {again}"
-    return message + _published_hint(repo)
+    # The HTTP library is another one in each of the client's versions.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {"TimeoutException", "Timeout", "TimeoutError"}:
+        return f"no answer in time ({type(error).__name__})", _AGAIN
+    if names & {"ConnectError", "ConnectionError", "ProxyError", "NetworkError"}:
+        return f"no connection ({_words(error)})", _AGAIN
+    return None
+
+
+def _of_anything(error: Exception) -> tuple[str, str]:
+    # The client refuses the name itself with a ValueError.
+    is_name = isinstance(error, ValueError)
+    return _words(error), "Check the name." if is_name else _AGAIN
+
+
+def _words(error: Exception) -> str:
+    return cut(" ".join(f"{type(error).__name__}: {error}".split()).rstrip("."))
 
 
 def _published_hint(repo: str) -> str:

@@ -33,11 +33,14 @@ class Format:
         group_size: Neighbours in a row that share a scale.
         mode: One of ``MODES``. Only affine has biases, and scales in the type of the
             weights; the others have scales of one byte.
+        has_global_scale: Whether each expert has a scale of its own beside them, which
+            mlx-lm knows in nvfp4.
     """
 
     bits: int
     group_size: int
     mode: str = "affine"
+    has_global_scale: bool = False
 
     @classmethod
     def of_mode(
@@ -113,7 +116,8 @@ class Format:
 
     def as_config(self) -> dict[str, Any]:
         """Return the entry of mlx-lm's quantization map."""
-        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        entry = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return {**entry, "global_scale": True} if self.has_global_scale else entry
 
 
 def stored_format(

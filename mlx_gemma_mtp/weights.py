@@ -8,6 +8,7 @@ line. Knows nothing of pairs, of the Hub or of tokenizers.
 from __future__ import annotations
 
 import glob
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4, gemma4_text
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import (
@@ -26,31 +28,32 @@ from .config import (
     DrafterConfig,
     check_model_type,
     check_target,
-    quantization_map,
+    cut,
     text_config,
 )
 from .drafter import Drafter
 from .errors import CheckpointError
-from .quantization import stored_format
-from .tensor_names import unused_in_target
+from .packing import check_packing, is_packed, stored_formats
+from .quantization import Format
+from .tensor_names import drafter_names, target_names
 
-_SAME_CHECKPOINT = "Take config.json and weights from the same checkpoint"
+_SAME_CHECKPOINT = "Take config.json and weights from the same checkpoint."
 _MAX_NAMED_TENSORS = 4
 
 
 class _Target(gemma4.Model):
-    """mlx-lm's target, which here also drops the parts that text does not use."""
+    """mlx-lm's target, which here reads the names of every program, and text alone."""
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        kept = _text_weights(weights, self.language_model.args)
-        return super().sanitize(kept)
+        args = self.language_model.args
+        return super().sanitize(_parameters(weights, args, is_text_only=False))
 
 
 class _TextTarget(gemma4_text.Model):
     """The same for checkpoints that hold the text model alone."""
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        return super().sanitize(_text_weights(weights, self.args))
+        return super().sanitize(_parameters(weights, self.args, is_text_only=True))
 
 
 def load_target(folder: str | Path, *, lazy: bool = False) -> nn.Module:
@@ -85,11 +88,14 @@ def load_drafter(folder: str | Path) -> Drafter:
     checkpoint = open_checkpoint(folder)
     drafter = drafter_skeleton(checkpoint)
     config = drafter.config
+    check_packing(checkpoint)
     _check_centroid_head(checkpoint, config)
-    with one_line(f"the drafter in {folder}"):
+    names = drafter_names(checkpoint.tensors)
+    formats = stored_formats(checkpoint, names, parameter_shapes(drafter))
+    with one_line(f"the drafter in {cut(folder)}"):
         weights = drafter.sanitize(_read_weights(checkpoint))
         _check_token_ordering(weights, config)
-        _quantize_as_stored(drafter, weights)
+        nn.quantize(drafter, class_predicate=as_stored(formats))
         drafter.eval()
         drafter.load_weights(list(weights.items()), strict=True)
         mx.eval(drafter.parameters())
@@ -138,9 +144,32 @@ def target_skeleton(checkpoint: Checkpoint) -> nn.Module:
     settings = target_settings(checkpoint)
     is_text_only = settings["model_type"] == "gemma4_text"
     module = gemma4_text if is_text_only else gemma4
-    with one_line(f"the target in {checkpoint.folder}"):
+    with one_line(f"the target in {cut(checkpoint.folder)}"):
         model: nn.Module = module.Model(module.ModelArgs.from_dict(settings))
     return model
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of a model by its name.
+
+    Args:
+        model: Any model, such as a skeleton.
+    """
+    leaves: Any = tree_flatten(model.parameters())
+    return {name: tuple(array.shape) for name, array in leaves}
+
+
+def as_stored(formats: Mapping[str, Format]) -> Any:
+    """Return what tells ``nn.quantize`` the formats of a checkpoint.
+
+    Args:
+        formats: Module path to format, as from ``stored_formats()``.
+    """
+
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        return formats[path].as_config() if path in formats else False
+
+    return predicate
 
 
 def drafter_skeleton(checkpoint: Checkpoint) -> Drafter:
@@ -157,7 +186,7 @@ def drafter_skeleton(checkpoint: Checkpoint) -> Drafter:
     num_drafts = checkpoint.generation_config.get("num_assistant_tokens")
     if type(num_drafts) is int:
         config = replace(config, num_assistant_tokens=num_drafts)
-    with one_line(f"the drafter in {checkpoint.folder}"):
+    with one_line(f"the drafter in {cut(checkpoint.folder)}"):
         return Drafter(config)
 
 
@@ -174,16 +203,17 @@ def read_target(checkpoint: Checkpoint, *, lazy: bool) -> nn.Module:
     """
     folder, settings = checkpoint.folder, target_settings(checkpoint)
     is_text_only = settings["model_type"] == "gemma4_text"
+    check_packing(checkpoint)
     # mlx-lm reads config.json again and lets these keys win.
-    settings["quantization"] = _target_quantization(checkpoint)
+    settings["quantization"] = _quantization(checkpoint, settings)
     settings["quantization_config"] = settings["quantization"]
     settings["model_file"] = None  # never code from the checkpoint
     if glob.escape(str(folder)) != str(folder):  # mlx-lm globs for the weights
         raise CheckpointError(
-            f"the path {folder} must be free of * ? and [: got one of them. Rename or "
-            "link the folder."
+            f"the path {cut(folder)} must be free of * ? and [: got one of "
+            "them. Rename or link the folder."
         )
-    with one_line(f"the target in {folder}"):
+    with one_line(f"the target in {cut(folder)}"):
         model, _ = mlx_lm.utils.load_model(
             folder,
             lazy=lazy,
@@ -201,13 +231,19 @@ def _check_device(model: nn.Module, folder: Path) -> None:
     """Refuse what MLX's CPU backend cannot run, before a generation fails on it."""
     if mx.default_device() != mx.Device(mx.cpu):
         return
+    where = cut(folder)
     half = (mx.bfloat16, mx.float16)
     parameters: Any = tree_flatten(model.parameters())
     for name, array in parameters:
         if "switch_glu" in name and name.endswith(".weight") and array.dtype in half:
             raise CheckpointError(
-                f"{name} in {folder} must be float32 or quantized on the CPU: got "
+                f"{name} in {where} must be float32 or quantized on the CPU: got "
                 f"{array.dtype}. Quantize it (mlx_lm.convert -q), or use a GPU."
+            )
+        if name.endswith(".global_scale"):
+            raise CheckpointError(
+                f"the experts in {where} must be without global_scale on the CPU: got "
+                f"{name}. Use a GPU, or quantize the float checkpoint."
             )
 
 
@@ -219,27 +255,44 @@ def _text_classes(config: dict[str, Any]) -> tuple[type, type]:
     return _TextTarget, gemma4_text.ModelArgs
 
 
-def _target_quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    source = str(checkpoint.config_path)
-    quantization = quantization_map(checkpoint.config, source=source)
-    has_scales = any(name.endswith(".scales") for name in checkpoint.tensors)
-    if quantization is None and has_scales:
-        # The config lost its map. mlx-lm takes what the map does not name from the
-        # shapes, and these defaults only switch that on.
-        return {"group_size": 64, "bits": 4}
-    return quantization
+def _quantization(
+    checkpoint: Checkpoint, settings: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return mlx-lm's quantization map of a target, None for float weights.
+
+    It names every matrix, so that mlx-lm has nothing to guess.
+    """
+    if not is_packed(checkpoint):
+        return None
+    is_text_only = settings["model_type"] == "gemma4_text"
+    text = settings if is_text_only else settings["text_config"]
+    names = target_names(checkpoint.tensors, text, is_text_only=is_text_only)
+    shapes = parameter_shapes(target_skeleton(checkpoint))
+    formats = stored_formats(checkpoint, names, shapes)
+    has_global_scale = any(found.has_global_scale for found in formats.values())
+    known = inspect.signature(SwitchLinear.to_quantized).parameters
+    if has_global_scale and "global_scale" not in known:
+        raise CheckpointError(
+            f"the experts in {cut(checkpoint.folder)} must be without "
+            "global_scale for this mlx-lm: got some. Update it (0.32.2 reads them)."
+        )
+    # The first three keys are mlx-lm's defaults, which no matrix is left to take.
+    entries = {path: found.as_config() for path, found in formats.items()}
+    return {**Format(4, 64).as_config(), **entries}
 
 
-def _text_weights(
-    weights: Mapping[str, mx.array], args: gemma4_text.ModelArgs
+def _parameters(
+    weights: Mapping[str, mx.array], args: gemma4_text.ModelArgs, *, is_text_only: bool
 ) -> dict[str, mx.array]:
-    """Drop what the text model has no use for, in either naming of the tensors."""
-    first_shared = args.num_hidden_layers - args.num_kv_shared_layers
-    is_tied = args.tie_word_embeddings
+    """Turn checkpoint tensors of any naming into the parameters of mlx-lm's model."""
+    names = target_names(weights, vars(args), is_text_only=is_text_only)
     return {
-        name: array
-        for name, array in weights.items()
-        if not unused_in_target(name, first_shared_layer=first_shared, is_tied=is_tied)
+        name: mx.contiguous(
+            mx.split(weights[share.tensor], share.count, axis=-2)[share.index]
+        )
+        if share.count > 1
+        else weights[share.tensor]
+        for name, share in names.parameters.items()
     }
 
 
@@ -258,10 +311,10 @@ def _check_centroid_head(checkpoint: Checkpoint, config: DrafterConfig) -> None:
         is_there = f"masked_embedding.{name}" in checkpoint.tensors
         if is_there != config.use_ordered_embeddings:
             raise CheckpointError(
-                f"masked_embedding.{name} in {checkpoint.folder} must be "
+                f"masked_embedding.{name} in {cut(checkpoint.folder)} must be "
                 f"{'absent' if is_there else 'there'}, as config.json says "
                 f"use_ordered_embeddings {config.use_ordered_embeddings}: got "
-                f"{'it' if is_there else 'no such tensor'}. {_SAME_CHECKPOINT}."
+                f"{'it' if is_there else 'no such tensor'}. {_SAME_CHECKPOINT}"
             )
 
 
@@ -278,39 +331,13 @@ def _check_token_ordering(weights: dict[str, mx.array], config: DrafterConfig) -
         raise ValueError("masked_embedding.token_ordering is no order of all token ids")
 
 
-def _quantize_as_stored(drafter: Drafter, weights: Mapping[str, mx.array]) -> None:
-    """Quantize the modules whose tensors are, each as its shapes say."""
-
-    def stored(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        is_quantized = f"{path}.scales" in weights
-        if not is_quantized or not isinstance(module, (nn.Linear, nn.Embedding)):
-            return False
-        weight, scales = weights[f"{path}.weight"], weights[f"{path}.scales"]
-        found = None
-        if weight.dtype == mx.uint32:
-            found = stored_format(
-                module.weight.shape[-1],
-                num_words=weight.shape[-1],
-                num_scales=scales.shape[-1],
-                has_byte_scales=scales.dtype == mx.uint8,
-            )
-        if found is None:
-            raise ValueError(
-                f"{path} has {weight.dtype} {weight.shape} with scales {scales.dtype} "
-                f"{scales.shape}"
-            )
-        return found.as_config()
-
-    nn.quantize(drafter, class_predicate=stored)
-
-
 @contextmanager
 def one_line(what: str, next_step: str = _SAME_CHECKPOINT) -> Iterator[None]:
     """Turn whatever a library raises on a checkpoint into one line.
 
     Args:
         what: What is being read, for the message.
-        next_step: What the user can do about it.
+        next_step: What the user can do about it, a sentence.
 
     Raises:
         CheckpointError: Whatever was raised inside, as one line.
@@ -322,7 +349,7 @@ def one_line(what: str, next_step: str = _SAME_CHECKPOINT) -> Iterator[None]:
     except Exception as error:
         raise CheckpointError(
             f"{what} must be complete and of one piece with its config: got "
-            f"{_summary(error)}. {next_step}, or download it again."
+            f"{_summary(error)}. {next_step}"
         ) from error
 
 

@@ -62,6 +62,7 @@ def fails(folder, *words):
         open_checkpoint(folder)
     message = str(caught.value)
     assert "\n" not in message
+    assert len(message) <= 1000
     assert " must be " in message
     for word in words:
         assert word in message
@@ -249,6 +250,16 @@ def test_a_cut_off_shard_names_file_and_tensor(folder):
     path = shard(folder)[1]
     path.write_bytes(path.read_bytes()[:-1])
     fails(folder, path.name, "to hold b", "cut off", "Download")
+
+
+def test_a_message_says_what_to_do_however_long_it_is(folder):
+    name = "a" * 100_000
+    write_header(folder / "model.safetensors", {name: 3})
+    fails(folder, "the header of", "damaged entry", "Download or copy it again.")
+    message = str(CheckpointError(f"{name} must be short: got\n{name}. Cut it."))
+    assert message.startswith("aaa")
+    assert message.endswith("a. Cut it.")
+    assert len(message) <= 1000
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ from mlx_gemma_mtp.config import (
     SamplingParams,
     check_model_type,
     check_target,
-    quantization_map,
     shorten,
     text_config,
 )
@@ -227,7 +226,6 @@ def test_drafter_config(family):
     assert config.use_ordered_embeddings == (family in ("e2b", "e4b"))
     assert config.text_config["num_kv_shared_layers"] == 4
     assert config.backbone_hidden_size == raw["backbone_hidden_size"]
-    assert config.quantization is None
 
 
 def test_drafter_without_the_optional_keys():
@@ -250,7 +248,6 @@ def test_drafter_without_the_optional_keys():
         ({}, {"num_kv_shared_layers": 2}, ["num_kv_shared_layers", "must be 4"]),
         ({}, {"hidden_size_per_layer_input": 8}, ["hidden_size_per_layer_input"]),
         ({}, {"use_double_wide_mlp": True}, ["use_double_wide_mlp", "False"]),
-        ({"quantization": {"quant_method": "awq"}}, {}, ["mlx-lm", "'awq'"]),
     ],
 )
 def test_a_setting_no_drafter_has_is_named(change, text_change, words):
@@ -258,20 +255,6 @@ def test_a_setting_no_drafter_has_is_named(change, text_change, words):
     raw.update(change)
     raw["text_config"].update(text_change)
     fails(lambda: DrafterConfig.from_dict(raw, source="here/config.json"), *words)
-
-
-def test_quantization_is_mlx_lms_map_or_refused():
-    plain = {"bits": 4, "group_size": 64, "lm_head": False}
-    assert quantization_map({"quantization": plain}, source="x") == plain
-    assert quantization_map({"quantization_config": plain}, source="x") == plain
-    assert quantization_map({"quantization": None}, source="x") is None
-    foreign = {"quantization_config": {"quant_method": "compressed-tensors"}}
-    fails(
-        lambda: quantization_map(foreign, source="here/config.json"),
-        "compressed-tensors",
-        "unquantized",
-        "mlx-community",
-    )
 
 
 def test_sampling_defaults_are_greedy():

@@ -1102,6 +1102,18 @@ def test_a_hub_id_out_of_reach(hub, tmp_path, monkeypatch, capsys, flags):
     refused_command(capsys, ["--hf-path", TARGET_ID, *flags], TARGET_ID, " must be ")
 
 
+def test_a_hub_id_of_adapters(hub, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "adapters" / COMMIT
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    hub.snapshots["someone/adapters"] = folder
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], ["--dry-run"]):
+        argv = ["--hf-path", "someone/adapters", "--mlx-path", "made", *flags]
+        refused_command(capsys, argv, "adapters", "merge_and_unload")
+
+
 @pytest.fixture
 def uploads(monkeypatch):
     made: list[tuple[str, Any]] = []

@@ -389,7 +389,7 @@ class TestTensors:
     def test_of_another_type(self, refused, source, name, dtype):
         with changed(source / WEIGHTS) as tensors:
             tensors[name] = retyped(tensors[name], dtype)
-        refused(words=[str(source / WEIGHTS), name, dtype, "BF16"])
+        refused(words=[str(source), name, dtype, "float" if "F8" in dtype else dtype])
 
     def test_a_type_that_never_was(self, refused, source):
         with changed(source / WEIGHTS) as tensors:
@@ -489,7 +489,8 @@ class TestValues:
         with changed(source / WEIGHTS) as tensors:
             for name in (TABLE, NORM):
                 set_word(tensors[name], 0, 0x49742400)  # a million
-        refused("--dtype", dtype, *quantize, words=[TABLE, "too large for F16"])
+        words = [TABLE, "too large for F16", "Take another --dtype."]
+        assert "again" not in refused("--dtype", dtype, *quantize, words=words)
 
     def test_a_range_too_large_for_a_scale(self, refused, source):
         with changed(source / WEIGHTS) as tensors:
@@ -536,6 +537,18 @@ class TestPairing:
     def test_no_drafter_anywhere(self, refused, source):
         shutil.rmtree(source / "drafter")
         refused(words=[str(source), "no drafter found", "--draft-model none"])
+
+    def test_a_drafter_that_was_found_and_cannot_be_read(self, refused, source):
+        path = source / "drafter" / WEIGHTS
+        os.truncate(path, path.stat().st_size - 1)
+        refused(words=[str(path), "cut off", "--draft-model none"])
+        line = refused("--draft-model", source / "drafter", words="cut off")
+        assert "none" not in line
+
+    def test_a_drafter_that_was_found_and_does_not_fit(self, refused, source, families):
+        shutil.rmtree(source / "drafter")
+        shutil.copytree(families["26b-a4b"] / "drafter", source / "drafter")
+        refused(words=["must be the target's", "--draft-model none"])
 
     def test_no_such_drafter(self, refused, tmp_path):
         where = tmp_path / "nowhere"

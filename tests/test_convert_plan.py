@@ -22,7 +22,6 @@ from mlx_lm.models import gemma4, gemma4_text
 
 from convert import quantize, safetensors
 from convert.__main__ import main
-from convert.names import Share, drafter_names, target_names, tensor_name
 from convert.pipeline import plan_conversion
 from convert.plan import Array
 from convert.planner import plan_drafter, plan_target
@@ -32,6 +31,7 @@ from convert.request import PartRequest, Request
 from mlx_gemma_mtp.checkpoint import DTYPE_BITS, open_checkpoint
 from mlx_gemma_mtp.errors import CheckpointError, RequestError
 from mlx_gemma_mtp.quantization import MODES, Format
+from mlx_gemma_mtp.tensor_names import Share, drafter_names, target_names, tensor_name
 from mlx_gemma_mtp.weights import drafter_skeleton, target_settings, target_skeleton
 from tests.published import (
     TARGETS,

@@ -563,6 +563,39 @@ class TestLoad:
             mlx_lm.load(str(folder / "drafter"))
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.parametrize("given", [{}, {"model_config": {"mark": 1}}])
+    def test_float_weights_whose_config_names_a_regime(
+        self, folder, tmp_path, hooked_names, given
+    ):
+        """Quantization-aware trained ones are such; mlx-lm asks for a method."""
+        place = tmp_path / "qat"
+        shutil.copytree(folder, place)
+        config = json.loads((place / "config.json").read_text())
+        config["quantization_config"] = {"quant_type": "q4_0"}
+        (place / "config.json").write_text(json.dumps(config))
+        model, _, found = mlx_lm.load(str(place), return_config=True, **given)
+        assert carries_drafter(model)
+        assert given.get("model_config", {}).items() <= found.items()
+        expected = dict(tree_flatten(own("load")(str(folder))[0].parameters()))
+        loaded = dict(tree_flatten(model.parameters()))
+        assert set(loaded) == set(expected)
+        assert all(mx.array_equal(loaded[name], expected[name]) for name in loaded)
+
+    def test_packed_weights_of_no_known_method_stay_mlx_lms(
+        self, folder, tmp_path, hooked_names
+    ):
+        place = tmp_path / "packed"
+        shutil.copytree(folder, place)
+        config = json.loads((place / "config.json").read_text())
+        config["quantization_config"] = {"quant_type": "q4_0"}
+        (place / "config.json").write_text(json.dumps(config))
+        weights: Any = mx.load(str(place / "model.safetensors"))
+        weights["model.layers.0.mlp.up_proj.weight_packed"] = mx.zeros((4, 4))
+        mx.eval(weights)
+        mx.save_safetensors(str(place / "model.safetensors"), weights)
+        with pytest.raises(KeyError, match="quant_method"):
+            mlx_lm.load(str(place))
+
     def test_a_mistake_of_mlx_lms_stays(self, tmp_path, hooked_names):
         (tmp_path / "config.json").write_text('{"model_type": "warp"}')
         mx.save_safetensors(str(tmp_path / "model.safetensors"), {"a": mx.zeros(1)})

@@ -32,7 +32,7 @@ LAYERS = {
     "store": 0,
     "tool_calls": 0,
     "tables": 0,
-    "tensor_names": 0,
+    "tensor_names": 1,
     "kernels": 0,
     "learnt": 0,
     "acceptance_model": 1,
@@ -76,6 +76,7 @@ LAYERS = {
     "room": 5,
     "emission": 5,
     "outcome": 6,
+    "packing": 2,
     "rounds": 5,
     "seats": 6,
     "waiting": 7,
@@ -103,7 +104,6 @@ LAYERS = {
 # The same inside convert/, which may import any module of the package but these two.
 CONVERT = ROOT / "convert"
 CONVERT_LAYERS = {
-    "names": 0,
     "request": 0,
     "quantize": 0,
     "plan": 0,

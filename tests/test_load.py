@@ -24,6 +24,7 @@ from mlx_gemma_mtp.config import FULL, SLIDING
 from mlx_gemma_mtp.drafter import Drafter
 from mlx_gemma_mtp.errors import CheckpointError, PairingError
 from mlx_gemma_mtp.load import (
+    attach_drafter,
     check_fit,
     embedded_pair_path,
     eos_token_ids,
@@ -31,6 +32,7 @@ from mlx_gemma_mtp.load import (
     load_pair,
 )
 from mlx_gemma_mtp.pair import pair_of
+from mlx_gemma_mtp.target import text_model
 from mlx_gemma_mtp.weights import load_drafter, load_target
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
@@ -236,11 +238,55 @@ def test_a_quantized_target_keeps_the_bits_of_each_tensor(family, tmp_path):
 
 
 def test_a_quantized_target_whose_config_lost_the_map(tmp_path):
-    if "infer_quant_config" not in vars(mlx_lm.utils):
-        pytest.skip("this mlx-lm takes bits from the map only")
     saved = quantize("31b/target", tmp_path, load_target, mixed_bits)
     edit_config(tmp_path, quantization=None, quantization_config=None)
     assert equal(saved, load_target(tmp_path))
+
+
+PREFIX = "model.language_model."
+PREFIXES = ("language_model.model.", "model.", "", "model.language_model.model.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
+def test_every_prefix_is_the_same_target(family, prefix, tmp_path):
+    folder = copy(f"{family}/target", tmp_path / "renamed")
+    edit_weights(
+        folder,
+        lambda weights: {
+            name.replace(PREFIX, prefix, 1): array for name, array in weights.items()
+        },
+    )
+    assert equal(load_target(folder), load_target(REFERENCE / family / "target"))
+
+
+@pytest.mark.parametrize("is_text_only", [False, True])
+@pytest.mark.parametrize(
+    "head", ["lm_head.", "language_model.lm_head.", "model.language_model.lm_head."]
+)
+def test_a_head_of_its_own(head, is_text_only, tmp_path):
+    """In the names of transformers it stands beside the model, not in it."""
+    folder = copy("12b/target", tmp_path / "untied")
+    edit_weights(
+        folder,
+        lambda weights: {
+            **weights,
+            f"{head}weight": weights[f"{PREFIX}embed_tokens.weight"] * 2,
+        },
+    )
+    edit_config(folder, tie_word_embeddings=False)
+    if is_text_only:
+        config = json.loads((folder / "config.json").read_text())
+        config = {**config["text_config"], "model_type": "gemma4_unified_text"}
+        config["tie_word_embeddings"] = False
+        (folder / "config.json").write_text(json.dumps(config))
+    untied = text_model(load_target(folder))
+    tied = text_model(load_target(REFERENCE / "12b" / "target"))
+    hidden = mx.ones((1, 1, untied.args.hidden_size))
+    assert mx.array_equal(untied.lm_head.weight, tied.model.embed_tokens.weight * 2)
+    assert mx.allclose(
+        untied.lm_head(hidden), tied.model.embed_tokens.as_linear(hidden) * 2, 1e-2
+    )
 
 
 def drop(name):
@@ -273,12 +319,9 @@ def test_tensors_that_do_not_agree_with_the_config(tmp_path, change, words):
     assert len(message) < 1000
 
 
-def test_wrong_roles_and_formats(tmp_path):
+def test_wrong_roles():
     fails(lambda: load_target(REFERENCE / "e2b" / "drafter"), "an MTP drafter")
     fails(lambda: load_drafter(REFERENCE / "e2b" / "target"), "is no drafter")
-    folder = copy("e2b/target", tmp_path / "foreign")
-    edit_config(folder, quantization_config={"quant_method": "compressed-tensors"})
-    fails(lambda: load_target(folder), "compressed-tensors", "unquantized")
 
 
 def test_a_model_never_runs_code_of_its_checkpoint(tmp_path):
@@ -442,6 +485,13 @@ def test_a_target_without_the_layers_a_drafter_reads():
     fails(
         lambda: check_fit(target, drafter),
         f"K/V source for {SLIDING}",
+        "made for this target",
+        error=PairingError,
+    )
+    drafter = load_drafter(REFERENCE / "e2b" / "drafter")
+    fails(
+        lambda: check_fit(target, drafter),
+        "hidden size",
         "google/gemma-4-31B-it-assistant",
         error=PairingError,
     )
@@ -546,15 +596,10 @@ def test_a_named_drafter_overrides_and_must_be_there(hub, pair_folder):
     fails(lambda: load(pair_folder, draft_model="google/gemma-4-9b-it-assistant"))
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_a_drafter_that_does_not_fit_is_an_error(hub, pair_folder, named):
+def test_a_named_drafter_that_does_not_fit_is_an_error(hub, pair_folder):
     other = REFERENCE / "31b" / "drafter"
-    if not named:
-        shutil.rmtree(pair_folder / "drafter")
-        copy("31b/drafter", pair_folder / "drafter")
-    options: dict[str, Any] = {"draft_model": other} if named else {}
     fails(
-        lambda: load(pair_folder, **options),
+        lambda: load(pair_folder, draft_model=other),
         "hidden size",
         "speculative_decoding=False",
         "--no-draft",
@@ -562,10 +607,70 @@ def test_a_drafter_that_does_not_fit_is_an_error(hub, pair_folder, named):
     )
 
 
-def test_a_found_drafter_that_is_damaged_is_an_error(hub, pair_folder):
-    path = pair_folder / "drafter" / "model.safetensors"
+def exchange(folder):
+    shutil.rmtree(folder)
+    copy("31b/drafter", folder)
+
+
+def cut_off(folder):
+    path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    fails(lambda: load(pair_folder), "drafter", "cut off")
+
+
+def break_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def pack_elsewhere(folder):
+    name = "model.layers.0.mlp.up_proj"
+    edit_weights(folder, put(f"{name}.weight_packed", mx.zeros((4, 4), mx.int32)))
+
+
+def lose_a_tensor(folder):
+    edit_weights(folder, drop("model.norm.weight"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (exchange, "hidden size"),
+        (cut_off, "cut off"),
+        (break_config, "JSON"),
+        (pack_elsewhere, "compressed-tensors"),
+        (lose_a_tensor, "model.norm.weight"),
+    ],
+)
+def test_a_found_drafter_that_cannot_be_used_ends_no_load(
+    hub, pair_folder, caplog, spoil, word
+):
+    expected, _ = load(pair_folder, speculative_decoding=False)
+    spoil(pair_folder / "drafter")
+    named: dict[str, Any] = {"draft_model": pair_folder / "drafter"}
+    for call in (
+        lambda: load(pair_folder)[0],
+        lambda: attached(load_target(pair_folder), pair_folder),
+    ):
+        caplog.clear()
+        model = call()
+        assert pair_of(model).drafter is None
+        assert equal(model, expected)
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        message = record.getMessage()
+        assert message == pair_of(model).drafter_source
+        assert "decoding without a drafter" in message
+        assert word in message
+        assert "\n" not in message
+        assert len(message) < 1000
+    with pytest.raises((CheckpointError, PairingError), match=word):
+        load(pair_folder, **named)
+    with pytest.raises((CheckpointError, PairingError), match=word):
+        attach_drafter(load_target(pair_folder), pair_folder, **named)
+
+
+def attached(target, folder):
+    attach_drafter(target, folder)
+    return target
 
 
 def test_load_without_a_tokenizer(pair_folder):
@@ -581,6 +686,43 @@ def test_load_with_adapters_that_are_not_there(pair_folder, tmp_path):
         missing,
         "adapters.safetensors",
     )
+
+
+@pytest.mark.parametrize("names", [("config",), ("weights",), ("config", "weights")])
+def test_adapters_of_peft_are_named(pair_folder, tmp_path, names):
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    if "config" in names:
+        config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    if "weights" in names:
+        tensors = {"base_model.model.model.layers.0.lora_A.weight": mx.zeros((8, 64))}
+        mx.save_safetensors(str(folder / "adapter_model.safetensors"), tensors)
+    for call in (
+        lambda: load(pair_folder, adapter_path=str(folder)),
+        lambda: load(folder),
+    ):
+        message = fails(call, folder, "PEFT", "merge_and_unload", "mlx_lm.lora")
+        assert "again" not in message
+
+
+def test_adapters_of_mlx_lm_that_are_passed_as_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {"a": mx.zeros((1,))})
+    fails(lambda: load(tmp_path), tmp_path, "adapters", "adapter_path")
+
+
+def test_a_name_of_thousands_of_letters_is_cut(hub, pair_folder):
+    name = "long" * 5000
+    for call in (
+        lambda: load(name),
+        lambda: load(f"google/{name}"),
+        lambda: load(f"~{name}/x"),
+        lambda: load(pair_folder, draft_model=name),
+        lambda: load(pair_folder, adapter_path=name),
+        lambda: load(f"google/{name}-gguf"),
+    ):
+        assert len(fails(call, "longlong", "...")) < 800
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,17 @@
 Run: python -m pytest tests/test_pairing.py
 """
 
+import errno
+import importlib
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import hf_raise_for_status
 
 from mlx_gemma_mtp.errors import CheckpointError
 from mlx_gemma_mtp.pairing import (
@@ -52,11 +57,34 @@ def write_config(folder, model_type):
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
 
 
-def hub_error(kind, message="some\nserver words"):
-    """Make an error of the Hub's client without the response that it wants."""
-    error = kind.__new__(kind)
-    error.args = (message,)
+# The client's HTTP library, another one in each of its versions.
+http: Any = importlib.import_module(hub_errors.Response.__module__.split(".")[0])
+
+
+def answered(status, **headers):
+    """What the client raises when the Hub answers with a status and headers."""
+    url = "https://huggingface.co/api/models/me/mine/revision/v9"
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    response = http.Response(
+        status,
+        headers=headers,
+        json={"error": "some\nserver words"},
+        request=http.Request("GET", url),
+    )
+    with pytest.raises(hub_errors.HfHubHTTPError) as caught:
+        hf_raise_for_status(response)
+    return caught.value
+
+
+def not_cached(cause=None):
+    """What the client raises where it found no copy either."""
+    error = hub_errors.LocalEntryNotFoundError("Got: something\nand no copy")
+    error.__cause__ = cause
     return error
+
+
+def of_disk(number):
+    return OSError(number, os.strerror(number), "/cache/blob")
 
 
 def fetch_fails(name, *words, revision=None):
@@ -104,31 +132,74 @@ def test_gguf_repositories_are_refused_before_a_download(hub):
     assert hub.requests == []
 
 
+CONNECT = "no connection"
+TIMEOUT = "no answer in time"
+
+
+@pytest.mark.parametrize("is_local", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("error", "words"),
     [
-        (hub_errors.RepositoryNotFoundError, ["no such repository", "Check the name"]),
-        (hub_errors.GatedRepoError, ["gated", "https://huggingface.co/me/mine"]),
-        (hub_errors.RevisionNotFoundError, ["no revision 'v9'", "Check the revision"]),
-        (hub_errors.LocalEntryNotFoundError, ["cache", "no connection", "Connect"]),
-        (hub_errors.HfHubHTTPError, ["HfHubHTTPError: some server words", "again"]),
-        (hub_errors.HFValidationError, ["HFValidationError", "Check the name"]),
-        (ConnectionError, ["ConnectionError: some server words", "connection"]),
-        (OSError, ["OSError", "local folder"]),
-        (RuntimeError, ["RuntimeError: some server words"]),
+        (answered(404, X_Error_Code="RepoNotFound"), ["no such repository", "name"]),
+        (answered(401), ["no such repository", "hf auth login"]),
+        (
+            answered(403, X_Error_Code="GatedRepo"),
+            ["gated", "https://huggingface.co/me/mine", "hf auth login"],
+        ),
+        (
+            answered(401, X_Error_Code="GatedRepo"),
+            ["gated", "https://huggingface.co/me/mine", "hf auth login"],
+        ),
+        (
+            answered(403, X_Error_Message="Access to this resource is disabled."),
+            ["disabled", "another repository"],
+        ),
+        (answered(403), ["no permission (403)", "a token that may"]),
+        (
+            answered(
+                401, X_Error_Message="Invalid credentials in Authorization header"
+            ),
+            ["token", "not valid (401)", "hf auth login"],
+        ),
+        (
+            answered(404, X_Error_Code="RevisionNotFound"),
+            ["no revision 'v9'", "Check the revision"],
+        ),
+        (answered(404, X_Error_Code="EntryNotFound"), ["no such file", "revision"]),
+        (answered(429), ["too many requests (429)", "some minutes", "hf auth login"]),
+        (answered(429, Retry_After="17"), ["too many requests", "Wait 17 seconds"]),
+        (answered(500), ["failure of the Hub itself (500)", "later"]),
+        (answered(503), ["failure of the Hub itself (503)", "status.huggingface.co"]),
+        (answered(418), ["answer 418", "some server words", "again"]),
+        (http.ConnectError("refused"), [CONNECT, "refused", "connection"]),
+        (http.ProxyError("503"), [CONNECT, "ProxyError"]),
+        (http.ReadTimeout("slow"), [TIMEOUT, "ReadTimeout", "again"]),
+        (TimeoutError("slow"), [TIMEOUT]),
+        (ConnectionResetError("gone"), [CONNECT, "gone"]),
+        (hub_errors.OfflineModeIsEnabled("off"), ["cache", CONNECT, "HF_HUB_OFFLINE"]),
+        (not_cached(), ["no complete copy", CONNECT, "Connect", "HF_HUB_OFFLINE"]),
+        (of_disk(errno.ENOSPC), ["a full disk", "HF_HOME"]),
+        (of_disk(errno.EDQUOT), ["a full disk", "HF_HOME"]),
+        (RuntimeError("IO: No space left on device (28)"), ["a full disk"]),
+        (of_disk(errno.EACCES), ["cannot be written", "/cache/blob", "HF_HOME"]),
+        (of_disk(errno.EROFS), ["cannot be written", "HF_HOME"]),
+        (hub_errors.HFValidationError("no\nname"), ["no name", "Check the name"]),
+        (RuntimeError("some\nwords " * 1000), ["RuntimeError: some words", "folder"]),
     ],
 )
-def test_every_failure_of_the_hub_is_one_line(hub, kind, words):
-    hub.answer = hub_error(kind)
+def test_every_failure_of_the_hub_is_one_line(hub, error, words, is_local):
+    """The client looks for a copy here first, and wraps what kept it from the Hub."""
+    hub.answer = not_cached(error) if is_local else error
     message = fetch_fails("me/mine", *words, revision="v9")
     assert "published" not in message
+    assert len(message) < 600
 
 
 @pytest.mark.parametrize(
     "name", ["google/gemma-4-9b-it", "google/gemma-4-27b-it", "google/gemma4-E2B"]
 )
 def test_an_unknown_gemma_names_the_published_ids(hub, name):
-    hub.answer = hub_error(hub_errors.RepositoryNotFoundError)
+    hub.answer = answered(404, X_Error_Code="RepoNotFound")
     fetch_fails(
         name,
         "google/gemma-4-E2B-it,",
@@ -140,7 +211,7 @@ def test_an_unknown_gemma_names_the_published_ids(hub, name):
 
 
 def test_an_unknown_drafter_names_the_published_drafters(hub):
-    hub.answer = hub_error(hub_errors.RepositoryNotFoundError)
+    hub.answer = answered(404, X_Error_Code="RepoNotFound")
     fetch_fails("google/gemma-4-9b-it-assistant", "google/gemma-4-31B-it-assistant.")
 
 
@@ -197,7 +268,8 @@ def test_a_folder_without_a_drafter_says_what_was_looked_for(hub, target):
     choice = find_drafter(target, target)
     assert choice.path_or_id is None
     for word in (
-        str(target / "assistant"),
+        str(target),
+        "assistant",
         f"{target}-assistant",
         str(target.parent / "drafter"),
         "--draft-model",

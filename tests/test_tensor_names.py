@@ -9,14 +9,47 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.tensor_names import unused_in_drafter, unused_in_target
+from mlx_gemma_mtp.errors import CheckpointError
+from mlx_gemma_mtp.tensor_names import (
+    Share,
+    target_names,
+    unused_in_drafter,
+    unused_in_target,
+)
 
 INPUT = "image and audio input"
 HEAD = "tied"
 TABLE = "computed"
 SHARED = "other layers' K/V"
 FIRST_SHARED = 15
-PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+TEXT = {
+    "num_hidden_layers": 35,
+    "num_kv_shared_layers": 20,
+    "tie_word_embeddings": True,
+}
+RANGE = "ranges of activations"
+# Of transformers 4 and 5, mlx-lm, mlx-vlm, text models alone; and what programs that
+# wrap models leave in front of them.
+PREFIXES = (
+    "model.language_model.",
+    "language_model.model.",
+    "model.",
+    "",
+    "language_model.",
+    "model.language_model.model.",
+    "language_model.model.language_model.",
+    "model.language_model.language_model.",
+    "base_model.model.model.language_model.",
+    "module.model.language_model.",
+    "_orig_mod.model.language_model.",
+)
+HEADS = (
+    "lm_head.",
+    "model.lm_head.",
+    "language_model.lm_head.",
+    "model.language_model.lm_head.",
+    "base_model.model.lm_head.",
+)
 
 
 def reason(name, *, first_shared_layer=FIRST_SHARED, is_tied=True):
@@ -43,6 +76,7 @@ def reason(name, *, first_shared_layer=FIRST_SHARED, is_tied=True):
         ("language_model.lm_head.scales", HEAD),
         ("model.language_model.layers.3.self_attn.rotary_emb.inv_freq", TABLE),
         ("model.language_model.rotary_emb.full_attention_inv_freq", TABLE),
+        ("model.language_model.layers.3.mlp.up_proj.input_max", RANGE),
     ],
 )
 def test_what_a_target_does_not_need(name, word):
@@ -81,11 +115,40 @@ def test_what_a_target_needs(prefix, rest):
     assert reason(f"{prefix}{rest}") is None
 
 
-@pytest.mark.parametrize(
-    "name", ["lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"]
-)
-def test_a_head_of_its_own_is_needed(name):
-    assert reason(name, is_tied=False) is None
+@pytest.mark.parametrize("is_text_only", [False, True])
+@pytest.mark.parametrize("kind", ["weight", "scales", "biases"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_of_its_own_is_one_parameter(head, kind, is_text_only):
+    prefix = "" if is_text_only else "language_model."
+    untied = {**TEXT, "tie_word_embeddings": False}
+    tensor = f"{head}{kind}"
+    names = target_names([tensor], untied, is_text_only=is_text_only)
+    assert names.parameters == {f"{prefix}lm_head.{kind}": Share(tensor)}
+    names = target_names([tensor], TEXT, is_text_only=is_text_only)
+    assert (names.parameters, set(names.unused)) == ({}, {tensor})
+
+
+@pytest.mark.parametrize("is_text_only", [False, True])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_layers_tensors_have_one_place_under_every_prefix(prefix, is_text_only):
+    own = "model." if is_text_only else "language_model.model."
+    for name in ("embed_tokens.scales", "layers.3.layer_scalar", "norm.weight"):
+        names = target_names([f"{prefix}{name}"], TEXT, is_text_only=is_text_only)
+        assert names.parameters == {f"{own}{name}": Share(f"{prefix}{name}")}
+    fused = f"{prefix}layers.3.experts.gate_up_proj"
+    names = target_names([fused], TEXT, is_text_only=is_text_only)
+    experts = f"{own}layers.3.experts.switch_glu"
+    assert names.parameters == {
+        f"{experts}.gate_proj.weight": Share(fused, 0, 2),
+        f"{experts}.up_proj.weight": Share(fused, 1, 2),
+    }
+
+
+def test_two_tensors_of_one_parameter_are_told():
+    name = "model.norm.weight"
+    other = f"language_model.{name}"
+    with pytest.raises(CheckpointError, match=f"{other} must be .*: got {name} "):
+        target_names([name, other], TEXT, is_text_only=False)
 
 
 def test_a_layer_number_of_thousands_of_digits():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -285,6 +286,18 @@ def test_drafter_of_another_target_is_refused(model, data, tmp_path, capsys):
     more = ("--draft-model", drafter)
     assert main(arguments(model, data, tmp_path / "made", *more)) == 1
     assert "error:" in capsys.readouterr().err
+
+
+def test_a_drafter_that_was_found_and_cannot_be_read(model, data, tmp_path, capsys):
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(model, spoilt)
+    path = spoilt / "drafter" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    more = ("--work", str(tmp_path / "work"))
+    assert main(arguments(spoilt, data, tmp_path / "made", *more)) == 1
+    error = capsys.readouterr().err
+    assert "cut off" in error
+    assert "--from-scratch" in error
 
 
 def test_place_that_is_taken_is_refused_at_once(model, data, tmp_path, capsys):

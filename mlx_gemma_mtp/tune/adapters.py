@@ -10,7 +10,6 @@ Source: LoRA, arXiv 2106.09685, equation 3; the layer is mlx-lm's ``LoRALinear``
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import cast
 
 import mlx.core as mx
@@ -124,7 +123,7 @@ def dequantized(drafter: Drafter) -> Drafter:
             bits=module.bits,
             mode=module.mode,
         ).astype(dtype)
-    plain = Drafter(replace(drafter.config, quantization=None))
+    plain = Drafter(drafter.config)
     plain.load_weights(list(weights.items()), strict=True)
     plain.eval()
     mx.eval(plain.parameters())

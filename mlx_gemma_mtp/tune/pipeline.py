@@ -24,7 +24,7 @@ from mlx_lm.models import gemma4_text
 from ..checkpoint import TRAINING_NAME, open_checkpoint, read_json
 from ..config import SamplingParams
 from ..drafter import Drafter
-from ..errors import DataError, PairingError
+from ..errors import CheckpointError, DataError, PairingError
 from ..families import family_of
 from ..fit import check_fit
 from ..load import load
@@ -412,12 +412,20 @@ def _origin(request: TuneRequest, plain: Pair, folder: Path) -> Origin:
     if request.is_from_scratch:
         drafter, config = fresh_drafter(plain.target, seed=request.training.seed)
         return Origin(drafter, config, {}, None)
-    named = request.draft_model
-    if named is None:
+    if request.draft_model is not None:
+        return _given(request.draft_model, plain)
+    try:
         choice = find_drafter(request.model, folder)
         if choice.path_or_id is None:
-            raise PairingError(f"{choice.reason} Or begin --from-scratch.")
-        named = choice.path_or_id
+            raise PairingError(choice.reason)
+        return _given(choice.path_or_id, plain)
+    except (CheckpointError, PairingError) as error:
+        # Nobody asked for the one that was found.
+        raise type(error)(f"{error} Or begin --from-scratch.") from error
+
+
+def _given(named: str | Path, plain: Pair) -> Origin:
+    """A drafter that there is, to begin with."""
     place = fetch(named)
     drafter = load_drafter(place)
     check_fit(plain.target, drafter)
