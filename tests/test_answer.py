@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.answer import CALL, CONTENT, REASONING, AnswerReader, marks_of
+from mlx_gemma_mtp.answer import CONTENT, REASONING, AnswerReader, marks_of
 from mlx_gemma_mtp.tool_calls import QUOTE, Tools
 from tests.gemma import SPECIAL
 
@@ -30,7 +30,7 @@ def read(text, *, size=None, opening="", tools=TOOLS):
         kind: "".join(part.text for part in parts if part.kind == kind)
         for kind in (CONTENT, REASONING)
     }
-    calls = [(p.call.name, p.call.arguments) for p in parts if p.kind == CALL]
+    calls = [(call.name, call.arguments) for call in (p.call for p in parts) if call]
     return (said[CONTENT], said[REASONING], calls), reader
 
 

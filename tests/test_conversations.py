@@ -5,6 +5,7 @@ as its prompt begins with the same tokens.
 """
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from tests.test_tool_calls import ARGUMENTS, call_of
 pytestmark = pytest.mark.gemma
 
 TURN = "<|turn>model\n"
-TOOLS = [
+TOOLS: list[Any] = [
     {
         "type": "function",
         "function": {

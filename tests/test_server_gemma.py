@@ -151,9 +151,8 @@ def test_a_thought_and_a_call_go_back_and_nothing_is_read_again(served, stream):
 
 @says("july-12b", f"{PARIS}{OSLO}<|tool_response>")
 def test_calls_one_at_a_time(served):
-    settings = {"tools": [WEATHER]}
-    assert len(served.message(**settings)["tool_calls"]) == 2
-    settings["parallel_tool_calls"] = False
+    assert len(served.message(tools=[WEATHER])["tool_calls"]) == 2
+    settings = {"tools": [WEATHER], "parallel_tool_calls": False}
     (call,) = served.message(**settings)["tool_calls"]
     assert "Paris" in call["function"]["arguments"]
     body = {"messages": QUESTION, "stream": True, **settings}

@@ -101,7 +101,7 @@ class TestTemplate:
     @settings(max_examples=500, deadline=None)
     def test_declared_names_of_any_kind(self, arguments):
         """Also those that hold marks of the format, or are white space."""
-        declared = {key: {} for key in arguments}
+        declared: dict[str, object] = {key: {} for key in arguments}
         # Of two such keys a text may be either.
         assume(not any(b.startswith(f"{a}:") for a in declared for b in declared))
         text = call_of("f", arguments)
