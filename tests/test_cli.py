@@ -85,7 +85,9 @@ def expected(folder):
 def run(folder, capsys):
     """Runs the command: exit status, standard output, standard error."""
 
-    def command(*args, model=folder):
+    def command(*args, model=folder, is_plain=True):
+        if is_plain and model == folder:  # which has no template
+            args = ("--ignore-chat-template", *args)
         if "--model" not in args and model is not None:
             args = ("--model", model, *args)
         if "-p" not in args and "--prompt" not in args:
@@ -304,10 +306,19 @@ class TestPrompt:
         assert cli.main(["-m", "1", "--model", str(folder)]) == 0
         assert prompts == [cli.EMBEDDED_PROMPT, cli.DEFAULT_PROMPT]
 
-    def test_text_without_a_template_stays_text(self, run, prompts):
-        for args in ((), ("--ignore-chat-template",)):
-            assert run(*args, "-m", "1")[0] == 0
+    def test_text_without_a_template_stays_text_and_that_is_said(self, run, prompts):
+        for is_plain in (False, True):
+            status, _, err = run("-m", "1", is_plain=is_plain)
+            assert status == 0
+            notes = [line for line in err.splitlines() if "chat template" in line]
+            assert [note[:34] for note in notes] == (
+                [] if is_plain else ["This model has no chat template: t"]
+            )
+            assert all("copy chat_template.jinja" in note for note in notes)
         assert prompts == [PROMPT, PROMPT]
+
+    def test_quiet_is_quiet(self, run):
+        assert run("--verbose", "False", "-m", "1", is_plain=False)[2] == ""
 
 
 class TestChatTemplate:
