@@ -587,8 +587,8 @@ def test_load_with_adapters_that_are_not_there(pair_folder, tmp_path):
     ("generation", "outer", "inner", "expected"),
     [
         ({"eos_token_id": [1, 106]}, {"eos_token_id": 1}, {}, (1, 106)),
-        ({"eos_token_id": 0}, {"eos_token_id": 1}, {}, (0,)),
-        ({}, {"eos_token_id": 7}, {"eos_token_id": 1}, (7,)),
+        ({"eos_token_id": 0}, {"eos_token_id": 1}, {}, (0, 1)),
+        ({}, {"eos_token_id": 7}, {"eos_token_id": 1}, (1, 7)),
         ({}, {}, {"eos_token_id": 1}, (1,)),
         ({"eos_token_id": None}, {}, {}, ()),
     ],
