@@ -20,7 +20,7 @@ from mlx_gemma_mtp.checkpoint import open_checkpoint
 from mlx_gemma_mtp.config import FULL
 from mlx_gemma_mtp.drafter import SharedKV
 from mlx_gemma_mtp.encoding import encode_text
-from mlx_gemma_mtp.load import load_tokenizer
+from mlx_gemma_mtp.tokenizer import load_tokenizer
 from mlx_gemma_mtp.weights import load_drafter
 
 from .plan import PartPlan

@@ -21,7 +21,6 @@ from mlx_gemma_mtp.errors import (
     RequestError,
 )
 from mlx_gemma_mtp.fit import check_fit
-from mlx_gemma_mtp.load import eos_token_ids
 from mlx_gemma_mtp.pairing import DRAFTER_FOLDERS, find_drafter
 from mlx_gemma_mtp.quantization import Format
 from mlx_gemma_mtp.staging import (
@@ -30,6 +29,7 @@ from mlx_gemma_mtp.staging import (
     forget_replaced,
     staged,
 )
+from mlx_gemma_mtp.tokenizer import eos_token_ids
 from mlx_gemma_mtp.weights import drafter_skeleton, target_skeleton
 
 from . import safetensors
@@ -54,7 +54,7 @@ from .quantize import default_format
 from .request import AUTO, NONE, PartRequest, Request
 from .sources import Source, open_source
 from .stream import verify, write_part
-from .tokenizer import check_tokenizer, copy_files, copy_tokenizer
+from .tokenizer import check_tokenizer, complete_ends, copy_files, copy_tokenizer
 
 DRAFTER_FOLDER = DRAFTER_FOLDERS[0]
 _ALONE = "Or convert the target alone: --draft-model none."
@@ -279,6 +279,7 @@ def _write(part: Part, folder: Path, progress: Progress) -> dict[str, Any]:
     _write_json(folder / INDEX_NAME, index)
     if part.folder == ".":
         copy_tokenizer(part.source.folder, folder)
+        complete_ends(folder)
     else:
         copy_files(part.source.folder, folder, ("generation_config.json",))
     num_bytes = sum(file.num_bytes for file in files)

@@ -1,7 +1,8 @@
 """The files beside the weights that a text needs: tokenizer, chat template, settings.
 
-They are copied as they are. A checkpoint with nothing but ``tokenizer.model`` gets the
-``tokenizer.json`` that mlx-lm reads, made by transformers and compared with
+They are copied as they are, but for what this mlx-lm could not load and for ends that
+``generation_config.json`` lacks. A checkpoint with nothing but ``tokenizer.model`` gets
+the ``tokenizer.json`` that mlx-lm reads, made by transformers and compared with
 sentencepiece itself. Knows nothing of weights.
 """
 
@@ -13,16 +14,32 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mlx_gemma_mtp.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, read_json
+from mlx_gemma_mtp.checkpoint import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    open_checkpoint,
+    read_json,
+)
 from mlx_gemma_mtp.errors import CheckpointError
-from mlx_gemma_mtp.load import load_tokenizer
+from mlx_gemma_mtp.template_files import (
+    CHAT_TEMPLATE,
+    DEFAULT,
+    KEY,
+    MORE_CHAT_TEMPLATES,
+    OLD_CHAT_TEMPLATE,
+    TOKENIZER_CONFIG,
+    read_chat_templates,
+)
+from mlx_gemma_mtp.tokenizer import (
+    TOKENIZER_JSON,
+    check_templates,
+    eos_token_ids,
+    load_tokenizer,
+    unknown_modules,
+)
 from mlx_gemma_mtp.weights import one_line
 
-TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
-_OLD_CHAT_TEMPLATE = "chat_template.json"
 _COPIED = (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
@@ -30,7 +47,7 @@ _COPIED = (
     "special_tokens_map.json",
     "added_tokens.json",
     CHAT_TEMPLATE,
-    _OLD_CHAT_TEMPLATE,
+    OLD_CHAT_TEMPLATE,
     GENERATION_CONFIG_NAME,
 )
 # What the two tokenizers are compared on: letters, runs of spaces, bytes, scripts.
@@ -57,14 +74,16 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
             f"{folder} must hold {TOKENIZER_JSON} or {TOKENIZER_MODEL}: got neither. "
             "Copy them there from the same model."
         )
-    for small in (GENERATION_CONFIG_NAME, TOKENIZER_CONFIG, _OLD_CHAT_TEMPLATE):
+    for small in (GENERATION_CONFIG_NAME, TOKENIZER_CONFIG, OLD_CHAT_TEMPLATE):
         if (folder / small).is_file():
             read_json(folder / small)
+    templates = read_chat_templates(folder)
     try:
         with tempfile.TemporaryDirectory() as scratch:
             copy_tokenizer(folder, Path(scratch))
             shutil.copyfile(folder / CONFIG_NAME, Path(scratch) / CONFIG_NAME)
-            tokenizer = load_tokenizer(Path(scratch), name=folder)
+            tokenizer = load_tokenizer(Path(scratch), {KEY: None}, name=folder)
+            check_templates(tokenizer, templates)
         with one_line(f"the tokenizer in {folder}"):
             token_ids = tokenizer.encode(_SAMPLES[0])
     except OSError as error:
@@ -89,14 +108,18 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     Raises:
         CheckpointError: ``tokenizer.model`` is all there is and cannot be read.
     """
-    copy_files(source, folder, _COPIED)
-    _drop_code(folder / TOKENIZER_CONFIG)
-    if (source / _OLD_CHAT_TEMPLATE).is_file() and not (
-        source / CHAT_TEMPLATE
-    ).exists():
-        template = read_json(source / _OLD_CHAT_TEMPLATE).get("chat_template")
-        if isinstance(template, str):  # tokenizers read the newer file only
-            (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    named = (source / MORE_CHAT_TEMPLATES).glob("*.jinja")
+    more = tuple(str(path.relative_to(source)) for path in named)
+    if more:
+        (folder / MORE_CHAT_TEMPLATES).mkdir(exist_ok=True)
+    copy_files(source, folder, (*_COPIED, *more))
+    _drop_unusable(folder / TOKENIZER_CONFIG)
+    templates = read_chat_templates(source)
+    if (more or (source / OLD_CHAT_TEMPLATE).is_file()) and DEFAULT in templates:
+        # Where the default lies in an older file, transformers would not read it.
+        if not (source / CHAT_TEMPLATE).exists():
+            text = templates[DEFAULT].text
+            (folder / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
     if not (source / TOKENIZER_JSON).is_file():
         _make_tokenizer_json(source / TOKENIZER_MODEL, folder)
 
@@ -114,11 +137,31 @@ def copy_files(source: Path, folder: Path, names: tuple[str, ...]) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _drop_code(config: Path) -> None:
-    """Leave out what names code of the checkpoint; the tokenizer does without."""
-    if config.is_file() and "auto_map" in (settings := read_json(config)):
-        del settings["auto_map"]
-        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+def complete_ends(folder: Path) -> None:
+    """Let ``generation_config.json`` name all that ends a text, as mlx-lm reads it.
+
+    Args:
+        folder: A converted target.
+    """
+    checkpoint = open_checkpoint(folder)
+    ids = eos_token_ids(checkpoint)
+    settings = checkpoint.generation_config
+    named = settings.get("eos_token_id") or checkpoint.config.get("eos_token_id")
+    if not set(ids) <= set(named if isinstance(named, list) else [named]):
+        _write_json(folder / GENERATION_CONFIG_NAME, {**settings, "eos_token_id": ids})
+
+
+def _drop_unusable(config: Path) -> None:
+    """Leave out what names code that is not there; the tokenizer does without."""
+    settings = read_json(config) if config.is_file() else {}
+    dropped = {"auto_map", *unknown_modules(settings)} & set(settings)
+    if dropped:
+        kept = {key: value for key, value in settings.items() if key not in dropped}
+        _write_json(config, kept)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _make_tokenizer_json(model: Path, folder: Path) -> None:
@@ -148,7 +191,7 @@ def _make_tokenizer_json(model: Path, folder: Path) -> None:
         if ids != pieces.encode(text):
             _fail_conversion(model, f"other tokens for {text!r}")
     (folder / TOKENIZER_JSON).write_text(tokenizer.to_str(), encoding="utf-8")
-    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    _write_json(folder / TOKENIZER_CONFIG, settings)
 
 
 def _fail_conversion(model: Path, reason: str) -> NoReturn:

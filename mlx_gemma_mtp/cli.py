@@ -30,6 +30,7 @@ from .flags import (
     logits_processors,
     sampling_settings,
 )
+from .template_files import missing_template_note
 
 if TYPE_CHECKING:
     from .display import Display
@@ -75,6 +76,9 @@ def _run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args)
     pair = pair_of(model)
     add_eos_tokens(tokenizer, args.extra_eos_token)
+    has_template = args.ignore_chat_template or tokenizer.has_chat_template
+    if args.verbose and not has_template:
+        _note(missing_template_note(tokenizer, "the prompt goes in as it is"))
     defaults = pair.sampling_defaults
     if args.verbose:
         for line in describe_sampling(args, defaults):

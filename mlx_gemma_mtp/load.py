@@ -21,12 +21,13 @@ from .checkpoint import (
 )
 from .config import cut
 from .drafter import Drafter
-from .errors import CheckpointError, MTPError, PairingError
+from .errors import MTPError, PairingError
 from .fit import check_fit
 from .generation_defaults import SamplingDefaults
 from .pair import Pair, attach
 from .pairing import fetch, find_drafter, local_path
 from .target import text_model
+from .tokenizer import eos_token_ids, load_tokenizer
 from .weights import load_drafter, one_line, read_target
 
 logger = logging.getLogger("mlx_gemma_mtp")
@@ -112,7 +113,7 @@ def load(
     target = read_target(checkpoint, lazy=lazy)
     if adapter_path is not None:
         target = _with_adapters(target, adapter_path)
-    eos_ids = eos_token_ids(checkpoint)
+    eos_ids = eos_token_ids(checkpoint, tokenizer_config)
     tokenizer = load_tokenizer(
         folder, tokenizer_config, eos_ids, trust_remote_code=trust_remote_code
     )
@@ -120,7 +121,7 @@ def load(
         drafter, source = _choose_drafter(target, path_or_hf_repo, folder, draft_model)
     else:
         drafter, source = None, "no drafter: speculative decoding is switched off"
-    attach(target, _pair(target, checkpoint, path_or_hf_repo, drafter, source))
+    attach(target, _pair(target, checkpoint, path_or_hf_repo, drafter, source, eos_ids))
     if return_config:
         return target, tokenizer, mlx_lm.utils.load_config(folder)
     return target, tokenizer
@@ -153,43 +154,19 @@ def attach_drafter(
     attach(target, _pair(target, checkpoint, path_or_hf_repo, drafter, source))
 
 
-def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return the token ids that end a text.
-
-    Args:
-        checkpoint: A target's checkpoint. ``generation_config.json`` counts before
-            ``config.json``, which names fewer of them in published checkpoints.
-
-    Raises:
-        CheckpointError: They are something else than integers.
-    """
-    text = checkpoint.config.get("text_config")
-    places = [checkpoint.generation_config, checkpoint.config]
-    places.append(text if isinstance(text, dict) else {})
-    found: Any = None
-    for place in places:
-        found = place.get("eos_token_id") if found is None else found
-    ids = [] if found is None else found if isinstance(found, list) else [found]
-    if not all(type(token) is int and token >= 0 for token in ids):
-        raise CheckpointError(
-            f"eos_token_id in {checkpoint.folder} must be an integer or a list of "
-            f"them: got {found!r}. Fetch generation_config.json and config.json again."
-        )
-    return tuple(ids)
-
-
 def _pair(
     target: nn.Module,
     checkpoint: Checkpoint,
     path_or_hf_repo: str | Path,
     drafter: Drafter | None,
     drafter_source: str,
+    eos_ids: tuple[int, ...] | None = None,
 ) -> Pair:
     """A pair whose target came from a checkpoint."""
     return Pair(
         target,
         drafter,
-        eos_token_ids=eos_token_ids(checkpoint),
+        eos_token_ids=eos_token_ids(checkpoint) if eos_ids is None else eos_ids,
         sampling_defaults=_sampling_defaults(checkpoint),
         target_source=str(path_or_hf_repo),
         drafter_source=drafter_source,
@@ -272,32 +249,3 @@ def _no_drafter(reason: str) -> tuple[None, str]:
     source = f"decoding without a drafter: {reason}"
     logger.warning("%s", source)
     return None, source
-
-
-def load_tokenizer(
-    folder: Path,
-    tokenizer_config: dict[str, Any] | None = None,
-    eos_ids: tuple[int, ...] = (),
-    *,
-    trust_remote_code: bool = False,
-    name: Path | None = None,
-) -> Any:
-    """Load a tokenizer as mlx-lm does.
-
-    Args:
-        folder: The checkpoint's folder.
-        tokenizer_config: Arguments for the tokenizer, as in ``mlx_lm.load``.
-        eos_ids: The tokens that end a text; none for the tokenizer's own.
-        trust_remote_code: Let it run code from the checkpoint.
-        name: What the folder is called in messages; None for its path.
-
-    Raises:
-        CheckpointError: It cannot be loaded.
-    """
-    # Named either way: where it is not, transformers asks on standard input.
-    extra = {"trust_remote_code": trust_remote_code}
-    next_step = "Copy tokenizer.json and tokenizer_config.json of the same model there."
-    with one_line(f"the tokenizer in {name or folder}", next_step):
-        return mlx_lm.utils.load_tokenizer(
-            folder, {**extra, **(tokenizer_config or {})}, list(eos_ids) or None
-        )

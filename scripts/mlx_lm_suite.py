@@ -28,7 +28,7 @@ PLACE = ROOT / "build" / f"mlx-lm-suite-{mlx_lm.__version__}"
 FILES = ("test_chat.py", "test_generate.py", "test_prompt_cache.py", "test_server.py")
 MODEL = "mlx-community/Qwen1.5-0.5B-Chat-4bit"
 COMMIT = "0" * 40
-# The embedded pair has no chat template; any will do.
+# The embedded pair's own does not say who speaks.
 TEMPLATE = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
@@ -90,7 +90,8 @@ def _make_hub(hub: Path) -> None:
     (repository / "refs" / "main").write_text(COMMIT)
     folder = repository / "snapshots" / COMMIT
     shutil.copytree(embedded_pair_path(), folder)
-    _change(folder / "tokenizer_config.json", _add_template)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    _change(folder / "tokenizer_config.json", _drop_bos)
     _change(folder / "tokenizer.json", _like_theirs)
     weights: Any = {"metadata": {}, "weight_map": _weight_map(folder)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
@@ -102,8 +103,7 @@ def _change(path: Path, change: Any) -> None:
     path.write_text(json.dumps(found), encoding="utf-8")
 
 
-def _add_template(config: dict[str, Any]) -> None:
-    config["chat_template"] = TEMPLATE
+def _drop_bos(config: dict[str, Any]) -> None:
     config["add_bos_token"] = False
 
 

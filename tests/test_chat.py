@@ -37,7 +37,13 @@ from mlx_gemma_mtp.chat.prompts import (
 from mlx_gemma_mtp.chat.reader import read_message
 from mlx_gemma_mtp.chat.session import Session, Settings
 from mlx_gemma_mtp.errors import MTPError, RequestError
-from tests.tiny import CHAT_TEMPLATE, model_folder, tiny_tokenizer, uncompiled
+from tests.tiny import (
+    CHAT_TEMPLATE,
+    endless_folder,
+    model_folder,
+    tiny_tokenizer,
+    uncompiled,
+)
 
 SESSION = import_module("mlx_gemma_mtp.chat.session")
 ROOT = Path(__file__).parents[1]
@@ -65,11 +71,8 @@ def chat_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def endless_folder(tmp_path_factory):
-    """A pair that no token ends."""
-    folder = model_folder(tmp_path_factory.mktemp("chat") / "endless", has_eos=False)
-    (folder / "generation_config.json").write_text('{"eos_token_id": []}')
-    return folder
+def endless(tmp_path_factory):
+    return endless_folder(tmp_path_factory.mktemp("chat") / "endless")
 
 
 @pytest.fixture(scope="module")
@@ -731,9 +734,14 @@ class TestCommand:
         session = make_session(embedded)
         said = [say(session, q) for q in ("def area(radius):", "class Stack:")]
         assert (status, out) == (0, "".join(f"{text}\n" for text in said))
-        assert err.count("no chat template") == 1
+        assert "chat template" not in err
         assert err.count("cut off after 12 tokens") == 2
         assert "> " not in err
+
+    def test_says_once_that_there_is_no_template(self, run, folder):
+        typed, args = "a\nb\n", ("--model", folder, "-m", "4")
+        assert run(typed, *args)[2].count("no chat template") == 1
+        assert "chat template" not in run(typed, *args, "--ignore-chat-template")[2]
 
     def test_says_nothing_of_what_is_loaded(self, run, folder):
         status, _, err = run("a\n", "--model", folder, "--verbose", "f", "-m", "4")
@@ -873,8 +881,8 @@ class TestProcess:
         assert result.stdout.count("\n") >= 2
 
     @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-    def test_control_c_in_a_pipe(self, endless_folder):
-        args = ("--model", endless_folder, "-m", "-1")
+    def test_control_c_in_a_pipe(self, endless):
+        args = ("--model", endless, "-m", "-1")
         with start(*args, stdin=subprocess.PIPE) as process:
             process.stdin.write(b"the rain\n")
             process.stdin.flush()
@@ -886,10 +894,10 @@ class TestProcess:
         assert b"Traceback" not in err
 
     @pytest.mark.skipif(os.name != "posix", reason="terminals as POSIX has them")
-    def test_control_c_in_a_terminal(self, endless_folder):
+    def test_control_c_in_a_terminal(self, endless):
         """The answer stops, the chat goes on; what was said stays."""
         ours, theirs = os.openpty()
-        args = ("--model", endless_folder, "-m", "-1")
+        args = ("--model", endless, "-m", "-1")
         try:
             with start(*args, stdin=theirs, stdout=theirs) as process:
                 read_until(ours, b"> ")
@@ -907,8 +915,8 @@ class TestProcess:
             assert part in err
 
     @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
-    def test_a_reader_that_leaves(self, endless_folder):
-        args = ("--model", endless_folder, "-m", "-1")
+    def test_a_reader_that_leaves(self, endless):
+        args = ("--model", endless, "-m", "-1")
         with start(*args, stdin=subprocess.PIPE) as process:
             process.stdin.write(b"the rain\n")
             process.stdin.flush()

@@ -26,6 +26,7 @@ from tests.tiny import (
     END_OF_TURN,
     EOS,
     PAD,
+    endless_folder,
     model_folder,
     tiny_tokenizer,
     uncompiled,
@@ -67,11 +68,8 @@ def chat_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def endless_folder(tmp_path_factory):
-    """A pair that no token ends."""
-    folder = model_folder(tmp_path_factory.mktemp("cli") / "endless", has_eos=False)
-    (folder / "generation_config.json").write_text('{"eos_token_id": []}')
-    return folder
+def endless(tmp_path_factory):
+    return endless_folder(tmp_path_factory.mktemp("cli") / "endless")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +83,9 @@ def expected(folder):
 def run(folder, capsys):
     """Runs the command: exit status, standard output, standard error."""
 
-    def command(*args, model=folder):
+    def command(*args, model=folder, is_plain=True):
+        if is_plain and model == folder:  # which has no template
+            args = ("--ignore-chat-template", *args)
         if "--model" not in args and model is not None:
             args = ("--model", model, *args)
         if "-p" not in args and "--prompt" not in args:
@@ -235,7 +235,7 @@ class TestOutput:
 
     def test_without_a_model(self, run, folder, expected, monkeypatch):
         monkeypatch.setattr(LOAD, "embedded_pair_path", lambda: folder)
-        status, out, err = run(model=None)
+        status, out, err = run("--ignore-chat-template", model=None)
         assert (status, out) == (0, expected + "\n")
         first, rest = err.split("\n", 1)
         assert first.startswith("No --model: using the embedded pair")
@@ -306,10 +306,19 @@ class TestPrompt:
         assert cli.main(["-m", "1", "--model", str(folder)]) == 0
         assert prompts == [cli.EMBEDDED_PROMPT, cli.DEFAULT_PROMPT]
 
-    def test_text_without_a_template_stays_text(self, run, prompts):
-        for args in ((), ("--ignore-chat-template",)):
-            assert run(*args, "-m", "1")[0] == 0
+    def test_text_without_a_template_stays_text_and_that_is_said(self, run, prompts):
+        for is_plain in (False, True):
+            status, _, err = run("-m", "1", is_plain=is_plain)
+            assert status == 0
+            notes = [line for line in err.splitlines() if "chat template" in line]
+            assert [note[:34] for note in notes] == (
+                [] if is_plain else ["This model has no chat template: t"]
+            )
+            assert all("copy chat_template.jinja" in note for note in notes)
         assert prompts == [PROMPT, PROMPT]
+
+    def test_quiet_is_quiet(self, run):
+        assert run("--verbose", "False", "-m", "1", is_plain=False)[2] == ""
 
 
 class TestChatTemplate:
@@ -431,7 +440,7 @@ class TestMistakes:
 
     def test_empty_prompt(self, run, tmp_path):
         plain = model_folder(tmp_path / "no_bos", has_bos=False, has_drafter=False)
-        found = run("-p", "", model=plain)
+        found = run("-p", "", "--ignore-chat-template", model=plain)
         assert_one_line(found, "prompt must hold at least one token")
 
     def test_standard_input_in_another_encoding(self, run, monkeypatch):
@@ -684,7 +693,8 @@ class TestCheckpointDefaults:
     def test_bad_values(self, run, configured, expected, key, value, flag):
         model = configured(**{**RECOMMENDED, key: value})
         path = model / "generation_config.json"
-        assert_one_line(run(model=model), f"{key} in {path} must be", flag)
+        found = run("--ignore-chat-template", model=model)
+        assert_one_line(found, f"{key} in {path} must be", flag)
         assert run("--temp", "0", model=model)[:2] == (0, expected + "\n")
         assert run(flag, "1", model=model)[0] == 0
 
@@ -724,8 +734,8 @@ class TestInterrupt:
         assert run() == (130, "", "")
 
     @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-    def test_for_real(self, endless_folder):
-        args = ("--model", endless_folder, "-p", PROMPT, "-m", "-1")
+    def test_for_real(self, endless):
+        args = ("--model", endless, "-p", PROMPT, "-m", "-1")
         with start(*args) as process:
             assert process.stdout.read(1)  # it is in the middle of it
             process.send_signal(signal.SIGINT)
@@ -739,7 +749,7 @@ class TestInterrupt:
 class TestProcess:
     def test_the_command(self, folder):
         command = [sys.executable, "-m", "mlx_gemma_mtp.generate"]
-        args = ["--model", folder, "-p", "-", "-m", "8"]
+        args = ["--model", folder, "-p", "-", "-m", "8", "--ignore-chat-template"]
         result = subprocess.run(
             [*command, *map(str, args)],
             input=PROMPT,
@@ -761,9 +771,9 @@ class TestProcess:
         assert_one_line((process.returncode, out, err), "config.json")
 
     @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
-    def test_a_reader_that_leaves(self, endless_folder):
-        args = ("--model", endless_folder, "-p", PROMPT, "-m", "-1")
-        with start(*args) as process:
+    def test_a_reader_that_leaves(self, endless):
+        args = ("--model", endless, "-p", PROMPT, "-m", "-1")
+        with start(*args, "--ignore-chat-template") as process:
             assert process.stdout.read(1)
             process.stdout.close()
             err = process.stderr.read()

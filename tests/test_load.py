@@ -729,8 +729,8 @@ def test_a_name_of_thousands_of_letters_is_cut(hub, pair_folder):
     ("generation", "outer", "inner", "expected"),
     [
         ({"eos_token_id": [1, 106]}, {"eos_token_id": 1}, {}, (1, 106)),
-        ({"eos_token_id": 0}, {"eos_token_id": 1}, {}, (0,)),
-        ({}, {"eos_token_id": 7}, {"eos_token_id": 1}, (7,)),
+        ({"eos_token_id": 0}, {"eos_token_id": 1}, {}, (0, 1)),
+        ({}, {"eos_token_id": 7}, {"eos_token_id": 1}, (1, 7)),
         ({}, {}, {"eos_token_id": 1}, (1,)),
         ({"eos_token_id": None}, {}, {}, ()),
     ],

@@ -47,7 +47,7 @@ TOOL_CALL = {"function": {"name": "f", "arguments": '{"x": 1}'}}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(embedded_pair_path())
+    return load_tokenizer(embedded_pair_path(), {"chat_template": None})
 
 
 @pytest.fixture(scope="module")

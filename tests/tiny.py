@@ -5,6 +5,7 @@ Nothing here is downloaded or trained.
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,7 +91,8 @@ def tiny_tokenizer(
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"]
+    names = ["<pad>", "<bos>", "<unk>", "<|turn>"]
+    names += ["<eos>", "<turn|>"] if has_eos else []
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
     if has_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -128,4 +130,15 @@ def model_folder(
             for path in (REFERENCE / family / part).iterdir():
                 (place / path.name).write_bytes(path.read_bytes())
     tiny_tokenizer(**tokenizer).save_pretrained(folder)
+    return folder
+
+
+def endless_folder(folder: Path) -> Path:
+    """Make the folder of a pair whose text no token ends."""
+    model_folder(folder, has_eos=False)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for place in (config, config["text_config"]):
+        place.pop("eos_token_id", None)
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

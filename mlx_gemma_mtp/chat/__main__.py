@@ -38,6 +38,7 @@ from ..flags import (
     logits_processors,
     sampling_settings,
 )
+from ..template_files import missing_template_note
 from .interrupt import Interrupts
 from .reader import read_message
 
@@ -47,10 +48,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_TOKENS = 512
 _PROMPTS = {False: "> ", True: "... "}  # by whether a message has begun
-_PLAIN_NOTE = (
-    "This model has no chat template: what you type and what it answers is one text "
-    "that it goes on with."
-)
+_NO_TEMPLATE = "what you type and what it answers is one text that it goes on with"
 
 
 def configure_parser() -> argparse.ArgumentParser:
@@ -139,8 +137,8 @@ def _make_session(args: argparse.Namespace) -> Session:
     if args.verbose:
         for line in describe_sampling(args, pair.sampling_defaults):
             _note(line)
-    if not tokenizer.has_chat_template:
-        _note(_PLAIN_NOTE)
+    if not (args.ignore_chat_template or tokenizer.has_chat_template):
+        _note(missing_template_note(tokenizer, _NO_TEMPLATE))
     settings = Settings(
         max_tokens=args.max_tokens,
         prefill_step_size=args.prefill_step_size,

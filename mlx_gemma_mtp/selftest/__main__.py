@@ -20,9 +20,11 @@ from ..command import (
     write_file,
 )
 from ..errors import OutputError, RequestError
+from ..template_files import missing_template_note
 from .names import MODEL, SECTIONS
 
 EXIT_FAILED = 2
+_NO_TEMPLATE = "the section on it gives it plain text"
 DEFAULT_SECONDS = 120.0
 FAMILIES = ("e2b", "e4b", "12b", "26b-a4b", "31b")
 
@@ -94,6 +96,8 @@ def _run(args: argparse.Namespace) -> int:
     loaded = None
     if MODEL in names:
         loaded = open_model(args.model, args.draft_model)
+        if not loaded.tokenizer.has_chat_template:
+            _note(missing_template_note(loaded.tokenizer, _NO_TEMPLATE))
     results = run(Options(names, args.seconds, args.family, loaded), _note)
     if args.json is not None:
         write_file("--json", args.json, to_json(results))

@@ -18,6 +18,7 @@ from ..load import embedded_pair_path, load
 from ..pair import Pair, pair_of
 from ..row import Request
 from ..target import text_model
+from ..template_files import missing_template_note
 from ..tokens import make_batch_decoder, make_request
 from .arguments import Settings
 from .kept import KeptCaches
@@ -25,6 +26,8 @@ from .order import Order
 from .worker import Means
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
+
+_NO_TEMPLATE = "messages are refused, /v1/completions works (--chat-template names one)"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def load_engine(settings: Settings) -> Engine:
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
+    if not tokenizer.has_chat_template:
+        logger.warning("%s", missing_template_note(tokenizer, _NO_TEMPLATE))
     return make_engine(settings, pair_of(model), tokenizer)
 
 

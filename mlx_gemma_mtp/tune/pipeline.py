@@ -33,6 +33,7 @@ from ..pair import Pair, named_arrays, pair_of
 from ..pairing import fetch, find_drafter, hub_id
 from ..staging import check_free_space, check_place
 from ..target import Target, text_model
+from ..template_files import missing_template_note
 from ..weights import load_drafter
 from . import workplace
 from .adapters import add_adapters, dequantized, fuse_adapters, trainable
@@ -109,6 +110,8 @@ def tune(
     check_place(request.place, force=_may_replace(request))
     folder = fetch(request.model, request.revision)
     plain, tokenizer = _load(request)
+    if not tokenizer.has_chat_template:
+        tell(missing_template_note(tokenizer, "prompts go in as they are"))
     params = SamplingParams(
         **plain.sampling_defaults.settings(**request.texts.sampling),
         seed=request.training.seed,
