@@ -308,7 +308,7 @@ def _decode(
     yield from stream_generate(
         model,
         tokenizer,
-        prompt,
+        _encode(tokenizer, prompt) if isinstance(prompt, str) else prompt,
         max_tokens=max_tokens,
         draft_model=draft_model,
         num_draft_tokens=num_drafts,
@@ -319,6 +319,13 @@ def _decode(
         prompt_cache=prompt_cache,
         prompt_progress_callback=prompt_progress_callback,
     )
+
+
+def _encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """The token ids that mlx-lm makes of a text, which count here."""
+    bos = tokenizer.bos_token
+    adds_special = bos is None or not text.startswith(bos)
+    return list(tokenizer.encode(text, add_special_tokens=adds_special))
 
 
 def _batch_generator(hook: Hook) -> type:

@@ -32,6 +32,7 @@ from mlx_gemma_mtp.text import GenerationResponse
 from mlx_gemma_mtp.text import generate as generate_text
 from mlx_gemma_mtp.weights import load_drafter
 from tests.embedded import PROMPTS, float32_pair
+from tests.gemma_pair import let_say
 from tests.tiny import tiny_tokenizer, uncompiled
 
 # What the hook adds to them has no types there.
@@ -921,3 +922,14 @@ class TestOtherVersions:
         monkeypatch.setattr(hook, "__version__", version)
         install()
         uninstall()
+
+
+@needs_hook
+@pytest.mark.gemma
+def test_ids_of_a_text_stay_mlx_lms(gemma_pair_folder, hooked_names, monkeypatch):
+    """Gemma's own tokenizer puts no <bos> in front, and mlx-lm's programs know it."""
+    model, tokenizer = mlx_lm.load(str(gemma_pair_folder("may-12b")))
+    prompts = let_say(monkeypatch, tokenizer, "a<turn|>")
+    list(generation.stream_generate(model, tokenizer, "Why", max_tokens=1))
+    assert prompts == [list(tokenizer.encode("Why"))]
+    assert tokenizer.bos_token_id not in prompts[0]
