@@ -194,7 +194,9 @@ class TestModulesOfAnotherRelease:
 
     def test_without_any_template_it_is_one_line(self, folder):
         configure(folder, chat_template_type="gemma9")
-        with pytest.raises(CheckpointError, match=r"'gemma9'\. Update mlx-lm") as caught:
+        with pytest.raises(
+            CheckpointError, match=r"'gemma9'\. Update mlx-lm"
+        ) as caught:
             load_tokenizer(folder)
         assert "\n" not in str(caught.value)
 
