@@ -31,8 +31,9 @@ OTHER_TEMPLATE = "another{{ bos_token }}"
 
 
 def pair_folder(folder, *files):
-    """The embedded pair with only some of its tokenizer's files."""
+    """The embedded pair with only some of its tokenizer's files, and no template."""
     shutil.copytree(EMBEDDED, folder)
+    (folder / "chat_template.jinja").unlink()
     for name in TOKENIZER_FILES:
         if name not in files:
             (folder / name).unlink()

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlx_gemma_mtp import text as text_module
 from mlx_gemma_mtp.decoder import Decoder, Request
-from mlx_gemma_mtp.load import embedded_pair_path, load, load_pair
+from mlx_gemma_mtp.load import embedded_pair_path, load, load_pair, load_tokenizer
 from mlx_gemma_mtp.tokens import draft_block, generate_tokens
 
 HELD_OUT = Path(__file__).parents[1] / "scripts" / "data" / "heldout.jsonl.gz"
@@ -139,3 +143,50 @@ def test_the_card_tells_how_it_was_made():
     card = (embedded_pair_path() / "README.md").read_text(encoding="utf-8")
     for word in ("seed", "train_pair.py", "PSF", "minutes", "held-out", "acceptance"):
         assert word in card
+
+
+@cache
+def chat_tokenizer() -> Any:
+    return load_tokenizer(embedded_pair_path())
+
+
+class TestChatTemplate:
+    """A conversation is one text that goes on."""
+
+    @staticmethod
+    def text(*contents, roles=("user", "assistant"), **arguments):
+        messages = [
+            {"role": roles[i % len(roles)], "content": content}
+            for i, content in enumerate(contents)
+        ]
+        tokenizer = chat_tokenizer()
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.text(min_size=1))
+    def test_a_question_stays_as_it_is(self, question):
+        text = self.text(question, add_generation_prompt=True)
+        assert text == f"<bos>{question}"
+        tokens = chat_tokenizer().encode(text, add_special_tokens=False)
+        assert tokens == chat_tokenizer().encode(question)
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.lists(st.text("a \n"), min_size=3, max_size=7))
+    def test_a_turn_begins_with_the_one_before(self, contents):
+        *before, answer, question = contents[: (len(contents) - 1) // 2 * 2 + 1]
+        answered = self.text(*before, add_generation_prompt=True) + answer
+        later = self.text(*before, answer, question, add_generation_prompt=True)
+        ends_line = answered == "<bos>" or answered.endswith("\n")
+        assert later == answered + ("" if ends_line else "\n") + question
+        going_on = self.text(*before, answer + " ", continue_final_message=True)
+        assert going_on == answered + " "
+        assert self.text(*before, answer) == f"{answered}<eos>"
+
+    def test_instructions_are_comments(self):
+        roles = ("system", "user")
+        text = self.text("Be brief.\nUse types. ", "x = ", roles=roles)
+        assert text == "<bos># Be brief.\n# Use types.\nx = "
+
+    def test_contents_of_other_clients(self):
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+        assert self.text(parts, None, "c", add_generation_prompt=True) == "<bos>ab\nc"
