@@ -20,6 +20,7 @@ from .errors import RequestError
 THINKING = "enable_thinking"  # the templates' variable
 DEFAULT_THINKING = True  # as mlx-lm has it
 _REASONS = ("reasoning", "reasoning_content")  # what a message's thought is called
+_RESPONSES = "tool_responses"
 _MAX_REASON = 300
 
 
@@ -150,6 +151,8 @@ def _rendered(
     advice: str,
     opens_answer: bool,
 ) -> str:
+    if not _reads_tool_messages(tokenizer):
+        messages = _with_responses(messages)
     try:
         text: str = tokenizer.apply_chat_template(
             list(messages),
@@ -163,3 +166,45 @@ def _rendered(
             f"the chat template must take this prompt: got {reason}. {advice}"
         ) from error
     return text
+
+
+def _reads_tool_messages(tokenizer: Any) -> bool:
+    """Whether the template knows messages of the role tool.
+
+    Those of the first days know a call's results beside the call only, and would write
+    such a message as a turn of its own, which Gemma has never seen.
+    """
+    source = tokenizer.chat_template
+    return not isinstance(source, str) or not (
+        _RESPONSES in source and "tool_call_id" not in source
+    )
+
+
+def _with_responses(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The results of calls beside the calls, and what was said to them behind both."""
+    found: list[Mapping[str, Any]] = []
+    for message in messages:
+        last = found[-1] if found else {}
+        if message["role"] == "tool" and last.get("tool_calls"):
+            response = {
+                "name": _called(last, message),
+                "response": message.get("content"),
+            }
+            found[-1] = {**last, _RESPONSES: [*last.get(_RESPONSES, ()), response]}
+        elif (
+            message["role"] == "assistant"
+            and last.get(_RESPONSES)
+            and not (last.get("content") or message.get("tool_calls"))
+        ):
+            found[-1] = {**last, "content": message.get("content")}
+        else:
+            found.append(message)
+    return found
+
+
+def _called(answer: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """The tool whose result a message is."""
+    for call in answer["tool_calls"]:
+        if call.get("id") == result.get("tool_call_id"):
+            return str(call["function"]["name"])
+    return str(result.get("name") or "unknown")

@@ -57,9 +57,9 @@ def replayed(form, thought, content, calls):
     return (thought_of(thought) if has_thought else "") + calls_of(calls, form)
 
 
-def follow_up(form, calls):
+def follow_up(calls):
     """What comes next: the results of calls, or another question."""
-    if calls and form.reads_tool_messages:
+    if calls:
         return [{**RESULT, "tool_call_id": str(i)} for i in range(len(calls))]
     return [{"role": "user", "content": "And red?"}]
 
@@ -90,7 +90,7 @@ class Turn:
         reader = Dialogue(tokenizer).reader(TOOLS, opening=before.opening)
         self.delta = reader.read(self.answer, is_last=True)
         self.reply = message_of(self.delta)
-        later = [*messages, self.reply, *follow_up(form, calls)]
+        later = [*messages, self.reply, *follow_up(calls)]
         after = prompts.of_messages(later, tools=TOOLS, template_args=args)
         self.before, self.after = before.tokens, after.tokens
         self.opening = before.opening
@@ -195,6 +195,35 @@ class TestRoundTrip:
         reader = Dialogue(tokenizer).reader(TOOLS, opening=prompt.opening)
         delta = reader.read(answer, is_last=True)
         assert (delta.reasoning, delta.content) == ("Now I know.", "Done")
+
+    def test_results_of_calls_are_told_beside_them(self, tokenizer):
+        """Also where a template knows no messages of the role tool."""
+        call = {"function": {"name": WEATHER, "arguments": {"a": "x"}}}
+        asked = [
+            user("Go"),
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{**call, "id": "0"}, {**call, "id": "1"}],
+            },
+            {"role": "tool", "tool_call_id": "1", "content": "two"},
+            {"role": "tool", "tool_call_id": "?", "name": "other", "content": "one"},
+        ]
+        prompts = Prompts(tokenizer, {})
+        form = FORMS[tokenizer.form_name]
+        results = "".join(
+            f"<|tool_response>response:{name}{{value:{QUOTE}{text}{QUOTE}}}"
+            "<tool_response|>"
+            for name, text in ((WEATHER, "two"), ("other", "one"))
+        )
+        turn = TURN + calls_of([(WEATHER, {"a": "x"})] * 2, form) + results
+        text = tokenizer.decode(prompts.of_messages(asked, tools=TOOLS).tokens)
+        assert turn in text
+        assert text.count("<|turn>model") == 1
+        later = [*asked, {"role": "assistant", "content": "Done"}, user("Thanks")]
+        text = tokenizer.decode(prompts.of_messages(later, tools=TOOLS).tokens)
+        # Those of May begin the turn of the answer anew.
+        assert f"{turn}Done<turn|>" in text or f"{turn}{TURN}Done<turn|>" in text
 
     @pytest.mark.parametrize("place", ["user", "system", "tool", "assistant"])
     def test_marks_that_others_wrote_open_nothing(self, tokenizer, place):
