@@ -56,8 +56,14 @@ class Part:
 
 
 def marks_of(tokenizer: Any) -> frozenset[str]:
-    """Gemma 4's control tokens that a tokenizer has; others are no more than text."""
-    return frozenset(_MARKS) & frozenset(tokenizer.get_added_vocab())
+    """Gemma 4's marks that a tokenizer has as tokens, or its chat template writes.
+
+    Others are no more than text.
+    """
+    template = tokenizer.chat_template
+    written = template if isinstance(template, str) else ""
+    known = tokenizer.get_added_vocab()
+    return frozenset(mark for mark in _MARKS if mark in known or mark in written)
 
 
 class AnswerReader:

@@ -18,6 +18,7 @@ from .errors import RequestError
 from .route import AUTO, MODES
 
 DEFAULT_MAX_TOKENS = 100
+EMBEDDED_PROMPT = "def fibonacci(n):\n"  # a sample of what the embedded pair completes
 # Largest bias or penalty: far beyond any logit (Gemma 4 caps them at 30), and finite in
 # float16 also after 20 times a frequency penalty.
 MAX_BIAS = 1000

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .answer import AnswerReader, marks_of
-from .arguments import check, configure_parser
+from .arguments import EMBEDDED_PROMPT, check, configure_parser
 from .chat_template import apply_chat_template
 from .command import (
     EXIT_INTERRUPTED,
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from .text import GenerationResponse
 
 DEFAULT_PROMPT = "hello"
-EMBEDDED_PROMPT = "def fibonacci(n):\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

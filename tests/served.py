@@ -22,9 +22,9 @@ LOG = "server.log"
 _READY = re.compile(r"is served at (http://\S+)")
 
 # As little as makes a prompt of messages, for a pair that goes on with text. The
-# comment has what mlx-lm looks for where a template knows tools.
+# comment has the marks by which a template is known to have tools.
 CHAT_TEMPLATE = (
-    "{# <tool_call> tool_call.name #}{{ bos_token }}"
+    "{# <|tool_call> <tool_call|> #}{{ bos_token }}"
     "{% for message in messages %}{{ message.content }}{% endfor %}"
 )
 

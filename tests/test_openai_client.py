@@ -23,7 +23,7 @@ CODE = "def area(radius):\n"
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 24}
 PLAIN = {"speculative": {"num_draft_tokens": 0}}
 # Repeated text is what the embedded pair goes on with.
-CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>\n'
+CALL = "<|tool_call>call:add{a:1}<tool_call|>\n"
 TOOL = {
     "type": "function",
     "function": {

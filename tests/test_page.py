@@ -148,7 +148,7 @@ def answer_with(page: Any, *texts: str) -> None:
     """Let runs get these texts, in turn."""
     rest = iter(texts)
     page.route(
-        "**/v1/completions",
+        "**/v1/chat/completions",
         lambda route: route.fulfill(
             body=stream_of(next(rest)), content_type="text/event-stream"
         ),
@@ -272,7 +272,7 @@ def test_an_error_in_the_middle_is_shown(visit, address):
     opened.connect()
     failure = 'data: {"error": {"message": "the engine has failed"}}\n\n'
     opened.page.route(
-        "**/v1/completions",
+        "**/v1/chat/completions",
         lambda route: route.fulfill(
             body=stream_of("one").split("data: [DONE]")[0] + failure,
             content_type="text/event-stream",

@@ -408,6 +408,7 @@ class TestState:
         assert (found["live"], found["waiting"], found["kv_bytes"]) == (0, 0, 0)
         assert (found["model"], found["drafter"]) == ("embedded", "drafter")
         assert found["has_chat_template"] is True
+        assert found["example"] == "def fibonacci(n):\n"
         assert found["num_draft_tokens"] == 3
         assert list(found["rounds_by_num_draft_tokens"]) == ["3"]
         assert 0 < found["acceptance_rate"] < 1

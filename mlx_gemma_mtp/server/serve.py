@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import FrameType
 
+from ..arguments import EMBEDDED_PROMPT
 from .app import Desk, make_app
 from .arguments import Settings
 from .bridge import Bridge, Drain, Mailbox
@@ -24,6 +25,7 @@ from .worker import Worker
 logger = logging.getLogger("mlx_gemma_mtp.server")
 
 EXIT_FAILED = 2
+EXAMPLE = "Why is the sky blue?"  # what the page offers to ask
 
 
 def serve(settings: Settings) -> int:
@@ -69,6 +71,7 @@ def make_bridge(engine: Engine, mailbox: Mailbox) -> Bridge:
             "model": engine.settings.names[0],
             "drafter": engine.drafter_name,
             "has_chat_template": bool(engine.tokenizer.has_chat_template),
+            "example": EXAMPLE if engine.settings.model else EMBEDDED_PROMPT,
         },
         max_kv_bytes=engine.max_kv_bytes,
     )
