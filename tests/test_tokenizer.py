@@ -307,10 +307,11 @@ class TestNoTemplate:
     def test_tuning_says_it(self, model, tmp_path):
         (tmp_path / "a.jsonl").write_text("{")
         said: list[str] = []
+        progress: Any = nullcontext
         args = ["--model", str(model), "--data", str(tmp_path / "a.jsonl")]
         request = parse_tune([*args, "--output", str(tmp_path / "made")])
         with pytest.raises(DataError):
-            tune(request, tell=said.append, progress=nullcontext)
+            tune(request, tell=said.append, progress=progress)
         assert [line[:31] for line in said] == ["This model has no chat template"]
 
     def test_the_self_test_says_it(self, model, capsys, monkeypatch):
