@@ -83,7 +83,9 @@ decoding can be tried, tested and timed without a download. It is real in every
 mechanism (sliding and full layers, keys that serve as values, proportional rope,
 soft-capped logits, a drafter that reads the target's K/V) and writes text that looks
 like Python. It is not useful as a language model: greedy decoding often ends in a
-loop, which also lifts its acceptance. It knows no chat format.
+loop, which also lifts its acceptance. It was trained on no chats: its chat template
+makes one Python text of a conversation, with instructions as comments, and the answer
+goes on where the question ends.
 
 | | target | drafter |
 |---|---|---|

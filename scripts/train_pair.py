@@ -40,6 +40,7 @@ import torch.nn.functional as nnf
 from safetensors.torch import save as serialise
 from torch import nn
 
+from mlx_gemma_mtp import embedded_pair_path
 from scripts.corpus import make_corpus, write_measured
 from scripts.pair_card import TargetRun, write_card
 from scripts.progress import log
@@ -960,6 +961,9 @@ def export(model: Target, tokenizer: spm.SentencePieceProcessor, output: Path) -
             "unk_token": "<unk>",
         },
     )
+    # No part of the training: it is written by hand.
+    template = (embedded_pair_path() / "chat_template.jinja").read_text()
+    (output / "chat_template.jinja").write_text(template)
 
 
 # ---------------------------------------------------------------------------

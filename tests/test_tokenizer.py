@@ -5,8 +5,12 @@ Run: python -m pytest tests/test_tokenizer.py
 
 import json
 import logging
+import sys
+from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from itertools import combinations
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jinja2
@@ -17,7 +21,13 @@ from mlx_gemma_mtp import load_pair
 from mlx_gemma_mtp.checkpoint import Checkpoint, open_checkpoint
 from mlx_gemma_mtp.errors import CheckpointError
 from mlx_gemma_mtp.load import eos_token_ids, load, load_tokenizer
+from mlx_gemma_mtp.selftest import sections
+from mlx_gemma_mtp.selftest.__main__ import main as selftest
+from mlx_gemma_mtp.server.arguments import parse
+from mlx_gemma_mtp.server.engine import load_engine
 from mlx_gemma_mtp.template_files import missing_template_note
+from mlx_gemma_mtp.tune import pipeline
+from mlx_gemma_mtp.tune.__main__ import parse as parse_tune
 from tests.tiny import END_OF_TURN, EOS, TURN, model_folder, tiny_tokenizer
 
 RESPONSE = 512  # its id in folders made here
@@ -59,6 +69,12 @@ def folder(tmp_path):
     tokenizer.save_pretrained(tmp_path / "it")
     write(tmp_path / "it", "config.json", {"model_type": "gemma4"})
     return tmp_path / "it"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A pair without a chat template."""
+    return model_folder(tmp_path_factory.mktemp("tokenizer") / "pair")
 
 
 # In the order in which they count.
@@ -181,16 +197,20 @@ class TestModulesOfAnotherRelease:
         (record,) = caplog.records
         assert f"{key} {value!r}" in record.getMessage()
 
-    def test_what_this_one_has_stays(self, folder, caplog):
+    def test_what_this_one_has_stays(self, folder, caplog, monkeypatch):
         write(folder, "chat_template.jinja", text_of("beside"))
         configure(folder, tool_parser_type="json_tools")
         assert load_tokenizer(folder).tool_call_start == "<tool_call>"
         configure(folder, tool_parser_type=None, chat_template_type="")
         assert rendered(folder) == "beside: a"
-        configure(folder, chat_template_type="deepseek_v32")
-        assert "beside" not in rendered(folder)
+        module: Any = ModuleType("mlx_lm.chat_templates.this_one")
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        module.apply_chat_template = lambda *messages, **settings: "this one"
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        configure(folder, chat_template_type="this_one")
+        assert rendered(folder) == "this one"
         assert rendered(folder, {"chat_template": text_of("given")}) == "given: a"
-        assert not [r for r in caplog.records if "deepseek" in r.getMessage()]
+        assert "'this_one'" not in caplog.text
 
     def test_without_any_template_it_is_one_line(self, folder):
         configure(folder, chat_template_type="gemma9")
@@ -266,7 +286,42 @@ class TestEnds:
             assert (folder / "generation_config.json").read_text() == before
 
 
-def test_the_note_says_where_to_get_one(folder):
-    note = missing_template_note(load_tokenizer(folder), "so")
-    assert note.startswith("This model has no chat template: so. If it was tuned to")
-    assert "\n" not in note
+class TestNoTemplate:
+    def test_the_note_says_where_to_get_one(self, folder):
+        note = missing_template_note(load_tokenizer(folder), "so")
+        assert note.startswith("This model has no chat template: so. If it was tuned")
+        assert "\n" not in note
+
+    def test_the_server_says_it(self, model, caplog):
+        load_engine(parse(["--model", str(model)]))
+        (said,) = [r for r in caplog.records if "no chat template" in r.getMessage()]
+        assert said.levelno == logging.WARNING
+        caplog.clear()
+        load_engine(parse(["--model", str(model), "--chat-template", "{{ messages }}"]))
+        assert "no chat template" not in caplog.text
+
+    def test_a_broken_template_ends_the_servers_start(self, model):
+        with pytest.raises(CheckpointError, match="in line 1"):
+            load_engine(parse(["--model", str(model), "--chat-template", "{% if %}"]))
+
+    def test_tuning_says_it(self, model, tmp_path, monkeypatch):
+        lines = [json.dumps({"text": f"{n} the rain " * 40}) for n in range(32)]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        said: list[str] = []
+        progress: Any = nullcontext
+        args = ["--model", str(model), "--data", str(tmp_path / "a.jsonl")]
+        held_out = ["--held-out", str(tmp_path / "a.jsonl"), "--max-tokens", "8"]
+        output = ["--output", str(tmp_path / "made")]
+        monkeypatch.setattr(pipeline, "_Run", None)  # what follows takes long
+        with pytest.raises(TypeError):
+            pipeline.tune(
+                parse_tune([*args, *held_out, *output]),
+                tell=said.append,
+                progress=progress,
+            )
+        assert [line[:31] for line in said] == ["This model has no chat template"]
+
+    def test_the_self_test_says_it(self, model, capsys, monkeypatch):
+        monkeypatch.setattr(sections, "run", lambda options, note: [])
+        assert selftest(["--model", str(model), "--section", "model"]) == 0
+        assert capsys.readouterr().err.count("no chat template") == 1

@@ -110,8 +110,6 @@ def tune(
     check_place(request.place, force=_may_replace(request))
     folder = fetch(request.model, request.revision)
     plain, tokenizer = _load(request)
-    if not tokenizer.has_chat_template:
-        tell(missing_template_note(tokenizer, "prompts go in as they are"))
     params = SamplingParams(
         **plain.sampling_defaults.settings(**request.texts.sampling),
         seed=request.training.seed,
@@ -129,6 +127,8 @@ def tune(
                 f"another {', '.join(place.changed)} than before: training begins anew "
                 "on the texts that are there"
             )
+        if not tokenizer.has_chat_template:
+            tell(missing_template_note(tokenizer, "prompts go in as they are"))
         is_forced = _may_replace(request)
         check_place(request.place, force=is_forced)  # it may have other settings now
         run = _Run(request, place, plain, params, origin, chosen, tell, progress)
