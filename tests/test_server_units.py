@@ -198,6 +198,8 @@ class TestCommand:
 class MarkedTokenizer:
     """As much of a tokenizer as says which marks answers have."""
 
+    chat_template = None
+
     def get_added_vocab(self):
         return {mark: token for token, mark in SPECIAL.items()}
 
