@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from mlx_gemma_mtp.errors import RequestError
+from mlx_gemma_mtp.load import load_tokenizer
 from mlx_gemma_mtp.logprobs import MAX_LOGPROBS as ENGINE_MAX_LOGPROBS
 from mlx_gemma_mtp.server import __main__ as command
 from mlx_gemma_mtp.server.arguments import (
@@ -361,3 +362,17 @@ def test_text_of_any_kind_is_json():
     assert json.loads(dumps({"ä": "\u2028 \U0001f600"})) == {"ä": "\u2028 \U0001f600"}
     assert b"\n" not in dumps("a\nb\u2028")
     assert dumps("\ud800") == b'"?"'
+
+
+@pytest.mark.parametrize(
+    ("template", "has_tools"),
+    [
+        ("{{ bos_token }}<|tool_call><tool_call|>", True),
+        ("{{ bos_token }}<tool_call> {# tool_call.name #}", False),  # another format
+        ("{{ bos_token }}", False),
+    ],
+)
+def test_tools_that_are_called_in_gemmas_way(tmp_path, template, has_tools):
+    folder = tmp_path / "tokenizer"
+    tiny_tokenizer(chat_template=template).save_pretrained(folder)
+    assert Prompts(load_tokenizer(folder), {}).has_tools is has_tools

@@ -113,8 +113,8 @@ class Orders:
             return []
         if not has_tools:
             raise bad_request(
-                "tools need a chat template that has them: this model has none. Leave "
-                "them out, or send tool_choice: none.",
+                "tools need a chat template that calls them as Gemma does: this model "
+                "has none. Leave them out, or send tool_choice: none.",
                 "tools",
             )
         return [tool.model_dump(exclude_unset=True) for tool in body.tools]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..answer import AnswerReader, marks_of
+from ..answer import CALL_START, AnswerReader, marks_of
 from ..chat_template import ChatPrompt, apply_chat_template
 from ..encoding import encode_text
 from ..errors import RequestError
@@ -72,8 +72,8 @@ class Prompts:
 
     @property
     def has_tools(self) -> bool:
-        """Whether the chat template has tools."""
-        return bool(self._tokenizer.has_tool_calling)
+        """Whether the chat template has tools, and calls them in Gemma's way."""
+        return bool(self._tokenizer.tool_call_start == CALL_START)
 
     def of_text(self, text: str) -> Prompt:
         """The prompt of a text, with the begin-of-sequence token unless it is there."""
