@@ -12,7 +12,7 @@ or of terminals.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,31 @@ _LABELLED = re.compile(rf"(?:{_LABEL}\b)?\n?")
 THOUGHT_OPENING = f"{THOUGHT_START}{_LABEL}\n"
 
 
+# Stands behind each < of text that ordinary tokens spell, so that none of it is taken
+# for a mark. Unicode has this place for no character.
+_SPELLED = "\ufdd0"
+
+
+def spelled(text: str) -> str:
+    """Text of ordinary tokens, in which no mark is."""
+    return text.replace("<", f"<{_SPELLED}")
+
+
+def plain(text: str) -> str:
+    """Text as it is to be seen, of ordinary tokens or not."""
+    return text.replace(_SPELLED, "")
+
+
+def cut(text: str, num_characters: int) -> tuple[str, str]:
+    """A text's beginning of so many characters that are to be seen, and its rest."""
+    if _SPELLED not in text:
+        return text[:num_characters], text[num_characters:]
+    end = 0
+    for _ in range(num_characters):
+        end += 2 if text.startswith(_SPELLED, end + 1) else 1
+    return text[:end], text[end:]
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of an answer.
@@ -55,15 +80,46 @@ class Part:
     call: ToolCall | None = None
 
 
-def marks_of(tokenizer: Any) -> frozenset[str]:
+class Marks:
+    """The control tokens that a model's answers may have.
+
+    Args:
+        names: Their texts.
+        tokens: Their texts by their ids, where all of them are tokens; else nothing,
+            and text that spells one counts for it.
+
+    Attributes:
+        pattern: Finds one.
+        tokens: The same.
+    """
+
+    def __init__(
+        self, names: Collection[str], tokens: Mapping[int, str] | None = None
+    ) -> None:
+        words = map(re.escape, sorted(names, key=len, reverse=True))
+        self.pattern = re.compile("|".join(words) or r"(?!)")
+        self.tokens = dict(tokens or {})
+        # All of them begin with the only < in them.
+        self._beginnings = {name[:n] for name in names for n in range(1, len(name))}
+        self._longest = max(map(len, names), default=0)
+
+    def num_held(self, text: str, start: int) -> int:
+        """Length of a text's end, behind ``start``, that may begin a mark."""
+        last = text.rfind("<", max(start, len(text) - self._longest))
+        return len(text) - last if last >= 0 and text[last:] in self._beginnings else 0
+
+
+def marks_of(tokenizer: Any) -> Marks:
     """Gemma 4's marks that a tokenizer has as tokens, or its chat template writes.
 
     Others are no more than text.
     """
     template = tokenizer.chat_template
     written = template if isinstance(template, str) else ""
-    known = tokenizer.get_added_vocab()
-    return frozenset(mark for mark in _MARKS if mark in known or mark in written)
+    known: dict[str, int] = tokenizer.get_added_vocab()
+    names = [mark for mark in _MARKS if mark in known or mark in written]
+    are_tokens = all(name in known for name in names)
+    return Marks(names, {known[name]: name for name in names} if are_tokens else None)
 
 
 class AnswerReader:
@@ -74,6 +130,7 @@ class AnswerReader:
         tools: The tools that may be called; None where the text of a call is content.
         opening: The text before the answer, from the turn's beginning on: what the
             prompt itself has opened. None of it is a part of the answer.
+        max_calls: Most calls to read, the text of others is gone; None for all.
 
     Attributes:
         is_cut_off: Whether the answer has ended inside a call.
@@ -81,14 +138,17 @@ class AnswerReader:
     """
 
     def __init__(
-        self, marks: Collection[str], tools: Tools | None = None, *, opening: str = ""
+        self,
+        marks: Marks,
+        tools: Tools | None = None,
+        *,
+        opening: str = "",
+        max_calls: int | None = None,
     ) -> None:
-        # All begin with the only < in them.
-        self._beginnings = {mark[:n] for mark in marks for n in range(1, len(mark))}
-        self._longest = max(map(len, marks), default=0)
-        words = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
-        self._pattern = re.compile(words or r"(?!)")
+        self._marks = marks
         self._tools = tools
+        self._max_calls = max_calls
+        self._num_calls = 0
         self._parts: list[Part] = []
         self._held = ""  # may be the beginning of a mark
         self._is_thought = False
@@ -100,12 +160,14 @@ class AnswerReader:
         self._call: list[str] | None = None
         self._is_string = False
         self._has_strings = True  # False where one has no end
-        self._num_known = 0  # held characters that are none of the answer
+        # Characters that are none of the answer: held back, and of a call.
+        self._num_known = self._num_known_call = 0
         self.is_cut_off = False
         self.num_unread = 0
         self.read(opening)
         self._has_thought = False
         self._num_known = sum(map(len, (self._held, self._line_end, self._label or "")))
+        self._num_known_call = sum(map(len, self._call or ()))
 
     @property
     def is_thought(self) -> bool:
@@ -131,18 +193,13 @@ class AnswerReader:
     def _read(self, text: str, *, is_last: bool) -> None:
         text, self._held = self._held + text, ""
         start = 0
-        for mark in self._pattern.finditer(text):
+        for mark in self._marks.pattern.finditer(text):
             self._add(text[start : mark.start()])
             self._take(mark.group())
             start = mark.end()
-        end = len(text) if is_last else len(text) - self._num_held(text, start)
+        end = len(text) if is_last else len(text) - self._marks.num_held(text, start)
         self._add(text[start:end])
         self._held = text[end:]
-
-    def _num_held(self, text: str, start: int) -> int:
-        """Length of the text's end that may be the beginning of a mark."""
-        last = text.rfind("<", max(start, len(text) - self._longest))
-        return len(text) - last if last >= 0 and text[last:] in self._beginnings else 0
 
     def _add(self, text: str) -> None:
         """Text without marks."""
@@ -167,6 +224,7 @@ class AnswerReader:
             self._add('"')
         elif mark == CALL_START and self._tools is not None:
             self._call, self._is_string = [], False
+            self._num_known_call = 0
         elif mark == THOUGHT_START:
             self._end_label()
             self._is_thought, self._label = True, ""
@@ -199,7 +257,7 @@ class AnswerReader:
             self._emit(REASONING, label)
 
     def _emit(self, kind: str, text: str) -> None:
-        text, self._num_known = text[self._num_known :], 0
+        text, self._num_known = plain(text[self._num_known :]), 0
         if text:
             self._parts.append(Part(kind, text))
             self._has_thought |= kind == REASONING
@@ -209,21 +267,28 @@ class AnswerReader:
         assert self._call is not None
         assert self._tools is not None
         text, self._call = "".join(self._call), None
+        known, self._num_known_call = self._num_known_call, 0
+        if self._num_calls == self._max_calls:
+            return
         try:
-            calls = read_calls(text, self._tools)
+            calls = read_calls(plain(text), self._tools)
         except UnreadableCallError:
             self.num_unread += 1
-            for part in self._pattern.split(text.replace(QUOTE, '"')):
-                self._add(part)
+            self._num_known = 0
+            self._add(self._marks.pattern.sub(_as_text, text[known:]))
             return
-        self._parts += [Part(CALL, call=call) for call in calls]
+        left = None if self._max_calls is None else self._max_calls - self._num_calls
+        self._parts += [Part(CALL, call=call) for call in calls[:left]]
+        self._num_calls += len(calls[:left])
 
     def _end(self) -> None:
         """The answer is over: nothing is held back any longer."""
         if self._call is not None and self._is_string and self._has_strings:
             # Nobody wrote the end of this string: it hides all the marks behind it.
-            text, self._call, self._has_strings = "".join(self._call), None, False
+            text, known = "".join(self._call), self._num_known_call
+            self._call, self._has_strings = None, False
             self._take(CALL_START)
+            self._num_known_call = known
             self._read(text, is_last=True)
         if self._call is not None:
             before = self.num_unread
@@ -232,3 +297,8 @@ class AnswerReader:
         self._end_label()
         if self._is_thought:
             self._emit(REASONING, self._line_end)
+
+
+def _as_text(mark: re.Match[str]) -> str:
+    """What is left of a mark in the text of a call that is none."""
+    return '"' if mark.group() == QUOTE else ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .answer import THOUGHT_END, THOUGHT_OPENING, AnswerReader, marks_of
-from .encoding import encode_text
+from .encoding import encode_text, num_common
 from .errors import RequestError
 
 THINKING = "enable_thinking"  # the templates' variable
@@ -113,35 +113,28 @@ def _opened(
     asked = messages[:-1] if continues_last else messages
     text = _rendered(tokenizer, asked, config, advice, opens_answer=True)
     closed = _rendered(tokenizer, asked, config, advice, opens_answer=False)
-    start = len(closed) if text.startswith(closed) else _num_common(text, closed)
+    start = len(closed) if text.startswith(closed) else num_common(text, closed)
     opening = text[start:]
     if continues_last:
-        opening += _beginning(tokenizer, opening, messages[-1])
+        opening = _begun(tokenizer, opening, messages[-1])
     return text[:start] + opening, opening
 
 
-def _num_common(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
-    pairs = zip(one, other, strict=False)
-    return next(
-        (i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other))
-    )
-
-
-def _beginning(tokenizer: Any, opening: str, message: Mapping[str, Any]) -> str:
-    """An answer's beginning, in the state that the opening leaves it in."""
+def _begun(tokenizer: Any, opening: str, message: Mapping[str, Any]) -> str:
+    """An answer's opening and its beginning, in the state that the opening leaves."""
     content = message.get("content") or ""
     thought = next((message[key] for key in _REASONS if message.get(key)), "")
-    is_thought = AnswerReader(marks_of(tokenizer), opening=opening).is_thought
-    begin = THOUGHT_OPENING if thought and not is_thought else ""
-    if not content:
-        return f"{begin}{thought}"
     if thought:
-        return f"{begin}{thought}\n{THOUGHT_END}{content}"
-    # A thought that the template has opened ends before the content begins.
-    return (
-        f"{THOUGHT_END if is_thought and THOUGHT_END not in content else ''}{content}"
-    )
+        content = f"\n{THOUGHT_END}{content}" if content else ""
+        content = f"{THOUGHT_OPENING}{thought}{content}"
+    if content.startswith(THOUGHT_OPENING):
+        # It takes the place of a thought that the template has opened, or left empty.
+        opening = opening.removesuffix(THOUGHT_END).removesuffix(THOUGHT_OPENING)
+    elif content and THOUGHT_END not in content:
+        # A thought that the template has opened ends before the content begins.
+        is_thought = AnswerReader(marks_of(tokenizer), opening=opening).is_thought
+        opening += THOUGHT_END if is_thought else ""
+    return opening + content
 
 
 def _rendered(
@@ -151,17 +144,18 @@ def _rendered(
     advice: str,
     opens_answer: bool,
 ) -> str:
+    told = _with_names(messages)
     if not _reads_tool_messages(tokenizer):
-        messages = _with_responses(messages)
+        told = _with_responses(told)
     try:
         text: str = tokenizer.apply_chat_template(
-            list(messages),
+            told,
             tokenize=False,
             add_generation_prompt=opens_answer,
             **{THINKING: DEFAULT_THINKING, **config},
         )
     except Exception as error:  # templates raise whatever they like
-        reason = " ".join(str(error).split())[:_MAX_REASON]
+        reason = " ".join(str(error).split())[:_MAX_REASON].rstrip(".")
         raise RequestError(
             f"the chat template must take this prompt: got {reason}. {advice}"
         ) from error
@@ -180,16 +174,34 @@ def _reads_tool_messages(tokenizer: Any) -> bool:
     )
 
 
+def _with_names(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The results of calls with the names of their tools, which templates want.
+
+    A result belongs to the call of its ``tool_call_id``, else to the next one.
+    """
+    found: list[Mapping[str, Any]] = []
+    names: dict[Any, str] = {}
+    following: list[str] = []
+    for message in messages:
+        if message["role"] != "tool":
+            calls = message.get("tool_calls") or ()
+            following = [call["function"]["name"] for call in calls]
+            names = {c.get("id"): c["function"]["name"] for c in calls if c.get("id")}
+            found.append(message)
+            continue
+        next_name = following.pop(0) if following else "unknown"
+        name = names.get(message.get("tool_call_id")) or message.get("name")
+        found.append({**message, "name": name or next_name})
+    return found
+
+
 def _with_responses(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The results of calls beside the calls, and what was said to them behind both."""
     found: list[Mapping[str, Any]] = []
     for message in messages:
         last = found[-1] if found else {}
         if message["role"] == "tool" and last.get("tool_calls"):
-            response = {
-                "name": _called(last, message),
-                "response": message.get("content"),
-            }
+            response = {"name": message["name"], "response": message.get("content")}
             found[-1] = {**last, _RESPONSES: [*last.get(_RESPONSES, ()), response]}
         elif (
             message["role"] == "assistant"
@@ -200,11 +212,3 @@ def _with_responses(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
         else:
             found.append(message)
     return found
-
-
-def _called(answer: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """The tool whose result a message is."""
-    for call in answer["tool_calls"]:
-        if call.get("id") == result.get("tool_call_id"):
-            return str(call["function"]["name"])
-    return str(result.get("name") or "unknown")

@@ -132,7 +132,7 @@ def _apply_template(
     It is text, or tokens where a chat template was applied.
     """
     if args.ignore_chat_template or not tokenizer.has_chat_template:
-        return prompt, ""
+        return prompt + (args.prefill_response or ""), ""
     messages = [{"role": "user", "content": prompt}]
     if args.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": args.system_prompt})
@@ -163,7 +163,7 @@ def _print_responses(
     status = 0
     try:
         for response in responses:
-            display.show(reader.read(response.text))
+            display.show(reader.read(response.marked_text))
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -24,3 +25,9 @@ def encode_text(tokenizer: Any, text: str, *, continues: bool = False) -> list[i
         return ids
     begin = next((i for i, token in enumerate(ids) if token != bos), len(ids))
     return [bos, *ids[begin:]]
+
+
+def num_common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many elements two sequences begin with in common."""
+    length = min(len(one), len(other))
+    return next((i for i in range(length) if one[i] != other[i]), length)

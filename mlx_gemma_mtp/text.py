@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .answer import marks_of, plain
 from .config import SamplingParams
 from .decoder import Decoder
 from .drafter import Drafter
@@ -48,6 +49,8 @@ class GenerationResponse:
 
     Attributes:
         text: The next piece of text, perhaps empty.
+        marked_text: The same with control tokens told from text that spells them, for
+            ``AnswerReader``.
         token: The token id.
         from_draft: Whether the drafter had proposed the token.
         prompt_tokens: Tokens in the prompt.
@@ -86,6 +89,7 @@ class GenerationResponse:
     top_logprobs: list[tuple[int, float]] | None
     drafter_memory: float
     stats: RoundStats = field(repr=False)
+    marked_text: str = field(repr=False)
     _logits: mx.array = field(repr=False)  # of the whole round, [1, K + 1, V]
     _index: int = field(repr=False)
 
@@ -248,7 +252,7 @@ def stream_generate(
     stream = _TextStream(
         pair,
         decoder,
-        TextPieces(tokenizer.detokenizer, StopStrings(stop)),
+        TextPieces(tokenizer.detokenizer, StopStrings(stop), marks_of(tokenizer)),
         len(request.prompt),
         prompt_cache=prompt_cache,
         on_progress=prompt_progress_callback,
@@ -415,7 +419,8 @@ class _TextStream:
             text = self._pieces.add(token, reason)
             logprobs = emission.logprobs[i] if emission.logprobs else None
             yield GenerationResponse(
-                text=text,
+                text=plain(text),
+                marked_text=text,
                 token=token,
                 from_draft=i < emission.num_from_draft,
                 finish_reason="stop" if self._pieces.is_stopped else reason,

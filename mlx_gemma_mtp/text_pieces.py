@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .answer import Marks, cut, spelled
 from .stop import StopStrings
 
 
@@ -13,11 +14,15 @@ class TextPieces:
     Args:
         detokenizer: mlx-lm's, fresh.
         stops: The strings that end the text.
+        marks: The control tokens, which the text tells from what ordinary tokens spell:
+            ``plain`` makes it what is to be seen, ``AnswerReader`` reads it.
     """
 
-    def __init__(self, detokenizer: Any, stops: StopStrings) -> None:
+    def __init__(self, detokenizer: Any, stops: StopStrings, marks: Marks) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
+        self._marks = marks.tokens
+        self._held = ""  # what stop strings hold back
 
     @property
     def is_stopped(self) -> bool:
@@ -31,10 +36,25 @@ class TextPieces:
             token: The next one.
             finish_reason: Why the sequence ends with it; None where it does not.
         """
-        if finish_reason != "stop":  # an end-of-sequence token has no text
+        is_text = finish_reason != "stop"  # an end-of-sequence token has none
+        if is_text:
             self._detokenizer.add_token(token)
-        if finish_reason is None:
-            return self._stops.add(self._detokenizer.last_segment)
-        self._detokenizer.finalize()
-        text = self._stops.add(self._detokenizer.last_segment)
-        return text if self._stops.is_stopped else text + self._stops.finish()
+        if finish_reason is not None:
+            self._detokenizer.finalize()
+        segment = self._detokenizer.last_segment
+        self._held += self._told_apart(
+            segment, self._marks.get(token) if is_text else None
+        )
+        shown = self._stops.add(segment)
+        if finish_reason is not None and not self._stops.is_stopped:
+            shown += self._stops.finish()
+        found, self._held = cut(self._held, len(shown))
+        return found
+
+    def _told_apart(self, segment: str, mark: str | None) -> str:
+        """A segment in which text of ordinary tokens is no mark."""
+        if not self._marks:
+            return segment
+        if mark is not None and segment.endswith(mark):
+            return spelled(segment[: -len(mark)]) + mark
+        return spelled(segment)

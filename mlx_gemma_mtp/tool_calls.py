@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,6 +36,9 @@ _OTHERS = ("anyOf", "oneOf", "allOf")
 _QUOTES = ('"', "'")
 _CALL = "call:"
 _MAX_ALTERNATIVES = 32  # of a schema, one inside the other
+# A name that no mark of the format nor white space is in. Few tools declare others.
+_NAME = re.compile(r"[^\s,{}\[\]:=\"'<]+")
+_MAX_ODD = 64
 
 
 def _quoted_before(ends: str) -> dict[str, re.Pattern[str]]:
@@ -72,6 +75,29 @@ class ToolCall:
     arguments: dict[str, Any]
 
 
+class Names:
+    """Declared names, found at a place of a text.
+
+    Args:
+        names: The names.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._all = frozenset(names)
+        odd = [name for name in self._all if not _NAME.fullmatch(name)]
+        self._odd = sorted(odd, key=len, reverse=True)[:_MAX_ODD]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._all
+
+    def at(self, text: str, place: int) -> Iterator[str]:
+        """Those that may stand at a place, longest first."""
+        yield from (name for name in self._odd if text.startswith(name, place))
+        match = _NAME.match(text, place)
+        if match is not None and match.group() in self._all:
+            yield match.group()
+
+
 class Schema:
     """As much of a JSON schema as helps to read a value; any value is taken for one.
 
@@ -82,17 +108,25 @@ class Schema:
 
     def __init__(self, given: Any, root: Any = None) -> None:
         self._root = given if root is None else root
-        self._options = list(self._alternatives(given, set(), _MAX_ALTERNATIVES))
+        self._given = given
         self._known: dict[str, Schema] = {}
-        properties: dict[str, Any] = {}
-        for option in self._options:
-            properties = {**_object(option.get("properties")), **properties}
-        self._properties = properties
 
     @cached_property
-    def names(self) -> list[str]:
-        """The declared keys of an object, longest first."""
-        return sorted(self._properties, key=len, reverse=True)
+    def keys(self) -> Names:
+        """The declared keys of an object."""
+        return Names(self._properties)
+
+    @cached_property
+    def _options(self) -> list[Mapping[str, Any]]:
+        return list(self._alternatives(self._given, set(), _MAX_ALTERNATIVES))
+
+    @cached_property
+    def _properties(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for option in self._options:
+            for name, schema in _object(option.get("properties")).items():
+                found.setdefault(name, schema)
+        return found
 
     def of(self, key: str) -> Schema:
         """The schema of an object's value."""
@@ -111,8 +145,9 @@ class Schema:
     def is_string(self) -> bool:
         """Whether a string may stand here."""
         return any(
-            "string" in [str(each).lower() for each in _listed(option.get("type"))]
+            isinstance(each, str) and each.lower() == "string"
             for option in self._options
+            for each in _listed(option.get("type"))
         )
 
     @cached_property
@@ -141,8 +176,9 @@ class Schema:
     def _at(self, reference: str) -> Any:
         """What ``#/$defs/Name`` names."""
         found = self._root
-        for part in reference.removeprefix("#/").split("/"):
-            found = _object(found).get(part)
+        for part in reference.removeprefix("#").split("/")[1:]:
+            name = part.replace("~1", "/").replace("~0", "~")  # RFC 6901, 3
+            found = _object(found).get(name)
         return found
 
 
@@ -161,9 +197,9 @@ class Tools:
         }
 
     @cached_property
-    def names(self) -> list[str]:
-        """What they are called, longest first."""
-        return sorted(self._schemas, key=len, reverse=True)
+    def names(self) -> Names:
+        """What they are called."""
+        return Names(self._schemas)
 
     def schema_of(self, name: str) -> Schema:
         """What a tool takes; of another one nothing is known."""
@@ -230,9 +266,9 @@ class _Parser:
 
     def _name(self, *, is_sure: bool) -> str:
         """The name of a tool; behind it stands the brace of its arguments."""
-        for name in self._tools.names:
+        for name in self._tools.names.at(self._text, self._at):
             end = self._space_behind(self._at + len(name))
-            if self._text.startswith(name, self._at) and self._has("{", end):
+            if self._has("{", end):
                 self._at = end
                 return name
         end = self._text.find("{", self._at)
@@ -312,7 +348,7 @@ class _Parser:
 
     def _declared_key(self, schema: Schema) -> str | None:
         """The declared key that stands here, if one does; its value follows."""
-        for name in schema.names:
+        for name in schema.keys.at(self._text, self._at):
             end = self._value_behind(name, schema)
             if end is not None:
                 self._at = end
@@ -325,9 +361,7 @@ class _Parser:
         return self._bare_key(schema) if quoted is None else quoted
 
     def _value_behind(self, name: str, schema: Schema) -> int | None:
-        """Where the value begins, if this declared key stands here."""
-        if not self._text.startswith(name, self._at):
-            return None
+        """Where the value begins, if this text is a declared key."""
         end = self._space_behind(self._at + len(name))
         if self._has("=", end) and self._is_exact:
             raise UnreadableCallError("a declared key has another mark behind it")
@@ -378,7 +412,7 @@ class _Parser:
             raise UnreadableCallError("a key is missing")
         key = self._text[self._at : end]
         bare = key.strip()
-        if key != bare and (not self._is_exact or bare in schema.names):
+        if key != bare and (not self._is_exact or bare in schema.keys):
             if self._is_exact:
                 raise UnreadableCallError("a key has white space around it")
             key = bare

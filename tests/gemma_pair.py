@@ -99,6 +99,10 @@ class Speech:
         return mx.where(is_next, 0.0, _NEVER).astype(logits.dtype)[None]
 
 
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
 def let_say(monkeypatch: Any, tokenizer: Any, *answers: str) -> list[list[int]]:
     """Let every request of this process be answered by texts.
 
@@ -111,9 +115,7 @@ def let_say(monkeypatch: Any, tokenizer: Any, *answers: str) -> list[list[int]]:
         A list that grows by what each request's prompt was, the cached part included
         where a request knows it.
     """
-    spoken = [
-        list(tokenizer.encode(text, add_special_tokens=False)) for text in answers
-    ]
+    spoken = [_encoded(tokenizer, text) for text in answers]
     prompts: list[list[int]] = []
 
     def speaking(**fields: Any) -> Request:

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from mlx_gemma_mtp.answer import Marks
 from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.emission import Emission, Progress, Step
 from mlx_gemma_mtp.errors import RequestError
@@ -28,6 +29,7 @@ from mlx_gemma_mtp.server.bridge import Bridge, Drain, Mailbox
 from mlx_gemma_mtp.server.engine import Engine, load_engine
 from mlx_gemma_mtp.server.order import Order
 from mlx_gemma_mtp.server.serve import make_bridge, make_desk
+from mlx_gemma_mtp.server.transcript import Transcript
 from mlx_gemma_mtp.server.web import Web, listen
 from mlx_gemma_mtp.server.worker import Means, Worker
 from mlx_gemma_mtp.stats import RoundStats
@@ -220,7 +222,9 @@ def scripted_means(decoder: ScriptedDecoder, **fields: Any) -> Means:
     means = Means(
         decoder=cast(Any, decoder),
         make_request=make_scripted_request,
-        make_detokenizer=lambda: tokenizer().detokenizer,
+        make_transcript=lambda stop: Transcript(
+            tokenizer().detokenizer, stop, Marks(())
+        ),
         kept=None,
         max_rows=4,
         window=16,

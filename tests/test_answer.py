@@ -1,16 +1,29 @@
 """What an answer's text means, whatever pieces it comes in."""
 
 import re
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.answer import CONTENT, REASONING, AnswerReader, marks_of
+from mlx_gemma_mtp.answer import (
+    CONTENT,
+    REASONING,
+    AnswerReader,
+    Marks,
+    cut,
+    marks_of,
+    plain,
+    spelled,
+)
+from mlx_gemma_mtp.stop import StopStrings
+from mlx_gemma_mtp.text_pieces import TextPieces
 from mlx_gemma_mtp.tool_calls import QUOTE, Tools
 from tests.gemma import SPECIAL
 
-MARKS = frozenset(SPECIAL.values()) - {"<mask>", "<unk>"}
+NAMES = frozenset(SPECIAL.values()) - {"<mask>", "<unk>"}
+MARKS = Marks(NAMES)
 TOOLS = Tools([{"function": {"name": "f", "parameters": {"properties": {"a": {}}}}}])
 CALL_TEXT = f"<|tool_call>call:f{{a:{QUOTE}x{QUOTE}}}<tool_call|>"
 THOUGHT = "<|channel>thought\n"
@@ -111,6 +124,10 @@ def test_what_the_prompt_has_opened(opening, text, content, thought):
 def test_a_call_whose_beginning_was_given():
     found, _ = read(CALL_TEXT[18:], opening=CALL_TEXT[:18])
     assert found == ("", "", [("f", {"a": "x"})])
+    found, _ = read("[<tool_call|>x", opening="Look <|tool_call>call:f{a:")
+    assert found == ("[x", "", [])
+    found, _ = read("x}", opening=f"Look <|tool_call>call:f{{a:{QUOTE}")
+    assert found == ("x}", "", [])
 
 
 def test_a_call_that_was_cut_off_is_told_from_one_that_is_none():
@@ -131,15 +148,88 @@ def test_without_tools_the_text_of_a_call_is_content():
 
 
 def test_marks_are_those_of_the_tokenizer(gemma_tokenizer):
-    assert marks_of(gemma_tokenizer("may-e2b")) == MARKS
-    reader = AnswerReader(frozenset())
+    found = marks_of(gemma_tokenizer("may-e2b"))
+    assert found.tokens == {i: name for i, name in SPECIAL.items() if name in NAMES}
+    assert all(found.pattern.fullmatch(name) for name in NAMES)
+    reader = AnswerReader(Marks(()))
     (part,) = reader.read(f"a{THOUGHT}b", is_last=True)
     assert part.text == f"a{THOUGHT}b"
 
 
+def test_marks_that_a_template_writes_as_text():
+    """A tokenizer without them spells them: what spells one counts for it then."""
+
+    class Tokenizer:
+        chat_template = "{{ bos_token }}<|tool_call><tool_call|>"
+
+        def get_added_vocab(self):
+            return {"<bos>": 2}
+
+    found = marks_of(Tokenizer())
+    assert found.tokens == {}
+    assert found.pattern.fullmatch("<|tool_call>")
+
+
+class TestSpelledMarks:
+    """Text of ordinary tokens that looks like a mark is text."""
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 100])
+    def test_is_content(self, size):
+        text = '["<pad>", "<eos>"] <channel|> <|channel>thought\n' + CALL_TEXT
+        assert read(spelled(text), size=size)[0] == (text, "", [])
+        found, _ = read(f"a{THOUGHT}{spelled(text)}<channel|>b", size=size)
+        assert found == ("ab", text, [])
+
+    def test_is_an_argument(self):
+        value = spelled("<div><eos>")
+        text = f"<|tool_call>call:f{{a:{QUOTE}{value}{QUOTE}}}<tool_call|>"
+        assert read(text)[0] == ("", "", [("f", {"a": "<div><eos>"})])
+
+    @given(st.text("ab<|"), st.integers(0, 20))
+    def test_cut(self, text, count):
+        for marked in (text, spelled(text), f"{text}{spelled(text)}"):
+            begin, rest = cut(marked, count)
+            assert begin + rest == marked
+            assert plain(begin) == plain(marked)[:count]
+
+    @pytest.mark.gemma
+    @pytest.mark.parametrize("stop", [None, "Z", "<", "<eos>", "]", "🌈"])
+    def test_tokens_tell(self, gemma_tokenizer, stop):
+        """Marks spelled by single characters, then one that is a token."""
+        tokenizer = gemma_tokenizer("may-12b")
+        spelled_ids = tokenizer.convert_tokens_to_ids([*'["<eos>","<|channel>"]'])
+        assert not {0, 1, 2, 100} & set(spelled_ids)
+        rest = tokenizer.encode(" < 🌈<|channel>thought\nHm", add_special_tokens=False)
+        pieces = TextPieces(
+            tokenizer.detokenizer, StopStrings(stop), marks_of(tokenizer)
+        )
+        text = ""
+        for token in [*spelled_ids, *rest]:
+            text += "" if pieces.is_stopped else pieces.add(token, None)
+        text += "" if pieces.is_stopped else pieces.add(tokenizer.eos_token_id, "stop")
+        whole = '["<eos>","<|channel>"] < 🌈'
+        end = whole.find(stop) if stop in ("<", "<eos>", "]", "🌈") else len(whole)
+        thought = "Hm" if end == len(whole) else ""
+        assert read(text)[0] == (whole[:end], thought, [])
+
+
+def reference(text):
+    """What a text without calls means, line ends apart: a second way to the same."""
+    said = {CONTENT: "", REASONING: ""}
+    kind = CONTENT
+    for piece in re.split(f"({'|'.join(map(re.escape, NAMES))})", text):
+        if piece in NAMES:
+            kind = {"<|channel>": REASONING, "<channel|>": CONTENT}.get(piece, kind)
+            said[kind] += {QUOTE: '"', "<|channel>": "\0"}.get(piece, "")
+        else:
+            said[kind] += piece
+    thought = re.sub(r"\0(thought\b)?", "", said[REASONING])
+    return said[CONTENT], thought.replace("\n", "")
+
+
 _WORD = st.text("abc <\n", min_size=1, max_size=5)
 _PIECES = st.lists(
-    _WORD | st.sampled_from([*sorted(MARKS), "thought\n", "call:f{a:1}"]), max_size=25
+    _WORD | st.sampled_from([*sorted(NAMES), "thought\n", "call:f{a:1}"]), max_size=25
 )
 
 
@@ -152,45 +242,107 @@ class TestAnyAnswer:
 
     @given(_PIECES)
     @settings(max_examples=1000)
-    def test_no_mark_is_shown_and_no_text_is_lost(self, pieces):
-        text = "".join(pieces)
-        for tools in (TOOLS, None):
-            (content, thought, calls), _ = read(text, tools=tools)
-            # A word may end in the first character of a mark, which is then a new one.
-            bare = re.sub("|".join(map(re.escape, MARKS)), "", text)
-            if bare.count("<") == text.count("<") - sum(map(text.count, MARKS)):
-                assert not any(mark in content + thought for mark in MARKS)
-            letters = "".join(re.findall("[abc]", bare.replace("thought", "")))
-            found = content + thought + "".join("call:f{a:1}" for _ in calls)
-            found = "".join(re.findall("[abc]", found.replace("thought", "")))
-            assert sorted(found) == sorted(letters)
+    def test_no_text_is_lost_and_no_mark_is_shown(self, pieces):
+        """Line ends of thoughts have tests of their own."""
+        for text in ("".join(pieces), "".join(map(_spelled_word, pieces))):
+            (content, thought, _), _ = read(text, tools=None)
+            expected = tuple(map(plain, reference(text)))
+            assert (content, thought.replace("\n", "")) == expected
+
+    @given(_PIECES, _PIECES)
+    @settings(max_examples=1000)
+    def test_nothing_of_an_opening_is_said(self, opening, pieces):
+        """What is said is the end of what both together say."""
+        before, text = "".join(opening), "".join(pieces)
+        whole, _ = read(before + text)
+        found, _ = read(text, opening=before)
+        assert whole[0].endswith(found[0])
+        assert whole[1].endswith(found[1])
+        assert whole[2][len(whole[2]) - len(found[2]) :] == found[2]
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        "<|tool_call>",
-        "<|tool_call>call:f{a:1}",
-        "<|channel>",
-        QUOTE,
-        "<",
-        "<|tool_call>call:f{a:" + QUOTE,
-    ],
-)
-def test_a_megabyte_takes_linear_time(unit):
-    """Quadratic, one of them would take longer than any test may."""
-    text = unit * (10**6 // len(unit))
-    for opening in ("", "<|tool_call>", "<|tool_call>call:f{a:", THOUGHT):
-        reader = AnswerReader(MARKS, TOOLS, opening=opening)
-        for start in range(0, len(text), 1000):
-            reader.read(text[start : start + 1000])
-        reader.read("", is_last=True)
+def _spelled_word(piece):
+    return piece if piece in NAMES else spelled(piece)
 
 
-@pytest.mark.parametrize(
-    "inside", ["[", "{", "a:", '"', '" ', "' '", " ", ",", "a=", "\\", "a:{", "a:1,"]
-)
-def test_a_long_call_takes_linear_time(inside):
-    for start in ("call:f{", 'call:f{a:"', "call:f{a:'", "call:f{a:"):
-        text = start + inside * (300_000 // len(inside))
-        read(f"<|tool_call>{text}<tool_call|>")
+def num_calls(function):
+    """How many functions are called, a measure of work that no clock disturbs."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def read_in_pieces(text, opening=""):
+    reader = AnswerReader(MARKS, TOOLS, opening=opening)
+    for start in range(0, len(text), 100):
+        reader.read(text[start : start + 100])
+    reader.read("", is_last=True)
+
+
+UNITS = [
+    "<|tool_call>",
+    "<|tool_call>call:f{a:1}",
+    "<|channel>",
+    QUOTE,
+    "<",
+    f"<|tool_call>call:f{{a:{QUOTE}",
+]
+INSIDE = ["[", "{", "a:", '"', '" ', "' '", " ", ",", "a=", "\\", "a:{", "a:1,"]
+STARTS = ["call:f{", 'call:f{a:"', "call:f{a:'", "call:f{a:"]
+
+
+class TestWork:
+    @pytest.mark.parametrize("unit", UNITS)
+    def test_grows_with_the_text(self, unit):
+        for opening in ("", "<|tool_call>", "<|tool_call>call:f{a:", THOUGHT):
+            read_in_pieces(unit, opening)  # what happens once
+            one, two = (
+                num_calls(lambda n=n, o=opening: read_in_pieces(unit * n, o))
+                for n in (300, 600)
+            )
+            assert two <= 2.2 * one
+
+    @pytest.mark.parametrize("inside", INSIDE)
+    def test_grows_with_a_call(self, inside):
+        for start in STARTS:
+            text = f"<|tool_call>{start}"
+            one, two = (
+                num_calls(lambda n=n, t=text: read(t + inside * n)) for n in (500, 1000)
+            )
+            assert two <= 2.2 * one
+
+    def test_does_not_grow_with_the_tools(self):
+        """Names and keys are looked up."""
+
+        def work(count):
+            keys = {f"key{i}": {"type": "string"} for i in range(count)}
+            functions = [
+                {"name": f"tool{i}", "parameters": {"properties": keys}}
+                for i in range(count)
+            ]
+            tools = Tools([{"function": function} for function in functions])
+            arguments = ",".join(f"key{i}:x" for i in range(50))
+            text = f"<|tool_call>call:tool7{{{arguments}}}<tool_call|>"
+            assert len(read(text, tools=tools)[0][2][0][1]) == 50  # what happens once
+            return num_calls(lambda: read(text, tools=tools))
+
+        assert work(400) <= 1.1 * work(100)
+
+    @pytest.mark.parametrize("unit", [*UNITS, *(f"<|tool_call>{s}" for s in STARTS)])
+    def test_a_megabyte_is_read(self, unit):
+        """Steps inside a pattern are no calls: quadratic ones would never end."""
+        read_in_pieces(unit * (10**6 // len(unit)))
+
+    @pytest.mark.parametrize("inside", INSIDE)
+    def test_a_long_call_is_read(self, inside):
+        for start in STARTS[:3]:
+            read(f"<|tool_call>{start}{inside * (300_000 // len(inside))}<tool_call|>")

@@ -31,11 +31,11 @@ from mlx_gemma_mtp.chat.kept import KeptCaches
 from mlx_gemma_mtp.chat.prompts import (
     PlainPrompts,
     TemplatePrompts,
-    num_common,
     num_stable,
 )
 from mlx_gemma_mtp.chat.reader import read_message
 from mlx_gemma_mtp.chat.session import Session, Settings
+from mlx_gemma_mtp.encoding import num_common
 from mlx_gemma_mtp.errors import MTPError, RequestError
 from tests.tiny import (
     CHAT_TEMPLATE,

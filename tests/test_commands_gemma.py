@@ -12,7 +12,10 @@ import pytest
 
 from mlx_gemma_mtp import cli, generate, stream_generate
 from mlx_gemma_mtp.chat.kept import KeptCaches
+from mlx_gemma_mtp.chat.prompts import TemplatePrompts
+from mlx_gemma_mtp.chat.session import Session, Settings
 from mlx_gemma_mtp.load import load
+from tests import gemma_pair
 from tests.gemma import BOS
 from tests.gemma_pair import let_say
 from tests.tiny import uncompiled
@@ -121,6 +124,12 @@ class TestGenerate:
         run(cli.main, "-p", prompt, "--ignore-chat-template")
         assert text_of(prompts[0]) == "<bos>" + prompt.replace("<bos>", "")
 
+    def test_an_answer_begins_without_a_template_too(self, run, say, text_of):
+        prompts = say("of it.<turn|>")
+        args = ("--ignore-chat-template", "--prefill-response", " Because")
+        assert run(cli.main, "-p", "Why?", *args)[:2] == (0, "of it.\n")
+        assert text_of(prompts[0]) == "<bos>Why? Because"
+
     def test_a_template_without_a_beginning(
         self, run, say, tmp_path, gemma_pair_folder
     ):
@@ -221,3 +230,47 @@ class TestPython:
             assert len(list(stream)) == 1
         assert text_of(prompts[0]) == "<bos>Why"
         assert text_of(prompts[1]) == " not"
+
+
+def test_an_answer_that_is_stopped_keeps_what_was_held_back(loaded, say):
+    """Its end may have been the beginning of a mark."""
+    model, tokenizer = loaded
+    say("if a <")
+    settings = Settings(
+        max_tokens=20, prefill_step_size=64, exactness="fast", stop=(), sampling={}
+    )
+    prompts = TemplatePrompts(tokenizer, {})
+    session = Session(model, tokenizer, prompts, settings, num_draft_tokens=0)
+    parts = []
+    answer = session.answer("Why")
+    for said in answer:
+        parts += said.parts
+        if said.response.marked_text.startswith("<"):
+            break
+    answer.close()
+    assert "".join(part.text for part in [*parts, *session.unsaid]) == "if a <"
+    assert session.conversation.messages()[1]["content"] == "if a <"
+
+
+class TestSpelledMarks:
+    """Marks that an answer spells in single characters are text, everywhere."""
+
+    @pytest.fixture
+    def spelled(self, monkeypatch, gemma_tokenizer):
+        tokenizer = gemma_tokenizer("may-12b")
+        text = '<|channel>Hm.<channel|>["<eos>","<tool_call|>"]'
+        ids = tokenizer.encode("<|channel>Hm.<channel|>", add_special_tokens=False)
+        ids += tokenizer.convert_tokens_to_ids([*'["<eos>","<tool_call|>"]'])
+        monkeypatch.setattr(gemma_pair, "_encoded", lambda *_: [*ids, 106])
+        return text
+
+    def test_commands(self, run, say, spelled):
+        say("")
+        expected = '["<eos>","<tool_call|>"]\n'
+        assert run(cli.main, "-p", "Why")[1] == expected
+        assert run(CHAT.main, typed="Why\n")[1] == expected
+
+    def test_python(self, loaded, say, spelled):
+        """The text as it is, marks and all."""
+        say("")
+        assert generate(loaded[0], loaded[1], "Why", exactness="fast") == spelled

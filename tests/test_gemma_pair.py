@@ -52,7 +52,7 @@ def test_text_is_the_answer(monkeypatch, loaded, num_draft_tokens):
         settings = {"num_draft_tokens": num_draft_tokens, "temp": 1.0}
         text = mlx_gemma_mtp.generate(model, tokenizer, PROMPT, **settings)
         assert text == expected
-    assert [tokenizer.decode(prompt) for prompt in prompts] == [PROMPT] * 3
+    assert [tokenizer.decode(ids) for ids in prompts] == [f"<bos>{PROMPT}"] * 3
 
 
 def test_the_command_says_the_answer(monkeypatch, folder, loaded, capsys):

@@ -10,6 +10,7 @@ import json
 import pytest
 
 from mlx_gemma_mtp.load import load_tokenizer
+from mlx_gemma_mtp.server.vocabulary import Places
 from tests.gemma_pair import let_say
 from tests.serving import pair_server
 from tests.tiny import uncompiled
@@ -281,3 +282,87 @@ def test_places_of_tokens_in_the_text(served, stream):
             assert token == "<turn|>" or text[place:].startswith(token)
             data += token.encode()
     assert found["text_offset"][-1] == len(text)
+
+
+def call_with(**fields):
+    """An answer with a call, and its result without what tells whose it is."""
+    call = {"id": "a", "function": {"name": "get_weather", "arguments": "{}"}}
+    asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+    return [*QUESTION, asked, {"role": "tool", "content": "ok", **fields}]
+
+
+@says("may-12b", "Yes<turn|>")
+class TestOddConversations:
+    @pytest.mark.parametrize(
+        ("fields", "name"),
+        [
+            ({}, "get_weather"),
+            ({"tool_call_id": "a"}, "get_weather"),
+            ({"tool_call_id": "b"}, "get_weather"),
+            ({"tool_call_id": "b", "name": "other"}, "other"),
+            ({"tool_call_id": None, "name": None}, "get_weather"),
+        ],
+    )
+    def test_results_have_the_names_of_their_tools(self, served, fields, name):
+        assert served.message(call_with(**fields))["content"] == "Yes"
+        assert f"response:{name}{{value:" in served.last_prompt
+
+    def test_an_answer_alone_is_no_beginning(self, served):
+        served.message([{"role": "assistant", "content": "Hi"}])
+        assert served.last_prompt.endswith("Hi<turn|>\n<|turn>model\n")
+
+    @pytest.mark.parametrize(
+        "arguments", ["[1]", "5", '"s"', "{", '{"a": NaN}', '{"a": Infinity}']
+    )
+    def test_arguments_are_objects(self, served, arguments):
+        messages = call_with()
+        messages[1]["tool_calls"][0]["function"]["arguments"] = arguments
+        response = served.client.ask(
+            "POST", "/v1/chat/completions", {"messages": messages}
+        )
+        assert response.status == 400
+        assert "must be a JSON object" in response.json()["error"]["message"]
+
+    @pytest.mark.parametrize("reasoning", [5, ["a"], {"a": 1}, True])
+    def test_thoughts_are_texts(self, served, reasoning):
+        for key in ("reasoning", "reasoning_content"):
+            begun = {"role": "assistant", "content": "", key: reasoning}
+            body = {"messages": [*QUESTION, begun]}
+            response = served.client.ask("POST", "/v1/chat/completions", body)
+            assert response.status == 400
+            assert key in response.json()["error"]["message"]
+
+
+@says("july-12b", "so<turn|>")
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("is_behind_call", [True, False])
+@pytest.mark.parametrize(
+    "begun",
+    [
+        {"content": "<|channel>thought\nHm.\n<channel|>It is"},
+        {"content": "It is", "reasoning": "Hm."},
+        {"content": "", "reasoning": "Hm."},
+    ],
+)
+def test_a_thought_that_was_given_stands_once(served, thinking, is_behind_call, begun):
+    messages = call_with() if is_behind_call else QUESTION
+    settings = {"chat_template_kwargs": {"enable_thinking": thinking}}
+    served.message([*messages, {"role": "assistant", **begun}], **settings)
+    end = "\n<channel|>It is" if begun["content"] else ""
+    turn = "<tool_response|>" if is_behind_call else "<|turn>model\n"
+    expected = f"{turn}<|channel>thought\nHm.{end}"
+    assert served.last_prompt.endswith(expected)
+
+
+@says("july-12b", "Let <tool_call|> me.<turn|>")
+def test_the_plain_text_of_completions_has_its_marks(served):
+    body = {"prompt": "Why", "max_tokens": 20}
+    response = served.client.ask("POST", "/v1/completions", body).json()
+    assert response["choices"][0]["text"] == "Let <tool_call|> me."
+    assert served.message()["content"] == "Let  me."
+
+
+def test_places_behind_half_a_character():
+    places = Places()
+    tokens = [b"\xf0", b"\x9f", b"a", b"b", b"\xf0", b"\xf0", b"\x9f", b"", b"\xc3\xa9"]
+    assert [places.add(token) for token in tokens] == [0, 0, 1, 2, 3, 4, 4, 4, 5]

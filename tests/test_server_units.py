@@ -273,8 +273,8 @@ class TestDialogue:
         assert delta.content == 'acall:weather{city:"Rome"}b'
 
     def test_no_more_calls_than_asked_for(self):
-        reader = Dialogue(MarkedTokenizer()).reader(TOOLS, max_calls=1)
-        delta = reader.read(f"a{CALL}b{CALL}c", is_last=True)
+        reader = Dialogue(MarkedTokenizer()).readers(TOOLS, 1, max_calls=1)[0]
+        delta = reader.read(f"a{CALL}b{CALL}c{CALL[:-20]}", is_last=True)
         assert (len(delta.tool_calls), delta.content) == (1, "abc")
 
     def test_numbers_that_json_has_not(self):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from typing import TYPE_CHECKING
 
 from ..arguments import (
@@ -223,7 +222,8 @@ def _print_answer(session: Session, question: str, *, shows_thoughts: bool) -> N
     """
     response = None
     display = Display(sys.stdout, shows_thoughts=shows_thoughts)
-    with Interrupts() as interrupts, closing(session.answer(question)) as answer:
+    answer = session.answer(question)
+    with Interrupts() as interrupts:
         try:
             for said in answer:
                 response = said.response
@@ -232,7 +232,9 @@ def _print_answer(session: Session, question: str, *, shows_thoughts: bool) -> N
                 if interrupts.asked:
                     break
         finally:
+            answer.close()
             if response is not None:
+                display.show(session.unsaid)
                 display.end()
     if interrupts.asked and not sys.stdin.isatty():
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..chat_template import ChatPrompt, apply_chat_template
-from ..encoding import encode_text
+from ..encoding import encode_text, num_common
 from ..errors import RequestError
 from .conversation import Conversation
 
@@ -111,9 +111,3 @@ def num_stable(
             return 0
         stable = min(stable, num_common(prompt, later))
     return stable
-
-
-def num_common(one: list[int], other: list[int]) -> int:
-    """How many tokens two prompts begin with in common."""
-    length = min(len(one), len(other))
-    return next((i for i in range(length) if one[i] != other[i]), length)

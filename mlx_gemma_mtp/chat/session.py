@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Generator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,6 +140,7 @@ class Session:
         kept: Caches of earlier turns.
         last: The last answer's figures; None before the first one.
         totals: The figures of all answers.
+        unsaid: What of the last answer became certain when it was stopped.
     """
 
     def __init__(
@@ -165,6 +165,7 @@ class Session:
         self.kept = KeptCaches()
         self.last: Turn | None = None
         self.totals = Totals()
+        self.unsaid: list[Part] = []
 
     @property
     def is_full(self) -> bool:
@@ -217,39 +218,53 @@ class Session:
             prompt_cache=caches,
         )
         reader = AnswerReader(self._marks, opening=opening)
-        said = _read(responses, reader, turn)
-        yield from self._follow(said, question, prompt, caches, turn)
+        yield from self._follow(responses, reader, question, prompt, caches, turn)
 
     def _follow(
         self,
-        said: Generator[Said, None, None],
+        responses: Generator[GenerationResponse, None, None],
+        reader: AnswerReader,
         question: str,
         prompt: list[int],
         caches: list[Any],
         turn: Turn,
     ) -> Generator[Said, None, None]:
         """Pass an answer on; then conversation and caches have grown."""
-        texts = {CONTENT: "", REASONING: ""}
+        said: list[Part] = []
         tokens: list[int] = []
         is_whole = False
+        self.unsaid = []
         try:
-            for each in said:
-                tokens.append(each.response.token)
-                for part in each.parts:
-                    texts[part.kind] += part.text
-                yield each
+            for response in responses:
+                if turn.response is None:
+                    turn.prompt_s = time.perf_counter() - turn.start
+                turn.response = response
+                tokens.append(response.token)
+                is_last = response.finish_reason is not None
+                parts = reader.read(response.marked_text, is_last=is_last)
+                said += parts
+                yield Said(parts, response)
             is_whole = True
         except GeneratorExit:
             is_whole = True
             raise
         finally:
-            said.close()
+            responses.close()
+            self.unsaid = reader.read("", is_last=True)
             if tokens:
-                self.conversation.add(question, texts[CONTENT], texts[REASONING])
+                self._add(question, said + self.unsaid)
                 self.last = turn
                 self.totals.add(turn)
             if tokens and is_whole:  # no error came out of the middle of a round
                 self.kept.keep([*prompt, *tokens], caches)
+
+    def _add(self, question: str, said: list[Part]) -> None:
+        """Let an exchange join the conversation."""
+        content, thought = (
+            "".join(part.text for part in said if part.kind == kind)
+            for kind in (CONTENT, REASONING)
+        )
+        self.conversation.add(question, content, thought)
 
     def _max_tokens(self, num_prompt: int) -> int:
         """Most tokens of an answer to a prompt: as set, or what has room."""
@@ -287,21 +302,6 @@ class Session:
             self._model(mx.array(tokens[start : start + step])[None], cache=caches)
             mx.eval([cache.state for cache in caches])
             mx.clear_cache()
-
-
-def _read(
-    responses: Generator[GenerationResponse, None, None],
-    reader: AnswerReader,
-    turn: Turn,
-) -> Generator[Said, None, None]:
-    """Read an answer as its tokens come."""
-    with closing(responses):
-        for response in responses:
-            if turn.response is None:
-                turn.prompt_s = time.perf_counter() - turn.start
-            turn.response = response
-            is_last = response.finish_reason is not None
-            yield Said(reader.read(response.text, is_last=is_last), response)
 
 
 def _after(before: mx.array, processor: LogitsProcessor) -> LogitsProcessor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
+from ..answer import plain
 from . import formats
 from .dialogue import Reader
 from .formats import Envelope
@@ -111,7 +112,7 @@ class CompletionStyle:
             logprobs = formats.completion_logprobs(self._vocabulary, piece, places)
         return {
             "index": index,
-            "text": piece.text,
+            "text": plain(piece.text),
             "logprobs": logprobs,
             "finish_reason": piece.finish_reason,
         }

@@ -213,15 +213,13 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
             continues_last=body.continue_final_message,
         )
         orders = desk.orders.of_chat(body, prompt)
-        readers = [
-            desk.dialogue.reader(
-                tools,
-                opening=prompt.opening,
-                has_numbers=bool(body.stream),
-                max_calls=1 if body.parallel_tool_calls is False else None,
-            )
-            for _ in orders
-        ]
+        readers = desk.dialogue.readers(
+            tools,
+            len(orders),
+            opening=prompt.opening,
+            has_numbers=bool(body.stream),
+            max_calls=1 if body.parallel_tool_calls is False else None,
+        )
         style = ChatStyle(
             Envelope.of_chat(body.model or desk.settings.names[0]),
             readers,

@@ -53,33 +53,49 @@ class Dialogue:
     def __init__(self, tokenizer: Any) -> None:
         self._marks = marks_of(tokenizer)
 
+    def readers(
+        self,
+        tools: Sequence[Any] | None,
+        count: int,
+        *,
+        opening: str = "",
+        has_numbers: bool = False,
+        max_calls: int | None = None,
+    ) -> list[Reader]:
+        """Readers for the answers of one request.
+
+        Args:
+            tools: Tools that the model may call; None for none.
+            count: How many answers.
+            opening: What the prompt has written of the answer's turn.
+            has_numbers: Whether calls have an ``index``, as in a stream.
+            max_calls: Most calls to read of an answer; None for all.
+        """
+        known = Tools(tools) if tools else None
+        return [
+            Reader(
+                AnswerReader(self._marks, known, opening=opening, max_calls=max_calls),
+                has_numbers=has_numbers,
+            )
+            for _ in range(count)
+        ]
+
     def reader(
         self,
         tools: Sequence[Any] | None,
         *,
-        opening: str = "",
         is_reasoning: bool = False,
         has_numbers: bool = False,
-        max_calls: int | None = None,
     ) -> Reader:
         """A reader for one answer.
 
         Args:
             tools: Tools that the model may call; None for none.
-            opening: What the prompt has written of the answer's turn.
-            is_reasoning: Whether that is the mark of a thought.
+            is_reasoning: Whether the answer begins inside a thought.
             has_numbers: Whether calls have an ``index``, as in a stream.
-            max_calls: Most calls to hand on; None for all.
         """
-        return Reader(
-            AnswerReader(
-                self._marks,
-                Tools(tools) if tools else None,
-                opening=THOUGHT_OPENING if is_reasoning else opening,
-            ),
-            has_numbers=has_numbers,
-            max_calls=max_calls,
-        )
+        opening = THOUGHT_OPENING if is_reasoning else ""
+        return self.readers(tools, 1, opening=opening, has_numbers=has_numbers)[0]
 
 
 class Reader:
@@ -88,18 +104,14 @@ class Reader:
     Args:
         answer: Tells its parts.
         has_numbers: Whether calls have an ``index``.
-        max_calls: Most calls to hand on; None for all.
 
     Attributes:
         num_calls: Calls that were handed on.
     """
 
-    def __init__(
-        self, answer: AnswerReader, *, has_numbers: bool, max_calls: int | None
-    ) -> None:
+    def __init__(self, answer: AnswerReader, *, has_numbers: bool) -> None:
         self._answer = answer
         self._has_numbers = has_numbers
-        self._max_calls = max_calls
         self.num_calls = 0
 
     @property
@@ -126,9 +138,8 @@ class Reader:
     def _sort(self, delta: Delta, part: Part) -> None:
         if part.kind == CALL:
             assert part.call is not None
-            if self._max_calls is None or self.num_calls < self._max_calls:
-                delta.tool_calls.append(self._written(part.call))
-                self.num_calls += 1
+            delta.tool_calls.append(self._written(part.call))
+            self.num_calls += 1
         elif part.kind == REASONING:
             delta.reasoning += part.text
         else:

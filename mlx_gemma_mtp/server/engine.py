@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors
 
+from ..answer import marks_of
 from ..errors import RequestError
 from ..generation_defaults import SamplingDefaults
 from ..load import embedded_pair_path, load
@@ -23,6 +24,7 @@ from ..tokens import make_batch_decoder, make_request
 from .arguments import Settings
 from .kept import KeptCaches
 from .order import Order
+from .transcript import Transcript
 from .worker import Means
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
@@ -95,12 +97,13 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> Engine:
         prefill_step_size=settings.prefill_step_size,
     )
     eos = frozenset(tokenizer.eos_token_ids)
+    marks = marks_of(tokenizer)
     return Engine(
         settings=settings,
         means=Means(
             decoder=decoder,
             make_request=lambda order: request_of(pair, order, eos),
-            make_detokenizer=lambda: tokenizer.detokenizer,
+            make_transcript=lambda stop: Transcript(tokenizer.detokenizer, stop, marks),
             kept=_kept(settings),
             max_rows=limits.rows,
             window=pair.rounds.target.layout.window,

@@ -86,7 +86,7 @@ class Piece:
     """The next part of a choice: what one round gave, or several together.
 
     Attributes:
-        text: Text that is certain by now, perhaps empty.
+        text: Text that is certain by now, perhaps empty, as ``TextPieces`` gives it.
         tokens: Token ids, the one that ended the text included.
         logprobs: One entry per token where they were asked for.
         finish_reason: ``"stop"`` or ``"length"`` in the last one.

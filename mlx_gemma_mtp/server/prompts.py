@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..answer import CALL_START, AnswerReader, marks_of
-from ..chat_template import ChatPrompt, apply_chat_template
-from ..encoding import encode_text
+from ..chat_template import ChatPrompt, apply_chat_template, render_chat_template
+from ..encoding import encode_text, num_common
 from ..errors import RequestError
-from .failures import AnswerError, bad_request
+from .failures import bad_request
 from .kept import MIN_TOKENS
 from .order import Place
 
@@ -29,6 +29,7 @@ _RESERVED = frozenset(
         "max_length",
         "messages",
         "padding",
+        "self",
         "return_assistant_tokens_mask",
         "return_dict",
         "return_tensors",
@@ -132,7 +133,7 @@ class Prompts:
         self,
         messages: Sequence[Mapping[str, Any]],
         settings: Mapping[str, Any],
-        continues_last: bool = False,
+        continues_last: bool,
     ) -> ChatPrompt:
         """What the template makes of messages."""
         advice = "Change messages, tools or chat_template_kwargs."
@@ -161,11 +162,12 @@ class Prompts:
             return 0
         other = [*messages[:num_system], {"role": "user", "content": ""}]
         try:
-            start = self._apply(other, settings).tokens
-        except AnswerError:  # a template may want more of a conversation
+            start = render_chat_template(
+                self._tokenizer, other, settings, advice="", opens_answer=False
+            )
+        except RequestError:  # a template may want more of a conversation
             return 0
-        pairs = zip(start, tokens, strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(start))
+        return num_common(encode_text(self._tokenizer, start), tokens)
 
 
 def _continues(messages: Sequence[Mapping[str, Any]], asked: bool | None) -> bool:
@@ -175,11 +177,13 @@ def _continues(messages: Sequence[Mapping[str, Any]], asked: bool | None) -> boo
         AnswerError: It is to be, and cannot.
     """
     last = messages[-1]
-    can_be = last["role"] == "assistant" and not last.get("tool_calls")
+    is_text = last["role"] == "assistant" and not last.get("tool_calls")
+    can_be = is_text and len(messages) > 1
     if asked and not can_be:
         raise bad_request(
-            "continue_final_message must stand behind a text of the assistant's: got a "
-            f"last message of {last['role'][:40]!r}. Leave it out.",
+            "continue_final_message must end a conversation with a text of the "
+            f"assistant's: got {len(messages)} messages, the last one of role "
+            f"{last['role'][:40]!r}. Leave it out.",
             "continue_final_message",
         )
     return can_be and asked is not False

@@ -93,6 +93,11 @@ class TextPart(_Body):
     text: str
 
 
+def _refuse(name: str) -> None:
+    """NaN and its like, which Python takes for JSON."""
+    raise ValueError(name)
+
+
 class CalledFunction(_Body):
     """What an earlier answer called."""
 
@@ -108,11 +113,14 @@ class CalledFunction(_Body):
         if not isinstance(value, str):
             return value
         try:
-            return json.loads(value) if value.strip() else {}
+            found = json.loads(value, parse_constant=_refuse) if value.strip() else {}
         except RecursionError:
             raise ValueError("must not be nested so deeply") from None
         except ValueError:
-            raise ValueError("must be JSON") from None
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError("must be a JSON object")
+        return found
 
 
 class ToolCall(_Body):
@@ -130,6 +138,8 @@ class Message(_Body):
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[TextPart] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
 
     def plain(self) -> dict[str, Any]:

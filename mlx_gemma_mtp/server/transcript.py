@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..answer import Marks
 from ..stop import StopStrings
 from ..text_pieces import TextPieces
 from .order import Piece
@@ -18,14 +19,15 @@ class Transcript:
     Args:
         detokenizer: mlx-lm's, fresh.
         stop: Strings that end the text.
+        marks: The control tokens that the text tells apart.
 
     Attributes:
         tokens: The tokens that were reported.
         num_from_draft: How many of the reported ones the drafter had proposed.
     """
 
-    def __init__(self, detokenizer: Any, stop: tuple[str, ...]) -> None:
-        self._pieces = TextPieces(detokenizer, StopStrings(stop))
+    def __init__(self, detokenizer: Any, stop: tuple[str, ...], marks: Marks) -> None:
+        self._pieces = TextPieces(detokenizer, StopStrings(stop), marks)
         self.tokens: list[int] = []
         self.num_from_draft = 0
 

@@ -24,8 +24,20 @@ class Places:
             data: Its bytes. One that begins inside a character stands where that does.
         """
         place = self._num_characters
+        begun, _ = self._decoder.getstate()
+        if not _goes_on(begun, data):  # what is broken off is a character too
+            place += len(begun.decode("utf-8", "replace"))
         self._num_characters += len(self._decoder.decode(data))
         return place
+
+
+def _goes_on(begun: bytes, data: bytes) -> bool:
+    """Whether bytes belong to a character that others have begun."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(begun + data[:1])
+    except UnicodeDecodeError:
+        return not begun
+    return True
 
 
 class Vocabulary:

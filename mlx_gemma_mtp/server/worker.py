@@ -80,7 +80,7 @@ class Means:
     Attributes:
         decoder: The rows.
         make_request: Checks an order and makes a request of it.
-        make_detokenizer: Makes mlx-lm's detokenizer for one text.
+        make_transcript: Begins a text that some strings end.
         kept: Caches of earlier prompts; None where none are kept.
         max_rows: Rows of the decoder.
         window: Tokens that sliding layers see; caches of fewer can be cut shorter.
@@ -89,7 +89,7 @@ class Means:
 
     decoder: DecoderLike
     make_request: Callable[[Order], Request]
-    make_detokenizer: Callable[[], Any]
+    make_transcript: Callable[[tuple[str, ...]], Transcript]
     kept: KeptCaches | None
     max_rows: int
     window: int
@@ -196,7 +196,7 @@ class Worker:
             return self._tell(job, AnswerError(503, SHUTTING_DOWN))
         try:
             request = self._means.make_request(job.order)
-            transcript = Transcript(self._means.make_detokenizer(), job.order.stop)
+            transcript = self._means.make_transcript(job.order.stop)
         except Exception as error:  # noqa: BLE001 - one order must not end the others
             return self._tell(job, _failure_of(error))
         task = _Task(job, request, transcript)
