@@ -284,7 +284,7 @@ def one_response(text):
     """A stand-in for ``stream_generate`` that says one thing."""
 
     def stream(*args, **settings):
-        yield type("Response", (), {"text": text, "finish_reason": "stop"})()
+        yield type("Response", (), {"marked_text": text, "finish_reason": "stop"})()
 
     return stream
 
@@ -495,7 +495,7 @@ def settings(monkeypatch):
     def recorded(model, tokenizer, prompt, **given):
         seen.clear()
         seen.update(given)
-        yield type("Response", (), {"text": "", "finish_reason": "stop"})()
+        yield type("Response", (), {"marked_text": "", "finish_reason": "stop"})()
 
     monkeypatch.setattr(TEXT, "stream_generate", recorded)
     return seen
