@@ -245,7 +245,7 @@ def test_an_answer_that_is_stopped_keeps_what_was_held_back(loaded, say):
     answer = session.answer("Why")
     for said in answer:
         parts += said.parts
-        if said.response.marked_text.startswith("<"):
+        if "<" in said.response.marked_text:
             break
     answer.close()
     assert "".join(part.text for part in [*parts, *session.unsaid]) == "if a <"
