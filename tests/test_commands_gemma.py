@@ -118,11 +118,21 @@ class TestGenerate:
         is_thought = prefill.endswith("First, ")
         assert (status, out) == (0, "\n" if is_thought else "of it.\n")
 
-    @pytest.mark.parametrize("prompt", ["Why", "<bos>Why", "<bos><bos>Why", ""])
-    def test_plain_text_begins_once(self, run, say, text_of, prompt):
+    @pytest.mark.parametrize(
+        ("prompt", "text"),
+        [
+            ("Why", "<bos>Why"),
+            ("<bos>Why", "<bos>Why"),
+            ("<bos><bos>Why", "<bos>Why"),
+            (" \n<bos>Why", "<bos>Why"),
+            (" Why", "<bos> Why"),
+            ("", "<bos>"),
+        ],
+    )
+    def test_plain_text_begins_once(self, run, say, text_of, prompt, text):
         prompts = say(ANSWER)
         run(cli.main, "-p", prompt, "--ignore-chat-template")
-        assert text_of(prompts[0]) == "<bos>" + prompt.replace("<bos>", "")
+        assert text_of(prompts[0]) == text
 
     def test_an_answer_begins_without_a_template_too(self, run, say, text_of):
         prompts = say("of it.<turn|>")
