@@ -18,6 +18,7 @@ _DROPPED = (
     "vision_config",
     "quantization",
     "quantization_config",
+    "compression_config",
     "per_layer_config",
     # Code of the checkpoint: some loaders would run it, and nothing here needs it.
     "model_file",
