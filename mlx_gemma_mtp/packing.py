@@ -63,6 +63,7 @@ _KINDS = (
     Kind("ModelOpt", r"\.(weight_scale_2|[kv]_bmm_quantizer\.\S+)$"),
     Kind("FP8", r"\.weight_scale_inv$"),
 )
+_MODELOPT_CONFIG = "hf_quant_config.json"  # beside config.json, read by mlx-lm
 _UNSTACKED = Kind("one tensor per expert", r"\.experts\.\d+\.", _STACK)
 _EXPERT_AXES = 3  # of a matrix for each expert
 _PACKED = ("U8", "I8", "I32", "F4", "F6_E2M3", "F6_E3M2")  # what tools pack in
@@ -126,7 +127,9 @@ def without_stale_keys(checkpoint: Checkpoint) -> dict[str, None] | None:
         Keys and values to put over those of ``config.json``; None where it is right,
         or where the weights are not float.
     """
-    if is_packed(checkpoint) or not any(_entries(checkpoint.config)):
+    said = [*_entries(checkpoint.config)]
+    has_file = (checkpoint.folder / _MODELOPT_CONFIG).is_file()
+    if is_packed(checkpoint) or not (has_file or any(e is not None for e in said)):
         return None
     try:
         check_packing(checkpoint)

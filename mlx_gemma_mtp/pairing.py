@@ -100,6 +100,28 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(explain_hub_error(repo, revision, error)) from error
 
 
+def fetch_config(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """Return the path of a checkpoint's ``config.json``; only that is fetched.
+
+    Args:
+        path_or_id: A folder or a Hub id.
+        revision: A branch, tag or commit of the Hub repository.
+
+    Raises:
+        CheckpointError: It cannot be had.
+    """
+    local = local_path(path_or_id)
+    if local is not None:
+        return local / CONFIG_NAME
+    repo = checked_hub_id(path_or_id)
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(repo, CONFIG_NAME, revision=revision)
+        )
+    except Exception as error:  # of the Hub's client or whatever HTTP library it has
+        raise CheckpointError(explain_hub_error(repo, revision, error)) from error
+
+
 def local_path(path_or_id: str | Path) -> Path | None:
     """Return the path of what is here by that name, None if nothing is.
 
