@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config import cut
+from .config import cut, shorten
 from .errors import CheckpointError
 
 CONFIG_NAME = "config.json"
@@ -26,12 +26,18 @@ INDEX_NAME = "model.safetensors.index.json"
 # The files that mlx-lm loads: all of these, whatever the index says.
 WEIGHTS_PATTERN = "model*.safetensors"
 
+SAME_CHECKPOINT = "Take config.json and weights from the same checkpoint."
+MERGE = (
+    "Merge them into their model with peft's merge_and_unload and save that, or train "
+    "with mlx_lm.lora."
+)
 _AGAIN = "Download or copy it again."
 _SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LENGTH_BYTES = 8  # a safetensors file starts with its header's length
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_COUNT = 2**63 - 1
+_PIECE_BYTES = 2**24  # of a file at once
 # Types of weights: how configs call them, and how safetensors does.
 FLOAT_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 DTYPE_BITS = {
@@ -40,6 +46,8 @@ DTYPE_BITS = {
     "I8": 8,
     "F8_E4M3": 8,
     "F8_E5M2": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
     "F8_E8M0": 8,
     "F4": 4,
     "F6_E2M3": 6,
@@ -194,6 +202,26 @@ def read_header(path: Path, *, headers_only: bool = False) -> dict[str, TensorIn
     return tensors
 
 
+def have_same_data(tensor: TensorInfo, other: TensorInfo) -> bool:
+    """Tell whether two tensors are equal, type and shape included.
+
+    Args:
+        tensor: One of them.
+        other: The other one.
+    """
+    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+        return False
+    with tensor.file.open("rb") as one, other.file.open("rb") as two:
+        one.seek(tensor.offsets[0])
+        two.seek(other.offsets[0])
+        for done in range(0, tensor.num_bytes, _PIECE_BYTES):
+            size = min(_PIECE_BYTES, tensor.num_bytes - done)
+            piece = one.read(size)
+            if len(piece) < size or piece != two.read(size):
+                return False
+    return True
+
+
 def _check_overlaps(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse two tensors in one place, which the format forbids."""
     end, before = 0, ""
@@ -232,9 +260,12 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     offsets = entry.get("data_offsets")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         _fail(f"the header of {path}", f"whole at {name}", "a damaged entry", _AGAIN)
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        expected = "a dtype that safetensors has"
-        _fail(f"{name} in {path}", expected, repr(dtype), _AGAIN)
+    if not isinstance(dtype, str):
+        _fail(f"{name} in {path}", "of a type", shorten(dtype), _AGAIN)
+    if dtype not in DTYPE_BITS:
+        next_step = "Take a checkpoint in bfloat16, or update this package."
+        expected = "of a type that is known here"
+        _fail(f"{name} in {path}", expected, shorten(dtype), next_step)
     num_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
     first, end = offsets
     if end - first != num_bytes:
@@ -339,11 +370,7 @@ def refuse_peft(folder: Path) -> None:
     )
     config = folder / ADAPTER_CONFIG_NAME
     if has_weights or (config.is_file() and "peft_type" in read_json(config)):
-        next_step = (
-            "Merge them into their model with peft's merge_and_unload and load that, "
-            "or train with mlx_lm.lora."
-        )
-        _fail(f"the adapters in {folder}", "mlx-lm's", "PEFT's", next_step)
+        _fail(f"the adapters in {folder}", "mlx-lm's", "PEFT's", MERGE)
 
 
 def _refuse_adapters(folder: Path) -> None:
