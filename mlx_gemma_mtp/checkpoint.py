@@ -153,6 +153,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not _attempt(folder.is_dir, folder):
         next_step = "Check the path, or pass a Hub id such as google/gemma-4-E2B-it."
         _fail(f"the checkpoint {folder}", "a folder", "no such folder", next_step)
+    _refuse_no_file(folder / CONFIG_NAME)
     if not (folder / CONFIG_NAME).is_file():
         _fail_other_format(folder, _attempt(lambda: list(folder.iterdir()), folder))
         _refuse_adapters(folder)
@@ -321,7 +322,7 @@ def _check_strays(folder: Path, named: set[str]) -> None:
 def _weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder that has no index."""
     everything = _attempt(lambda: sorted(folder.iterdir()), folder)
-    files = [p for p in everything if p.match(WEIGHTS_PATTERN) and p.is_file()]
+    files = [p for p in everything if p.match(WEIGHTS_PATTERN)]
     if not files:
         _refuse_adapters(folder)
         others = [p.name for p in everything if p.suffix == ".safetensors"]
@@ -347,6 +348,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_files(files: list[Path], *, headers_only: bool) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for path in files:
+        _refuse_no_file(path)
         for name, tensor in read_header(path, headers_only=headers_only).items():
             if name in tensors:
                 found = f"also in {tensors[name].file.name}"
@@ -354,6 +356,15 @@ def _read_files(files: list[Path], *, headers_only: bool) -> dict[str, TensorInf
                 _fail(f"{name} in {path}", "in one file only", found, next_step)
             tensors[name] = tensor
     return tensors
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Say what lies in the place of a file, if it is something else."""
+    if _attempt(path.is_dir, path):
+        _fail(f"{path}", "a file", "a folder", "Put the file itself in its place.")
+    if path.is_symlink() and not path.exists():
+        found = f"a link to {cut(_attempt(path.readlink, path))}, where nothing is"
+        _fail(f"{path}", "a file", found, "Mend the link, or download the file again.")
 
 
 def refuse_peft(folder: Path) -> None:

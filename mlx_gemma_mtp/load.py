@@ -218,15 +218,17 @@ def _choose_drafter(
         except PairingError as error:
             raise PairingError(f"{error} {_SWITCH_OFF}") from None
         return drafter, _chosen(draft_model, "as named")
-    found = "the search for a drafter"
+    # Nobody asks for what is found by name, and the target decodes without it.
     try:
         choice = find_drafter(path_or_id, folder)
-        if choice.path_or_id is None:
-            return _no_drafter(choice.reason)
-        found = f"{cut(choice.path_or_id)}, {choice.reason}"
+    except MTPError as error:
+        return _no_drafter(str(error))
+    if choice.path_or_id is None:
+        return _no_drafter(choice.reason)
+    try:
         drafter = _fitting_drafter(target, choice.path_or_id)
     except MTPError as error:
-        # Nobody asked for this one by name, and the target decodes without it.
+        found = f"{cut(choice.path_or_id)}, {choice.reason}"
         return _no_drafter(f"{found}, cannot be used: {error}")
     return drafter, _chosen(choice.path_or_id, choice.reason)
 
