@@ -18,6 +18,7 @@ _DROPPED = (
     "vision_config",
     "quantization",
     "quantization_config",
+    "compression_config",
     "per_layer_config",
     # Code of the checkpoint: some loaders would run it, and nothing here needs it.
     "model_file",
@@ -44,6 +45,8 @@ def output_config(
     """
     changed = {key: value for key, value in config.items() if key not in _DROPPED}
     changed["vocab_size"] = text["vocab_size"]
+    if "tie_word_embeddings" in changed:
+        changed["tie_word_embeddings"] = text["tie_word_embeddings"]
     raw = config.get("text_config")
     if isinstance(raw, Mapping):
         changed["text_config"] = {

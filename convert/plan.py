@@ -14,8 +14,6 @@ from typing import Any
 from mlx_gemma_mtp.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from mlx_gemma_mtp.quantization import Format
 
-TOKEN_ORDERING = "masked_embedding.token_ordering"
-
 
 @dataclass(frozen=True)
 class Array:

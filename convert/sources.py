@@ -17,6 +17,7 @@ from mlx_gemma_mtp.checkpoint import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
+    MERGE,
     WEIGHTS_PATTERN,
     Checkpoint,
     TensorInfo,
@@ -143,8 +144,7 @@ def _hub_headers(repo: str, revision: str | None, *, folder: str = "") -> Source
         raise CheckpointError(explain_hub_error(repo, revision, error)) from error
     if not shards and f"{prefix}{ADAPTER_CONFIG_NAME}" in files:
         raise CheckpointError(
-            f"{cut(repo)} must hold a model: got adapters alone. Merge them into their "
-            "model (peft's merge_and_unload, mlx_lm.fuse) and convert that."
+            f"{cut(repo)} must hold a model: got adapters alone. {MERGE}"
         )
     if config is None or not shards:
         missing = f"{prefix}{WEIGHTS_PATTERN}" if config else f"{prefix}{CONFIG_NAME}"

@@ -29,8 +29,9 @@ import numpy as np
 
 from mlx_gemma_mtp.checkpoint import DTYPE_BITS
 from mlx_gemma_mtp.errors import CheckpointError, OutputError
+from mlx_gemma_mtp.tensor_names import TOKEN_ORDERING
 
-from .plan import TOKEN_ORDERING, Array, Block, Parameter, PartPlan
+from .plan import Array, Block, Parameter, PartPlan
 from .reader import FLOATS, WORDS, open_reader
 from .safetensors import OutputFile
 

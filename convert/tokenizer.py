@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from mlx_gemma_mtp.checkpoint import (
     open_checkpoint,
     read_json,
 )
+from mlx_gemma_mtp.config import cut
 from mlx_gemma_mtp.errors import CheckpointError
 from mlx_gemma_mtp.template_files import (
     CHAT_TEMPLATE,
@@ -28,13 +30,16 @@ from mlx_gemma_mtp.template_files import (
     MORE_CHAT_TEMPLATES,
     OLD_CHAT_TEMPLATE,
     TOKENIZER_CONFIG,
+    Templates,
     read_chat_templates,
 )
 from mlx_gemma_mtp.tokenizer import (
+    PARSER_TYPE,
     TOKENIZER_JSON,
-    check_templates,
     eos_token_ids,
     load_tokenizer,
+    missing_roles,
+    tool_parser,
     unknown_modules,
 )
 from mlx_gemma_mtp.weights import one_line
@@ -71,8 +76,8 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
     """
     if not any((folder / name).is_file() for name in (TOKENIZER_JSON, TOKENIZER_MODEL)):
         raise CheckpointError(
-            f"{folder} must hold {TOKENIZER_JSON} or {TOKENIZER_MODEL}: got neither. "
-            "Copy them there from the same model."
+            f"{cut(folder)} must hold {TOKENIZER_JSON} or {TOKENIZER_MODEL}: got "
+            "neither. Copy them there from the same model."
         )
     for small in (GENERATION_CONFIG_NAME, TOKENIZER_CONFIG, OLD_CHAT_TEMPLATE):
         if (folder / small).is_file():
@@ -82,9 +87,8 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             copy_tokenizer(folder, Path(scratch))
             shutil.copyfile(folder / CONFIG_NAME, Path(scratch) / CONFIG_NAME)
-            tokenizer = load_tokenizer(Path(scratch), {KEY: None}, name=folder)
-            check_templates(tokenizer, templates)
-        with one_line(f"the tokenizer in {folder}"):
+            tokenizer = load_tokenizer(Path(scratch), name=folder, templates=templates)
+        with one_line(f"the tokenizer in {cut(folder)}"):
             token_ids = tokenizer.encode(_SAMPLES[0])
     except OSError as error:
         raise CheckpointError(
@@ -93,8 +97,8 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
         ) from error
     if max(token_ids, default=0) >= vocab_size:
         raise CheckpointError(
-            f"the tokenizer in {folder} must be the target's, with {vocab_size} tokens:"
-            f" got token {max(token_ids)}. Copy the files from the same model."
+            f"the tokenizer in {cut(folder)} must be the target's, with {vocab_size} "
+            f"tokens: got token {max(token_ids)}. Copy the files from the same model."
         )
 
 
@@ -113,15 +117,13 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     if more:
         (folder / MORE_CHAT_TEMPLATES).mkdir(exist_ok=True)
     copy_files(source, folder, (*_COPIED, *more))
-    _drop_unusable(folder / TOKENIZER_CONFIG)
-    templates = read_chat_templates(source)
-    if (more or (source / OLD_CHAT_TEMPLATE).is_file()) and DEFAULT in templates:
-        # Where the default lies in an older file, transformers would not read it.
-        if not (source / CHAT_TEMPLATE).exists():
-            text = templates[DEFAULT].text
-            (folder / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
     if not (source / TOKENIZER_JSON).is_file():
         _make_tokenizer_json(source / TOKENIZER_MODEL, folder)
+    templates = read_chat_templates(source)
+    _complete_config(folder, templates)
+    texts = {name: template.text for name, template in templates.items()}
+    if _as_transformers_reads(folder) != texts:
+        _write_templates(folder, texts)
 
 
 def copy_files(source: Path, folder: Path, names: tuple[str, ...]) -> None:
@@ -151,13 +153,54 @@ def complete_ends(folder: Path) -> None:
         _write_json(folder / GENERATION_CONFIG_NAME, {**settings, "eos_token_id": ids})
 
 
-def _drop_unusable(config: Path) -> None:
-    """Leave out what names code that is not there; the tokenizer does without."""
+def _complete_config(folder: Path, templates: Templates) -> None:
+    """Let a tokenizer's config say what mlx-lm needs, and nothing it could not load."""
+    path = folder / TOKENIZER_CONFIG
+    settings = read_json(path) if path.is_file() else {}
+    dropped = {"auto_map", *unknown_modules(settings)}
+    if not templates:
+        dropped.add(KEY)  # an empty one
+    kept = {key: value for key, value in settings.items() if key not in dropped}
+    kept |= missing_roles(folder)
+    parser = tool_parser(templates) if len(templates) > 1 else None
+    if parser is not None and kept.get(PARSER_TYPE) in (None, ""):
+        kept[PARSER_TYPE] = parser
+    if kept != settings:
+        _write_json(path, kept)
+
+
+def _as_transformers_reads(folder: Path) -> dict[str, Any]:
+    """The chat templates that transformers finds by itself, by their names."""
+    files = {DEFAULT: folder / CHAT_TEMPLATE}
+    files |= {p.stem: p for p in (folder / MORE_CHAT_TEMPLATES).glob("*.jinja")}
+    found = {
+        name: path.read_text(encoding="utf-8")
+        for name, path in files.items()
+        if path.is_file()
+    }
+    config = folder / TOKENIZER_CONFIG
+    value = read_json(config).get(KEY) if config.is_file() else None
+    if found or value is None:
+        return found
+    if isinstance(value, list):
+        return {item["name"]: item["template"] for item in value}
+    return value if isinstance(value, dict) else {DEFAULT: value}
+
+
+def _write_templates(folder: Path, texts: Mapping[str, str]) -> None:
+    """Put chat templates where transformers reads them, in place of what lies there."""
+    (folder / CHAT_TEMPLATE).unlink(missing_ok=True)
+    shutil.rmtree(folder / MORE_CHAT_TEMPLATES, ignore_errors=True)
+    config = folder / TOKENIZER_CONFIG
     settings = read_json(config) if config.is_file() else {}
-    dropped = {"auto_map", *unknown_modules(settings)} & set(settings)
-    if dropped:
-        kept = {key: value for key, value in settings.items() if key not in dropped}
-        _write_json(config, kept)
+    if KEY in settings:
+        _write_json(config, {k: v for k, v in settings.items() if k != KEY})
+    for name, text in texts.items():
+        path = folder / MORE_CHAT_TEMPLATES / f"{name}.jinja"
+        if name == DEFAULT:
+            path = folder / CHAT_TEMPLATE
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def _write_json(path: Path, value: Any) -> None:

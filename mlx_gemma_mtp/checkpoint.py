@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config import cut
+from .config import cut, shorten
 from .errors import CheckpointError
 
 CONFIG_NAME = "config.json"
@@ -26,12 +26,18 @@ INDEX_NAME = "model.safetensors.index.json"
 # The files that mlx-lm loads: all of these, whatever the index says.
 WEIGHTS_PATTERN = "model*.safetensors"
 
+SAME_CHECKPOINT = "Take config.json and weights from the same checkpoint."
+MERGE = (
+    "Merge them into their model with peft's merge_and_unload and save that, or train "
+    "with mlx_lm.lora."
+)
 _AGAIN = "Download or copy it again."
 _SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LENGTH_BYTES = 8  # a safetensors file starts with its header's length
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_COUNT = 2**63 - 1
+_PIECE_BYTES = 2**24  # of a file at once
 # Types of weights: how configs call them, and how safetensors does.
 FLOAT_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 DTYPE_BITS = {
@@ -40,6 +46,8 @@ DTYPE_BITS = {
     "I8": 8,
     "F8_E4M3": 8,
     "F8_E5M2": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
     "F8_E8M0": 8,
     "F4": 4,
     "F6_E2M3": 6,
@@ -145,6 +153,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not _attempt(folder.is_dir, folder):
         next_step = "Check the path, or pass a Hub id such as google/gemma-4-E2B-it."
         _fail(f"the checkpoint {folder}", "a folder", "no such folder", next_step)
+    _refuse_no_file(folder / CONFIG_NAME)
     if not (folder / CONFIG_NAME).is_file():
         _fail_other_format(folder, _attempt(lambda: list(folder.iterdir()), folder))
         _refuse_adapters(folder)
@@ -194,6 +203,26 @@ def read_header(path: Path, *, headers_only: bool = False) -> dict[str, TensorIn
     return tensors
 
 
+def have_same_data(tensor: TensorInfo, other: TensorInfo) -> bool:
+    """Tell whether two tensors are equal, type and shape included.
+
+    Args:
+        tensor: One of them.
+        other: The other one.
+    """
+    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+        return False
+    with tensor.file.open("rb") as one, other.file.open("rb") as two:
+        one.seek(tensor.offsets[0])
+        two.seek(other.offsets[0])
+        for done in range(0, tensor.num_bytes, _PIECE_BYTES):
+            size = min(_PIECE_BYTES, tensor.num_bytes - done)
+            piece = one.read(size)
+            if len(piece) < size or piece != two.read(size):
+                return False
+    return True
+
+
 def _check_overlaps(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse two tensors in one place, which the format forbids."""
     end, before = 0, ""
@@ -232,9 +261,12 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     offsets = entry.get("data_offsets")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         _fail(f"the header of {path}", f"whole at {name}", "a damaged entry", _AGAIN)
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        expected = "a dtype that safetensors has"
-        _fail(f"{name} in {path}", expected, repr(dtype), _AGAIN)
+    if not isinstance(dtype, str):
+        _fail(f"{name} in {path}", "of a type", shorten(dtype), _AGAIN)
+    if dtype not in DTYPE_BITS:
+        next_step = "Take a checkpoint in bfloat16, or update this package."
+        expected = "of a type that is known here"
+        _fail(f"{name} in {path}", expected, shorten(dtype), next_step)
     num_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
     first, end = offsets
     if end - first != num_bytes:
@@ -290,7 +322,7 @@ def _check_strays(folder: Path, named: set[str]) -> None:
 def _weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder that has no index."""
     everything = _attempt(lambda: sorted(folder.iterdir()), folder)
-    files = [p for p in everything if p.match(WEIGHTS_PATTERN) and p.is_file()]
+    files = [p for p in everything if p.match(WEIGHTS_PATTERN)]
     if not files:
         _refuse_adapters(folder)
         others = [p.name for p in everything if p.suffix == ".safetensors"]
@@ -316,6 +348,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_files(files: list[Path], *, headers_only: bool) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for path in files:
+        _refuse_no_file(path)
         for name, tensor in read_header(path, headers_only=headers_only).items():
             if name in tensors:
                 found = f"also in {tensors[name].file.name}"
@@ -323,6 +356,15 @@ def _read_files(files: list[Path], *, headers_only: bool) -> dict[str, TensorInf
                 _fail(f"{name} in {path}", "in one file only", found, next_step)
             tensors[name] = tensor
     return tensors
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Say what lies in the place of a file, if it is something else."""
+    if _attempt(path.is_dir, path):
+        _fail(f"{path}", "a file", "a folder", "Put the file itself in its place.")
+    if path.is_symlink() and not path.exists():
+        found = f"a link to {cut(_attempt(path.readlink, path))}, where nothing is"
+        _fail(f"{path}", "a file", found, "Mend the link, or download the file again.")
 
 
 def refuse_peft(folder: Path) -> None:
@@ -339,11 +381,7 @@ def refuse_peft(folder: Path) -> None:
     )
     config = folder / ADAPTER_CONFIG_NAME
     if has_weights or (config.is_file() and "peft_type" in read_json(config)):
-        next_step = (
-            "Merge them into their model with peft's merge_and_unload and load that, "
-            "or train with mlx_lm.lora."
-        )
-        _fail(f"the adapters in {folder}", "mlx-lm's", "PEFT's", next_step)
+        _fail(f"the adapters in {folder}", "mlx-lm's", "PEFT's", MERGE)
 
 
 def _refuse_adapters(folder: Path) -> None:

@@ -23,7 +23,7 @@ from mlx_lm.models import gemma4_text
 
 from .config import DrafterConfig
 from .masked_embedding import MaskedEmbedding
-from .tensor_names import unused_in_drafter
+from .tensor_names import TOKEN_ORDERING, drafter_names
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,8 @@ class Drafter(nn.Module):
         Returns:
             Parameter name to array.
         """
-        kept = {
-            name: array
-            for name, array in weights.items()
-            if unused_in_drafter(name) is None
-        }
-        ordering = "masked_embedding.token_ordering"
-        if ordering in kept:
-            kept[ordering] = kept[ordering].astype(mx.int32)
+        shares = drafter_names(weights).parameters
+        kept = {name: weights[share.tensor] for name, share in shares.items()}
+        if TOKEN_ORDERING in kept:
+            kept[TOKEN_ORDERING] = kept[TOKEN_ORDERING].astype(mx.int32)
         return kept

@@ -20,17 +20,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .checkpoint import open_checkpoint
+from .checkpoint import open_checkpoint, read_json
 from .config import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
 from .drafter import Drafter
 from .errors import CheckpointError, PairingError, RequestError
 from .load import attach_drafter
 from .packing import without_stale_keys
 from .pair import carries_drafter
-from .pairing import fetch
+from .pairing import fetch, fetch_config
 from .samplers import sampler_params
 from .target import text_model
 from .text import GenerationResponse, stream_generate
+from .tokenizer import model_kind
 from .tokens import check_settings
 
 logger = logging.getLogger("mlx_gemma_mtp")
@@ -160,16 +161,15 @@ def _load(hook: Hook) -> Callable[..., tuple[Any, ...]]:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         path, revision = call.arguments["path_or_hf_repo"], call.arguments["revision"]
+        if settings := _float_settings(path, revision):
+            for name, ours in settings.items():
+                call.arguments[name] = {**ours, **(call.arguments[name] or {})}
+            args, kwargs = call.args, call.kwargs
         try:
             loaded = own(*args, **kwargs)
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             _explain_drafter(path, error)
-            settings = _float_settings(path, revision)
-            if settings is None:
-                raise
-            given = call.arguments["model_config"] or {}
-            call.arguments["model_config"] = {**settings, **given}
-            loaded = own(*call.args, **call.kwargs)
+            raise
         model = loaded[0]
         if is_wanted and named is not None:
             text_model(model)  # a drafter for another model is a mistake
@@ -198,17 +198,23 @@ def _is_target(model: nn.Module) -> bool:
     return True
 
 
-def _float_settings(path: str | Path, revision: str | None) -> dict[str, None] | None:
-    """What mlx-lm must read of a Gemma 4 whose config names a quantization it has not.
+def _float_settings(path: str | Path, revision: str | None) -> dict[str, Any]:
+    """Arguments for mlx-lm where the config of float weights names a quantization.
 
-    Quantization-aware trained float checkpoints do. None for everything else.
+    Quantization-aware trained ones do, and what was merged. Empty for everything else,
+    of which nothing but the config is fetched here.
     """
     try:
+        config = read_json(fetch_config(path, revision))
+        if config.get("model_type") not in TARGET_MODEL_TYPES:
+            return {}
         checkpoint = open_checkpoint(fetch(path, revision))
     except CheckpointError:
-        return None
-    is_ours = checkpoint.config.get("model_type") in TARGET_MODEL_TYPES
-    return without_stale_keys(checkpoint) if is_ours else None
+        return {}  # mlx-lm says it in its own words
+    stale = without_stale_keys(checkpoint)
+    if stale is None:
+        return {}
+    return {"model_config": stale, "tokenizer_config": model_kind(checkpoint.folder)}
 
 
 def _explain_drafter(path: str | Path, error: Exception) -> None:

@@ -27,7 +27,7 @@ from .generation_defaults import SamplingDefaults
 from .pair import Pair, attach
 from .pairing import fetch, find_drafter, local_path
 from .target import text_model
-from .tokenizer import eos_token_ids, load_tokenizer
+from .tokenizer import chat_templates, eos_token_ids, load_tokenizer
 from .weights import load_drafter, one_line, read_target
 
 logger = logging.getLogger("mlx_gemma_mtp")
@@ -113,10 +113,15 @@ def load(
     target = read_target(checkpoint, lazy=lazy)
     if adapter_path is not None:
         target = _with_adapters(target, adapter_path)
-    eos_ids = eos_token_ids(checkpoint, tokenizer_config)
+    templates = chat_templates(folder, tokenizer_config)
     tokenizer = load_tokenizer(
-        folder, tokenizer_config, eos_ids, trust_remote_code=trust_remote_code
+        folder,
+        tokenizer_config,
+        eos_token_ids(checkpoint, tokenizer_config, templates),
+        trust_remote_code=trust_remote_code,
+        templates=templates,
     )
+    eos_ids = tuple(sorted(tokenizer.eos_token_ids))
     if speculative_decoding:
         drafter, source = _choose_drafter(target, path_or_hf_repo, folder, draft_model)
     else:
@@ -213,15 +218,17 @@ def _choose_drafter(
         except PairingError as error:
             raise PairingError(f"{error} {_SWITCH_OFF}") from None
         return drafter, _chosen(draft_model, "as named")
-    found = "the search for a drafter"
+    # Nobody asks for what is found by name, and the target decodes without it.
     try:
         choice = find_drafter(path_or_id, folder)
-        if choice.path_or_id is None:
-            return _no_drafter(choice.reason)
-        found = f"{cut(choice.path_or_id)}, {choice.reason}"
+    except MTPError as error:
+        return _no_drafter(str(error))
+    if choice.path_or_id is None:
+        return _no_drafter(choice.reason)
+    try:
         drafter = _fitting_drafter(target, choice.path_or_id)
     except MTPError as error:
-        # Nobody asked for this one by name, and the target decodes without it.
+        found = f"{cut(choice.path_or_id)}, {choice.reason}"
         return _no_drafter(f"{found}, cannot be used: {error}")
     return drafter, _chosen(choice.path_or_id, choice.reason)
 

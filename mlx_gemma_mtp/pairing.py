@@ -7,9 +7,10 @@ is a Hub id. Reads no weights and knows nothing of models.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,28 @@ def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
             huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=_ALLOW_PATTERNS
             )
+        )
+    except Exception as error:  # of the Hub's client or whatever HTTP library it has
+        raise CheckpointError(explain_hub_error(repo, revision, error)) from error
+
+
+def fetch_config(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """Return the path of a checkpoint's ``config.json``; only that is fetched.
+
+    Args:
+        path_or_id: A folder or a Hub id.
+        revision: A branch, tag or commit of the Hub repository.
+
+    Raises:
+        CheckpointError: It cannot be had.
+    """
+    local = local_path(path_or_id)
+    if local is not None:
+        return local / CONFIG_NAME
+    repo = checked_hub_id(path_or_id)
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(repo, CONFIG_NAME, revision=revision)
         )
     except Exception as error:  # of the Hub's client or whatever HTTP library it has
         raise CheckpointError(explain_hub_error(repo, revision, error)) from error
@@ -314,6 +337,11 @@ def _of_repository(
     if isinstance(error, hub_errors.DisabledRepoError):
         return "one that the Hub has disabled", "Take another repository."
     if isinstance(error, hub_errors.RevisionNotFoundError):
+        if revision is None:
+            return (
+                "no branch main there",
+                "Name a revision, or take another repository.",
+            )
         next_step = "Check the revision, or leave it out."
         return f"no revision {shorten(revision)} there", next_step
     if isinstance(error, hub_errors.RepositoryNotFoundError):
@@ -329,10 +357,11 @@ def _of_answer(error: Exception) -> tuple[str, str] | None:
         return None
     status = response.status_code
     if status == 429:
-        wait = response.headers.get("Retry-After") or ""
-        when = f"{wait} seconds" if wait.isdecimal() else "some minutes"
+        when = _wait(response.headers)
         next_step = f"Wait {when} and try again; hf auth login raises the limit."
         return "too many requests (429)", next_step
+    if status == 408:
+        return "no answer in time (408)", _AGAIN
     if status >= 500:
         next_step = "Try again later; status.huggingface.co says how it is."
         return f"a failure of the Hub itself ({status})", next_step
@@ -343,7 +372,17 @@ def _of_answer(error: Exception) -> tuple[str, str] | None:
         return "no permission (403)", next_step
     if status == 404:
         return "no such file there (404)", "Check the name and the revision."
-    return f"the Hub's answer {status} ({_words(error)})", _AGAIN
+    said = f" ({_brief(error.server_message)})" if error.server_message else ""
+    return f"the Hub's answer {status}{said}", _AGAIN
+
+
+def _wait(headers: Mapping[str, str]) -> str:
+    """How long the Hub asks to wait, by either of the headers that say it."""
+    wait = headers.get("Retry-After") or ""
+    if not wait.isdecimal():
+        said = re.search(r"\bt=(\d+)", headers.get("RateLimit") or "")
+        wait = said[1] if said else ""
+    return f"{wait} seconds" if wait and len(wait) < 7 else "some minutes"
 
 
 def _of_machine(error: Exception) -> tuple[str, str] | None:
@@ -366,6 +405,9 @@ def _of_connection(error: Exception) -> tuple[str, str] | None:
             "no complete copy in the Hub's cache and no connection",
             "Connect (or unset HF_HUB_OFFLINE) and try again, or pass a local folder.",
         )
+    if isinstance(error, (json.JSONDecodeError, KeyError)):
+        found = "an answer that is not the Hub's (a network's login page?)"
+        return found, "Log in to the network with a browser and try again."
     # The HTTP library is another one in each of the client's versions.
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & {"TimeoutException", "Timeout", "TimeoutError"}:
@@ -382,7 +424,12 @@ def _of_anything(error: Exception) -> tuple[str, str]:
 
 
 def _words(error: Exception) -> str:
-    return cut(" ".join(f"{type(error).__name__}: {error}".split()).rstrip("."))
+    return _brief(f"{type(error).__name__}: {error}")
+
+
+def _brief(words: str) -> str:
+    text = " ".join(words.split()).rstrip(".")
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _published_hint(repo: str) -> str:

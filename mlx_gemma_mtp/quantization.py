@@ -126,7 +126,7 @@ def stored_format(
     """Tell the format of a stored matrix from its shapes.
 
     The map in ``config.json`` says the same where it is right, and has been seen wrong
-    or incomplete in published drafters; so the tensors decide.
+    or incomplete in published checkpoints; so the tensors decide.
 
     Args:
         num_columns: C, the length of a row before it was packed.

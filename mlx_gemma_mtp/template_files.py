@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .checkpoint import read_json
-from .config import shorten
+from .config import cut, shorten
 from .errors import CheckpointError
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -46,7 +46,8 @@ def read_chat_templates(folder: Path, name: Path | None = None) -> Templates:
 
     ``chat_template.jinja`` is the default one, and the files in
     ``additional_chat_templates/`` stand beside it. Where there is no such default,
-    ``chat_template.json`` counts, then ``tokenizer_config.json``.
+    ``chat_template.json`` counts, then ``tokenizer_config.json``. An empty one counts
+    nowhere.
 
     Args:
         folder: The folder.
@@ -56,23 +57,24 @@ def read_chat_templates(folder: Path, name: Path | None = None) -> Templates:
         ``default``, and others if there are any; nothing where there is none.
 
     Raises:
-        CheckpointError: One is empty, no text or not UTF-8, or several have names
-            and none is the default.
+        CheckpointError: One is no text or not UTF-8, or several have names and none
+            is the default.
     """
     shown = name or folder
     files = {DEFAULT: Path(CHAT_TEMPLATE)}
     for path in sorted((folder / MORE_CHAT_TEMPLATES).glob("*.jinja")):
         files[path.stem] = path.relative_to(folder)
-    found = {
-        key: _checked(_read_text(folder / file, shown / file), str(shown / file))
-        for key, file in files.items()
-        if (folder / file).is_file()
-    }
+    found: Templates = {}
+    for key, file in files.items():
+        if (folder / file).is_file():
+            origin = cut(shown / file)
+            found |= _template(key, _read_text(folder / file, origin), origin)
     for older in (OLD_CHAT_TEMPLATE, TOKENIZER_CONFIG):
         if DEFAULT not in found and (folder / older).is_file():
             value = read_json(folder / older).get(KEY)
-            found = {**named_templates(value, f"{KEY} in {shown / older}"), **found}
-    return _with_default(found, str(shown))
+            named = named_templates(value, f"{KEY} in {cut(shown / older)}")
+            found = {**named, **found}
+    return _with_default(found, cut(shown))
 
 
 def given_templates(value: Any) -> Templates:
@@ -82,9 +84,14 @@ def given_templates(value: Any) -> Templates:
         value: A template, or several by name; None for none at all.
 
     Raises:
-        CheckpointError: It is something else.
+        CheckpointError: It is something else, or empty.
     """
-    return _with_default(named_templates(value, _GIVEN), _GIVEN)
+    found = named_templates(value, _GIVEN)
+    if value is not None and not found:
+        raise CheckpointError(
+            f"{_GIVEN} must be a template: got an empty one. {_AGAIN}"
+        )
+    return _with_default(found, _GIVEN)
 
 
 def named_templates(value: Any, origin: str) -> Templates:
@@ -92,24 +99,25 @@ def named_templates(value: Any, origin: str) -> Templates:
 
     Args:
         value: A template, a list of ``{"name": ..., "template": ...}``, an object of
-            names and templates, or None.
+            names and templates, or None. What is empty is no template.
         origin: Where it came from, for messages.
 
     Raises:
         CheckpointError: It is something else.
     """
-    if value is None:
-        return {}
     if isinstance(value, list | tuple):
         try:
             value = {item["name"]: item["template"] for item in value}
         except (KeyError, TypeError):
             _fail_form(value, origin)
-    if isinstance(value, dict):
-        if not value or not all(isinstance(name, str) for name in value):
-            _fail_form(value, origin)
-        return {k: _checked(v, f"{k!r} of {origin}") for k, v in value.items()}
-    return {DEFAULT: _checked(value, origin)}
+    if not isinstance(value, dict):
+        return _template(DEFAULT, value, origin)
+    if not all(isinstance(name, str) for name in value):
+        _fail_form(value, origin)
+    found: Templates = {}
+    for name, text in value.items():
+        found |= _template(name, text, f"{shorten(name)} of {origin}")
+    return found
 
 
 def for_tools(templates: Templates) -> ChatTemplate | None:
@@ -145,9 +153,9 @@ def _with_default(found: Templates, origin: str) -> Templates:
     return found
 
 
-def _read_text(path: Path, shown: Path) -> str:
+def _read_text(path: Path, shown: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # editors put a mark in front
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise CheckpointError(
@@ -159,11 +167,14 @@ def _read_text(path: Path, shown: Path) -> str:
         ) from error
 
 
-def _checked(text: Any, origin: str) -> ChatTemplate:
-    if not isinstance(text, str) or not text.strip():
-        found = "an empty text" if isinstance(text, str) else shorten(text)
-        raise CheckpointError(f"{origin} must be a template: got {found}. {_AGAIN}")
-    return ChatTemplate(text, origin)
+def _template(name: str, text: Any, origin: str) -> Templates:
+    """A template by its name, nothing if it is empty."""
+    if text is None:
+        return {}
+    if not isinstance(text, str):
+        what = f"{origin} must be a template"
+        raise CheckpointError(f"{what}: got {shorten(text)}. {_AGAIN}")
+    return {name: ChatTemplate(text, origin)} if text.strip() else {}
 
 
 def _fail_form(value: Any, origin: str) -> NoReturn:

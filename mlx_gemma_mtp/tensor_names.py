@@ -15,9 +15,13 @@ from typing import Any
 from .config import cut
 from .errors import CheckpointError
 
-# What programs put in front of the text model's names, in any order and number:
-# transformers and mlx-lm the models around it, others what they wrapped it in.
-_WRAPPERS = re.compile(r"(?:(?:_orig_mod|module|base_model|model|language_model)\.)*")
+# What programs put in front of a model's names, in any order and number: transformers
+# and mlx-lm the models around it, others what they wrapped it in.
+_WRAPPERS = re.compile(r"(?:(?:module|base_model|model|language_model|text_model)\.)*")
+# And in front of any part's.
+_PART_WRAPPERS = re.compile(
+    r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 # Parts of multimodal checkpoints. mlx-lm drops most of them by itself, which ones
 # depends on its version.
 _TOWERS = (
@@ -29,8 +33,13 @@ _TOWERS = (
     "multi_modal_projector.",
 )
 _KV_PARTS = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
-_RANGES = re.compile(r"\.(input|output)_(min|max)$")
+_ACTIVATIONS = re.compile(
+    r"\.(?:(?:input|output)_(?:min|max|scale)|(?:[qkv]|prob|prob_output)_scale)$"
+)
 _HEAD = "lm_head."
+TOKEN_ORDERING = "masked_embedding.token_ordering"
+# What a drafter has beside its layers.
+_BESIDE_LAYERS = (_HEAD, "masked_embedding.", "pre_projection.", "post_projection.")
 
 _TIED_HEAD = "a copy of the tied token embedding"
 _ROPE_TABLE = "a table that is computed"
@@ -93,12 +102,38 @@ def target_names(
 
 
 def drafter_names(tensors: Iterable[str]) -> Names:
-    """Map a drafter's tensors to its parameters, which have the same names.
+    """Map a drafter's tensors to its parameters.
 
     Args:
         tensors: The tensors' names.
+
+    Raises:
+        CheckpointError: Two tensors are the same parameter.
     """
-    return _names(tensors, unused_in_drafter, lambda tensor: {tensor: Share(tensor)})
+
+    def shares(tensor: str) -> dict[str, Share]:
+        bare = _bare(tensor)
+        name = bare if bare.startswith(_BESIDE_LAYERS) else f"model.{bare}"
+        return {name: Share(tensor)}
+
+    return _names(tensors, unused_in_drafter, shares)
+
+
+def head_copies(tensors: Iterable[str]) -> dict[str, str]:
+    """Return the parts of a head and those of the embedding that they may repeat.
+
+    Args:
+        tensors: The names of a drafter's tensors.
+
+    Returns:
+        Tensor of the head to that of the embedding, ``""`` where there is none.
+    """
+    bare = {_bare(tensor): tensor for tensor in tensors}
+    return {
+        tensor: bare.get(name.replace(_HEAD, "embed_tokens.", 1), "")
+        for name, tensor in bare.items()
+        if name.startswith(_HEAD)
+    }
 
 
 def tensor_name(parameter: str, like: Iterable[str]) -> str:
@@ -132,9 +167,7 @@ def unused_in_target(
     if match and _is_from(match[1], first_shared_layer):
         # Some exports keep projections that these layers never use.
         return "K/V projections of layers that use other layers' K/V"
-    if _RANGES.search(bare):
-        return "ranges of activations, which nothing here quantizes"
-    return _ROPE_TABLE if "rotary_emb" in bare else None
+    return _unused_anywhere(bare)
 
 
 def unused_in_drafter(name: str) -> str | None:
@@ -143,9 +176,8 @@ def unused_in_drafter(name: str) -> str | None:
     Args:
         name: The tensor's name.
     """
-    if name.startswith(_HEAD):
-        return _TIED_HEAD
-    return _ROPE_TABLE if "rotary_emb" in name else None
+    bare = _bare(name)
+    return _TIED_HEAD if bare.startswith(_HEAD) else _unused_anywhere(bare)
 
 
 def is_input(name: str) -> bool:
@@ -157,8 +189,15 @@ def is_input(name: str) -> bool:
     return _bare(name).startswith(_TOWERS)
 
 
+def _unused_anywhere(bare: str) -> str | None:
+    if _ACTIVATIONS.search(bare):
+        return "ranges or scales of activations, which nothing here quantizes"
+    return _ROPE_TABLE if "rotary_emb" in bare else None
+
+
 def _bare(name: str) -> str:
-    """A name without the models around the text model."""
+    """A name without what programs put around the model and its parts."""
+    name = _PART_WRAPPERS.sub("", name)
     match = _WRAPPERS.match(name)
     return name[match.end() :] if match else name
 

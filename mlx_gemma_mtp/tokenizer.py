@@ -9,16 +9,18 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import mlx_lm
 import mlx_lm.utils
 from jinja2 import TemplateSyntaxError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .checkpoint import Checkpoint, read_json
-from .config import shorten
+from .checkpoint import CONFIG_NAME, Checkpoint, read_json
+from .config import cut, shorten
 from .errors import CheckpointError
 from .template_files import (
     CHAT_TEMPLATE,
@@ -37,6 +39,8 @@ TEMPLATE_TYPE, PARSER_TYPE = "chat_template_type", "tool_parser_type"
 _MODULES = {TEMPLATE_TYPE: "mlx_lm.chat_templates", PARSER_TYPE: "mlx_lm.tool_parsers"}
 _CALL_MARKS = ("<|tool_call>", "<tool_call|>")
 _TURN_END, _RESPONSE = "<turn|>", "<|tool_response>"
+# What Gemma's tokenizers call these, where tokenizer_config.json does not say.
+_ROLES = {"bos_token": "<bos>", "eos_token": "<eos>"}
 _ADDED_TOKENS = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
 
 logger = logging.getLogger("mlx_gemma_mtp")
@@ -49,6 +53,7 @@ def load_tokenizer(
     *,
     trust_remote_code: bool = False,
     name: Path | None = None,
+    templates: Templates | None = None,
 ) -> Any:
     """Load a tokenizer as mlx-lm does.
 
@@ -59,22 +64,27 @@ def load_tokenizer(
         eos_ids: The tokens that end a text; none for the tokenizer's own.
         trust_remote_code: Let it run code from the checkpoint.
         name: What the folder is called in messages; None for its path.
+        templates: Its chat templates, where they are read already.
 
     Raises:
         CheckpointError: It cannot be loaded, or a chat template is none.
     """
     given = tokenizer_config or {}
-    templates = _templates(folder, given, name)
+    if templates is None:
+        templates = chat_templates(folder, given, name)
+    shown = name or folder
     # trust_remote_code is named either way: where it is not, transformers asks on
     # standard input.
     settings = {
         "trust_remote_code": trust_remote_code,
+        **model_kind(folder),
+        **missing_roles(folder),
         **given,
         KEY: _as_argument(templates),
-        **_module_settings(folder, given, templates, name or folder),
+        **_module_settings(folder, given, templates, shown),
     }
     next_step = f"Copy {TOKENIZER_JSON} and {TOKENIZER_CONFIG} of the same model there."
-    with one_line(f"the tokenizer in {name or folder}", next_step):
+    with one_line(f"the tokenizer in {cut(shown)}", next_step):
         tokenizer = mlx_lm.utils.load_tokenizer(folder, settings, list(eos_ids) or None)
     check_templates(tokenizer, templates)
     return tokenizer
@@ -103,12 +113,40 @@ def check_templates(tokenizer: Any, templates: Templates) -> None:
                 f"{shorten(error.message)} in line {error.lineno}. Mend that line, or "
                 f"copy {CHAT_TEMPLATE} of the same model there."
             ) from error
+        except RecursionError as error:
+            raise CheckpointError(
+                f"{template.origin} must be a Jinja template: got one nested too "
+                f"deeply. Copy {CHAT_TEMPLATE} of the same model there."
+            ) from error
         except Exception:  # noqa: BLE001  # of this message; real ones may pass
             logger.debug("%s refuses a message without text", template.origin)
 
 
+def chat_templates(
+    folder: Path,
+    tokenizer_config: dict[str, Any] | None = None,
+    name: Path | None = None,
+) -> Templates:
+    """Return the chat templates that a tokenizer is loaded with.
+
+    Args:
+        folder: The checkpoint's folder.
+        tokenizer_config: Arguments for the tokenizer, as for ``load_tokenizer``.
+        name: What the folder is called in messages; None for its path.
+
+    Raises:
+        CheckpointError: One is none.
+    """
+    given = tokenizer_config or {}
+    if KEY in given:
+        return given_templates(given[KEY])
+    return read_chat_templates(folder, name)
+
+
 def eos_token_ids(
-    checkpoint: Checkpoint, tokenizer_config: dict[str, Any] | None = None
+    checkpoint: Checkpoint,
+    tokenizer_config: dict[str, Any] | None = None,
+    templates: Templates | None = None,
 ) -> tuple[int, ...]:
     """Return the token ids that end a text.
 
@@ -119,6 +157,8 @@ def eos_token_ids(
     Args:
         checkpoint: A target's checkpoint.
         tokenizer_config: Arguments for the tokenizer, as for ``load_tokenizer``.
+        templates: Its chat templates, where they are read already. Those that cannot
+            be read count for none: who decodes tokens needs none.
 
     Raises:
         CheckpointError: They are something else than integers.
@@ -132,18 +172,61 @@ def eos_token_ids(
         named = [] if found is None else found if isinstance(found, list) else [found]
         if not all(type(token) is int and token >= 0 for token in named):
             raise CheckpointError(
-                f"eos_token_id in {checkpoint.folder} must be an integer or a list of "
-                f"them: got {found!r}. Fetch generation_config.json and config.json "
-                "again."
+                f"eos_token_id in {cut(checkpoint.folder)} must be an integer or a "
+                f"list of them: got {shorten(found)}. Fetch generation_config.json and "
+                "config.json again."
             )
         ids.update(named)
-    special = _special_tokens(checkpoint.folder)
-    ends = _ends(checkpoint.folder, tokenizer_config or {}) if special else ()
-    ids.update(special[end] for end in ends if end in special)
+    added = _added_tokens(checkpoint.folder)
+    if added and templates is None:
+        with suppress(CheckpointError):
+            templates = chat_templates(checkpoint.folder, tokenizer_config)
+    ends = _ends(checkpoint.folder, tokenizer_config or {}, templates or {})
+    ids.update(added[end] for end in ends if end in added)
     return tuple(sorted(ids))
 
 
-def unknown_modules(config: dict[str, Any]) -> list[str]:
+def missing_roles(folder: Path) -> dict[str, str]:
+    """Return the tokens with a role that a tokenizer has and its config does not name.
+
+    Args:
+        folder: The checkpoint's folder.
+    """
+    config = {**_settings(folder / "special_tokens_map.json"), **_config(folder)}
+    missing = [key for key in _ROLES if config.get(key) is None]
+    added = _added_tokens(folder) if missing else {}
+    return {key: _ROLES[key] for key in missing if _ROLES[key] in added}
+
+
+def model_kind(folder: Path) -> dict[str, Any]:
+    """Return the model's kind as an argument for transformers, which else asks for it.
+
+    Of ``config.json`` tokenizers need nothing else, and what transformers makes of the
+    rest ends in an error where a quantization is no object.
+
+    Args:
+        folder: The checkpoint's folder.
+    """
+    kind = _settings(folder / CONFIG_NAME).get("model_type")
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        return {"config": AutoConfig.for_model(kind)}
+    return {"config": PreTrainedConfig()}
+
+
+def tool_parser(templates: Templates) -> str | None:
+    """Return the parser that a checkpoint's chat template needs, None for none.
+
+    mlx-lm tells it by the text of a single template, if nothing names one.
+
+    Args:
+        templates: The chat templates.
+    """
+    chosen = for_tools(templates)
+    has_calls = chosen is not None and all(m in chosen.text for m in _CALL_MARKS)
+    return "gemma4" if has_calls else None
+
+
+def unknown_modules(config: Mapping[str, Any]) -> list[str]:
     """Return the keys of a tokenizer's config that name what this mlx-lm has not.
 
     Args:
@@ -152,19 +235,13 @@ def unknown_modules(config: dict[str, Any]) -> list[str]:
     return [
         key
         for key, package in _MODULES.items()
-        if config.get(key) is not None and not _has_module(package, config[key])
+        if config.get(key) not in (None, "") and not _has_module(package, config[key])
     ]
 
 
 def _has_module(package: str, name: Any) -> bool:
     is_name = isinstance(name, str) and name.isidentifier()
     return is_name and importlib.util.find_spec(f"{package}.{name}") is not None
-
-
-def _templates(folder: Path, given: dict[str, Any], name: Path | None) -> Templates:
-    if KEY in given:
-        return given_templates(given[KEY])
-    return read_chat_templates(folder, name)
 
 
 def _as_argument(templates: Templates) -> str | dict[str, str] | None:
@@ -181,59 +258,61 @@ def _module_settings(
     Raises:
         CheckpointError: It should take the place of a chat template, and there is none.
     """
-    config = {**_tokenizer_config(folder), **given}
+    config = {**_config(folder), **given}
     unknown = unknown_modules(config)
     version = mlx_lm.__version__
     if config.get(TEMPLATE_TYPE) and TEMPLATE_TYPE in unknown and not templates:
         raise CheckpointError(
-            f"{TEMPLATE_TYPE} in {shown / TOKENIZER_CONFIG} must be one that mlx-lm "
-            f"{version} has: got {shorten(config[TEMPLATE_TYPE])}. Update mlx-lm, or "
-            f"copy {CHAT_TEMPLATE} of the same model there."
+            f"{TEMPLATE_TYPE} in {cut(shown / TOKENIZER_CONFIG)} must be one that "
+            f"mlx-lm {version} has: got {shorten(config[TEMPLATE_TYPE])}. Update "
+            f"mlx-lm, or copy {CHAT_TEMPLATE} of the same model there."
         )
     if unknown:
         named = ", ".join(f"{key} {shorten(config[key])}" for key in unknown)
-        place = shown / TOKENIZER_CONFIG
+        place = cut(shown / TOKENIZER_CONFIG)
         logger.warning("left out of %s: %s, not in mlx-lm %s", place, named, version)
     settings: dict[str, Any] = dict.fromkeys(unknown)
     if given.get(KEY) is not None:
         settings[TEMPLATE_TYPE] = None  # it would win over what the caller gives
-    chosen = for_tools(templates)
-    # mlx-lm tells the parser by a single template's text, if nothing names one.
-    if PARSER_TYPE in unknown or config.get(PARSER_TYPE) is None:
-        if chosen is not None and all(mark in chosen.text for mark in _CALL_MARKS):
-            settings[PARSER_TYPE] = "gemma4"
+    if PARSER_TYPE in unknown or config.get(PARSER_TYPE) in (None, ""):
+        settings[PARSER_TYPE] = tool_parser(templates)
     return settings
 
 
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / TOKENIZER_CONFIG
+def _config(folder: Path) -> dict[str, Any]:
+    return _settings(folder / TOKENIZER_CONFIG)
+
+
+def _settings(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _ends(folder: Path, given: dict[str, Any]) -> Iterator[str]:
+def _ends(folder: Path, given: dict[str, Any], templates: Templates) -> Iterator[str]:
     """The tokens that end an answer, as text; this tokenizer need not have them."""
-    config = _tokenizer_config(folder)
+    config = {**_config(folder), **missing_roles(folder), **given}
     for key in ("eos_token", "eot_token"):
         token = config.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             yield token
     yield _TURN_END
-    try:
-        templates = _templates(folder, given, None)
-    except CheckpointError:  # who decodes tokens needs none
-        return
     if any(_RESPONSE in template.text for template in templates.values()):
         yield _RESPONSE
 
 
-def _special_tokens(folder: Path) -> dict[str, int]:
-    """The special tokens in ``tokenizer.json``, without reading its vocabulary."""
+def _added_tokens(folder: Path) -> dict[str, int]:
+    """The added tokens in ``tokenizer.json``, without reading its vocabulary."""
     path = folder / TOKENIZER_JSON
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
         start = _ADDED_TOKENS.search(text)
         tokens = json.JSONDecoder().raw_decode(text, start.end())[0] if start else []
-        return {token["content"]: token["id"] for token in tokens if token["special"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError):
         return {}  # damaged, which is found where the tokenizer is loaded
+    return {
+        token["content"]: token["id"]
+        for token in tokens
+        if isinstance(token, dict)
+        and isinstance(token.get("content"), str)
+        and type(token.get("id")) is int
+    }

@@ -22,7 +22,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4, gemma4_text
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import (
+    SAME_CHECKPOINT,
+    Checkpoint,
+    have_same_data,
+    open_checkpoint,
+)
 from .config import (
     TARGET_MODEL_TYPES,
     DrafterConfig,
@@ -33,11 +38,16 @@ from .config import (
 )
 from .drafter import Drafter
 from .errors import CheckpointError
-from .packing import check_packing, is_packed, stored_formats
+from .packing import check_packing, next_step, stored_formats
 from .quantization import Format
-from .tensor_names import drafter_names, target_names
+from .tensor_names import (
+    TOKEN_ORDERING,
+    Names,
+    drafter_names,
+    head_copies,
+    target_names,
+)
 
-_SAME_CHECKPOINT = "Take config.json and weights from the same checkpoint."
 _MAX_NAMED_TENSORS = 4
 
 
@@ -89,10 +99,10 @@ def load_drafter(folder: str | Path) -> Drafter:
     drafter = drafter_skeleton(checkpoint)
     config = drafter.config
     check_packing(checkpoint)
-    _check_centroid_head(checkpoint, config)
     names = drafter_names(checkpoint.tensors)
+    _check_centroid_head(checkpoint, names, config)
     formats = stored_formats(checkpoint, names, parameter_shapes(drafter))
-    with one_line(f"the drafter in {cut(folder)}"):
+    with one_line(f"the drafter in {cut(folder)}", next_step(checkpoint)):
         weights = drafter.sanitize(_read_weights(checkpoint))
         _check_token_ordering(weights, config)
         nn.quantize(drafter, class_predicate=as_stored(formats))
@@ -182,12 +192,25 @@ def drafter_skeleton(checkpoint: Checkpoint) -> Drafter:
         CheckpointError: The config is no drafter's.
     """
     source = str(checkpoint.config_path)
-    config = DrafterConfig.from_dict(checkpoint.config, source=source)
+    settings = checkpoint.config
+    if _repeats_embedding(checkpoint):
+        settings = {**settings, "tie_word_embeddings": True}
+    config = DrafterConfig.from_dict(settings, source=source)
     num_drafts = checkpoint.generation_config.get("num_assistant_tokens")
     if type(num_drafts) is int:
         config = replace(config, num_assistant_tokens=num_drafts)
     with one_line(f"the drafter in {cut(checkpoint.folder)}"):
         return Drafter(config)
+
+
+def _repeats_embedding(checkpoint: Checkpoint) -> bool:
+    """Tell whether a drafter stores a head that is nothing but its embedding again."""
+    tensors = checkpoint.tensors
+    copies = head_copies(tensors)
+    return bool(copies) and all(
+        embedding in tensors and have_same_data(tensors[head], tensors[embedding])
+        for head, embedding in copies.items()
+    )
 
 
 def read_target(checkpoint: Checkpoint, *, lazy: bool) -> nn.Module:
@@ -213,7 +236,7 @@ def read_target(checkpoint: Checkpoint, *, lazy: bool) -> nn.Module:
             f"the path {cut(folder)} must be free of * ? and [: got one of "
             "them. Rename or link the folder."
         )
-    with one_line(f"the target in {cut(folder)}"):
+    with one_line(f"the target in {cut(folder)}", next_step(checkpoint)):
         model, _ = mlx_lm.utils.load_model(
             folder,
             lazy=lazy,
@@ -262,13 +285,13 @@ def _quantization(
 
     It names every matrix, so that mlx-lm has nothing to guess.
     """
-    if not is_packed(checkpoint):
-        return None
     is_text_only = settings["model_type"] == "gemma4_text"
     text = settings if is_text_only else settings["text_config"]
     names = target_names(checkpoint.tensors, text, is_text_only=is_text_only)
     shapes = parameter_shapes(target_skeleton(checkpoint))
     formats = stored_formats(checkpoint, names, shapes)
+    if not formats:
+        return None
     has_global_scale = any(found.has_global_scale for found in formats.values())
     known = inspect.signature(SwitchLinear.to_quantized).parameters
     if has_global_scale and "global_scale" not in known:
@@ -305,16 +328,18 @@ def _read_weights(checkpoint: Checkpoint) -> dict[str, mx.array]:
     return weights
 
 
-def _check_centroid_head(checkpoint: Checkpoint, config: DrafterConfig) -> None:
+def _check_centroid_head(
+    checkpoint: Checkpoint, names: Names, config: DrafterConfig
+) -> None:
     """Hold ``use_ordered_embeddings`` against the tensors that are there."""
-    for name in ("centroids.weight", "token_ordering"):
-        is_there = f"masked_embedding.{name}" in checkpoint.tensors
+    for name in ("masked_embedding.centroids.weight", TOKEN_ORDERING):
+        is_there = name in names.parameters
         if is_there != config.use_ordered_embeddings:
             raise CheckpointError(
-                f"masked_embedding.{name} in {cut(checkpoint.folder)} must be "
+                f"{name} in {cut(checkpoint.folder)} must be "
                 f"{'absent' if is_there else 'there'}, as config.json says "
                 f"use_ordered_embeddings {config.use_ordered_embeddings}: got "
-                f"{'it' if is_there else 'no such tensor'}. {_SAME_CHECKPOINT}"
+                f"{'it' if is_there else 'no such tensor'}. {SAME_CHECKPOINT}"
             )
 
 
@@ -325,14 +350,14 @@ def _check_token_ordering(weights: dict[str, mx.array], config: DrafterConfig) -
     """
     if not config.use_ordered_embeddings:
         return
-    ordering = weights["masked_embedding.token_ordering"]
+    ordering = weights[TOKEN_ORDERING]
     every_id = mx.arange(config.text_config["vocab_size"], dtype=ordering.dtype)
     if not mx.array_equal(mx.sort(ordering.flatten()), every_id):
-        raise ValueError("masked_embedding.token_ordering is no order of all token ids")
+        raise ValueError(f"{TOKEN_ORDERING} is no order of all token ids")
 
 
 @contextmanager
-def one_line(what: str, next_step: str = _SAME_CHECKPOINT) -> Iterator[None]:
+def one_line(what: str, next_step: str = SAME_CHECKPOINT) -> Iterator[None]:
     """Turn whatever a library raises on a checkpoint into one line.
 
     Args:
@@ -361,4 +386,4 @@ def _summary(error: Exception) -> str:
     if num_unnamed > 0:
         names = [*names[:_MAX_NAMED_TENSORS], f"and {num_unnamed} more"]
     text = " ".join([*lines[:1], ", ".join(names)]).strip().rstrip(".")
-    return text if len(text) <= 400 else f"{text[:397]}..."
+    return text if len(text) <= 240 else f"{text[:237]}..."

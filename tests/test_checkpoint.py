@@ -66,6 +66,7 @@ def fails(folder, *words):
     assert " must be " in message
     for word in words:
         assert word in message
+    return message
 
 
 @pytest.mark.parametrize("family", ["e2b", "e4b", "12b", "26b-a4b", "31b"])
@@ -194,6 +195,36 @@ def test_weights_of_another_name(folder):
     fails(folder, "model*.safetensors", "adapters.safetensors", "Rename")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_link_to_nothing(folder, name):
+    (folder / name).unlink()
+    (folder / name).symlink_to(folder / "gone")
+    message = fails(folder, name, "a link to", "gone", "where nothing is")
+    assert "Rename" not in message
+
+
+def test_a_shard_that_is_a_link_to_nothing(folder):
+    path = shard(folder)[1]
+    path.unlink()
+    path.symlink_to(folder / "gone")
+    fails(folder, path.name, "a link to", "where nothing is")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_folder_in_the_place_of_a_file(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    message = fails(folder, name, "a folder. Put the file itself")
+    assert "Rename" not in message
+
+
+def test_a_type_that_is_not_known_is_no_damage(folder):
+    entry = {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}
+    write_header(folder / "model.safetensors", {"a": entry}, b"\0" * 4)
+    message = fails(folder, "a in", "'X9'", "update")
+    assert "again" not in message
+
+
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
     fails(folder, "weights", "none there")
@@ -231,7 +262,7 @@ def test_a_git_lfs_pointer(folder):
         ({"a": {"dtype": "F32", "shape": [1]}}, "whole at a"),
         ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, "whole at a"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}, "whole at a"),
-        ({"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, "'X9'"),
+        ({"a": {"dtype": 9, "shape": [1], "data_offsets": [0, 4]}}, "of a type"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "8 bytes long"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}, "-4 bytes"),
     ],

@@ -572,7 +572,7 @@ ORDERING = "masked_embedding.token_ordering"
     [
         (lambda t: t.pop(NORM), [NORM, "no such tensor"]),
         (lambda t: t.update({NORM: ("BF16", (3,))}), [NORM, "[1536]", "[3]"]),
-        (lambda t: t.update({NORM: ("I64", (1536,))}), [NORM, "I64", "BF16"]),
+        (lambda t: t.update({NORM: ("I64", (1536,))}), [NORM, "I64", "float"]),
         (
             lambda t: t.update({"model.language_model.extra": ("BF16", (3,))}),
             ["model.language_model.extra", "does not have"],

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
@@ -46,6 +47,18 @@ needs_hook = pytest.mark.skipif(
 
 # Inside the window of 32 tokens with every prompt.
 MAX_TOKENS = 16
+# What has been seen in the configs of float weights.
+STALE: list[Any] = [
+    "q4_0",
+    ["q4_0"],
+    {},
+    {"quant_type": "q4_0"},
+    {"bits": 4},
+    {"quant_method": "gptq"},
+    {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+    {"quant_method": "fp8", "weight_block_size": 128, "scale_fmt": "ue8m0"},
+    {"quant_method": "compressed-tensors", "config_groups": {}},
+]
 SAMPLER = make_sampler(temp=0.9, top_k=40)
 
 
@@ -565,15 +578,51 @@ class TestLoad:
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("given", [{}, {"model_config": {"mark": 1}}])
-    def test_float_weights_whose_config_names_a_regime(
-        self, folder, tmp_path, hooked_names, given
+    @pytest.mark.parametrize("stale", STALE)
+    @pytest.mark.parametrize("place", ["quantization_config", "quantization", "text"])
+    def test_float_weights_whose_config_names_a_quantization(
+        self, folder, tmp_path, hooked_names, given, stale, place
     ):
-        """Quantization-aware trained ones are such; mlx-lm asks for a method."""
-        place = tmp_path / "qat"
-        shutil.copytree(folder, place)
-        config = json.loads((place / "config.json").read_text())
-        config["quantization_config"] = {"quant_type": "q4_0"}
-        (place / "config.json").write_text(json.dumps(config))
+        """Quantization-aware trained ones are such, and merged ones."""
+        copied = tmp_path / "qat"
+        shutil.copytree(folder, copied)
+        config = json.loads((copied / "config.json").read_text())
+        if place == "text":
+            config["text_config"]["quantization_config"] = stale
+        else:
+            config[place] = stale
+        (copied / "config.json").write_text(json.dumps(config))
+        self.check_float(folder, copied, given)
+
+    def test_float_weights_with_a_file_of_modelopt(
+        self, folder, tmp_path, hooked_names
+    ):
+        copied = tmp_path / "merged"
+        shutil.copytree(folder, copied)
+        said = {"quantization": {"quant_algo": "FP8"}}
+        (copied / "hf_quant_config.json").write_text(json.dumps(said))
+        self.check_float(folder, copied, {})
+
+    def test_of_other_models_nothing_but_the_config_is_fetched(
+        self, tmp_path, hooked_names, monkeypatch
+    ):
+        asked = []
+        (tmp_path / "config.json").write_text('{"model_type": "warp"}')
+
+        def hf_hub_download(repo, name, *, revision):
+            asked.append((repo, name, revision))
+            return str(tmp_path / name)
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+        own_fetch: Any = lambda *args, **settings: tmp_path  # noqa: E731
+        monkeypatch.setattr("mlx_lm.utils._download", own_fetch)
+        with pytest.raises(FileNotFoundError, match="No safetensors found"):
+            mlx_lm.load("warp/warp", revision="v1")
+        assert asked == [("warp/warp", "config.json", "v1")]
+
+    @staticmethod
+    def check_float(folder, place, given):
         model, _, found = mlx_lm.load(str(place), return_config=True, **given)
         assert carries_drafter(model)
         assert given.get("model_config", {}).items() <= found.items()

@@ -22,6 +22,8 @@ from convert.request import NONE, PartRequest, Request
 from mlx_gemma_mtp import packing, weights
 from mlx_gemma_mtp.checkpoint import INDEX_NAME, TensorInfo, open_checkpoint
 from mlx_gemma_mtp.errors import CheckpointError
+from mlx_gemma_mtp.load import load
+from mlx_gemma_mtp.pair import pair_of
 from mlx_gemma_mtp.quantization import Format
 from mlx_gemma_mtp.weights import load_drafter, load_target
 from tests.tiny import REFERENCE, model_folder, uncompiled
@@ -43,6 +45,13 @@ STALE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "ours": lambda c: c.update(quantization={"bits": 4, "group_size": 64}),
     "theirs": lambda c: c.update(
         quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}
+    ),
+    "a word": lambda c: c.update(quantization_config="q4_0", quantization="q4_0"),
+    "a list": lambda c: c.update(quantization_config=["q4_0"]),
+    "a number": lambda c: c.update(quantization_config=4, compression_config=4),
+    "a flag": lambda c: c.update(quantization_config=True),
+    "a word in the text": lambda c: c["text_config"].update(
+        quantization_config="q4_0", compression_config={"bits": 4}
     ),
 }
 
@@ -91,6 +100,10 @@ def test_a_float_checkpoint_is_float_whatever_its_config_says(tmp_path, stale):
     assert equal(load_target(folder), load_target(REFERENCE / "12b" / "target"))
     own = load_drafter(REFERENCE / "12b" / "drafter")
     assert equal(load_drafter(folder / "drafter"), own)
+    model, tokenizer = load(folder)
+    assert equal(model, load_target(folder))
+    assert pair_of(model).drafter is not None
+    assert tokenizer.bos_token_id is not None
 
 
 @pytest.mark.parametrize("stale", STALE)
@@ -106,7 +119,7 @@ def test_a_conversion_takes_it_and_forgets_the_key(tmp_path, stale):
     for part in (place, place / "drafter"):
         config = json.loads((part / "config.json").read_text())
         for settings in (config, config["text_config"]):
-            assert not {"quantization", "quantization_config"} & set(settings)
+            assert not [key for key in settings if "quant" in key or "compr" in key]
 
 
 def test_a_conversion_quantizes_it(tmp_path):
@@ -195,6 +208,58 @@ FORMATS: dict[str, tuple[dict[str, Any] | None, Callable[[dict[str, Any]], Any]]
         {"quant_method": "torchao"},
         packed(_weight_qdata=zeros((128, 64), I8), _weight_scale=SCALES),
     ),
+    "AQLM": (
+        {"quant_method": "aqlm"},
+        packed(codes=BYTES, codebooks=SCALES, scales=SCALES),
+    ),
+    "QuIP#": (
+        {"quant_method": "quip"},
+        packed(Qidxs=WORDS, SU=SCALES, SV=SCALES),
+    ),
+    "VPTQ": (
+        {"quant_method": "vptq"},
+        packed(indices=WORDS, centroids__weight=SCALES),
+    ),
+    "ExLlamaV2": (
+        {"quant_method": "exl2"},
+        packed(q_weight=WORDS, q_scale=WORDS, q_groups=WORDS),
+    ),
+    "ExLlamaV3": (
+        {"quant_method": "exl3"},
+        packed(trellis=WORDS, suh=SCALES, svh=SCALES),
+    ),
+    "SpQR": (
+        {"quant_method": "spqr"},
+        packed(dense_weights=WORDS, row_offsets=WORDS),
+    ),
+    "FP-Quant": (
+        {"quant_method": "fp_quant"},
+        packed(qweight=BYTES, scales=FEW, forward_hadamard_matrix=SCALES),
+    ),
+    "HIGGS": (
+        {"quant_method": "higgs"},
+        packed(weight=BYTES, scales=SCALES, tables=SCALES, tables2=SCALES),
+    ),
+    "EETQ": (
+        {"quant_method": "eetq"},
+        packed(weight=zeros((64, 128), I8), weight_scales=SCALES),
+    ),
+}
+# Beside weights that are float, and changed for them.
+FAKE = {
+    "ModelOpt": packed(
+        weight=zeros((128, 64), BF16), input_quantizer___amax=zeros((1,), F32)
+    ),
+    "AWQ of ModelOpt": packed(
+        weight=zeros((128, 64), BF16), pre_quant_scale=zeros((64,), BF16)
+    ),
+}
+# What no tensor's name tells, and the config does.
+NAMED = {
+    "bitnet": packed(weight=BYTES, weight_scale=zeros((1,), F32)),
+    "quark": packed(weight=WORDS, weight_scale=SCALES),
+    "of tomorrow": packed(some_words=WORDS, some_scales=SCALES),
+    "mxfp4": packed(proj_blocks=BYTES, proj_scales=FEW),
 }
 
 
@@ -229,6 +294,38 @@ def test_another_tools_format_is_named(tmp_path, tool, has_config):
     check_refused(folder, tool, PROJECTION, "mlx_gemma_mtp.convert", "mlx-community")
 
 
+@pytest.mark.parametrize("tool", FAKE)
+def test_float_weights_that_were_changed_are_named(tmp_path, tool):
+    folder = model_folder(tmp_path / "pair", "12b", has_drafter=False)
+    edit_weights(folder, FAKE[tool])
+    check_refused(folder, "ModelOpt", PROJECTION)
+
+
+@pytest.mark.parametrize("method", NAMED)
+def test_a_method_that_the_config_names_is_named(tmp_path, method):
+    folder = model_folder(tmp_path / "pair", "12b", has_drafter=False)
+    edit_weights(folder, NAMED[method])
+    edit_config(
+        folder, lambda c: c.update(quantization_config={"quant_method": method})
+    )
+    said = refused(lambda: load_target(folder), method, "mlx_gemma_mtp.convert")
+    assert "Take config.json" not in said
+    request = Request(folder, folder.parent / "out", draft_model=NONE)
+    plan = lambda: plan_conversion(request, headers_only=True)  # noqa: E731
+    refused(plan, method, "mlx_gemma_mtp.convert")
+
+
+def test_scales_of_a_quantized_cache_are_left_out(tmp_path):
+    """Exports for FP8 caches have them beside float weights."""
+    folder = model_folder(tmp_path / "pair", "12b", has_drafter=False)
+    base = "model.language_model.layers.1"
+    names = ("self_attn.k_scale", "self_attn.v_proj.v_scale", "mlp.up_proj.input_scale")
+    scales = {f"{base}.{name}": zeros((1,), F32) for name in names}
+    edit_weights(folder, lambda tensors: tensors.update(scales))
+    edit_config(folder, lambda c: c.update(quantization_config={"quant_method": "fp8"}))
+    assert equal(load_target(folder), load_target(REFERENCE / "12b" / "target"))
+
+
 @pytest.mark.parametrize("tool", FORMATS)
 def test_a_drafter_in_another_tools_format_is_named(tmp_path, tool):
     folder = model_folder(tmp_path / "pair", "12b")
@@ -246,14 +343,23 @@ def test_a_drafter_in_another_tools_format_is_named(tmp_path, tool):
     refused(lambda: load_drafter(folder / "drafter"), folder / "drafter", tool)
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "I32"])
-def test_a_type_that_another_tool_packs_in_is_told(tmp_path, dtype):
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"),
+        *("F4", "I16", "U16", "I32", "U32"),
+    ],
+)
+def test_a_type_that_no_weights_have_is_told(tmp_path, dtype):
     """MLX has no arrays of some of these types, so only the header says them."""
     folder = model_folder(tmp_path / "pair", "12b", has_drafter=False)
     path = folder / "model.safetensors"
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
-    header, bits = json.loads(raw[8:start]), {"I32": 32, "F4": 4}.get(dtype, 8)
+    header, bits = (
+        json.loads(raw[8:start]),
+        {"I32": 32, "U32": 32, "I16": 16, "U16": 16, "F4": 4}.get(dtype, 8),
+    )
     entry = header[f"{PROJECTION}.weight"]
     first, end = entry["data_offsets"]
     columns = (end - first) * 8 // bits // entry["shape"][0]
@@ -265,6 +371,14 @@ def test_a_type_that_another_tool_packs_in_is_told(tmp_path, dtype):
         folder, lambda c: c.update(quantization_config={"quant_method": "modelopt"})
     )
     check_refused(folder, "ModelOpt")
+
+
+@pytest.mark.parametrize("dtype", [mx.uint64, mx.int64, mx.complex64, mx.uint16])
+def test_a_drafter_of_a_type_that_no_weights_have_is_told(tmp_path, dtype):
+    folder = model_folder(tmp_path / "pair", "12b") / "drafter"
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(folder, lambda t: t.update({name: t[name].astype(dtype)}))
+    refused(lambda: load_drafter(folder), folder, name, "weights of type")
 
 
 def test_one_tensor_per_expert_is_told(tmp_path):
@@ -285,12 +399,25 @@ def test_one_tensor_per_expert_is_told(tmp_path):
         f"base_model.model.{PROJECTION}.base_layer.weight",
         f"base_model.model.{PROJECTION}.lora_A.default.weight",
         f"{PROJECTION}.lora_B.weight",
+        f"{PROJECTION}.hada_w1_a",
+        f"{PROJECTION}.lokr_w1",
     ],
 )
 def test_a_model_with_adapters_in_it_is_told(tmp_path, name):
     folder = model_folder(tmp_path / "pair", "12b", has_drafter=False)
     edit_weights(folder, lambda tensors: tensors.update({name: zeros((4, 4), BF16)}))
     check_refused(folder, "PEFT", "merge_and_unload")
+
+
+def test_a_model_with_mlx_lms_adapters_in_it_is_told(tmp_path):
+    folder = model_folder(tmp_path / "pair", "12b", has_drafter=False)
+
+    def wrap(tensors: dict[str, Any]) -> None:
+        tensors[f"{PROJECTION}.linear.weight"] = tensors.pop(f"{PROJECTION}.weight")
+        tensors[f"{PROJECTION}.lora_a"] = zeros((64, 8), BF16)
+
+    edit_weights(folder, wrap)
+    check_refused(folder, "mlx-lm's adapters", "mlx_lm.fuse")
 
 
 def test_the_surest_sign_counts_whatever_stands_first():
@@ -364,6 +491,42 @@ def test_a_head_of_its_own_is_converted_and_read(tmp_path, head):
     convert(plan_conversion(Request(place, again, NONE, has_check=False)))
     kept = parameters(load_target(again))
     assert all(mx.array_equal(kept[name], expected[name]) for name in expected)
+
+
+def with_head(tensors: dict[str, Any], factor: float) -> None:
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = (embedding * factor).astype(embedding.dtype)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "base_model.model."])
+def test_a_drafters_head_that_is_its_embedding_again(tmp_path, prefix):
+    """It says that it is not tied, and is; what is converted says so."""
+    folder = model_folder(tmp_path / "pair", "12b")
+    place = folder / "drafter"
+    expected = load_drafter(place)
+    edit_weights(place, lambda tensors: with_head(tensors, 1))
+
+    def rename(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[f"{prefix}{name}"] = tensors.pop(name)
+
+    edit_weights(place, rename)
+    edit_config(place, lambda c: c.update(tie_word_embeddings=False))
+    assert equal(load_drafter(place), expected)
+    request = Request(
+        folder, tmp_path / "out", target=FLOAT, drafter=FLOAT, has_check=False
+    )
+    convert(plan_conversion(request))
+    assert equal(load_drafter(tmp_path / "out" / "drafter"), expected)
+
+
+@pytest.mark.parametrize("factor", [2, None])
+def test_a_drafters_head_of_its_own_is_told(tmp_path, factor):
+    folder = model_folder(tmp_path / "pair", "12b") / "drafter"
+    if factor is not None:
+        edit_weights(folder, lambda tensors: with_head(tensors, factor))
+    edit_config(folder, lambda c: c.update(tie_word_embeddings=False))
+    refused(lambda: load_drafter(folder), folder, "tie_word_embeddings")
 
 
 @pytest.fixture

@@ -168,9 +168,16 @@ TIMEOUT = "no answer in time"
         (answered(404, X_Error_Code="EntryNotFound"), ["no such file", "revision"]),
         (answered(429), ["too many requests (429)", "some minutes", "hf auth login"]),
         (answered(429, Retry_After="17"), ["too many requests", "Wait 17 seconds"]),
+        (answered(429, RateLimit='"api";r=0;t=55'), ["too many", "Wait 55 seconds"]),
+        (answered(408), [TIMEOUT, "408", "again"]),
         (answered(500), ["failure of the Hub itself (500)", "later"]),
         (answered(503), ["failure of the Hub itself (503)", "status.huggingface.co"]),
         (answered(418), ["answer 418", "some server words", "again"]),
+        (
+            json.JSONDecodeError("Expecting value", "<html>", 0),
+            ["not the Hub's", "Log in"],
+        ),
+        (KeyError("id"), ["not the Hub's", "login page"]),
         (http.ConnectError("refused"), [CONNECT, "refused", "connection"]),
         (http.ProxyError("503"), [CONNECT, "ProxyError"]),
         (http.ReadTimeout("slow"), [TIMEOUT, "ReadTimeout", "again"]),
@@ -192,7 +199,13 @@ def test_every_failure_of_the_hub_is_one_line(hub, error, words, is_local):
     hub.answer = not_cached(error) if is_local else error
     message = fetch_fails("me/mine", *words, revision="v9")
     assert "published" not in message
-    assert len(message) < 600
+    assert len(message) < 260
+
+
+def test_a_repository_without_a_branch(hub):
+    hub.answer = answered(404, X_Error_Code="RevisionNotFound")
+    message = fetch_fails("me/mine", "no branch main", "Name a revision")
+    assert "nothing" not in message
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mlx_gemma_mtp.errors import CheckpointError
 from mlx_gemma_mtp.tensor_names import (
     Share,
+    drafter_names,
     target_names,
     unused_in_drafter,
     unused_in_target,
@@ -27,7 +28,7 @@ TEXT = {
     "num_kv_shared_layers": 20,
     "tie_word_embeddings": True,
 }
-RANGE = "ranges of activations"
+RANGE = "ranges or scales of activations"
 # Of transformers 4 and 5, mlx-lm, mlx-vlm, text models alone; and what programs that
 # wrap models leave in front of them.
 PREFIXES = (
@@ -42,6 +43,10 @@ PREFIXES = (
     "base_model.model.model.language_model.",
     "module.model.language_model.",
     "_orig_mod.model.language_model.",
+    "_fsdp_wrapped_module.model.language_model.",
+    "_fsdp_wrapped_module.model.language_model._checkpoint_wrapped_module.",
+    "text_model.",
+    "model.text_model.",
 )
 HEADS = (
     "lm_head.",
@@ -77,6 +82,9 @@ def reason(name, *, first_shared_layer=FIRST_SHARED, is_tied=True):
         ("model.language_model.layers.3.self_attn.rotary_emb.inv_freq", TABLE),
         ("model.language_model.rotary_emb.full_attention_inv_freq", TABLE),
         ("model.language_model.layers.3.mlp.up_proj.input_max", RANGE),
+        ("model.language_model.layers.3.mlp.up_proj.input_scale", RANGE),
+        ("model.language_model.layers.3.self_attn.k_scale", RANGE),
+        ("model.language_model.layers.3.self_attn.v_proj.v_scale", RANGE),
     ],
 )
 def test_what_a_target_does_not_need(name, word):
@@ -156,10 +164,33 @@ def test_a_layer_number_of_thousands_of_digits():
     assert SHARED in reason(name)
 
 
+def test_what_stands_in_front_of_parts():
+    name = "model.layers.3._fsdp_wrapped_module.mlp._orig_mod.up_proj.weight"
+    names = target_names([name], TEXT, is_text_only=True)
+    assert names.parameters == {"model.layers.3.mlp.up_proj.weight": Share(name)}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.up_proj.weight",
+        "model.norm.weight",
+        "masked_embedding.token_ordering",
+        "pre_projection.weight",
+        "post_projection.scales",
+    ],
+)
+def test_a_drafters_tensors_have_one_place_under_every_prefix(prefix, name):
+    names = drafter_names([f"{prefix}{name}"])
+    assert names.parameters == {name: Share(f"{prefix}{name}")}
+
+
 @pytest.mark.parametrize(
     ("name", "is_used"),
     [
         ("lm_head.weight", False),
+        ("module.lm_head.weight", False),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", False),
         ("model.embed_tokens.weight", True),
         ("masked_embedding.centroids.weight", True),

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_tokenizer.py
 """
 
+import codecs
 import json
 import logging
 import sys
@@ -14,13 +15,16 @@ from types import ModuleType
 from typing import Any
 
 import jinja2
+import mlx_lm.utils
 import pytest
 
 from convert.tokenizer import check_tokenizer, complete_ends, copy_tokenizer
 from mlx_gemma_mtp import load_pair
 from mlx_gemma_mtp.checkpoint import Checkpoint, open_checkpoint
+from mlx_gemma_mtp.encoding import encode_text
 from mlx_gemma_mtp.errors import CheckpointError
 from mlx_gemma_mtp.load import eos_token_ids, load, load_tokenizer
+from mlx_gemma_mtp.pair import pair_of
 from mlx_gemma_mtp.selftest import sections
 from mlx_gemma_mtp.selftest.__main__ import main as selftest
 from mlx_gemma_mtp.server.arguments import parse
@@ -28,11 +32,22 @@ from mlx_gemma_mtp.server.engine import load_engine
 from mlx_gemma_mtp.template_files import missing_template_note
 from mlx_gemma_mtp.tune import pipeline
 from mlx_gemma_mtp.tune.__main__ import parse as parse_tune
-from tests.tiny import END_OF_TURN, EOS, TURN, model_folder, tiny_tokenizer
+from tests.tiny import (
+    BOS,
+    END_OF_TURN,
+    EOS,
+    PAD,
+    TURN,
+    UNK,
+    model_folder,
+    tiny_tokenizer,
+)
 
 RESPONSE = 512  # its id in folders made here
 TOOLS = "<|tool_call>call:f{}<tool_call|><|tool_response>"
 MESSAGES = [{"role": "user", "content": "a"}]
+# Places where an empty template was seen.
+EMPTY = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 
 
 def text_of(name: str) -> str:
@@ -58,6 +73,12 @@ def rendered(folder: Path, given: Any = None, **settings: Any) -> str:
     tokenizer = load_tokenizer(folder, given)
     text: str = tokenizer.apply_chat_template(MESSAGES, tokenize=False, **settings)
     return text
+
+
+def plainly_rendered(folder: Path) -> str:
+    """The same by mlx-lm alone."""
+    tokenizer = mlx_lm.utils.load_tokenizer(folder)
+    return str(tokenizer.apply_chat_template(MESSAGES, tokenize=False))
 
 
 @pytest.fixture
@@ -112,10 +133,15 @@ class TestPlaces:
             assert rendered(place) == f"{default}: a"
             assert rendered(place, tools=[{"type": "function"}]) == "tools: a"
 
-    def test_a_list_in_the_config(self, folder):
+    def test_a_list_in_the_config(self, folder, tmp_path):
         names = {"default": text_of("plain"), "tool_use": text_of("tools") + TOOLS}
         value = [{"name": k, "template": v} for k, v in names.items()]
         configure(folder, chat_template=value)
+        (tmp_path / "made").mkdir()
+        copy_tokenizer(folder, tmp_path / "made")
+        for load_one in (load_tokenizer, mlx_lm.utils.load_tokenizer):
+            tokenizer = load_one(tmp_path / "made")
+            assert tokenizer.tool_call_start == "<|tool_call>"
         assert rendered(folder) == "plain: a"
         assert rendered(folder, tools=[{"type": "function"}]).startswith("tools: a")
         tokenizer = load_tokenizer(folder)
@@ -124,6 +150,43 @@ class TestPlaces:
     def test_one_that_is_alone_is_the_default(self, folder):
         write(folder, "additional_chat_templates/chat.jinja", text_of("chat"))
         assert rendered(folder) == "chat: a"
+
+    def test_one_with_a_name_is_written_as_the_default(self, folder, tmp_path):
+        value = [{"name": "tool_use", "template": text_of("tools")}]
+        configure(folder, chat_template=value)
+        (tmp_path / "made").mkdir()
+        copy_tokenizer(folder, tmp_path / "made")
+        assert plainly_rendered(tmp_path / "made") == "tools: a"
+
+    @pytest.mark.parametrize("text", ["jinja", "blank"])
+    def test_a_byte_order_mark_is_no_text(self, folder, tmp_path, text):
+        template = {"jinja": text_of("jinja"), "blank": "\n"}[text]
+        write(folder, "chat_template.jinja", codecs.BOM_UTF8 + template.encode())
+        configure(folder, chat_template=text_of("config"))
+        (tmp_path / "made").mkdir()
+        copy_tokenizer(folder, tmp_path / "made")
+        expected = {"jinja": "jinja: a", "blank": "config: a"}[text]
+        assert rendered(folder) == rendered(tmp_path / "made") == expected
+        assert plainly_rendered(tmp_path / "made") == expected
+
+    @pytest.mark.parametrize("empty", ["", " \n", [], {}, {"default": ""}, None])
+    @pytest.mark.parametrize("name", EMPTY)
+    def test_an_empty_one_is_none(self, folder, tmp_path, name, empty):
+        """The next place counts; where there is none, it is said as of none."""
+        if name == "tokenizer_config.json":
+            configure(folder, chat_template=empty)
+        elif name == "chat_template.json":
+            write(folder, name, {"chat_template": empty})
+        else:
+            write(folder, name, empty if isinstance(empty, str) else "")
+        check_tokenizer(folder, vocab_size=600)
+        assert not load_tokenizer(folder).has_chat_template
+        (tmp_path / "made").mkdir()
+        copy_tokenizer(folder, tmp_path / "made")
+        assert not mlx_lm.utils.load_tokenizer(tmp_path / "made").has_chat_template
+        if name != "tokenizer_config.json":
+            configure(folder, chat_template=text_of("config"))
+            assert rendered(folder) == "config: a"
 
     def test_it_is_compiled_when_it_is_loaded(self, folder, monkeypatch):
         source = text_of("compiled once")
@@ -143,15 +206,16 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("chat_template.jinja", "a\n\n{{ x | no_filter }}", "in line 3"),
     ("chat_template.jinja", "{% generation %}a", "in line 1"),
     ("chat_template.jinja", b"a\nb \xff", "in line 2"),
-    ("chat_template.jinja", " \n", "an empty text"),
+    ("chat_template.jinja", "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}", "nested"),
     ("chat_template.json", {"chat_template": 5}, "got 5"),
     ("chat_template.json", {"chat_template": ["x"]}, "a list of"),
-    ("chat_template.json", {"chat_template": {}}, "a list of"),
+    ("chat_template.json", {"chat_template": [{"name": "a"}]}, "a list of"),
     ("chat_template.json", {"chat_template": "\n{{ x"}, "in line 2"),
     ("chat_template.json", "{", "readable JSON"),
     ("additional_chat_templates/default.jinja", "{% x %}", "in line 1"),
-    ("tokenizer_config.json", {"chat_template": {"default": None}}, "got nothing"),
+    ("tokenizer_config.json", {"chat_template": {"default": 5}}, "got 5"),
     ("tokenizer_config.json", {"chat_template": {"a": "a", "b": "b"}}, "named default"),
+    ("tokenizer_config.json", {"chat_template": {"a" * 5000: 5}}, "got 5"),
 ]
 
 
@@ -201,8 +265,9 @@ class TestModulesOfAnotherRelease:
         write(folder, "chat_template.jinja", text_of("beside"))
         configure(folder, tool_parser_type="json_tools")
         assert load_tokenizer(folder).tool_call_start == "<tool_call>"
-        configure(folder, tool_parser_type=None, chat_template_type="")
+        configure(folder, tool_parser_type="", chat_template_type="")
         assert rendered(folder) == "beside: a"
+        assert not caplog.records
         module: Any = ModuleType("mlx_lm.chat_templates.this_one")
         module.__spec__ = ModuleSpec(module.__name__, None)
         module.apply_chat_template = lambda *messages, **settings: "this one"
@@ -232,10 +297,34 @@ class TestEnds:
         assert ends(folder) == (EOS, END_OF_TURN)
         assert ends(folder, eos_token_id=7) == (EOS, 7, END_OF_TURN)
         assert ends(folder, generation={"eos_token_id": [9]}) == (EOS, 9, END_OF_TURN)
-        configure(folder, eot_token={"content": "<|turn>"}, eos_token=None)
-        assert ends(folder) == (TURN, END_OF_TURN)
-        configure(folder, eot_token="the")  # a word is no end
-        assert ends(folder) == (END_OF_TURN,)
+        configure(folder, eot_token={"content": "<|turn>"}, eos_token="<pad>")
+        assert ends(folder) == (PAD, TURN, END_OF_TURN)
+        configure(folder, eot_token="the", eos_token=None)  # a word is no end
+        assert ends(folder) == (EOS, END_OF_TURN)
+        assert ends(folder, given={"eos_token": "<unk>"}) == (UNK, END_OF_TURN)
+
+    @pytest.mark.parametrize("special", [False, None])
+    def test_one_that_is_not_marked_special_counts(self, folder, special):
+        path = folder / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        for token in tokenizer["added_tokens"]:
+            if token["content"] in ("<turn|>", "<|tool_response>"):
+                token["special"] = special
+                if special is None:
+                    del token["special"]
+        tokenizer["added_tokens"].append({"content": "<x>"})
+        write(folder, path.name, tokenizer)
+        write(folder, "chat_template.jinja", TOOLS)
+        assert ends(folder) == (EOS, END_OF_TURN, RESPONSE)
+
+    @pytest.mark.parametrize("given", [None, {"eos_token": "<pad>"}])
+    def test_pair_and_tokenizer_agree(self, tmp_path, given):
+        folder = model_folder(tmp_path / "pair", has_drafter=False)
+        configure(folder, eos_token=None)
+        found: Any = load(folder, speculative_decoding=False, tokenizer_config=given)
+        model, tokenizer = found
+        assert pair_of(model).eos_token_ids == tokenizer.eos_token_ids
+        assert END_OF_TURN in tokenizer.eos_token_ids
 
     @pytest.mark.parametrize("place", ["jinja", "list", "given"])
     def test_a_response_ends_a_call_where_the_template_has_tools(self, folder, place):
@@ -284,6 +373,31 @@ class TestEnds:
         assert found == {"eos_token_id": [EOS, END_OF_TURN], "top_k": 5}
         if named == [EOS, END_OF_TURN]:
             assert (folder / "generation_config.json").read_text() == before
+
+
+class TestBeginOfSequence:
+    """Without it -it models answer nonsense; a config need not name it."""
+
+    @pytest.mark.parametrize("config", ["none", "no key", "null"])
+    def test_it_is_the_tokenizers_own(self, folder, tmp_path, config):
+        write(folder, "chat_template.jinja", "{{ bos_token }}a")
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text())
+        del settings["bos_token"]
+        write(folder, path.name, settings)
+        if config == "null":
+            configure(folder, bos_token=None)
+        elif config == "none":
+            path.unlink()
+        tokenizer = load_tokenizer(folder)
+        assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("<bos>", BOS)
+        assert encode_text(tokenizer, "a")[0] == BOS
+        assert rendered(folder) == "<bos>a"
+        check_tokenizer(folder, vocab_size=600)
+        (tmp_path / "made").mkdir()
+        copy_tokenizer(folder, tmp_path / "made")
+        assert plainly_rendered(tmp_path / "made") == "<bos>a"
+        assert load_tokenizer(folder, {"bos_token": "<pad>"}).bos_token == "<pad>"
 
 
 class TestNoTemplate:

@@ -91,7 +91,8 @@ def tiny_tokenizer(
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    names = ["<pad>", "<bos>", "<unk>", "<|turn>"]
+    names = ["<pad>", "<unk>", "<|turn>"]
+    names += ["<bos>"] if has_bos else []
     names += ["<eos>", "<turn|>"] if has_eos else []
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
     if has_bos:
