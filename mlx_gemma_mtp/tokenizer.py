@@ -19,6 +19,7 @@ import mlx_lm.utils
 from jinja2 import TemplateSyntaxError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .answer import CALL_END, CALL_START, TURN_END
 from .checkpoint import CONFIG_NAME, Checkpoint, read_json
 from .config import cut, shorten
 from .errors import CheckpointError
@@ -37,8 +38,7 @@ TOKENIZER_JSON = "tokenizer.json"
 TEMPLATE_TYPE, PARSER_TYPE = "chat_template_type", "tool_parser_type"
 # What mlx-lm imports by name, and where.
 _MODULES = {TEMPLATE_TYPE: "mlx_lm.chat_templates", PARSER_TYPE: "mlx_lm.tool_parsers"}
-_CALL_MARKS = ("<|tool_call>", "<tool_call|>")
-_TURN_END, _RESPONSE = "<turn|>", "<|tool_response>"
+_RESPONSE = "<|tool_response>"
 # What Gemma's tokenizers call these, where tokenizer_config.json does not say.
 _ROLES = {"bos_token": "<bos>", "eos_token": "<eos>"}
 _ADDED_TOKENS = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
@@ -222,7 +222,9 @@ def tool_parser(templates: Templates) -> str | None:
         templates: The chat templates.
     """
     chosen = for_tools(templates)
-    has_calls = chosen is not None and all(m in chosen.text for m in _CALL_MARKS)
+    has_calls = chosen is not None and all(
+        m in chosen.text for m in (CALL_START, CALL_END)
+    )
     return "gemma4" if has_calls else None
 
 
@@ -295,7 +297,7 @@ def _ends(folder: Path, given: dict[str, Any], templates: Templates) -> Iterator
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             yield token
-    yield _TURN_END
+    yield TURN_END
     if any(_RESPONSE in template.text for template in templates.values()):
         yield _RESPONSE
 
