@@ -6,16 +6,13 @@ The pair can travel inside the target's model object, which is how a model loade
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from .calibration import Calibration
@@ -23,11 +20,11 @@ from .config import MAX_DRAFT_TOKENS
 from .control import Prior
 from .drafter import Drafter
 from .families import family_of
+from .fingerprint import learnt_key
 from .generation_defaults import SamplingDefaults
-from .machine import describe_machine
 from .roofline import prior
 from .rounds import Rounds
-from .store import FOLDER_VARIABLE, Store, cache_folder
+from .store import Store, cache_folder
 from .target import Target, text_model
 from .wired import wired
 
@@ -104,12 +101,7 @@ class Pair:
     def calibration(self) -> Calibration:
         """What the pair has learnt on this machine."""
         if self._calibration is None:
-            key = {
-                "machine": describe_machine(str(mx.default_device()), *_device()),
-                "system": platform.mac_ver()[0] or platform.release(),
-                "settings": _mlx_settings(),
-                "pair": fingerprint(self._modules()),
-            }
+            key = learnt_key(named_arrays(self._modules()))
             self._calibration = Calibration(Store(key, cache_folder()), self.prior)
         return self._calibration
 
@@ -173,38 +165,9 @@ def named_arrays(modules: nn.Module | list[nn.Module]) -> list[tuple[str, mx.arr
     return [(name, leaf) for name, leaf in leaves if isinstance(leaf, mx.array)]
 
 
-def fingerprint(modules: list[nn.Module]) -> str:
-    """A text that differs for modules of other shapes or types, or other weights.
-
-    Of the weights only those of the final norms are looked at: few bytes, and another
-    model has others.
-    """
-    found = hashlib.sha256()
-    for name, array in named_arrays(modules):
-        found.update(f"{name} {array.shape} {array.dtype}\n".encode())
-        if name.endswith("model.norm.weight"):
-            found.update(np.array(array.astype(mx.float32)).tobytes())
-    return found.hexdigest()
-
-
 def _memory_bytes() -> int:
     """The machine's memory, bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _device() -> list[str]:
-    """What MLX says of the device's kind."""
-    info = mx.device_info()
-    return [str(info[key]) for key in ("device_name", "architecture") if key in info]
-
-
-def _mlx_settings() -> dict[str, str]:
-    """The environment's settings of MLX, some of which choose kernels."""
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith("MLX_") and name != FOLDER_VARIABLE
-    }
 
 
 def _evaluate_constants(modules: list[nn.Module]) -> None:

@@ -41,6 +41,7 @@ LAYERS = {
     "cache": 1,
     "checkpoint": 1,
     "encoding": 1,
+    "fingerprint": 1,
     "generation_defaults": 1,
     "masked_embedding": 1,
     "quantization": 1,

@@ -1,7 +1,8 @@
 """The ``mlx_gemma_mtp.selftest`` command: parse, run, print, exit status.
 
 The page goes to standard output, progress to standard error. A mistake of the user's is
-one line and exit status 1; where something failed that must hold it is 2.
+one line and exit status 1; where something failed that must hold it is 2. With
+``forget`` nothing is tested: what was learnt on this machine is deleted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..command import (
     write_file,
 )
 from ..errors import OutputError, RequestError
+from ..store import cache_folder, forget
 from ..template_files import missing_template_note
 from .names import MODEL, SECTIONS
 
@@ -35,6 +37,13 @@ def configure_parser() -> argparse.ArgumentParser:
         prog="mlx_gemma_mtp.selftest",
         description="Test kernels, exactness, caches and speed on this machine. "
         "Nothing is downloaded without --model.",
+    )
+    parser.add_argument(
+        "forget",
+        nargs="?",
+        choices=("forget",),
+        metavar="forget",
+        help="forget what was learnt of pairs on this machine, and test nothing",
     )
     parser.add_argument("--model", help="folder or Hub id of a target to test as well")
     parser.add_argument(
@@ -84,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Check, load, run, print."""
     _check(args)
+    if args.forget:
+        print(_forget(), flush=True)
+        return 0
     # Heavy imports wait until the arguments are known to be good.
     from .model import open_model
     from .page import page, to_json
@@ -105,12 +117,38 @@ def _run(args: argparse.Namespace) -> int:
     return EXIT_FAILED if any(r.status == FAIL for r in results) else 0
 
 
+def _forget() -> str:
+    """Forget what was learnt; say in one line what that was.
+
+    Raises:
+        OutputError: It cannot be forgotten.
+    """
+    folder = cache_folder()
+    if folder is None:
+        return "nothing to forget: nothing is kept on disk here"
+    try:
+        count = forget(folder)
+    except OSError as error:
+        raise OutputError(
+            f"the cache folder must be one that can be written: got {folder}: "
+            f"{error.strerror}. Delete it by hand."
+        ) from error
+    if not count:
+        return f"nothing to forget in {folder}"
+    return f"forgot what was learnt: deleted {count} of its files in {folder}"
+
+
 def _check(args: argparse.Namespace) -> None:
     """Find mistakes before anything takes long.
 
     Raises:
         MTPError: There is one.
     """
+    alone = configure_parser().parse_args(["forget"])
+    if args.forget and args != alone:
+        raise RequestError(
+            "forget must stand alone: got options with it. Leave them out."
+        )
     if not (math.isfinite(args.seconds) and args.seconds > 0):
         raise RequestError(
             f"--seconds must be above 0: got {args.seconds}. {DEFAULT_SECONDS:g} is "

@@ -12,7 +12,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -126,7 +126,7 @@ class Settings:
     host: str
     port: int
     backlog: int
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     allowed_origins: tuple[str, ...]
     allowed_hosts: tuple[str, ...]
     given_sampling: dict[str, Any]
