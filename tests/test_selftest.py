@@ -45,6 +45,7 @@ from mlx_gemma_mtp.selftest.names import SECTIONS
 from mlx_gemma_mtp.selftest.page import page, to_json, verdict
 from mlx_gemma_mtp.selftest.result import FAIL, INFO, PASS, SKIP, Result
 from mlx_gemma_mtp.selftest.tally import NAMES
+from mlx_gemma_mtp.store import FOLDER_VARIABLE, Store, cache_folder
 from mlx_gemma_mtp.target import TargetOutput
 from tests.metal.run import run_on_cpu
 from tests.tiny import model_folder, reference_pair, uncompiled
@@ -113,6 +114,8 @@ def test_one_section(capsys):
         (["--family", "7b"], "invalid choice"),
         (["--json", "/nowhere/at/all.json"], "--json must be a file"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["forge"], "invalid choice"),
+        (["forget", "--seconds", "3"], "forget must stand alone"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
@@ -122,6 +125,35 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
     assert message in err
+
+
+def test_forget(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "kept"))
+    assert command.main(["forget"]) == 0
+    assert capsys.readouterr().out == f"nothing to forget in {tmp_path / 'kept'}\n"
+    for number in range(3):
+        Store({"pair": number}, cache_folder()).write({})
+    (tmp_path / "kept" / "notes.json").write_text("{}")
+    assert command.main(["forget"]) == 0
+    out, err = capsys.readouterr()
+    assert out == (
+        f"forgot what was learnt: deleted 3 of its files in {tmp_path / 'kept'}\n"
+    )
+    assert err == ""
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["notes.json"]
+    monkeypatch.setenv(FOLDER_VARIABLE, "")
+    assert command.main(["forget"]) == 0
+    assert "nothing is kept on disk" in capsys.readouterr().out
+
+
+def test_what_cannot_be_forgotten_is_one_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "file"))
+    assert command.main(["forget"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert f"got {tmp_path / 'file'}: Not a directory" in err
 
 
 def test_a_crash_is_contained(monkeypatch, capsys):

@@ -5,9 +5,16 @@ Run: python -m pytest tests/test_store.py
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,13 +22,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp import store as store_module
 from mlx_gemma_mtp.calibration import Calibration
 from mlx_gemma_mtp.control import DEFAULT_PRIOR
 from mlx_gemma_mtp.route import Verdict, exact_routes
-from mlx_gemma_mtp.store import Store, cache_folder
+from mlx_gemma_mtp.store import FOLDER_VARIABLE, Store, cache_folder, forget
 
 NAME = "greedy, 1 rows, 1 at least"
 KEY = {"machine": "m", "pair": "p"}
+DAY_S = 24 * 3600
+ROOT = Path(__file__).parents[1]
 VERDICT = Verdict({1: (), 2: (1, 2)}, 0.5, False, 1.25, 48, 1.0)
 
 
@@ -69,13 +79,6 @@ def test_values_of_another_form(tmp_path):
     assert store.read() == {}
 
 
-def test_what_cannot_be_written_is_left(tmp_path):
-    (tmp_path / "file").write_text("")
-    Store(KEY, tmp_path / "file").write({"a": 1})
-    Store(KEY, tmp_path / "file" / "deeper").write({"a": 1})
-    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
-
-
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     store = Store(KEY, tmp_path)
     store.write({"a": 1})
@@ -115,6 +118,196 @@ def test_the_folder(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / ".cache" / "mlx_gemma_mtp"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert cache_folder() == tmp_path / "Library" / "Caches" / "mlx_gemma_mtp"
+
+
+@pytest.fixture
+def said(monkeypatch, caplog):
+    """What is said of folders, as a new process would."""
+    monkeypatch.setattr(store_module, "_once", threading.Lock())
+    caplog.set_level(logging.DEBUG, "mlx_gemma_mtp")
+    return caplog
+
+
+def use(folder):
+    """What a process does that decodes twice."""
+    for _ in range(2):
+        calibration = calibration_of(folder)
+        calibration.keep_verdict(1, VERDICT)
+        assert calibration.verdict(1) == VERDICT
+
+
+def the_line(said):
+    (line,) = said.messages
+    assert FOLDER_VARIABLE in line
+    assert len(line.splitlines()) == 1
+    return line
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper", "n" * 300])
+def test_a_folder_that_cannot_be_is_said_once(tmp_path, said, place):
+    (tmp_path / "file").write_text("")
+    use(tmp_path / place)
+    assert f"got {tmp_path / place}: " in the_line(said)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_folder_that_cannot_be_written_is_said_once(
+    tmp_path, said, monkeypatch, code
+):
+    use(tmp_path)
+    assert not said.messages
+
+    def fail(*paths, **options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(
+        *((os, "replace") if code == errno.ENOSPC else (tempfile, "mkstemp")), fail
+    )
+    use(tmp_path)
+    assert os.strerror(code) in the_line(said)
+    assert the_file(tmp_path).suffix == ".json"
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    """A limit of the process's own stands for the disk's end."""
+    code = (
+        "import resource, sys; from pathlib import Path;"
+        "from mlx_gemma_mtp.store import Store;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        "[Store({}, Path(sys.argv[1])).write({'a': 'b' * 2000}) for _ in range(2)]"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert len(ended.stderr.splitlines()) == 1
+    assert "File too large" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("named", [None, "~nobody-of-that-name/x"])
+def test_no_home_is_said_once(monkeypatch, said, named):
+    def fail(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    if named is None:
+        monkeypatch.delenv(FOLDER_VARIABLE)
+    else:
+        monkeypatch.setenv(FOLDER_VARIABLE, named)
+    for _ in range(2):
+        assert cache_folder() is None
+    assert "home directory. Name another one" in the_line(said)
+
+
+def test_keeping_nothing_is_no_fault(monkeypatch, said):
+    monkeypatch.setenv(FOLDER_VARIABLE, "")
+    use(cache_folder())
+    assert not said.messages
+
+
+def age(path, seconds):
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def keep(folder, number):
+    Store({"pair": number}, folder).write({"a": number})
+    return folder / f"{store_module._digest({'pair': number})}.json"
+
+
+def test_files_do_not_pile_up(tmp_path):
+    for number in range(80):
+        age(keep(tmp_path, number), 80 - number)
+    keep(tmp_path, 80)
+    kept = [n for n in range(81) if Store({"pair": n}, tmp_path).read()]
+    assert kept == list(range(17, 81))
+    assert len(list(tmp_path.iterdir())) == len(kept) == 64
+
+
+def test_files_that_nobody_used_for_long_go(tmp_path):
+    paths = [keep(tmp_path, number) for number in range(3)]
+    for path, days in zip(paths, (181, 181, 179), strict=True):
+        age(path, days * DAY_S)
+    assert Store({"pair": 1}, tmp_path).read() == {"a": 1}  # which is using it
+    keep(tmp_path, 3)
+    assert [path.exists() for path in paths] == [False, True, True]
+
+
+def test_files_of_an_earlier_form_go(tmp_path):
+    """They held whatever the environment's variables of MLX's and ours did."""
+    key = {"settings": {"MLX_GEMMA_MTP_API_KEY": "sesame"}}
+    old = tmp_path / f"{store_module._digest(key)}.json"
+    old.write_text(json.dumps({"key": key, "values": {"a": 1}}, indent=1))
+    assert Store(key, tmp_path).read() == {}
+    keep(tmp_path, 1)
+    assert not old.exists()
+
+
+def foreign_files(folder):
+    """Files that are not ours, whatever they are called; the second has our name."""
+    texts = {
+        "notes.json": "{}",
+        "507f1f77bcf86cd799439011.json": '{"key": {"pair": 1}, "values": {}}',
+        "507f1f77bcf86cd799439012.json": "[]",
+        "film.part": "",
+        f"{'0' * 24}.part": "",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+        age(folder / name, 1000 * DAY_S)
+    (folder / f"{'0' * 24}.json").mkdir()
+    return {path.name for path in folder.iterdir()}
+
+
+def test_only_files_of_ours_go(tmp_path):
+    foreign = foreign_files(tmp_path)
+    path = keep(tmp_path, 1)
+    assert {p.name for p in tmp_path.iterdir()} == foreign | {path.name}
+    part = tmp_path / f"{path.stem}.abcd_123.part"
+    part.write_text("{")
+    assert forget(tmp_path) == 2
+    assert {p.name for p in tmp_path.iterdir()} == foreign
+    assert forget(tmp_path) == forget(tmp_path / "nowhere") == 0
+
+
+def test_parts_of_killed_writers_go(tmp_path):
+    code = (
+        "import os, sys, signal; from pathlib import Path;"
+        "from mlx_gemma_mtp.store import Store;"
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        "Store({}, Path(sys.argv[1])).write({'a': 1})"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+    part = the_file(tmp_path)
+    assert part.suffix == ".part"
+    keep(tmp_path, 1)
+    assert part.exists()  # it may be another process's that writes now
+    age(part, DAY_S)
+    keep(tmp_path, 1)
+    assert the_file(tmp_path).suffix == ".json"
+
+
+def test_writers_and_cleaners_side_by_side(tmp_path, said):
+    """Whoever writes last has what was there before, and all that is its own."""
+    calibration_of(tmp_path).keep_verdict(9, VERDICT)
+    counts = {0: range(1, 9), 1: range(10, 18)}
+
+    def work(which):
+        calibration = calibration_of(tmp_path)
+        for num_rows in counts[which]:
+            calibration.keep_verdict(num_rows, VERDICT)
+            keep(tmp_path, num_rows)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, counts))
+    again = calibration_of(tmp_path)
+    found = {n for n in range(18) if again.verdict(n) is not None}
+    assert 9 in found
+    assert any(found >= set(counts[which]) for which in counts)
+    assert not said.messages
 
 
 def teach(controller, num_rounds=200):

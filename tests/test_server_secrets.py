@@ -1,0 +1,95 @@
+"""The server's key is nowhere but in the requests that bring it.
+
+Run: python -m pytest tests/test_server_secrets.py
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+
+import pytest
+
+from mlx_gemma_mtp import cli
+from mlx_gemma_mtp.chat import __main__ as chat
+from mlx_gemma_mtp.load import embedded_pair_path
+from mlx_gemma_mtp.server.arguments import API_KEY_VARIABLE, configure_parser, parse
+from mlx_gemma_mtp.store import FOLDER_VARIABLE
+from tests.served import LOG, server_process
+from tests.serving import Client
+from tests.tiny import uncompiled
+
+BY_FLAG, BY_VARIABLE = "sesame-of-the-flag", "sesame-of-the-environment"
+PAGES = ["/", "/health", "/metrics", "/stats", "/v1/models", "/openapi.json", "/docs"]
+
+
+def is_told(text):
+    return BY_FLAG.encode() in text or BY_VARIABLE.encode() in text
+
+
+def files_with_a_key(folder):
+    """Files that tell one; there must be some that could."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".json" for path in (folder / "learnt").iterdir())
+    return [path for path in paths if is_told(path.read_bytes())]
+
+
+@pytest.fixture
+def places(monkeypatch, tmp_path):
+    """Every place where a program may leave something, in one folder."""
+    variables = {
+        FOLDER_VARIABLE: "learnt",
+        "HOME": "home",
+        "TMPDIR": "temporary",
+        "XDG_CACHE_HOME": "caches",
+    }
+    for variable, name in variables.items():
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / name))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv(API_KEY_VARIABLE, BY_VARIABLE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("flag", [[], ["--api-key", BY_FLAG]])
+def test_a_server_keeps_its_key_to_itself(places, flag):
+    arguments = [*flag, "--log-level", "debug", "--prompt-cache-size", "2"]
+    running = server_process(places, *arguments, MLX_DISABLE_COMPILE="1")
+    with running as (address, _):
+        key = flag[-1] if flag else BY_VARIABLE
+        client = Client(int(address.rsplit(":", 1)[1]))
+        for given in (None, "another", key):
+            client.key = given
+            found = [client.get(page) for page in PAGES]
+            found += [client.complete("a b", max_tokens=8), client.complete(3)]
+            assert (found[-2].status == 200) == (given == key)
+            assert not any(is_told(response.body) for response in found)
+            assert not any(key in str(response.headers) for response in found)
+    assert (places / LOG).stat().st_size
+    assert not files_with_a_key(places)
+
+
+def test_commands_keep_the_servers_key_to_themselves(places, monkeypatch, capsys):
+    """Which is in the environment of whoever starts all of them."""
+    prompt = ["--prompt", "a b", "--max-tokens", "8"]
+    stats = ["--stats-json", str(places / "stats.json")]
+    typed = io.TextIOWrapper(io.BytesIO(b"hello\n/save talk.json\n/quit\n"))
+    monkeypatch.setattr(sys, "stdin", typed)
+    with uncompiled():
+        assert cli.main([*prompt, *stats]) == 0
+        assert chat.main(["--model", str(embedded_pair_path()), "-m", "8"]) == 0
+    assert (places / "talk.json").exists()
+    assert not files_with_a_key(places)
+    said = capsys.readouterr()
+    assert not is_told((said.out + said.err).encode())
+
+
+def test_settings_and_help_do_not_show_a_key(monkeypatch):
+    monkeypatch.setenv(API_KEY_VARIABLE, BY_VARIABLE)
+    assert not is_told(configure_parser().format_help().encode())
+    for arguments in ([], ["--api-key", BY_FLAG]):
+        settings = parse(arguments)
+        assert settings.api_key
+        assert not is_told(repr(settings).encode())
