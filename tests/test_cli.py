@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ import mlx.core as mx
 import pytest
 
 import mlx_gemma_mtp
-from mlx_gemma_mtp import cli
+from mlx_gemma_mtp import cli, store
 from mlx_gemma_mtp.errors import RequestError
 from tests.tiny import (
     CHAT_TEMPLATE,
@@ -110,6 +111,18 @@ def prompts(monkeypatch):
 
     monkeypatch.setattr(TEXT, "stream_generate", recorded)
     return seen
+
+
+def test_a_cache_folder_that_cannot_be_is_said_and_no_more(
+    run, expected, monkeypatch, tmp_path, caplog
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(store.FOLDER_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setattr(store, "_once", threading.Lock())
+    for _ in range(2):
+        status, out, _ = run("--exactness", "fast")
+        assert (status, out) == (0, f"{expected}\n")
+    assert ["cache folder" in line for line in caplog.messages].count(True) == 1
 
 
 def start(*args):

@@ -13,7 +13,7 @@ import pytest
 
 from mlx_gemma_mtp import cli
 from mlx_gemma_mtp.chat import __main__ as chat
-from mlx_gemma_mtp.load import embedded_pair_path
+from mlx_gemma_mtp.errors import MTPError
 from mlx_gemma_mtp.server.arguments import API_KEY_VARIABLE, configure_parser, parse
 from mlx_gemma_mtp.store import FOLDER_VARIABLE
 from tests.served import LOG, server_process
@@ -53,37 +53,51 @@ def places(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("flag", [[], ["--api-key", BY_FLAG]])
-def test_a_server_keeps_its_key_to_itself(places, flag):
-    arguments = [*flag, "--log-level", "debug", "--prompt-cache-size", "2"]
+def test_a_server_keeps_its_key_to_itself(places):
+    """Neither that of the flag, which counts, nor that of the environment."""
+    arguments = ["--api-key", BY_FLAG, "--log-level", "debug"]
     running = server_process(places, *arguments, MLX_DISABLE_COMPILE="1")
     with running as (address, _):
-        key = flag[-1] if flag else BY_VARIABLE
         client = Client(int(address.rsplit(":", 1)[1]))
-        for given in (None, "another", key):
+        for given in (None, "another", BY_FLAG):
             client.key = given
             found = [client.get(page) for page in PAGES]
             found += [client.complete("a b", max_tokens=8), client.complete(3)]
-            assert (found[-2].status == 200) == (given == key)
-            assert not any(is_told(response.body) for response in found)
-            assert not any(key in str(response.headers) for response in found)
+            assert (found[-2].status == 200) == (given == BY_FLAG)
+            for response in found:
+                assert not is_told(response.body + str(response.headers).encode())
     assert (places / LOG).stat().st_size
     assert not files_with_a_key(places)
 
 
 def test_commands_keep_the_servers_key_to_themselves(places, monkeypatch, capsys):
     """Which is in the environment of whoever starts all of them."""
-    prompt = ["--prompt", "a b", "--max-tokens", "8"]
+    prompt = ["--prompt", "a b", "--max-tokens", "8", "--exactness", "fast"]
     stats = ["--stats-json", str(places / "stats.json")]
     typed = io.TextIOWrapper(io.BytesIO(b"hello\n/save talk.json\n/quit\n"))
     monkeypatch.setattr(sys, "stdin", typed)
     with uncompiled():
         assert cli.main([*prompt, *stats]) == 0
-        assert chat.main(["--model", str(embedded_pair_path()), "-m", "8"]) == 0
+        assert chat.main(["-m", "8", "--exactness", "fast"]) == 0
     assert (places / "talk.json").exists()
     assert not files_with_a_key(places)
     said = capsys.readouterr()
     assert not is_told((said.out + said.err).encode())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [f"--api-kye={BY_FLAG}"],
+        ["--api-kye", BY_FLAG],
+        [f"--api-key={BY_FLAG}é"],
+        ["--api-key", f"{BY_FLAG}\n"],
+    ],
+)
+def test_mistakes_do_not_repeat_a_key(arguments):
+    with pytest.raises(MTPError) as error:
+        parse(arguments)
+    assert not is_told(str(error.value).encode())
 
 
 def test_settings_and_help_do_not_show_a_key(monkeypatch):

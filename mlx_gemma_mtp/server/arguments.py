@@ -171,8 +171,7 @@ def _refuse(argument: str) -> NoReturn:
     reason = REFUSED.get(flag)
     if reason is None:
         raise RequestError(
-            f"unrecognized argument: {shorten(argument)}. See mlx_gemma_mtp.server "
-            "--help."
+            f"unrecognized argument: {shorten(flag)}. See mlx_gemma_mtp.server --help."
         )
     raise RequestError(f"{flag} has no meaning here: {reason}. Leave it out.")
 
