@@ -39,6 +39,8 @@ _BREAK_LEAST = 6.0  # below which nothing is news
 # By how many standard deviations (of undiscounted trials; of these, seven tenths) the
 # last trials differ from the level where a text has changed.
 _BREAK = 2.2
+_RESUMED = 24.0
+_SEEN_MEMORY = 1000.0
 _IDLE_MEMORY = 40.0  # rounds without a draft
 # Log-odds that the level foretells better than the profile alone: bounds, so that
 # either can come back, and the offset in favour of the level.
@@ -88,7 +90,27 @@ class AcceptanceModel:
         first = _FIRST_PRIOR * self._prior
         self._late = _Tally(first, first, _FIRST_PRIOR)
         self._last = _Tally(0.0, 0.0, 0.0)
+        self._here = _Tally(0.0, 0.0, 0.0)
         self._evidence = 0.0
+
+    @property
+    def num_seen(self) -> float:
+        """Drafts of late that were judged in this process."""
+        return self._here.trials
+
+    @property
+    def num_tried(self) -> float:
+        """Rounds with drafts that were learnt from, in any process."""
+        return self._tried[0]
+
+    def resume(self) -> None:
+        """Begin a process: what another one has learnt is a prior that soon fades."""
+        for i, tried in enumerate(self._tried):
+            kept = min(1.0, _RESUMED / tried) if tried else 1.0
+            self._tried[i] *= kept
+            self._accepted[i] *= kept
+        self._here = _Tally(0.0, 0.0, 0.0)
+        self._update_profile()
 
     def start(self) -> None:
         """Begin a request: its level is probably the usual one."""
@@ -120,12 +142,14 @@ class AcceptanceModel:
         if num_draft_tokens == 0:
             keep = max(1 - 1 / _IDLE_MEMORY, _LEVEL_IDLE / self._late.trials)
             self._late.fade(min(keep, 1.0))
+            self._here.fade(1 - 1 / _SEEN_MEMORY)
             return
         tried = min(num_accepted + 1, num_draft_tokens)
         self._weigh(tried, num_accepted)
         expected = sum(self._profile[:tried])
         self._late.add(num_accepted, expected, tried, memory=_LEVEL_MEMORY)
         self._last.add(num_accepted, expected, tried, memory=_BREAK_MEMORY)
+        self._here.add(num_accepted, expected, tried, memory=_LEVEL_MEMORY)
         if self._has_broken():
             self._late = replace(self._last)
         keep = 1 - 1 / _PROFILE_MEMORY
@@ -141,10 +165,19 @@ class AcceptanceModel:
         return self._at(usual + weight * (self._level() - usual))
 
     def hopeful_probabilities(self, deviations: float) -> list[float]:
-        """`probabilities` if the level is that many standard deviations higher."""
-        level = self._level()
-        spread = math.sqrt((level * (1 - level) + 0.02) / (self._late.trials + 1))
-        return self._at(level + deviations * spread)
+        """`probabilities` if the level is that many standard deviations higher.
+
+        In a new process it may be what was thought of drafts at first, until drafts
+        were judged here.
+        """
+        late, here = self._late.trials, self._here.trials
+        first = self._here.hits + _FIRST_PRIOR * self._prior
+        return self._at(
+            max(
+                _upper(self._level(), late, deviations),
+                _upper(first / (here + _FIRST_PRIOR), here, deviations),
+            )
+        )
 
     def profile_deviations(self) -> list[float]:
         """For draft i + 1, i = 0..7: standard deviation of its profile."""
@@ -243,6 +276,12 @@ def tokens_per_round(probabilities: Sequence[float]) -> list[float]:
         product *= p
         tokens.append(tokens[-1] + product)
     return tokens
+
+
+def _upper(level: float, trials: float, deviations: float) -> float:
+    """A level that is so many standard deviations higher."""
+    spread = math.sqrt((level * (1 - level) + 0.02) / (trials + 1))
+    return level + deviations * spread
 
 
 def _inside(probability: float) -> float:

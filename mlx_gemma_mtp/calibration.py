@@ -6,17 +6,22 @@ threads may decode with one pair. This file knows nothing of how rounds are run.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from .control import AcceptanceModel, DraftLengthController, Prior
+from .learnt import numbers
 from .route import Route, Verdict
 from .store import Store
 
 # Where plain decoding won, drafting is tried again for every so many requests.
 _PLAIN_REQUESTS = 8
+_NUM_SETUPS = 5
+_SECTIONS = ("controllers", "verdicts", "plain", "setups")
+_MOST = 1e6  # of any kept number; more is damage
 
 
 class Calibration:
@@ -33,7 +38,7 @@ class Calibration:
     """
 
     def __init__(self, store: Store, prior: Callable[[int, int], Prior]) -> None:
-        self.setups: deque[float] = deque(maxlen=5)
+        self.setups: deque[float] = deque(maxlen=_NUM_SETUPS)
         self.lock = threading.RLock()
         self._store = store
         self._prior = prior
@@ -42,7 +47,8 @@ class Calibration:
         self._controllers: dict[tuple[str, int, int], DraftLengthController] = {}
         self._verdicts: dict[int, Verdict] = {}
         self._given_up: set[int] = set()
-        self._num_plain: dict[tuple[str, int], int] = {}
+        self._num_plain: dict[str, int] = {}
+        self._restore_counts()
 
     def controller(
         self, rule: str, *, num_rows: int, min_rows: int, context: int = 0
@@ -58,9 +64,12 @@ class Calibration:
         key = (rule, num_rows, min_rows)
         with self.lock:
             if key not in self._controllers:
+                prior = self._prior(num_rows, context)
                 controller = self._restored(key)
                 if controller is None:
-                    controller = DraftLengthController(self._prior(num_rows, context))
+                    controller = DraftLengthController(prior)
+                else:
+                    controller.resume(prior)
                 # One model of the text for all costs.
                 controller.acceptance = self._acceptance.setdefault(
                     rule, controller.acceptance
@@ -116,9 +125,8 @@ class Calibration:
                 other = max(other, controller.best_rate(drafts) or 0.0)
             if best > other:
                 return False
-            count = self._num_plain[rule, num_rows] = (
-                self._num_plain.get((rule, num_rows), 0) + 1
-            )
+            name = f"{rule}, {num_rows} rows"
+            count = self._num_plain[name] = self._num_plain.get(name, 0) + 1
             return count % _PLAIN_REQUESTS != 0
 
     def save(self) -> None:
@@ -129,8 +137,22 @@ class Calibration:
                 kept["controllers"][_name(key)] = controller.to_dict()
             for num_rows, verdict in self._verdicts.items():
                 kept["verdicts"][str(num_rows)] = verdict.to_dict()
+            kept["plain"].update(self._num_plain)
+            kept["setups"] = {str(i): s for i, s in enumerate(self.setups)}
             self._kept = kept
             self._store.write(kept)
+
+    def _restore_counts(self) -> None:
+        """Take up what was counted and timed, as far as it makes sense."""
+        for name in self._kept["plain"]:
+            with contextlib.suppress(ValueError):
+                (count,) = numbers(self._kept["plain"], name, 1, low=0, high=_MOST)
+                self._num_plain[name] = int(count)
+        for i in range(_NUM_SETUPS):
+            with contextlib.suppress(ValueError):
+                self.setups += numbers(
+                    self._kept["setups"], str(i), 1, low=0, high=_MOST
+                )
 
     def _restored(self, key: tuple[str, int, int]) -> DraftLengthController | None:
         """A controller as it was kept; None where it was not, or is nonsense."""
@@ -143,7 +165,7 @@ class Calibration:
 
 def _sections(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The parts of what the store has; empty ones for what is missing or nonsense."""
-    sections = {name: found.get(name) for name in ("controllers", "verdicts")}
+    sections = {name: found.get(name) for name in _SECTIONS}
     return {
         name: dict(section) if isinstance(section, dict) else {}
         for name, section in sections.items()

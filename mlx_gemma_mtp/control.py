@@ -2,16 +2,13 @@
 
 A round of K drafts emits E(K) tokens on average and takes T(K) seconds. Neither is
 known: `AcceptanceModel` learns E, `CostModel` learns T, both from each round. The K of
-the largest E / T is run; K = 0, plain decoding, is one of them and is measured first,
-because every other is judged against it.
+the largest E / T is run; K = 0, plain decoding, is one of them. What tracing a round
+takes must pay off over the tokens that are left. Now and then something else is run to
+learn from it: see trials.py.
 
-What is never tried is never learnt, so now and then another K is tried: one whose E / T
-would be better if the models erred in its favour by a standard deviation or two
-(optimism in the face of uncertainty). Such a trial costs T(K) - E(K) / (best rate)
-seconds, and is paid for from a credit: an allowance of a few plain rounds at first, and
-later a small share of the time that passes. So drafting that never pays costs no more
-than that share, and what was learnt too slowly. Credit that nothing asked for is spent
-on larger doubts, such as whether the rounds that spoke against a K were all stalled.
+What was learnt is kept across processes, and may be wrong by far: another text, a
+machine that was busy. So a process starts from it, but what is thought of a pair before
+anything is measured stays possible until this process has measured (`resume`).
 
 The idea of choosing by expected value over measured cost, with depth 0 as the way out
 and trials to come back, is that of Ollama's MLX runner
@@ -24,39 +21,27 @@ Numbers in, K out: no arrays, no models, no clock, no randomness.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .acceptance_model import AcceptanceModel, tokens_per_round
+from .acceptance_model import AcceptanceModel
 from .config import MAX_DRAFT_TOKENS
 from .cost_model import TYPICAL_COST, CostModel
 from .learnt import numbers
+from .trials import PAYOFF, SEEN, Credit, Outlook, Trial, find_trial
 
 _ANY = range(MAX_DRAFT_TOKENS + 1)
 _NOTHING: Mapping[int, float] = {}
 _VERSION = 1
 
-# Credit for trials, in plain rounds or as a share of the time that passes.
-_ALLOWANCE = 5.0
-_SHARE = 0.005
-_MOST_CREDIT = 6.0
-_LEAST_CREDIT = -1.0
-
-# Optimism, in standard deviations.
-_LEVEL_OPTIMISM = 1.5
-_PROFILE_OPTIMISM = 1.0
-_COST_OPTIMISM = 1.5
-_SPARE_CREDIT = 0.95  # of the most: from there on it is spent on doubts that are
-_SPARE_OPTIMISM = 3.0  # this many times as large
-_LEAST_GAIN = 0.01  # of the rate: less is not worth a trial
-
 _HORIZON = 512  # tokens over which tracing a round must pay off
-_PAYOFF = 1.25  # times over
 _PLAIN_TRIES = 3  # rounds of K = 0 that may pass unmeasured
 _PLAIN_HORIZON = 128  # tokens left that justify tracing K = 0 to measure it
 _FLIGHT = 2  # rounds until a trial has been observed
 _LAST_TOKENS = MAX_DRAFT_TOKENS  # tokens left that justify no trial
+_FIRST_OPTIMISM = 0.25  # standard deviations, where nothing is traced yet
 
 
 @dataclass(frozen=True)
@@ -88,15 +73,6 @@ class Prior:
 DEFAULT_PRIOR = Prior(TYPICAL_COST, 0.6)
 
 
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    """A round run to learn from: what it was charged, what its tokens are worth."""
-
-    num_draft_tokens: int
-    price_s: float
-    worth_s: float
-
-
 class DraftLengthController:
     """Chooses each round's K and learns from each round.
 
@@ -110,7 +86,7 @@ class DraftLengthController:
     Attributes:
         acceptance: What is known of the text by now.
         costs: What is known of the machine by now.
-        credit_s: Seconds that trials may still cost; None before any measurement.
+        credit: What trials may still cost.
     """
 
     def __init__(
@@ -122,16 +98,27 @@ class DraftLengthController:
     ) -> None:
         self.acceptance = acceptance or AcceptanceModel(prior.acceptance)
         self.costs = costs or CostModel(prior.relative_cost)
-        self.credit_s: float | None = None  # None: nothing measured yet
-        self._trial: _Trial | None = None
+        self.credit = Credit()
+        self._trial: Trial | None = None
         self._flight = 0
         self._plain_tries = _PLAIN_TRIES
+        self._num_shadow_drafts = 0
+
+    def resume(self, prior: Prior = DEFAULT_PRIOR) -> None:
+        """Begin a process with what another one has learnt.
+
+        Args:
+            prior: What is thought of the pair before anything is measured.
+        """
+        self.acceptance.resume()
+        self.costs.resume(prior.relative_cost)
+        self.credit.resume()
 
     def start(self) -> None:
         """Begin a request: other text, another context length."""
         self.acceptance.start()
         self.costs.start()
-        self._trial, self._flight = None, 0
+        self._trial, self._flight, self.credit.num_shadows = None, 0, 0
 
     def choose(
         self,
@@ -139,6 +126,7 @@ class DraftLengthController:
         allowed: Collection[int] = _ANY,
         setup_s: Mapping[int, float] = _NOTHING,
         tokens_left: int | None = None,
+        can_shadow: bool = False,
     ) -> int:
         """The next round's K.
 
@@ -148,36 +136,41 @@ class DraftLengthController:
                 still be traced. Must pay off over the tokens left.
             tokens_left: Tokens that may still be emitted; None: many. Drafts beyond
                 tokens_left - 1 are worth nothing.
+            can_shadow: Whether drafts may be made beside a plain round; how many is
+                then in `num_shadow_drafts`.
 
         Raises:
             ValueError: Nothing is allowed, or a K outside 0..8.
         """
         choices = _sorted_choices(allowed)
         left = _HORIZON if tokens_left is None else max(1, min(tokens_left, _HORIZON))
+        self._num_shadow_drafts = 0
+        self.credit.expect(setup_s)
         if self._needs_plain(choices, setup_s, left):
             self._plain_tries -= 1
             return 0
-        tokens = self.acceptance.expected_tokens()
-        if left <= MAX_DRAFT_TOKENS:
-            choices = [k for k in choices if k < left] or choices
-            tokens = [tokens[min(k, left - 1)] for k in _ANY]
-        seconds = self.costs.all_seconds()
-        cost = [s / t for s, t in zip(seconds, tokens, strict=True)]  # per token
-        if setup_s:
-            for k, setup in setup_s.items():
-                cost[k] += _PAYOFF * setup / left
-        best = min(choices, key=cost.__getitem__)
-        if self.credit_s is None or self._flight or left <= _LAST_TOKENS:
-            return best
-        trial = self._best_trial(choices, best, tokens, seconds, setup_s)
-        if trial is None:
-            return best
-        self.credit_s -= trial.price_s
-        self._trial, self._flight = trial, _FLIGHT
-        return trial.num_draft_tokens
+        outlook = self._outlook(choices, setup_s, left, can_shadow)
+        if self.credit.seconds is None or left <= _LAST_TOKENS:
+            return outlook.best
+        trial = self._trial
+        if trial and trial.num_rounds:
+            trial.num_rounds -= 1
+            if trial.num_draft_tokens in choices:
+                return trial.num_draft_tokens
+        return outlook.best if self._flight else self._explored(outlook, can_shadow)
+
+    @property
+    def num_shadow_drafts(self) -> int:
+        """Drafts to make beside the round last chosen, a plain one; mostly 0."""
+        return self._num_shadow_drafts
 
     def observe(
-        self, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None
+        self,
+        num_draft_tokens: int,
+        accepted: Sequence[int],
+        seconds: float | None,
+        *,
+        num_shadow_drafts: int = 0,
     ) -> None:
         """Learn from a round.
 
@@ -186,6 +179,7 @@ class DraftLengthController:
             accepted: For each live row, how many drafts were accepted, 0..K.
             seconds: What it took; None if that says nothing of the next ones: it was
                 traced first, the host was busy elsewhere.
+            num_shadow_drafts: Drafts that were made beside it.
 
         Raises:
             ValueError: More accepted than drafted, or a K outside 0..8.
@@ -195,19 +189,38 @@ class DraftLengthController:
         self._flight = max(self._flight - 1, 0)
         if seconds is None:
             return
+        if num_shadow_drafts:
+            plain_s = self.costs.seconds(0)
+            took_s = seconds - plain_s
+            self.credit.learn_shadow(num_shadow_drafts, took_s, plain_s)
+            return
         self.costs.observe(num_draft_tokens, seconds)
         plain_s = self.costs.seconds(0)
         typical_s = self.costs.seconds(num_draft_tokens)
-        credit_s = self.credit_s
-        if credit_s is None:
-            credit_s = _ALLOWANCE * plain_s
-        if self._trial and self._trial.num_draft_tokens == num_draft_tokens:
-            # Charge what it did cost, by the learnt time: a stall is not its fault.
-            credit_s += self._trial.price_s - max(typical_s - self._trial.worth_s, 0.0)
-            credit_s = max(credit_s, _LEAST_CREDIT * plain_s)
+        self.credit.earn(min(max(seconds, 0.0), 2 * typical_s), plain_s)
+        trial = self._trial
+        if (
+            trial
+            and trial.num_draft_tokens == num_draft_tokens
+            and not trial.num_rounds
+        ):
+            # By the learnt time: a stall is not its fault.
+            self.credit.settle(trial, typical_s, plain_s)
             self._trial = None
-        credit_s += _SHARE * min(max(seconds, 0.0), 2 * typical_s)
-        self.credit_s = min(credit_s, _MOST_CREDIT * plain_s)
+
+    def observe_shadow(self, num_draft_tokens: int, accepted: Sequence[int]) -> None:
+        """Learn from drafts that were made beside a plain round.
+
+        Args:
+            num_draft_tokens: How many.
+            accepted: For each row, how many of them are the tokens that came.
+
+        Raises:
+            ValueError: More accepted than drafted, or a K outside 0..8.
+        """
+        self.credit.num_shadows = max(self.credit.num_shadows - 1, 0)
+        for num_accepted in accepted:
+            self.acceptance.observe(num_draft_tokens, num_accepted)
 
     def best_rate(self, allowed: Collection[int] = _ANY) -> float | None:
         """Tokens per second and row of the best K; None before anything was measured.
@@ -227,7 +240,7 @@ class DraftLengthController:
             "version": _VERSION,
             "acceptance": self.acceptance.to_dict(),
             "costs": self.costs.to_dict(),
-            "credit_s": self.credit_s,
+            "credit_s": self.credit.seconds,
         }
 
     @classmethod
@@ -244,7 +257,7 @@ class DraftLengthController:
         )
         if data.get("credit_s") is not None:
             (credit_s,) = numbers(data, "credit_s", 1, low=-1e6, high=1e6)
-            controller.credit_s = credit_s
+            controller.credit.seconds = credit_s
         return controller
 
     def _needs_plain(
@@ -258,50 +271,63 @@ class DraftLengthController:
             and (left >= _PLAIN_HORIZON or not setup_s.get(0))
         )
 
-    def _best_trial(
+    def _outlook(
         self,
         choices: list[int],
-        best: int,
-        tokens: list[float],
-        seconds: list[float],
         setup_s: Mapping[int, float],
-    ) -> _Trial | None:
-        """The K that promises most for its price, if any is affordable."""
-        credit_s = self.credit_s or 0.0
-        is_spare = credit_s >= _SPARE_CREDIT * _MOST_CREDIT * seconds[0]
-        optimism = _SPARE_OPTIMISM if is_spare else 1.0
-        rate = tokens[best] / seconds[best]
-        hopes = self._hopeful_tokens(best, optimism)
-        deviations = self.costs.ratio_deviations(best)
-        found, most = None, 0.0
-        for k in choices:
-            deviation = deviations[k]
-            hope = hopes[k] / seconds[k] * (1 + _COST_OPTIMISM * optimism * deviation)
-            gain = hope / rate - 1
-            if k == best or gain <= _LEAST_GAIN:
-                continue
-            worth_s = tokens[k] / rate
-            price_s = max(seconds[k] * (1 + 0.5 * deviation) - worth_s, 0.0)
-            price_s += setup_s.get(k, 0.0)
-            score = min(gain, 1.0) / (price_s + 0.05 * seconds[best])
-            if score > most and price_s <= credit_s:
-                found, most = _Trial(k, price_s, worth_s), score
-        return found
+        left: int,
+        can_shadow: bool,
+    ) -> Outlook:
+        """What is expected of each K, and the best of those that pay off."""
+        tokens = self.acceptance.expected_tokens()
+        tokens = [tokens[min(k, left - 1)] for k in _ANY]
+        seconds = self._seconds()
+        cost = [s / t for s, t in zip(seconds, tokens, strict=True)]  # per token
+        for k, setup in setup_s.items():
+            cost[k] += PAYOFF * setup / left
+        settled = choices
+        if can_shadow and choices[0] == 0 and not self._has_seen_drafts():
+            # They are seen beside plain rounds before one is traced for them.
+            settled = [k for k in choices if not (k and k in setup_s)]
+        best = min(settled, key=cost.__getitem__)
+        if best and setup_s.keys() >= set(choices):
+            # Whatever is chosen is traced now, so one that is known less costs no more.
+            doubts = self.costs.ratio_deviations(best)
+            best = min(
+                (k for k in settled if k),
+                key=lambda k: cost[k] * math.exp(-_FIRST_OPTIMISM * doubts[k]),
+            )
+        return Outlook(choices, tokens, seconds, setup_s, left, best)
 
-    def _hopeful_tokens(self, best: int, optimism: float) -> list[float]:
-        """E(0..8) if what rounds of the best K cannot tell is better than thought.
+    def _seconds(self) -> list[float]:
+        """T(0..8); T(0) is less than those of more rows, whatever was learnt."""
+        seconds = self.costs.all_seconds()
+        if not self.costs.has_measured_here(0):
+            # By half of what more rows are thought to cost, in logarithms.
+            seconds[0] = min(
+                s / math.sqrt(self.costs.usual_ratio(k, 0)) if s < seconds[0] else s
+                for k, s in enumerate(seconds)
+            )
+        return seconds
 
-        Those of K = 0 tell nothing of acceptance, those of K > 0 all but the positions
-        beyond K.
-        """
-        if best == 0:
-            hopes = self.acceptance.hopeful_probabilities(optimism * _LEVEL_OPTIMISM)
-        else:
-            hopes = self.acceptance.probabilities()
-        deviations = self.acceptance.profile_deviations()
-        for i in range(best, MAX_DRAFT_TOKENS):
-            hopes[i] = min(hopes[i] + optimism * _PROFILE_OPTIMISM * deviations[i], 1.0)
-        return tokens_per_round(hopes)
+    def _has_seen_drafts(self) -> bool:
+        """Whether anything is known of how many drafts are accepted."""
+        return max(self.acceptance.num_seen, self.acceptance.num_tried) >= SEEN
+
+    def _explored(self, outlook: Outlook, can_shadow: bool) -> int:
+        """The best K, or one that is tried, or the best with drafts beside it."""
+        trial = find_trial(
+            outlook, self.acceptance, self.costs, self.credit, can_shadow=can_shadow
+        )
+        if trial is None:
+            return outlook.best
+        self.credit.pay(trial, outlook.seconds[0])
+        if trial.is_shadow:
+            self._num_shadow_drafts = trial.num_draft_tokens
+            return outlook.best
+        self._trial, self._flight = trial, _FLIGHT
+        trial.num_rounds -= 1
+        return trial.num_draft_tokens
 
 
 def _sorted_choices(allowed: Collection[int]) -> list[int]:

@@ -29,6 +29,8 @@ _SCALE_JUMP = 0.7  # of the scale, where several outliers agree
 _SCALE_DRIFT = 0.004  # of the scale, per round
 _SHAPE_JUMP = 0.05  # share of the prior variance of the shape, where outliers agree
 _SHAPE_DRIFT = 1e-5  # share of the prior variance of the shape, per round
+_RESUMED = 0.02
+_RESUMED_AWAY = 0.5
 _NOISE_FIRST = 0.05  # of one measurement
 _NOISE_BOUNDS = (1e-4, 0.04)  # variance
 _NOISE_RATE = 0.03  # weight of a new square in the variance of the noise
@@ -63,11 +65,37 @@ class CostModel:
     """
 
     def __init__(self, relative_cost: Sequence[float] = TYPICAL_COST) -> None:
-        self._mean = [math.log(cost) for cost in relative_cost]
+        self._usual = [math.log(cost) for cost in relative_cost]
+        self._mean = list(self._usual)
         self._covariance = [[_UNKNOWN_SCALE**2 + s for s in row] for row in _SHAPE]
         self._noise = _NOISE_FIRST**2
         self._outliers = [0] * _N  # in a row, by K; negative: shorter than thought
         self._num_measured = [0] * _N
+        self._here: set[int] = set()
+
+    def usual_ratio(self, num_draft_tokens: int, other: int) -> float:
+        """T(num_draft_tokens) / T(other) before anything was measured."""
+        return math.exp(self._usual[num_draft_tokens] - self._usual[other])
+
+    def has_measured_here(self, num_draft_tokens: int) -> bool:
+        """Whether this process has learnt from a round of that K."""
+        return num_draft_tokens in self._here
+
+    def resume(self, relative_cost: Sequence[float]) -> None:
+        """Begin a process: what another one has learnt may be wrong by far.
+
+        Args:
+            relative_cost: What was thought before anything was measured. The shape may
+                be that one after all: it is thought to be within 1.4 deviations.
+        """
+        self._usual = [math.log(cost) for cost in relative_cost]
+        known = [m - self._mean[0] for m in self._mean]
+        away = [k - math.log(c) for k, c in zip(known, relative_cost, strict=True)]
+        self._widen(scale=_SCALE_START**2, shape=_RESUMED)
+        self._covariance = [
+            [c + _RESUMED_AWAY * a * b for c, b in zip(row, away, strict=True)]
+            for row, a in zip(self._covariance, away, strict=True)
+        ]
 
     def start(self) -> None:
         """Begin a request: its context length may have changed the scale."""
@@ -90,6 +118,7 @@ class CostModel:
             doubt = max(surprise - _DOUBT * math.sqrt(variance), 0.0)
         self._outliers[k] = 0
         self._num_measured[k] += 1
+        self._here.add(k)
         self._update(k, surprise, variance, doubt * doubt)
 
     def has_measured(self, num_draft_tokens: int) -> bool:

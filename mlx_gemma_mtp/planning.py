@@ -96,25 +96,37 @@ def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
             why_plain = pair.drafter_source or _NO_DRAFTER
         return Plan(FixedDraftLength(0), PLAIN, why_plain)
     route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
-    if num_draft_tokens is not None:
-        return Plan(FixedDraftLength(num_draft_tokens), route)
 
     def adaptive(num_seats: int, rule: str, context: int) -> AdaptiveDraftLength:
-        return _adaptive(pair, rule, route, num_rows=num_seats, context=context)
+        return _adaptive(
+            pair,
+            rule,
+            route,
+            num_draft_tokens=num_draft_tokens,
+            num_rows=num_seats,
+            context=context,
+        )
 
     return Plan(BatchDraftLengths(adaptive, keep=pair.calibration.save), route)
 
 
 def _adaptive(
-    pair: Pair, rule: str, route: Route, *, num_rows: int, context: int
+    pair: Pair,
+    rule: str,
+    route: Route,
+    *,
+    num_draft_tokens: int | None,
+    num_rows: int,
+    context: int,
 ) -> AdaptiveDraftLength:
-    """The choice of the pair's controller for rows of a kind."""
+    """The choice of the pair's controller for rows of a kind, or a fixed number."""
     calibration = pair.calibration
     controller = calibration.controller(
         rule, num_rows=num_rows, min_rows=route.min_rows, context=context
     )
     return AdaptiveDraftLength(
         controller,
+        num_draft_tokens=num_draft_tokens,
         setups=calibration.setups,
         lock=calibration.lock,
         keep=calibration.save,
@@ -143,25 +155,26 @@ class _Planner:
         """Choose the route, then who chooses the drafts."""
         why_plain = self._why_plain()
         route = self._route(is_plain=bool(why_plain))
-        if why_plain:
+        if self._pair.drafter is None:
             return Plan(FixedDraftLength(0), route, why_plain, self._probe_s)
-        if not route.has_drafts:
+        if not why_plain and not route.has_drafts:
             why_plain = route.state
+        adaptive = self._adaptive(route)
         if self._num_draft_tokens is None:
-            return Plan(self._adaptive(route), route, why_plain, self._probe_s)
-        fixed = FixedDraftLength(self._num_draft_tokens)
+            return Plan(adaptive, route, why_plain, self._probe_s)
         if self._num_draft_tokens not in route.allowed and route.has_drafts:
             used = max(k for k in route.allowed if k <= self._num_draft_tokens)
             note = f"{used} drafts in place of {self._num_draft_tokens}, not proved"
             route = replace(route, state=f"{route.state}; {note}")
             why_plain = "" if used else note
-        return Plan(fixed, route, why_plain, self._probe_s)
+        return Plan(adaptive, route, why_plain, self._probe_s)
 
     def _adaptive(self, route: Route) -> AdaptiveDraftLength:
         return _adaptive(
             self._pair,
             self._rule,
             route,
+            num_draft_tokens=self._num_draft_tokens,
             num_rows=len(self._requests),
             context=max(len(request.prompt) for request in self._requests),
         )

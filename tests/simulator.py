@@ -159,6 +159,117 @@ def time_of(controller, curve, process, length, seed, *, lag=1, chosen=None):
     return time
 
 
+# What a process meets: plain rounds that tracing a round takes, how the machine's load
+# comes and goes, and what drafting beside a plain round takes, in plain rounds.
+TRACINGS = (3, 10, 30)
+SHADOW = (0.1, 0.1)  # for the first of a kind and for each draft
+
+
+def load(seed, length, *, is_busy):
+    """Factors of a machine's times: it is idle, or has others beside it for a while."""
+    rng = random.Random(f"load {seed}")
+    factors: list[float] = []
+    while len(factors) < length:
+        factors += [1.0] * rng.randint(20, 400)
+        if is_busy:
+            factors += [rng.choice([1.3, 1.6, 2.0, 3.0])] * rng.randint(20, 400)
+    return factors[:length]
+
+
+def observe(controller, round_):
+    k, accepted, seconds, depth = round_
+    controller.observe(k, accepted, seconds, num_shadow_drafts=depth)
+
+
+class Machine:
+    """A machine and a text, on which processes begin and end.
+
+    Args:
+        curve: Round times by K.
+        process: The text.
+        tracing: Plain rounds that the first round of a K takes on top, in a process.
+        is_busy: Whether others load the machine now and then.
+        seed: Of text, noise and load.
+
+    Attributes:
+        time: Plain rounds that passed.
+        setups_s: What it took to trace, for who asks.
+        chosen: In the last process, tokens before each round and its K.
+    """
+
+    def __init__(self, curve, process, *, tracing, is_busy=False, seed=0):
+        self.costs, self.process = CURVES[curve], process
+        self.tracing, self.is_busy, self.seed = tracing, is_busy, seed
+        self.time = 0.0
+        self.setups_s: list[float] = []
+        self.num_processes = 0
+        self.chosen: list[tuple[int, int]] = []
+
+    def run(self, controller, length, *, lag=1):
+        """Emit so many tokens in a new process; the time that it took."""
+        self.num_processes += 1
+        seed = f"{self.seed} {self.num_processes}"
+        runs = text(self.process, length, seed)
+        factors = noise(seed, length)
+        loads = load(seed, length, is_busy=self.is_busy)
+        traced: set[int] = set()
+        position = known = 0
+        time = 0.0
+        waiting: list[tuple[int, list[int], float | None, int]] = []
+        shadows: list[tuple[int, int]] = []  # where, how many
+        self.chosen = []
+        controller.start()
+        for factor, busy in zip(factors, loads, strict=True):
+            setup = self.setups_s[-1] if self.setups_s else 0.2
+            setup_s = {k: setup for k in range(DEPTH + 1) if k not in traced}
+            k = controller.choose(
+                setup_s=setup_s, tokens_left=length - known, can_shadow=True
+            )
+            depth = controller.num_shadow_drafts
+            self.chosen.append((position, k))
+            num_accepted = min(k, runs[position])
+            seconds = PLAIN_S * self.costs[k] * factor * busy
+            time += self.costs[k]
+            if depth:
+                shadows.append((position, depth))
+                extra = SHADOW[0] + SHADOW[1] * depth
+                time += extra
+                seconds += PLAIN_S * extra * busy
+            if k not in traced:
+                traced.add(k)
+                time += self.tracing
+                self.setups_s.append(PLAIN_S * self.tracing * busy)
+                seconds = None
+            waiting.append((k, [num_accepted], seconds, depth))
+            position += 1 + num_accepted
+            if position >= length:
+                break
+            if len(waiting) > lag:
+                late = waiting.pop(0)
+                known += 1 + late[1][0]
+                observe(controller, late)
+            for where, count in [s for s in shadows if known >= s[0] + s[1] + 1]:
+                controller.observe_shadow(count, [min(count, runs[where])])
+                shadows.remove((where, count))
+        for late in waiting:
+            observe(controller, late)
+        self.time += time
+        return time
+
+    def best_fixed(self, lengths):
+        """Plain rounds that the best fixed K takes for processes of such lengths."""
+        return min(self.fixed(lengths, k) for k in range(DEPTH + 1))
+
+    def fixed(self, lengths, k):
+        """The same for one K; it is traced in each process."""
+        return sum(
+            self.tracing
+            + self.costs[k]
+            * rounds_of_fixed(self.process, n, f"{self.seed} {i + 1}", k)
+            for i, n in enumerate(lengths)
+        )
+
+
 def saved_and_loaded(controller):
     return DraftLengthController.from_dict(json.loads(json.dumps(controller.to_dict())))
 
@@ -179,6 +290,7 @@ def gains(curve, process, num_seeds, *, warm, prior=DEFAULT_PRIOR):
         if warm:
             time_of(controller, curve, process, 2000, 100_000 + seed)
             controller = saved_and_loaded(controller)
+            controller.resume(prior)
             controller.start()
         own += length / time_of(controller, curve, process, length, seed)
         for k in range(DEPTH + 1):

@@ -34,7 +34,12 @@ class _Recorder(FixedDraftLength):
         self.seconds: list[float] = []
 
     def observe(
-        self, num_draft_tokens: int, accepted: Sequence[int], seconds: float | None
+        self,
+        num_draft_tokens: int,
+        accepted: Sequence[int],
+        seconds: float | None,
+        *,
+        num_shadow_drafts: int = 0,
     ) -> None:
         """See ``DraftLength``."""
         if seconds is not None:
