@@ -187,6 +187,7 @@ class Decoder:
                 not the target's.
         """
         assert self._is_open  # the others' seats and slots are counted
+        self._engine.refresh()  # prompts are read with the weights as they are
         return self._add(requests, prompt_caches)
 
     def _add(
