@@ -648,6 +648,7 @@ class Decoder:
         self._seats.state = self._engine.commit(
             verified, self._seats.settings, accepted=Accepted(num_accepted, next_token)
         )
+        mx.async_eval(self._seats.state.arrays)  # another thread may go on
 
     def _emit(
         self,

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +21,8 @@ import mlx.nn as nn
 from .drafter import Drafter
 from .target import Target, text_model
 
-_PLAIN = (bool, int, float, str)
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+_SEQUENCES = frozenset((list, tuple))
 
 
 class ArraysChangedError(Exception):
@@ -134,23 +135,26 @@ def _call(inputs: _Inputs, function: Callable[..., Any], *arrays: Any) -> Any:
 
 def _read(value: object, arrays: list[mx.array], structure: list[Hashable]) -> None:
     """Add a tree's arrays and what else a trace depends on."""
-    if isinstance(value, mx.array):
-        arrays.append(value)
-        structure.append((value.shape, str(value.dtype)))
+    kind = type(value)
+    if kind is mx.array:
+        array = cast(mx.array, value)
+        arrays.append(array)
+        structure += (array.shape, array.dtype)
     elif isinstance(value, dict):
-        structure.append((type(value), len(value)))
         if isinstance(value, nn.Module):
-            numbers = list(vars(value).items())
-            structure.extend(n for n in numbers if isinstance(n[1], _PLAIN))
-        for key, item in list(value.items()):
-            structure.append(key)
+            for item in list(vars(value).items()):
+                if type(item[1]) in _PLAIN:
+                    structure.append(item)
+        structure += (kind, *value)
+        for item in list(value.values()):
             _read(item, arrays, structure)
-    elif isinstance(value, list | tuple):
-        structure.append((type(value), len(value)))
-        for item in value:
+    elif kind in _SEQUENCES:
+        items = cast(Sequence[object], value)
+        structure += (kind, len(items))
+        for item in items:
             _read(item, arrays, structure)
-    elif isinstance(value, _PLAIN):
-        structure.append(value)
+    elif kind in _PLAIN:
+        structure.append(cast(Hashable, value))
 
 
 def _copied(value: Any, rest: Iterator[tuple[mx.array, mx.array]]) -> Any:
@@ -167,6 +171,6 @@ def _copied(value: Any, rest: Iterator[tuple[mx.array, mx.array]]) -> Any:
         for key, item in list(value.items()):
             dict.__setitem__(copy, key, _copied(item, rest))
         return copy
-    if isinstance(value, list | tuple):
+    if type(value) in _SEQUENCES:
         return type(value)(_copied(item, rest) for item in value)
     return value

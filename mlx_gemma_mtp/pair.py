@@ -284,7 +284,7 @@ class _Given:
         self._kept = kept
 
     def kept_for(self, target: nn.Module) -> Kept | None:
-        """What is kept of the drafter with a target; None where it went with another."""
+        """What is kept of both; None where the drafter went with another target."""
         return self._kept if self._target() is target else None
 
 
