@@ -331,7 +331,9 @@ class BatchGenerator:
             yield _Response(
                 uid=row.index,
                 token=token,
-                logprobs=(emission.logits, emission.place, i),
+                logprobs=emission.logits,
+                place=emission.place,
+                index=i,
                 finish_reason=emission.finish_reason if is_last else None,
                 prompt_cache=emission.prompt_cache if is_last else None,
                 all_tokens=self._decoder.tokens_of(row) if is_last else None,
@@ -339,19 +341,29 @@ class BatchGenerator:
 
 
 class _Response(GenerationBatch.Response):
-    """mlx-lm's word for a token; log-probabilities are computed when asked for.
+    """mlx-lm's word for a token; its log-probabilities are computed when asked for.
 
-    They are given as the arguments of ``whole_logprobs``.
+    Args:
+        logprobs: The logits of its round, [B, K + 1, V].
+        place: Which row of them.
+        index: Which token of the row.
+        fields: mlx-lm's others.
     """
+
+    def __init__(
+        self, *, logprobs: mx.array, place: int, index: int, **fields: Any
+    ) -> None:
+        self._place, self._index = place, index
+        super().__init__(logprobs=logprobs, **fields)
 
     @property
     def logprobs(self) -> mx.array:
         """Log-probabilities of the target behind the token, [V]."""
-        return whole_logprobs(*self._chosen)
+        return whole_logprobs(self._logits, self._place, self._index)
 
     @logprobs.setter
-    def logprobs(self, chosen: tuple[mx.array, int, int]) -> None:
-        self._chosen = chosen
+    def logprobs(self, logits: mx.array) -> None:
+        self._logits = logits
 
 
 def _ends(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ It knows token ids only: nothing of text, tokenizers or files.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -137,7 +138,7 @@ class Decoder:
         self._look_ahead = look_ahead
         self._in_flight: deque[_InFlight] = deque()
         self._num_queued = 0
-        self._not_ready_key: tuple[SamplingRule, int, int] | None = None
+        self._not_ready_key: tuple[SamplingRule, int, int, int] | None = None
         self._not_traced: set[int] = set()
         self._verified: Verified | None = None
         layout = rounds.target.layout
@@ -574,7 +575,8 @@ class Decoder:
     def _not_ready(self, capacity: int) -> Collection[int]:
         """The numbers of drafts whose rounds were not traced before."""
         num_seats = len(self._seats)
-        key = (self._seats.settings.rule, capacity, num_seats)
+        thread = threading.get_ident()  # every thread has traces of its own
+        key = (self._seats.settings.rule, capacity, num_seats, thread)
         if self._not_ready_key != key:
             self._not_ready_key = key
             self._not_traced = {

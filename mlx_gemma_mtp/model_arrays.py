@@ -10,7 +10,7 @@ It knows of modules only that they are trees, and nothing of what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -43,14 +43,14 @@ class ModelArrays:
     def __init__(self, target: nn.Module, drafter: Drafter | None) -> None:
         self._modules = (text_model(target), drafter)
 
-    def read(self) -> tuple[list[mx.array], Hashable]:
+    def read(self) -> tuple[list[mx.array], object]:
         """All arrays, in a fixed order, and what a trace depends on beside them.
 
         That is the modules' classes and plain numbers, and the arrays' shapes and
         types: it differs once layers were quantized or have got adapters.
         """
         arrays: list[mx.array] = []
-        structure: list[Hashable] = []
+        structure: list[object] = []
         _read(self._modules, arrays, structure)
         return arrays, tuple(structure)
 
@@ -133,7 +133,7 @@ def _call(inputs: _Inputs, function: Callable[..., Any], *arrays: Any) -> Any:
     return function(inputs.bind(inputs.arrays), *arrays)
 
 
-def _read(value: object, arrays: list[mx.array], structure: list[Hashable]) -> None:
+def _read(value: object, arrays: list[mx.array], structure: list[object]) -> None:
     """Add a tree's arrays and what else a trace depends on."""
     kind = type(value)
     if kind is mx.array:
@@ -142,19 +142,19 @@ def _read(value: object, arrays: list[mx.array], structure: list[Hashable]) -> N
         structure += (array.shape, array.dtype)
     elif isinstance(value, dict):
         if isinstance(value, nn.Module):
-            for item in list(vars(value).items()):
-                if type(item[1]) in _PLAIN:
-                    structure.append(item)
+            for name, number in list(vars(value).items()):
+                if type(number) in _PLAIN:
+                    structure.append((name, number))
         structure += (kind, *value)
         for item in list(value.values()):
             _read(item, arrays, structure)
     elif kind in _SEQUENCES:
         items = cast(Sequence[object], value)
-        structure += (kind, len(items))
+        structure.append((kind, len(items)))
         for item in items:
             _read(item, arrays, structure)
     elif kind in _PLAIN:
-        structure.append(cast(Hashable, value))
+        structure.append(value)
 
 
 def _copied(value: Any, rest: Iterator[tuple[mx.array, mx.array]]) -> Any:

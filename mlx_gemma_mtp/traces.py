@@ -20,8 +20,8 @@ from weakref import ReferenceType, ref
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
-# Functions that a thread keeps, of all owners. Each takes some megabytes.
-MAX_TRACES = 128
+# Functions that a thread keeps, of all owners. A round of 30 layers takes 5 to 8 MB.
+MAX_TRACES = 64
 
 _numbers = count()
 
@@ -67,7 +67,7 @@ class Traces(Generic[Function]):
     """
 
     def __init__(self) -> None:
-        self.structure: Hashable = None
+        self.structure: object = None
         self._number = next(_numbers)
         self._own: _Own[Function] = _Own()
 
@@ -93,7 +93,7 @@ class Traces(Generic[Function]):
         _recent.places[self._number, key] = ref(functions)
         return function
 
-    def fit(self, structure: Hashable) -> None:
+    def fit(self, structure: object) -> None:
         """Let go of all functions, of every thread, where the structure has changed."""
         if structure != self.structure:
             self.structure = structure
