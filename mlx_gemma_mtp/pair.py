@@ -112,14 +112,15 @@ class Pair:
         # Who keeps it, such as what was learnt, must not keep the target with it.
         self.prior = partial(_prior, family_of(vars(text_model(target).args)))
         self.kept = Kept() if kept is None else kept
-        if kept is None:
-            self._evaluate()
         self._rounds = Rounds(
             Target(target),
             drafter,
             arrays=ModelArrays(target, drafter),
             traces=self.kept.traces,
         )
+        if kept is None:
+            self._evaluate()
+            self.kept.follow(self._rounds.refresh())
 
     @property
     def rounds(self) -> Rounds:
