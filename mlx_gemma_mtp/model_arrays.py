@@ -17,9 +17,10 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import gemma4_text
 
 from .drafter import Drafter
-from .target import Target, text_model
+from .target import text_model
 
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 _SEQUENCES = frozenset((list, tuple))
@@ -56,8 +57,8 @@ class ModelArrays:
 
     def bound(
         self, arrays: Sequence[mx.array], inputs: Sequence[mx.array]
-    ) -> tuple[Target, Drafter | None]:
-        """Target and drafter that compute with inputs in place of their arrays.
+    ) -> tuple[gemma4_text.Model, Drafter | None]:
+        """Language model and drafter that compute with inputs in place of arrays.
 
         Args:
             arrays: What was read.
@@ -67,10 +68,10 @@ class ModelArrays:
             ArraysChangedError: The modules hold other arrays by now.
         """
         rest = iter(zip(arrays, inputs, strict=True))
-        target, drafter = _copied(self._modules, rest)
+        copied: tuple[gemma4_text.Model, Drafter | None] = _copied(self._modules, rest)
         if next(rest, None) is not None:
             raise ArraysChangedError
-        return Target(target), drafter
+        return copied
 
 
 @dataclass

@@ -26,7 +26,7 @@ from .logprobs import reported_logprobs
 from .model_arrays import ArraysChangedError, CompiledFunction, ModelArrays
 from .sampling import SamplingRule
 from .state import Report, RoundState, RowSettings, Verified
-from .target import Prefilled, TargetOutput
+from .target import Prefilled, Target, TargetOutput
 from .traces import Traces
 
 
@@ -254,7 +254,9 @@ class Rounds:
         """The models, with a compiled round's inputs in place of their arrays."""
         if self._arrays is None or not inputs:
             return self.target, self.drafter
-        return self._arrays.bound(arrays, inputs)
+        assert isinstance(self.target, Target)
+        lm, drafter = self._arrays.bound(arrays, inputs)
+        return self.target.over(lm), drafter
 
 
 def _key(shape: _Shape, num_rows: int, capacity: int) -> Hashable:

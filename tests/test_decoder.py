@@ -22,6 +22,7 @@ from mlx_gemma_mtp.pair import named_arrays
 from mlx_gemma_mtp.room import Room
 from mlx_gemma_mtp.rounds import Rounds
 from mlx_gemma_mtp.tokens import generate_tokens
+from mlx_gemma_mtp.wired import wired
 from tests.tiny import REFERENCE, reference_pair
 
 PROMPT = [2, 17, 300, 45, 99, 8, 120]
@@ -253,6 +254,26 @@ def test_target_and_drafter_are_wired_together(monkeypatch):
     assert limits == [1000, 10**9]
     second.close()
     assert limits == [1000, 10**9, 1000]
+
+
+def test_the_wired_limit_is_put_back_where_work_has_failed(monkeypatch):
+    limits = [1000]
+
+    def set_wired_limit(limit):
+        limits.append(limit)
+        return limits[-2]
+
+    def fail():
+        raise RuntimeError("Insufficient Memory")
+
+    info = {"max_recommended_working_set_size": 10**9}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    monkeypatch.setattr(mx, "synchronize", fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Insufficient"), wired(10):
+            pass
+    assert limits == [1000, 10**9, 1000, 10**9, 1000]
 
 
 def test_a_warning_says_when_both_hardly_fit(monkeypatch, caplog):

@@ -253,9 +253,9 @@ class TestWeights:
         arrays = ModelArrays(pair.target, pair.drafter)
         before, structure = arrays.read()
         stand_ins = [mx.zeros_like(array) for array in before]
-        target, drafter = arrays.bound(before, stand_ins)
+        model, drafter = arrays.bound(before, stand_ins)
         assert all(map(is_, arrays.read()[0], before))
-        bound = ModelArrays(target._lm, drafter).read()
+        bound = ModelArrays(model, drafter).read()
         assert all(map(is_, bound[0], stand_ins))
         assert bound[1] == structure
 
