@@ -2,6 +2,7 @@
 # make demo         the embedded pair writes Python (PROMPT='def area(radius):' for another start)
 # make test         every test but the slow ones, WORKERS=2 at a time; ARGS='-k name' goes to pytest
 # make test-control the choice of draft lengths on every simulated machine and text (15 minutes)
+# make test-threads 2,000 texts on several threads while pairs and weights change (10 minutes)
 # make test-oldest  hook, batches and prompt caches with the oldest mlx-lm that they know
 # make test-mlx-lm  mlx-lm's own tests with the hook and the embedded pair
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
@@ -32,7 +33,7 @@ CHECK := build/wheel-check
 CLIENT_TESTS := tests/test_openai_client.py tests/test_page.py
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-oldest test-mlx-lm test-slow test-control test-cuda test-tsan test-gemma test-clients load lint format type bench bench-setup train-drafter tune-proof wheel-check clean
+.PHONY: all install demo test test-oldest test-threads test-mlx-lm test-slow test-control test-cuda test-tsan test-gemma test-clients load lint format type bench bench-setup train-drafter tune-proof wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -52,6 +53,9 @@ test-slow: $(DEV_STAMP)
 
 test-control: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -m control tests/test_control.py $(ARGS)
+
+test-threads: $(DEV_STAMP)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m threads tests/test_threads.py $(ARGS)
 
 # Of this release only its own files: what it needs is there for the newest one.
 OLDEST := 0.32.0

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from itertools import accumulate
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from .config import SamplingParams
@@ -327,14 +328,42 @@ class BatchGenerator:
             self._rows.pop(row.index, None)
         for i, token in enumerate(emission.tokens):
             is_last = is_end and i == len(emission.tokens) - 1
-            yield GenerationBatch.Response(
+            yield _Response(
                 uid=row.index,
                 token=token,
-                logprobs=whole_logprobs(emission.logits, emission.place, i),
+                logprobs=emission.logits,
+                place=emission.place,
+                index=i,
                 finish_reason=emission.finish_reason if is_last else None,
                 prompt_cache=emission.prompt_cache if is_last else None,
                 all_tokens=self._decoder.tokens_of(row) if is_last else None,
             )
+
+
+class _Response(GenerationBatch.Response):
+    """mlx-lm's word for a token; its log-probabilities are computed when asked for.
+
+    Args:
+        logprobs: The logits of its round, [B, K + 1, V].
+        place: Which row of them.
+        index: Which token of the row.
+        fields: mlx-lm's others.
+    """
+
+    def __init__(
+        self, *, logprobs: mx.array, place: int, index: int, **fields: Any
+    ) -> None:
+        self._place, self._index = place, index
+        super().__init__(logprobs=logprobs, **fields)
+
+    @property
+    def logprobs(self) -> mx.array:
+        """Log-probabilities of the target behind the token, [V]."""
+        return whole_logprobs(self._logits, self._place, self._index)
+
+    @logprobs.setter
+    def logprobs(self, logits: mx.array) -> None:
+        self._logits = logits
 
 
 def _ends(parts: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ It knows token ids only: nothing of text, tokenizers or files.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -137,7 +138,7 @@ class Decoder:
         self._look_ahead = look_ahead
         self._in_flight: deque[_InFlight] = deque()
         self._num_queued = 0
-        self._not_ready_key: tuple[SamplingRule, int, int] | None = None
+        self._not_ready_key: tuple[SamplingRule, int, int, int] | None = None
         self._not_traced: set[int] = set()
         self._verified: Verified | None = None
         layout = rounds.target.layout
@@ -187,6 +188,7 @@ class Decoder:
                 not the target's.
         """
         assert self._is_open  # the others' seats and slots are counted
+        self._engine.refresh()  # prompts are read with the weights as they are
         return self._add(requests, prompt_caches)
 
     def _add(
@@ -573,7 +575,8 @@ class Decoder:
     def _not_ready(self, capacity: int) -> Collection[int]:
         """The numbers of drafts whose rounds were not traced before."""
         num_seats = len(self._seats)
-        key = (self._seats.settings.rule, capacity, num_seats)
+        thread = threading.get_ident()  # every thread has traces of its own
+        key = (self._seats.settings.rule, capacity, num_seats, thread)
         if self._not_ready_key != key:
             self._not_ready_key = key
             self._not_traced = {
@@ -647,6 +650,7 @@ class Decoder:
         self._seats.state = self._engine.commit(
             verified, self._seats.settings, accepted=Accepted(num_accepted, next_token)
         )
+        mx.async_eval(self._seats.state.arrays)  # another thread may go on
 
     def _emit(
         self,

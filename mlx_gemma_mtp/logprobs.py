@@ -96,10 +96,10 @@ def log_probabilities(
 
 
 def whole_logprobs(logits: mx.array, row: int, index: int) -> mx.array:
-    """Log-probabilities of the whole vocabulary behind one token, [V]; not evaluated.
+    """Log-probabilities of the whole vocabulary behind one token, [V].
 
     They have a stream of their own: on the stream of the round in flight the reader
-    would wait for that round.
+    would wait for that round. They are begun here, so that any thread may read them.
 
     Args:
         logits: Of a round, [B, K + 1, V].
@@ -108,7 +108,9 @@ def whole_logprobs(logits: mx.array, row: int, index: int) -> mx.array:
     """
     with mx.stream(_reading_stream()):
         chosen = logits[row, index]
-        return chosen - mx.logsumexp(chosen, keepdims=True)
+        logprobs = chosen - mx.logsumexp(chosen, keepdims=True)
+        mx.async_eval(logprobs)
+        return logprobs
 
 
 @cache

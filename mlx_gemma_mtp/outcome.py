@@ -129,9 +129,6 @@ def _judge(row: Row, place: int, logits: mx.array, drafts: list[int]) -> Outcome
         ).listed()
     # A view, so that [place, i] finds the row's own as in a round's logits.
     shape = (logits.shape[0], *judged.logits.shape[1:])
-    return Outcome(
-        judged.num_accepted,
-        judged.tokens,
-        mx.broadcast_to(judged.logits, shape),
-        logprobs,
-    )
+    logits = mx.broadcast_to(judged.logits, shape)
+    mx.async_eval(logits)  # another thread may ask for log-probabilities
+    return Outcome(judged.num_accepted, judged.tokens, logits, logprobs)

@@ -7,9 +7,12 @@ The pair can travel inside the target's model object, which is how a model loade
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from operator import is_
 from typing import cast
+from weakref import ReferenceType, ref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,10 +25,12 @@ from .drafter import Drafter
 from .families import family_of
 from .fingerprint import learnt_key
 from .generation_defaults import SamplingDefaults
+from .model_arrays import ModelArrays
 from .roofline import prior
-from .rounds import Rounds
+from .rounds import CompiledRound, Rounds
 from .store import Store, cache_folder
 from .target import Target, text_model
+from .traces import Traces
 from .wired import wired
 
 # Where a checkpoint does not say how many tokens to draft. Published advice for the
@@ -34,6 +39,30 @@ DEFAULT_NUM_DRAFT_TOKENS = 4
 
 # Of the memory beside the weights; the rest is for prompts being read and for logits.
 _KV_SHARE = 0.8
+
+
+class Kept:
+    """What is kept of a target and its drafter from one use to the next.
+
+    It holds neither of them, so that a model may carry it.
+
+    Attributes:
+        traces: The compiled rounds of every thread.
+        calibration: What was learnt of the weights; None before anything was asked.
+    """
+
+    def __init__(self) -> None:
+        self.traces: Traces[CompiledRound] = Traces()
+        self.calibration: Calibration | None = None
+        self._learnt_of: list[ReferenceType[mx.array]] = []
+
+    def follow(self, weights: Sequence[mx.array]) -> None:
+        """Forget what was learnt where the weights are others than last time."""
+        known = [reference() for reference in self._learnt_of]
+        is_same = len(known) == len(weights) and all(map(is_, known, weights))
+        if not is_same:
+            self.calibration = None
+            self._learnt_of = [ref(array) for array in weights]
 
 
 class Pair:
@@ -48,8 +77,10 @@ class Pair:
             ``**pair.sampling_defaults.settings()`` on.
         target_source: Where the target came from, a sentence.
         drafter_source: Where the drafter came from, or why there is none.
+        kept: What an earlier pair of the same two has left.
 
     Attributes:
+        prior: What the speed model expects of so many rows of so many tokens here.
         num_draft_tokens: Drafts per round that the drafter's checkpoint names, else 4;
             0 without a drafter. Requests that do not say let the controller choose.
 
@@ -66,6 +97,7 @@ class Pair:
         sampling_defaults: SamplingDefaults | None = None,
         target_source: str = "",
         drafter_source: str = "",
+        kept: Kept | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -74,22 +106,27 @@ class Pair:
         self.target_source = target_source
         self.drafter_source = drafter_source
         self.num_draft_tokens = _num_draft_tokens(drafter)
-        self._calibration: Calibration | None = None
-        self._make_rounds()
+        # Who keeps it, such as what was learnt, must not keep the target with it.
+        self.prior = partial(_prior, family_of(vars(text_model(target).args)))
+        self.kept = Kept() if kept is None else kept
+        self._rounds = Rounds(
+            Target(target),
+            drafter,
+            arrays=ModelArrays(target, drafter),
+            traces=self.kept.traces,
+        )
+        if kept is None:
+            self._evaluate()
+            self.kept.follow(self._rounds.refresh())
 
     @property
     def rounds(self) -> Rounds:
-        """The engine; it keeps the compiled rounds.
+        """The engine, with the weights as they are (adapters, quantization, training).
 
-        A compiled round holds the weights it was traced with. When they have changed
-        since (adapters, quantization, training), rounds are made anew.
+        What was learnt of other weights is forgotten here; of weights that were changed
+        in place it is not.
         """
-        weights = self._weights()
-        is_same = len(weights) == len(self._traced) and all(
-            a is b for a, b in zip(weights, self._traced, strict=True)
-        )
-        if not is_same:
-            self._make_rounds()
+        self.kept.follow(self._rounds.refresh())
         return self._rounds
 
     @property
@@ -100,10 +137,10 @@ class Pair:
     @property
     def calibration(self) -> Calibration:
         """What the pair has learnt on this machine."""
-        if self._calibration is None:
+        if self.kept.calibration is None:
             key = learnt_key(named_arrays(self._modules()))
-            self._calibration = Calibration(Store(key, cache_folder()), self.prior)
-        return self._calibration
+            self.kept.calibration = Calibration(Store(key, cache_folder()), self.prior)
+        return self.kept.calibration
 
     @property
     def drafter_bytes(self) -> int:
@@ -123,33 +160,26 @@ class Pair:
         weights = sum(array.nbytes for array in self._weights())
         return max(int(_KV_SHARE * (most - weights)), 1)
 
-    def prior(self, num_rows: int, context: int) -> Prior:
-        """What the speed model expects of so many rows of so many tokens here."""
-        args = text_model(self.target).args
-        is_gpu = mx.default_device() == mx.gpu
-        return prior(
-            str(mx.device_info().get("architecture")) if is_gpu else None,
-            family_of(vars(args)),
-            batch_size=num_rows,
-            context=context,
-        )
-
     def wired(self) -> AbstractContextManager[None]:
         """Keep the weights of target and drafter together in wired memory."""
         return wired(sum(array.nbytes for array in self._weights()))
 
-    def _make_rounds(self) -> None:
-        """Make the engine for the weights as they are.
+    def _evaluate(self) -> None:
+        """Evaluate what is lazy and would tie other threads to the loading one.
 
-        What a round would capture unevaluated is evaluated first; the target's
-        parameters, which may have been loaded lazily, are by the prefill.
+        That is the drafter, and the arrays that modules compute for themselves, such as
+        rope's: they are no parameters, so loading leaves them. The target's parameters,
+        which may have been loaded lazily, are evaluated by the prefill.
         """
         if self.drafter is not None:
             mx.eval(self.drafter.parameters())
-        _evaluate_constants(self._modules())
-        self._traced = self._weights()
-        self._calibration = None  # what was learnt was learnt of the weights before
-        self._rounds = Rounds(Target(self.target), self.drafter)
+        mx.eval(
+            [
+                array
+                for name, array in named_arrays(self._modules())
+                if name.rsplit(".", 1)[-1].startswith("_")
+            ]
+        )
 
     def _modules(self) -> list[nn.Module]:
         return [m for m in (self.target, self.drafter) if m is not None]
@@ -170,18 +200,15 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _evaluate_constants(modules: list[nn.Module]) -> None:
-    """Evaluate the arrays that modules compute for themselves, such as rope's.
-
-    They are no parameters, so loading leaves them lazy. A compiled round would take
-    their computation along, run it every time, and tie it to the loading thread.
-    """
-    constants = [
-        array
-        for name, array in named_arrays(modules)
-        if name.rsplit(".", 1)[-1].startswith("_")
-    ]
-    mx.eval(constants)
+def _prior(family: str | None, num_rows: int, context: int) -> Prior:
+    """What the speed model expects of a family on this machine."""
+    is_gpu = mx.default_device() == mx.gpu
+    return prior(
+        str(mx.device_info().get("architecture")) if is_gpu else None,
+        family,
+        batch_size=num_rows,
+        context=context,
+    )
 
 
 def _num_draft_tokens(drafter: Drafter | None) -> int:
@@ -196,11 +223,33 @@ def _num_draft_tokens(drafter: Drafter | None) -> int:
 
 
 class _Attached:
-    """What a model object carries: a plain object, so not one of its parameters."""
+    """What a model object carries: a plain object, so not one of its parameters.
 
-    def __init__(self, own: Pair) -> None:
-        self.own = own
-        self.others: list[Pair] = []
+    It does not hold the model, which so ends as soon as nobody else holds it.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        self.drafter = pair.drafter
+        self.kept = pair.kept
+        self.eos_token_ids = pair.eos_token_ids
+        self.sampling_defaults = pair.sampling_defaults
+        self.target_source = pair.target_source
+        self.drafter_source = pair.drafter_source
+
+
+class _Given:
+    """What a drafter that was given by hand carries, for the last target it went with.
+
+    So what is kept of it ends with it.
+    """
+
+    def __init__(self, target: nn.Module, kept: Kept) -> None:
+        self._target = ref(target)
+        self._kept = kept
+
+    def kept_for(self, target: nn.Module) -> Kept | None:
+        """What is kept of both; None where the drafter went with another target."""
+        return self._kept if self._target() is target else None
 
 
 def attach(model: nn.Module, pair: Pair) -> None:
@@ -210,10 +259,8 @@ def attach(model: nn.Module, pair: Pair) -> None:
 
 def carries_drafter(model: object) -> bool:
     """Whether a model brings a drafter with it; any object may be asked."""
-    attached = (
-        vars(model).get("_mtp_attached") if isinstance(model, nn.Module) else None
-    )
-    return isinstance(attached, _Attached) and attached.own.drafter is not None
+    attached = _attached(model)
+    return attached is not None and attached.drafter is not None
 
 
 def pair_of(model: nn.Module, drafter: Drafter | None = None) -> Pair:
@@ -224,27 +271,41 @@ def pair_of(model: nn.Module, drafter: Drafter | None = None) -> Pair:
         drafter: A drafter to use in place of the one the model carries.
 
     Returns:
-        The pair that the model carries, or the one of the model and ``drafter``. The
-        model keeps both, so that compiled rounds serve the next call too; only its
-        own pair is used where no drafter is named.
+        The pair that the model carries, or the one of the model and ``drafter``. What
+        is kept of it, such as compiled rounds, serves the next call too: the model
+        carries it, or the drafter; only its own pair is used where none is named.
 
     Raises:
         PairingError: The model is not a Gemma 4 of mlx-lm.
     """
-    attached = vars(model).get("_mtp_attached")
-    if not isinstance(attached, _Attached):
+    attached = _attached(model)
+    if attached is None:
         attach(model, Pair(model))
         return pair_of(model, drafter)
-    if drafter is None:
-        return attached.own
-    for pair in (attached.own, *attached.others):
-        if pair.drafter is drafter:
-            return pair
+    if drafter is None or drafter is attached.drafter:
+        return Pair(
+            model,
+            attached.drafter,
+            eos_token_ids=attached.eos_token_ids,
+            sampling_defaults=attached.sampling_defaults,
+            target_source=attached.target_source,
+            drafter_source=attached.drafter_source,
+            kept=attached.kept,
+        )
+    given = vars(drafter).get("_mtp_given")
+    kept = given.kept_for(model) if isinstance(given, _Given) else None
     pair = Pair(
         model,
         drafter,
-        eos_token_ids=attached.own.eos_token_ids,
-        sampling_defaults=attached.own.sampling_defaults,
+        eos_token_ids=attached.eos_token_ids,
+        sampling_defaults=attached.sampling_defaults,
+        kept=kept,
     )
-    attached.others.append(pair)
+    drafter._mtp_given = _Given(model, pair.kept)
     return pair
+
+
+def _attached(model: object) -> _Attached | None:
+    """What a model carries; any object may be asked."""
+    found = vars(model).get("_mtp_attached") if isinstance(model, nn.Module) else None
+    return found if isinstance(found, _Attached) else None

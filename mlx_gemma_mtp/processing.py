@@ -122,12 +122,12 @@ class HostRow:
             # As mlx-lm does, in the type that the logits have.
             chosen = self._sampler(logits - mx.logsumexp(logits, keepdims=True))
             _check(chosen, (1,), "a sampler must return one token")
-        # The history too, or it would grow into a chain of unevaluated steps.
-        mx.eval(chosen, self._history)
         token = _token_id(chosen, logits.shape[-1])
         # The types that mlx-lm joins here: what processors see has the same one.
         newest = mx.array([token], dtype=mx.uint32)
         self._history = mx.concatenate([self._history, newest])
+        # Now, or it would grow into a chain that only this thread can evaluate.
+        mx.async_eval(self._history)
         return token
 
 

@@ -11,8 +11,7 @@ It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -24,9 +23,11 @@ from .cache import PrefillCache, SlabLayout, draft_masks
 from .decision import Verification, decide, joined, near_ties, propose
 from .drafter import DraftOutput, SharedKV
 from .logprobs import reported_logprobs
+from .model_arrays import ArraysChangedError, CompiledFunction, ModelArrays
 from .sampling import SamplingRule
 from .state import Report, RoundState, RowSettings, Verified
-from .target import Prefilled, TargetOutput
+from .target import Prefilled, Target, TargetOutput
+from .traces import Traces
 
 
 class TargetLike(Protocol):
@@ -70,8 +71,8 @@ class DrafterLike(Protocol):
         """Run one draft step."""
 
 
-# Traces that a thread keeps; beyond, all are let go of. Each takes some megabytes.
-_MAX_TRACES = 128
+_Models = tuple[TargetLike, DrafterLike | None]
+CompiledRound = Callable[..., tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,6 @@ class _Shape:
     rule: SamplingRule
 
 
-class _Traced(threading.local):
-    """What was traced before; every thread has traces of its own, as MLX's."""
-
-    def __init__(self) -> None:
-        self.keys: set[tuple[_Shape, int, int]] = set()
-
-
 class Rounds:
     """Runs rounds of one target with one drafter.
 
@@ -98,6 +92,9 @@ class Rounds:
         drafter: Its drafter; None allows only K = 0.
         verification: How drafts that were drawn from a distribution are judged.
         use_compile: Whether rounds go through ``mx.compile``.
+        arrays: The arrays of both, which compiled rounds then read anew every time;
+            None for models whose arrays never change.
+        traces: Where compiled rounds are kept: for engines that differ in nothing.
     """
 
     def __init__(
@@ -107,13 +104,29 @@ class Rounds:
         *,
         verification: Verification = accept_block,
         use_compile: bool = True,
+        arrays: ModelArrays | None = None,
+        traces: Traces[CompiledRound] | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
         self.use_compile = use_compile
         self._verification = verification
-        self._compiled: dict[_Shape, Callable[..., Any]] = {}
-        self._traced = _Traced()
+        self._arrays = arrays
+        self._model_arrays: list[mx.array] = []
+        self._traces: Traces[CompiledRound] = Traces() if traces is None else traces
+
+    def refresh(self) -> list[mx.array]:
+        """Let rounds follow weights that were exchanged, quantized or given adapters.
+
+        Those that were changed in place need no word.
+
+        Returns:
+            The models' arrays that rounds read from now on.
+        """
+        if self._arrays is not None:
+            self._model_arrays, structure = self._arrays.read()
+            self._traces.fit(structure)
+        return self._model_arrays
 
     def is_ready(
         self,
@@ -126,7 +139,7 @@ class Rounds:
     ) -> bool:
         """Whether such a round has run before: the first one is traced and compiled."""
         shape = _Shape(num_draft_tokens, min_rows, rule)
-        return (shape, num_rows, capacity) in self._traced.keys
+        return _key(shape, num_rows, capacity) in self._traces
 
     def run(
         self,
@@ -153,8 +166,7 @@ class Rounds:
         """
         assert not settings.rule.has_host  # see verify
         shape = _Shape(num_draft_tokens, min_rows, settings.rule)
-        function = self._round(shape, state)
-        slabs, committed, report = function(*_arrays(state, settings))
+        slabs, committed, report = self._call(shape, state, settings)
         return RoundState(slabs, *committed), Report.of_arrays(report)
 
     def verify(
@@ -171,8 +183,7 @@ class Rounds:
         """
         assert settings.rule.has_host
         shape = _Shape(num_draft_tokens, min_rows, settings.rule)
-        function = self._round(shape, state)
-        slabs, hidden, report = function(*_arrays(state, settings))
+        slabs, hidden, report = self._call(shape, state, settings)
         verified = Verified(slabs, hidden, before=replace(state, slabs=[]))
         return verified, Report.of_arrays(report)
 
@@ -205,29 +216,52 @@ class Rounds:
         )
         return draft.tokens
 
-    def _round(self, shape: _Shape, state: RoundState) -> Callable[..., Any]:
-        """The compiled round of a shape; traced again when the state's shapes change.
+    def _call(
+        self, shape: _Shape, state: RoundState, settings: RowSettings
+    ) -> tuple[Any, ...]:
+        """Queue the round of a shape; it is traced where this thread has not run it.
 
         It ends before the commit where the rule has rows that the host decides.
         """
-        key, known = self._key(shape, state), self._traced.keys
-        if key not in known and len(known) >= _MAX_TRACES:
-            known.clear()
-            self._compiled.clear()
-        known.add(key)
-        if shape not in self._compiled:
-            function = partial(
-                _round, self.target, self.drafter, self._verification, shape
-            )
-            self._compiled[shape] = (
-                mx.compile(function) if self.use_compile else function
-            )
-        return self._compiled[shape]
+        num_rows, capacity = (
+            state.last_token.shape[0],
+            self.target.layout.capacity(state.slabs),
+        )
+        key = _key(shape, num_rows, capacity)
+        compiled = self._traces.get(key)
+        if compiled is None:
+            self.refresh()
+            compiled = self._traces.add(key, self._made(shape))
+        while True:
+            model_arrays = self._model_arrays
+            try:
+                return compiled(
+                    partial(self._bound, model_arrays),
+                    model_arrays,
+                    *_arrays(state, settings),
+                )
+            except ArraysChangedError:  # by another thread, since they were read
+                self.refresh()
 
-    def _key(self, shape: _Shape, state: RoundState) -> tuple[_Shape, int, int]:
-        """What a trace depends on."""
-        capacity = self.target.layout.capacity(state.slabs)
-        return shape, state.last_token.shape[0], capacity
+    def _made(self, shape: _Shape) -> CompiledRound:
+        """The round of a shape, for this thread to call."""
+        function = partial(_round, self._verification, shape)
+        if self.use_compile:
+            return CompiledFunction(function)
+        return lambda bind, _, *arrays: function(bind([]), *arrays)
+
+    def _bound(self, arrays: list[mx.array], inputs: list[mx.array]) -> _Models:
+        """The models, with a compiled round's inputs in place of their arrays."""
+        if self._arrays is None or not inputs:
+            return self.target, self.drafter
+        assert isinstance(self.target, Target)
+        lm, drafter = self._arrays.bound(arrays, inputs)
+        return self.target.over(lm), drafter
+
+
+def _key(shape: _Shape, num_rows: int, capacity: int) -> Hashable:
+    """What a trace depends on; MLX traces anew for every stream."""
+    return shape, num_rows, capacity, str(mx.default_stream(mx.default_device()))
 
 
 def _arrays(state: RoundState, settings: RowSettings) -> tuple[Any, ...]:
@@ -250,11 +284,7 @@ def _of_arrays(rule: SamplingRule, *arrays: Any) -> tuple[RoundState, RowSetting
 
 
 def _round(
-    target: TargetLike,
-    drafter: DrafterLike | None,
-    verification: Verification,
-    shape: _Shape,
-    *arrays: Any,
+    verification: Verification, shape: _Shape, models: _Models, *arrays: Any
 ) -> tuple[Any, ...]:
     """One round on plain arrays, as ``mx.compile`` takes and gives them.
 
@@ -262,7 +292,8 @@ def _round(
         The written slabs, what was committed, the report's arrays; where the host has
         rows to decide, the block's hidden states in place of what was committed.
     """
-    rule, num_draft_tokens = shape.rule, shape.num_draft_tokens
+    (target, drafter), rule = models, shape.rule
+    num_draft_tokens = shape.num_draft_tokens
     state, settings = _of_arrays(rule, *arrays)
     offset = state.offset
 

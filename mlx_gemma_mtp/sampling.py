@@ -162,12 +162,13 @@ def sampling_rows(
     """
 
     def column(values: list[float], dtype: mx.Dtype) -> mx.array:
-        return mx.array(values, dtype=dtype)[:, None, None]
+        # Not a view, which would tie its first use to the thread that made it.
+        return mx.array([[[value]] for value in values], dtype=dtype)
 
     seeds = [int(p.seed or 0) for p in params]
     most = max([1, *(len(p.xtc_special_tokens) for p in params)])
     special = [
-        [*p.xtc_special_tokens, *[-1] * (most - len(p.xtc_special_tokens))]
+        [[*p.xtc_special_tokens, *[-1] * (most - len(p.xtc_special_tokens))]]
         for p in params
     ]
     return {
@@ -189,7 +190,7 @@ def sampling_rows(
             [float(p.xtc_probability) for p in params], mx.float32
         ),
         "xtc_threshold": column([float(p.xtc_threshold) for p in params], mx.float32),
-        "xtc_special_tokens": mx.array(special, dtype=mx.int32)[:, None],
+        "xtc_special_tokens": mx.array(special, dtype=mx.int32),
         "seed": mx.array([[s & 0xFFFFFFFF, s >> 32] for s in seeds], dtype=mx.uint32),
         "is_block": mx.array([p.temp > 0 and not p.reproducible for p in params]),
         "is_host": mx.array(list(is_host) or [False] * len(params)),

@@ -135,6 +135,7 @@ class Seats:
         self.rows[seat] = row
         self._first_positions[row] = first_position
         self.update()
+        self._start()
         mx.clear_cache()
 
     def leave(self) -> None:
@@ -269,4 +270,13 @@ class Seats:
         self.state = replace(state, slabs=slabs)
         if self.live:
             self.update()
+        self._start()
         return True
+
+    def _start(self) -> None:
+        """Begin to compute the state: whoever goes on may be another thread.
+
+        What is lazy can only be evaluated by the thread that has asked for it.
+        """
+        assert self.state is not None
+        mx.async_eval(self.state.arrays)

@@ -120,7 +120,7 @@ def row_settings(
         rule=replace(rule, has_max_drafts=min(most) < MAX_DRAFT_TOKENS),
         sampling=sampling_rows(params, is_host=is_host),
         is_active=mx.array([True] * len(params)),
-        first_position=mx.zeros((len(params),), dtype=mx.int32),
+        first_position=mx.array([0] * len(params), dtype=mx.int32),
         max_drafts=mx.array(most, dtype=mx.int32),
     )
 

@@ -8,6 +8,7 @@ the drafter, of acceptance or of sampling.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,12 @@ class Target:
             # quantization touches.
             dtype=self._lm.model.norm.weight.dtype,
         )
+
+    def over(self, lm: gemma4_text.Model) -> Target:
+        """The same target with another language model, of the same structure."""
+        target = copy(self)
+        target._lm = lm
+        return target
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Scaled embeddings of tokens [B, L], as the drafter takes them, [B, L, H]."""

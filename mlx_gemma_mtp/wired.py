@@ -44,8 +44,10 @@ def wired(num_bytes: int) -> Iterator[None]:
     try:
         yield
     finally:
-        mx.synchronize()  # the limit must not change under running work
-        _leave()
+        try:
+            mx.synchronize()  # the limit must not change under running work
+        finally:
+            _leave()  # also where that work has failed
 
 
 def _enter(limit: int) -> None:

@@ -88,32 +88,13 @@ class TestText:
             st.sampled_from([0, 1, 8]),
             st.one_of(st.none(), st.integers(0, 12)),  # steps until it is cancelled
         )
-        plans = data.draw(st.lists(kinds, min_size=1, max_size=9))
-        decoder = Decoder(
+        check_chains(
             chain,
+            data.draw(st.lists(kinds, min_size=1, max_size=9)),
             num_draft_tokens=data.draw(st.integers(0, 8)),
             max_rows=data.draw(st.sampled_from([1, 3, 32])),
             prefill_step_size=data.draw(st.sampled_from([1, 7, 2048])),
         )
-        found: dict[Any, list[int]] = {}
-        expected = {}
-        cancelled: set[Any] = set()
-        to_cancel: list[list[Any]] = []
-        for wait, prompt, limit, most, cancel in plans:
-            for _ in range(wait):
-                take(decoder, found, to_cancel, cancelled)
-            row = decoder.add(Request(prompt, limit, max_draft_tokens=most))
-            expected[row] = chain_text(prompt, limit)
-            if cancel is not None:
-                to_cancel.append([row, cancel])
-        while not decoder.is_idle:
-            take(decoder, found, to_cancel, cancelled)
-        for row, tokens in expected.items():
-            got = found.get(row, [])
-            assert got == tokens[: len(got)] == row.emitted
-            assert row in cancelled or got == tokens
-        assert decoder.kv_bytes == 0
-        decoder.close()
 
     def test_64_requests_of_the_embedded_pair(self):
         """Greedy and seeded, through rings that wrap, eight at a time."""
@@ -174,6 +155,30 @@ def take(decoder, found, to_cancel, cancelled):
         if entry[1] < 0 and entry[0].is_live:
             decoder.remove(entry[0])
             cancelled.add(entry[0])
+
+
+def check_chains(rounds, plans, **options):
+    """Chains that arrive and are cancelled by plan: each says what it says alone."""
+    decoder = Decoder(rounds, **options)
+    found: dict[Any, list[int]] = {}
+    expected = {}
+    cancelled: set[Any] = set()
+    to_cancel: list[list[Any]] = []
+    for wait, prompt, limit, most, cancel in plans:
+        for _ in range(wait):
+            take(decoder, found, to_cancel, cancelled)
+        row = decoder.add(Request(prompt, limit, max_draft_tokens=most))
+        expected[row] = chain_text(prompt, limit)
+        if cancel is not None:
+            to_cancel.append([row, cancel])
+    while not decoder.is_idle:
+        take(decoder, found, to_cancel, cancelled)
+    for row, tokens in expected.items():
+        got = found.get(row, [])
+        assert got == tokens[: len(got)] == row.emitted
+        assert row in cancelled or got == tokens
+    assert decoder.kv_bytes == 0
+    decoder.close()
 
 
 def less_of_the_last(tokens, logits):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp import rounds as rounds_module
+from mlx_gemma_mtp import traces as traces_module
 from mlx_gemma_mtp.acceptance import accept_equal
 from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.rounds import Rounds
@@ -233,13 +233,12 @@ def test_finished_rows_are_frozen():
 
 def test_traces_are_let_go_of_when_there_are_too_many(monkeypatch):
     """Each takes memory; a round of a shape that was let go of is traced again."""
-    monkeypatch.setattr(rounds_module, "_MAX_TRACES", 3)
+    monkeypatch.setattr(traces_module, "MAX_TRACES", 3)
     pair = reference_pair()
     rounds = Rounds(pair.rounds.target, pair.drafter, use_compile=False)
     texts = []
     for count in (0, 1, 2, 3, 4, 0):
         decoder = Decoder(rounds, [Request([2, 5, 9], 8)], num_draft_tokens=count)
         texts.append([t for r in decoder.run() for e in r for t in e.tokens])
-        assert len(rounds._traced.keys) <= 3
-        assert len(rounds._compiled) <= 3
+        assert len(rounds._traces) <= 3
     assert all(text == texts[0] for text in texts)

@@ -28,6 +28,7 @@ from mlx_gemma_mtp.sampling import (
     sampling_rule,
 )
 from mlx_gemma_mtp.tokens import generate_tokens
+from mlx_gemma_mtp.traces import Traces
 from tests.tiny import FAMILIES, reference_pair
 
 # Known answers of Random123 1.14, examples/kat_vectors, "philox4x32 10".
@@ -391,7 +392,7 @@ def test_text_of_a_seed_does_not_depend_on_drafting(family, settings, monkeypatc
     """Identical for K = 0..8, alone and in a batch."""
     pair = reference_pair(family)
     monkeypatch.setattr(pair.rounds, "use_compile", False)
-    monkeypatch.setattr(pair.rounds, "_compiled", {})
+    monkeypatch.setattr(pair.rounds, "_traces", Traces())
 
     def decode(prompt, num_draft_tokens):
         return list(
