@@ -438,7 +438,7 @@ class TestMistakes:
     def test_empty_is_as_none(self, pair):
         layout = pair_of(pair.target).rounds.target.layout
         assert read_prompt_cache(layout, new_cache(pair)) is None
-        empty = make_prompt_cache(layout, prefill_caches(layout))
+        empty = make_prompt_cache(layout)
         assert lengths(empty) == {0}
         assert all(cache.keys is None for cache in empty)
 
