@@ -249,7 +249,7 @@ class Decoder:
 
         Args:
             row: A row that waits, is read or decodes, or has ended with the last step
-                (while ``run`` goes on: at any time) and not with its first token.
+                and not with its first token; while ``run`` goes on, any row.
             num_emitted: How many of its tokens the cache shall hold after the prompt:
                 all of them (None), or at least those before its last round.
             into: mlx-lm's cache objects to fill in place; None for new ones.

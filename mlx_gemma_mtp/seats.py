@@ -237,7 +237,9 @@ class Seats:
         elif not self._num_reserved:
             num_seats = max(len(self), seats_for(len(self.room.rows)))
             self._resize(num_seats, max(self.capacity, needed))
-        return next(i for i, r in enumerate(self.rows) if r is None or not r.is_live)
+        free = [i for i, r in enumerate(self.rows) if r is None or not r.is_live]
+        # The caches of a row that has ended can be had as long as it keeps its seat.
+        return min(free, key=lambda seat: self.rows[seat] is not None)
 
     def _shrunk(self, num_seats: int, capacity: int) -> tuple[int, int]:
         """Seats and slots where rows have left: the same, unless half is enough.
