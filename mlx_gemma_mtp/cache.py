@@ -20,10 +20,16 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
 from .config import FULL, MAX_DRAFT_TOKENS, SLIDING
+from .kernels.common import backend
 
 # Slabs grow in whole blocks, and by at least a quarter: each capacity is a new trace
 # of the compiled round and one copy of the slabs.
 CAPACITY_BLOCK = 256
+
+# What Metal's fused attention with an array as its mask takes: these sizes of a head,
+# so many queries, and so many of them for each head of keys.
+_FUSED_HEAD_DIMS = (64, 96, 128, 256)
+_MAX_FUSED_QUERIES, _MAX_FUSED_ROWS = 8, 32
 
 
 @dataclass(frozen=True)
@@ -443,6 +449,34 @@ def draft_masks(
         FULL: full < end,
         SLIDING: (sliding >= end - (layout.window + 1)) & (sliding >= oldest),
     }
+
+
+def over_heads(mask: mx.array, keys: mx.array, *, num_heads: int) -> mx.array:
+    """A mask as attention over these keys takes it without a copy in every layer.
+
+    By MLX's source (ScaledDotProductAttention::eval_gpu of Metal) the fused kernel for
+    few queries copies a mask of several rows unless the stride of a row is that of all
+    its heads; one that is broadcast over heads has none for them. Nobody else copies.
+
+    Args:
+        mask: What each query sees, bool [B, 1, L, slots].
+        keys: The slab, [B, G, slots, D].
+        num_heads: Of the queries.
+
+    Returns:
+        The mask; where it would be copied [B, num_heads, L, slots], in one piece.
+    """
+    num_rows, _, num_queries, num_slots = mask.shape
+    _, num_kv_heads, _, head_dim = keys.shape
+    is_fused = (
+        head_dim in _FUSED_HEAD_DIMS
+        and num_queries <= _MAX_FUSED_QUERIES
+        and num_queries * num_heads <= _MAX_FUSED_ROWS * num_kv_heads
+    )
+    if num_rows == 1 or not is_fused or backend() != "metal":
+        return mask
+    shape = (num_rows, num_heads, num_queries, num_slots)
+    return mx.contiguous(mx.broadcast_to(mask, shape))
 
 
 def _ring_positions(ring: int, last: mx.array) -> mx.array:

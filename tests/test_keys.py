@@ -132,7 +132,7 @@ class KeyDrafter(ChainDrafter):
         window: Of the target.
     """
 
-    layer_types = (SLIDING, FULL)
+    layer_types: tuple[str, ...] = (SLIDING, FULL)
 
     def __init__(self, window: int) -> None:
         self._window = window
@@ -227,7 +227,8 @@ def test_rows_that_come_and_go_see_their_keys(window, data):
         look_ahead=data.draw(st.booleans()),
         prefill_step_size=data.draw(st.sampled_from([5, 2048])),
     )
-    reader, rows = Reader(decoder, window), []
+    reader = Reader(decoder, window)
+    rows: list[Any] = []
     for wait, prompt, limit in data.draw(st.lists(kinds, min_size=1, max_size=6)):
         wanted = data.draw(st.integers(0, 99))
         for _ in range(wait):
