@@ -99,7 +99,8 @@ def update_prompt_cache(
 def read_on(target: Reader, prompt_cache: Sequence[Any], tokens: Sequence[int]) -> None:
     """Read a few tokens into mlx-lm's cache objects, which grow as mlx-lm's do."""
     target.prefill(mx.array(list(tokens), dtype=mx.int32), list(prompt_cache))
-    mx.eval([array for cache in prompt_cache for array in (cache.keys, cache.values)])
+    for cache in prompt_cache:  # one by one: each grows by a copy
+        mx.eval(cache.keys, cache.values)
 
 
 def _in_order(source: Any, array: mx.array, layer: LayerKV) -> mx.array:
