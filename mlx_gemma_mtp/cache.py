@@ -9,6 +9,27 @@ nothing is ever trimmed, copied or rolled back, and a key sits in the same slot 
 K is.
 
 Masks are arithmetic on positions. This file knows nothing of models or of sampling.
+
+Writing in place. MLX lets a write have its slab's buffer where nobody else holds it at
+the moment the write is encoded (``array::is_donatable``, ``set_copy_output_data``), and
+copies the slab otherwise: right, but a slab is read and written. Three kinds of holders
+there are, by the source of MLX 0.32:
+
+- arrays of the host: whoever runs a round takes the state out before;
+- readers in the graph, such as draft steps, which read what the target's layer writes
+  in the same round: a round's write needs its drafts, so they are encoded before it,
+  and each lets go of its inputs once it is encoded (``eval_impl`` detaches it);
+- readers that were encoded and have not run: a command buffer keeps its inputs until
+  it has completed (``gpu::eval``; on the CPU the task queue does, ``cpu::eval``).
+  Encoding runs ahead by at most 10 command buffers of 40 to 50 launches
+  (``MAX_ACTIVE_TASKS``), on the CPU by 100 tasks. So a write is in place where more
+  than that lies between it and the last reader, also with a round queued ahead.
+
+Where the drafter reads the target's last layers, a whole pass lies between. Where later
+layers share keys (E4B, E2B), it is the layers up to the one that writes: some 600
+launches of E4B, which is enough, and some 360 of E2B, which may not be. There, modelled
+and not measured, the slabs of two layers of 15 are copied in a round. A larger
+``MLX_MAX_OPS_PER_BUFFER`` makes the distance shorter for all families.
 """
 
 from __future__ import annotations
