@@ -1,27 +1,56 @@
 """The target's keys and values: slabs of a fixed shape, one offset for each row.
 
 A full-attention layer has a slab [B, G, capacity, D] with slot = position; a sliding
-layer has a ring [B, G, R, D] with slot = position mod R. A round writes positions
-offset .. offset + K and commits by moving the offset: rejected entries lie past it, no
-mask shows them, and the next round overwrites them. So nothing is ever trimmed, copied
-or rolled back, and a key sits in the same slot whatever K is.
+layer has a ring [B, G, R, D] with slot = position mod R. R is the capacity until that
+exceeds what the window needs: a shorter ring has never wrapped, so it grows as a slab
+does. A round writes positions offset .. offset + K and commits by moving the offset:
+rejected entries lie past it, no mask shows them, and the next round overwrites them. So
+nothing is ever trimmed, copied or rolled back, and a key sits in the same slot whatever
+K is.
 
 Masks are arithmetic on positions. This file knows nothing of models or of sampling.
+
+Writing in place. MLX lets a write have its slab's buffer where nobody else holds it at
+the moment the write is encoded (``array::is_donatable``, ``set_copy_output_data``), and
+copies the slab otherwise: right, but a slab is read and written. Three kinds of holders
+there are, by the source of MLX 0.32:
+
+- arrays of the host: whoever runs a round takes the state out before;
+- readers in the graph, such as draft steps, which read what the target's layer writes
+  in the same round: a round's write needs its drafts, so they are encoded before it,
+  and each lets go of its inputs once it is encoded (``eval_impl`` detaches it);
+- readers that were encoded and have not run: a command buffer keeps its inputs until
+  it has completed (``gpu::eval``; on the CPU the task queue does, ``cpu::eval``).
+  Encoding runs ahead by at most 10 command buffers of 40 to 50 launches
+  (``MAX_ACTIVE_TASKS``), on the CPU by 100 tasks. So a write is in place where more
+  than that lies between it and the last reader, also with a round queued ahead.
+
+Where the drafter reads the target's last layers, a whole pass lies between. Where later
+layers share keys (E4B, E2B), it is the layers up to the one that writes: some 600
+launches of E4B, which is enough, and some 360 of E2B, which may not be. There, modelled
+and not measured, the slabs of two layers of 15 are copied in a round. A larger
+``MLX_MAX_OPS_PER_BUFFER`` makes the distance shorter for all families.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
 from .config import FULL, MAX_DRAFT_TOKENS, SLIDING
+from .kernels.common import backend
 
 # Slabs grow in whole blocks, and by at least a quarter: each capacity is a new trace
 # of the compiled round and one copy of the slabs.
 CAPACITY_BLOCK = 256
+
+# What Metal's fused attention with an array as its mask takes: these sizes of a head,
+# so many queries, and so many of them for each head of keys.
+_FUSED_HEAD_DIMS = (64, 96, 128, 256)
+_MAX_FUSED_QUERIES, _MAX_FUSED_ROWS = 8, 32
 
 
 @dataclass(frozen=True)
@@ -55,20 +84,21 @@ class SlabLayout:
 
     @property
     def ring(self) -> int:
-        """Slots R of a sliding layer.
+        """Most slots R of a sliding layer; it has fewer while the capacity is below.
 
         It depends on the bound of K and never on a round's K: that keeps a key's slot,
         and so the order of every sum, the same for all K.
 
         window + K_max + 1 is enough to decode; the rest is for look-ahead: when a stop
         lands in round r, round r + 1 has already written, and no key in the window of
-        the last emitted token may be lost.
+        the last emitted token may be lost. A row that has ended stays where round r
+        left it, so later rounds write where round r + 1 did.
         """
         return self.window + 2 * MAX_DRAFT_TOKENS + 2
 
     def num_slots(self, layer_type: str, capacity: int) -> int:
         """Slots of one layer's slab."""
-        return capacity if layer_type == FULL else self.ring
+        return capacity if layer_type == FULL else min(self.ring, capacity)
 
     def capacity(self, slabs: Sequence[mx.array]) -> int:
         """Slots of the full layers among existing slabs."""
@@ -136,28 +166,29 @@ def resize(
     Args:
         slabs: Keys and values of each layer in turn; the entries are replaced.
         layout: Their layout.
-        capacity: New number of slots of the full layers; what lies beyond is dropped.
+        capacity: New number of slots of the full layers, more than any row that goes on
+            has tokens; what lies beyond is dropped.
         rows: For each new row the old one that it was; None for the same rows.
     """
     index = None if rows is None else mx.array(list(rows), dtype=mx.int32)
     for i in range(len(slabs)):
         slab = slabs[i] if index is None else slabs[i][index]
-        if layout.layers[i // 2].layer_type == FULL:
-            slab = _with_slots(slab, capacity)
+        num_slots = layout.num_slots(layout.layers[i // 2].layer_type, capacity)
+        slab = _with_slots(slab, num_slots)
         if slab is not slabs[i]:
             slabs[i] = slab
             del slab
             mx.eval(slabs[i])  # not lazily: that would hold all old slabs at once
 
 
-def _with_slots(slab: mx.array, capacity: int) -> mx.array:
+def _with_slots(slab: mx.array, num_slots: int) -> mx.array:
     """The slab cut to so many slots, or with empty ones behind."""
     num_rows, num_heads, slots, head_dim = slab.shape
-    if capacity < slots:
-        return mx.contiguous(slab[:, :, :capacity])
-    if capacity == slots:
+    if num_slots < slots:
+        return mx.contiguous(slab[:, :, :num_slots])
+    if num_slots == slots:
         return slab
-    shape = (num_rows, num_heads, capacity - slots, head_dim)
+    shape = (num_rows, num_heads, num_slots - slots, head_dim)
     return mx.concatenate([slab, mx.zeros(shape, slab.dtype)], axis=2)
 
 
@@ -168,7 +199,7 @@ def take_row(
     *,
     num_tokens: int,
     first_position: int,
-) -> list[PrefillCache]:
+) -> Iterator[PrefillCache]:
     """Copy one row out of the slabs, as ``insert_row`` would take it.
 
     Args:
@@ -178,9 +209,11 @@ def take_row(
         num_tokens: How many tokens, from position 0 on, the caches stand for; they
             must have been written and, in rings, not overwritten since.
         first_position: The oldest position that the row's rings hold keys for.
+
+    Yields:
+        Each layer's cache, copied when it is asked for.
     """
-    caches = prefill_caches(layout)
-    for i, cache in enumerate(caches):
+    for i, cache in enumerate(prefill_caches(layout)):
         first = 0
         if layout.layers[i].layer_type == SLIDING:
             first = max(first_position, num_tokens - (layout.window + 1), 0)
@@ -188,7 +221,7 @@ def take_row(
         kept = [slabs[j][row : row + 1][:, :, slots] for j in (2 * i, 2 * i + 1)]
         mx.eval(kept)
         cache.fill(*kept, offset=num_tokens)
-    return caches
+        yield cache
 
 
 def oldest_kept(caches: Sequence[PrefillCache], layout: SlabLayout) -> int:
@@ -294,13 +327,6 @@ class PrefillCache:
         """
         self._keys, self._values, self.offset = keys, values, offset
 
-    def copy(self) -> PrefillCache:
-        """One that goes on by itself; the arrays are shared, nobody writes them."""
-        copied = PrefillCache(self.num_kept)
-        copied._keys, copied._values = self._keys, self._values
-        copied.offset = self.offset
-        return copied
-
     @property
     def oldest(self) -> int:
         """The oldest position that keys are held for; 0 where there are none."""
@@ -370,10 +396,12 @@ def verify_slots(
         layout: The slabs' layout.
         offset: Position of each row's first token, int32 [B].
         num_tokens: Tokens L of the block.
-        capacity: Slots of the full layers; a finished row beyond them wraps.
+        capacity: Slots of the full layers; an empty row beyond them wraps.
     """
     positions = offset[:, None] + mx.arange(num_tokens)
-    return {FULL: positions % capacity, SLIDING: positions % layout.ring}
+    return {
+        kind: positions % layout.num_slots(kind, capacity) for kind in (FULL, SLIDING)
+    }
 
 
 def verify_masks(
@@ -400,7 +428,8 @@ def verify_masks(
     queries = (offset[:, None] + mx.arange(num_tokens))[:, None, :, None]
     oldest = first_position[:, None, None, None]
     full = mx.arange(capacity)  # [slots]
-    sliding = _ring_positions(layout, offset + (num_tokens - 1))[:, None, None, :]
+    ring = layout.num_slots(SLIDING, capacity)
+    sliding = _ring_positions(ring, offset + (num_tokens - 1))[:, None, None, :]
     return {
         FULL: full <= queries,
         SLIDING: (sliding <= queries)
@@ -435,18 +464,46 @@ def draft_masks(
     end = offset[:, None, None, None]
     oldest = first_position[:, None, None, None]
     full = mx.arange(capacity)
-    sliding = _ring_positions(layout, offset - 1)[:, None, None, :]
+    ring = layout.num_slots(SLIDING, capacity)
+    sliding = _ring_positions(ring, offset - 1)[:, None, None, :]
     return {
         FULL: full < end,
         SLIDING: (sliding >= end - (layout.window + 1)) & (sliding >= oldest),
     }
 
 
-def _ring_positions(layout: SlabLayout, last: mx.array) -> mx.array:
-    """The position each ring slot holds when ``last`` [B] is the newest, [B, R].
+def over_heads(mask: mx.array, keys: mx.array, *, num_heads: int) -> mx.array:
+    """A mask as attention over these keys takes it without a copy in every layer.
+
+    By MLX's source (ScaledDotProductAttention::eval_gpu of Metal) the fused kernel for
+    few queries copies a mask of several rows unless the stride of a row is that of all
+    its heads; one that is broadcast over heads has none for them. Nobody else copies.
+
+    Args:
+        mask: What each query sees, bool [B, 1, L, slots].
+        keys: The slab, [B, G, slots, D].
+        num_heads: Of the queries.
+
+    Returns:
+        The mask; where it would be copied [B, num_heads, L, slots], in one piece.
+    """
+    num_rows, _, num_queries, num_slots = mask.shape
+    _, num_kv_heads, _, head_dim = keys.shape
+    is_fused = (
+        head_dim in _FUSED_HEAD_DIMS
+        and num_queries <= _MAX_FUSED_QUERIES
+        and num_queries * num_heads <= _MAX_FUSED_ROWS * num_kv_heads
+    )
+    if num_rows == 1 or not is_fused or backend() != "metal":
+        return mask
+    shape = (num_rows, num_heads, num_queries, num_slots)
+    return mx.contiguous(mx.broadcast_to(mask, shape))
+
+
+def _ring_positions(ring: int, last: mx.array) -> mx.array:
+    """The position each of R ring slots holds when ``last`` [B] is the newest, [B, R].
 
     Slots that were never written get positions below zero; entries past ``last`` read
     as positions older than any window.
     """
-    slots = mx.arange(layout.ring)
-    return last[:, None] - (last[:, None] - slots) % layout.ring
+    return last[:, None] - (last[:, None] - mx.arange(ring)) % ring

@@ -16,7 +16,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -30,7 +37,12 @@ from .errors import RequestError
 from .logprobs import reported_logprobs
 from .outcome import Outcome, emissions_of, failure_of, outcomes_of
 from .prefill import DEFAULT_PREFILL_STEP_SIZE, Prefill
-from .prompt_cache import make_prompt_cache, read_prompt_cache, update_prompt_cache
+from .prompt_cache import (
+    make_prompt_cache,
+    read_on,
+    read_prompt_cache,
+    update_prompt_cache,
+)
 from .rounds import Rounds
 from .route import ANY_ROUTE, Route
 from .row import Request, Row
@@ -239,7 +251,7 @@ class Decoder:
 
         Args:
             row: A row that waits, is read or decodes, or has ended with the last step
-                (while ``run`` goes on: at any time) and not with its first token.
+                and not with its first token; while ``run`` goes on, any row.
             num_emitted: How many of its tokens the cache shall hold after the prompt:
                 all of them (None), or at least those before its last round.
             into: mlx-lm's cache objects to fill in place; None for new ones.
@@ -250,16 +262,11 @@ class Decoder:
         Raises:
             RequestError: The row has left, or the round that it was in has failed.
         """
-        layout, waiting = self._engine.target.layout, self._waiting.find(row)
-        caches = (
-            self._taken(row, num_emitted)
-            if waiting is None
-            else [cache.copy() for cache in waiting.prefill.caches]
-        )
-        if into is None:
-            return list(make_prompt_cache(layout, caches))
-        update_prompt_cache(layout, into, caches)
-        return list(into)
+        waiting = self._waiting.find(row)
+        if waiting is not None:
+            return self._filled(waiting.prefill.caches, into=into)
+        caches, missing = self._taken(row, num_emitted)
+        return self._filled(caches, missing, into=into)
 
     def tokens_of(self, row: Row) -> list[int]:
         """The tokens that a row's caches hold now, those of its history included."""
@@ -482,8 +489,10 @@ class Decoder:
                 context=max(row.offset for row in live),
             )
 
-    def _taken(self, row: Row, num_emitted: int | None) -> list[PrefillCache]:
-        """Caches that hold a seated row's prompt and so many of its tokens."""
+    def _taken(
+        self, row: Row, num_emitted: int | None
+    ) -> tuple[Iterator[PrefillCache], list[int]]:
+        """A seated row's caches, and those of its tokens that they do not hold yet."""
         tokens = row.emitted if num_emitted is None else row.emitted[:num_emitted]
         start = row.num_cached + len(row.request.prompt)
         # A round in flight has written the newest token of the one before.
@@ -495,17 +504,28 @@ class Decoder:
                 "the caches of a row must be taken while it has its seat: got one "
                 "that has left. Set keeps_cache in its request."
             )
-        return self._completed(caches, tokens[num_tokens - start :])
+        return caches, tokens[num_tokens - start :]
 
-    def _completed(
-        self, caches: list[PrefillCache], missing: list[int]
-    ) -> list[PrefillCache]:
-        """Caches with the tokens that no round has written yet."""
+    def _filled(
+        self,
+        caches: Iterable[PrefillCache],
+        missing: Sequence[int] = (),
+        *,
+        into: Sequence[Any] | None = None,
+    ) -> list[Any]:
+        """mlx-lm's cache objects that hold what caches hold, and tokens behind it.
+
+        Args:
+            caches: Each layer's; made one by one, they are never held all at once.
+            missing: Tokens that no round has written.
+            into: The objects; None for new ones.
+        """
+        target = self._engine.target
+        made = make_prompt_cache(target.layout) if into is None else list(into)
+        update_prompt_cache(target.layout, made, caches)
         if missing:
-            rest = Prefill(self._engine.target, missing, caches=caches)
-            while not rest.is_done:
-                rest.read(self._prefill_step_size)
-        return caches
+            read_on(target, made, missing)
+        return made
 
     def _round(self) -> list[Emission]:
         """Queue rounds, one ahead where that can be, and read the oldest."""
@@ -676,11 +696,10 @@ class Decoder:
         row = emission.row
         if not row.request.keeps_cache or emission.finish_reason in (None, "error"):
             return emission
-        if caches is None:
-            return replace(emission, prompt_cache=self.extract(row))
-        caches = self._completed(caches, row.emitted)
-        made = make_prompt_cache(self._engine.target.layout, caches)
-        return replace(emission, prompt_cache=list(made))
+        made = (
+            self.extract(row) if caches is None else self._filled(caches, row.emitted)
+        )
+        return replace(emission, prompt_cache=made)
 
     def _can_queue(self) -> bool:
         """Whether a round may be queued beside those in flight."""

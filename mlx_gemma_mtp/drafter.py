@@ -5,8 +5,8 @@ target's last layers of each type have written. A step takes the last token's em
 (the target's, scaled) and a hidden state of the target's width, and gives logits and
 the hidden state for the next step. The position is the same for all steps of a block.
 
-It knows nothing of the target, of slabs or of sampling: keys, values and masks come in
-as arguments.
+It knows nothing of the target, of offsets or of sampling: keys, values and masks come
+in as arguments.
 
 Source: transformers 5.22.2, models/gemma4_assistant/modeling_gemma4_assistant.py.
 """
@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gemma4_text
 
+from .cache import over_heads
 from .config import DrafterConfig
 from .masked_embedding import MaskedEmbedding
 from .tensor_names import TOKEN_ORDERING, drafter_names
@@ -83,6 +84,7 @@ class Drafter(nn.Module):
         self.config = config
         args = gemma4_text.ModelArgs.from_dict(dict(config.text_config))
         self.model = _Layers(args)
+        self._num_heads = args.num_attention_heads
         width = config.backbone_hidden_size
         self.pre_projection = nn.Linear(2 * width, args.hidden_size, bias=False)
         self.post_projection = nn.Linear(args.hidden_size, width, bias=False)
@@ -121,10 +123,18 @@ class Drafter(nn.Module):
             Logits over the candidates and the hidden state for the next step.
         """
         x = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
+        masks = {
+            kind: over_heads(kv.mask, kv.keys, num_heads=self._num_heads)
+            for kind, kv in shared_kv.items()
+        }
         for layer in self.model.layers:
             kv = shared_kv[layer.layer_type]
             x, _, _ = layer(
-                x, kv.mask, None, shared_kv=(kv.keys, kv.values), offset=position
+                x,
+                masks[layer.layer_type],
+                None,
+                shared_kv=(kv.keys, kv.values),
+                offset=position,
             )
         x = self.model.norm(x)  # [B, 1, h]
         if self.masked_embedding is None:

@@ -20,8 +20,8 @@ from typing import cast
 
 import mlx.core as mx
 
-from .cache import CAPACITY_BLOCK, SlabLayout, next_capacity
-from .config import FULL, MAX_DRAFT_TOKENS
+from .cache import CAPACITY_BLOCK, SlabLayout, next_capacity, resize
+from .config import MAX_DRAFT_TOKENS
 from .rounds import TargetLike
 from .route import ALL_DRAFTS, PLAIN_ROWS, Verdict
 
@@ -76,7 +76,11 @@ def probe(
 
 
 def places(layout: SlabLayout) -> list[_Place]:
-    """Near the start, across the ring's end, and at the end of grown slabs."""
+    """Near the start, across the ring's end, and at the end of grown slabs.
+
+    Each one's slabs are those of the place before, grown: first the rings too, where
+    the window is not short, then only the full layers'.
+    """
     wrap = layout.ring - 2
     capacity = next_capacity(wrap + 3 * _MARGIN)
     grown = max(_MANY_SLOTS, next_capacity(capacity + 1, capacity))
@@ -142,12 +146,21 @@ class _Probe:
             for rows in PLAIN_ROWS:
                 if not _is_equal(plain[rows], block):
                     self._equal[rows].discard(k)
-        _, wrap, grown = places(self._target.layout)
-        if place == wrap:
-            slabs = self._grown(slabs, grown.capacity)
-            later = self._decode(slabs, wrap, 0, 1)
+        capacity = self._next_capacity(place)
+        if capacity is not None:
+            slabs = self._grown(slabs, capacity)
+            later = self._decode(slabs, place, 0, 1)
             self._difference = max(self._difference, _difference(plain[1], later))
-            self._depends_on_capacity = not _is_equal(plain[1], later)
+            self._depends_on_capacity |= not _is_equal(plain[1], later)
+
+    def _next_capacity(self, place: _Place) -> int | None:
+        """Slots to grow to behind a place; None where another place tells as much."""
+        layout = self._target.layout
+        start, wrap, grown = places(layout)
+        if place == wrap:
+            return grown.capacity
+        has_short_ring = layout.ring > start.capacity
+        return wrap.capacity if place == start and has_short_ring else None
 
     def _is_late(self) -> bool:
         """Whether tracing has taken what no estimate could know."""
@@ -164,18 +177,13 @@ class _Probe:
         start = time.perf_counter()
         self._block(slabs, place, 0, 1, 1)
         num_blocks = sum(-(-_NUM_BLOCK_TOKENS // (k + 1)) for k in ALL_DRAFTS[1:])
-        num_passes = 3 * (2 * _NUM_STEPS + num_blocks) + _NUM_STEPS
+        num_passes = 3 * (2 * _NUM_STEPS + num_blocks) + 2 * _NUM_STEPS
         return (time.perf_counter() - start) * num_passes <= self._budget_s
 
     def _grown(self, slabs: list[mx.array], capacity: int) -> list[mx.array]:
         """The same slabs with more slots behind."""
-        layout, grown = self._target.layout, []
-        for i, slab in enumerate(slabs):
-            if layout.layers[i // 2].layer_type == FULL:
-                num_rows, num_heads, slots, head_dim = slab.shape
-                shape = (num_rows, num_heads, capacity - slots, head_dim)
-                slab = mx.concatenate([slab, mx.zeros(shape, slab.dtype)], axis=2)
-            grown.append(slab)
+        grown = list(slabs)
+        resize(grown, self._target.layout, capacity)
         return grown
 
     def _decode(

@@ -9,7 +9,7 @@ This is the only file that relies on what mlx-lm's cache objects look like.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from .cache import LayerKV, PrefillCache, SlabLayout, prefill_caches
 from .config import SLIDING
 from .errors import RequestError
+from .prefill import Reader
 
 _MAKE_ONE = "mlx_lm.models.cache.make_prompt_cache(model) makes one."
 
@@ -61,26 +62,26 @@ def holds_tokens(prompt_cache: Sequence[Any]) -> bool:
     return any(isinstance(c, kinds) and int(c.offset) > 0 for c in prompt_cache)
 
 
-def make_prompt_cache(
-    layout: SlabLayout, caches: Sequence[PrefillCache]
-) -> list[KVCache | RotatingKVCache]:
-    """mlx-lm's cache objects that hold what ``caches`` hold."""
-    made: list[KVCache | RotatingKVCache] = [
+def make_prompt_cache(layout: SlabLayout) -> list[KVCache | RotatingKVCache]:
+    """mlx-lm's cache objects that hold nothing yet."""
+    return [
         RotatingKVCache(max_size=layout.window)
         if layer.layer_type == SLIDING
         else KVCache()
         for layer in layout.layers
     ]
-    update_prompt_cache(layout, made, caches)
-    return made
 
 
 def update_prompt_cache(
     layout: SlabLayout,
     prompt_cache: Sequence[Any],
-    caches: Sequence[PrefillCache],
+    caches: Iterable[PrefillCache],
 ) -> None:
-    """Let mlx-lm's cache objects hold what ``caches`` hold, in place."""
+    """Let mlx-lm's cache objects hold what ``caches`` hold, in place.
+
+    One layer after the other: of what is made on the way and of what the objects held
+    before no more than one layer is held beside the rest.
+    """
     _check(layout, prompt_cache)
     for target, layer, cache in zip(prompt_cache, layout.layers, caches, strict=True):
         if not cache.offset:
@@ -92,7 +93,14 @@ def update_prompt_cache(
             target._idx = keys.shape[2]
         target.keys, target.values = mx.contiguous(keys), mx.contiguous(values)
         target.offset = cache.offset
-    mx.eval([array for cache in prompt_cache for array in (cache.keys, cache.values)])
+        mx.eval(target.keys, target.values)
+
+
+def read_on(target: Reader, prompt_cache: Sequence[Any], tokens: Sequence[int]) -> None:
+    """Read a few tokens into mlx-lm's cache objects, which grow as mlx-lm's do."""
+    target.prefill(mx.array(list(tokens), dtype=mx.int32), list(prompt_cache))
+    for cache in prompt_cache:  # one by one: each grows by a copy
+        mx.eval(cache.keys, cache.values)
 
 
 def _in_order(source: Any, array: mx.array, layer: LayerKV) -> mx.array:

@@ -22,7 +22,7 @@ MODES = (AUTO, "exact", "fast")
 ALL_DRAFTS = tuple(range(MAX_DRAFT_TOKENS + 1))
 # Rows of a plain round: as it is, and filled up to take the kernels of several rows.
 PLAIN_ROWS = (1, 2)
-_FORM = 1  # of a verdict's dictionary
+_FORM = 2  # of a verdict's dictionary
 _MOST = 1e9  # of any of its numbers; more is damage
 
 
@@ -49,8 +49,8 @@ class Verdict:
             rounds gave the same bytes as plain rounds of so many rows.
         max_difference: Largest difference of a logit between plain rounds of one row
             and any other round; 0.0 where all bytes are equal.
-        depends_on_capacity: Whether the capacity of the slabs changes a plain round's
-            bytes.
+        depends_on_capacity: Whether the slots of the slabs, rings included, change a
+            plain round's bytes.
         fill_cost: Time of a plain round of the target filled up to two rows over that
             of one as it is, 1.0 or more.
         num_passes: Forward passes of the target that it took.

@@ -7,7 +7,7 @@ nothing of drafts, of rounds or of when rows come and go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -21,6 +21,7 @@ from .state import (
     RowSettings,
     empty_state,
     row_settings,
+    with_ends,
     with_row,
     with_rows,
 )
@@ -139,10 +140,24 @@ class Seats:
         mx.clear_cache()
 
     def leave(self) -> None:
-        """Some rows have ended: let settings and room follow."""
+        """Some rows have ended: let settings and room follow.
+
+        A round that was queued before that was known has moved them on. They go back,
+        so that all later rounds write where that one did, over no key of their windows.
+        """
         self._has_left = True
-        if self.live:
-            self.update()
+        if not self.live:
+            return
+        if self.state is not None:
+            self.state = with_ends(
+                self.state,
+                {
+                    seat: ((row.emitted or [0])[-1], row.offset)
+                    for seat, row in enumerate(self.rows)
+                    if row is not None and not row.is_live
+                },
+            )
+        self.update()
 
     def fit(self, in_flight: Sequence[int], *, may_shrink: bool) -> bool:
         """Before a round is queued: no slot too few and, if asked, none too many.
@@ -162,13 +177,13 @@ class Seats:
             capacity = self.room.grown(capacity)
         return self._resize(num_seats, capacity)
 
-    def take(self, row: Row, num_tokens: int) -> list[PrefillCache] | None:
+    def take(self, row: Row, num_tokens: int) -> Iterator[PrefillCache] | None:
         """Caches that hold a row's first tokens; None where it does not sit here.
 
         Args:
             row: The row.
             num_tokens: How many tokens; the newest of them must have been written
-                within the last two rounds.
+                within the last two rounds in which the row was live, or since.
         """
         if row not in self.rows or self.state is None:
             return None
@@ -223,7 +238,9 @@ class Seats:
         elif not self._num_reserved:
             num_seats = max(len(self), seats_for(len(self.room.rows)))
             self._resize(num_seats, max(self.capacity, needed))
-        return next(i for i, r in enumerate(self.rows) if r is None or not r.is_live)
+        free = [i for i, r in enumerate(self.rows) if r is None or not r.is_live]
+        # The caches of a row that has ended can be had as long as it keeps its seat.
+        return min(free, key=lambda seat: self.rows[seat] is not None)
 
     def _shrunk(self, num_seats: int, capacity: int) -> tuple[int, int]:
         """Seats and slots where rows have left: the same, unless half is enough.

@@ -5,7 +5,7 @@ It knows nothing of models, and of rules only their settings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -63,6 +63,23 @@ def with_row(
         mx.where(is_row[:, None], last_token, state.last_token),
         mx.where(is_row[:, None, None], hidden, state.hidden),
         mx.where(is_row, offset, state.offset),
+    )
+
+
+def with_ends(state: RoundState, ends: Mapping[int, tuple[int, int]]) -> RoundState:
+    """The state with rows that have ended where their text ends.
+
+    Args:
+        state: The state.
+        ends: For each such row its newest token and that token's position.
+    """
+    num_rows = state.offset.shape[0]
+    has_ended = mx.array([row in ends for row in range(num_rows)])
+    places = mx.array([ends.get(row, (0, 0)) for row in range(num_rows)])
+    return replace(
+        state,
+        last_token=mx.where(has_ended[:, None], places[:, :1], state.last_token),
+        offset=mx.where(has_ended, places[:, 1], state.offset),
     )
 
 

@@ -21,6 +21,7 @@ from .cache import (
     PrefillCache,
     SlabLayout,
     SlabView,
+    over_heads,
     verify_masks,
     verify_slots,
 )
@@ -158,6 +159,14 @@ class Target:
             num_tokens=num_tokens,
             capacity=capacity,
         )
+        masks = {
+            kind: over_heads(
+                mask,
+                slabs[2 * layout.source(kind)],
+                num_heads=self._lm.args.num_attention_heads,
+            )
+            for kind, mask in masks.items()
+        }
         slots = verify_slots(
             layout, offset=offset, num_tokens=num_tokens, capacity=capacity
         )

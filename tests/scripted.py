@@ -149,7 +149,7 @@ class ChainTarget:
 class ChainDrafter:
     """Is always right about even tokens, and always wrong about odd ones."""
 
-    layer_types = (FULL,)
+    layer_types: tuple[str, ...] = (FULL,)
 
     def __call__(self, embedding, hidden, shared_kv, *, position) -> DraftOutput:
         token = embedding[..., 0].astype(mx.int32)

@@ -5,12 +5,16 @@ Run: python -m pytest tests/test_cache.py
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.models import gemma4_text
 
+from mlx_gemma_mtp import cache as cache_module
 from mlx_gemma_mtp.cache import (
     CAPACITY_BLOCK,
     MAX_DRAFT_TOKENS,
@@ -21,6 +25,7 @@ from mlx_gemma_mtp.cache import (
     draft_masks,
     insert_row,
     next_capacity,
+    over_heads,
     prefill_caches,
     resize,
     stepped_capacity,
@@ -28,6 +33,10 @@ from mlx_gemma_mtp.cache import (
     verify_slots,
 )
 from mlx_gemma_mtp.config import FULL, SLIDING
+from mlx_gemma_mtp.decoder import Decoder, Request
+from mlx_gemma_mtp.load import load_pair
+from mlx_gemma_mtp.rounds import Rounds
+from tests.tiny import REFERENCE
 
 WINDOW = 6
 CAPACITY = 160
@@ -203,3 +212,67 @@ def test_capacities_of_rows_that_come_and_go_are_few():
         assert needed <= capacity <= max(2 * needed, CAPACITY_BLOCK)
         assert capacity % CAPACITY_BLOCK == 0
         assert stepped_capacity(capacity) == capacity
+
+
+class TestOverHeads:
+    """Masks that Metal's fused attention need not copy, by the rule in its source."""
+
+    @pytest.fixture(autouse=True)
+    def _metal(self, monkeypatch):
+        monkeypatch.setattr(cache_module, "backend", lambda: "metal")
+
+    @given(
+        num_rows=st.integers(1, 3),
+        num_queries=st.integers(1, 9),
+        groups=st.sampled_from([1, 2, 8]),
+        head_dim=st.sampled_from([32, 256, 512]),
+    )
+    def test_the_mask_is_not_copied(self, num_rows, num_queries, groups, head_dim):
+        mask = mx.arange(20)[None, None, None] <= mx.arange(
+            num_rows * num_queries
+        ).reshape(num_rows, 1, num_queries, 1)
+        keys = mx.zeros((num_rows, 2, 20, head_dim))
+        num_heads = 2 * groups
+        given = over_heads(mask, keys, num_heads=num_heads)
+        is_fused = head_dim == 256 and num_queries <= 8 and num_queries * groups <= 32
+        if num_rows == 1 or not is_fused:
+            assert given is mask
+            return
+        assert given.shape == (num_rows, num_heads, num_queries, 20)
+        assert mx.array_equal(given, mx.broadcast_to(mask, given.shape)).item()
+        strides = memoryview(cast(Any, given)).strides
+        assert strides is not None
+        assert strides[0] == strides[1] * num_heads
+        broadcast = memoryview(cast(Any, mx.broadcast_to(mask, given.shape))).strides
+        assert broadcast is not None
+        assert broadcast[0] != broadcast[1] * num_heads  # which is why
+
+    def test_elsewhere_nothing_is_done(self, monkeypatch):
+        mask, keys = mx.ones((2, 1, 3, 20)) > 0, mx.zeros((2, 2, 20, 256))
+        for name in ("ops", "cuda"):
+            monkeypatch.setattr(cache_module, "backend", lambda name=name: name)
+            assert over_heads(mask, keys, num_heads=4) is mask
+
+    @pytest.mark.parametrize("family", ["e2b", "31b"])
+    def test_rounds_of_several_rows_say_the_same(self, monkeypatch, family):
+        pair = load_pair(REFERENCE / family / "target", REFERENCE / family / "drafter")
+        monkeypatch.setattr(cache_module, "_FUSED_HEAD_DIMS", (16, 32, 64))
+        shapes: dict[str, set[tuple[int, ...]]] = {"ops": set(), "metal": set()}
+        texts = []
+        attend = gemma4_text.scaled_dot_product_attention
+        for name, seen in shapes.items():
+
+            def recorded(*arrays: Any, seen: Any = seen, **options: Any) -> mx.array:
+                if isinstance(options["mask"], mx.array) and options["mask"].ndim == 4:
+                    seen.add(options["mask"].shape[:2])
+                return attend(*arrays, **options)
+
+            monkeypatch.setattr(cache_module, "backend", lambda name=name: name)
+            monkeypatch.setattr(gemma4_text, "scaled_dot_product_attention", recorded)
+            rounds = Rounds(pair.rounds.target, pair.drafter, use_compile=False)
+            requests = [Request([2, 17, 300], 30), Request([2, 5], 20)]
+            decoder = Decoder(rounds, requests, num_draft_tokens=3)
+            texts.append([e.tokens for es in decoder.run() for e in es])
+        assert texts[0] == texts[1]
+        assert shapes["ops"] == {(2, 1)}
+        assert not shapes["metal"] & {(2, 1)}

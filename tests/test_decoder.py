@@ -106,16 +106,34 @@ def test_the_round_has_no_other_way_to_the_host():
                     assert not used & forbidden, f"{path.name}: {function.name}"
 
 
-@pytest.mark.parametrize("num_draft_tokens", [0, 1])
-@pytest.mark.parametrize("look_ahead", [True, False])
-def test_rounds_write_the_slabs_in_place(monkeypatch, num_draft_tokens, look_ahead):
-    """Memory beyond the slabs stays below the size of one slab."""
-    pair = reference_pair("31b")
+@pytest.mark.parametrize(
+    ("num_draft_tokens", "num_rows", "look_ahead", "use_compile"),
+    [
+        (0, 1, True, True),
+        (2, 1, True, True),
+        (2, 1, False, True),
+        (2, 2, True, False),
+    ],
+)
+def test_rounds_write_the_slabs_in_place(
+    monkeypatch, num_draft_tokens, num_rows, look_ahead, use_compile
+):
+    """Memory beyond the slabs stays below the size of one slab.
+
+    Also where drafts, and layers that share them, read the slabs shortly before.
+    """
+    pair = reference_pair("e2b")
     monkeypatch.setattr(Room, "initial_capacity", lambda self: 32768)
-    decoder = start(pair, 40, num_draft_tokens, look_ahead=look_ahead)
-    rounds = decoder.run()
+    rounds = Rounds(pair.rounds.target, pair.drafter, use_compile=use_compile)
+    decoder = Decoder(
+        pair.rounds if use_compile else rounds,
+        [Request(PROMPT, 40)] * num_rows,
+        num_draft_tokens=num_draft_tokens,
+        look_ahead=look_ahead,
+    )
+    run = decoder.run()
     for _ in range(3):
-        next(rounds)
+        next(run)
     state = decoder._seats.state
     assert state is not None
     largest = max(slab.nbytes for slab in state.slabs)
@@ -124,8 +142,8 @@ def test_rounds_write_the_slabs_in_place(monkeypatch, num_draft_tokens, look_ahe
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     for _ in range(4):
-        next(rounds)
-    rounds.close()
+        next(run)
+    run.close()
     # Scores over 32,768 keys are a part of it, a quarter of a slab for each query.
     assert mx.get_peak_memory() - before < largest
 

@@ -60,7 +60,7 @@ LAYERS = {
     "drafter": 2,
     "logprobs": 2,
     "pairing": 2,
-    "prompt_cache": 2,
+    "prompt_cache": 4,
     "processing": 2,
     "target": 2,
     "template_files": 2,

@@ -30,9 +30,16 @@ from mlx_gemma_mtp.config import FULL, MAX_DRAFT_TOKENS, SLIDING, SamplingParams
 from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.pair import pair_of
-from mlx_gemma_mtp.prompt_cache import make_prompt_cache, read_prompt_cache
+from mlx_gemma_mtp.prompt_cache import (
+    make_prompt_cache,
+    read_on,
+    read_prompt_cache,
+)
+from mlx_gemma_mtp.rounds import Rounds
+from mlx_gemma_mtp.target import Prefilled
 from mlx_gemma_mtp.text import stream_generate
 from mlx_gemma_mtp.tokens import generate_tokens
+from tests.scripted import ChainDrafter, ChainTarget
 from tests.tiny import reference_pair, tiny_tokenizer
 
 PROMPT = [2, 17, 300, 45, 99, 8, 120]
@@ -403,6 +410,53 @@ def numbers_in(cache):
     return np.array(keys)[0, 0, :, 0].tolist()
 
 
+class WideTarget(ChainTarget):
+    """A chain with many keys and values, of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layout = SlabLayout((LayerKV(FULL, 4, 64),) * 8, 4, mx.float32)
+
+    def prefill(self, tokens, caches) -> Prefilled:
+        offset = caches[0].offset
+        for cache in caches:
+            zeros = mx.zeros((1, 4, tokens.size, 64))
+            cache.update_and_fetch(zeros, zeros)
+        positions = offset + mx.arange(tokens.size)
+        logits, hidden = self._predict(tokens[None], positions[None])
+        return Prefilled(logits[:, -1:], hidden[:, -1:], caches)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 12])
+@pytest.mark.parametrize("others", [0, 1])
+def test_keys_are_held_once_beside_the_callers(max_tokens, others):
+    """In slabs, while the caller's cache holds the same: and of one layer again."""
+    target = WideTarget()
+    rounds = Rounds(target, ChainDrafter(), use_compile=False)
+    cache = make_prompt_cache(target.layout)
+    read_on(target, cache, [5] * 4000)
+    layer = cache[0].nbytes
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    requests = [Request([4, 6, 8], max_tokens), *[Request([4], 40)] * others]
+    decoder = Decoder(
+        rounds,
+        requests,
+        num_draft_tokens=3,
+        prompt_caches=[cache, *[None] * others],
+    )
+    run, ended = decoder.run(), None
+    while ended is None:
+        emissions = next(run)
+        slabs = decoder.kv_bytes
+        ended = next((e.row for e in emissions if e.finish_reason), None)
+    decoder.extract(ended, into=cache)
+    run.close()
+    assert mx.get_peak_memory() - before <= slabs + 1.8 * layer
+    assert {c.offset for c in cache} == {4000 + 3 + max_tokens}
+
+
 class TestMistakes:
     """A cache that is not the target's is one clear line."""
 
@@ -438,7 +492,7 @@ class TestMistakes:
     def test_empty_is_as_none(self, pair):
         layout = pair_of(pair.target).rounds.target.layout
         assert read_prompt_cache(layout, new_cache(pair)) is None
-        empty = make_prompt_cache(layout, prefill_caches(layout))
+        empty = make_prompt_cache(layout)
         assert lengths(empty) == {0}
         assert all(cache.keys is None for cache in empty)
 

@@ -5,14 +5,21 @@ Run: python -m pytest tests/test_room.py
 
 from __future__ import annotations
 
+import random
+
+import mlx.core as mx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.cache import next_capacity
+from mlx_gemma_mtp.cache import LayerKV, SlabLayout, next_capacity, prefill_caches
+from mlx_gemma_mtp.config import FULL, SLIDING
 from mlx_gemma_mtp.room import RESERVED_TOKENS, Room
 from mlx_gemma_mtp.row import Request, Row
+from mlx_gemma_mtp.seats import Seats
+from mlx_gemma_mtp.target import Prefilled
 
 ALL = tuple(range(9))
+LAYERS = (LayerKV(SLIDING, 1, 1), LayerKV(FULL, 1, 1))
 
 
 def rounds_of(count):
@@ -106,3 +113,53 @@ def test_rows_of_a_batch_are_reserved_in_full_where_growth_is_fixed():
     assert room.initial_capacity() >= 20 + limit
     room, _ = room_of((10, limit), (20, limit), is_fixed=False)
     assert room.initial_capacity() < 2 * RESERVED_TOKENS
+
+
+def test_shapes_of_a_long_day_are_few():
+    """Each is a trace, with kernels of its own on the CPU that MLX never frees."""
+    layout = SlabLayout(LAYERS, window=1024, dtype=mx.float32)
+    seats = Seats(layout)
+    rng, shapes = random.Random(0), set()
+    for turn in range(6000):
+        is_busy = turn // 500 % 2
+        if len(seats.live) < (8 if is_busy else 2) and rng.random() < 0.05:
+            length = rng.choice([9, 90, 900, 3000] if is_busy else [9, 300])
+            limit = rng.randint(1, 2000 if is_busy else 300)
+            sit(seats, layout, Row.of(Request([1] * length, limit)))
+        for row in seats.live:
+            row.offset += rng.randint(1, 9)
+            if row.offset >= (row.last_position or 0):
+                row.finish_reason = "length"
+                seats.leave()
+        if seats.live:
+            seats.fit((), may_shrink=rng.random() < 0.5)
+            assert seats.state is not None
+            ring, _, full, _ = (slab.shape for slab in seats.state.slabs)
+            shapes.add((full[0], ring[2], full[2]))
+        else:
+            seats.clear()
+    assert len({num_seats for num_seats, _, _ in shapes}) <= 6
+    assert len({ring for _, ring, _ in shapes}) <= 5
+    # The ring follows from the capacity, and takes part in no product.
+    assert len({full for _, _, full in shapes}) <= 9
+    assert len({shape[1:] for shape in shapes}) == len({full for _, _, full in shapes})
+    assert len({ring for _, ring, _ in shapes}) >= 4
+
+
+def sit(seats, layout, row):
+    """Give a seat to a row whose prompt was read."""
+    caches = prefill_caches(layout)
+    for cache in caches:
+        keys = mx.zeros((1, 1, row.offset, 1))
+        cache.update_and_fetch(keys, keys)
+    seats.sit(row, Prefilled(mx.zeros((1, 1, 4)), mx.zeros((1, 1, 2)), caches), 1)
+
+
+def test_memory_of_a_short_text_is_small():
+    """A ring is not longer than the slabs of full layers; as with mlx-lm at first."""
+    layout = SlabLayout(LAYERS, window=1024, dtype=mx.float32)
+    for capacity in (256, 512, 1024, 2048):
+        slabs = layout.allocate(3, capacity)
+        slots = min(capacity, 1024 + 18) + capacity
+        assert layout.num_bytes(3, capacity) == 3 * 2 * 4 * slots
+        assert layout.num_bytes(3, capacity) == sum(slab.nbytes for slab in slabs)
