@@ -122,16 +122,17 @@ def test_launches_of_a_decision(settings, expected, launches):
     """Never more than three; a row of more than 8,192 tokens is selected in two."""
     params = [SamplingParams(1.0, seed=1, reproducible=False, **settings)]
     rule, rows = sampling_rule(params), sampling_rows(params)
+    (group,) = rule.groups
     offset = mx.array([7])
     chance = np.random.default_rng(0)
     for vocab_size, num_steps in ((300, 0), (9000, 1)):
         logits = mx.array(chance.normal(size=(1, 2, vocab_size)).astype(np.float32))
         drafted = mx.array(chance.normal(size=(1, 1, vocab_size)).astype(np.float32))
         draft = fused.propose_one(
-            drafted, rows, rule=rule, offset=offset, step=1, token_ids=None
+            drafted, rows, group=rule.of_drafts, offset=offset, step=1, token_ids=None
         )
         launches.clear()
-        fused.decide_all(draft, logits, rows, rule=rule, offset=offset)
+        fused.decide_all(draft, logits, rows, group=group, offset=offset)
         is_listed = "select" in expected
         assert launches == [*["select"] * (num_steps * is_listed), *expected]
         assert len(launches) <= 3

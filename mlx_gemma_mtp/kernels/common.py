@@ -24,6 +24,7 @@ import mlx.core as mx
 
 MIN_ELEMENTS = 8  # of an input; Metal passes fewer in another address space
 LIST = 64  # tokens of a row that a decision looks at
+NO_ID = 0x7FFFFFFF  # of what fills a list that has fewer
 ROW_FLOATS = 8  # temp, top_p, min_p, and room
 ROW_WORDS = 8  # seed (low, high), mode, top_k, offset, and room
 GREEDY, COUPLED, BLOCK = 0, 1, 2  # modes of a row
