@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .kernels import select, trial
+from .kernels import common, select, trial
 
-MAX_CANDIDATES = 64  # of a list
+MAX_CANDIDATES = 64  # of a list that kernels make
+_MAX_LIST = 1024  # candidates that tokens are looked up in one by one
 # Low bits of a float32 that are alike in all numbers of a type.
 _SPARE_BITS = {mx.bfloat16: 16, mx.float16: 13}
 
@@ -140,6 +141,14 @@ class WholeRows(Candidates):
             higher = place + (1 << bit)
             place = mx.where(reaches(higher), higher, place)
         return place
+
+
+def longest_list() -> int:
+    """How many of the best tokens are found in less time than the whole is searched.
+
+    On a CPU a row is partitioned; on a GPU MLX sorts it for that.
+    """
+    return _MAX_LIST if common.backend() == "ops" else MAX_CANDIDATES
 
 
 def most_likely(

@@ -28,11 +28,11 @@ def decides(group: Group) -> bool:
 
     They do not for XTC, and for a top-k that leaves more than a list.
     """
-    if group.has_xtc or (group.is_whole and group.has_top_k):
+    if group.list_size == common.LIST:
+        return works(select.KERNEL, decide.KERNEL)
+    if group.list_size or group.has_xtc or group.has_top_k:
         return False
-    if group.is_whole:
-        return works(threshold.KERNEL, judge.KERNEL, resample.KERNEL)
-    return works(select.KERNEL, decide.KERNEL)
+    return works(threshold.KERNEL, judge.KERNEL, resample.KERNEL)
 
 
 def propose_one(
@@ -78,9 +78,9 @@ def decide_all(
     """Decide the rows of a group; arguments and result as of ``decision.decide``."""
     numbers = row_numbers(rows, offset)
     draft = _in_lists(draft)
-    if group.is_whole:
-        return _by_threshold(draft, logits, numbers, group)
-    return _by_list(draft, logits, numbers)
+    if group.list_size:
+        return _by_list(draft, logits, numbers)
+    return _by_threshold(draft, logits, numbers, group)
 
 
 def _in_lists(draft: Draft) -> Draft:

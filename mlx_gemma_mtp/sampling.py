@@ -19,7 +19,13 @@ from functools import reduce
 
 import mlx.core as mx
 
-from .candidates import MAX_CANDIDATES, Candidates, WholeRows, most_likely
+from .candidates import (
+    MAX_CANDIDATES,
+    Candidates,
+    WholeRows,
+    longest_list,
+    most_likely,
+)
 from .config import SamplingParams
 from .noise import XTC, Stream, gumbel_noise, uniform_noise
 
@@ -33,8 +39,8 @@ class Group:
     """What the rows of a batch ask for that draw their tokens in one way.
 
     Attributes:
-        is_whole: Whether they may draw any token of the vocabulary; otherwise their
-            top-k leaves a list of ``MAX_CANDIDATES`` at most.
+        list_size: No less than the largest top-k of the rows; None where they may
+            draw any token of the vocabulary.
         has_top_p: Whether some row filters by top-p.
         has_min_p: Whether some row filters by min-p.
         has_xtc: Whether some row excludes top choices.
@@ -44,7 +50,7 @@ class Group:
         has_block: Whether some row is decided by block verification.
     """
 
-    is_whole: bool
+    list_size: int | None
     has_top_p: bool = False
     has_min_p: bool = False
     has_xtc: bool = False
@@ -54,8 +60,9 @@ class Group:
 
     def joined(self, other: Group) -> Group:
         """What the rows of both ask for."""
-        mine, others = astuple(self), astuple(other)
-        return Group(*(a or b for a, b in zip(mine, others, strict=True)))
+        flags = zip(astuple(self)[1:], astuple(other)[1:], strict=True)
+        size = max(self.list_size or 0, other.list_size or 0)
+        return Group(size or None, *(a or b for a, b in flags))
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class SamplingRule:
     @property
     def of_drafts(self) -> Group:
         """What the drafts of all rows are drawn by: lists, whatever the target's."""
-        return replace(reduce(Group.joined, self.groups), is_whole=False)
+        return replace(reduce(Group.joined, self.groups), list_size=MAX_CANDIDATES)
 
     def joined(self, other: SamplingRule) -> SamplingRule:
         """This rule with what costs little of another one; it serves the same rows.
@@ -110,7 +117,7 @@ class SamplingRule:
     @property
     def _has_lists_alone(self) -> bool:
         """Whether rows sample, and all of them from lists."""
-        return self.is_sampled and not any(group.is_whole for group in self.groups)
+        return self.is_sampled and all(g.list_size for g in self.groups)
 
 
 def sampling_rule(
@@ -133,10 +140,15 @@ def sampling_rule(
         p.temp <= 0 and not (is_host and is_host[i]) for i, p in enumerate(params)
     )
     groups = []
+    sizes = [_list_size(p) for p in params]
     for is_whole in (False, True):
-        rows = [p for p in params if p.temp > 0 and _is_whole(p) == is_whole]
+        rows = [
+            p
+            for p, size in zip(params, sizes, strict=True)
+            if p.temp > 0 and (size is None) == is_whole
+        ]
         if rows:
-            groups.append(_group(rows, is_whole=is_whole))
+            groups.append(_group(rows))
     if groups and greedy:
         groups[0] = replace(groups[0], has_coupled=True)
     return SamplingRule(
@@ -149,10 +161,10 @@ def sampling_rule(
     )
 
 
-def _group(rows: Sequence[SamplingParams], *, is_whole: bool) -> Group:
+def _group(rows: Sequence[SamplingParams]) -> Group:
     """What rows that sample ask for."""
     return Group(
-        is_whole=is_whole,
+        list_size=max(_list_size(p) or 0 for p in rows) or None,
         has_top_p=any(0 < p.top_p < 1 for p in rows),
         has_min_p=any(p.min_p > 0 for p in rows),
         has_xtc=any(p.xtc_probability > 0 for p in rows),
@@ -162,13 +174,15 @@ def _group(rows: Sequence[SamplingParams], *, is_whole: bool) -> Group:
     )
 
 
-def _is_whole(params: SamplingParams) -> bool:
-    """Whether a row that samples may draw more tokens than a list has.
+def _list_size(params: SamplingParams) -> int | None:
+    """A list that is long enough for a row; few sizes, so that few rounds are traced.
 
-    With XTC those that it strikes are no part of the top-k.
+    With XTC none is: the tokens that it strikes are no part of the top-k.
     """
-    is_short = 0 < params.top_k <= MAX_CANDIDATES
-    return not is_short or params.xtc_probability > 0
+    if not params.top_k or params.xtc_probability > 0:
+        return None
+    size = max(MAX_CANDIDATES, 1 << (int(params.top_k) - 1).bit_length())
+    return size if size <= longest_list() else None
 
 
 def _num_xtc_tokens(params: Sequence[SamplingParams]) -> int:
@@ -215,7 +229,7 @@ def sampling_rows(
             dtype=mx.int32,
         )[:, None],
         "seed": mx.array([[s & 0xFFFFFFFF, s >> 32] for s in seeds], dtype=mx.uint32),
-        "is_whole": mx.array([p.temp > 0 and _is_whole(p) for p in params]),
+        "is_whole": mx.array([p.temp > 0 and _list_size(p) is None for p in params]),
         "is_block": mx.array([p.temp > 0 and not p.reproducible for p in params]),
         "is_host": mx.array(list(is_host) or [False] * len(params)),
     }
@@ -259,7 +273,7 @@ def choose_tokens(
     is_sampled = rows["temp"].squeeze(-1) > 0
     for group in rule.groups:
         source = distribution(logits, rows, group=group, positions=positions)
-        is_here = rows["is_whole"][:, None] == group.is_whole
+        is_here = rows["is_whole"][:, None] == (group.list_size is None)
         # A greedy row beside sampled ones is still decided by the argmax alone.
         drawn = couple(source, rows, positions=positions)
         tokens = mx.where(is_sampled & is_here, drawn, tokens)
@@ -304,10 +318,10 @@ def distribution(
         group: The rows that are asked for.
         positions: Absolute position of the token to draw, int32 [B, L].
     """
-    if group.is_whole:
+    if group.list_size is None:
         candidates: Candidates = WholeRows.of(logits)
     else:
-        candidates = most_likely(logits, min(MAX_CANDIDATES, logits.shape[-1]))
+        candidates = most_likely(logits, min(group.list_size, logits.shape[-1]))
     return _filtered(candidates, rows, group, positions)
 
 
@@ -370,7 +384,9 @@ def _filtered(
     temp = mx.where(rows["temp"] > 0, rows["temp"], 1.0)  # of a greedy row beside
     scores = (candidates.logits - candidates.best) / temp
     return Distribution(
-        mx.where(is_kept, scores, -mx.inf), candidates.token_ids, group.is_whole
+        mx.where(is_kept, scores, -mx.inf),
+        candidates.token_ids,
+        is_whole=group.list_size is None,
     )
 
 

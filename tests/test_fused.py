@@ -138,20 +138,28 @@ def test_launches_of_a_decision(settings, expected, launches):
         assert len(launches) <= 3
 
 
+LISTED, WHOLE = SamplingParams(1.0, top_k=64), SamplingParams(1.0)
+MANY, XTC = SamplingParams(1.0, top_k=65), SamplingParams(1.0, xtc_probability=0.5)
+
+
 @pytest.mark.parametrize(
     ("params", "is_served"),
     [
-        ([SamplingParams()], False),
-        ([SamplingParams(1.0)], True),
-        ([SamplingParams(1.0, top_k=64)], True),
-        ([SamplingParams(1.0, top_k=65)], False),
-        ([SamplingParams(1.0, top_k=5), SamplingParams(1.0)], False),
-        ([SamplingParams(1.0, top_k=5), SamplingParams()], True),
-        ([SamplingParams(1.0, xtc_probability=0.5)], False),
+        ([SamplingParams()], []),
+        ([WHOLE], [True]),
+        ([LISTED], [True]),
+        ([MANY], [False]),
+        ([XTC], [False]),
+        ([LISTED, SamplingParams()], [True]),
+        ([WHOLE, LISTED], [True, True]),
+        ([LISTED, MANY], [True, False]),
+        ([LISTED, XTC], [True, False]),
     ],
 )
 def test_what_kernels_serve(params, is_served, launches):
-    assert fused.serves(sampling_rule(params)) == is_served
+    rule = sampling_rule(params)
+    assert [fused.decides(group) for group in rule.groups] == is_served
+    assert not is_served or fused.proposes(rule.of_drafts) == (XTC not in params)
 
 
 def test_no_kernel_runs_on_the_cpu():

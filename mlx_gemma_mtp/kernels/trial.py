@@ -22,6 +22,7 @@ from .common import LIST, Kernel
 logger = logging.getLogger("mlx_gemma_mtp")
 
 _MAX_TEXT = 200  # characters of a compiler's answer
+_THRESHOLD_FLAGS = ("has_top_p", "has_min_p", "has_coupled")
 
 _lock = threading.Lock()
 _is_working: dict[str, bool] = {}
@@ -100,7 +101,7 @@ def _try_decide() -> list[mx.array]:
 
 
 def _try_threshold() -> list[mx.array]:
-    flags = {"has_top_p": True, "has_min_p": True, "has_coupled": True}
+    flags: dict[str, Any] = dict.fromkeys(_THRESHOLD_FLAGS, True)
     return list(threshold.threshold(_logits(2, 8), **_rows(), **flags))
 
 

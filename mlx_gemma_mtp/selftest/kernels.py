@@ -271,7 +271,7 @@ def _compare_decision(case: Case, tallies: Tallies) -> None:
     )
     want = answer(case.logits)
     of_length = of_token = "decide"
-    if group.is_whole:
+    if not group.list_size:
         of_length, of_token = "judge", "resample"
         if not case.num_drafts:
             of_length = of_token = "threshold"
