@@ -137,8 +137,10 @@ class WholeRows(Candidates):
 
         zero = mx.zeros((1, 1, 1), dtype=mx.int32)
         place = mx.where(reaches(zero), zero, -(1 << (self.num_bits - 1)))
-        for bit in reversed(range(self.num_bits - 1)):
-            higher = place + (1 << bit)
+        # Numbers would stand in the text of compiled kernels: one to build for each.
+        steps = mx.array([1 << bit for bit in reversed(range(self.num_bits - 1))])
+        for i in range(self.num_bits - 1):
+            higher = place + steps[i : i + 1]
             place = mx.where(reaches(higher), higher, place)
         return place
 
