@@ -70,7 +70,7 @@ class SamplingRule:
     """The part of the sampling settings that shapes the graph; one trace for each.
 
     Attributes:
-        groups: None where every row is greedy; else the rows that draw from lists,
+        groups: Empty where every row is greedy; else the rows that draw from lists,
             those that draw from the vocabulary, or both in this order. Greedy rows are
             in the first one.
         num_xtc_tokens: No less than the tokens that any row keeps from XTC.

@@ -190,8 +190,8 @@ def is_close_call(case):
     target = None
     if case.rule.is_sampled:
         places = case.offset[:, None] + mx.arange(1, case.num_drafts + 2)
-        (group,) = case.rule.groups
-        target = distribution(case.logits, case.rows, group=group, positions=places)
+        lists = case.rule.of_drafts  # they hold whatever a row keeps
+        target = distribution(case.logits, case.rows, group=lists, positions=places)
     rules = {
         common.GREEDY: lambda *_: False,
         common.COUPLED: _is_close_by_equality,
