@@ -56,6 +56,14 @@ class Accepted:
     next_token: mx.array
 
 
+def chosen(is_first: mx.array, first: Accepted, second: Accepted) -> Accepted:
+    """For each row one of two decisions, by bool [B]."""
+    return Accepted(
+        mx.where(is_first, first.num_accepted, second.num_accepted),
+        mx.where(is_first[:, None], first.next_token, second.next_token),
+    )
+
+
 def accept_equal(draft_tokens: mx.array, target_tokens: mx.array) -> Accepted:
     """Accept the longest prefix of drafts that equals the target's own tokens.
 

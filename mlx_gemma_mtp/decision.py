@@ -15,10 +15,18 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from . import fused
-from .acceptance import Accepted, Draft, Verdict, accept_block, accept_equal
+from .acceptance import (
+    Accepted,
+    Draft,
+    Verdict,
+    accept_block,
+    accept_equal,
+    chosen,
+)
 from .noise import COIN, PROPOSAL, RESIDUAL, Stream, gumbel_noise, uniform_noise
 from .sampling import (
     Distribution,
+    Group,
     SamplingRule,
     choose_tokens,
     couple,
@@ -56,20 +64,23 @@ def propose(
     """
     if not rule.is_sampled:
         return Draft(_greedy(logits, token_ids), None)
-    if _is_fused(rule, verification):
+    group = rule.of_drafts
+    if verification is accept_block and fused.proposes(group):
         return fused.propose_one(
-            logits, rows, rule=rule, offset=offset, step=step, token_ids=token_ids
+            logits, rows, group=group, offset=offset, step=step, token_ids=token_ids
         )
     positions = offset[:, None] + step
-    source = proposal(logits, rows, rule=rule, positions=positions, token_ids=token_ids)
+    source = proposal(
+        logits, rows, group=group, positions=positions, token_ids=token_ids
+    )
     token = drawn = None
-    if rule.has_coupled:
+    if group.has_coupled:
         token = mx.where(
             rows["temp"].squeeze(-1) > 0,
             couple(source, rows, positions=positions),
             source.token_ids[..., 0],  # the best one
         )
-    if rule.has_block:
+    if group.has_block:
         uniform = uniform_noise(rows["seed"], positions, Stream(PROPOSAL, offset))
         index = draw(source.probs, uniform)
         drawn = mx.take_along_axis(source.token_ids, index, axis=-1).squeeze(-1)
@@ -126,11 +137,7 @@ def decide(
     nothing = mx.zeros((*offset.shape, 1), dtype=mx.int32)
     if accepted is None:
         return Accepted(everything, nothing)
-    is_host = rows["is_host"]
-    return Accepted(
-        mx.where(is_host, everything, accepted.num_accepted),
-        mx.where(is_host[:, None], nothing, accepted.next_token),
-    )
+    return chosen(rows["is_host"], Accepted(everything, nothing), accepted)
 
 
 def near_ties(
@@ -170,45 +177,53 @@ def _decide(
     verification: Verification,
 ) -> Accepted:
     """Decide every row by the graph's rules."""
-    if _is_fused(rule, verification):
-        return fused.decide_all(draft, logits, rows, rule=rule, offset=offset)
+    if not rule.is_sampled:
+        return accept_equal(draft.tokens, mx.argmax(logits, axis=-1).astype(mx.int32))
+    first, *others = (
+        _decide_group(draft, logits, rows, group, offset, verification)
+        for group in rule.groups
+    )
+    # Rows that draw from lists, and those that draw from the vocabulary beside them.
+    return chosen(rows["is_whole"], others[0], first) if others else first
+
+
+def _decide_group(
+    draft: Draft,
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    group: Group,
+    offset: mx.array,
+    verification: Verification,
+) -> Accepted:
+    """Decide the rows of a group; what comes out of other rows means nothing."""
+    if verification is accept_block and fused.decides(group):
+        return fused.decide_all(draft, logits, rows, group=group, offset=offset)
     num_draft_tokens = draft.tokens.shape[1]
-    equal = verified = None
-    if rule.has_coupled or draft.source is None:
-        positions = offset[:, None] + mx.arange(1, num_draft_tokens + 2)
+    positions = offset[:, None] + mx.arange(1, num_draft_tokens + 2)
+    equal = None
+    if group.has_coupled or draft.source is None:
+        rule = SamplingRule((group,))
         tokens = choose_tokens(logits, rows, rule=rule, positions=positions)
         equal = accept_equal(draft.tokens, tokens)
-    if draft.source is not None:
-        verified = _verify(draft, logits, rows, rule, offset, verification)
-    if verified is None:
+    if draft.source is None or not group.has_block:
         assert equal is not None  # a row has one of the two rules
         return equal
-    if equal is None:
-        return verified
-    is_block = rows["is_block"]
-    return Accepted(
-        mx.where(is_block, verified.num_accepted, equal.num_accepted),
-        mx.where(is_block[:, None], verified.next_token, equal.next_token),
-    )
-
-
-def _is_fused(rule: SamplingRule, verification: Verification) -> bool:
-    """Whether kernels choose: for drafts and decision alike, or for neither."""
-    return verification is accept_block and fused.serves(rule)
+    verified = _verify(draft, logits, rows, group, offset, verification)
+    return verified if equal is None else chosen(rows["is_block"], verified, equal)
 
 
 def _verify(
     draft: Draft,
     logits: mx.array,
     rows: dict[str, mx.array],
-    rule: SamplingRule,
+    group: Group,
     offset: mx.array,
     verification: Verification,
 ) -> Accepted:
     """Decide the rows whose drafts were drawn from a distribution."""
     num_draft_tokens = draft.tokens.shape[1]
     positions = offset[:, None] + mx.arange(1, num_draft_tokens + 2)
-    target = distribution(logits, rows, rule=rule, positions=positions)
+    target = distribution(logits, rows, group=group, positions=positions)
     coins = uniform_noise(rows["seed"], positions[:, :-1], Stream(COIN, offset))
     verdict = verification(draft, target, coins)
     # By token id: the draw is the same for a list and for the whole vocabulary.

@@ -14,39 +14,57 @@ import mlx.core as mx
 
 from .acceptance import Accepted, Draft, accept_equal
 from .kernels import common, decide, judge, propose, resample, select, threshold
-from .sampling import Distribution, SamplingRule
+from .kernels.trial import works
+from .sampling import Distribution, Group
 
 
-def serves(rule: SamplingRule) -> bool:
-    """Whether the kernels run here and serve the rows.
+def proposes(group: Group) -> bool:
+    """Whether the kernels run here and draw drafts as the rows ask; not with XTC."""
+    return not group.has_xtc and works(select.KERNEL, propose.KERNEL)
 
-    They do not for top-k above 64, for a batch where only some rows have a top-k, and
-    for XTC; greedy rows alone need no more than an argmax.
+
+def decides(group: Group) -> bool:
+    """Whether the kernels run here and decide these rows.
+
+    They do not for XTC, and for a top-k that leaves more than a list.
     """
-    if common.backend() == "ops" or not rule.is_sampled or rule.has_xtc:
+    if group.list_size == common.LIST:
+        return works(select.KERNEL, decide.KERNEL)
+    if group.list_size or group.has_xtc or group.has_top_k:
         return False
-    return rule.max_top_k <= common.LIST
+    return works(threshold.KERNEL, judge.KERNEL, resample.KERNEL)
 
 
 def propose_one(
     logits: mx.array,
     rows: dict[str, mx.array],
     *,
-    rule: SamplingRule,
+    group: Group,
     offset: mx.array,
     step: int,
     token_ids: mx.array | None,
 ) -> Draft:
-    """Choose the draft of one step; arguments and result as of ``decision.propose``."""
+    """Choose the draft of one step.
+
+    Args:
+        logits: As of ``decision.propose``, and so are the others and the result.
+        rows: See there.
+        group: What drafts are drawn by.
+        offset: See there.
+        step: See there.
+        token_ids: See there.
+    """
     floats, words = row_numbers(rows, offset)
     listed = None if token_ids is None else token_ids[:, 0]
     values, ids, stats = select.most_likely(logits[:, 0], token_ids=listed)
     tokens, scores = propose.propose(
         values, ids, stats, row_floats=floats, row_words=words, step=step
     )
-    if not rule.has_block:
+    if not group.has_block:
         return Draft(tokens, None)
-    return Draft(tokens, Distribution(scores, ids[:, None], is_whole=False))
+    count = min(common.LIST, logits.shape[-1])
+    source = Distribution(scores[..., :count], ids[:, None, :count], is_whole=False)
+    return Draft(tokens, source)
 
 
 def decide_all(
@@ -54,14 +72,26 @@ def decide_all(
     logits: mx.array,
     rows: dict[str, mx.array],
     *,
-    rule: SamplingRule,
+    group: Group,
     offset: mx.array,
 ) -> Accepted:
-    """Decide every row; arguments and result as of ``decision.decide``."""
+    """Decide the rows of a group; arguments and result as of ``decision.decide``."""
     numbers = row_numbers(rows, offset)
-    if rule.max_top_k:
+    draft = _in_lists(draft)
+    if group.list_size:
         return _by_list(draft, logits, numbers)
-    return _by_threshold(draft, logits, numbers, rule)
+    return _by_threshold(draft, logits, numbers, group)
+
+
+def _in_lists(draft: Draft) -> Draft:
+    """The same block in lists of 64, as kernels take them; few tokens make fewer."""
+    source = draft.source
+    if source is None or source.scores.shape[-1] == common.LIST:
+        return draft
+    room = [(0, 0), (0, 0), (0, common.LIST - source.scores.shape[-1])]
+    scores = mx.pad(source.scores, room, constant_values=-mx.inf)
+    ids = mx.pad(source.token_ids, room, constant_values=common.NO_ID)
+    return Draft(draft.tokens, Distribution(scores, ids, is_whole=False))
 
 
 def _by_list(
@@ -88,7 +118,7 @@ def _by_threshold(
     draft: Draft,
     logits: mx.array,
     numbers: tuple[mx.array, mx.array],
-    rule: SamplingRule,
+    group: Group,
 ) -> Accepted:
     """Decide rows that may draw any token."""
     floats, words = numbers
@@ -97,9 +127,9 @@ def _by_threshold(
         logits,
         row_floats=floats,
         row_words=words,
-        has_top_p=rule.has_top_p,
-        has_min_p=rule.has_min_p,
-        has_coupled=rule.has_coupled or source is None,
+        has_top_p=group.has_top_p,
+        has_min_p=group.has_min_p,
+        has_coupled=group.has_coupled or source is None,
     )
     if source is None:
         return accept_equal(draft.tokens, tokens)

@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from .sampling import MAX_CANDIDATES, SamplingRule, most_likely
+from .candidates import MAX_CANDIDATES, most_likely
+from .sampling import SamplingRule
 
 MAX_LOGPROBS = MAX_CANDIDATES  # most tokens listed beside the chosen one
 

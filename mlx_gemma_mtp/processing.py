@@ -10,8 +10,10 @@ This file knows nothing of models, caches or rounds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -85,7 +87,7 @@ class HostRow:
 
         Raises:
             RequestError: A processor or the sampler returned something else than what
-                mlx-lm asks of it.
+                mlx-lm asks of it, or processors left nothing to choose.
         """
         tokens: list[int] = []
         processed = []
@@ -122,6 +124,10 @@ class HostRow:
             # As mlx-lm does, in the type that the logits have.
             chosen = self._sampler(logits - mx.logsumexp(logits, keepdims=True))
             _check(chosen, (1,), "a sampler must return one token")
+        largest = logits.max()
+        mx.eval(chosen, largest)
+        if self._sampler is None:
+            _check_choice(largest.item())
         token = _token_id(chosen, logits.shape[-1])
         # The types that mlx-lm joins here: what processors see has the same one.
         newest = mx.array([token], dtype=mx.uint32)
@@ -144,6 +150,16 @@ def _check(value: object, shape: tuple[int, ...], what: str) -> None:
         f"{what} as mlx-lm's do: got {got}, expected an mx.array of shape "
         f"{list(shape)}. It is called for one row at a time."
     )
+
+
+def _check_choice(largest: Any) -> None:
+    """Raise if nothing can be drawn from logits, by the largest of them."""
+    if not math.isfinite(largest):
+        raise RequestError(
+            "logits processors must leave a token with a finite logit, and none with "
+            f"an infinite one: got {largest} as the largest. Ban tokens by "
+            "-inf, but never all of them."
+        )
 
 
 def _token_id(chosen: mx.array, vocab_size: int) -> int:

@@ -5,34 +5,43 @@ mlx-lm's own programs always pass one. A sampler only says which token it draws,
 what it draws from, so drafts could not be judged by it; with the parameters they can.
 
 A sampler is recognised by its code: it must be the code object that the installed
-``make_sampler`` uses, and that code must do what the references below do. Whatever is
-not understood to the last cell is no sampler of mlx-lm's: nothing is guessed.
+``make_sampler`` uses. That function and all that its samplers call must have the text
+that is known to do what ``sampling`` does, and call MLX's own: a program that puts a
+function of its own in the place of one of them gets what it asks for, its sampler.
+Whatever is not understood to the last cell is no sampler of mlx-lm's: nothing is
+guessed.
 """
 
 from __future__ import annotations
 
+import builtins
+import inspect
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
-from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from hashlib import sha256
+from importlib.metadata import version
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
 from .config import SamplingParams
 from .errors import RequestError
 
-if TYPE_CHECKING:
-    # Names of the references below. Python compiles a call on an imported name, such as
-    # mx.argmax, in a way of its own, so that these lines count although none is run.
-    import mlx.core as mx
-    from mlx_lm.sample_utils import (
-        apply_min_p,
-        apply_top_k,
-        apply_top_p,
-        apply_xtc,
-        categorical_sampling,
-    )
+logger = logging.getLogger("mlx_gemma_mtp")
 
+# Beginnings of the SHA-256 of what functions of mlx_lm.sample_utils are written as, in
+# 0.31.3 and in 0.32. Another release whose text differs is to be read, and added.
+_DIGESTS = {
+    "make_sampler": ("7bd4c4229f599a04", "a3e2788d3aeedbdb"),
+    "greedy_sampler": ("", "a18fcd23ad66bb00"),  # 0.31 has a lambda in its place
+    "apply_top_p": ("8f58e90dd43cf6b1", "d847fdef05eaba31"),
+    "apply_min_p": ("3b4c4dfe8ea17db2", "a9b50b2af92fb475"),
+    "apply_xtc": ("dee166fe74eee7a7", "88b5cd1eb6b2c4b6"),
+    "apply_top_k": ("344bd2d6c8008482", "9060b80998faaedb"),
+    "categorical_sampling": ("254d09b26e98ff2d", "c11e97e74a36e4f7"),
+}
 # The parameter that switches each filter on, in the order in which mlx-lm applies them;
 # sampling.py has the same.
 _SWITCHES = {
@@ -42,17 +51,13 @@ _SWITCHES = {
     "top_k": "top_k",
 }
 _OFF = 0  # the value of any of them that switches it off
-# Parameters that make_sampler must give back, in the self-check. No two are equal, so
-# that none can be taken for another.
+# Parameters that switch everything on.
 _PROBE: dict[str, Any] = {
     "temp": 0.75,
     "top_p": 0.5,
     "min_p": 0.25,
-    "min_tokens_to_keep": 1,
     "top_k": 7,
     "xtc_probability": 0.625,
-    "xtc_threshold": 0.125,
-    "xtc_special_tokens": [3, 5],
 }
 
 
@@ -64,16 +69,18 @@ def sampler_params(sampler: object) -> SamplingParams | None:
 
     Returns:
         Its settings, without a seed; None where it is anything else than a sampler of
-        the installed mlx-lm's ``make_sampler``, or one with settings that
+        the installed mlx-lm's ``make_sampler``, where something that it calls is
+        another function than mlx-lm's or MLX's, or with settings that
         ``SamplingParams`` does not have.
     """
     from mlx_lm import sample_utils
 
-    make_sampler = vars(sample_utils).get("make_sampler")
-    if type(make_sampler) is not FunctionType:
+    module = vars(sample_utils)
+    functions = tuple(_Same(module.get(name)) for name in _DIGESTS)
+    known = _known_samplers(functions, _Same(module))
+    if known is None or not _calls_mlx(known):
         return None
-    known = _known_samplers(make_sampler)
-    return None if known is None else _read(sampler, known)
+    return _read(sampler, known)
 
 
 @dataclass(frozen=True)
@@ -85,48 +92,88 @@ class _Known:
         greedy: Code of the greedy sampler.
         sampled: Code of every other one.
         filters: Code of the function that applies each filter.
+        names: What the functions that they call look up by name.
     """
 
     module: dict[str, Any]
     greedy: CodeType
     sampled: CodeType
     filters: dict[str, CodeType]
+    names: frozenset[str]
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """An object that equals itself alone; it may have a notion of its own of that."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 @lru_cache(maxsize=1)
-def _known_samplers(make_sampler: Callable[..., Any]) -> _Known | None:
-    """Learn the code of make_sampler's samplers and check that they can be read back.
+def _known_samplers(functions: tuple[_Same, ...], module: _Same) -> _Known | None:
+    """Learn the code of make_sampler's samplers.
+
+    Args:
+        functions: What stands in mlx-lm's module under the names of ``_DIGESTS``.
+        module: That module's names.
 
     Returns:
-        None where they have another shape than this module knows.
+        None where one of them is not what it is known as.
     """
-    try:
-        known = _probe(make_sampler)
-        if known is None or not _reads_back(make_sampler, known):
-            return None
-    except Exception:  # noqa: BLE001 - another version may fail in any way
+    found = dict(zip(_DIGESTS, (f.value for f in functions), strict=True))
+    strange = [
+        name
+        for name, function in found.items()
+        if _digest(function, module.value) not in _DIGESTS[name]
+    ]
+    if strange:
+        logger.info(
+            "samplers of mlx-lm %s are called as they are, one token at a time: %s of "
+            "mlx_lm.sample_utils is not the function that is known.",
+            version("mlx-lm"),
+            strange[0],
+        )
         return None
-    return known
+    return _probe(found["make_sampler"], [f for f in found.values() if f is not None])
 
 
-def _probe(make_sampler: Callable[..., Any]) -> _Known | None:
-    """Make one sampler of every kind and keep its code, if it is like the reference."""
+def _digest(function: Any, module: dict[str, Any]) -> str:
+    """What a function of a module is written as; empty for none."""
+    import mlx.core as mx
+
+    compiled = type(mx.compile(_digest))  # most of mlx-lm's are
+    if function is None:
+        return ""
+    if type(function) not in (FunctionType, compiled):
+        return "no function"
+    if function.__globals__ is not module:
+        return "of another module"
+    try:
+        text = inspect.getsource(function.__code__)
+    except OSError:
+        return "without a source"
+    return sha256(text.encode()).hexdigest()[:16]
+
+
+def _probe(make_sampler: Callable[..., Any], functions: Sequence[Any]) -> _Known:
+    """Make one sampler of every kind and keep its code."""
     filters = {}
     for name in _SWITCHES:
         (method,) = _cells(make_sampler(**_settings([name])))["sampling_methods"]
         filters[name] = method.__code__
-    known = _Known(
+    return _Known(
         module=make_sampler.__globals__,
         greedy=make_sampler(temp=0.0).__code__,
         sampled=make_sampler(**_settings([])).__code__,
         filters=filters,
+        names=frozenset(n for f in functions for n in f.__code__.co_names),
     )
-    references = _references(**dict.fromkeys([*_PROBE, "sampling_methods"]))
-    found = {"greedy": known.greedy, "sampled": known.sampled, **filters}
-    for name, code in found.items():
-        if _meaning(code) not in [_meaning(f.__code__) for f in references[name]]:
-            return None
-    return known
 
 
 def _settings(filters: Sequence[str]) -> dict[str, Any]:
@@ -135,19 +182,20 @@ def _settings(filters: Sequence[str]) -> dict[str, Any]:
     return {**_PROBE, **off}
 
 
-def _reads_back(make_sampler: Callable[..., Any], known: _Known) -> bool:
-    """Whether samplers with any of the filters give back what was put in."""
-    for count in range(len(_SWITCHES) + 1):
-        for filters in combinations(_SWITCHES, count):
-            given = _settings(filters)
-            sampler = make_sampler(**given)
-            del given["min_tokens_to_keep"]
-            if "xtc" not in filters:
-                given = {k: v for k, v in given.items() if not k.startswith("xtc")}
-            given["top_p"] = given["top_p"] or 1.0  # off, in SamplingParams' words
-            if _read(sampler, known) != SamplingParams(**given):
-                return False
-    return _read(make_sampler(temp=0), known) == SamplingParams()
+def _calls_mlx(known: _Known) -> bool:
+    """Whether the names that mlx-lm's functions use mean what they always do."""
+    import mlx.core as mx
+
+    own = (type(mx.add), type(mx.array), type(mx.float32), ModuleType, float)
+    if known.module["mx"] is not mx or known.module["math"] is not math:
+        return False
+    if any(name in known.module and name in vars(builtins) for name in known.names):
+        return False
+    return all(
+        type(vars(place)[name]) in own
+        for place in (mx, mx.random)
+        for name in known.names & vars(place).keys()
+    )
 
 
 def _read(sampler: object, known: _Known) -> SamplingParams | None:
@@ -195,51 +243,3 @@ def _cells(function: Any) -> dict[str, Any]:
     except ValueError:  # an empty cell
         return {}
     return dict(zip(function.__code__.co_freevars, values, strict=True))
-
-
-def _meaning(code: CodeType) -> tuple[Any, ...]:
-    """What a function does, and nothing of where it stands or how it is called."""
-    return (
-        code.co_code,
-        code.co_consts,
-        code.co_names,
-        code.co_freevars,
-        code.co_argcount,
-        code.co_kwonlyargcount,
-    )
-
-
-def _references(
-    sampling_methods: Any,
-    temp: Any,
-    top_p: Any,
-    min_p: Any,
-    min_tokens_to_keep: Any,
-    top_k: Any,
-    xtc_probability: Any,
-    xtc_threshold: Any,
-    xtc_special_tokens: Any,
-) -> dict[str, list[Any]]:
-    """The samplers of mlx-lm 0.31 and 0.32, to compare with; none is ever called.
-
-    The names that they use are mlx-lm's and have no value here.
-    """
-
-    def greedy_sampler(logprobs: mx.array) -> mx.array:
-        return mx.argmax(logprobs, axis=-1)
-
-    def sampler(logprobs: mx.array) -> mx.array:
-        for method in sampling_methods:
-            logprobs = method(logprobs)
-        return categorical_sampling(logprobs, temp)
-
-    return {
-        "greedy": [greedy_sampler, lambda x: mx.argmax(x, axis=-1)],
-        "sampled": [sampler],
-        "top_p": [lambda x: apply_top_p(x, top_p)],
-        "min_p": [lambda x: apply_min_p(x, min_p, min_tokens_to_keep)],
-        "xtc": [
-            lambda x: apply_xtc(x, xtc_probability, xtc_threshold, xtc_special_tokens)
-        ],
-        "top_k": [lambda x: apply_top_k(x, top_k)],
-    }

@@ -5,6 +5,8 @@ Run: python -m pytest tests/test_engine_distribution.py
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -51,11 +53,19 @@ class FixedDrafter:
         return DraftOutput(logits, None, hidden)
 
 
-def draw(num_draft_tokens, **settings):
-    """All tokens by row, and the decoder."""
+def draw(num_draft_tokens, *, beside=None, **settings):
+    """All tokens by row, and the decoder; ``beside``: settings of every other row."""
     rounds = Rounds(FixedTarget(), FixedDrafter())
     requests = [
-        Request([3], NUM_TOKENS, SamplingParams(1.0, seed=1000 + row, **settings))
+        Request(
+            [3],
+            NUM_TOKENS,
+            SamplingParams(
+                1.0,
+                seed=1000 + row,
+                **(settings if beside is None or row % 2 else beside),
+            ),
+        )
         for row in range(NUM_ROWS)
     ]
     decoder = Decoder(rounds, requests, num_draft_tokens=num_draft_tokens)
@@ -120,13 +130,14 @@ def check_chi_squared(counts, probs):
     "settings",
     [{}, {"top_k": 4}, {"top_p": 0.75}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.75}],
 )
-@pytest.mark.parametrize("max_list", [1, 1024])
+@pytest.mark.parametrize("is_whole", [False, True])
 @pytest.mark.parametrize("num_draft_tokens", [1, 4])
 def test_block_verification_draws_from_the_target(
-    monkeypatch, num_draft_tokens, settings, max_list
+    monkeypatch, num_draft_tokens, settings, is_whole
 ):
     """Chi-squared over tokens and over pairs of neighbours, false alarm 1e-6 each."""
-    monkeypatch.setattr(sampling, "_MAX_LIST", max_list)
+    if is_whole:
+        monkeypatch.setattr(sampling, "longest_list", lambda: 0)
     rows, decoder = draw(num_draft_tokens, reproducible=False, **settings)
     probs = filtered(TARGET_PROBS, **settings)
     counts = np.bincount(np.concatenate(rows), minlength=8)
@@ -140,6 +151,25 @@ def test_block_verification_draws_from_the_target(
     expected = np.append(both[~is_rare], both[is_rare].sum())
     check_chi_squared(observed[expected > 0], expected[expected > 0])
     assert 0.1 < decoder.stats.acceptance_rate < 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "beside"),
+    [
+        ({"top_k": 4}, {"top_p": 0.75}),
+        ({"top_k": 6, "top_p": 0.75, "reproducible": True}, {"min_p": 0.2}),
+    ],
+)
+def test_rows_that_draw_in_two_ways_keep_their_laws(settings, beside):
+    """Lists and whole rows in one batch; chi-squared, false alarm 1e-6 each."""
+    settings, beside = ({"reproducible": False, **s} for s in (settings, beside))
+    rows, _ = draw(3, beside=beside, **settings)
+    for kind, found in ((beside, rows[::2]), (settings, rows[1::2])):
+        filters = {k: v for k, v in kind.items() if k != "reproducible"}
+        probs = filtered(TARGET_PROBS, **filters)
+        counts = np.bincount(np.concatenate(found), minlength=8)
+        assert not counts[probs == 0].any()
+        check_chi_squared(counts[probs > 0], probs[probs > 0])
 
 
 def test_block_verification_accepts_what_theory_says():
@@ -162,8 +192,8 @@ def test_a_row_is_decided_alone():
     """Neighbours of every kind change nothing: not the rule, not the numbers."""
 
     def text(*rows):
-        rounds = Rounds(FixedTarget(), FixedDrafter())
-        requests = [Request([3], 40, params) for params in rows]
+        rounds = Rounds(FixedTarget(), FixedDrafter(), use_compile=False)
+        requests = [Request([3], 20, params) for params in rows]
         found: list[list[int]] = [[] for _ in rows]
         for emissions in Decoder(rounds, requests, num_draft_tokens=3).run():
             for emission in emissions:
@@ -172,9 +202,14 @@ def test_a_row_is_decided_alone():
 
     by_block = SamplingParams(1.0, seed=5, reproducible=False)
     coupled, greedy = SamplingParams(0.7, seed=6), SamplingParams(0.0)
-    other = SamplingParams(1.0, top_k=3, seed=7, reproducible=False)
-    together = text(by_block, coupled, greedy, other)
-    assert together == [text(row)[0] for row in (by_block, coupled, greedy, other)]
+    listed = SamplingParams(1.0, top_k=3, seed=7, reproducible=False)
+    xtc = replace(by_block, xtc_probability=0.5, xtc_special_tokens=(1, 2, 3))
+    for rows in (
+        (by_block, coupled, greedy, listed),
+        (greedy, listed, by_block),  # nobody of the vocabulary's rows is coupled
+        (listed, replace(listed, seed=8, reproducible=True), xtc, greedy),
+    ):
+        assert text(*rows) == [text(row)[0] for row in rows]
 
 
 @pytest.mark.parametrize("reproducible", [True, False])

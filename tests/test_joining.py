@@ -625,7 +625,7 @@ class TestController:
             assert lists.joined(rule) == lists
             assert rule.joined(lists) == rule
         block = sampling_rule([SamplingParams(1.0, top_k=5, reproducible=False)])
-        both = lists.joined(block)
+        (both,) = lists.joined(block).groups
         assert both.has_block
         assert both.has_coupled
         assert both.has_top_p

@@ -129,10 +129,11 @@ def test_nvidias_compiler_takes_every_body(
     chance, offset = np.random.default_rng(0), mx.array([5])
     logits = mx.array(chance.normal(size=(1, 2, 9000)).astype(np.float32)).astype(dtype)
     ids = mx.arange(9000)[None, None] if has_ids else None
+    (group,) = rule.groups
     draft = fused.propose_one(
-        logits[:, :1], rows, rule=rule, offset=offset, step=1, token_ids=ids
+        logits[:, :1], rows, group=rule.of_drafts, offset=offset, step=1, token_ids=ids
     )
-    accepted = fused.decide_all(draft, logits, rows, rule=rule, offset=offset)
+    accepted = fused.decide_all(draft, logits, rows, group=group, offset=offset)
     mx.eval(accepted.num_accepted)
     assert len(texts) > 3
     for text in texts.values():

@@ -22,7 +22,7 @@ import pytest
 if sys.platform == "darwin":
     pytest.skip("MLX runs kernels on Metal itself here", allow_module_level=True)
 
-from mlx_gemma_mtp import decision, noise, sampling
+from mlx_gemma_mtp import candidates, decision, noise, sampling
 from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.kernels import common, propose
 from tests.metal.lint import lint
@@ -86,7 +86,7 @@ def kernel_inputs(params, logits, offset, token_ids):
     """The kernel's arrays, from the plain operations."""
     B, _, M = logits.shape
     count = min(64, M)
-    best = sampling.most_likely(logits, count, token_ids=token_ids)
+    best = candidates.sorted_best(logits, count, token_ids=token_ids)
     room = [(0, 0), (0, 64 - count)]
     values = mx.pad(best.logits[:, 0], room, constant_values=-mx.inf)
     ids = mx.pad(best.token_ids[:, 0], room, constant_values=PAD_ID)

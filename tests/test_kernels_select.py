@@ -1,7 +1,7 @@
 """The kernel of the 64 best tokens, run from its Metal text on the CPU.
 
 Compared                         with                              tolerance
-values, ids without a cap        sampling.most_likely              0
+values, ids without a cap        candidates.sorted_best              0
 largest logit                    the row's maximum                 0
 sum of exponentials              float64                           4e-6 relative
 values with a cap                float64 tanh                      2e-6 relative
@@ -23,7 +23,7 @@ from hypothesis.extra import numpy as hnp
 if sys.platform == "darwin":
     pytest.skip("MLX runs kernels on Metal itself here", allow_module_level=True)
 
-from mlx_gemma_mtp import sampling
+from mlx_gemma_mtp import candidates
 from mlx_gemma_mtp.kernels import common, select
 from tests.metal.lint import lint
 from tests.metal.run import run_on_cpu, run_schedules
@@ -58,7 +58,7 @@ def check(logits, token_ids=None):
     values, ids, stats = select.most_likely(logits, token_ids=token_ids)
     R, M = logits.shape
     count = min(64, M)
-    want = sampling.most_likely(
+    want = candidates.sorted_best(
         logits[:, None],
         count,
         token_ids=None if token_ids is None else token_ids[:, None],

@@ -6,8 +6,8 @@ Run: python -m pytest tests/test_samplers.py
 import functools
 import inspect
 import math
-import re
 import types
+from importlib.metadata import version
 from typing import Any
 from unittest import mock
 
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mlx_lm import sample_utils
 from mlx_lm.sample_utils import make_sampler
 
+from mlx_gemma_mtp import samplers
 from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.samplers import sampler_params
 
@@ -242,14 +243,6 @@ def test_cells_count_as_they_are_now():
     assert sampler_params(sampler) == SamplingParams(0.25, 0.5, 3)
 
 
-GREEDY = re.compile(r"return (greedy_sampler|lambda x: mx\.argmax\(x, axis=-1\))\n")
-SOURCE = f"""
-import mlx.core as mx
-{inspect.getsource(greedy_sampler)}
-{inspect.getsource(make_sampler)}
-"""
-
-
 @pytest.fixture
 def install(monkeypatch):
     """Puts another make_sampler in the place of mlx-lm's."""
@@ -261,74 +254,70 @@ def install(monkeypatch):
     return installed
 
 
-def variant(old, new):
-    """make_sampler with a change in its source."""
-    source = re.sub(old, new, SOURCE)
-    assert source != SOURCE
-    return compiled(source)
+def rewritten(name, old, new):
+    """A function of mlx-lm's with a change in its source, in mlx-lm's own module."""
+    function = getattr(sample_utils, name)
+    source = inspect.getsource(function.__code__)
+    assert old in source
+    code = compile(source.replace(old, new), "<a program>", "exec")
+    names: dict[str, Any] = {}
+    exec(code, vars(sample_utils), names)
+    return names[name]
 
 
-def compiled(source):
-    module = dict(vars(sample_utils))
-    exec(compile(source, "<another version>", "exec"), module)
-    return module["make_sampler"]
+def banning(logprobs, *settings):
+    """What a program puts in the place of one of mlx-lm's functions."""
+    return mx.where(mx.arange(logprobs.shape[-1]) < 100, -mx.inf, logprobs)
 
 
-@pytest.mark.parametrize(
-    "greedy", ["greedy_sampler", "lambda x: mx.argmax(x, axis=-1)"]
+CALLED = (
+    *("apply_top_p", "apply_min_p", "apply_xtc", "apply_top_k"),
+    *("categorical_sampling", "greedy_sampler"),
 )
-def test_another_version_of_the_same_shape(install, greedy):
-    """The forms that mlx-lm 0.31 and 0.32 have; the installed one is another then."""
-    other = install(compiled(GREEDY.sub(f"return {greedy}\n", SOURCE)))
-    assert sampler_params(other(**EVERYTHING)) == SamplingParams(**EVERYTHING)
-    assert sampler_params(other()) == SamplingParams()
-    assert sampler_params(make_sampler(0.7)) is None
-    assert sampler_params(make_sampler()) is None
-
-
-CHANGES = [
-    (r"\btop_p\b", "nucleus"),
-    (r"min_p != 0\.0", "min_p > 0.3"),
-    (r"apply_top_k\(x, top_k\)", "apply_top_k(x, top_k + 1)"),
-    (r"apply_top_k\(x, top_k\)", "apply_top_k(x / temp, top_k)"),
-    (r"apply_top_p\(x, top_p\)", "apply_nucleus(x, top_p)"),
-    (r"(x, min_p), min_tokens_to_keep", r"\1"),
-    (r"lambda x: apply_top_p\(x, top_p\)", "partial(apply_top_p, top_p=top_p)"),
-    (r"for method in sampling_methods", "for method in sampling_methods[::-1]"),
-    (r"categorical_sampling\(logprobs, temp\)", "categorical_sampling(logprobs)"),
-    (r"categorical_sampling\(logprobs, temp\)", "logprobs.argmax(axis=temp)"),
-    (r"(    )(for method)", r"\1logprobs = logprobs / temp\n        \2"),
-    (r"    return sampler\n", "    return mx.compile(sampler)\n"),
-    (r"    return sampler\n", "    raise RuntimeError\n"),
-    (r"    return sampler\n", "    return None\n"),
-    (r"sampling_methods = \[\]", "sampling_methods = [lambda x: x]"),
-    (GREEDY.pattern, "return lambda x: mx.argmin(x, axis=-1)\n"),
-    (GREEDY.pattern, "return None\n"),
-    (r"top_p < 1\.0", "top_p < 0.25"),
+REPLACED = [
+    *[(sample_utils, name, banning) for name in CALLED],
+    *[(sample_utils, name, mx.compile(banning)) for name in CALLED],
+    *[(sample_utils, name, Proxy(getattr(sample_utils, name))) for name in CALLED],
+    (sample_utils, "make_sampler", rewritten("make_sampler", "top_k > 0", "top_k > 9")),
+    (
+        sample_utils,
+        "apply_min_p",
+        rewritten("apply_min_p", "logprobs < scaled", "logprobs <= scaled"),
+    ),
+    (sample_utils, "apply_top_k", mx.compile(with_other_globals(greedy_sampler))),
+    (sample_utils, "mx", types.SimpleNamespace(**vars(mx))),
+    (sample_utils, "math", types.SimpleNamespace(log=math.log2)),
+    (sample_utils, "isinstance", lambda *settings: True),
+    (mx, "argpartition", banning),
+    (mx.random, "categorical", banning),
 ]
 
 
-@pytest.mark.parametrize(("old", "new"), CHANGES)
-def test_a_changed_shape_switches_recognition_off(install, old, new):
-    other = install(variant(old, new))
-    for make in (other, make_sampler):
-        for settings in ({"temp": 0.0}, {"temp": 0.7}, EVERYTHING):
-            try:
-                sampler = make(**settings)
-            except (RuntimeError, TypeError):  # it makes none at all
-                continue
+@pytest.mark.parametrize(("place", "name", "other"), REPLACED)
+def test_a_program_that_replaced_a_function_gets_its_own_sampler(
+    place, name, other, monkeypatch
+):
+    """Before the first sampler is seen, and after."""
+    for has_seen in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, other, raising=False)
+            if not has_seen:
+                samplers._known_samplers.cache_clear()
+            sampler = sample_utils.make_sampler(**EVERYTHING)
             assert sampler_params(sampler) is None
+        own = make_sampler(**EVERYTHING)
+        assert sampler_params(own) == SamplingParams(**EVERYTHING)
 
 
-def test_filters_in_another_order_switch_recognition_off(install):
-    def swapped(**settings):
-        sampler = make_sampler(**settings)
-        if closure(sampler):
-            closure(sampler)[0].cell_contents.reverse()
-        return sampler
-
-    install(swapped)
-    assert sampler_params(make_sampler(0.7)) is None
+def test_an_unknown_text_is_named_once(caplog, monkeypatch):
+    caplog.set_level("INFO", "mlx_gemma_mtp")
+    monkeypatch.setattr(sample_utils, "apply_top_p", banning)
+    for _ in range(3):
+        assert sampler_params(make_sampler(0.7)) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f"samplers of mlx-lm {version('mlx-lm')} are called as they are, one token at "
+        "a time: apply_top_p of mlx_lm.sample_utils is not the function that is known."
+    ]
 
 
 @pytest.mark.parametrize("other", [None, functools.partial(make_sampler), Sampler()])

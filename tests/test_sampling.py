@@ -5,9 +5,11 @@ Run: python -m pytest tests/test_sampling.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from importlib.metadata import version
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,13 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc
 
+from mlx_gemma_mtp import sampling
+from mlx_gemma_mtp.candidates import most_likely
 from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.noise import gumbel_noise, gumbel_of_bits, philox
 from mlx_gemma_mtp.sampling import (
     choose_tokens,
     couple,
+    distribution,
     draw,
-    most_likely,
     proposal,
     sampling_rows,
     sampling_rule,
@@ -278,6 +282,80 @@ def test_few_rounds_are_traced_for_many_settings():
     assert len(rules) == 4
 
 
+@given(
+    values=st.lists(
+        st.integers(-6, 6) | st.just(float("-inf")), min_size=2, max_size=40
+    ).filter(lambda values: max(values) > -6),
+    dtype=st.sampled_from([mx.float32, mx.float16, mx.bfloat16]),
+    top_p=st.sampled_from([1.0, 0.371, 0.913]),
+    top_k=st.sampled_from([0, 1, 2, 7, 39]),
+    min_p=st.sampled_from([0.0, 0.02]),
+    xtc=st.sampled_from([0.0, 1.0]),
+    special=st.sampled_from([(), (0,), (1, 5, 5, 70)]),
+)
+def test_whole_rows_keep_what_lists_keep(
+    values, dtype, top_p, top_k, min_p, xtc, special
+):
+    """Many equal ones too, through which only a top-k cuts."""
+    logits = mx.array([[values, values[::-1]]]).astype(dtype) / 3
+    params = SamplingParams(
+        1.0,
+        top_p,
+        top_k,
+        min_p,
+        seed=1,
+        xtc_probability=xtc,
+        xtc_threshold=0.0377,
+        xtc_special_tokens=special,
+    )
+    group = replace(sampling_rule([params]).groups[0], list_size=None)
+    settings: dict[str, Any] = {
+        "rows": sampling_rows([params]),
+        "positions": mx.array([[3, 4]]),
+    }
+    whole = distribution(logits, group=group, **settings)
+    listed = distribution(logits, group=replace(group, list_size=64), **settings)
+    assert whole.is_whole
+    assert not listed.is_whole
+    kept = np.isfinite(np.array(listed.scores))
+    wanted = np.zeros_like(kept)
+    np.put_along_axis(wanted, np.array(listed.token_ids), kept, axis=-1)
+    np.testing.assert_array_equal(np.isfinite(np.array(whole.scores)), wanted)
+
+
+def test_a_rule_says_the_shapes_of_its_rows():
+    """A trace is looked up by the rule: other shapes must be another rule."""
+    shapes: dict[Any, Any] = {}
+    xtc: dict[str, Any] = {"xtc_probability": 0.5, "seed": 1}
+    for count in (0, 1, 2, 3, 4, 9, 16):
+        params = [SamplingParams(1.0, xtc_special_tokens=range(count), **xtc)] * 2
+        found = {name: array.shape for name, array in sampling_rows(params).items()}
+        assert found["xtc_special_tokens"][-1] >= count
+        assert shapes.setdefault(sampling_rule(params), found) == found
+    assert len(shapes) == 4
+    off = [SamplingParams(1.0, seed=1, xtc_special_tokens=range(9))]
+    assert sampling_rule(off) == sampling_rule([SamplingParams(1.0, seed=1)])
+
+
+@pytest.mark.parametrize("temp", [1e39, 1e300])
+def test_a_temperature_beyond_float32_draws_evenly(temp):
+    """And never what has no probability. Five standard deviations, 6e-7."""
+    logits = mx.broadcast_to(mx.array([-mx.inf, 30.0, 0.0, -mx.inf]), (1, 2000, 4))
+    cases: list[dict[str, Any]] = [
+        {},
+        {"top_k": 3},
+        {"top_p": 0.5, "xtc_probability": 1.0},
+    ]
+    for settings in cases:
+        params = SamplingParams(temp, seed=1, **settings)
+        counts = np.bincount(np.array(choose(logits, [params]))[0], minlength=4)
+        assert counts[0] == counts[3] == 0
+        if "top_p" in settings:
+            assert counts[1] == 2000
+        else:
+            assert abs(counts[1] - 1000) < 5 * np.sqrt(500)
+
+
 def test_greedy_takes_the_first_of_equals():
     assert choose([[[0.0, 2.0, 2.0, 1.0]]], [SamplingParams()]).tolist() == [[1]]
 
@@ -290,7 +368,7 @@ def propose(logits, params, *, token_ids=None):
     source = proposal(
         logits,
         rows,
-        rule=sampling_rule(params),
+        group=sampling_rule(params).of_drafts,
         positions=positions,
         token_ids=token_ids,
     )
@@ -363,16 +441,23 @@ def test_draws_at_the_edges(uniform, expected):
     assert draw(weights, mx.array([[uniform]])).item() == expected
 
 
-def test_rows_keep_their_own_settings():
+@pytest.mark.parametrize("longest", [64, 1024])
+def test_rows_keep_their_own_settings(longest, monkeypatch):
     """A mixed batch draws for each row what the row draws alone."""
-    logits = np.random.default_rng(1).normal(size=(5, 300, 64)).astype(np.float32) * 2
+    monkeypatch.setattr(sampling, "longest_list", lambda: longest)
+    xtc: dict[str, Any] = {"xtc_probability": 0.7, "xtc_threshold": 0.02}
     params = [
         SamplingParams(),
         SamplingParams(1.0, seed=1),
         SamplingParams(0.7, top_k=5, seed=2),
         SamplingParams(1.3, top_p=0.8, seed=1),
         SamplingParams(1.0, 0.9, 20, 0.05, seed=3),
+        SamplingParams(1.0, 0.99, 80, seed=4),
+        SamplingParams(1.0, seed=5, **xtc),
+        SamplingParams(1.2, 0.9, 3, seed=6, xtc_special_tokens=(1, 2, 3), **xtc),
     ]
+    logits = np.random.default_rng(1).normal(size=(len(params), 100, 90)) * 2
+    logits = logits.astype(np.float32)
     together = choose(logits, params)
     for i, row in enumerate(params):
         assert choose(logits[i : i + 1], [row]).tolist()[0] == together[i].tolist()
@@ -416,6 +501,37 @@ def test_text_of_a_seed_does_not_depend_on_drafting(family, settings, monkeypatc
     for num_draft_tokens in (0, 5):
         rows = zip(*decode(PROMPTS, num_draft_tokens), strict=True)
         assert [list(row) for row in rows] == alone
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temp": 1e300},
+        {"top_p": 1e-300, "top_k": 2**31 - 1},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.0},
+        {
+            "xtc_probability": 0.5,
+            "xtc_threshold": 0.0,
+            "xtc_special_tokens": range(0, 600, 2),
+            "top_k": 70,
+        },
+    ],
+    ids=str,
+)
+def test_settings_at_the_edge_draw_the_same_with_drafts(settings, monkeypatch):
+    pair = reference_pair()
+    monkeypatch.setattr(pair.rounds, "use_compile", False)
+    monkeypatch.setattr(pair.rounds, "_compiled", {})
+    settings = {"temp": 1.0, "seed": 2**64 - 1, "eos_token_ids": (), **settings}
+    plain, drafted = (
+        list(
+            generate_tokens(
+                pair, PROMPTS[0], max_tokens=12, num_draft_tokens=k, **settings
+            )
+        )
+        for k in (0, 3)
+    )
+    assert plain == drafted
 
 
 def test_seeds_differ_and_fresh_ones_are_drawn():

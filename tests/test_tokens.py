@@ -395,5 +395,6 @@ def test_without_a_seed_drafts_are_judged_by_block(pair, monkeypatch):
     for settings in cases:
         list(generate_tokens(pair, PROMPT, max_tokens=3, temp=1.0, **settings))
     rules = [decoder._seats.settings.rule for decoder in made]
-    assert [rule.has_block for rule in rules] == [True, False, True]
-    assert [rule.has_coupled for rule in rules] == [False, True, False]
+    groups = [group for rule in rules for group in rule.groups]
+    assert [group.has_block for group in groups] == [True, False, True]
+    assert [group.has_coupled for group in groups] == [False, True, False]

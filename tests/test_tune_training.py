@@ -128,7 +128,7 @@ def test_record_is_what_one_pass_gives(family):
     found = distribution(
         logits[None, start:-1],
         sampling_rows([SAMPLED]),
-        rule=sampling_rule([SAMPLED]),
+        group=sampling_rule([SAMPLED]).groups[0],
         positions=mx.zeros((1, record.num_places), dtype=mx.int32),
     )
     dense = mx.put_along_axis(

@@ -8,7 +8,8 @@ all versions content:
 - ``threadgroup`` arrays are declared in the body, helpers take values, no pointers, and
   nothing says ``device``;
 - every input has at least ``MIN_ELEMENTS`` elements;
-- a threadgroup is one-dimensional and whole simdgroups.
+- a threadgroup is one-dimensional and whole simdgroups, ``MAX_THREADS`` at most: more
+  may not fit beside what the registers of a kernel leave on M1 and M2.
 
 This file knows nothing of what the kernels compute.
 """
@@ -22,8 +23,10 @@ from typing import Any
 
 import mlx.core as mx
 
+MAX_THREADS = 256  # of a threadgroup
 MIN_ELEMENTS = 8  # of an input; Metal passes fewer in another address space
 LIST = 64  # tokens of a row that a decision looks at
+NO_ID = 0x7FFFFFFF  # of what fills a list that has fewer
 ROW_FLOATS = 8  # temp, top_p, min_p, and room
 ROW_WORDS = 8  # seed (low, high), mode, top_k, offset, and room
 GREEDY, COUPLED, BLOCK = 0, 1, 2  # modes of a row
@@ -150,15 +153,16 @@ HELPER float capped(float value, float cap) {
   return cap > 0.0f ? cap * tanh(value / cap) : value;
 }
 
-// The fold of all threads' values, for threadgroups of 32 simdgroups. The body names
-// its lane and simdgroup, and gives 32 cells of threadgroup memory.
-#define REDUCE(result, fold, cells, value)   \
-  {                                          \
-    auto folded = fold(value);               \
-    if (lane == 0u) cells[simdgroup] = folded; \
-    BARRIER();                               \
-    result = fold(cells[lane]);              \
-    BARRIER();                               \
+// The fold of all threads' values, for threadgroups of 8 simdgroups. The body names
+// its lane and simdgroup, gives 8 cells of threadgroup memory, and says what changes no
+// fold.
+#define REDUCE(result, fold, cells, value, nothing)  \
+  {                                                  \
+    auto folded = fold(value);                       \
+    if (lane == 0u) cells[simdgroup] = folded;       \
+    BARRIER();                                       \
+    result = fold(lane < 8u ? cells[lane] : nothing); \
+    BARRIER();                                       \
   }
 """
 

@@ -13,13 +13,13 @@ import mlx.core as mx
 
 from . import common
 
-_THREADS = 1024
+_THREADS = common.MAX_THREADS
 
 _SOURCE = """
     const float NOTHING = as_type<float>(0xFF800000u);
     const uint NO_ID = 0x7FFFFFFFu;
-    threadgroup float cells[32];
-    threadgroup uint id_cells[32];
+    threadgroup float cells[8];
+    threadgroup uint id_cells[8];
     threadgroup uint ids[64];
     threadgroup float owed[64];
     threadgroup uint seen[1024];
@@ -55,20 +55,22 @@ _SOURCE = """
       own_id = uint(draft_ids[at]);
     }
     float whole;
-    REDUCE(whole, simd_sum, cells, weight);
+    REDUCE(whole, simd_sum, cells, weight, 0.0f);
     if (thread_id < 64u) {
       ids[thread_id] = own_id;
       owed[thread_id] = is_owed ? weight / whole : 0.0f;
     }
     BARRIER();
-    // Each thread sets the bits of one word: no two write the same.
-    uint word = 0u;
-    for (uint j = 0u; j < 64u; j++) {
-      uint id = ids[j];
-      bool is_here = id != NO_ID && ((id >> 5) & 1023u) == thread_id;
-      word |= is_here ? 1u << (id & 31u) : 0u;
+    // Each thread sets the bits of four words: no two write the same.
+    for (uint at = thread_id; at < 1024u; at += 256u) {
+      uint word = 0u;
+      for (uint j = 0u; j < 64u; j++) {
+        uint id = ids[j];
+        bool is_here = id != NO_ID && ((id >> 5) & 1023u) == at;
+        word |= is_here ? 1u << (id & 31u) : 0u;
+      }
+      seen[at] = word;
     }
-    seen[thread_id] = word;
     BARRIER();
 
     // The best token of the difference, and of the target alone, which decides where
@@ -78,7 +80,7 @@ _SOURCE = """
     uint best_id = 4u * thread_id;
     uint best_id_alone = 4u * thread_id;
     uint end = is_block ? V : 0u;
-    for (uint first = 4u * thread_id; first < end; first += 4096u) {
+    for (uint first = 4u * thread_id; first < end; first += 1024u) {
       Words words;
       bool has_words = false;
       uint bits_seen = seen[(first >> 5) & 1023u] >> (first & 31u);
@@ -113,16 +115,14 @@ _SOURCE = """
     float best_score_alone;
     uint token;
     uint token_alone;
-    REDUCE(best_score, simd_max, cells, best);
-    REDUCE(best_score_alone, simd_max, cells, best_alone);
-    REDUCE(token, simd_min, id_cells, best == best_score ? best_id : 0xFFFFFFFFu);
-    REDUCE(
-        token_alone,
-        simd_min,
-        id_cells,
-        best_alone == best_score_alone ? best_id_alone : 0xFFFFFFFFu);
+    REDUCE(best_score, simd_max, cells, best, NOTHING);
+    REDUCE(best_score_alone, simd_max, cells, best_alone, NOTHING);
+    best_id = best == best_score ? best_id : NO_ID;
+    best_id_alone = best_alone == best_score_alone ? best_id_alone : NO_ID;
+    REDUCE(token, simd_min, id_cells, best_id, NO_ID);
+    REDUCE(token_alone, simd_min, id_cells, best_id_alone, NO_ID);
     token = best_score > NOTHING ? token : token_alone;
-    for (uint i = thread_id; i < K + 2u; i += 1024u) {
+    for (uint i = thread_id; i < K + 2u; i += 256u) {
       int value = judged[batch * (K + 2u) + i];
       if (is_block && i > num_accepted) value = int(token);
       report[batch * (K + 2u) + i] = value;

@@ -27,8 +27,8 @@ from . import common
 
 MAX_COLUMNS = 128 * 8192  # the lists of 128 blocks are a block themselves
 
-_BLOCK = 8192
-_THREADS = 256
+BLOCK = 8192
+_THREADS = common.MAX_THREADS
 _PAD_ID = 0x7FFFFFFF  # behind every token
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -230,7 +230,7 @@ def most_likely(
     if M < 8:  # columns that the kernel does not look at
         logits = mx.pad(logits, [(0, 0), (0, 8 - M)])
         ids = None if ids is None else mx.pad(ids, [(0, 0), (0, 8 - M)])
-    num_blocks = -(-M // _BLOCK)
+    num_blocks = -(-M // BLOCK)
     values, tokens, stats = _launch(
         logits,
         mx.zeros((common.MIN_ELEMENTS,), dtype=mx.int32)
@@ -262,7 +262,7 @@ def _launch(
 ) -> list[mx.array]:
     """The lists and stats of all blocks: [R, blocks, 64] twice, [R, blocks, 2]."""
     R, width = logits.shape
-    per_thread = -(-min(width, _BLOCK) // _THREADS)
+    per_thread = -(-min(width, BLOCK) // _THREADS)
     return common.launch(
         KERNEL,
         [logits, token_ids, numbers],

@@ -18,16 +18,17 @@ import mlx.core as mx
 
 from . import common
 
-_THREADS = 1024
+_THREADS = common.MAX_THREADS
 _NUM_STATS = 4
 _COARSE = {mx.bfloat16: 16, mx.float16: 13}  # bits that are alike in all their floats
 
 _SOURCE = """
     constexpr uint PROBES = 7u;
     const float NOTHING = as_type<float>(0xFF800000u);
-    threadgroup float cells[32];
-    threadgroup uint id_cells[32];
-    threadgroup float partial[224];
+    const uint NO_ID = 0xFFFFFFFFu;
+    threadgroup float cells[8];
+    threadgroup uint id_cells[8];
+    threadgroup float partial[56];
     threadgroup float masses[8];
 
     uint thread_id = thread_index_in_threadgroup;
@@ -51,7 +52,7 @@ _SOURCE = """
     // The best logit, and the lowest id that has it.
     float best = NOTHING;
     uint best_id = 4u * thread_id;
-    for (uint first = 4u * thread_id; first < V; first += 4096u) {
+    for (uint first = 4u * thread_id; first < V; first += 1024u) {
       for (uint id = first; id < first + 4u && id < V; id++) {
         float logit = capped(static_cast<float>(logits[start + id]), cap);
         if (logit > best) {
@@ -62,17 +63,18 @@ _SOURCE = """
     }
     float largest;
     uint argmax;
-    REDUCE(largest, simd_max, cells, best);
-    REDUCE(argmax, simd_min, id_cells, best == largest ? best_id : 0xFFFFFFFFu);
+    REDUCE(largest, simd_max, cells, best, NOTHING);
+    uint first_best = best == largest ? best_id : NO_ID;
+    REDUCE(argmax, simd_min, id_cells, first_best, NO_ID);
 
     float own_sum = 0.0f;
-    for (uint first = 4u * thread_id; first < V; first += 4096u) {
+    for (uint first = 4u * thread_id; first < V; first += 1024u) {
       for (uint id = first; id < first + 4u && id < V; id++) {
         own_sum += exp(capped(static_cast<float>(logits[start + id]), cap) - largest);
       }
     }
     float sum;
-    REDUCE(sum, simd_sum, cells, own_sum);
+    REDUCE(sum, simd_sum, cells, own_sum, 0.0f);
 
     float lowest = NOTHING;
     if (TOP_P && top_p < 1.0f) {
@@ -86,7 +88,7 @@ _SOURCE = """
         uint stride = (high - low + PROBES) / (PROBES + 1u);
         float above[PROBES];
         for (uint j = 0u; j < PROBES; j++) above[j] = 0.0f;
-        for (uint first = 4u * thread_id; first < V; first += 4096u) {
+        for (uint first = 4u * thread_id; first < V; first += 1024u) {
           for (uint id = first; id < first + 4u && id < V; id++) {
             float logit = capped(static_cast<float>(logits[start + id]), cap);
             uint key = order_of(logit) >> COARSE;
@@ -100,12 +102,12 @@ _SOURCE = """
         }
         for (uint j = 0u; j < PROBES; j++) {
           float mass = simd_sum(above[j]);
-          if (lane == 0u) partial[j * 32u + simdgroup] = mass;
+          if (lane == 0u) partial[j * 8u + simdgroup] = mass;
         }
         BARRIER();
-        // A simdgroup for each probe; the others do the last one's work again.
+        // A simdgroup for each probe; the last one does its neighbour's work again.
         uint mine = simdgroup < PROBES ? simdgroup : PROBES - 1u;
-        float mass = simd_sum(partial[mine * 32u + lane]);
+        float mass = simd_sum(lane < 8u ? partial[mine * 8u + lane] : 0.0f);
         if (lane == 0u && simdgroup < PROBES) masses[simdgroup] = mass;
         BARRIER();
         uint from = low;
@@ -136,7 +138,7 @@ _SOURCE = """
     float own_kept = 0.0f;
     best = NOTHING;
     best_id = 4u * thread_id;
-    for (uint first = 4u * thread_id; first < V; first += 4096u) {
+    for (uint first = 4u * thread_id; first < V; first += 1024u) {
       Words words;
       bool has_words = false;
       for (uint id = first; id < first + 4u && id < V; id++) {
@@ -161,9 +163,10 @@ _SOURCE = """
     float kept;
     float best_score;
     uint token;
-    REDUCE(kept, simd_sum, cells, own_kept);
-    REDUCE(best_score, simd_max, cells, best);
-    REDUCE(token, simd_min, id_cells, best == best_score ? best_id : 0xFFFFFFFFu);
+    REDUCE(kept, simd_sum, cells, own_kept, 0.0f);
+    REDUCE(best_score, simd_max, cells, best, NOTHING);
+    first_best = best == best_score ? best_id : NO_ID;
+    REDUCE(token, simd_min, id_cells, first_best, NO_ID);
     if (thread_id == 0u) {
       stats[row * 4u] = largest;
       stats[row * 4u + 1u] = lowest;

@@ -11,11 +11,9 @@ from ..acceptance import Draft, accept_block
 from ..acceptance import Verdict as AcceptVerdict
 from ..config import SamplingParams
 from ..decision import joined, propose
-from ..kernels import common
 from ..sampling import Distribution, SamplingRule, sampling_rows, sampling_rule
 
 _MAX_CANDIDATES = 4096  # of a drafter's centroid head
-_NO_ID = 0x7FFFFFFF
 _TIE_STEP = 0.5
 _LOWEST = -20.0
 _ERRORS = (0.3, 1.0, 2.0)  # deviations of the drafter's logits from the target's
@@ -138,22 +136,6 @@ class Case:
 def plainly(draft: Draft, target: Distribution, coins: mx.array) -> AcceptVerdict:
     """Block verification by plain operations, whatever kernels there are."""
     return accept_block(draft, target, coins)
-
-
-def as_lists(draft: Draft) -> Draft:
-    """The same block in lists of 64, as kernels take them."""
-    source = draft.source
-    if source is None:
-        return draft
-    room = [(0, 0), (0, 0), (0, common.LIST - source.scores.shape[-1])]
-    return Draft(
-        draft.tokens,
-        Distribution(
-            mx.pad(source.scores, room, constant_values=-mx.inf),
-            mx.pad(source.token_ids, room, constant_values=_NO_ID),
-            is_whole=False,
-        ),
-    )
 
 
 def make_case(shape: Shape, turn: int, *, is_listed: bool) -> Case:

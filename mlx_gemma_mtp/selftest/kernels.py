@@ -19,10 +19,11 @@ import numpy as np
 
 from .. import fused
 from ..acceptance import Accepted
+from ..candidates import sorted_best
 from ..decision import decide, propose
 from ..kernels import common, select, threshold
-from ..sampling import Distribution, choose_tokens, most_likely
-from .kernel_case import SHAPES, Case, Shape, as_lists, make_case, plainly
+from ..sampling import Distribution, choose_tokens
+from .kernel_case import SHAPES, Case, Shape, make_case, plainly
 from .result import FAIL, PASS, SKIP, Result
 from .tally import NAMES, Tallies, Tally
 
@@ -109,7 +110,7 @@ def _compare_select(case: Case, tallies: Tallies) -> None:
         width = logits.shape[-1]
         flat = logits.reshape(-1, width)
         flat_ids = None if ids is None else ids.reshape(-1, width)
-        best = most_likely(
+        best = sorted_best(
             flat[None],
             min(common.LIST, width),
             token_ids=None if flat_ids is None else flat_ids[None],
@@ -151,7 +152,7 @@ def _compare_propose(case: Case, tallies: Tallies) -> None:
         draft = fused.propose_one(
             logits,
             case.rows,
-            rule=case.rule,
+            group=case.rule.of_drafts,
             offset=case.offset,
             step=i + 1,
             token_ids=ids,
@@ -186,12 +187,13 @@ def _compare_threshold(case: Case, tallies: Tallies) -> None:
     """What filters keep of whole rows, and the tokens that equality decides by."""
     floats, words = fused.row_numbers(case.rows, case.offset)
     rule = case.rule
+    (group,) = rule.groups
     stats, tokens = threshold.threshold(
         case.logits,
         row_floats=floats,
         row_words=words,
-        has_top_p=rule.has_top_p,
-        has_min_p=rule.has_min_p,
+        has_top_p=group.has_top_p,
+        has_min_p=group.has_min_p,
         has_coupled=True,
     )
     num_tokens = case.logits.shape[1]
@@ -250,6 +252,7 @@ def _is_kept_right(
 def _compare_decision(case: Case, tallies: Tallies) -> None:
     """Accepted lengths and last tokens."""
     draft = case.draft()
+    (group,) = case.rule.groups
 
     def answer(logits: mx.array) -> np.ndarray:
         return _decided(
@@ -264,13 +267,11 @@ def _compare_decision(case: Case, tallies: Tallies) -> None:
         )
 
     got = _decided(
-        fused.decide_all(
-            as_lists(draft), case.logits, case.rows, rule=case.rule, offset=case.offset
-        )
+        fused.decide_all(draft, case.logits, case.rows, group=group, offset=case.offset)
     )
     want = answer(case.logits)
     of_length = of_token = "decide"
-    if not case.rule.max_top_k:
+    if not group.list_size:
         of_length, of_token = "judge", "resample"
         if not case.num_drafts:
             of_length = of_token = "threshold"

@@ -19,14 +19,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..cache import PrefillCache, SlabLayout, prefill_caches
+from ..candidates import MAX_CANDIDATES, most_likely
 from ..config import SLIDING, SamplingParams
-from ..sampling import (
-    MAX_CANDIDATES,
-    distribution,
-    most_likely,
-    sampling_rows,
-    sampling_rule,
-)
+from ..sampling import distribution, sampling_rows, sampling_rule
 from ..target import Target
 from .arrays import not_writable, read_arrays, write_arrays
 from .texts import Text
@@ -164,7 +159,8 @@ class Recorder:
             is_next = best[:, 0] == next_tokens
             return best, mx.ones(best.shape), is_next.astype(mx.float32)
         positions = mx.arange(first, first + next_tokens.size)[None]
-        found = distribution(logits, self._rows, rule=self._rule, positions=positions)
+        (group,) = self._rule.groups
+        found = distribution(logits, self._rows, group=group, positions=positions)
         is_next = found.token_ids[0] == next_tokens[:, None]
         next_probs = mx.where(is_next, found.probs[0], 0).sum(axis=-1)
         count = min(MAX_CANDIDATES, found.scores.shape[-1])
