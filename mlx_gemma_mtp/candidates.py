@@ -83,6 +83,11 @@ class WholeRows(Candidates):
         """The highest score of each row, [B, L, 1]."""
         return self.logits.max(axis=-1, keepdims=True)
 
+    @property
+    def probs(self) -> mx.array:
+        """As of a list; in one operation, which takes a CPU a fraction of the time."""
+        return mx.softmax(self.logits, axis=-1, precise=True)
+
     def inside(self, mass: mx.array) -> mx.array:
         """As for a list."""
         return self._order >= self._crossing(self.probs, mass)
