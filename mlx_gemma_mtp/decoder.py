@@ -48,7 +48,8 @@ from .route import ANY_ROUTE, Route
 from .row import Request, Row
 from .sampling import SamplingRule, choose_tokens
 from .seats import Seats
-from .state import Report, Verified, row_settings
+from .shadows import Shadows
+from .state import Report, RoundState, RowSettings, Verified, row_settings
 from .stats import RoundStats, joined_rules
 from .target import Prefilled
 from .timing import RoundTimer
@@ -76,6 +77,7 @@ class _InFlight:
         chooser: Who chose K.
         setup_s: What it took the host to trace it; None where it was traced before.
         has_near_ties: Whether the report counts near ties.
+        num_shadow_drafts: Drafts that were made beside it.
         seconds: Its time; None while it is not known.
     """
 
@@ -85,6 +87,7 @@ class _InFlight:
     chooser: DraftLength
     setup_s: float | None
     has_near_ties: bool
+    num_shadow_drafts: int = 0
     seconds: float | None = None
 
 
@@ -150,6 +153,7 @@ class Decoder:
         self._look_ahead = look_ahead
         self._in_flight: deque[_InFlight] = deque()
         self._num_queued = 0
+        self._shadows = Shadows()
         self._not_ready_key: tuple[SamplingRule, int, int, int] | None = None
         self._not_traced: set[int] = set()
         self._verified: Verified | None = None
@@ -549,6 +553,7 @@ class Decoder:
         min_rows = self._route.min_rows
         count = self._choose_drafts(capacity)
         is_ready = count not in self._not_ready(capacity)
+        num_shadow = self._queue_shadow(state, settings)
         start = time.perf_counter()
         if settings.rule.has_host:
             self._verified, report = self._engine.verify(
@@ -568,7 +573,15 @@ class Decoder:
         rows = tuple(self._seats.rows)
         has_near_ties = settings.rule.near_tie is not None
         self._in_flight.append(
-            _InFlight(report, rows, count, self._chooser, setup_s, has_near_ties)
+            _InFlight(
+                report,
+                rows,
+                count,
+                self._chooser,
+                setup_s,
+                has_near_ties,
+                num_shadow,
+            )
         )
         self._num_queued += 1
         if not is_ready:
@@ -578,6 +591,22 @@ class Decoder:
         if self._num_queued % _ROUNDS_PER_CACHE_CLEAR == 0:
             mx.clear_cache()
             self._timer.disturb()
+
+    def _queue_shadow(self, state: RoundState, settings: RowSettings) -> int:
+        """Make drafts beside the next round, where they are asked for; how many."""
+        count = self._chooser.num_shadow_drafts
+        if count:
+            settings = replace(settings, rule=settings.rule.by_equality)
+            drafts = self._engine.draft(state, settings, num_draft_tokens=count)
+            with self._timer.queue():
+                mx.async_eval(drafts)
+            self._shadows.add(
+                drafts,
+                self._seats.rows,
+                num_in_flight=len(self._in_flight),
+                chooser=self._chooser,
+            )
+        return count
 
     def _choose_drafts(self, capacity: int) -> int:
         """K of the next round."""
@@ -590,6 +619,7 @@ class Decoder:
             [k for k in allowed if k <= most],
             not_ready=self._not_ready(capacity),
             tokens_left=max(limits) if len(limits) == len(left) else None,
+            can_shadow=self._can_shadow,
         )
 
     def _not_ready(self, capacity: int) -> Collection[int]:
@@ -628,8 +658,15 @@ class Decoder:
                 self._count(row, done.num_draft_tokens, outcome)
                 if row.request.max_draft_tokens >= done.num_draft_tokens:
                     accepted.append(outcome.num_accepted)
-        done.chooser.observe(done.num_draft_tokens, accepted, done.seconds)
-        return self._emit(done.rows, outcomes)
+        done.chooser.observe(
+            done.num_draft_tokens,
+            accepted,
+            done.seconds,
+            num_shadow_drafts=done.num_shadow_drafts,
+        )
+        emissions = self._emit(done.rows, outcomes)
+        self._shadows.compare()
+        return emissions
 
     def _measure(self, done: _InFlight) -> None:
         """Let the interval that ends with a round's read tell what a round takes."""
@@ -713,6 +750,13 @@ class Decoder:
     def _can_look_ahead(self) -> bool:
         """Whether a round may be queued before the last one's report is read."""
         return self._look_ahead and not self._seats.settings.rule.has_host
+
+    @property
+    def _can_shadow(self) -> bool:
+        """Whether it is known where drafts would stand in the rows' texts."""
+        return not self._seats.settings.rule.has_host and not any(
+            self._drafts_in_flight
+        )
 
     @property
     def _drafts_in_flight(self) -> list[int]:

@@ -101,6 +101,12 @@ class SamplingRule:
         """What the drafts of all rows are drawn by: lists, whatever the target's."""
         return replace(reduce(Group.joined, self.groups), list_size=MAX_CANDIDATES)
 
+    @property
+    def by_equality(self) -> SamplingRule:
+        """The same rows, every one decided by equality under shared noise."""
+        groups = (replace(g, has_coupled=True, has_block=False) for g in self.groups)
+        return replace(self, groups=tuple(groups))
+
     def joined(self, other: SamplingRule) -> SamplingRule:
         """This rule with what costs little of another one; it serves the same rows.
 

@@ -1,0 +1,127 @@
+"""Drafts made beside plain rounds tell what rounds with drafts would accept.
+
+Run: python -m pytest tests/test_shadows.py
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from mlx_lm.utils import load_tokenizer
+
+from mlx_gemma_mtp.config import SamplingParams
+from mlx_gemma_mtp.decoder import Decoder
+from mlx_gemma_mtp.draft_length import FixedDraftLength
+from mlx_gemma_mtp.load import embedded_pair_path, load_pair
+from mlx_gemma_mtp.row import Request
+from tests.embedded import PROMPTS
+
+DEPTH = 4
+SAMPLINGS = {
+    "greedy": SamplingParams(),
+    "coupled": SamplingParams(temp=0.8, top_k=40, seed=7),
+    "block": SamplingParams(temp=0.8, top_k=40, seed=7, reproducible=False),
+}
+
+
+@cache
+def pair():
+    return load_pair()
+
+
+def prompts_of(count):
+    tokenizer = load_tokenizer(embedded_pair_path())
+    return [tokenizer.encode(text) for text in PROMPTS[:count]]
+
+
+class Watcher(FixedDraftLength):
+    """Asks for drafts beside every plain round, or for rounds of drafts."""
+
+    def __init__(self, num_draft_tokens, num_shadow_drafts=0):
+        super().__init__(num_draft_tokens)
+        self.num_shadow_drafts = num_shadow_drafts
+        self.shadows = []
+        self.rounds = []
+        self.could_shadow = []
+
+    def choose(self, allowed, *, not_ready, tokens_left, can_shadow=False):
+        self.could_shadow.append(can_shadow)
+        return super().choose(allowed, not_ready=not_ready, tokens_left=tokens_left)
+
+    def observe(self, num_draft_tokens, accepted, seconds, *, num_shadow_drafts=0):
+        self.rounds.append(list(accepted))
+
+    def observe_shadow(self, num_draft_tokens, accepted):
+        assert num_draft_tokens == DEPTH
+        self.shadows.append(list(accepted))
+
+
+def decoded(watcher, prompts, sampling, *, look_ahead=True, max_tokens=60):
+    requests = [Request(p, max_tokens, sampling) for p in prompts]
+    decoder = Decoder(
+        pair().rounds,
+        requests,
+        num_draft_tokens=watcher,
+        look_ahead=look_ahead,
+    )
+    texts = [[] for _ in prompts]
+    for emissions in decoder.run():
+        for emission in emissions:
+            texts[emission.row.index] += emission.tokens
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("name", "look_ahead"), [("greedy", True), ("greedy", False), ("coupled", True)]
+)
+def test_shadows_say_what_rounds_accept(name, look_ahead):
+    """Where a round of drafts began, the shadow of that place said its count."""
+    sampling = SAMPLINGS[name]
+    drafted, plain = Watcher(DEPTH), Watcher(0, DEPTH)
+    texts = decoded(drafted, prompts_of(1), sampling)
+    assert decoded(plain, prompts_of(1), sampling, look_ahead=look_ahead) == texts
+    # A shadow per plain round, but for those whose last tokens never came.
+    told = [count for shadow in plain.shadows for count in shadow]
+    assert len(told) >= len(texts[0]) - 2 * DEPTH
+    assert sum(told) > 20
+    place = 0
+    for (count,) in drafted.rounds:
+        if place >= len(told):
+            break
+        assert told[place] == count
+        place += 1 + count
+
+
+def test_drawn_rows_keep_their_text_and_are_compared_under_shared_noise():
+    plain, drawn, coupled = Watcher(0), Watcher(0, DEPTH), Watcher(0, DEPTH)
+    text = decoded(plain, prompts_of(1), SAMPLINGS["block"])
+    assert decoded(drawn, prompts_of(1), SAMPLINGS["block"]) == text
+    assert decoded(coupled, prompts_of(1), SAMPLINGS["coupled"]) == text
+    assert drawn.shadows == coupled.shadows
+
+
+def test_rows_that_end_or_take_few_drafts_say_nothing_wrong():
+    sampling = SAMPLINGS["greedy"]
+    watcher = Watcher(0, DEPTH)
+    first, second = prompts_of(2)
+    requests = [
+        Request(first, 7, sampling),
+        Request(second, 30, sampling, max_draft_tokens=DEPTH - 1),
+        Request(first, 30, sampling),
+    ]
+    decoder = Decoder(pair().rounds, requests, num_draft_tokens=watcher)
+    for _ in decoder.run():
+        pass
+    alone = Watcher(0, DEPTH)
+    decoded(alone, prompts_of(1), sampling, max_tokens=30)
+    told = [shadow[-1] for shadow in watcher.shadows if shadow]
+    assert told[: len(alone.shadows)] == [count for (count,) in alone.shadows]
+    assert max(map(len, watcher.shadows)) == 2  # never the one that takes 3
+
+
+def test_no_shadow_where_places_are_unknown():
+    drafted = Watcher(DEPTH)
+    decoded(drafted, prompts_of(1), SAMPLINGS["greedy"])
+    assert drafted.could_shadow[0]
+    assert not any(drafted.could_shadow[1:-1])
