@@ -508,31 +508,27 @@ def play_stops(pair: Pair, rng: random.Random) -> None:
 
 
 def play_caches(pair: Pair, rng: random.Random) -> None:
-    """A text in parts that a prompt cache holds together."""
-    prompt, size = some_prompt(rng), 12
-    expected = decode(pair, 0, prompt, size)
+    """Turns that a prompt cache holds together, against each turn without it."""
     cache = make_prompt_cache(pair.target)
-    tokens: list[int] = []
-    rest = prompt
-    while len(tokens) < size:
-        count = rng.randint(1, size - len(tokens))
+    history: list[int] = []
+    for _ in range(3):
+        history += some_prompt(rng)
+        count = rng.randint(1, 8)
         said = [
             response.token
             for response in stream_generate(
                 pair.target,
                 tiny_tokenizer(has_eos=False),
-                rest,
+                history[cache[0].offset :],
                 max_tokens=count,
                 num_draft_tokens=rng.randint(0, 4),
                 exactness="fast",
                 prompt_cache=cache,
             )
         ]
-        tokens += said
-        # The last one may be in the cache already: what it lacks comes first.
-        whole = prompt + tokens
-        rest = whole[min(cache[0].offset, len(whole) - 1) :]
-    assert tokens == expected
+        assert said
+        assert said == decode(pair, 0, history, count)[: len(said)]
+        history += said
 
 
 def play_pairs(pair: Pair, rng: random.Random) -> None:
