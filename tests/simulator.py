@@ -176,9 +176,43 @@ def load(seed, length, *, is_busy):
     return factors[:length]
 
 
-def observe(controller, round_):
-    k, accepted, seconds, depth = round_
-    controller.observe(k, accepted, seconds, num_shadow_drafts=depth)
+class Mail:
+    """What a controller is told, some rounds late.
+
+    Args:
+        controller: Who is told.
+        runs: For each position, how many of unlimited drafts would be accepted.
+        lag: By how many rounds.
+
+    Attributes:
+        known: Tokens of the rounds that were told.
+    """
+
+    def __init__(self, controller, runs, lag):
+        self.known = 0
+        self._controller, self._runs, self._lag = controller, runs, lag
+        self._rounds: list[tuple[int, int, float | None, int]] = []
+        self._shadows: list[tuple[int, int]] = []
+
+    def send(self, position, k, seconds, depth):
+        """A round of K drafts has been run there, with so many beside it."""
+        self._rounds.append((position, k, seconds, depth))
+        if depth:
+            self._shadows.append((position, depth))
+        self.deliver(self._lag)
+
+    def deliver(self, lag):
+        """Tell all but the last rounds, and of drafts whose tokens have come."""
+        while len(self._rounds) > lag:
+            position, k, seconds, depth = self._rounds.pop(0)
+            num_accepted = min(k, self._runs[position])
+            self._controller.observe(
+                k, [num_accepted], seconds, num_shadow_drafts=depth
+            )
+            self.known += 1 + num_accepted
+        while self._shadows and self.known >= sum(self._shadows[0]) + 1:
+            position, depth = self._shadows.pop(0)
+            self._controller.observe_shadow(depth, [min(depth, self._runs[position])])
 
 
 class Machine:
@@ -192,16 +226,14 @@ class Machine:
         seed: Of text, noise and load.
 
     Attributes:
-        time: Plain rounds that passed.
-        setups_s: What it took to trace, for who asks.
+        setup_s: What it took to trace the last time, for who asks.
         chosen: In the last process, tokens before each round and its K.
     """
 
     def __init__(self, curve, process, *, tracing, is_busy=False, seed=0):
         self.costs, self.process = CURVES[curve], process
         self.tracing, self.is_busy, self.seed = tracing, is_busy, seed
-        self.time = 0.0
-        self.setups_s: list[float] = []
+        self.setup_s = 0.2  # what is thought until one was seen
         self.num_processes = 0
         self.chosen: list[tuple[int, int]] = []
 
@@ -210,50 +242,34 @@ class Machine:
         self.num_processes += 1
         seed = f"{self.seed} {self.num_processes}"
         runs = text(self.process, length, seed)
-        factors = noise(seed, length)
         loads = load(seed, length, is_busy=self.is_busy)
+        mail = Mail(controller, runs, lag)
         traced: set[int] = set()
-        position = known = 0
+        position = 0
         time = 0.0
-        waiting: list[tuple[int, list[int], float | None, int]] = []
-        shadows: list[tuple[int, int]] = []  # where, how many
         self.chosen = []
         controller.start()
-        for factor, busy in zip(factors, loads, strict=True):
-            setup = self.setups_s[-1] if self.setups_s else 0.2
-            setup_s = {k: setup for k in range(DEPTH + 1) if k not in traced}
+        for factor, busy in zip(noise(seed, length), loads, strict=True):
             k = controller.choose(
-                setup_s=setup_s, tokens_left=length - known, can_shadow=True
+                setup_s={j: self.setup_s for j in range(DEPTH + 1) if j not in traced},
+                tokens_left=length - mail.known,
+                can_shadow=True,
             )
             depth = controller.num_shadow_drafts
             self.chosen.append((position, k))
-            num_accepted = min(k, runs[position])
-            seconds = PLAIN_S * self.costs[k] * factor * busy
-            time += self.costs[k]
-            if depth:
-                shadows.append((position, depth))
-                extra = SHADOW[0] + SHADOW[1] * depth
-                time += extra
-                seconds += PLAIN_S * extra * busy
+            took = self.costs[k] + (SHADOW[0] + SHADOW[1] * depth if depth else 0)
+            seconds = PLAIN_S * took * factor * busy
             if k not in traced:
                 traced.add(k)
-                time += self.tracing
-                self.setups_s.append(PLAIN_S * self.tracing * busy)
-                seconds = None
-            waiting.append((k, [num_accepted], seconds, depth))
-            position += 1 + num_accepted
+                took += self.tracing
+                self.setup_s = PLAIN_S * self.tracing * busy
+                seconds = None  # it says nothing of the next ones
+            time += took
+            mail.send(position, k, seconds, depth)
+            position += 1 + min(k, runs[position])
             if position >= length:
                 break
-            if len(waiting) > lag:
-                late = waiting.pop(0)
-                known += 1 + late[1][0]
-                observe(controller, late)
-            for where, count in [s for s in shadows if known >= s[0] + s[1] + 1]:
-                controller.observe_shadow(count, [min(count, runs[where])])
-                shadows.remove((where, count))
-        for late in waiting:
-            observe(controller, late)
-        self.time += time
+        mail.deliver(0)
         return time
 
     def best_fixed(self, lengths):

@@ -65,7 +65,7 @@ def decoded(watcher, prompts, sampling, *, look_ahead=True, max_tokens=60):
         num_draft_tokens=watcher,
         look_ahead=look_ahead,
     )
-    texts = [[] for _ in prompts]
+    texts: list[list[int]] = [[] for _ in prompts]
     for emissions in decoder.run():
         for emission in emissions:
             texts[emission.row.index] += emission.tokens

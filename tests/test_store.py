@@ -323,7 +323,7 @@ def test_learning_is_kept_across_processes(tmp_path):
     calibration.keep_verdict(1, VERDICT)
     again = calibration_of(tmp_path)
     learnt = again.controller("greedy", num_rows=1, min_rows=1)
-    assert learnt.credit_s is not None
+    assert learnt.credit.seconds is not None
     learnt.start()
     assert learnt.choose() == 8
     assert learnt.best_rate() == pytest.approx(9 / 0.0108, rel=0.1)
@@ -353,7 +353,7 @@ def test_what_others_wrote_is_not_erased(tmp_path):
     other.keep_verdict(1, VERDICT)
     again = calibration_of(tmp_path)
     assert again.verdict(1) == again.verdict(2) == VERDICT
-    assert again.controller("greedy", num_rows=2, min_rows=1).credit_s is not None
+    assert again.controller("greedy", num_rows=2, min_rows=1).credit.seconds is not None
 
 
 def test_threads_may_learn_and_save(tmp_path):
