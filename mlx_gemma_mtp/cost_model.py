@@ -14,7 +14,6 @@ Numbers in, numbers out: reads no clock.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +38,6 @@ _NOISE_RATE = 0.03  # weight of a new square in the variance of the noise
 _DOUBT = 2.0  # standard deviations, from where on a measurement weighs less
 _OUTLIER = 4.0  # standard deviations, from where on it needs others that agree
 _AGREEING = 3
-_RECENT = 12  # rounds before a jump that may have been part of it
 TYPICAL_COST = (1.0, 1.15, 1.3, 1.45, 1.6, 1.75, 1.9, 2.05, 2.2)
 
 
@@ -73,8 +71,7 @@ class CostModel:
         self._noise = _NOISE_FIRST**2
         self._outliers = [0] * _N  # in a row, by K; negative: shorter than thought
         self._num_measured = [0] * _N
-        self._here: set[int] = set()  # of this process
-        self._recent: deque[int] = deque(maxlen=_RECENT)
+        self._here: set[int] = set()
 
     def usual_ratio(self, num_draft_tokens: int, other: int) -> float:
         """T(num_draft_tokens) / T(other) before anything was measured."""
@@ -115,7 +112,6 @@ class CostModel:
             if not self._is_lasting(k, surprise):
                 return
             self._widen(scale=_SCALE_JUMP**2, shape=_SHAPE_JUMP)
-            self._doubt_recent(k, surprise * surprise)
             variance = self._covariance[k][k] + self._noise
             doubt = 0.0
         else:
@@ -123,7 +119,6 @@ class CostModel:
         self._outliers[k] = 0
         self._num_measured[k] += 1
         self._here.add(k)
-        self._recent.append(k)
         self._update(k, surprise, variance, doubt * doubt)
 
     def has_measured(self, num_draft_tokens: int) -> bool:
@@ -204,14 +199,6 @@ class CostModel:
             [c + scale + shape * s for c, s in zip(row, prior, strict=True)]
             for row, prior in zip(self._covariance, _SHAPE, strict=True)
         ]
-
-    def _doubt_recent(self, k: int, variance: float) -> None:
-        """Take back what was learnt of other K's just before a jump.
-
-        What makes rounds of K slower by now may have begun with those.
-        """
-        for other in set(self._recent) - {k}:
-            self._covariance[other][other] += variance
 
     def _update(self, k: int, surprise: float, variance: float, doubt: float) -> None:
         """One step of a Kalman filter, and the drift until the next.
