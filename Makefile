@@ -52,7 +52,7 @@ test-slow: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
 test-control: $(DEV_STAMP)
-	@$(BIN)/python -m pytest -m control tests/test_control.py $(ARGS)
+	@$(BIN)/python -m pytest -m control tests/test_control.py tests/test_control_processes.py $(ARGS)
 
 test-threads: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m threads tests/test_threads.py $(ARGS)

@@ -30,8 +30,8 @@ from .cost_model import CostModel
 
 # Credit, in plain rounds or as a share of the time that passes.
 _ALLOWANCE = 5.0
-_SHARE = 0.0075
-_FIRST_SHARE = 0.015  # for so many plain rounds of a process
+_SHARE = 0.005
+_FIRST_SHARE = 0.0125  # for so many plain rounds of a process
 _FIRST_ROUNDS = 300
 _MOST = 6.0
 _LEAST = -1.0
@@ -157,10 +157,17 @@ class Credit:
         self.seconds += (_FIRST_SHARE if is_first else _SHARE) * passed_s
         self.seconds = min(self.seconds, self._most_s(plain_s))
 
-    def affords(self, trial: Trial, outlook: Outlook) -> bool:
-        """Whether a trial may be run."""
+    def affords(self, trial: Trial, outlook: Outlook, *, is_doubted: bool) -> bool:
+        """Whether a trial may be run.
+
+        Args:
+            trial: The trial.
+            outlook: What is expected.
+            is_doubted: Whether it only pays if more drafts are accepted than thought.
+        """
         cost_s = trial.price_s + trial.setup_s
-        return cost_s <= max(self.seconds or 0.0, self._own_s(trial, outlook))
+        own_s = 0.0 if is_doubted else self._own_s(trial, outlook)
+        return cost_s <= max(self.seconds or 0.0, own_s)
 
     def is_spare(self, plain_s: float) -> bool:
         """Whether there is hardly room for more."""
@@ -200,7 +207,7 @@ class Credit:
         """What the process may spend of its own time on tracing a trial."""
         is_whether = bool(outlook.best) != bool(trial.num_draft_tokens)
         is_late = outlook.left * outlook.seconds[0] < 2 * trial.setup_s
-        if trial.is_shadow or not is_whether or is_late:
+        if not trial.setup_s or not is_whether or is_late:
             return 0.0
         share = _TO_DRAFT if trial.num_draft_tokens else _TO_STOP
         return share * self._since_traced_s
@@ -257,19 +264,21 @@ def find_trial(
                 continue
         cost_s = trial.price_s + trial.setup_s + 0.05 * outlook.seconds[best]
         score = min(gain, 1.0) / cost_s
-        if score > most and credit.affords(trial, outlook):
+        if score > most and credit.affords(trial, outlook, is_doubted=is_doubted):
             found, most = trial, score
     return found
 
 
 def _round_of(k: int, outlook: Outlook, deviation: float) -> Trial:
     """Rounds of K drafts as a trial."""
-    likely_s = outlook.seconds[k] * math.exp(-deviation)
-    worth_s = outlook.tokens[k] / outlook.rate
+    seconds, worth_s = outlook.seconds[k], outlook.tokens[k] / outlook.rate
     setup_s = outlook.setup_s.get(k, 0.0)
-    count = _TRACED_ROUNDS if setup_s else 1
-    price_s = count * max(likely_s - worth_s, 0.0)
-    return Trial(k, False, price_s, setup_s, worth_s, count)
+    if not setup_s:
+        price_s = max(seconds * (1 + 0.5 * deviation) - worth_s, 0.0)
+        return Trial(k, False, price_s, 0.0, worth_s)
+    # What is thought of a K that was never run here must not price it out.
+    price_s = _TRACED_ROUNDS * max(seconds * math.exp(-deviation) - worth_s, 0.0)
+    return Trial(k, False, price_s, setup_s, worth_s, _TRACED_ROUNDS)
 
 
 def _pays_off(gain: float, setup_s: float, plain_s: float) -> bool:

@@ -127,38 +127,6 @@ def rounds_of_fixed(process, length, seed, k):
     return rounds
 
 
-def time_of(controller, curve, process, length, seed, *, lag=1, chosen=None):
-    """Time that a controller's rounds take for a text; `chosen` gets their K's.
-
-    Args:
-        lag: By how many rounds observations come late.
-    """
-    runs, factors, costs = (
-        text(process, length, seed),
-        noise(seed, length),
-        CURVES[curve],
-    )
-    position = known = time = 0
-    waiting: list[tuple[int, list[int], float]] = []
-    for factor in factors:
-        k = controller.choose(tokens_left=length - known)
-        if chosen is not None:
-            chosen.append(k)
-        num_accepted = min(k, runs[position])
-        waiting.append((k, [num_accepted], PLAIN_S * costs[k] * factor))
-        time += costs[k]
-        position += 1 + num_accepted
-        if position >= length:
-            break
-        if len(waiting) > lag:
-            late = waiting.pop(0)
-            known += 1 + late[1][0]
-            controller.observe(*late)
-    for late in waiting:
-        controller.observe(*late)
-    return time
-
-
 # What a process meets: plain rounds that tracing a round takes, how the machine's load
 # comes and goes, and what drafting beside a plain round takes, in plain rounds.
 TRACINGS = (3, 10, 30)
@@ -174,6 +142,10 @@ def load(seed, length, *, is_busy):
         if is_busy:
             factors += [rng.choice([1.3, 1.6, 2.0, 3.0])] * rng.randint(20, 400)
     return factors[:length]
+
+
+def shadow_cost(depth):
+    return SHADOW[0] + SHADOW[1] * depth if depth else 0.0
 
 
 class Mail:
@@ -213,6 +185,32 @@ class Mail:
         while self._shadows and self.known >= sum(self._shadows[0]) + 1:
             position, depth = self._shadows.pop(0)
             self._controller.observe_shadow(depth, [min(depth, self._runs[position])])
+
+
+def time_of(controller, curve, process, length, seed, *, lag=1, chosen=None):
+    """Time that a controller's rounds take for a text; `chosen` gets their K's.
+
+    Nothing must be traced. Drafts are made beside rounds where the controller asks.
+
+    Args:
+        lag: By how many rounds observations come late.
+    """
+    costs, runs = CURVES[curve], text(process, length, seed)
+    mail = Mail(controller, runs, lag)
+    position = time = 0
+    for factor in noise(seed, length):
+        k = controller.choose(tokens_left=length - mail.known, can_shadow=True)
+        depth = controller.num_shadow_drafts
+        if chosen is not None:
+            chosen.append(k)
+        took = costs[k] + shadow_cost(depth)
+        time += took
+        mail.send(position, k, PLAIN_S * took * factor, depth)
+        position += 1 + min(k, runs[position])
+        if position >= length:
+            break
+    mail.deliver(0)
+    return time
 
 
 class Machine:
@@ -257,7 +255,7 @@ class Machine:
             )
             depth = controller.num_shadow_drafts
             self.chosen.append((position, k))
-            took = self.costs[k] + (SHADOW[0] + SHADOW[1] * depth if depth else 0)
+            took = self.costs[k] + shadow_cost(depth)
             seconds = PLAIN_S * took * factor * busy
             if k not in traced:
                 traced.add(k)
