@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .control import AcceptanceModel, DraftLengthController, Prior
+from .early_start import EarlyStart
 from .learnt import numbers
 from .route import Route, Verdict
 from .store import Store
@@ -46,6 +47,7 @@ class Calibration:
         self._acceptance: dict[str, AcceptanceModel] = {}
         self._controllers: dict[tuple[str, int, int], DraftLengthController] = {}
         self._verdicts: dict[int, Verdict] = {}
+        self._early_starts: dict[int, EarlyStart] = {}
         self._given_up: set[int] = set()
         self._num_plain: dict[str, int] = {}
         self._restore_counts()
@@ -76,6 +78,11 @@ class Calibration:
                 )
                 self._controllers[key] = controller
             return self._controllers[key]
+
+    def early_start(self, num_rows: int) -> EarlyStart:
+        """What decides when rounds of so many rows are started, in this process."""
+        with self.lock:
+            return self._early_starts.setdefault(num_rows, EarlyStart())
 
     def verdict(self, num_rows: int) -> Verdict | None:
         """What the probe found for a number of rows; None where it has not."""

@@ -32,6 +32,7 @@ import mlx.core as mx
 from .acceptance import Accepted
 from .cache import PrefillCache
 from .draft_length import DraftLength, DraftLengths, FixedDraftLength
+from .early_start import EarlyStart
 from .emission import Emission, Progress, Step
 from .errors import RequestError
 from .logprobs import reported_logprobs
@@ -78,6 +79,8 @@ class _InFlight:
         setup_s: What it took the host to trace it; None where it was traced before.
         has_near_ties: Whether the report counts near ties.
         num_shadow_drafts: Drafts that were made beside it.
+        waiting: Arrays that are still to be evaluated: it has not been started.
+        is_early: Whether it was started before the report of the one before was read.
         seconds: Its time; None while it is not known.
     """
 
@@ -87,7 +90,9 @@ class _InFlight:
     chooser: DraftLength
     setup_s: float | None
     has_near_ties: bool
-    num_shadow_drafts: int = 0
+    num_shadow_drafts: int
+    waiting: list[mx.array]
+    is_early: bool = False
     seconds: float | None = None
 
 
@@ -104,7 +109,9 @@ class Decoder:
         num_draft_tokens: K, drafts per round, 0 for plain decoding; or who chooses it
             for every round.
         prefill_step_size: Most prompt tokens in one forward, and between two rounds.
-        look_ahead: Whether a round is queued before the last one's report is read.
+        look_ahead: Whether a round is built before the last one's report is read.
+        early_start: Decides whether it is started before that, too; None for one that
+            has learnt nothing yet.
         route: How rounds are run and which numbers of drafts they may have.
         max_rows: Most rows that are decoded together; others wait.
         max_kv_bytes: Most memory of the slabs; None for no limit. A row is let in only
@@ -128,6 +135,7 @@ class Decoder:
         num_draft_tokens: int | DraftLengths,
         prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
         look_ahead: bool = True,
+        early_start: EarlyStart | None = None,
         route: Route = ANY_ROUTE,
         max_rows: int = DEFAULT_MAX_ROWS,
         max_kv_bytes: int | None = None,
@@ -151,6 +159,7 @@ class Decoder:
         self._route = route
         self._prefill_step_size = prefill_step_size
         self._look_ahead = look_ahead
+        self._early_start = early_start or EarlyStart()
         self._in_flight: deque[_InFlight] = deque()
         self._num_queued = 0
         self._shadows = Shadows()
@@ -381,7 +390,7 @@ class Decoder:
     def _rest(self) -> None:
         """Wait for what is still running and let go of the slabs."""
         try:
-            mx.eval([queued.report.tokens for queued in self._in_flight])
+            mx.eval([q.report.tokens for q in self._in_flight if not q.waiting])
         finally:
             self._in_flight.clear()
             self._verified = None
@@ -539,11 +548,17 @@ class Decoder:
             self._in_flight.popleft()  # everybody has left since it was queued
             self._timer.disturb()
         while self._can_queue() and self._wants_round(ahead=True):
-            self._queue_round()
-        return self._read_round()
+            is_first = not self._in_flight
+            self._build_round()
+            if is_first or self._early_start.is_early:
+                self._start_round(is_early=not is_first)
+        emissions = self._read_round()
+        if self._seats.live:  # else what is in flight is dropped
+            self._start_round(is_early=False)
+        return emissions
 
-    def _queue_round(self) -> None:
-        """Queue one round on the device."""
+    def _build_round(self) -> None:
+        """Build the graph of one round; it is evaluated once it is started."""
         if self._seats.fit(self._drafts_in_flight, may_shrink=not self._waiting):
             self._timer.disturb()
             self._seat_drafts()
@@ -565,10 +580,6 @@ class Decoder:
                 state, settings, num_draft_tokens=count, min_rows=min_rows
             )
             queued = self._seats.state.arrays
-        # The last reference to the old slabs, which are then written in place.
-        del state
-        with self._timer.queue():
-            mx.async_eval(*report.arrays, *queued)
         setup_s = None if is_ready else time.perf_counter() - start
         rows = tuple(self._seats.rows)
         has_near_ties = settings.rule.near_tie is not None
@@ -581,6 +592,7 @@ class Decoder:
                 setup_s,
                 has_near_ties,
                 num_shadow,
+                [*report.arrays, *queued],
             )
         )
         self._num_queued += 1
@@ -591,6 +603,21 @@ class Decoder:
         if self._num_queued % _ROUNDS_PER_CACHE_CLEAR == 0:
             mx.clear_cache()
             self._timer.disturb()
+
+    def _start_round(self, *, is_early: bool) -> None:
+        """Hand the round that was built last to the device, if that was not done.
+
+        Nobody has a reference to the slabs before it by now: they are written in place.
+        """
+        if not self._in_flight or not self._in_flight[-1].waiting:
+            return
+        built = self._in_flight[-1]
+        arrays, built.waiting, built.is_early = built.waiting, [], is_early
+        start = time.perf_counter()
+        with self._timer.queue():
+            mx.async_eval(*arrays)
+        if built.setup_s is not None:
+            built.setup_s += time.perf_counter() - start
 
     def _queue_shadow(self, state: RoundState, settings: RowSettings) -> int:
         """Make drafts beside the next round, where they are asked for; how many."""
@@ -664,6 +691,10 @@ class Decoder:
             done.seconds,
             num_shadow_drafts=done.num_shadow_drafts,
         )
+        if done.seconds is not None and self._can_look_ahead:
+            self._early_start.observe(
+                done.num_draft_tokens, done.seconds, is_early=done.is_early
+            )
         emissions = self._emit(done.rows, outcomes)
         self._shadows.compare()
         return emissions
@@ -674,10 +705,11 @@ class Decoder:
             self._timer.disturb()
             done.chooser.observe_setup(done.setup_s + self._timer.waited_s)
         interval = self._timer.interval()
-        if interval is not None and interval.is_queued and self._in_flight:
-            self._in_flight[-1].seconds = interval.seconds
-        elif interval is not None:
-            done.seconds = interval.seconds
+        if interval is None:
+            return
+        last = self._in_flight[-1] if self._in_flight else done
+        queued = done if last.waiting else last
+        (queued if interval.is_queued else done).seconds = interval.seconds
 
     def _count(self, row: Row, num_draft_tokens: int, outcome: Outcome) -> None:
         """Count a live row's part of a round."""

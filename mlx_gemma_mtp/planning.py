@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -19,6 +19,7 @@ from .draft_length import (
     DraftLengths,
     FixedDraftLength,
 )
+from .early_start import EarlyStart
 from .pair import Pair
 from .probe import probe
 from .route import ANY_ROUTE, AUTO, PLAIN, Route, Verdict, exact_routes, inexact_route
@@ -51,12 +52,14 @@ class Plan:
         route: How rounds are run.
         why_plain: Why there are no drafts, in words; empty where there may be.
         probe_s: What the probe took, if it ran for this plan, seconds.
+        early_start: Decides when rounds are started.
     """
 
     draft_lengths: DraftLengths
     route: Route
     why_plain: str = ""
     probe_s: float = 0.0
+    early_start: EarlyStart = field(default_factory=EarlyStart)
 
 
 def make_plan(
@@ -161,13 +164,17 @@ class _Planner:
             why_plain = route.state
         adaptive = self._adaptive(route)
         if self._num_draft_tokens is None:
-            return Plan(adaptive, route, why_plain, self._probe_s)
+            return Plan(adaptive, route, why_plain, self._probe_s, self._early_start)
         if self._num_draft_tokens not in route.allowed and route.has_drafts:
             used = max(k for k in route.allowed if k <= self._num_draft_tokens)
             note = f"{used} drafts in place of {self._num_draft_tokens}, not proved"
             route = replace(route, state=f"{route.state}; {note}")
             why_plain = "" if used else note
-        return Plan(adaptive, route, why_plain, self._probe_s)
+        return Plan(adaptive, route, why_plain, self._probe_s, self._early_start)
+
+    @property
+    def _early_start(self) -> EarlyStart:
+        return self._pair.calibration.early_start(len(self._requests))
 
     def _adaptive(self, route: Route) -> AdaptiveDraftLength:
         return _adaptive(

@@ -216,6 +216,7 @@ def make_decoder(
         num_draft_tokens=plan.draft_lengths,
         prefill_step_size=prefill_step_size,
         route=plan.route,
+        early_start=plan.early_start,
         prompt_caches=prompt_caches,
     )
     decoder.stats.why_plain = plan.why_plain

@@ -24,6 +24,7 @@ LAYERS = {
     "chips": 0,
     "command": 0,
     "config": 0,
+    "early_start": 0,
     "families": 0,
     "hook_table": 0,
     "machine": 0,
