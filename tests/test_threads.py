@@ -33,7 +33,7 @@ from mlx_gemma_mtp.tokens import generate_tokens, make_batch_decoder
 from mlx_gemma_mtp.traces import Traces
 from mlx_gemma_mtp.weights import load_drafter
 from tests.scripted import ChainDrafter, ChainTarget
-from tests.test_joining import check_against_alone, check_chains
+from tests.test_joining import chain_text, check_against_alone, check_chains
 from tests.test_stop import before_the_stop
 from tests.tiny import REFERENCE, reference_pair, tiny_tokenizer, uncompiled
 
@@ -322,6 +322,48 @@ class TestMoving:
 
         with uncompiled(), workers(3) as pools:
             assert self._collect(pools, make) == self._collect(pools[:1], make)
+
+    def test_a_generator_that_follows_a_prompt_cache(self, model):
+        """Made by one thread, begun by another one."""
+
+        def play(pools):
+            cache = make_prompt_cache(model)
+
+            def make():
+                return stream_generate(
+                    model,
+                    tiny_tokenizer(has_eos=False),
+                    PROMPT,
+                    max_tokens=4,
+                    num_draft_tokens=2,
+                    exactness="fast",
+                    prompt_cache=cache,
+                )
+
+            return [self._collect(pools, make) for _ in range(2)]
+
+        with uncompiled(), workers(3) as pools:
+            assert play(pools) == play(pools[:1])
+
+    @pytest.mark.parametrize("look_ahead", [True, False])
+    def test_rows_that_end_before_others(self, look_ahead):
+        rounds = Rounds(ChainTarget(), ChainDrafter(), use_compile=False)
+        requests = [Request([4], limit) for limit in (3, 5, 20)]
+
+        def make():
+            decoder = Decoder(
+                rounds, requests, num_draft_tokens=1, look_ahead=look_ahead
+            )
+            return decoder.run()
+
+        texts: list[list[int]] = [[] for _ in requests]
+        with workers(2) as pools:
+            run, turn = run_on(pools[0], make), 0
+            while emissions := run_on(pools[turn % 2], next, run, None):
+                turn += 1
+                for emission in emissions:
+                    texts[emission.row.index] += emission.tokens
+        assert texts == [chain_text([4], limit) for limit in (3, 5, 20)]
 
     def test_a_batch(self, model):
         """Rows join, leave and give their caches; slabs grow and shrink."""
