@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -22,11 +23,14 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_gemma_mtp import traces as traces_module
 from mlx_gemma_mtp.batch import BatchGenerator
+from mlx_gemma_mtp.calibration import Calibration
 from mlx_gemma_mtp.config import SamplingParams
+from mlx_gemma_mtp.control import DraftLengthController
 from mlx_gemma_mtp.decoder import Decoder, Request
+from mlx_gemma_mtp.draft_length import AdaptiveDraftLength
 from mlx_gemma_mtp.load import load_pair
 from mlx_gemma_mtp.model_arrays import ArraysChangedError, CompiledFunction, ModelArrays
-from mlx_gemma_mtp.pair import Pair, attach, pair_of
+from mlx_gemma_mtp.pair import Kept, Pair, attach, pair_of
 from mlx_gemma_mtp.rounds import Rounds
 from mlx_gemma_mtp.text import stream_generate
 from mlx_gemma_mtp.tokens import generate_tokens, make_batch_decoder
@@ -479,6 +483,53 @@ class TestLifetimes:
         disturb(pair, 1)
         assert pair_of(pair.target).rounds is not None
         assert pair_of(pair.target).calibration is not learnt
+
+
+class Forgetful(Kept):
+    """Whose weights another thread exchanges whenever something is learnt of them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, None if name == "calibration" else value)
+
+
+class OwnedLock:
+    """A lock that knows whether it is held."""
+
+    is_held = False
+
+    def __enter__(self) -> None:
+        self.is_held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.is_held = False
+
+
+class TestLearning:
+    """What several threads learn of one pair."""
+
+    def test_weights_that_change_while_it_is_asked_for(self):
+        pair = new_pair()
+        pair.kept = Forgetful()
+        assert isinstance(pair.calibration, Calibration)
+
+    def test_what_tracing_took_is_noted_under_the_lock(self):
+        """Who keeps what was learnt goes over the same list."""
+        lock = OwnedLock()
+
+        class Setups(deque[float]):
+            def append(self, seconds: float) -> None:
+                assert lock.is_held
+                super().append(seconds)
+
+            def __len__(self) -> int:
+                assert lock.is_held
+                return super().__len__()
+
+        chooser = AdaptiveDraftLength(
+            DraftLengthController(), setups=Setups(), lock=lock, keep=lambda: None
+        )
+        chooser.observe_setup(0.5)
+        assert chooser.choose([0, 1], not_ready=[1], tokens_left=None) in (0, 1)
 
 
 PLANS = (8, 20, 40, 12)  # most steps before, tokens of a prompt and text, steps until
