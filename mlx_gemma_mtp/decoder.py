@@ -54,6 +54,7 @@ from .state import Report, RoundState, RowSettings, Verified, row_settings
 from .stats import RoundStats, joined_rules
 from .target import Prefilled
 from .timing import RoundTimer
+from .trials import MAX_SHADOW_DRAFTS
 from .waiting import Waiting, WaitingRows
 
 logger = logging.getLogger("mlx_gemma_mtp")
@@ -393,6 +394,7 @@ class Decoder:
             mx.eval([q.report.tokens for q in self._in_flight if not q.waiting])
         finally:
             self._in_flight.clear()
+            self._shadows.clear()
             self._verified = None
             self._seats.clear()
 
@@ -630,7 +632,7 @@ class Decoder:
             self._shadows.add(
                 drafts,
                 self._seats.rows,
-                num_in_flight=len(self._in_flight),
+                in_flight=[queued.rows for queued in self._in_flight],
                 chooser=self._chooser,
             )
         return count
@@ -785,10 +787,11 @@ class Decoder:
 
     @property
     def _can_shadow(self) -> bool:
-        """Whether it is known where drafts would stand in the rows' texts."""
-        return not self._seats.settings.rule.has_host and not any(
-            self._drafts_in_flight
-        )
+        """Whether drafts beside a plain round say something, and of which place."""
+        if self._seats.settings.rule.has_host or any(self._drafts_in_flight):
+            return False
+        most = max(row.request.max_draft_tokens for row in self._seats.live)
+        return most >= MAX_SHADOW_DRAFTS
 
     @property
     def _drafts_in_flight(self) -> list[int]:

@@ -179,8 +179,8 @@ class AdaptiveDraftLength:
             return self._fixed.choose(
                 allowed, not_ready=not_ready, tokens_left=tokens_left
             )
-        setup_s = dict.fromkeys(not_ready, self._setup_s) if not_ready else {}
         with self._lock:
+            setup_s = dict.fromkeys(not_ready, self._setup_s) if not_ready else {}
             count = self._controller.choose(
                 allowed=allowed,
                 setup_s=setup_s,
@@ -214,7 +214,8 @@ class AdaptiveDraftLength:
 
     def observe_setup(self, seconds: float) -> None:
         """See ``DraftLength``."""
-        self._setups.append(seconds)
+        with self._lock:
+            self._setups.append(seconds)
 
     def seat(self, num_seats: int, *, rule: str, context: int) -> AdaptiveDraftLength:
         """The same: the controller was chosen for rows that stay."""

@@ -137,10 +137,13 @@ class Pair:
     @property
     def calibration(self) -> Calibration:
         """What the pair has learnt on this machine."""
-        if self.kept.calibration is None:
+        found = self.kept.calibration
+        if found is None:
             key = learnt_key(named_arrays(self._modules()))
-            self.kept.calibration = Calibration(Store(key, cache_folder()), self.prior)
-        return self.kept.calibration
+            found = Calibration(Store(key, cache_folder()), self.prior)
+            # Another thread may forget it at once, with the weights.
+            self.kept.calibration = found
+        return found
 
     @property
     def drafter_bytes(self) -> int:

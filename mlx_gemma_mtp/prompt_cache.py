@@ -53,6 +53,7 @@ def read_prompt_cache(
             _in_order(source, array, layer) for array in (source.keys, source.values)
         )
         cache.fill(keys, values, offset=int(source.offset))
+        mx.async_eval(keys, values)  # another thread may read on
     return caches
 
 

@@ -112,6 +112,7 @@ class Seats:
             self.state = None
             mx.clear_cache()
         self.rows, self._first_positions, self._rule = [], {}, None
+        self.room.rows = []
 
     def sit(self, row: Row, filled: Prefilled, last_token: int) -> None:
         """Give a seat to a row whose prompt was read.
@@ -157,6 +158,7 @@ class Seats:
                     if row is not None and not row.is_live
                 },
             )
+            self._start()
         self.update()
 
     def fit(self, in_flight: Sequence[int], *, may_shrink: bool) -> bool:

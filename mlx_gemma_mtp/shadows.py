@@ -72,7 +72,7 @@ class Shadows:
         drafts: mx.array,
         rows: Sequence[Row | None],
         *,
-        num_in_flight: int,
+        in_flight: Sequence[Sequence[Row | None]],
         chooser: DraftLength,
     ) -> None:
         """Let drafts wait.
@@ -80,10 +80,13 @@ class Shadows:
         Args:
             drafts: For each seat, int32 [B, N]; queued on the device.
             rows: Who sits there.
-            num_in_flight: Plain rounds that are queued before.
+            in_flight: Who sits in each of the plain rounds that are queued before.
             chooser: Who is told.
         """
-        starts = tuple(row.num_emitted + num_in_flight if row else 0 for row in rows)
+        starts = tuple(
+            row.num_emitted + sum(row in queued for queued in in_flight) if row else 0
+            for row in rows
+        )
         self._waiting.append(_Shadow(drafts, tuple(rows), starts, chooser))
 
     def compare(self) -> None:
@@ -91,6 +94,12 @@ class Shadows:
         while self._waiting and self._waiting[0].is_due:
             shadow = self._waiting.popleft()
             shadow.chooser.observe_shadow(shadow.drafts.shape[1], shadow.num_accepted())
+
+    def clear(self) -> None:
+        """Let go of all drafts: their tokens do not come, or they have failed."""
+        while self._waiting:
+            shadow = self._waiting.popleft()
+            shadow.chooser.observe_shadow(shadow.drafts.shape[1], [])
 
 
 def _num_equal(drafts: Sequence[int], tokens: Sequence[int]) -> int:

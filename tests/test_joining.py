@@ -546,13 +546,15 @@ def fails(*args, **kwargs):
 class Chooser:
     """Always one draft; says for how many seats a round was that it is told of."""
 
+    num_shadow_drafts = 0
+
     def __init__(self, num_seats, tell):
         self._num_seats, self._tell = num_seats, tell
 
-    def choose(self, allowed, *, not_ready, tokens_left):
+    def choose(self, allowed, *, not_ready, tokens_left, can_shadow=False):
         return 1
 
-    def observe(self, num_draft_tokens, accepted, seconds):
+    def observe(self, num_draft_tokens, accepted, seconds, *, num_shadow_drafts=0):
         self._tell(self._num_seats)
 
     def observe_setup(self, seconds):

@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_shadows.py
 from __future__ import annotations
 
 from functools import cache
+from weakref import ref
 
 import pytest
 from mlx_lm.utils import load_tokenizer
@@ -14,8 +15,10 @@ from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.decoder import Decoder
 from mlx_gemma_mtp.draft_length import FixedDraftLength
 from mlx_gemma_mtp.load import embedded_pair_path, load_pair
+from mlx_gemma_mtp.rounds import Rounds
 from mlx_gemma_mtp.row import Request
 from tests.embedded import PROMPTS
+from tests.scripted import ChainDrafter, ChainTarget
 
 DEPTH = 4
 SAMPLINGS = {
@@ -125,3 +128,72 @@ def test_no_shadow_where_places_are_unknown():
     decoded(drafted, prompts_of(1), SAMPLINGS["greedy"])
     assert drafted.could_shadow[0]
     assert not any(drafted.could_shadow[1:-1])
+
+
+def joining(watcher):
+    """A decoder of chains that rows join; drafts of even tokens are always right."""
+    rounds = Rounds(ChainTarget(), ChainDrafter(), use_compile=False)
+    return Decoder(rounds, num_draft_tokens=watcher)
+
+
+def test_a_row_that_joins_beside_a_round_in_flight():
+    """That round brings it no token."""
+    watcher = Watcher(0, DEPTH)
+    decoder = joining(watcher)
+    for _ in range(3):
+        decoder.add(Request([4], 20))
+        for _ in range(4):
+            decoder.step()
+    while not decoder.is_idle:
+        decoder.step()
+    assert max(map(len, watcher.shadows)) > 1
+    assert {count for shadow in watcher.shadows for count in shadow} == {DEPTH}
+
+
+@pytest.mark.parametrize("how", ["removed", "failed"])
+def test_drafts_of_rows_that_are_gone_are_let_go_of(how, monkeypatch):
+    """Their tokens do not come; and drafts may have failed with their round."""
+    watcher = Watcher(0, DEPTH)
+    decoder = joining(watcher)
+    row = decoder.add(Request([4], 20))
+    for _ in range(3):
+        decoder.step()
+    num_waiting = len(watcher.could_shadow) - len(watcher.shadows)
+    assert num_waiting > 1
+    if how == "removed":
+        decoder.remove(row)
+    else:
+        monkeypatch.setattr(Rounds, "draft", fails)
+        decoder.step()
+        assert row.finish_reason == "error"
+    # Who has asked is told that nothing comes.
+    assert watcher.shadows[-num_waiting:] == [[]] * num_waiting
+
+
+def fails(*args, **kwargs):
+    raise RuntimeError("no memory")
+
+
+def test_a_decoder_that_rests_holds_no_row():
+    decoder = joining(Watcher(0, DEPTH))
+    row = decoder.add(Request([4], 20))
+    for _ in range(3):
+        decoder.step()
+    decoder.remove(row)
+    reference = ref(row)
+    del row
+    assert reference() is None
+
+
+def test_no_shadow_where_no_row_would_say_anything():
+    watcher = Watcher(0)
+    decoder = joining(watcher)
+    decoder.add(Request([4], 10, max_draft_tokens=DEPTH - 1))
+    for _ in range(3):
+        decoder.step()
+    assert not any(watcher.could_shadow)
+    decoder.add(Request([4], 3))
+    while not decoder.is_idle:
+        decoder.step()
+    assert any(watcher.could_shadow)
+    assert not watcher.could_shadow[-1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -22,18 +23,21 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_gemma_mtp import traces as traces_module
 from mlx_gemma_mtp.batch import BatchGenerator
+from mlx_gemma_mtp.calibration import Calibration
 from mlx_gemma_mtp.config import SamplingParams
+from mlx_gemma_mtp.control import DraftLengthController
 from mlx_gemma_mtp.decoder import Decoder, Request
+from mlx_gemma_mtp.draft_length import AdaptiveDraftLength
 from mlx_gemma_mtp.load import load_pair
 from mlx_gemma_mtp.model_arrays import ArraysChangedError, CompiledFunction, ModelArrays
-from mlx_gemma_mtp.pair import Pair, attach, pair_of
+from mlx_gemma_mtp.pair import Kept, Pair, attach, pair_of
 from mlx_gemma_mtp.rounds import Rounds
 from mlx_gemma_mtp.text import stream_generate
 from mlx_gemma_mtp.tokens import generate_tokens, make_batch_decoder
 from mlx_gemma_mtp.traces import Traces
 from mlx_gemma_mtp.weights import load_drafter
 from tests.scripted import ChainDrafter, ChainTarget
-from tests.test_joining import check_against_alone, check_chains
+from tests.test_joining import chain_text, check_against_alone, check_chains
 from tests.test_stop import before_the_stop
 from tests.tiny import REFERENCE, reference_pair, tiny_tokenizer, uncompiled
 
@@ -323,6 +327,48 @@ class TestMoving:
         with uncompiled(), workers(3) as pools:
             assert self._collect(pools, make) == self._collect(pools[:1], make)
 
+    def test_a_generator_that_follows_a_prompt_cache(self, model):
+        """Made by one thread, begun by another one."""
+
+        def play(pools):
+            cache = make_prompt_cache(model)
+
+            def make():
+                return stream_generate(
+                    model,
+                    tiny_tokenizer(has_eos=False),
+                    PROMPT,
+                    max_tokens=4,
+                    num_draft_tokens=2,
+                    exactness="fast",
+                    prompt_cache=cache,
+                )
+
+            return [self._collect(pools, make) for _ in range(2)]
+
+        with uncompiled(), workers(3) as pools:
+            assert play(pools) == play(pools[:1])
+
+    @pytest.mark.parametrize("look_ahead", [True, False])
+    def test_rows_that_end_before_others(self, look_ahead):
+        rounds = Rounds(ChainTarget(), ChainDrafter(), use_compile=False)
+        requests = [Request([4], limit) for limit in (3, 5, 20)]
+
+        def make():
+            decoder = Decoder(
+                rounds, requests, num_draft_tokens=1, look_ahead=look_ahead
+            )
+            return decoder.run()
+
+        texts: list[list[int]] = [[] for _ in requests]
+        with workers(2) as pools:
+            run, turn = run_on(pools[0], make), 0
+            while emissions := run_on(pools[turn % 2], next, run, None):
+                turn += 1
+                for emission in emissions:
+                    texts[emission.row.index] += emission.tokens
+        assert texts == [chain_text([4], limit) for limit in (3, 5, 20)]
+
     def test_a_batch(self, model):
         """Rows join, leave and give their caches; slabs grow and shrink."""
 
@@ -437,6 +483,53 @@ class TestLifetimes:
         disturb(pair, 1)
         assert pair_of(pair.target).rounds is not None
         assert pair_of(pair.target).calibration is not learnt
+
+
+class Forgetful(Kept):
+    """Whose weights another thread exchanges whenever something is learnt of them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, None if name == "calibration" else value)
+
+
+class OwnedLock:
+    """A lock that knows whether it is held."""
+
+    is_held = False
+
+    def __enter__(self) -> None:
+        self.is_held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.is_held = False
+
+
+class TestLearning:
+    """What several threads learn of one pair."""
+
+    def test_weights_that_change_while_it_is_asked_for(self):
+        pair = new_pair()
+        pair.kept = Forgetful()
+        assert isinstance(pair.calibration, Calibration)
+
+    def test_what_tracing_took_is_noted_under_the_lock(self):
+        """Who keeps what was learnt goes over the same list."""
+        lock = OwnedLock()
+
+        class Setups(deque[float]):
+            def append(self, seconds: float) -> None:
+                assert lock.is_held
+                super().append(seconds)
+
+            def __len__(self) -> int:
+                assert lock.is_held
+                return super().__len__()
+
+        chooser = AdaptiveDraftLength(
+            DraftLengthController(), setups=Setups(), lock=lock, keep=lambda: None
+        )
+        chooser.observe_setup(0.5)
+        assert chooser.choose([0, 1], not_ready=[1], tokens_left=None) in (0, 1)
 
 
 PLANS = (8, 20, 40, 12)  # most steps before, tokens of a prompt and text, steps until
