@@ -76,7 +76,7 @@ def test_the_round_has_no_other_way_to_the_host():
     """
     forbidden = {"item", "tolist", "eval", "async_eval", "synchronize"}
     allowed = {
-        "decoder.py": {"_read", "_queue_round", "_rest", "_commit"},
+        "decoder.py": {"_read", "_queue_round", "_queue_shadow", "_rest", "_commit"},
         "prefill.py": {"read", "read_prompt"},
         "cache.py": {"resize", "insert_row", "take_row"},
         "seats.py": {"_start"},
