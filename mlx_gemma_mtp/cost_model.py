@@ -14,7 +14,7 @@ Numbers in, numbers out: reads no clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from .config import MAX_DRAFT_TOKENS
@@ -31,6 +31,7 @@ _SHAPE_JUMP = 0.05  # share of the prior variance of the shape, where outliers a
 _SHAPE_DRIFT = 1e-5  # share of the prior variance of the shape, per round
 _RESUMED = 0.02
 _RESUMED_AWAY = 0.5
+_FRESH = 400  # rounds without one of a K, until what is known of it is old
 _NOISE_FIRST = 0.05  # of one measurement
 _NOISE_BOUNDS = (1e-4, 0.04)  # variance
 _NOISE_RATE = 0.03  # weight of a new square in the variance of the noise
@@ -71,14 +72,14 @@ class CostModel:
         self._noise = _NOISE_FIRST**2
         self._outliers = [0] * _N  # in a row, by K; negative: shorter than thought
         self._num_measured = [0] * _N
-        self._here: set[int] = set()
+        self._here: dict[int, int] = {}  # rounds for which a K is not stale, by K
 
     def usual_ratio(self, num_draft_tokens: int, other: int) -> float:
         """T(num_draft_tokens) / T(other) before anything was measured."""
         return math.exp(self._usual[num_draft_tokens] - self._usual[other])
 
     def has_measured_here(self, num_draft_tokens: int) -> bool:
-        """Whether this process has learnt from a round of that K."""
+        """Whether this process has learnt from a round of that K, not long ago."""
         return num_draft_tokens in self._here
 
     def resume(self, relative_cost: Sequence[float]) -> None:
@@ -89,13 +90,9 @@ class CostModel:
                 be that one after all: it is thought to be within 1.4 deviations.
         """
         self._usual = [math.log(cost) for cost in relative_cost]
-        known = [m - self._mean[0] for m in self._mean]
-        away = [k - math.log(c) for k, c in zip(known, relative_cost, strict=True)]
+        self._here.clear()
         self._widen(scale=_SCALE_START**2, shape=_RESUMED)
-        self._covariance = [
-            [c + _RESUMED_AWAY * a * b for c, b in zip(row, away, strict=True)]
-            for row, a in zip(self._covariance, away, strict=True)
-        ]
+        self._doubt(range(_N))
 
     def start(self) -> None:
         """Begin a request: its context length may have changed the scale."""
@@ -118,8 +115,8 @@ class CostModel:
             doubt = max(surprise - _DOUBT * math.sqrt(variance), 0.0)
         self._outliers[k] = 0
         self._num_measured[k] += 1
-        self._here.add(k)
         self._update(k, surprise, variance, doubt * doubt)
+        self._age(k)
 
     def has_measured(self, num_draft_tokens: int) -> bool:
         """Whether a round of that K has been learnt from."""
@@ -198,6 +195,30 @@ class CostModel:
         self._covariance = [
             [c + scale + shape * s for c, s in zip(row, prior, strict=True)]
             for row, prior in zip(self._covariance, _SHAPE, strict=True)
+        ]
+
+    def _age(self, k: int) -> None:
+        """A round of K has been learnt from; what was long ago is not trusted more.
+
+        The machine may have been busy then, and nothing else would ever say so.
+        """
+        self._here = {other: left - 1 for other, left in self._here.items()}
+        self._here[k] = _FRESH
+        stale = [other for other, left in self._here.items() if left <= 0]
+        for other in stale:
+            del self._here[other]
+        if stale:
+            self._doubt(stale)
+
+    def _doubt(self, some: Collection[int]) -> None:
+        """Let the shape at some K's be the usual one after all."""
+        away = [
+            m - self._mean[0] - usual if k in some else 0.0
+            for k, (m, usual) in enumerate(zip(self._mean, self._usual, strict=True))
+        ]
+        self._covariance = [
+            [c + _RESUMED_AWAY * a * b for c, b in zip(row, away, strict=True)]
+            for row, a in zip(self._covariance, away, strict=True)
         ]
 
     def _update(self, k: int, surprise: float, variance: float, doubt: float) -> None:
