@@ -14,7 +14,7 @@ Numbers in, numbers out: reads no clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .config import MAX_DRAFT_TOKENS
@@ -31,7 +31,7 @@ _SHAPE_JUMP = 0.05  # share of the prior variance of the shape, where outliers a
 _SHAPE_DRIFT = 1e-5  # share of the prior variance of the shape, per round
 _RESUMED = 0.02
 _RESUMED_AWAY = 0.5
-_FRESH = 400  # rounds without one of a K, until what is known of it is old
+_FRESH = 600  # rounds without a draft, until what is known of drafting is old
 _NOISE_FIRST = 0.05  # of one measurement
 _NOISE_BOUNDS = (1e-4, 0.04)  # variance
 _NOISE_RATE = 0.03  # weight of a new square in the variance of the noise
@@ -72,7 +72,8 @@ class CostModel:
         self._noise = _NOISE_FIRST**2
         self._outliers = [0] * _N  # in a row, by K; negative: shorter than thought
         self._num_measured = [0] * _N
-        self._here: dict[int, int] = {}  # rounds for which a K is not stale, by K
+        self._here: set[int] = set()
+        self._num_plain = 0  # rounds of K = 0 since one of another K
 
     def usual_ratio(self, num_draft_tokens: int, other: int) -> float:
         """T(num_draft_tokens) / T(other) before anything was measured."""
@@ -92,7 +93,7 @@ class CostModel:
         self._usual = [math.log(cost) for cost in relative_cost]
         self._here.clear()
         self._widen(scale=_SCALE_START**2, shape=_RESUMED)
-        self._doubt(range(_N))
+        self._doubt()
 
     def start(self) -> None:
         """Begin a request: its context length may have changed the scale."""
@@ -200,21 +201,20 @@ class CostModel:
     def _age(self, k: int) -> None:
         """A round of K has been learnt from; what was long ago is not trusted more.
 
-        The machine may have been busy then, and nothing else would ever say so.
+        The machine may have been busy while it drafted, and where it drafts no longer
+        nothing else would ever say so.
         """
-        self._here = {other: left - 1 for other, left in self._here.items()}
-        self._here[k] = _FRESH
-        stale = [other for other, left in self._here.items() if left <= 0]
-        for other in stale:
-            del self._here[other]
-        if stale:
-            self._doubt(stale)
+        self._here.add(k)
+        self._num_plain = 0 if k else self._num_plain + 1
+        if self._num_plain == _FRESH:
+            self._num_plain, self._here = 0, {0}
+            self._doubt()
 
-    def _doubt(self, some: Collection[int]) -> None:
-        """Let the shape at some K's be the usual one after all."""
+    def _doubt(self) -> None:
+        """Let the shape be the usual one after all."""
         away = [
-            m - self._mean[0] - usual if k in some else 0.0
-            for k, (m, usual) in enumerate(zip(self._mean, self._usual, strict=True))
+            m - self._mean[0] - usual
+            for m, usual in zip(self._mean, self._usual, strict=True)
         ]
         self._covariance = [
             [c + _RESUMED_AWAY * a * b for c, b in zip(row, away, strict=True)]

@@ -241,7 +241,9 @@ def find_trial(
     for k in ways:
         least = _LEAST_TRACED_GAIN if outlook.is_dear(k) else _LEAST_GAIN
         doubt = _COST_OPTIMISM * deviations[k]
-        is_new = outlook.is_dear(k) or not costs.has_measured_here(k)
+        # Learnt long ago, or by another process: perhaps on a busy machine.
+        is_old = best == 0 and costs.has_measured(k) and not costs.has_measured_here(k)
+        is_new = outlook.is_dear(k) or is_old
         if is_new:
             seconds = _hopeful_s(k, outlook, costs, doubt)
         else:
