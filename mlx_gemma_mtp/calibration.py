@@ -18,7 +18,8 @@ from .learnt import numbers
 from .route import Route, Verdict
 from .store import Store
 
-# Where plain decoding won, drafting is tried again for every so many requests.
+# Where plain decoding won, drafting is tried again: for the second and the fourth
+# request, as what made it win may have been a busy machine, then for every so many.
 _PLAIN_REQUESTS = 8
 _NUM_SETUPS = 5
 _SECTIONS = ("controllers", "verdicts", "plain", "setups")
@@ -122,6 +123,7 @@ class Calibration:
             controller = self.controller(
                 rule, num_rows=num_rows, min_rows=filled.min_rows
             )
+            name = f"{rule}, {num_rows} rows"
             best = controller.best_rate(filled.allowed)
             plain = controller.best_rate((0,))
             if verdict is None or best is None or plain is None:
@@ -131,10 +133,10 @@ class Calibration:
             if drafts:
                 other = max(other, controller.best_rate(drafts) or 0.0)
             if best > other:
+                self._num_plain[name] = 0
                 return False
-            name = f"{rule}, {num_rows} rows"
             count = self._num_plain[name] = self._num_plain.get(name, 0) + 1
-            return count % _PLAIN_REQUESTS != 0
+            return count not in (2, 4) and count % _PLAIN_REQUESTS != 0
 
     def save(self) -> None:
         """Write what this process knows to the store, beside what others do."""

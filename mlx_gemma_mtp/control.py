@@ -187,7 +187,7 @@ class DraftLengthController:
         for num_accepted in accepted:
             self.acceptance.observe(num_draft_tokens, num_accepted)
         self._flight = max(self._flight - 1, 0)
-        if seconds is None:
+        if seconds is None or not math.isfinite(seconds):
             return
         if num_shadow_drafts:
             plain_s = self.costs.seconds(0)

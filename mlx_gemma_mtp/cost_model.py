@@ -31,6 +31,7 @@ _SHAPE_JUMP = 0.05  # share of the prior variance of the shape, where outliers a
 _SHAPE_DRIFT = 1e-5  # share of the prior variance of the shape, per round
 _RESUMED = 0.02
 _RESUMED_AWAY = 0.5
+_FRESH = 600  # rounds without a draft, until what is known of drafting is old
 _NOISE_FIRST = 0.05  # of one measurement
 _NOISE_BOUNDS = (1e-4, 0.04)  # variance
 _NOISE_RATE = 0.03  # weight of a new square in the variance of the noise
@@ -72,13 +73,14 @@ class CostModel:
         self._outliers = [0] * _N  # in a row, by K; negative: shorter than thought
         self._num_measured = [0] * _N
         self._here: set[int] = set()
+        self._num_plain = 0  # rounds of K = 0 since one of another K
 
     def usual_ratio(self, num_draft_tokens: int, other: int) -> float:
         """T(num_draft_tokens) / T(other) before anything was measured."""
         return math.exp(self._usual[num_draft_tokens] - self._usual[other])
 
     def has_measured_here(self, num_draft_tokens: int) -> bool:
-        """Whether this process has learnt from a round of that K."""
+        """Whether this process has learnt from a round of that K, not long ago."""
         return num_draft_tokens in self._here
 
     def resume(self, relative_cost: Sequence[float]) -> None:
@@ -89,13 +91,9 @@ class CostModel:
                 be that one after all: it is thought to be within 1.4 deviations.
         """
         self._usual = [math.log(cost) for cost in relative_cost]
-        known = [m - self._mean[0] for m in self._mean]
-        away = [k - math.log(c) for k, c in zip(known, relative_cost, strict=True)]
+        self._here.clear()
         self._widen(scale=_SCALE_START**2, shape=_RESUMED)
-        self._covariance = [
-            [c + _RESUMED_AWAY * a * b for c, b in zip(row, away, strict=True)]
-            for row, a in zip(self._covariance, away, strict=True)
-        ]
+        self._doubt()
 
     def start(self) -> None:
         """Begin a request: its context length may have changed the scale."""
@@ -118,8 +116,8 @@ class CostModel:
             doubt = max(surprise - _DOUBT * math.sqrt(variance), 0.0)
         self._outliers[k] = 0
         self._num_measured[k] += 1
-        self._here.add(k)
         self._update(k, surprise, variance, doubt * doubt)
+        self._age(k)
 
     def has_measured(self, num_draft_tokens: int) -> bool:
         """Whether a round of that K has been learnt from."""
@@ -198,6 +196,29 @@ class CostModel:
         self._covariance = [
             [c + scale + shape * s for c, s in zip(row, prior, strict=True)]
             for row, prior in zip(self._covariance, _SHAPE, strict=True)
+        ]
+
+    def _age(self, k: int) -> None:
+        """A round of K has been learnt from; what was long ago is not trusted more.
+
+        The machine may have been busy while it drafted, and where it drafts no longer
+        nothing else would ever say so.
+        """
+        self._here.add(k)
+        self._num_plain = 0 if k else self._num_plain + 1
+        if self._num_plain == _FRESH:
+            self._num_plain, self._here = 0, {0}
+            self._doubt()
+
+    def _doubt(self) -> None:
+        """Let the shape be the usual one after all."""
+        away = [
+            m - self._mean[0] - usual
+            for m, usual in zip(self._mean, self._usual, strict=True)
+        ]
+        self._covariance = [
+            [c + _RESUMED_AWAY * a * b for c, b in zip(row, away, strict=True)]
+            for row, a in zip(self._covariance, away, strict=True)
         ]
 
     def _update(self, k: int, surprise: float, variance: float, doubt: float) -> None:

@@ -192,9 +192,10 @@ def _calls_mlx(known: _Known) -> bool:
     if any(name in known.module and name in vars(builtins) for name in known.names):
         return False
     return all(
-        type(vars(place)[name]) in own
+        type(value) in own and getattr(value, "__name__", name).endswith(name)
         for place in (mx, mx.random)
         for name in known.names & vars(place).keys()
+        for value in [vars(place)[name]]
     )
 
 

@@ -242,7 +242,10 @@ def find_trial(
     for k in ways:
         least = _LEAST_TRACED_GAIN if outlook.is_dear(k) else _LEAST_GAIN
         doubt = _COST_OPTIMISM * deviations[k]
-        if outlook.is_dear(k):
+        # Learnt long ago, or by another process: perhaps on a busy machine.
+        is_old = best == 0 and costs.has_measured(k) and not costs.has_measured_here(k)
+        is_new = outlook.is_dear(k) or is_old
+        if is_new:
             seconds = _hopeful_s(k, outlook, costs, doubt)
         else:
             seconds = outlook.seconds[k] / (1 + optimism * doubt)
@@ -251,35 +254,38 @@ def find_trial(
             gain = max(gain, 2 * least)  # never plain here: not known to be slower
         if k == best or gain <= least:
             continue
-        sure = outlook.tokens[k] / seconds / outlook.rate - 1
+        is_doubted = outlook.tokens[k] / seconds / outlook.rate - 1 <= least
         is_unseen = outlook.is_dear(k) and acceptance.num_seen < SEEN
-        is_doubted = best == 0 and (sure <= least or is_unseen)
-        if can_shadow and (is_doubted or k not in outlook.choices):
+        is_question = best == 0 and (is_doubted or is_unseen)
+        if can_shadow and (is_question or k not in outlook.choices):
             if credit.num_shadows >= _MOST_SHADOWS:
                 continue
             depth = min(max(k, _SHADOWS[0]), _SHADOWS[1])
             trial = Trial(depth, True, credit.shadow_s(depth, plain_s))
         else:
-            trial = _round_of(k, outlook, deviations[k])
+            trial = _round_of(k, outlook, deviations[k], is_new=is_new)
             if not _pays_off(gain, trial.setup_s, plain_s):
                 continue
         cost_s = trial.price_s + trial.setup_s + 0.05 * outlook.seconds[best]
         score = min(gain, 1.0) / cost_s
-        if score > most and credit.affords(trial, outlook, is_doubted=is_doubted):
+        if score > most and credit.affords(
+            trial, outlook, is_doubted=best == 0 and is_doubted
+        ):
             found, most = trial, score
     return found
 
 
-def _round_of(k: int, outlook: Outlook, deviation: float) -> Trial:
+def _round_of(k: int, outlook: Outlook, deviation: float, *, is_new: bool) -> Trial:
     """Rounds of K drafts as a trial."""
-    seconds, worth_s = outlook.seconds[k], outlook.tokens[k] / outlook.rate
+    worth_s = outlook.tokens[k] / outlook.rate
+    # What is thought of a K that was never run here must not price it out.
+    factor = math.exp(-deviation) if is_new else 1 + 0.5 * deviation
+    price_s = max(outlook.seconds[k] * factor - worth_s, 0.0)
     setup_s = outlook.setup_s.get(k, 0.0)
     if not setup_s:
-        price_s = max(seconds * (1 + 0.5 * deviation) - worth_s, 0.0)
         return Trial(k, False, price_s, 0.0, worth_s)
-    # What is thought of a K that was never run here must not price it out.
-    price_s = _TRACED_ROUNDS * max(seconds * math.exp(-deviation) - worth_s, 0.0)
-    return Trial(k, False, price_s, setup_s, worth_s, _TRACED_ROUNDS)
+    num_rounds = _TRACED_ROUNDS
+    return Trial(k, False, num_rounds * price_s, setup_s, worth_s, num_rounds)
 
 
 def _pays_off(gain: float, setup_s: float, plain_s: float) -> bool:

@@ -221,6 +221,7 @@ class Machine:
         process: The text.
         tracing: Plain rounds that the first round of a K takes on top, in a process.
         is_busy: Whether others load the machine now and then.
+        can_shadow: Whether drafts may be made beside plain rounds.
         seed: Of text, noise and load.
 
     Attributes:
@@ -228,7 +229,10 @@ class Machine:
         chosen: In the last process, tokens before each round and its K.
     """
 
-    def __init__(self, curve, process, *, tracing, is_busy=False, seed=0):
+    def __init__(
+        self, curve, process, *, tracing, is_busy=False, can_shadow=True, seed=0
+    ):
+        self.can_shadow = can_shadow
         self.costs, self.process = CURVES[curve], process
         self.tracing, self.is_busy, self.seed = tracing, is_busy, seed
         self.setup_s = 0.2  # what is thought until one was seen
@@ -249,15 +253,15 @@ class Machine:
         controller.start()
         for factor, busy in zip(noise(seed, length), loads, strict=True):
             k = controller.choose(
-                setup_s={j: self.setup_s for j in range(DEPTH + 1) if j not in traced},
+                setup_s=self._setups(traced),
                 tokens_left=length - mail.known,
-                can_shadow=True,
+                can_shadow=self.can_shadow,
             )
             depth = controller.num_shadow_drafts
             self.chosen.append((position, k))
             took = self.costs[k] + shadow_cost(depth)
             seconds = PLAIN_S * took * factor * busy
-            if k not in traced:
+            if self.tracing and k not in traced:
                 traced.add(k)
                 took += self.tracing
                 self.setup_s = PLAIN_S * self.tracing * busy
@@ -269,6 +273,11 @@ class Machine:
                 break
         mail.deliver(0)
         return time
+
+    def _setups(self, traced):
+        if not self.tracing:
+            return {}
+        return {k: self.setup_s for k in range(DEPTH + 1) if k not in traced}
 
     def best_fixed(self, lengths):
         """Plain rounds that the best fixed K takes for processes of such lengths."""

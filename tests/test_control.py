@@ -266,6 +266,15 @@ def test_best_rate():
     assert controller.best_rate({0}) == pytest.approx(1 / PLAIN_S, rel=0.05)
 
 
+@pytest.mark.parametrize("seconds", [math.nan, math.inf])
+def test_a_time_that_is_none_leaves_the_credit(seconds):
+    controller = DraftLengthController()
+    controller.observe(0, [0], PLAIN_S)
+    credit_s = controller.credit.seconds
+    controller.observe(0, [0], seconds)
+    assert controller.credit.seconds == credit_s
+
+
 def test_rows_of_a_batch_all_count():
     one, four = AcceptanceModel(0.5), DraftLengthController(Prior(TWICE, 0.5))
     for num_accepted in (3, 0, 1, 2):

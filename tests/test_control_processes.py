@@ -157,6 +157,41 @@ def test_drafting_comes_back_everywhere():
     assert len(late) <= len(cells) / 100, late
 
 
+@pytest.mark.parametrize("tracing", [0, 1])
+@pytest.mark.parametrize("accepted", ACCEPTED)
+def test_drafting_comes_back_where_tracing_costs_little(accepted, tracing):
+    machine = Machine("m3", "0.85", tracing=tracing, seed="cheap")
+    machine.setup_s = tracing * PLAIN_S
+    dear = "drafts six times too dear"
+    machine.run(poisoned(dear, accepted, "m3", "0.85", 3, 0), 1000)
+    assert drafts_from(machine) <= 400
+
+
+@pytest.mark.parametrize("tracing", TRACINGS)
+def test_drafting_comes_back_without_drafts_beside(tracing):
+    machine = Machine("m3", "0.85", tracing=tracing, can_shadow=False, seed="host")
+    dear = "drafts six times too dear"
+    machine.run(poisoned(dear, "as it was", "m3", "0.85", tracing, 0), 1000)
+    assert drafts_from(machine) <= 400
+
+
+@pytest.mark.parametrize("factor", [2, 3, 6])
+@pytest.mark.parametrize("num_rounds", [10, 200])
+def test_drafting_comes_back_after_load_in_the_same_process(factor, num_rounds):
+    machine = Machine("m3", "0.85", tracing=0, seed="load")
+    controller, rng = DraftLengthController(), random.Random(0)
+    controller.start()
+    for _ in range(20):
+        controller.observe(0, [0], PLAIN_S)
+    for _ in range(num_rounds):
+        k = rng.randint(1, DEPTH)
+        controller.observe(k, [k // 2], PLAIN_S * machine.costs[k] * factor)
+    for _ in range(20):
+        controller.observe(0, [0], PLAIN_S)
+    machine.run(controller, 1500)
+    assert drafts_from(machine) <= 700
+
+
 # --- short processes ---------------------------------------------------------------
 
 

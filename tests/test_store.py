@@ -369,7 +369,7 @@ def test_threads_may_learn_and_save(tmp_path):
 
 
 def test_unfilled_turns(tmp_path):
-    """Where plain rounds win, drafting is tried again every eighth time."""
+    """Where plain rounds win, drafting is tried again soon, then every eighth time."""
     calibration = calibration_of(tmp_path)
     calibration.keep_verdict(1, VERDICT)
     filled, unfilled = exact_routes(VERDICT)
@@ -384,9 +384,20 @@ def test_unfilled_turns(tmp_path):
     controller = calibration.controller("greedy", num_rows=1, min_rows=2)
     for i in range(200):
         controller.observe(i % 3, [0], 0.01 * (1 + i % 3))
-    assert [is_unfilled() for _ in range(16)] == ([True] * 7 + [False]) * 2
+    turns = [is_unfilled() for _ in range(24)]
+    assert [i for i, is_plain in enumerate(turns, 1) if not is_plain] == [
+        2,
+        4,
+        8,
+        16,
+        24,
+    ]
     teach(controller, 2000)
     assert not is_unfilled()
+    for i in range(400):
+        controller.observe(i % 3, [0], 0.01 * (1 + i % 3))
+    turns = [is_unfilled() for _ in range(4)]
+    assert turns == [True, False, True, False]  # it is soon tried again once more
 
 
 @pytest.mark.parametrize(("seconds", "is_plain"), [(0.0113, True), (0.009, False)])
