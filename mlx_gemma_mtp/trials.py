@@ -61,6 +61,7 @@ SEEN = 8.0  # drafts that must have been judged before that
 # Shadow drafts.
 _SHADOW_COST = (0.1, 0.1)  # of all and of each, in plain rounds, until measured
 _SHADOW_RATE = 0.3  # weight of a new measurement
+_LEAST_FACTOR = 0.25  # of what was thought: nothing is free
 _MOST_SURPRISE = 4.0  # times over, that one measurement may be
 MAX_SHADOW_DRAFTS = 4
 _SHADOWS = (2, MAX_SHADOW_DRAFTS)  # fewest and most drafts
@@ -195,7 +196,7 @@ class Credit:
     ) -> None:
         """Learn what so many shadow drafts took."""
         found = max(took_s, 0.0) / (_shadow_share(num_draft_tokens) * plain_s)
-        found = min(found, _MOST_SURPRISE * self._shadow_factor)
+        found = min(max(found, _LEAST_FACTOR), _MOST_SURPRISE * self._shadow_factor)
         self._shadow_factor += _SHADOW_RATE * (found - self._shadow_factor)
 
     def _add(self, seconds: float, plain_s: float) -> None:
