@@ -54,7 +54,6 @@ from .state import Report, RoundState, RowSettings, Verified, row_settings
 from .stats import RoundStats, joined_rules
 from .target import Prefilled
 from .timing import RoundTimer
-from .trials import MAX_SHADOW_DRAFTS
 from .waiting import Waiting, WaitingRows
 
 logger = logging.getLogger("mlx_gemma_mtp")
@@ -626,9 +625,13 @@ class Decoder:
         count = self._chooser.num_shadow_drafts
         if count:
             settings = replace(settings, rule=settings.rule.by_equality)
-            drafts = self._engine.draft(state, settings, num_draft_tokens=count)
-            with self._timer.queue():
-                mx.async_eval(drafts)
+            try:
+                drafts = self._engine.draft(state, settings, num_draft_tokens=count)
+                with self._timer.queue():
+                    mx.async_eval(drafts)
+            except Exception:
+                self._chooser.observe_shadow(count, [])  # nothing will come
+                raise
             self._shadows.add(
                 drafts,
                 self._seats.rows,
@@ -790,8 +793,7 @@ class Decoder:
         """Whether drafts beside a plain round say something, and of which place."""
         if self._seats.settings.rule.has_host or any(self._drafts_in_flight):
             return False
-        most = max(row.request.max_draft_tokens for row in self._seats.live)
-        return most >= MAX_SHADOW_DRAFTS
+        return any(row.request.max_draft_tokens for row in self._seats.live)
 
     @property
     def _drafts_in_flight(self) -> list[int]:

@@ -63,8 +63,7 @@ _SHADOW_COST = (0.1, 0.1)  # of all and of each, in plain rounds, until measured
 _SHADOW_RATE = 0.3  # weight of a new measurement
 _LEAST_FACTOR = 0.25  # of what was thought: nothing is free
 _MOST_SURPRISE = 4.0  # times over, that one measurement may be
-MAX_SHADOW_DRAFTS = 4
-_SHADOWS = (2, MAX_SHADOW_DRAFTS)  # fewest and most drafts
+_SHADOWS = (2, 4)  # fewest and most drafts
 _MOST_SHADOWS = 3  # that have not been compared yet
 
 

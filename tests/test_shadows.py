@@ -175,6 +175,7 @@ def test_drafts_of_rows_that_are_gone_are_let_go_of(how, monkeypatch):
         monkeypatch.setattr(Rounds, "draft", fails)
         decoder.step()
         assert row.finish_reason == "error"
+        num_waiting += 1  # what has failed
     # Who has asked is told that nothing comes.
     assert watcher.shadows[-num_waiting:] == [[]] * num_waiting
 
@@ -197,7 +198,7 @@ def test_a_decoder_that_rests_holds_no_row():
 def test_no_shadow_where_no_row_would_say_anything():
     watcher = Watcher(0)
     decoder = joining(watcher)
-    decoder.add(Request([4], 10, max_draft_tokens=DEPTH - 1))
+    decoder.add(Request([4], 10, max_draft_tokens=0))
     for _ in range(3):
         decoder.step()
     assert not any(watcher.could_shadow)
