@@ -521,7 +521,6 @@ def test_text_of_a_seed_does_not_depend_on_drafting(family, settings, monkeypatc
 def test_settings_at_the_edge_draw_the_same_with_drafts(settings, monkeypatch):
     pair = reference_pair()
     monkeypatch.setattr(pair.rounds, "use_compile", False)
-    monkeypatch.setattr(pair.rounds, "_compiled", {})
     settings = {"temp": 1.0, "seed": 2**64 - 1, "eos_token_ids": (), **settings}
     plain, drafted = (
         list(
