@@ -335,6 +335,17 @@ def test_endless_sampling_without_a_seed_needs_no_probe(monkeypatch):
     assert plan.route.has_drafts
 
 
+def test_fixed_numbers_of_drafts_teach_the_controller():
+    """What rounds chosen by hand have told serves the automatic choice."""
+    pair = reference_pair("12b")
+    learnt = pair.calibration.controller("greedy", num_rows=1, min_rows=1)
+    for k in (0, 3):
+        assert not learnt.costs.has_measured(k)
+        decode(pair, k, "fast")
+        assert learnt.costs.has_measured(k)
+    assert learnt.acceptance.num_tried > 0
+
+
 def test_the_verdict_is_remembered_across_pairs(monkeypatch):
     folder = REFERENCE / "12b"
     pair = load_pair(folder / "target", folder / "drafter")
