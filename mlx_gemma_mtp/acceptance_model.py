@@ -39,8 +39,8 @@ _BREAK_LEAST = 6.0  # below which nothing is news
 # By how many standard deviations (of undiscounted trials; of these, seven tenths) the
 # last trials differ from the level where a text has changed.
 _BREAK = 2.2
-_RESUMED = 24.0
-_SEEN_MEMORY = 1000.0
+_RESUMED = 24.0  # at most, that another process's of a position count for
+_SEEN_MEMORY = 1000.0  # rounds without a draft
 _IDLE_MEMORY = 40.0  # rounds without a draft
 # Log-odds that the level foretells better than the profile alone: bounds, so that
 # either can come back, and the offset in favour of the level.
