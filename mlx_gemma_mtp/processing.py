@@ -120,14 +120,13 @@ class HostRow:
             chosen = choose_tokens(
                 logits[None], self._rows, rule=self._rule, positions=positions
             )[0]
+            largest = logits.max()
+            mx.eval(chosen, largest)
+            _check_choice(largest.item())
         else:
             # As mlx-lm does, in the type that the logits have.
             chosen = self._sampler(logits - mx.logsumexp(logits, keepdims=True))
             _check(chosen, (1,), "a sampler must return one token")
-        largest = logits.max()
-        mx.eval(chosen, largest)
-        if self._sampler is None:
-            _check_choice(largest.item())
         token = _token_id(chosen, logits.shape[-1])
         # The types that mlx-lm joins here: what processors see has the same one.
         newest = mx.array([token], dtype=mx.uint32)

@@ -187,32 +187,6 @@ class Mail:
             self._controller.observe_shadow(depth, [min(depth, self._runs[position])])
 
 
-def time_of(controller, curve, process, length, seed, *, lag=1, chosen=None):
-    """Time that a controller's rounds take for a text; `chosen` gets their K's.
-
-    Nothing must be traced. Drafts are made beside rounds where the controller asks.
-
-    Args:
-        lag: By how many rounds observations come late.
-    """
-    costs, runs = CURVES[curve], text(process, length, seed)
-    mail = Mail(controller, runs, lag)
-    position = time = 0
-    for factor in noise(seed, length):
-        k = controller.choose(tokens_left=length - mail.known, can_shadow=True)
-        depth = controller.num_shadow_drafts
-        if chosen is not None:
-            chosen.append(k)
-        took = costs[k] + shadow_cost(depth)
-        time += took
-        mail.send(position, k, PLAIN_S * took * factor, depth)
-        position += 1 + min(k, runs[position])
-        if position >= length:
-            break
-    mail.deliver(0)
-    return time
-
-
 class Machine:
     """A machine and a text, on which processes begin and end.
 
@@ -243,18 +217,34 @@ class Machine:
         """Emit so many tokens in a new process; the time that it took."""
         self.num_processes += 1
         seed = f"{self.seed} {self.num_processes}"
-        runs = text(self.process, length, seed)
-        loads = load(seed, length, is_busy=self.is_busy)
+        controller.start()
+        return self.emit(
+            controller,
+            text(self.process, length, seed),
+            noise(seed, length),
+            load(seed, length, is_busy=self.is_busy),
+            lag=lag,
+        )
+
+    def emit(self, controller, runs, factors, loads, *, lag):
+        """Emit a text; the time that it took.
+
+        Args:
+            controller: Who chooses.
+            runs: For each position, how many of unlimited drafts would be accepted.
+            factors: Of each round's time, as it is observed.
+            loads: The same of the machine, which tracing has too.
+            lag: By how many rounds observations come late.
+        """
         mail = Mail(controller, runs, lag)
         traced: set[int] = set()
         position = 0
         time = 0.0
         self.chosen = []
-        controller.start()
-        for factor, busy in zip(noise(seed, length), loads, strict=True):
+        for factor, busy in zip(factors, loads, strict=True):
             k = controller.choose(
                 setup_s=self._setups(traced),
-                tokens_left=length - mail.known,
+                tokens_left=len(runs) - mail.known,
                 can_shadow=self.can_shadow,
             )
             depth = controller.num_shadow_drafts
@@ -269,7 +259,7 @@ class Machine:
             time += took
             mail.send(position, k, seconds, depth)
             position += 1 + min(k, runs[position])
-            if position >= length:
+            if position >= len(runs):
                 break
         mail.deliver(0)
         return time
@@ -293,8 +283,31 @@ class Machine:
         )
 
 
+def time_of(controller, curve, process, length, seed, *, lag=1, chosen=None):
+    """Time that a controller's rounds take for a text; `chosen` gets their K's.
+
+    Nothing must be traced. Drafts are made beside rounds where the controller asks.
+
+    Args:
+        lag: By how many rounds observations come late.
+    """
+    machine = Machine(curve, process, tracing=0)
+    runs, idle = text(process, length, seed), [1.0] * length
+    time = machine.emit(controller, runs, noise(seed, length), idle, lag=lag)
+    if chosen is not None:
+        chosen += [k for _, k in machine.chosen]
+    return time
+
+
 def saved_and_loaded(controller):
     return DraftLengthController.from_dict(json.loads(json.dumps(controller.to_dict())))
+
+
+def next_process(controller, prior=DEFAULT_PRIOR):
+    """What another process goes on with."""
+    controller = saved_and_loaded(controller)
+    controller.resume(prior)
+    return controller
 
 
 def gains(curve, process, num_seeds, *, warm, prior=DEFAULT_PRIOR):
@@ -312,8 +325,7 @@ def gains(curve, process, num_seeds, *, warm, prior=DEFAULT_PRIOR):
         controller.start()
         if warm:
             time_of(controller, curve, process, 2000, 100_000 + seed)
-            controller = saved_and_loaded(controller)
-            controller.resume(prior)
+            controller = next_process(controller, prior)
             controller.start()
         own += length / time_of(controller, curve, process, length, seed)
         for k in range(DEPTH + 1):

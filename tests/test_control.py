@@ -27,6 +27,7 @@ from tests.simulator import (
     PLAIN_S,
     PROCESSES,
     gains,
+    next_process,
     saved_and_loaded,
     time_of,
 )
@@ -315,8 +316,7 @@ def test_a_new_process_is_hardly_slower_than_the_one_that_has_learnt():
     controller = trained("m3", "0.85", tokens=3000)
     times: tuple[list[float], list[float]] = [], []
     for seed in range(6):
-        same, new = saved_and_loaded(controller), saved_and_loaded(controller)
-        new.resume()
+        same, new = saved_and_loaded(controller), next_process(controller)
         for each, found in zip((same, new), times, strict=True):
             each.start()
             found.append(time_of(each, "m3", "0.85", 500, seed))

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 import pytest
 
 from mlx_gemma_mtp.control import AcceptanceModel, DraftLengthController
-from tests.simulator import CURVES, DEPTH, PLAIN_S, TRACINGS, Machine, saved_and_loaded
+from tests.simulator import CURVES, DEPTH, PLAIN_S, TRACINGS, Machine, next_process
 
 SIX = math.log(6)
 # What is wrong with a state: logarithms by which each K's cost is off.
@@ -27,12 +27,6 @@ COSTS = {
 }
 # And how many of 8 drafts 10,000 rounds accepted; None for what was true.
 ACCEPTED = {"as it was": None, "none": 0}
-
-
-def next_process(controller):
-    controller = saved_and_loaded(controller)
-    controller.resume()
-    return controller
 
 
 def poisoned(costs, accepted, curve, process, tracing, seed):

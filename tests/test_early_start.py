@@ -60,12 +60,16 @@ class Late(EarlyStart):
         self.seen.append(is_early)
 
 
-def texts_of(decoder):
+def decoded(decoder):
+    """Each row's tokens, and the caches that it keeps."""
     texts: dict[int, list[int]] = {}
+    caches = {}
     for emissions in decoder.run():
         for emission in emissions:
             texts.setdefault(emission.row.index, []).extend(emission.tokens)
-    return texts
+            if emission.finish_reason:
+                caches[emission.row.index] = emission.prompt_cache
+    return texts, caches
 
 
 def test_the_order_changes_no_text_and_no_cache():
@@ -74,23 +78,15 @@ def test_the_order_changes_no_text_and_no_cache():
         Request([2, 5, 9, 11], 40, keeps_cache=True),
         Request([2, 534, 17], 17, keeps_cache=True),
     ]
-    kept = []
-    for early_start in (EarlyStart(), Late()):
-        decoder = Decoder(
-            pair.rounds, requests, num_draft_tokens=3, early_start=early_start
+    late = Late()
+    (texts, caches), (others, other_caches) = (
+        decoded(
+            Decoder(pair.rounds, requests, num_draft_tokens=3, early_start=early_start)
         )
-        texts: dict[int, list[int]] = {}
-        caches = {}
-        for emissions in decoder.run():
-            for emission in emissions:
-                texts.setdefault(emission.row.index, []).extend(emission.tokens)
-                if emission.finish_reason:
-                    caches[emission.row.index] = emission.prompt_cache
-        kept.append((texts, caches))
-        if isinstance(early_start, Late):
-            assert early_start.seen
-            assert not any(early_start.seen)
-    (texts, caches), (others, other_caches) = kept
+        for early_start in (EarlyStart(), late)
+    )
+    assert late.seen
+    assert not any(late.seen)
     assert texts == others
     assert set(caches) == set(other_caches) == {0, 1}
     for index, cache in caches.items():
@@ -119,5 +115,6 @@ def test_a_round_that_nobody_wants_is_never_started(monkeypatch):
         start(is_early=is_early)
 
     monkeypatch.setattr(decoder, "_start_round", counted)
-    assert len(texts_of(decoder)[0]) == 12
+    texts, _ = decoded(decoder)
+    assert len(texts[0]) == 12
     assert len(started) == 11  # one a token behind the prompt's

@@ -33,6 +33,7 @@ def pair():
     return load_pair()
 
 
+@cache
 def prompts_of(count):
     tokenizer = load_tokenizer(embedded_pair_path())
     return [tokenizer.encode(text) for text in PROMPTS[:count]]
