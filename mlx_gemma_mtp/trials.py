@@ -231,80 +231,128 @@ def find_trial(
         credit: What there is to pay.
         can_shadow: Whether drafts may be made beside a plain round.
     """
-    best, plain_s = outlook.best, outlook.seconds[0]
-    optimism = _SPARE_OPTIMISM if credit.is_spare(plain_s) else 1.0
-    hopes = _hopeful_tokens(acceptance, best, optimism)
-    deviations = costs.ratio_deviations(best)
-    found, most = None, 0.0
     ways = outlook.choices
     if ways == [0] and can_shadow:  # others learn from what is seen here
         ways = list(range(MAX_DRAFT_TOKENS + 1))
+    search = _Search(outlook, acceptance, costs, credit, can_shadow)
+    found, most = None, 0.0
     for k in ways:
-        least = _LEAST_TRACED_GAIN if outlook.is_dear(k) else _LEAST_GAIN
-        doubt = _COST_OPTIMISM * deviations[k]
-        # Learnt long ago, or by another process: perhaps on a busy machine.
-        is_old = best == 0 and costs.has_measured(k) and not costs.has_measured_here(k)
-        is_new = outlook.is_dear(k) or is_old
-        if is_new:
-            seconds = _hopeful_s(k, outlook, costs, doubt)
-        else:
-            seconds = outlook.seconds[k] / (1 + optimism * doubt)
-        gain = hopes[k] / seconds / outlook.rate - 1
-        if best > k == 0 and not costs.has_measured_here(0):
-            gain = max(gain, 2 * least)  # never plain here: not known to be slower
-        if k == best or gain <= least:
+        hope = search.hope(k)
+        if k == outlook.best or hope.gain <= hope.least:
             continue
-        is_doubted = outlook.tokens[k] / seconds / outlook.rate - 1 <= least
-        is_unseen = outlook.is_dear(k) and acceptance.num_seen < SEEN
-        is_question = best == 0 and (is_doubted or is_unseen)
-        if can_shadow and (is_question or k not in outlook.choices):
-            if credit.num_shadows >= _MOST_SHADOWS:
-                continue
-            depth = min(max(k, _SHADOWS[0]), _SHADOWS[1])
-            trial = Trial(depth, True, credit.shadow_s(depth, plain_s))
-        else:
-            trial = _round_of(k, outlook, deviations[k], is_new=is_new)
-            if not _pays_off(gain, trial.setup_s, plain_s):
-                continue
-        cost_s = trial.price_s + trial.setup_s + 0.05 * outlook.seconds[best]
-        score = min(gain, 1.0) / cost_s
+        trial = search.trial(k, hope)
+        if trial is None:
+            continue
+        cost_s = trial.price_s + trial.setup_s
+        score = min(hope.gain, 1.0) / (cost_s + 0.05 * outlook.seconds[outlook.best])
         if score > most and credit.affords(
-            trial, outlook, is_doubted=best == 0 and is_doubted
+            trial, outlook, is_doubted=outlook.best == 0 and hope.is_doubted
         ):
             found, most = trial, score
     return found
 
 
-def _round_of(k: int, outlook: Outlook, deviation: float, *, is_new: bool) -> Trial:
-    """Rounds of K drafts as a trial."""
-    worth_s = outlook.tokens[k] / outlook.rate
-    # What is thought of a K that was never run here must not price it out.
-    factor = math.exp(-deviation) if is_new else 1 + 0.5 * deviation
-    price_s = max(outlook.seconds[k] * factor - worth_s, 0.0)
-    setup_s = outlook.setup_s.get(k, 0.0)
-    if not setup_s:
-        return Trial(k, False, price_s, 0.0, worth_s)
-    num_rounds = _TRACED_ROUNDS
-    return Trial(k, False, num_rounds * price_s, setup_s, worth_s, num_rounds)
+@dataclass(frozen=True, slots=True)
+class _Hope:
+    """What a K is worth if the models err in its favour.
+
+    Attributes:
+        gain: By what share it is then faster than the best.
+        least: Less is not worth a trial.
+        is_doubted: Whether it is so only if more drafts are accepted than thought.
+        is_new: Whether this process knows nothing of what its rounds take.
+    """
+
+    gain: float
+    least: float
+    is_doubted: bool
+    is_new: bool
+
+
+class _Search:
+    """What trials of one moment promise and take; see ``find_trial``."""
+
+    def __init__(
+        self,
+        outlook: Outlook,
+        acceptance: AcceptanceModel,
+        costs: CostModel,
+        credit: Credit,
+        can_shadow: bool,
+    ) -> None:
+        self._outlook, self._costs, self._credit = outlook, costs, credit
+        self._is_unseen = acceptance.num_seen < SEEN
+        self._can_shadow = can_shadow
+        is_spare = credit.is_spare(outlook.seconds[0])
+        self._optimism = _SPARE_OPTIMISM if is_spare else 1.0
+        self._tokens = _hopeful_tokens(acceptance, outlook.best, self._optimism)
+        self._deviations = costs.ratio_deviations(outlook.best)
+
+    def hope(self, k: int) -> _Hope:
+        """What a K may be worth."""
+        outlook, costs = self._outlook, self._costs
+        is_plain_best = outlook.best == 0
+        # Learnt long ago, or by another process: perhaps on a busy machine.
+        is_old = costs.has_measured(k) and not costs.has_measured_here(k)
+        is_new = outlook.is_dear(k) or (is_plain_best and is_old)
+        least = _LEAST_TRACED_GAIN if outlook.is_dear(k) else _LEAST_GAIN
+        seconds = self._seconds(k, is_new=is_new)
+        gain = self._tokens[k] / seconds / outlook.rate - 1
+        if k == 0 and not is_plain_best and not costs.has_measured_here(0):
+            gain = max(gain, 2 * least)  # never plain here: not known to be slower
+        sure = outlook.tokens[k] / seconds / outlook.rate - 1
+        return _Hope(gain, least, sure <= least, is_new)
+
+    def trial(self, k: int, hope: _Hope) -> Trial | None:
+        """How a K is tried: by drafts beside a plain round or by rounds of its own.
+
+        Returns:
+            None where that must wait, or would not pay off.
+        """
+        outlook, credit = self._outlook, self._credit
+        is_unseen = outlook.is_dear(k) and self._is_unseen
+        is_question = outlook.best == 0 and (hope.is_doubted or is_unseen)
+        if self._can_shadow and (is_question or k not in outlook.choices):
+            if credit.num_shadows >= _MOST_SHADOWS:
+                return None
+            depth = min(max(k, _SHADOWS[0]), _SHADOWS[1])
+            return Trial(depth, True, credit.shadow_s(depth, outlook.seconds[0]))
+        trial = self._rounds(k, is_new=hope.is_new)
+        pays_off = _pays_off(hope.gain, trial.setup_s, outlook.seconds[0])
+        return trial if pays_off else None
+
+    def _seconds(self, k: int, *, is_new: bool) -> float:
+        """T(K) if it is shorter than thought.
+
+        Of a K that is new not much shorter than what was thought of it now or before
+        anything was measured.
+        """
+        best, seconds = self._outlook.best, self._outlook.seconds
+        doubt = _COST_OPTIMISM * self._deviations[k]
+        if not is_new:
+            return seconds[k] / (1 + self._optimism * doubt)
+        usual_s = seconds[best] * self._costs.usual_ratio(k, best)
+        least_s = _LEAST_RATIO * min(seconds[k], usual_s)
+        if k:
+            least_s = max(least_s, min(seconds[0] * (1 + _ROW_COST * k), seconds[k]))
+        return max(seconds[k] * math.exp(-doubt), least_s)
+
+    def _rounds(self, k: int, *, is_new: bool) -> Trial:
+        """Rounds of K drafts as a trial."""
+        outlook, deviation = self._outlook, self._deviations[k]
+        worth_s = outlook.tokens[k] / outlook.rate
+        # What is thought of a K that was never run here must not price it out.
+        factor = math.exp(-deviation) if is_new else 1 + 0.5 * deviation
+        price_s = max(outlook.seconds[k] * factor - worth_s, 0.0)
+        setup_s = outlook.setup_s.get(k, 0.0)
+        num_rounds = _TRACED_ROUNDS if setup_s else 1
+        return Trial(k, False, num_rounds * price_s, setup_s, worth_s, num_rounds)
 
 
 def _pays_off(gain: float, setup_s: float, plain_s: float) -> bool:
     """Whether tracing is worth it, over texts to come, if the hope comes true."""
     gain = min(gain, 1.0)
     return _HORIZON * plain_s * gain / (1 + gain) >= PAYOFF * setup_s
-
-
-def _hopeful_s(k: int, outlook: Outlook, costs: CostModel, doubt: float) -> float:
-    """T(K) of a K that must be traced, if it is shorter than thought.
-
-    Not much shorter than what was thought of it now or before anything was measured.
-    """
-    seconds = outlook.seconds
-    usual_s = seconds[outlook.best] * costs.usual_ratio(k, outlook.best)
-    least_s = _LEAST_RATIO * min(seconds[k], usual_s)
-    if k:
-        least_s = max(least_s, min(seconds[0] * (1 + _ROW_COST * k), seconds[k]))
-    return max(seconds[k] * math.exp(-doubt), least_s)
 
 
 def _hopeful_tokens(
