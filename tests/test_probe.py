@@ -337,7 +337,7 @@ def test_endless_sampling_without_a_seed_needs_no_probe(monkeypatch):
 
 def test_fixed_numbers_of_drafts_teach_the_controller():
     """What rounds chosen by hand have told serves the automatic choice."""
-    pair = reference_pair("12b")
+    pair = load_pair(REFERENCE / "12b" / "target", REFERENCE / "12b" / "drafter")
     learnt = pair.calibration.controller("greedy", num_rows=1, min_rows=1)
     for k in (0, 3):
         assert not learnt.costs.has_measured(k)
