@@ -20,7 +20,7 @@ from ..errors import RequestError
 from ..pair import pair_of
 from ..processing import LogitsProcessor
 from ..stats import RoundStats
-from ..target import text_model
+from ..target import Target, text_model
 from ..text import GenerationResponse, stream_generate
 from .conversation import Conversation
 from .kept import KeptCaches
@@ -154,6 +154,7 @@ class Session:
         system: str | None = None,
     ) -> None:
         self._model = model
+        self._target = Target(model)
         self._tokenizer = tokenizer
         self._marks = marks_of(tokenizer)
         self._prompts = prompts
@@ -299,7 +300,7 @@ class Session:
         """Let the target read tokens that follow what the caches hold."""
         step = self._settings.prefill_step_size
         for start in range(0, len(tokens), step):
-            self._model(mx.array(tokens[start : start + step])[None], cache=caches)
+            self._target.read(mx.array(tokens[start : start + step]), caches)
             mx.eval([cache.state for cache in caches])
             mx.clear_cache()
 
