@@ -26,11 +26,13 @@ from .bridge import Bridge
 from .dialogue import Dialogue
 from .failures import AnswerError
 from .formats import Envelope, dumps
-from .gate import Counted, Gate, failure_response
+from .gate import Gate, failure_response
+from .json_body import UNREADABLE, JSONRoute
 from .order import Order
 from .orders import Orders
 from .prompts import Prompt, Prompts
 from .reply import Reply
+from .request_log import ID_HEADER, Counted
 from .schema import ChatBody, CompletionBody
 from .stream import EventStream, unless_gone
 from .vocabulary import Vocabulary
@@ -40,19 +42,15 @@ logger = logging.getLogger("mlx_gemma_mtp.server")
 T = TypeVar("T")
 
 PAGE = Path(__file__).with_name("page.html")
-ENDPOINTS = frozenset(
-    {
-        "/",
-        "/chat/completions",
-        "/health",
-        "/metrics",
-        "/openapi.json",
-        "/stats",
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/models",
-    }
-)
+POSTED = frozenset({"/chat/completions", "/v1/chat/completions", "/v1/completions"})
+ENDPOINTS = POSTED | {
+    "/",
+    "/health",
+    "/metrics",
+    "/openapi.json",
+    "/stats",
+    "/v1/models",
+}
 # The page is one file with its own script; nothing else may be fetched or run.
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; "
@@ -109,6 +107,7 @@ def make_app(desk: Desk) -> ASGIApp:
         docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
     )
+    app.router.route_class = JSONRoute
     _add_handlers(app)
     _add_routes(app, desk)
     settings = desk.settings
@@ -116,14 +115,16 @@ def make_app(desk: Desk) -> ASGIApp:
         app,
         api_key=settings.api_key,
         allowed_hosts=settings.allowed_hosts,
+        posted=POSTED,
         max_bytes=settings.limits.request_bytes,
     )
     if settings.allowed_origins:
         gate = CORSMiddleware(
             gate,
             allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
+            expose_headers=[ID_HEADER],
         )
     return Counted(
         gate, observe=desk.bridge.metrics.observe_request, endpoints=ENDPOINTS
@@ -146,6 +147,10 @@ def _add_handlers(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {error.detail}"
         response = failure_response(AnswerError(error.status_code, message[:300]))
         response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            methods = set(response.headers["allow"].split(", "))
+            head = {"HEAD"} if "GET" in methods else set()
+            response.headers["allow"] = ", ".join(sorted(methods | head))
         return response
 
     @app.exception_handler(Exception)
@@ -159,7 +164,7 @@ def _invalid(error: RequestValidationError) -> AnswerError:
     """What is wrong with a body, one of its mistakes."""
     first: Mapping[str, Any] = max(error.errors(), key=_interest)
     if first["type"] == "json_invalid":
-        return AnswerError(400, "the body must be JSON: it is not.")
+        return AnswerError(400, UNREADABLE)
     place = _place(first, error.body)
     reason = str(first["msg"])
     return AnswerError(
