@@ -28,6 +28,7 @@ from .failures import AnswerError
 from .formats import Envelope, dumps
 from .gate import Gate, failure_response
 from .json_body import UNREADABLE, JSONRoute
+from .openapi import DescribedApp
 from .order import Order
 from .orders import Orders
 from .prompts import Prompt, Prompts
@@ -58,16 +59,6 @@ _PAGE_HEADERS = {
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The request cannot be answered as it is."},
-    401: {"description": "The API key is missing or another one."},
-    404: {"description": "The model is not served."},
-    413: {"description": "The body is too large."},
-    415: {"description": "The body is no JSON."},
-    429: {"description": "Too many requests wait."},
-    503: {"description": "The server is shutting down, or has failed."},
-    "4XX": {"description": "Something else is wrong with the request."},
 }
 
 
@@ -101,7 +92,8 @@ class Desk:
 
 def make_app(desk: Desk) -> ASGIApp:
     """The application, with what stands in front of it."""
-    app = FastAPI(
+    app = DescribedApp(
+        has_key=desk.settings.api_key is not None,
         title="mlx_gemma_mtp.server",
         version=__version__,
         docs_url=None,  # its page would load scripts from elsewhere
@@ -204,7 +196,7 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
 
 def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/chat/completions", include_in_schema=False)  # mlx-lm's server has it
-    @app.post("/v1/chat/completions", responses=_ERRORS, summary="Answer a message")
+    @app.post("/v1/chat/completions", summary="Answer a message")
     async def chat(request: Request, body: ChatBody) -> Response:
         arrived = time.perf_counter()
         desk.orders.check_model(body.model)
@@ -233,7 +225,7 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
         )
         return await _answer(request, desk, body, orders, style, arrived)
 
-    @app.post("/v1/completions", responses=_ERRORS, summary="Continue a text")
+    @app.post("/v1/completions", summary="Continue a text")
     async def complete(request: Request, body: CompletionBody) -> Response:
         arrived = time.perf_counter()
         desk.orders.check_model(body.model)
@@ -310,7 +302,7 @@ def _add_model_routes(app: FastAPI, desk: Desk) -> None:
         data = [described(name) for name in desk.settings.names]
         return JSONResponse({"object": "list", "data": data})
 
-    @app.get("/v1/models/{name:path}", responses=_ERRORS, summary="One model")
+    @app.get("/v1/models/{name:path}", summary="One model")
     async def model(name: str) -> Response:
         desk.orders.check_model(name)
         return JSONResponse(described(name))
