@@ -214,7 +214,7 @@ class TestArguments:
         with pytest.raises(RequestError, match=r"^--allowed-origins must be origins"):
             parse(["--allowed-origins", "http://a", given])
 
-    @pytest.mark.parametrize("host", ["a..b", "x" * 70, "ä" * 70, "no.such.invalid"])
+    @pytest.mark.parametrize("host", ["a..b", "x" * 70, "ä" * 70])
     def test_what_cannot_be_listened_at(self, host):
         with pytest.raises(RequestError, match=r"^--host and --port must be") as error:
             listen(parse(["--host", host]))
