@@ -8,6 +8,9 @@ Run: python -m pytest tests/test_server_openapi.py
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from pydantic import TypeAdapter
@@ -16,7 +19,13 @@ from mlx_gemma_mtp.server import answer_schema as answers
 from mlx_gemma_mtp.server import formats
 from mlx_gemma_mtp.server.dialogue import Delta
 from mlx_gemma_mtp.server.openapi import CHUNKS, WHOLE
-from tests.serving import ScriptedDecoder, echo, scripted_means, scripted_server
+from tests.serving import (
+    ROOT,
+    ScriptedDecoder,
+    echo,
+    scripted_means,
+    scripted_server,
+)
 
 BODIES = {
     "/v1/chat/completions": {
@@ -139,3 +148,34 @@ class TestKeys:
                 is_open = path == "/health"
                 assert operation["security"] == ([] if is_open else [{name: []}])
                 assert ("401" in operation["responses"]) != is_open
+
+
+@pytest.mark.schema
+@pytest.mark.parametrize("key", [None, "sesame"])
+def test_requests_that_schemathesis_makes(tmp_path, key):
+    """None of them fails, or is answered otherwise than described."""
+    means = scripted_means(ScriptedDecoder(echo))
+    # As many choices as there may be, and answers of a few tokens.
+    arguments = ["--max-waiting", "100000", "--max-tokens", "4"]
+    arguments += [] if key is None else ["--api-key", key]
+    headers = [] if key is None else ["--header", f"authorization: Bearer {key}"]
+    with scripted_server(means, *arguments) as (client, _):
+        client.key = key
+        described = tmp_path / "openapi.json"
+        described.write_bytes(client.get("/openapi.json").body)
+        address = f"http://127.0.0.1:{client.port}"
+        command = [sys.executable, "-m", "schemathesis.cli", "run", str(described)]
+        options = ["--url", address, "--max-examples", "200", *headers]
+        result = subprocess.run(
+            [*command, *options],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "SCHEMATHESIS_HOOKS": "tests.schema_hooks",
+                "PYTHONPATH": str(ROOT),
+            },
+        )
+    assert result.returncode == 0, result.stdout + result.stderr

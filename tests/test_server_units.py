@@ -11,9 +11,12 @@ import re
 import subprocess
 import sys
 
+import mlx.core as mx
 import mlx_lm.server
 import pytest
 
+from mlx_gemma_mtp.cache import LayerKV, SlabLayout
+from mlx_gemma_mtp.config import FULL
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.load import load_tokenizer
 from mlx_gemma_mtp.logprobs import MAX_LOGPROBS as ENGINE_MAX_LOGPROBS
@@ -25,6 +28,7 @@ from mlx_gemma_mtp.server.arguments import (
     parse,
 )
 from mlx_gemma_mtp.server.dialogue import Dialogue
+from mlx_gemma_mtp.server.engine import check_memory
 from mlx_gemma_mtp.server.formats import dumps
 from mlx_gemma_mtp.server.kept import MIN_TOKENS, KeptCaches
 from mlx_gemma_mtp.server.prompts import Prompts
@@ -153,6 +157,7 @@ class TestArguments:
             (["--speculative-config", '{"model": ""}'], "folder or a Hub id: got ''"),
             (["--chat-template", "/nowhere"], "a file that can be read"),
             (["--chat-template-args", "1"], "must be a JSON object: got '1'"),
+            (["--chat-template-args", '{"tokenize": true}'], "got tokenize, which is"),
             (["--log-level", "loud"], "invalid choice"),
             (["--made-up"], "unrecognized argument: '--made-up'"),
             (["google/gemma-4-E2B-it"], "A model is named with --model."),
@@ -256,11 +261,30 @@ class TestArguments:
             (line,) = capsys.readouterr().err.splitlines()
             assert line.startswith(f"error: {flag} has no meaning here: ")
 
+    @pytest.mark.parametrize(
+        ("flag", "least"),
+        # Of one layer: keys and values, two heads of four numbers, two bytes each.
+        [("--max-kv-bytes", 256 * 32), ("--prompt-cache-bytes", MIN_TOKENS * 32)],
+    )
+    def test_memory_that_holds_nothing(self, flag, least):
+        layout = SlabLayout((LayerKV(FULL, 2, 4),), window=512, dtype=mx.bfloat16)
+        check_memory(parse([flag, str(least)]), layout)
+        check_memory(parse(["--prompt-cache-bytes", "0"]), layout)
+        with pytest.raises(
+            RequestError, match=f"^{flag} must hold .*: got {least - 1}"
+        ):
+            check_memory(parse([flag, str(least - 1)]), layout)
+
     def test_the_engines_limit(self):
         assert MAX_LOGPROBS == ENGINE_MAX_LOGPROBS
 
 
 class TestCommand:
+    def test_a_cache_of_a_byte(self, capsys):
+        assert command.main(["--port", "0", "--prompt-cache-bytes", "1"]) == 1
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --prompt-cache-bytes must hold 64 tokens")
+
     def test_help_needs_no_extra(self):
         code = (
             "import sys\n"

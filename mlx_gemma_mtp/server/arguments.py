@@ -60,6 +60,27 @@ _RANGES: dict[str, tuple[int, float]] = {
     "max_kv_bytes": (1, math.inf),
     "prompt_cache_bytes": (0, math.inf),
 }
+# Arguments of a tokenizer's apply_chat_template that are no variables of a template.
+RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",  # a template of the client's could run for ever
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "self",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
 # What names something; nothing is named by an empty text, such as an unset variable.
 _TEXTS = ("model", "draft_model", "adapter_path", "revision", "host", "chat_template")
 
@@ -393,11 +414,7 @@ def check(args: argparse.Namespace) -> Settings:
         allowed_hosts=host_names(args.allowed_hosts),
         given_sampling=given,
         chat_template=_template(args.chat_template),
-        chat_template_args=with_thinking(
-            _object("--chat-template-args", args.chat_template_args),
-            args.thinking,
-            "--chat-template-args",
-        ),
+        chat_template_args=_template_args(args.chat_template_args, args.thinking),
         prefill_step_size=args.prefill_step_size,
         prompt_cache_size=args.prompt_cache_size,
         prompt_cache_bytes=args.prompt_cache_bytes,
@@ -515,6 +532,19 @@ def _template(given: str | None) -> str | None:
             f"--chat-template must be a file that can be read, or a Jinja template: "
             f"got {shorten(given)}: {error}. Name another one."
         ) from error
+
+
+def _template_args(given: str | None, thinking: str | None) -> dict[str, Any]:
+    """More variables for the template."""
+    flag = "--chat-template-args"
+    found = with_thinking(_object(flag, given), thinking, flag)
+    reserved = sorted(RESERVED & set(found))
+    if reserved:
+        raise RequestError(
+            f"{flag} must hold variables of the template: got {reserved[0]}, which is "
+            "none. Leave it out."
+        )
+    return found
 
 
 def _object(flag: str, text: str | None) -> dict[str, Any]:
