@@ -374,6 +374,16 @@ class TestMistakes:
         response = client.ask("POST", "/v1/completions", body, content_type=kind)
         assert response.status == 200
 
+    def test_whole_numbers_may_have_a_point(self, client):
+        """They are integers in JSON Schema, and some clients know no others."""
+        body = b'{"prompt": [[4.0, 5], [4, 5.0]], "max_tokens": 2.0, "seed": -0.0}'
+        found = client.ask("POST", "/v1/completions", body).json()
+        texts = [choice["text"] for choice in found["choices"]]
+        assert texts == [client.text([4, 5], max_tokens=2)] * 2
+        body = b'{"prompt": [4.0, 5], "n": 1e0, "max_tokens": 2, "temperature": 0}'
+        found = client.ask("POST", "/v1/completions", body).json()
+        assert found["choices"][0]["text"] == texts[0]
+
     def test_models(self, client):
         (model,) = client.get("/v1/models").json()["data"]
         assert model["id"] == "embedded"

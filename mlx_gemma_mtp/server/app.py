@@ -28,7 +28,7 @@ from .failures import AnswerError
 from .formats import Envelope, dumps
 from .gate import Gate, failure_response
 from .json_body import UNREADABLE, JSONRoute
-from .openapi import DescribedApp
+from .openapi import DescribedApp, Offer
 from .order import Order
 from .orders import Orders
 from .prompts import Prompt, Prompts
@@ -92,8 +92,14 @@ class Desk:
 
 def make_app(desk: Desk) -> ASGIApp:
     """The application, with what stands in front of it."""
-    app = DescribedApp(
+    offer = Offer(
         has_key=desk.settings.api_key is not None,
+        has_tools=desk.prompts.has_tools,
+        vocab_size=desk.orders.vocab_size,
+        max_logprobs=desk.settings.limits.logprobs,
+    )
+    app = DescribedApp(
+        offer,
         title="mlx_gemma_mtp.server",
         version=__version__,
         docs_url=None,  # its page would load scripts from elsewhere

@@ -1,17 +1,20 @@
 """The description that the server gives of itself, where FastAPI cannot know it.
 
-FastAPI describes what requests hold; here are the answers, and who may ask.
+FastAPI describes the types of what requests hold. Here are the answers, who may ask,
+and which values this server refuses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from . import answer_schema as answers
+from .arguments import RESERVED
 from .gate import OPEN_PATHS
 from .metrics import CONTENT_TYPE
 from .request_log import ID_HEADER
@@ -58,19 +61,49 @@ _HEADERS = {
 }
 _OF_PATH = {"/v1/models/{name}": (404, 405), "/health": (405, 503)}
 _SCHEME = "bearer"
+_TOP_NEEDS_LOGPROBS = {
+    "if": {
+        "properties": {"top_logprobs": {"type": "integer", "minimum": 1}},
+        "required": ["top_logprobs"],
+    },
+    "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+}
+_NO_TOOLS = {
+    "anyOf": [
+        {"properties": {"tools": {"maxItems": 0}}},
+        {"properties": {"tool_choice": {"const": "none"}}, "required": ["tool_choice"]},
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one server's description depends on.
+
+    Attributes:
+        has_key: Whether requests must bring a key.
+        has_tools: Whether the chat template has tools.
+        vocab_size: Number of token ids.
+        max_logprobs: Most likely tokens that a request may ask for.
+    """
+
+    has_key: bool
+    has_tools: bool
+    vocab_size: int
+    max_logprobs: int
 
 
 class DescribedApp(FastAPI):
     """An application whose description is whole.
 
     Args:
-        has_key: Whether requests must bring a key.
+        offer: What the description depends on.
         settings: FastAPI's.
     """
 
-    def __init__(self, *, has_key: bool, **settings: Any) -> None:
+    def __init__(self, offer: Offer, **settings: Any) -> None:
         super().__init__(description=_WHAT, **settings)
-        self._has_key = has_key
+        self._offer = offer
 
     def openapi(self) -> dict[str, Any]:
         """The description; made once."""
@@ -83,18 +116,55 @@ class DescribedApp(FastAPI):
         schemas = parts["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)  # FastAPI's own form of a mistake
+        _narrow(schemas, self._offer)
         schemas.update(_answer_schemas())
         parts["headers"] = _HEADERS
-        if self._has_key:
+        has_key = self._offer.has_key
+        if has_key:
             parts["securitySchemes"] = {_SCHEME: {"type": "http", "scheme": "bearer"}}
         for path, operations in found["paths"].items():
             is_open = path in OPEN_PATHS
-            strangers = {} if is_open else _NO_KEY if self._has_key else _NO_NAME
+            strangers = {} if is_open else _NO_KEY if has_key else _NO_NAME
             for operation in operations.values():
                 operation["responses"] = dict(_responses(path, strangers))
-                if self._has_key:
+                if has_key:
                     operation["security"] = [] if is_open else [{_SCHEME: []}]
         return found
+
+
+def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
+    """Say which values of the right type are refused."""
+    chat, text = schemas["ChatBody"], schemas["CompletionBody"]
+    for body in (chat, text):
+        fields = body["properties"]
+        fields["logit_bias"]["propertyNames"] = {
+            "pattern": "^[0-9]+$",
+            "description": f"Token ids from 0 to {offer.vocab_size - 1}.",
+        }
+        for name in ("prompt", "stop_token_ids"):
+            _bound_tokens(fields.get(name), offer.vocab_size)
+    for field in (text["properties"]["logprobs"], chat["properties"]["top_logprobs"]):
+        field["anyOf"][0]["maximum"] = offer.max_logprobs
+    schemas["ResponseFormat"]["properties"]["type"]["const"] = "text"
+    fields = chat["properties"]
+    fields["tool_choice"]["enum"] = ["auto", "none", "", {}, None]
+    names = {"not": {"enum": sorted(RESERVED)}}
+    fields["chat_template_kwargs"]["propertyNames"] = names
+    chat["allOf"] = (
+        [_TOP_NEEDS_LOGPROBS] if offer.has_tools else [_TOP_NEEDS_LOGPROBS, _NO_TOOLS]
+    )
+
+
+def _bound_tokens(schema: Any, vocab_size: int) -> None:
+    """Let the token ids in a schema be those of the vocabulary."""
+    if isinstance(schema, list):
+        for each in schema:
+            _bound_tokens(each, vocab_size)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "integer":
+            schema["maximum"] = vocab_size - 1
+        for each in schema.values():
+            _bound_tokens(each, vocab_size)
 
 
 def _answer_schemas() -> dict[str, Any]:
