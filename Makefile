@@ -8,6 +8,7 @@
 # make test-cuda    whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make test-gemma   what stands on Gemma's text, on its own vocabulary (npm; downloads 41 MB)
 # make test-clients the openai client and a browser against the server; installs both
+# make test-schema  requests that schemathesis makes of /openapi.json; installs it
 # make load         200 clients against the server, and against mlx-lm's (15 minutes)
 # make bench        measures the embedded pair (ARGS='engines graph' chooses sections)
 # make bench-setup  installs what bench can also compare with and plot: mlx-vlm, matplotlib
@@ -33,7 +34,7 @@ CHECK := build/wheel-check
 CLIENT_TESTS := tests/test_openai_client.py tests/test_page.py
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo test test-oldest test-threads test-mlx-lm test-slow test-control test-cuda test-tsan test-gemma test-clients load lint format type bench bench-setup train-drafter tune-proof wheel-check clean
+.PHONY: all install demo test test-oldest test-threads test-mlx-lm test-slow test-control test-cuda test-tsan test-gemma test-clients test-schema load lint format type bench bench-setup train-drafter tune-proof wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -98,6 +99,10 @@ $(GEMMA)/$(GEMMA_PACKAGE).tgz:
 test-clients: $(CLIENTS_STAMP)
 	@CHROME="$$(scripts/find_browser.sh)" && export CHROME && \
 	  HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m clients $(CLIENT_TESTS) $(ARGS)
+
+test-schema: $(DEV_STAMP)
+	@$(PIP) 'schemathesis>=4'
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m schema tests/test_server_openapi.py $(ARGS)
 
 load: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/load_server.py $(ARGS)

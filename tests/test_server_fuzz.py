@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from mlx_gemma_mtp.server.json_body import UNREADABLE
 from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
 from tests.serving import (
     CHAT_TEMPLATE,
@@ -204,6 +205,77 @@ def test_bodies_of_every_kind(client, path):
 )
 def test_bytes_of_every_kind(client, raw):
     check(client, "/v1/completions", raw)
+
+
+def overlong(code: int, size: int) -> bytes:
+    """A code point in more bytes than it needs, which UTF-8 forbids."""
+    rest = [0x80 | (code >> 6 * i) & 0x3F for i in reversed(range(size - 1))]
+    return bytes([(0xF00 >> size) & 0xFF | code >> 6 * (size - 1), *rest])
+
+
+surrogates = st.integers(0xD800, 0xDFFF).map(chr)
+characters = st.characters(codec="utf-8", exclude_characters='"\\')
+# Every way in which bytes are no UTF-8: see table 3-7 of the Unicode standard.
+NO_UTF8: dict[str, st.SearchStrategy[bytes]] = {
+    "surrogates": surrogates.map(lambda c: c.encode("utf-8", "surrogatepass")),
+    "pairs": st.tuples(st.integers(0xD800, 0xDBFF), st.integers(0xDC00, 0xDFFF)).map(
+        lambda halves: "".join(map(chr, halves)).encode("utf-8", "surrogatepass")
+    ),
+    "overlong": st.one_of(
+        st.integers(0, 0x7F).map(lambda code: overlong(code, 2)),
+        st.integers(0, 0x7FF).map(lambda code: overlong(code, 3)),
+        st.integers(0, 0xFFFF).map(lambda code: overlong(code, 4)),
+    ),
+    "truncated": characters.filter(lambda c: ord(c) > 0x7F).map(
+        lambda c: c.encode()[:-1]
+    ),
+    "continuations": st.binary(min_size=1, max_size=3).map(
+        lambda raw: bytes(0x80 | byte & 0x3F for byte in raw)
+    ),
+    "too_large": st.integers(0x110000, 0x1FFFFF).map(lambda code: overlong(code, 4)),
+    "no_bytes": st.sampled_from([bytes([byte]) for byte in range(0xF5, 0x100)]),
+    "latin_1": st.integers(0xC0, 0xFF).map(lambda code: bytes([code])),
+}
+# The encodings that JSON once had, with a mark before the text and without.
+OTHERS = [
+    (mark, encoding)
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+    for mark in ("", "\ufeff")
+]
+
+
+def refused_as_unreadable(client: Client, raw: bytes) -> None:
+    for path in PATHS:
+        response = client.ask("POST", path, raw)
+        assert (response.status, response.message) == (400, UNREADABLE)
+
+
+@pytest.mark.parametrize("kind", sorted(NO_UTF8))
+def test_bytes_that_are_no_text(client, kind):
+    @settings(max_examples=25, deadline=None)
+    @given(texts, NO_UTF8[kind], texts)
+    def ask(before, wrong, after):
+        start, end = (json.dumps(text)[1:-1].encode() for text in (before, after))
+        raw = b'{"prompt": "%s%s%s", "messages": []}' % (start, wrong, end)
+        with pytest.raises(UnicodeDecodeError):
+            raw.decode()
+        refused_as_unreadable(client, raw)
+
+    ask()
+    assert client.get("/health").status == 200
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(OTHERS),
+    st.text(st.one_of(characters, surrogates), max_size=8),
+    st.integers(0, 3),
+)
+def test_other_encodings(client, form, text, num_missing):
+    mark, encoding = form
+    body = mark + json.dumps({"prompt": text, "messages": []}, ensure_ascii=False)
+    raw = body.encode(encoding, "surrogatepass")
+    refused_as_unreadable(client, raw[: len(raw) - num_missing])
 
 
 @pytest.mark.slow

@@ -5,12 +5,18 @@ Run: python -m pytest tests/test_server_units.py
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 
+import mlx.core as mx
+import mlx_lm.server
 import pytest
 
+from mlx_gemma_mtp.cache import LayerKV, SlabLayout
+from mlx_gemma_mtp.config import FULL
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.load import load_tokenizer
 from mlx_gemma_mtp.logprobs import MAX_LOGPROBS as ENGINE_MAX_LOGPROBS
@@ -18,14 +24,17 @@ from mlx_gemma_mtp.server import __main__ as command
 from mlx_gemma_mtp.server.arguments import (
     API_KEY_VARIABLE,
     MAX_LOGPROBS,
-    REFUSED,
+    configure_parser,
     parse,
 )
 from mlx_gemma_mtp.server.dialogue import Dialogue
+from mlx_gemma_mtp.server.engine import check_memory
 from mlx_gemma_mtp.server.formats import dumps
 from mlx_gemma_mtp.server.kept import MIN_TOKENS, KeptCaches
 from mlx_gemma_mtp.server.prompts import Prompts
+from mlx_gemma_mtp.server.refused import REFUSED
 from mlx_gemma_mtp.server.vocabulary import Vocabulary
+from mlx_gemma_mtp.server.web import listen
 from tests.gemma import SPECIAL
 from tests.serving import ROOT, ScriptedCache, tokenizer
 from tests.tiny import BOS, CHAT_TEMPLATE, tiny_tokenizer
@@ -132,13 +141,33 @@ class TestArguments:
                 "must stand alone",
             ),
             (["--temp", "-1"], "temp must be"),
-            (["--api-key", ""], "printable ASCII"),
+            (["--api-key", ""], "--api-key must hold printable ASCII"),
+            (["--api-key", " k"], "no spaces around them"),
+            (["--backlog", "3000000000"], "from 1 to 2147483647: got 3000000000"),
+            (["--max-model-len", "5"], "--max-model-len must be 16 or more: got 5"),
+            (["--max-request-bytes", "1"], "must be 64 or more: got 1"),
+            (["--max-tokens", "9" * 4000], "from 1 to 2147483647: got 9999"),
+            (["--max-kv-bytes", "9" * 400], "must be a size such as 8GB"),
+            (["--max-kv-bytes", "0.0001KB"], "--max-kv-bytes must be 1 or more: got 0"),
+            (["--model", ""], "--model must not be empty: got ''"),
+            (["--draft-model", " "], "--draft-model must not be empty"),
+            (["--host="], "--host must not be empty"),
+            (["--chat-template", ""], "--chat-template must not be empty"),
+            (["--served-model-name", "a", ""], "--served-model-name 2 must not be"),
+            (["--speculative-config", '{"model": ""}'], "folder or a Hub id: got ''"),
             (["--chat-template", "/nowhere"], "a file that can be read"),
             (["--chat-template-args", "1"], "must be a JSON object: got '1'"),
+            (["--chat-template-args", '{"tokenize": true}'], "got tokenize, which is"),
             (["--log-level", "loud"], "invalid choice"),
             (["--made-up"], "unrecognized argument: '--made-up'"),
+            (["google/gemma-4-E2B-it"], "A model is named with --model."),
             (["--gpu-memory-utilization=0.9"], "--max-kv-bytes states the memory"),
             (["--kv-bits", "8"], "no quantized cache for Gemma 4"),
+            (["--kv_cache_dtype=fp8"], "no quantized cache for Gemma 4"),
+            (["--no-async-scheduling"], "rounds always overlap"),
+            (["--disable-prefix-caching"], "--prompt-cache-size says how many"),
+            (["--compilation-config.mode", "3"], "rounds are always compiled"),
+            (["-O3"], "rounds are always compiled"),
             (["--max-num"], "unrecognized argument"),  # never the start of a flag
         ],
     )
@@ -147,17 +176,115 @@ class TestArguments:
             parse(arguments)
         assert message in str(error.value)
 
+    def test_an_empty_key_in_the_environment(self, monkeypatch):
+        monkeypatch.setenv(API_KEY_VARIABLE, "")
+        with pytest.raises(RequestError, match=f"^{API_KEY_VARIABLE} must hold"):
+            parse([])
+        assert parse(["--api-key", "k"]).api_key == "k"
+
+    @pytest.mark.parametrize(
+        ("given", "compared"),
+        [
+            (["https://a.b"], ("https://a.b",)),
+            (["HTTP://A.b:8080"], ("http://a.b:8080",)),
+            (["https://a.b:443", "http://a:80"], ("https://a.b", "http://a")),
+            (["http://a,http://b"], ("http://a", "http://b")),  # mlx-lm's way
+            (['["http://a", "*"]'], ("http://a", "*")),  # vLLM's way
+            (["*"], ("*",)),
+            (["null", "http://[::1]:3000"], ("null", "http://[::1]:3000")),
+            (["vscode-webview://0a1b", "tauri://localhost"],) * 2,
+        ],
+    )
+    def test_origins(self, given, compared):
+        found = parse(["--allowed-origins", *given]).allowed_origins
+        assert found == tuple(compared)
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            *("foo", "", "a.b", "http://", "http://x/path", "http://x/", "http://x?q"),
+            *("http://a b", "http://u@x", "http://x:0", "http://x:65536", "http://x:"),
+            *(
+                "//x",
+                "http://*",
+                "http://ä.b",
+                "http://a,",
+                "[",
+                "[1]",
+                '["http://x/"]',
+            ),
+        ],
+    )
+    def test_what_is_no_origin(self, given):
+        with pytest.raises(RequestError, match=r"^--allowed-origins must be origins"):
+            parse(["--allowed-origins", "http://a", given])
+
+    @pytest.mark.parametrize("host", ["a..b", "x" * 70, "ä" * 70])
+    def test_what_cannot_be_listened_at(self, host):
+        with pytest.raises(RequestError, match=r"^--host and --port must be") as error:
+            listen(parse(["--host", host]))
+        assert len(str(error.value)) < 240
+
+    def test_names_of_hosts(self):
+        given = ["Mac.local", "example.org.", "my_box", "10.0.0.1", "::1"]
+        found = parse(["--allowed-hosts", *given]).allowed_hosts
+        assert found == ("mac.local", "example.org", "my_box", "10.0.0.1", "::1")
+
+    @pytest.mark.parametrize(
+        "given", ["", "*", "a:80", "http://a", "a/b", "a b", "ä.b", ".", "a..b"]
+    )
+    def test_what_is_no_name_of_a_host(self, given):
+        with pytest.raises(RequestError, match=r"^--allowed-hosts must be names"):
+            parse(["--allowed-hosts", "a", given])
+
+    def test_every_flag_of_mlx_lm_is_known(self, monkeypatch):
+        def walk(parser):
+            raise InterruptedError(parser.format_help())
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", walk)
+        with pytest.raises(InterruptedError) as found:
+            mlx_lm.server.main()
+        flags = set(re.findall(r"(?<![\w-])--[a-z-]+", str(found.value)))
+        ours = set(re.findall(r"--[a-z-]+", configure_parser().format_help()))
+        assert len(flags) > 20
+        assert flags <= ours | set(REFUSED)
+
+    def test_nothing_is_both_ours_and_refused(self):
+        ours = set(
+            re.findall(r"(?<![\w-])-{1,2}[a-z-]+", configure_parser().format_usage())
+        )
+        assert not ours & set(REFUSED)
+
     def test_every_refusal_is_one_line(self, capsys):
         for flag in REFUSED:
             assert command.main([flag]) == 1
             (line,) = capsys.readouterr().err.splitlines()
             assert line.startswith(f"error: {flag} has no meaning here: ")
 
+    @pytest.mark.parametrize(
+        ("flag", "least"),
+        # Of one layer: keys and values, two heads of four numbers, two bytes each.
+        [("--max-kv-bytes", 256 * 32), ("--prompt-cache-bytes", MIN_TOKENS * 32)],
+    )
+    def test_memory_that_holds_nothing(self, flag, least):
+        layout = SlabLayout((LayerKV(FULL, 2, 4),), window=512, dtype=mx.bfloat16)
+        check_memory(parse([flag, str(least)]), layout)
+        check_memory(parse(["--prompt-cache-bytes", "0"]), layout)
+        with pytest.raises(
+            RequestError, match=f"^{flag} must hold .*: got {least - 1}"
+        ):
+            check_memory(parse([flag, str(least - 1)]), layout)
+
     def test_the_engines_limit(self):
         assert MAX_LOGPROBS == ENGINE_MAX_LOGPROBS
 
 
 class TestCommand:
+    def test_a_cache_of_a_byte(self, capsys):
+        assert command.main(["--port", "0", "--prompt-cache-bytes", "1"]) == 1
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --prompt-cache-bytes must hold 64 tokens")
+
     def test_help_needs_no_extra(self):
         code = (
             "import sys\n"

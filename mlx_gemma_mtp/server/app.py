@@ -26,11 +26,14 @@ from .bridge import Bridge
 from .dialogue import Dialogue
 from .failures import AnswerError
 from .formats import Envelope, dumps
-from .gate import Counted, Gate, failure_response
+from .gate import Gate, failure_response
+from .json_body import UNREADABLE, JSONRoute
+from .openapi import DescribedApp, Offer
 from .order import Order
 from .orders import Orders
 from .prompts import Prompt, Prompts
 from .reply import Reply
+from .request_log import ID_HEADER, Counted
 from .schema import ChatBody, CompletionBody
 from .stream import EventStream, unless_gone
 from .vocabulary import Vocabulary
@@ -40,19 +43,15 @@ logger = logging.getLogger("mlx_gemma_mtp.server")
 T = TypeVar("T")
 
 PAGE = Path(__file__).with_name("page.html")
-ENDPOINTS = frozenset(
-    {
-        "/",
-        "/chat/completions",
-        "/health",
-        "/metrics",
-        "/openapi.json",
-        "/stats",
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/models",
-    }
-)
+POSTED = frozenset({"/chat/completions", "/v1/chat/completions", "/v1/completions"})
+ENDPOINTS = POSTED | {
+    "/",
+    "/health",
+    "/metrics",
+    "/openapi.json",
+    "/stats",
+    "/v1/models",
+}
 # The page is one file with its own script; nothing else may be fetched or run.
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; "
@@ -60,16 +59,6 @@ _PAGE_HEADERS = {
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The request cannot be answered as it is."},
-    401: {"description": "The API key is missing or another one."},
-    404: {"description": "The model is not served."},
-    413: {"description": "The body is too large."},
-    415: {"description": "The body is no JSON."},
-    429: {"description": "Too many requests wait."},
-    503: {"description": "The server is shutting down, or has failed."},
-    "4XX": {"description": "Something else is wrong with the request."},
 }
 
 
@@ -103,12 +92,20 @@ class Desk:
 
 def make_app(desk: Desk) -> ASGIApp:
     """The application, with what stands in front of it."""
-    app = FastAPI(
+    offer = Offer(
+        has_key=desk.settings.api_key is not None,
+        has_tools=desk.prompts.has_tools,
+        vocab_size=desk.orders.vocab_size,
+        max_logprobs=desk.settings.limits.logprobs,
+    )
+    app = DescribedApp(
+        offer,
         title="mlx_gemma_mtp.server",
         version=__version__,
         docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
     )
+    app.router.route_class = JSONRoute
     _add_handlers(app)
     _add_routes(app, desk)
     settings = desk.settings
@@ -116,14 +113,16 @@ def make_app(desk: Desk) -> ASGIApp:
         app,
         api_key=settings.api_key,
         allowed_hosts=settings.allowed_hosts,
+        posted=POSTED,
         max_bytes=settings.limits.request_bytes,
     )
     if settings.allowed_origins:
         gate = CORSMiddleware(
             gate,
             allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
+            expose_headers=[ID_HEADER],
         )
     return Counted(
         gate, observe=desk.bridge.metrics.observe_request, endpoints=ENDPOINTS
@@ -146,6 +145,10 @@ def _add_handlers(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {error.detail}"
         response = failure_response(AnswerError(error.status_code, message[:300]))
         response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            methods = set(response.headers["allow"].split(", "))
+            head = {"HEAD"} if "GET" in methods else set()
+            response.headers["allow"] = ", ".join(sorted(methods | head))
         return response
 
     @app.exception_handler(Exception)
@@ -159,7 +162,7 @@ def _invalid(error: RequestValidationError) -> AnswerError:
     """What is wrong with a body, one of its mistakes."""
     first: Mapping[str, Any] = max(error.errors(), key=_interest)
     if first["type"] == "json_invalid":
-        return AnswerError(400, "the body must be JSON: it is not.")
+        return AnswerError(400, UNREADABLE)
     place = _place(first, error.body)
     reason = str(first["msg"])
     return AnswerError(
@@ -199,7 +202,7 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
 
 def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/chat/completions", include_in_schema=False)  # mlx-lm's server has it
-    @app.post("/v1/chat/completions", responses=_ERRORS, summary="Answer a message")
+    @app.post("/v1/chat/completions", summary="Answer a message")
     async def chat(request: Request, body: ChatBody) -> Response:
         arrived = time.perf_counter()
         desk.orders.check_model(body.model)
@@ -228,7 +231,7 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
         )
         return await _answer(request, desk, body, orders, style, arrived)
 
-    @app.post("/v1/completions", responses=_ERRORS, summary="Continue a text")
+    @app.post("/v1/completions", summary="Continue a text")
     async def complete(request: Request, body: CompletionBody) -> Response:
         arrived = time.perf_counter()
         desk.orders.check_model(body.model)
@@ -305,7 +308,7 @@ def _add_model_routes(app: FastAPI, desk: Desk) -> None:
         data = [described(name) for name in desk.settings.names]
         return JSONResponse({"object": "list", "data": data})
 
-    @app.get("/v1/models/{name:path}", responses=_ERRORS, summary="One model")
+    @app.get("/v1/models/{name:path}", summary="One model")
     async def model(name: str) -> Response:
         desk.orders.check_model(name)
         return JSONResponse(described(name))

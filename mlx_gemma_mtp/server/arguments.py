@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import os
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,43 +30,59 @@ from ..arguments import (
 from ..command import Parser
 from ..config import MAX_DRAFT_TOKENS, SamplingParams, shorten
 from ..errors import RequestError
+from .addresses import API_KEY_VARIABLE, api_key, host_names, origins
+from .refused import reason_against
 
-API_KEY_VARIABLE = "MLX_GEMMA_MTP_API_KEY"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 DEFAULT_MODEL = "default_model"  # mlx-lm's word for whatever is served
 EMBEDDED_MODEL = "embedded"
 MAX_LOGPROBS = 64  # logprobs.MAX_LOGPROBS; a test compares them
-_MAX_PORT = 65535
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
-# Flags of vLLM and mlx-lm that people bring and that mean nothing here.
-REFUSED = {
-    "--gpu-memory-utilization": "--max-kv-bytes states the memory of running requests",
-    "--kv-cache-memory-bytes": "it is --max-kv-bytes here",
-    "--tensor-parallel-size": "one machine serves the whole model",
-    "-tp": "one machine serves the whole model",
-    "--pipeline-parallel-size": "one machine serves the whole model",
-    "--data-parallel-size": "one machine serves the whole model",
-    "--pipeline": "one machine serves the whole model",
-    "--dtype": "weights keep the type of the checkpoint; mlx_gemma_mtp.convert has it",
-    "--quantization": "the checkpoint says how it is quantized",
-    "--load-format": "checkpoints are safetensors",
-    "--tokenizer": "the tokenizer comes with the checkpoint",
-    "--enforce-eager": "rounds are always compiled",
-    "--kv-cache-dtype": "mlx-lm has no quantized cache for Gemma 4",
-    "--kv-bits": "mlx-lm has no quantized cache for Gemma 4",
-    "--kv-group-size": "mlx-lm has no quantized cache for Gemma 4",
-    "--quantized-kv-start": "mlx-lm has no quantized cache for Gemma 4",
-    "--reasoning-parser": "the tokenizer's vocabulary says how reasoning is marked",
-    "--tool-call-parser": "the chat template says how tools are called",
-    "--enable-auto-tool-choice": "tools are on where the chat template has them",
-    "--use-default-chat-template": "--chat-template names one",
-    "--enable-prefix-caching": "caches are kept; --prompt-cache-size says how many",
-    "--no-enable-prefix-caching": "--prompt-cache-size 0 keeps no caches",
-    "--enable-chunked-prefill": "prompts are always read in chunks",
-    "--prompt-concurrency": "prompts are read one chunk at a time between rounds",
-    "--enable-lora": "--adapter-path names LoRA adapters",
+# The most that C's int can count, as some libraries below do.
+_LARGEST = 2**31 - 1
+# Fewer tokens hold no chat template's turns, or no JSON object that asks for anything.
+MIN_MODEL_LEN = 16
+_MIN_REQUEST_BYTES = 64
+_RANGES: dict[str, tuple[int, float]] = {
+    "port": (0, 65535),
+    "backlog": (1, _LARGEST),
+    "max_rows": (1, _LARGEST),
+    "max_waiting": (0, _LARGEST),
+    "max_connections": (1, _LARGEST),
+    "max_request_bytes": (_MIN_REQUEST_BYTES, _LARGEST),
+    "max_tokens": (1, _LARGEST),
+    "max_logprobs": (0, MAX_LOGPROBS),
+    "prefill_step_size": (1, _LARGEST),
+    "prompt_cache_size": (0, _LARGEST),
+    "shutdown_timeout": (0, math.inf),
+    "max_model_len": (MIN_MODEL_LEN, _LARGEST),
+    "max_kv_bytes": (1, math.inf),
+    "prompt_cache_bytes": (0, math.inf),
 }
+# Arguments of a tokenizer's apply_chat_template that are no variables of a template.
+RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",  # a template of the client's could run for ever
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "self",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+# What names something; nothing is named by an empty text, such as an unset variable.
+_TEXTS = ("model", "draft_model", "adapter_path", "revision", "host", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -168,10 +184,12 @@ def parse(argv: Sequence[str] | None) -> Settings:
 def _refuse(argument: str) -> NoReturn:
     """Say why an argument is not taken."""
     flag = argument.split("=")[0]
-    reason = REFUSED.get(flag)
+    reason = reason_against(flag)
     if reason is None:
+        advice = "" if flag.startswith("-") else "A model is named with --model. "
         raise RequestError(
-            f"unrecognized argument: {shorten(flag)}. See mlx_gemma_mtp.server --help."
+            f"unrecognized argument: {shorten(flag)}. {advice}See mlx_gemma_mtp.server "
+            "--help."
         )
     raise RequestError(f"{flag} has no meaning here: {reason}. Leave it out.")
 
@@ -376,6 +394,7 @@ def check(args: argparse.Namespace) -> Settings:
     """
     drafts = _Drafts.of(args)
     _check_ranges(args)
+    _check_texts(args)
     given = {name: getattr(args, name) for name in ("temp", "top_p", "top_k", "min_p")}
     SamplingParams(**{name: v for name, v in given.items() if v is not None})
     return Settings(
@@ -390,16 +409,12 @@ def check(args: argparse.Namespace) -> Settings:
         host=args.host,
         port=args.port,
         backlog=args.backlog,
-        api_key=_api_key(args.api_key),
-        allowed_origins=tuple(args.allowed_origins),
-        allowed_hosts=tuple(name.lower() for name in args.allowed_hosts),
+        api_key=api_key(args.api_key),
+        allowed_origins=origins(args.allowed_origins),
+        allowed_hosts=host_names(args.allowed_hosts),
         given_sampling=given,
         chat_template=_template(args.chat_template),
-        chat_template_args=with_thinking(
-            _object("--chat-template-args", args.chat_template_args),
-            args.thinking,
-            "--chat-template-args",
-        ),
+        chat_template_args=_template_args(args.chat_template_args, args.thinking),
         prefill_step_size=args.prefill_step_size,
         prompt_cache_size=args.prompt_cache_size,
         prompt_cache_bytes=args.prompt_cache_bytes,
@@ -420,32 +435,29 @@ def check(args: argparse.Namespace) -> Settings:
 
 def _check_ranges(args: argparse.Namespace) -> None:
     """Check the numbers."""
-    lowest = {
-        "port": 0,
-        "backlog": 1,
-        "max_rows": 1,
-        "max_waiting": 0,
-        "max_connections": 1,
-        "max_request_bytes": 1,
-        "max_tokens": 1,
-        "max_logprobs": 0,
-        "prefill_step_size": 1,
-        "prompt_cache_size": 0,
-        "shutdown_timeout": 0,
-        "max_model_len": 2,
-        "max_kv_bytes": 1,
-        "prompt_cache_bytes": 0,
-    }
-    highest = {"port": _MAX_PORT, "max_logprobs": MAX_LOGPROBS}
-    for name, minimum in lowest.items():
+    for name, (minimum, maximum) in _RANGES.items():
         value = getattr(args, name)
-        maximum = highest.get(name, float("inf"))
         if value is not None and not minimum <= value <= maximum:  # NaN fails too
-            bounds = f"from {minimum} to {maximum}" if name in highest else "or more"
-            expected = bounds if name in highest else f"{minimum} {bounds}"
+            is_narrow = maximum < _LARGEST or value > maximum
+            expected = (
+                f"from {minimum} to {maximum}" if is_narrow else f"{minimum} or more"
+            )
             raise RequestError(
-                f"--{name.replace('_', '-')} must be {expected}: got {value}. Leave "
-                "it out for the default."
+                f"--{name.replace('_', '-')} must be {expected}: got {shorten(value)}. "
+                "Leave it out for the default."
+            )
+
+
+def _check_texts(args: argparse.Namespace) -> None:
+    """Check that what is named has a name."""
+    given = {name: getattr(args, name) for name in _TEXTS}
+    for number, name in enumerate(args.served_model_name or ()):
+        given[f"served_model_name {number + 1}"] = name
+    for name, value in given.items():
+        if value is not None and not value.strip():
+            raise RequestError(
+                f"--{name.replace('_', '-')} must not be empty: got {value!r:.20}. "
+                "Leave it out for the default."
             )
 
 
@@ -496,7 +508,7 @@ def _speculative(text: str) -> tuple[str | None, int | str]:
             "--speculative-config must hold method, model and num_speculative_tokens "
             f"only: got {shorten(', '.join(given))}. Leave the rest out."
         )
-    if model is not None and not isinstance(model, str):
+    if model is not None and not (isinstance(model, str) and model.strip()):
         raise RequestError(
             "model in --speculative-config must be a folder or a Hub id: got "
             f"{shorten(model)}. Leave it out to let it be found."
@@ -507,17 +519,6 @@ def _speculative(text: str) -> tuple[str | None, int | str]:
             f"got {shorten(count)}. Leave it out for as many as are fastest."
         )
     return model, count
-
-
-def _api_key(given: str | None) -> str | None:
-    """The key of the flag, or the environment's."""
-    key = os.environ.get(API_KEY_VARIABLE) or None if given is None else given
-    if key is not None and not (key and key.isascii() and key.isprintable()):
-        raise RequestError(
-            "--api-key must hold printable ASCII characters, which is what a header "
-            "can carry. Choose another one."
-        )
-    return key
 
 
 def _template(given: str | None) -> str | None:
@@ -531,6 +532,19 @@ def _template(given: str | None) -> str | None:
             f"--chat-template must be a file that can be read, or a Jinja template: "
             f"got {shorten(given)}: {error}. Name another one."
         ) from error
+
+
+def _template_args(given: str | None, thinking: str | None) -> dict[str, Any]:
+    """More variables for the template."""
+    flag = "--chat-template-args"
+    found = with_thinking(_object(flag, given), thinking, flag)
+    reserved = sorted(RESERVED & set(found))
+    if reserved:
+        raise RequestError(
+            f"{flag} must hold variables of the template: got {reserved[0]}, which is "
+            "none. Leave it out."
+        )
+    return found
 
 
 def _object(flag: str, text: str | None) -> dict[str, Any]:
@@ -549,7 +563,8 @@ def _size(text: str) -> int:
     """Bytes of a text such as ``8GB``, ``512MiB`` or ``1000000``."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise argparse.ArgumentTypeError(f"must be a size such as 8GB: got {text!r}")
+        found = shorten(text)
+        raise argparse.ArgumentTypeError(f"must be a size such as 8GB: got {found}")
     number, unit, binary = match.groups()
     base = 1024 if binary else 1000
     return int(float(number) * base ** " KMGT".index(unit.upper() or " "))

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors
 
 from ..answer import marks_of
+from ..cache import SlabLayout, stepped_capacity
 from ..errors import RequestError
 from ..generation_defaults import SamplingDefaults
 from ..load import embedded_pair_path, load
@@ -22,7 +23,7 @@ from ..target import text_model
 from ..template_files import missing_template_note
 from ..tokens import make_batch_decoder, make_request
 from .arguments import Settings
-from .kept import KeptCaches
+from .kept import MIN_TOKENS, KeptCaches
 from .order import Order
 from .transcript import Transcript
 from .worker import Means
@@ -88,6 +89,7 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> Engine:
     """
     limits = settings.limits
     max_kv_bytes = limits.kv_bytes or pair.default_kv_bytes
+    check_memory(settings, pair.rounds.target.layout)
     logger.info("%.1f GB for keys and values", max_kv_bytes / 1e9)
     decoder = make_batch_decoder(
         pair,
@@ -117,6 +119,31 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> Engine:
         drafter_name=_drafter_name(pair),
         wired=pair.wired,
     )
+
+
+def check_memory(settings: Settings, layout: SlabLayout) -> None:
+    """Check what memory was stated for caches.
+
+    Args:
+        settings: The command's.
+        layout: The shapes of the model's caches.
+
+    Raises:
+        RequestError: It never holds one.
+    """
+    asked = settings.limits.kv_bytes
+    least = layout.num_bytes(1, stepped_capacity(1))
+    if asked is not None and asked < least:
+        raise RequestError(
+            f"--max-kv-bytes must hold a request, which takes {least} bytes or more of "
+            f"this model: got {asked}. Leave it out for what the machine has."
+        )
+    asked, least = settings.prompt_cache_bytes, layout.num_bytes(1, MIN_TOKENS)
+    if 0 < asked < least:
+        raise RequestError(
+            f"--prompt-cache-bytes must hold {MIN_TOKENS} tokens, which take {least} "
+            f"bytes of this model, or be 0 for none: got {asked}. State more."
+        )
 
 
 def request_of(pair: Pair, order: Order, eos: frozenset[int]) -> Request:

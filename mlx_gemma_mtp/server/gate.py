@@ -5,10 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import json
-import logging
-import time
-from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -16,12 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import formats
 from .failures import AnswerError
-
-logger = logging.getLogger("mlx_gemma_mtp.server")
+from .json_body import UNREADABLE
 
 # The page is the same for everybody, asks for the key and shows nothing without it.
 OPEN_PATHS = frozenset({"/", "/health"})
-_HALF = b"\\ud"  # how a surrogate is written
 _BODY_TIMEOUT_S = 30.0  # for a body that is sent slowly
 
 
@@ -42,6 +36,7 @@ class Gate:
         app: The application.
         api_key: What requests must bring; None for nothing.
         allowed_hosts: Names by which a request without a key may call this machine.
+        posted: Paths that take a body; no other's is looked at.
         max_bytes: Largest body.
     """
 
@@ -51,11 +46,13 @@ class Gate:
         *,
         api_key: str | None,
         allowed_hosts: tuple[str, ...],
+        posted: frozenset[str],
         max_bytes: int,
     ) -> None:
         self._app = app
         self._key = None if api_key is None else api_key.encode()
         self._allowed_hosts = allowed_hosts
+        self._posted = posted
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,8 +62,10 @@ class Gate:
             return
         try:
             self._check(scope["path"], Headers(scope=scope))
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" and scope["path"] in self._posted:
                 receive = await self._with_body(Headers(scope=scope), receive)
+            if scope["method"] == "HEAD":  # uvicorn sends no body for it
+                scope = {**scope, "method": "GET"}
         except AnswerError as failure:
             response = failure_response(failure)
             if failure.status == 401:
@@ -129,7 +128,8 @@ class Gate:
             raise AnswerError(
                 408, f"the body must arrive within {_BODY_TIMEOUT_S:.0f} s."
             ) from None
-        _check_text(body)
+        if not body:
+            raise AnswerError(400, UNREADABLE)
         message: Message = {"type": "http.request", "body": body, "more_body": False}
         messages = iter([message])
 
@@ -156,69 +156,6 @@ class Gate:
         return AnswerError(
             413, f"the body must be at most {self._max_bytes} bytes: got more."
         )
-
-
-class Counted:
-    """Counts the answers of an application.
-
-    Args:
-        app: The application.
-        observe: Told of every answer: endpoint, status, seconds.
-        endpoints: The paths that are told apart.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        observe: Callable[[str, int, float], None],
-        endpoints: frozenset[str],
-    ) -> None:
-        self._app = app
-        self._observe = observe
-        self._endpoints = endpoints
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request and count it."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        start = time.perf_counter()
-        status = 499  # nobody waited for an answer
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noting)
-        finally:
-            path = scope["path"] if scope["path"] in self._endpoints else "other"
-            seconds = time.perf_counter() - start
-            self._observe(path, status, seconds)
-            # Others are asked for every second, by whatever watches the server.
-            level = logging.INFO if scope["method"] == "POST" else logging.DEBUG
-            logger.log(level, "%s %d in %.3f s", path, status, seconds)
-
-
-def _check_text(body: bytes) -> None:
-    """Refuse half characters, which JSON can write and no tokenizer can read.
-
-    Raises:
-        AnswerError: There is one.
-    """
-    if _HALF not in body.lower():
-        return
-    try:
-        json.dumps(json.loads(body), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise AnswerError(
-            400, "the body must be Unicode text: got half of a surrogate pair."
-        ) from None
-    except (ValueError, RecursionError):
-        return  # no JSON, which is told elsewhere
 
 
 def _given_key(headers: Headers) -> bytes:

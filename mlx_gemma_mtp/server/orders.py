@@ -65,6 +65,11 @@ class Orders:
                 code="model_not_found",
             )
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._vocab_size
+
     def of_completion(
         self, body: CompletionBody, prompts: Sequence[Prompt]
     ) -> list[Order]:

@@ -14,31 +14,10 @@ from ..answer import CALL_START, AnswerReader, marks_of
 from ..chat_template import ChatPrompt, apply_chat_template, render_chat_template
 from ..encoding import encode_text, num_common
 from ..errors import RequestError
+from .arguments import RESERVED
 from .failures import bad_request
 from .kept import MIN_TOKENS
 from .order import Place
-
-# Arguments of a tokenizer's apply_chat_template that are no variables of a template.
-_RESERVED = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",  # a template of the client's could run for ever
-        "continue_final_message",
-        "conversation",
-        "documents",
-        "max_length",
-        "messages",
-        "padding",
-        "self",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -111,7 +90,7 @@ class Prompts:
                 "messages",
             )
         settings = {**self._template_args, **(template_args or {})}
-        reserved = sorted(_RESERVED & set(settings))
+        reserved = sorted(RESERVED & set(settings))
         if reserved:
             raise bad_request(
                 f"chat_template_kwargs must hold variables of the template: got "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextvars import copy_context
 
 from .failures import AnswerError
 from .order import Accepted, Event, Order, Piece
@@ -26,6 +27,9 @@ class Job:
         reply: Where its pieces go.
         index: The choice's number in the reply.
         arrived: When the request came, seconds of ``time.perf_counter``.
+
+    Attributes:
+        context: What is logged within names the request.
     """
 
     def __init__(self, order: Order, reply: Reply, index: int, arrived: float) -> None:
@@ -33,6 +37,7 @@ class Job:
         self.reply = reply
         self.index = index
         self.arrived = arrived
+        self.context = copy_context()
 
 
 class Reply:

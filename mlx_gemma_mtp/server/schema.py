@@ -31,7 +31,16 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class Speculative(_Body):
+class _Numbers(_Body):
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_numbers(cls, value: Any) -> Any:
+        if isinstance(value, list) and list in set(map(type, value)):
+            return [_whole(each) for each in value]
+        return _whole(value)
+
+
+class Speculative(_Numbers):
     """How a request is drafted: the package's own field.
 
     Attributes:
@@ -50,7 +59,7 @@ class StreamOptions(_Body):
     include_usage: bool | None = None
 
 
-class _Generation(_Body):
+class _Generation(_Numbers):
     """What both kinds of requests say of the tokens."""
 
     model: str | None = None
@@ -150,6 +159,15 @@ class Message(_Body):
         elif self.content is None:
             found["content"] = ""
         return found
+
+
+def _whole(value: Any) -> Any:
+    """A number as JSON means it, where 4.0 is 4; also those of a list."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, list) and float in set(map(type, value)):
+        return [_whole(each) for each in value]
+    return value
 
 
 class Function(_Body):

@@ -18,6 +18,7 @@ from .engine import Engine, load_engine
 from .metrics import Metrics
 from .orders import Orders
 from .prompts import Prompts
+from .request_log import FORMAT, WithRequest
 from .vocabulary import Vocabulary
 from .web import Web, allow_connections, listen, url_of
 from .worker import Worker
@@ -136,7 +137,9 @@ class _Shutdown:
 
 def _set_up_log(settings: Settings) -> None:
     """What is said goes to standard error."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(WithRequest())
+    logging.basicConfig(format=FORMAT, handlers=[handler])
     logging.getLogger("mlx_gemma_mtp").setLevel(settings.log_level)
     logging.getLogger("uvicorn").setLevel(
         max(logging.getLevelName(settings.log_level), logging.WARNING)

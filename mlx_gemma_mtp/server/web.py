@@ -44,10 +44,11 @@ def listen(settings: Settings) -> socket.socket:
         except BaseException:
             opened.close()
             raise
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name may be no name at all
+        reason = error.strerror if isinstance(error, OSError) else "no host's name"
         raise RequestError(
-            f"--host and --port must be an address to listen at: got {host}:{port}: "
-            f"{error.strerror or error}. Choose another port, or 0 for a free one."
+            f"--host and --port must be an address to listen at: got {host:.60}:"
+            f"{port}: {reason or error}. Choose another port, or 0 for a free one."
         ) from error
     return opened
 

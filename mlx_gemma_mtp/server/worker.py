@@ -198,7 +198,7 @@ class Worker:
             request = self._means.make_request(job.order)
             transcript = self._means.make_transcript(job.order.stop)
         except Exception as error:  # noqa: BLE001 - one order must not end the others
-            return self._tell(job, _failure_of(error))
+            return self._tell(job, _failure_of(job, error))
         task = _Task(job, request, transcript)
         self._tasks[job] = task
         self._waiting.append(task)
@@ -217,7 +217,7 @@ class Worker:
             try:
                 self._begin(task)
             except Exception as error:  # noqa: BLE001 - as above
-                self._fail(task, _failure_of(error))
+                self._fail(task, _failure_of(task.job, error))
 
     def _begin(self, task: _Task) -> None:
         """Add a request to the decoder, with what the caches know of its prompt."""
@@ -260,7 +260,7 @@ class Worker:
             try:
                 self._take(task, emission, now)
             except Exception as error:  # noqa: BLE001 - as above
-                self._fail(task, _failure_of(error))
+                self._fail(task, _failure_of(task.job, error))
 
     def _take(self, task: _Task, emission: Emission, now: float) -> None:
         """Tell a job what its row emitted."""
@@ -310,8 +310,9 @@ class Worker:
             self._kept.keep(tokens, list(caches), kind=kind)
         except RequestError:  # another row has its seat already
             logger.debug("%d tokens were not kept", len(tokens))
-        except Exception:
-            logger.exception("the caches of %d tokens could not be kept", len(tokens))
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            text = "the caches of %d tokens could not be kept"
+            task.job.context.run(logger.error, text, len(tokens), exc_info=error)
 
     def _drop(self, task: _Task, *, is_ended: bool = False) -> None:
         """Forget a task; its row, if it has not ended, has no further round."""
@@ -379,9 +380,9 @@ def _tally(task: _Task, row: Row) -> Tally:
     )
 
 
-def _failure_of(error: Exception) -> AnswerError:
+def _failure_of(job: Job, error: Exception) -> AnswerError:
     """What a client is told of an exception in its request."""
     if isinstance(error, RequestError):
         return AnswerError(400, str(error))
-    logger.error("a request has failed", exc_info=error)
+    job.context.run(logger.error, "a request has failed", exc_info=error)
     return AnswerError(500, "the request has failed; the server's log says why.")

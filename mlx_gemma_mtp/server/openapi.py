@@ -1,0 +1,224 @@
+"""The description that the server gives of itself, where FastAPI cannot know it.
+
+FastAPI describes the types of what requests hold. Here are the answers, who may ask,
+and which values this server refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import TypeAdapter
+
+from . import answer_schema as answers
+from .arguments import RESERVED
+from .gate import OPEN_PATHS
+from .metrics import CONTENT_TYPE
+from .request_log import ID_HEADER
+
+_JSON = "application/json"
+_STREAM = "text/event-stream"
+_REFERENCE = "#/components/schemas/"
+_WHAT = "OpenAI's API around a Gemma 4 model and its MTP drafter."
+WHOLE: dict[str, Any] = {
+    "/v1/chat/completions": answers.ChatCompletion,
+    "/v1/completions": answers.Completion,
+    "/v1/models": answers.ModelList,
+    "/v1/models/{name}": answers.Model,
+    "/health": answers.Health,
+    "/stats": answers.Stats,
+}
+CHUNKS: dict[str, Any] = {
+    "/v1/chat/completions": answers.ChatCompletionChunk,
+    "/v1/completions": answers.CompletionChunk,
+}
+_NO_KEY = {401: "The API key is missing or another one."}
+_NO_NAME = {403: "The host is not one of this machine's names."}
+_ERRORS = {
+    400: "The request cannot be answered as it is.",
+    404: "The model is not served.",
+    405: "The path has another method.",
+    408: "The body, or who reads the answer, is too slow.",
+    413: "The body is too large.",
+    415: "The body's type is not JSON's.",
+    429: "Too many requests wait. Try again later.",
+    500: "The server has failed.",
+    503: "The server is shutting down, or has failed.",
+}
+_HEADERS = {
+    ID_HEADER: {
+        "description": "The request's name: its own, or a fresh one.",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "retry-after": {
+        "description": "Seconds after which trying again makes sense.",
+        "schema": {"type": "integer"},
+    },
+}
+_OF_PATH = {"/v1/models/{name}": (404, 405), "/health": (405, 503)}
+_SCHEME = "bearer"
+_TOP_NEEDS_LOGPROBS = {
+    "if": {
+        "properties": {"top_logprobs": {"type": "integer", "minimum": 1}},
+        "required": ["top_logprobs"],
+    },
+    "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+}
+_NO_TOOLS = {
+    "anyOf": [
+        {"properties": {"tools": {"maxItems": 0}}},
+        {"properties": {"tool_choice": {"const": "none"}}, "required": ["tool_choice"]},
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one server's description depends on.
+
+    Attributes:
+        has_key: Whether requests must bring a key.
+        has_tools: Whether the chat template has tools.
+        vocab_size: Number of token ids.
+        max_logprobs: Most likely tokens that a request may ask for.
+    """
+
+    has_key: bool
+    has_tools: bool
+    vocab_size: int
+    max_logprobs: int
+
+
+class DescribedApp(FastAPI):
+    """An application whose description is whole.
+
+    Args:
+        offer: What the description depends on.
+        settings: FastAPI's.
+    """
+
+    def __init__(self, offer: Offer, **settings: Any) -> None:
+        super().__init__(description=_WHAT, **settings)
+        self._offer = offer
+
+    def openapi(self) -> dict[str, Any]:
+        """The description; made once."""
+        if self.openapi_schema is None:
+            self.openapi_schema = self._completed(super().openapi())
+        return self.openapi_schema
+
+    def _completed(self, found: dict[str, Any]) -> dict[str, Any]:
+        parts = found["components"]
+        schemas = parts["schemas"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)  # FastAPI's own form of a mistake
+        _narrow(schemas, self._offer)
+        schemas.update(_answer_schemas())
+        parts["headers"] = _HEADERS
+        has_key = self._offer.has_key
+        if has_key:
+            parts["securitySchemes"] = {_SCHEME: {"type": "http", "scheme": "bearer"}}
+        for path, operations in found["paths"].items():
+            is_open = path in OPEN_PATHS
+            strangers = {} if is_open else _NO_KEY if has_key else _NO_NAME
+            for operation in operations.values():
+                operation["responses"] = dict(_responses(path, strangers))
+                if has_key:
+                    operation["security"] = [] if is_open else [{_SCHEME: []}]
+        return found
+
+
+def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
+    """Say which values of the right type are refused."""
+    chat, text = schemas["ChatBody"], schemas["CompletionBody"]
+    for body in (chat, text):
+        fields = body["properties"]
+        fields["logit_bias"]["propertyNames"] = {
+            "pattern": "^[0-9]+$",
+            "description": f"Token ids from 0 to {offer.vocab_size - 1}.",
+        }
+        for name in ("prompt", "stop_token_ids"):
+            _bound_tokens(fields.get(name), offer.vocab_size)
+    for field in (text["properties"]["logprobs"], chat["properties"]["top_logprobs"]):
+        field["anyOf"][0]["maximum"] = offer.max_logprobs
+    schemas["ResponseFormat"]["properties"]["type"]["const"] = "text"
+    fields = chat["properties"]
+    fields["tool_choice"]["enum"] = ["auto", "none", "", {}, None]
+    names = {"not": {"enum": sorted(RESERVED)}}
+    fields["chat_template_kwargs"]["propertyNames"] = names
+    chat["allOf"] = (
+        [_TOP_NEEDS_LOGPROBS] if offer.has_tools else [_TOP_NEEDS_LOGPROBS, _NO_TOOLS]
+    )
+
+
+def _bound_tokens(schema: Any, vocab_size: int) -> None:
+    """Let the token ids in a schema be those of the vocabulary."""
+    if isinstance(schema, list):
+        for each in schema:
+            _bound_tokens(each, vocab_size)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "integer":
+            schema["maximum"] = vocab_size - 1
+        for each in schema.values():
+            _bound_tokens(each, vocab_size)
+
+
+def _answer_schemas() -> dict[str, Any]:
+    """The schemas of all answers, by their names."""
+    types = [answers.Error, *WHOLE.values(), *CHUNKS.values()]
+    inputs = [(each, "serialization", TypeAdapter(each)) for each in types]
+    _, found = TypeAdapter.json_schemas(inputs, ref_template=_REFERENCE + "{model}")
+    return dict(found["$defs"])
+
+
+def _responses(
+    path: str, strangers: dict[int, str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The answers of a path, by their status; ``strangers`` get some more."""
+    yield "200", _response("The answer.", _contents(path), ID_HEADER)
+    own = list(_ERRORS) if path in CHUNKS else _OF_PATH.get(path, (405,))
+    errors = {**strangers, **{status: _ERRORS[status] for status in own}}
+    for status, text in sorted(errors.items()):
+        is_health = path == "/health" and status == 503
+        kind = answers.Health if is_health else answers.Error
+        can_wait = status in (429, 503) and not is_health
+        names = [ID_HEADER, "retry-after"] if can_wait else [ID_HEADER]
+        yield str(status), _response(text, _json_of(kind), *names)
+    text = "Something else is wrong with the request."
+    yield "4XX", _response(text, _json_of(answers.Error), ID_HEADER)
+
+
+def _contents(path: str) -> dict[str, Any]:
+    """What a path answers where nothing is wrong, by its type."""
+    if path == "/metrics":
+        return {CONTENT_TYPE: {"schema": {"type": "string"}}}
+    found = _json_of(WHOLE[path])
+    if path in CHUNKS:
+        data = {
+            "type": "string",
+            "description": "A chunk, or an error that ends the stream, or [DONE].",
+            "contentMediaType": _JSON,
+            "contentSchema": {
+                "anyOf": [_reference(CHUNKS[path]), _reference(answers.Error)]
+            },
+        }
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        found[_STREAM] = {"itemSchema": event}
+    return found
+
+
+def _response(text: str, contents: dict[str, Any], *headers: str) -> dict[str, Any]:
+    named = {name: {"$ref": f"#/components/headers/{name}"} for name in headers}
+    return {"description": text, "headers": named, "content": contents}
+
+
+def _json_of(kind: Any) -> dict[str, Any]:
+    return {_JSON: {"schema": _reference(kind)}}
+
+
+def _reference(kind: Any) -> dict[str, str]:
+    return {"$ref": _REFERENCE + kind.__name__}
