@@ -14,6 +14,7 @@ the target's own forward as rounds do, and knows nothing of drafters.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ class _Probe:
     ) -> None:
         self._target = target
         self._num_rows = num_rows
-        self._budget_s = budget_s
+        self._budget_s = math.inf if budget_s is None else budget_s
         self._compared = compared
         self._is_whole = is_whole
         self._comparisons = list(_comparisons(target.layout))
@@ -218,7 +219,7 @@ class _Probe:
         held = self._compared.plain
         if self._compared.place != str(place):
             held.clear()
-        if self._budget_s is None and not held:
+        if math.isinf(self._budget_s) and not held:
             return True
         for _ in range(TIMING_PASSES):  # the first is traced and compiled
             first, _ = self._block(slabs, place, 0, 1, 0)
@@ -233,8 +234,6 @@ class _Probe:
 
     def _has_time(self, num_passes: int) -> bool:
         """Whether so many passes more fit into the time there is."""
-        if self._budget_s is None:
-            return True
         is_first = self._is_whole or not self._has_compared
         most_s = self._budget_s * (_MOST_BUDGETS if is_first else 1)
         return self._spent_s + num_passes * self._pass_s <= most_s

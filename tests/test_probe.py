@@ -386,7 +386,7 @@ def timed_pair(monkeypatch):
 @pytest.mark.parametrize("is_another_process", [False, True])
 def test_requests_bring_the_probe_to_its_end(timed_pair, is_another_process):
     pair, _ = timed_pair()
-    states = []
+    states: list[str] = []
     while not states or not states[-1].startswith("exact"):
         if is_another_process:
             pair, _ = timed_pair()
