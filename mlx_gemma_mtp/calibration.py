@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from .compared import Compared
 from .control import AcceptanceModel, DraftLengthController, Prior
 from .early_start import EarlyStart
 from .learnt import numbers
@@ -22,7 +23,7 @@ from .store import Store
 # request, as what made it win may have been a busy machine, then for every so many.
 _PLAIN_REQUESTS = 8
 _NUM_SETUPS = 5
-_SECTIONS = ("controllers", "verdicts", "plain", "setups")
+_SECTIONS = ("controllers", "verdicts", "probes", "plain", "setups")
 _MOST = 1e6  # of any kept number; more is damage
 
 
@@ -37,17 +38,20 @@ class Calibration:
     Attributes:
         setups: What it took to trace the last rounds, seconds.
         lock: Held while something is learnt or asked for.
+        probing: Held while a probe runs: another thread's goes on behind it.
     """
 
     def __init__(self, store: Store, prior: Callable[[int, int], Prior]) -> None:
         self.setups: deque[float] = deque(maxlen=_NUM_SETUPS)
         self.lock = threading.RLock()
+        self.probing = threading.Lock()
         self._store = store
         self._prior = prior
         self._kept = _sections(store.read())
         self._acceptance: dict[str, AcceptanceModel] = {}
         self._controllers: dict[tuple[str, int, int], DraftLengthController] = {}
         self._verdicts: dict[int, Verdict] = {}
+        self._compared: dict[int, Compared] = {}
         self._early_starts: dict[int, EarlyStart] = {}
         self._given_up: set[int] = set()
         self._num_plain: dict[str, int] = {}
@@ -100,7 +104,19 @@ class Calibration:
         """Keep what the probe found."""
         with self.lock:
             self._verdicts[num_rows] = verdict
+            self._compared.pop(num_rows, None)
             self.save()
+
+    def compared(self, num_rows: int) -> Compared:
+        """What probes for a number of rows have compared so far; theirs to add to."""
+        with self.lock:
+            if num_rows not in self._compared:
+                found = self._kept["probes"].get(str(num_rows))
+                try:
+                    self._compared[num_rows] = Compared.from_dict(found)
+                except ValueError:
+                    self._compared[num_rows] = Compared()
+            return self._compared[num_rows]
 
     def give_up_probe(self, num_rows: int) -> None:
         """Remember, for this process, that a probe would take too long."""
@@ -146,6 +162,9 @@ class Calibration:
                 kept["controllers"][_name(key)] = controller.to_dict()
             for num_rows, verdict in self._verdicts.items():
                 kept["verdicts"][str(num_rows)] = verdict.to_dict()
+                kept["probes"].pop(str(num_rows), None)
+            for num_rows, compared in self._compared.items():
+                kept["probes"][str(num_rows)] = compared.to_dict()
             kept["plain"].update(self._num_plain)
             kept["setups"] = {str(i): s for i, s in enumerate(self.setups)}
             self._kept = kept

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
+from .calibration import Calibration
 from .draft_length import (
     AdaptiveDraftLength,
     BatchDraftLengths,
@@ -21,20 +22,25 @@ from .draft_length import (
 )
 from .early_start import EarlyStart
 from .pair import Pair
-from .probe import probe
+from .probe import TIMING_PASSES, probe
+from .rounds import Rounds
 from .route import ANY_ROUTE, AUTO, PLAIN, Route, Verdict, exact_routes, inexact_route
 from .row import Request
 from .stats import joined_rules
 
 logger = logging.getLogger("mlx_gemma_mtp")
 
-# Longest probe that nobody asked for, seconds: some 90 passes, once per machine.
+# Of a probe that nobody asked for, in one request, seconds; the next one goes on.
 _PROBE_BUDGET_S = 20.0
 # Where nothing was measured: two steps of the logits' type where logits end (at 30).
 _NEAR_TIES = {mx.bfloat16: 0.25, mx.float16: 0.03125}
 _NEAR_TIE = 1e-4
 _NO_TEXT = "drafts judged by block: the distribution is the target's for any K"
 _TOO_LONG = "the probe takes long on this machine; exactness set to exact runs it"
+_UNFINISHED = (
+    "the probe has not compared everything and goes on with the next request; "
+    "exactness set to exact ends it at once"
+)
 _NO_DRAFTS = "no number of drafts gave the bytes of plain decoding on this machine"
 _NO_DRAFTER = "the model has no drafter"
 _ROWS_CHANGE = (
@@ -202,7 +208,7 @@ class _Planner:
             return inexact_route(self._near_tie(), "exactness is set to fast")
         verdict = self._verdict()
         if verdict is None:
-            return inexact_route(self._near_tie(), _TOO_LONG)
+            return inexact_route(self._near_tie(), self._why_no_verdict())
         first, second = exact_routes(verdict)
         if self._shares_growth(first):
             return self._failed(first, verdict, _SHARED_GROWTH)
@@ -249,6 +255,10 @@ class _Planner:
             self._probe_s = time.perf_counter() - start
         return verdict
 
+    def _why_no_verdict(self) -> str:
+        is_given_up = self._pair.calibration.has_given_up_probe(len(self._requests))
+        return _TOO_LONG if is_given_up else _UNFINISHED
+
     def _near_tie(self) -> float:
         """What counts as a near tie: what was measured, else a guess by the type."""
         verdict = self._pair.calibration.verdict(1)
@@ -258,15 +268,17 @@ class _Planner:
 
 
 def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict | None:
-    """The probe's verdict for a number of rows; it runs at most once per machine.
+    """The probe's verdict for a number of rows; it is reached once per machine.
 
     Args:
         pair: Target and drafter.
         num_rows: Rows of the batch.
-        budget_s: Longest time for a probe, seconds; None for any.
+        budget_s: Longest time for a probe, seconds; None for any. What it compares
+            until then is kept, here and on disk, and the next one goes on from there.
 
     Returns:
-        The verdict; None where the probe would take longer or does not fit in memory.
+        The verdict; None where the probe has not come to its end, or does not fit in
+        memory.
 
     Raises:
         RuntimeError: It does not fit in memory, where there is no budget.
@@ -275,26 +287,42 @@ def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict 
     verdict = calibration.verdict(num_rows)
     if verdict is not None or (budget_s and calibration.has_given_up_probe(num_rows)):
         return verdict
-    logger.info(
-        "checking, once on this machine, which rounds give plain decoding's bytes"
-    )
     rounds = pair.rounds  # walks over all weights: only where it is needed
     # Weights that were loaded lazily would be read anew in every pass.
     mx.eval(pair.target.parameters())
+    with calibration.probing, pair.wired():
+        return calibration.verdict(num_rows) or _probed(
+            rounds, calibration, num_rows, budget_s
+        )
+
+
+def _probed(
+    rounds: Rounds, calibration: Calibration, num_rows: int, budget_s: float | None
+) -> Verdict | None:
+    """Go on with the probe; see ``verdict_of``."""
+    logger.info(
+        "checking, once on this machine, which rounds give plain decoding's bytes"
+    )
+    compared = calibration.compared(num_rows)
+    num_passes, verdict = compared.num_passes, None
     try:
-        with pair.wired():
-            verdict = probe(
-                rounds.target,
-                num_rows=num_rows,
-                use_compile=rounds.use_compile,
-                budget_s=budget_s,
-            )
+        verdict = probe(
+            rounds.target,
+            num_rows=num_rows,
+            use_compile=rounds.use_compile,
+            budget_s=budget_s,
+            compared=compared,
+        )
     except RuntimeError as error:  # what MLX raises where memory is short
         if budget_s is None:
             raise
         logger.warning("the check was given up: %s", error)
-    if verdict is None:
         calibration.give_up_probe(num_rows)
-    else:
-        calibration.keep_verdict(num_rows, verdict)
+    finally:  # also where it was interrupted
+        if verdict is not None:
+            calibration.keep_verdict(num_rows, verdict)
+        elif compared.equal:
+            calibration.save()
+    if verdict is None and compared.num_passes - num_passes <= TIMING_PASSES:
+        calibration.give_up_probe(num_rows)
     return verdict

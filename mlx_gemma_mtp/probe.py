@@ -7,20 +7,23 @@ some thousand slots. Logits and hidden states of every row are compared byte by 
 Which kernel runs depends on shapes alone, so what is found for random keys holds for a
 text's.
 
-It runs the target's own forward as rounds do, and knows nothing of drafters.
+What it has compared is kept apart (compared.py): a probe whose time is over goes on
+from there another time, and gives its verdict when nothing is left to compare. It runs
+the target's own forward as rounds do, and knows nothing of drafters.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import cast
 
 import mlx.core as mx
 
 from .cache import CAPACITY_BLOCK, SlabLayout, next_capacity, resize
+from .compared import Compared, Decoded
 from .config import MAX_DRAFT_TOKENS
 from .rounds import TargetLike
 from .route import ALL_DRAFTS, PLAIN_ROWS, Verdict
@@ -32,6 +35,10 @@ _NUM_BLOCK_TOKENS = 3  # blocks of fewer tokens are repeated: later ones read th
 # 1,024 on, and its softmax in a loop, from 4,096 on.
 _MANY_SLOTS = 4352
 _KEY_SCALE = 0.125  # scores of a few units, as a text's: no key takes all the weight
+# A probe that has done no more than these has seen that it would take too long.
+TIMING_PASSES = 2
+# What one comparison at least may take, in budgets; else a slow machine never has one.
+_MOST_BUDGETS = 2
 
 _Forward = Callable[
     [mx.array, list[mx.array], mx.array], tuple[mx.array, mx.array, list[mx.array]]
@@ -45,13 +52,35 @@ class _Place:
     offset: int
     capacity: int
 
+    def __str__(self) -> str:
+        """Its name."""
+        return f"{self.offset} of {self.capacity}"
+
 
 @dataclass(frozen=True)
-class _Decoded:
-    """Logits and hidden states behind consecutive tokens, [B, n, V] and [B, n, H]."""
+class _Comparison:
+    """One way to decode that is compared with plain rounds.
 
-    logits: mx.array
-    hidden: mx.array
+    Attributes:
+        place: Where.
+        num_drafts: Drafts of its rounds; 0 for plain rounds over slabs that have grown.
+        capacity: Slots of its slabs.
+    """
+
+    place: _Place
+    num_drafts: int
+    capacity: int
+
+    @property
+    def name(self) -> str:
+        """What it is called where it is kept."""
+        way = f"K = {self.num_drafts}" if self.num_drafts else f"grown: {self.capacity}"
+        return f"{self.place}, {way}"
+
+    @property
+    def num_passes(self) -> int:
+        """Forward passes that it takes."""
+        return -(-_num_tokens(self.num_drafts) // (self.num_drafts + 1))
 
 
 def probe(
@@ -60,6 +89,8 @@ def probe(
     num_rows: int = 1,
     use_compile: bool = True,
     budget_s: float | None = None,
+    compared: Compared | None = None,
+    is_whole: bool = False,
 ) -> Verdict | None:
     """Compare plain rounds with blocks of every size.
 
@@ -67,12 +98,17 @@ def probe(
         target: The target.
         num_rows: Rows B of the batch.
         use_compile: Whether forwards go through ``mx.compile``, as rounds do.
-        budget_s: Give up where it would take longer, seconds; None for never.
+        budget_s: Stop where forwards would take longer, seconds; None for never. What
+            tracing and compiling takes does not count. The first comparison may take
+            twice as long.
+        compared: What was compared before; what is compared now is added to it.
+        is_whole: Whether to begin only where all of it looks as if it fits the budget.
 
     Returns:
-        What was found; None where it was given up.
+        What was found; None where something is still to be compared.
     """
-    return _Probe(target, num_rows, use_compile, budget_s).verdict()
+    so_far = Compared() if compared is None else compared
+    return _Probe(target, num_rows, use_compile, budget_s, so_far, is_whole).verdict()
 
 
 def places(layout: SlabLayout) -> list[_Place]:
@@ -100,106 +136,141 @@ class _Probe:
         num_rows: int,
         use_compile: bool,
         budget_s: float | None,
+        compared: Compared,
+        is_whole: bool,
     ) -> None:
         self._target = target
         self._num_rows = num_rows
-        self._budget_s = budget_s
-        self._num_passes = 0
-        self._plain_s: dict[int, list[float]] = {rows: [] for rows in PLAIN_ROWS}
-        self._start = time.perf_counter()
+        self._budget_s = math.inf if budget_s is None else budget_s
+        self._compared = compared
+        self._is_whole = is_whole
+        self._comparisons = list(_comparisons(target.layout))
+        self._missing = [c for c in self._comparisons if c.name not in compared.equal]
+        self._has_compared = False
+        self._spent_s = 0.0  # without tracing and compiling
+        self._traced: set[tuple[int, int]] = set()
+        self._row_s: float | None = None  # of a pass of one row, when it is traced
         forward = _forward_of(target)
         self._forward: _Forward = mx.compile(forward) if use_compile else forward
-        self._equal = {rows: set(ALL_DRAFTS[1:]) for rows in PLAIN_ROWS}
-        self._difference = 0.0
-        self._depends_on_capacity = False
-        self._key = mx.random.key(0)
         size = (num_rows, 2 * _MARGIN)
-        self._tokens = mx.random.randint(0, target.vocab_size, size, key=self._next())
+        key = mx.random.key(0)
+        self._tokens = mx.random.randint(0, target.vocab_size, size, key=key)
 
     def verdict(self) -> Verdict | None:
-        """Decode at every place; None where it would take too long."""
-        if not self._is_affordable():
-            return None
-        for place in places(self._target.layout):
-            self._compare(place)
+        """Compare what is missing; None where there was no time for all of it."""
+        start = time.perf_counter()
+        try:
+            for place in places(self._target.layout):
+                if not self._compare(place):
+                    return None
+        finally:
+            self._compared.seconds += time.perf_counter() - start
             mx.clear_cache()
-            if self._is_late():
-                return None
+        return self._concluded()
+
+    def _concluded(self) -> Verdict:
+        """What all comparisons together say."""
+        found, plain_s = self._compared, self._compared.plain_s
+        blocks = [c for c in self._comparisons if c.num_drafts]
+        differing = {
+            rows: {c.num_drafts for c in blocks if rows not in found.equal[c.name]}
+            for rows in PLAIN_ROWS
+        }
         return Verdict(
-            equal={rows: tuple(sorted(drafts)) for rows, drafts in self._equal.items()},
-            max_difference=self._difference,
-            depends_on_capacity=self._depends_on_capacity,
-            fill_cost=max(1.0, median(self._plain_s[2]) / median(self._plain_s[1])),
-            num_passes=self._num_passes,
-            seconds=time.perf_counter() - self._start,
+            equal={
+                rows: tuple(k for k in ALL_DRAFTS[1:] if k not in differing[rows])
+                for rows in PLAIN_ROWS
+            },
+            max_difference=found.max_difference,
+            depends_on_capacity=any(
+                1 not in found.equal[c.name]
+                for c in self._comparisons
+                if not c.num_drafts
+            ),
+            fill_cost=max(1.0, median(plain_s[2]) / median(plain_s[1])),
+            num_passes=found.num_passes,
+            seconds=found.seconds,
         )
 
-    def _compare(self, place: _Place) -> None:
-        """Compare plain rounds with blocks of every size at one place."""
-        slabs = self._random_slabs(place.capacity)
-        plain = {rows: self._decode(slabs, place, 0, rows) for rows in PLAIN_ROWS}
-        for k in ALL_DRAFTS[1:]:
-            if self._is_late():  # which verdict() finds too
-                return
-            block = self._decode(slabs, place, k, 1)
-            self._difference = max(self._difference, _difference(plain[1], block))
-            for rows in PLAIN_ROWS:
-                if not _is_equal(plain[rows], block):
-                    self._equal[rows].discard(k)
-        capacity = self._next_capacity(place)
-        if capacity is not None:
-            slabs = self._grown(slabs, capacity)
-            later = self._decode(slabs, place, 0, 1)
-            self._difference = max(self._difference, _difference(plain[1], later))
-            self._depends_on_capacity |= not _is_equal(plain[1], later)
-
-    def _next_capacity(self, place: _Place) -> int | None:
-        """Slots to grow to behind a place; None where another place tells as much."""
-        layout = self._target.layout
-        start, wrap, grown = places(layout)
-        if place == wrap:
-            return grown.capacity
-        has_short_ring = layout.ring > start.capacity
-        return wrap.capacity if place == start and has_short_ring else None
-
-    def _is_late(self) -> bool:
-        """Whether tracing has taken what no estimate could know."""
-        passed = time.perf_counter() - self._start
-        return self._budget_s is not None and passed > 2 * self._budget_s
-
-    def _is_affordable(self) -> bool:
-        """Whether the whole fits the budget, by the time of one pass."""
-        if self._budget_s is None:
+    def _compare(self, place: _Place) -> bool:
+        """Compare what is missing at one place; whether there was time for it."""
+        missing = [c for c in self._missing if c.place == place]
+        if not missing:
             return True
-        place = places(self._target.layout)[0]
-        slabs = self._random_slabs(place.capacity)
-        self._block(slabs, place, 0, 1, 1)  # traced and compiled here
-        start = time.perf_counter()
-        self._block(slabs, place, 0, 1, 1)
-        num_blocks = sum(-(-_NUM_BLOCK_TOKENS // (k + 1)) for k in ALL_DRAFTS[1:])
-        num_passes = 3 * (2 * _NUM_STEPS + num_blocks) + 2 * _NUM_STEPS
-        return (time.perf_counter() - start) * num_passes <= self._budget_s
+        slabs = self._random_slabs(place)
+        if self._row_s is None and not self._begin(slabs, place):
+            return False
+        if not self._has_plain(slabs, place):
+            return False
+        for comparison in missing:
+            if not self._has_time(comparison.num_passes):
+                return False
+            if comparison.capacity > place.capacity:
+                resize(slabs, self._target.layout, comparison.capacity)
+            found = self._decode(slabs, place, comparison.num_drafts, 1)
+            self._compared.add(comparison.name, found)
+            self._has_compared = True
+        self._compared.plain.clear()
+        mx.clear_cache()
+        return True
 
-    def _grown(self, slabs: list[mx.array], capacity: int) -> list[mx.array]:
-        """The same slabs with more slots behind."""
-        grown = list(slabs)
-        resize(grown, self._target.layout, capacity)
-        return grown
+    def _begin(self, slabs: list[mx.array], place: _Place) -> bool:
+        """Time one pass; whether there is time to compare anything."""
+        held = self._compared.plain
+        if self._compared.place != str(place):
+            held.clear()
+        if math.isinf(self._budget_s) and not held:
+            return True
+        for _ in range(TIMING_PASSES):  # the first is traced and compiled
+            first, _ = self._block(slabs, place, 0, 1, 0)
+        if held and not held[PLAIN_ROWS[0]].has_bytes_of(first):
+            held.clear()  # weights were changed in place
+        plain = (len(PLAIN_ROWS) - len(held)) * _NUM_STEPS
+        if not self._is_whole:
+            return self._has_time(plain + self._missing[0].num_passes)
+        plain *= len({c.place for c in self._missing})
+        num_passes = plain + sum(c.num_passes for c in self._missing)
+        return self._pass_s * num_passes <= self._budget_s
+
+    def _has_time(self, num_passes: int) -> bool:
+        """Whether so many passes more fit into the time there is."""
+        is_first = self._is_whole or not self._has_compared
+        most_s = self._budget_s * (_MOST_BUDGETS if is_first else 1)
+        return self._spent_s + num_passes * self._pass_s <= most_s
+
+    @property
+    def _pass_s(self) -> float:
+        """What a pass of one row takes, seconds."""
+        return self._row_s or 0.0
+
+    def _has_plain(self, slabs: list[mx.array], place: _Place) -> bool:
+        """Decode plainly, where that is not there yet; whether there was time."""
+        found = self._compared
+        found.place = str(place)
+        for rows in PLAIN_ROWS:
+            if rows in found.plain:
+                continue
+            if not self._has_time(_NUM_STEPS):
+                return False
+            found.plain[rows] = self._decode(slabs, place, 0, rows)
+        return True
 
     def _decode(
         self, slabs: list[mx.array], place: _Place, num_drafts: int, min_rows: int
-    ) -> _Decoded:
+    ) -> Decoded:
         """Decode the tokens in rounds of K drafts that are all accepted."""
         logits, hidden = [], []
-        num_tokens = _NUM_BLOCK_TOKENS if num_drafts else _NUM_STEPS
-        for done in range(0, num_tokens, num_drafts + 1):
+        for done in range(0, _num_tokens(num_drafts), num_drafts + 1):
             start = time.perf_counter()
             block, slabs = self._block(slabs, place, num_drafts, min_rows, done)
             if not num_drafts:
-                self._plain_s[min_rows].append(time.perf_counter() - start)
+                passed = time.perf_counter() - start
+                self._compared.plain_s[min_rows].append(passed)
             logits.append(block.logits)
             hidden.append(block.hidden)
-        return _Decoded(mx.concatenate(logits, axis=1), mx.concatenate(hidden, axis=1))
+        found = Decoded(mx.concatenate(logits, axis=1), mx.concatenate(hidden, axis=1))
+        mx.eval(found.logits, found.hidden)  # or it would hold every pass's rows
+        return found
 
     def _block(
         self,
@@ -208,7 +279,7 @@ class _Probe:
         num_drafts: int,
         min_rows: int,
         done: int,
-    ) -> tuple[_Decoded, list[mx.array]]:
+    ) -> tuple[Decoded, list[mx.array]]:
         """One verify forward over the tokens from number ``done`` on."""
         num_tokens = num_drafts + 1
         tokens = self._tokens[:, done : done + num_tokens]
@@ -217,26 +288,59 @@ class _Probe:
             tokens = mx.concatenate([tokens, filling], axis=1)
         # Rows of a batch stand at different places.
         offset = place.offset + done + mx.arange(self._num_rows)
-        logits, hidden, slabs = self._forward(tokens, slabs, offset)
-        self._num_passes += 1
-        block = _Decoded(logits[:, :num_tokens], hidden[:, :num_tokens])
-        mx.eval(block.logits, block.hidden, slabs)
+        logits, hidden, slabs = self._passed(tokens, slabs, offset)
+        block = Decoded(logits[:, :num_tokens], hidden[:, :num_tokens])
         return block, slabs
 
-    def _random_slabs(self, capacity: int) -> list[mx.array]:
-        """Slabs as if a text had filled them."""
-        slabs = self._target.layout.allocate(self._num_rows, capacity)
+    def _passed(
+        self, tokens: mx.array, slabs: list[mx.array], offset: mx.array
+    ) -> tuple[mx.array, mx.array, list[mx.array]]:
+        """One forward pass, timed."""
+        start = time.perf_counter()
+        found = self._forward(tokens, slabs, offset)
+        mx.eval(found)
+        passed = time.perf_counter() - start
+        self._compared.num_passes += 1
+        num_rows = tokens.shape[1]
+        shape = (num_rows, self._target.layout.capacity(slabs))
+        if shape not in self._traced:
+            # Tracing and compiling are in it. Rows cost no more than each by itself.
+            self._traced.add(shape)
+            passed = min(passed, num_rows * self._pass_s)
+        elif num_rows == 1:
+            self._row_s = passed
+        self._spent_s += passed
+        return found
+
+    def _random_slabs(self, place: _Place) -> list[mx.array]:
+        """Slabs as if a text had filled them, the same ones whenever they are made."""
+        slabs = self._target.layout.allocate(self._num_rows, place.capacity)
+        key = mx.random.key(place.offset)
         for i, slab in enumerate(slabs):
+            key, own = mx.random.split(key)
             scale = _KEY_SCALE if i % 2 == 0 else 1.0
-            slabs[i] = mx.random.normal(
-                slab.shape, slab.dtype, scale=scale, key=self._next()
-            )
+            slabs[i] = mx.random.normal(slab.shape, slab.dtype, scale=scale, key=own)
             mx.eval(slabs[i])  # one by one: their making needs room too
         return slabs
 
-    def _next(self) -> mx.array:
-        self._key, key = mx.random.split(self._key)
-        return key
+
+def _comparisons(layout: SlabLayout) -> Iterator[_Comparison]:
+    """All of them: blocks of every size at every place, then slabs that have grown."""
+    start, wrap, grown = places(layout)
+    has_short_ring = layout.ring > start.capacity
+    next_capacities = {wrap: grown.capacity}
+    if has_short_ring:  # else another place tells as much
+        next_capacities[start] = wrap.capacity
+    for place in (start, wrap, grown):
+        for k in ALL_DRAFTS[1:]:
+            yield _Comparison(place, k, place.capacity)
+        if place in next_capacities:
+            yield _Comparison(place, 0, next_capacities[place])
+
+
+def _num_tokens(num_drafts: int) -> int:
+    """Tokens that are decoded in rounds of K drafts, as far as none is left over."""
+    return _NUM_BLOCK_TOKENS if num_drafts else _NUM_STEPS
 
 
 def _forward_of(target: TargetLike) -> _Forward:
@@ -251,28 +355,3 @@ def _forward_of(target: TargetLike) -> _Forward:
         return output.logits, output.hidden, output.slabs
 
     return forward
-
-
-def _is_equal(plain: _Decoded, block: _Decoded) -> bool:
-    """Whether both have the same bytes behind the tokens that both have."""
-    pairs = ((plain.logits, block.logits), (plain.hidden, block.hidden))
-    return all(_same_bytes(*_shared(a, b)) for a, b in pairs)
-
-
-def _shared(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-    """What stands behind the tokens that both have."""
-    num_tokens = min(a.shape[1], b.shape[1])
-    return a[:, :num_tokens], b[:, :num_tokens]
-
-
-def _same_bytes(a: mx.array, b: mx.array) -> bool:
-    words = {2: mx.uint16, 4: mx.uint32}[a.dtype.size]
-    a, b = (mx.contiguous(array).view(words) for array in (a, b))
-    return cast(bool, mx.array_equal(a, b).item())
-
-
-def _difference(plain: _Decoded, block: _Decoded) -> float:
-    """Largest difference of a logit."""
-    a, b = _shared(plain.logits, block.logits)
-    difference = mx.abs(a.astype(mx.float32) - b.astype(mx.float32))
-    return cast(float, difference.max().item())

@@ -58,6 +58,7 @@ LAYERS = {
     "acceptance": 2,
     "arguments": 3,
     "chat_template": 2,
+    "compared": 2,
     "control": 3,
     "drafter": 2,
     "logprobs": 2,

@@ -7,7 +7,7 @@ layer here. Run: python -m pytest tests/test_probe.py
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import chain, count
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,12 +18,13 @@ import pytest
 from mlx_gemma_mtp import cache as cache_module
 from mlx_gemma_mtp import probe as probe_module
 from mlx_gemma_mtp import room as room_module
+from mlx_gemma_mtp.compared import Compared
 from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.decoder import Decoder, Request
 from mlx_gemma_mtp.load import load_pair
 from mlx_gemma_mtp.pair import Pair
 from mlx_gemma_mtp.planning import make_plan
-from mlx_gemma_mtp.probe import places, probe
+from mlx_gemma_mtp.probe import TIMING_PASSES, places, probe
 from mlx_gemma_mtp.target import Target
 from mlx_gemma_mtp.tokens import make_decoder
 from tests.tiny import FAMILIES, REFERENCE, reference_pair, uncompiled
@@ -111,20 +112,110 @@ def test_every_number_of_drafts_is_exact_here(family):
     assert not verdict.depends_on_capacity
 
 
-def test_a_probe_is_a_few_passes(monkeypatch):
-    now, block = [0.0], probe_module._Probe._block
+class Timed(Target):
+    """A target whose passes take what a clock of its own says.
 
-    def timed(self, slabs, place, num_drafts, min_rows, done):
-        now[0] += 3 if min_rows == 2 else 2
-        return block(self, slabs, place, num_drafts, min_rows, done)
+    Args:
+        model: mlx-lm's model.
+        monkeypatch: Puts the clock in the place of the probe's.
+        compile_s: What the first pass of a shape takes more.
+    """
 
-    monkeypatch.setattr(probe_module._Probe, "_block", timed)
-    monkeypatch.setattr(probe_module.time, "perf_counter", lambda: now[0])
-    verdict = probe(reference_pair("12b").rounds.target)
+    def __init__(self, model: nn.Module, monkeypatch: Any, compile_s: float = 0.0):
+        super().__init__(model)
+        self.now = 0.0
+        self.num_passes = 0
+        self.num_passes_left: int | None = None
+        self._compile_s = compile_s
+        self._shapes: set[tuple[int, int]] = set()
+        monkeypatch.setattr(probe_module.time, "perf_counter", lambda: self.now)
+
+    def verify(self, tokens: mx.array, slabs: list[mx.array], **places: Any) -> Any:
+        if self.num_passes == self.num_passes_left:
+            raise KeyboardInterrupt
+        self.num_passes += 1
+        shape = (tokens.shape[1], self.layout.capacity(slabs))
+        if shape not in self._shapes:
+            self._shapes.add(shape)
+            self.now += self._compile_s
+        self.now += 2 if tokens.shape[1] == 1 else 3
+        return super().verify(tokens, slabs, **places)
+
+
+def test_a_probe_goes_on_where_it_stopped(monkeypatch):
+    """In pieces it finds what it finds at once, and does nothing twice."""
+    target = Timed(inexact_pair([4, 9], first=2).target, monkeypatch)
+    whole = probe(target)
+    assert whole is not None
+    assert whole.num_passes <= 90
+    assert whole.fill_cost == 1.5
+    assert whole.seconds == target.now > 0
+    assert whole.equal == dict.fromkeys((1, 2), (1, 2, 4, 5, 6, 7))
+    compared, found, num_runs = Compared(), None, 0
+    while found is None:
+        began = target.now
+        found = probe(target, budget_s=60, compared=compared)
+        num_runs += 1
+        assert target.now - began <= 2 * 60
+    assert num_runs > 3
+    num_passes = whole.num_passes + num_runs * TIMING_PASSES
+    assert found == replace(whole, seconds=found.seconds, num_passes=num_passes)
+
+
+def test_compiling_takes_no_time_from_a_probe(monkeypatch):
+    target = Timed(reference_pair("12b").target, monkeypatch, compile_s=1000)
+    assert probe(target, budget_s=400) is not None
+    assert target.now > 10_000
+
+
+def test_what_was_compared_is_no_verdict_until_all_of_it_was(monkeypatch):
+    """A number of drafts that was not compared yet might be the one that differs."""
+    target = Timed(inexact_pair([9]).target, monkeypatch)
+    compared = Compared()
+    assert probe(target, budget_s=60, compared=compared) is None
+    assert compared.equal
+    assert all(rows == (1, 2) for rows in compared.equal.values())
+    verdict = probe(target, compared=compared)
     assert verdict is not None
-    assert verdict.num_passes <= 90
-    assert verdict.fill_cost == 1.5
-    assert verdict.seconds == now[0] > 0
+    assert verdict.equal == {1: ALL[:-1], 2: ALL[:-1]}
+
+
+def test_plain_rounds_of_other_weights_are_not_compared_with(monkeypatch):
+    pair = inexact_pair([])
+    target = Timed(pair.target, monkeypatch)
+    compared = Compared()
+    assert probe(target, budget_s=60, compared=compared) is None
+    assert compared.plain
+    norm = pair.target.language_model.model.norm
+    norm.weight[:] = norm.weight * 2  # in place: the same array
+    verdict = probe(target, compared=compared)
+    assert verdict is not None
+    assert verdict.equal == {1: ALL, 2: ALL}
+    assert verdict.max_difference == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"form": 2},
+        {"equal": None},
+        {"equal": {"K = 1": 1}},
+        {"equal": {"K = 1": [3]}},
+        {"equal": {"K = 1": [True]}},
+        {"equal": {str(i): [] for i in range(10_000)}},
+        {"max_difference": float("nan")},
+        {"plain_s": {}},
+        {"plain_s": {"1": [1.0], "2": ["1"]}},
+        {"plain_s": {"1": [1.0], "2": [-1.0]}},
+        {"num_passes": None},
+        {"seconds": [1.0]},
+    ],
+)
+def test_damage_is_nothing_that_was_compared(damage):
+    whole = Compared({"K = 1": (1, 2)}, 0.5, {1: [1.0], 2: [2.0]}, 9, 3.0)
+    assert Compared.from_dict(whole.to_dict()) == whole
+    with pytest.raises(ValueError, match="must be"):
+        Compared.from_dict({**whole.to_dict(), **damage})
 
 
 def test_places_cover_the_wrap_and_the_growth():
@@ -168,27 +259,17 @@ def test_the_last_row_of_a_block_counts(num_rows):
     assert verdict.equal == {1: others, 2: others}
 
 
-def test_a_probe_over_its_budget_is_given_up():
-    assert probe(reference_pair("12b").rounds.target, budget_s=1e-9) is None
-    assert probe(reference_pair("12b").rounds.target, budget_s=1e9) is not None
+def test_a_probe_that_has_no_time_for_one_comparison_ends_at_once(monkeypatch):
+    target = Timed(reference_pair("12b").target, monkeypatch)
+    assert probe(target, budget_s=15) is None
+    assert target.num_passes == TIMING_PASSES
 
 
-def test_a_probe_that_takes_longer_than_it_looked_like_ends_before_the_next_block(
-    monkeypatch,
-):
-    sizes = []
-    block = probe_module._Probe._block
-
-    def counted(self, slabs, place, num_drafts, *args):
-        sizes.append(num_drafts)
-        return block(self, slabs, place, num_drafts, *args)
-
-    monkeypatch.setattr(probe_module._Probe, "_block", counted)
-    # Until one pass was timed there was no time at all; then every look takes a second.
-    ticks = chain([0.0] * 3, count(1.0))
-    monkeypatch.setattr(probe_module.time, "perf_counter", lambda: next(ticks))
-    assert probe(reference_pair("12b").rounds.target, budget_s=5) is None
-    assert set(sizes) == {0}
+def test_a_probe_that_is_wanted_whole_does_not_begin_with_a_part(monkeypatch):
+    target = Timed(reference_pair("12b").target, monkeypatch)
+    assert probe(target, budget_s=100, is_whole=True) is None
+    assert target.num_passes == TIMING_PASSES
+    assert probe(target, budget_s=200, is_whole=True) is not None
 
 
 @pytest.mark.parametrize(
@@ -286,6 +367,57 @@ def test_a_probe_that_was_given_up_is_not_tried_again(monkeypatch):
     assert stats.near_ties is not None
     monkeypatch.setattr("mlx_gemma_mtp.planning.probe", None)  # must not be called
     assert decode(pair, 4, "auto", num_tokens=4)[2].exactness == stats.exactness
+
+
+@pytest.fixture
+def timed_pair(monkeypatch):
+    """Loads one pair again and again, as processes would; 60 seconds are a budget."""
+    monkeypatch.setattr("mlx_gemma_mtp.planning._PROBE_BUDGET_S", 60)
+
+    def load() -> tuple[Pair, Timed]:
+        pair = inexact_pair([4])
+        target = Timed(pair.target, monkeypatch)
+        monkeypatch.setattr(pair.rounds, "target", target)
+        return pair, target
+
+    return load
+
+
+@pytest.mark.parametrize("is_another_process", [False, True])
+def test_requests_bring_the_probe_to_its_end(timed_pair, is_another_process):
+    pair, _ = timed_pair()
+    states: list[str] = []
+    while not states or not states[-1].startswith("exact"):
+        if is_another_process:
+            pair, _ = timed_pair()
+        states.append(decode(pair, 4, "auto", num_tokens=2)[2].exactness)
+        assert (pair.calibration.verdict(1) is None) == states[-1].startswith("not")
+    assert len(states) > 3
+    assert all("goes on with the next request" in state for state in states[:-1])
+    assert pair.calibration.verdict(1).equal == dict.fromkeys(
+        (1, 2), (1, 2, 4, 5, 6, 7, 8)
+    )
+    again, _ = timed_pair()
+    assert decode(again, 4, "exact", num_tokens=2)[2].engaged
+    assert not again.calibration.compared(1).equal  # no longer needed
+
+
+def test_exact_decoding_ends_a_probe_that_auto_began(timed_pair):
+    pair, target = timed_pair()
+    decode(pair, 4, "auto", num_tokens=2)
+    before = target.num_passes
+    assert decode(pair, 4, "exact", num_tokens=2)[2].exactness.startswith("exact")
+    assert target.num_passes - before < 80
+
+
+def test_what_an_interrupted_probe_has_compared_is_kept(timed_pair):
+    pair, target = timed_pair()
+    target.num_passes_left = target.num_passes + 40  # those of the text among them
+    with pytest.raises(KeyboardInterrupt):
+        decode(pair, 4, "exact", num_tokens=2)
+    again, _ = timed_pair()
+    assert len(again.calibration.compared(1).equal) >= 8
+    assert again.calibration.verdict(1) is None
 
 
 def test_a_probe_that_does_not_fit_is_given_up(monkeypatch):
