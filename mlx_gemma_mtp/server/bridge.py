@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -88,6 +89,7 @@ class Bridge:
         self._mailbox = mailbox
         self._max_open = max_open
         self._open: set[Job] = set()
+        self._num_prepared = 0  # choices whose prompts are on their way here
         self._loop: asyncio.AbstractEventLoop | None = None
         # Plain flags that one thread sets and others read.
         self.is_draining = False
@@ -123,14 +125,28 @@ class Bridge:
                 f"prompt: got {num_choices}. Send several.",
                 "n",
             )
-        if len(self._open) + num_choices > self._max_open:
+        if self.num_open + num_choices > self._max_open:
             raise AnswerError(
                 429,
-                f"too many requests: {len(self._open)} decode or wait, at most "
+                f"too many requests: {self.num_open} decode or wait, at most "
                 f"{self._max_open} may. Try again later.",
                 code="rate_limit_exceeded",
                 retry_after=_RETRY_S,
             )
+
+    @contextmanager
+    def room(self, num_choices: int) -> Iterator[None]:
+        """Keep room for choices while their prompts are made.
+
+        Raises:
+            AnswerError: See ``check_room``.
+        """
+        self.check_room(num_choices)
+        self._num_prepared += num_choices
+        try:
+            yield
+        finally:
+            self._num_prepared -= num_choices
 
     def submit(self, reply: Reply) -> None:
         """Hand a request's choices to the engine, all or none.
@@ -152,8 +168,8 @@ class Bridge:
 
     @property
     def num_open(self) -> int:
-        """Choices that decode or wait."""
-        return len(self._open)
+        """Choices that decode or wait, for the tokenizer too."""
+        return len(self._open) + self._num_prepared
 
     def post(self, events: list[tuple[Job, Event]], report: StepReport) -> None:
         """Send what a step gave; called in the engine's thread."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import FrameType
 
@@ -15,6 +14,7 @@ from .arguments import Settings
 from .bridge import Bridge, Drain, Mailbox
 from .dialogue import Dialogue
 from .engine import Engine, load_engine
+from .lanes import Lanes
 from .metrics import Metrics
 from .orders import Orders
 from .prompts import Prompts
@@ -58,7 +58,7 @@ def serve(settings: Settings) -> int:
         with engine.wired():
             Worker(engine.means, mailbox, bridge).run()
         web.stop()
-        desk.executor.shutdown(wait=False, cancel_futures=True)
+        desk.lanes.close()
     logger.info("the server has shut down")
     return 0 if shutdown.is_asked_for and not bridge.is_broken else EXIT_FAILED
 
@@ -92,10 +92,12 @@ def make_desk(engine: Engine, bridge: Bridge) -> Desk:
             special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
             vocab_size=engine.vocab_size,
         ),
-        prompts=Prompts(tokenizer, settings.chat_template_args),
+        prompts=Prompts(
+            tokenizer, settings.chat_template_args, model_len=engine.model_len
+        ),
         dialogue=Dialogue(tokenizer),
         vocabulary=Vocabulary(tokenizer),
-        executor=ThreadPoolExecutor(1, thread_name_prefix="tokenizer"),
+        lanes=Lanes(),
     )
 
 
