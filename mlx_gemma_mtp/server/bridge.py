@@ -125,10 +125,11 @@ class Bridge:
                 f"prompt: got {num_choices}. Send several.",
                 "n",
             )
-        if self.num_open + num_choices > self._max_open:
+        num_taken = len(self._open) + self._num_prepared
+        if num_taken + num_choices > self._max_open:
             raise AnswerError(
                 429,
-                f"too many requests: {self.num_open} decode or wait, at most "
+                f"too many requests: {num_taken} decode or wait, at most "
                 f"{self._max_open} may. Try again later.",
                 code="rate_limit_exceeded",
                 retry_after=_RETRY_S,
@@ -168,8 +169,8 @@ class Bridge:
 
     @property
     def num_open(self) -> int:
-        """Choices that decode or wait, for the tokenizer too."""
-        return len(self._open) + self._num_prepared
+        """Choices that decode or wait for it."""
+        return len(self._open)
 
     def post(self, events: list[tuple[Job, Event]], report: StepReport) -> None:
         """Send what a step gave; called in the engine's thread."""
