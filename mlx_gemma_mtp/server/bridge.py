@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -181,6 +181,20 @@ class Bridge:
             loop.call_soon_threadsafe(self._deliver, events, report)
         except RuntimeError:  # the loop has ended, and every reader with it
             logger.debug("%d events had no reader", len(events))
+
+    def end_all(self, failure: AnswerError) -> None:
+        """End every request with an error; what the engine still says of it is lost.
+
+        May be called from any thread.
+        """
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._fail_all, failure)
+
+    def _fail_all(self, failure: AnswerError) -> None:
+        jobs, self._open = self._open, set()
+        for job in jobs:
+            job.reply.fail(failure)
 
     def _deliver(self, events: list[tuple[Job, Event]], report: StepReport) -> None:
         """Give every reply its part; runs in the event loop."""
