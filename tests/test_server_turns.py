@@ -22,7 +22,7 @@ def test_the_largest_share_is_three_quarters_and_at_least_a_row(rows, share):
 
 
 def test_owners_take_turns():
-    turns = Turns(9)
+    turns: Turns[str] = Turns(9)
     for item in ("a1", "a2", "a3", "b1", "c1", "c2"):
         turns.append(item[0], item)
     assert [turns.take() for _ in range(7)] == [

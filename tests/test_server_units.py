@@ -298,14 +298,14 @@ class TestDialogue:
 
 class TestPrompts:
     def test_a_begin_of_sequence_token_is_there_once(self):
-        prompts = Prompts(tokenizer(), {}, model_len=1024)
+        prompts = Prompts(tokenizer(), {})
         for text in ("a b", "<bos>a b"):
             tokens = prompts.of_text(text).tokens
             assert tokens[0] == 2
             assert tokens.count(2) == 1
 
     def test_places(self):
-        prompts = Prompts(tokenizer(), {}, model_len=1024)
+        prompts = Prompts(tokenizer(), {})
         assert prompts.of_tokens([5] * MIN_TOKENS).places == ()
         (place,) = prompts.of_tokens([5] * (MIN_TOKENS + 1)).places
         assert (place.num_tokens, place.kind) == (MIN_TOKENS, "user")
@@ -316,7 +316,7 @@ class TestPrompts:
         from mlx_gemma_mtp.server.failures import AnswerError
 
         wrapped = TokenizerWrapper(tiny_tokenizer(chat_template=CHAT_TEMPLATE))
-        prompts = Prompts(wrapped, {"has_system": True, "opening": ""}, model_len=1024)
+        prompts = Prompts(wrapped, {"has_system": True, "opening": ""})
         messages = [
             {"role": "system", "content": "x"},
             {"role": "user", "content": "y"},
@@ -325,7 +325,7 @@ class TestPrompts:
         with pytest.raises(AnswerError, match="no system prompt here") as error:
             prompts.of_messages(messages, template_args={"has_system": False})
         assert error.value.status == 400
-        without = Prompts(TokenizerWrapper(tiny_tokenizer()), {}, model_len=1024)
+        without = Prompts(TokenizerWrapper(tiny_tokenizer()), {})
         with pytest.raises(AnswerError, match="has none"):
             without.of_messages(messages)
 
@@ -375,4 +375,4 @@ def test_text_of_any_kind_is_json():
 def test_tools_that_are_called_in_gemmas_way(tmp_path, template, has_tools):
     folder = tmp_path / "tokenizer"
     tiny_tokenizer(chat_template=template).save_pretrained(folder)
-    assert Prompts(load_tokenizer(folder), {}, model_len=1024).has_tools is has_tools
+    assert Prompts(load_tokenizer(folder), {}).has_tools is has_tools

@@ -7,6 +7,7 @@ may fit is never refused here: it is counted where it is encoded.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,15 +25,18 @@ class Lengths:
 
     Args:
         tokenizer: mlx-lm's.
-        model_len: Most tokens of prompt and answer together.
+        model_len: Most tokens of prompt and answer together; None for any number.
         template_args: What the chat template is given beside messages.
     """
 
     def __init__(
-        self, tokenizer: Any, model_len: int, template_args: Mapping[str, Any]
+        self,
+        tokenizer: Any,
+        model_len: int | None,
+        template_args: Mapping[str, Any],
     ) -> None:
         self._tokenizer = tokenizer
-        self._model_len = model_len
+        self._model_len = model_len or sys.maxsize
         self._longest = longest_token(tokenizer)
         self._keeps_messages = self._longest is not None and _keeps_messages(
             tokenizer, template_args

@@ -64,11 +64,15 @@ class Prompts:
     Args:
         tokenizer: mlx-lm's.
         template_args: More arguments for the chat template.
-        model_len: Most tokens of prompt and answer together.
+        model_len: Most tokens of prompt and answer together; None for any number.
     """
 
     def __init__(
-        self, tokenizer: Any, template_args: Mapping[str, Any], *, model_len: int
+        self,
+        tokenizer: Any,
+        template_args: Mapping[str, Any],
+        *,
+        model_len: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._marks = marks_of(tokenizer)

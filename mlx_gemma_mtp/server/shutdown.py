@@ -18,6 +18,7 @@ from contextlib import contextmanager
 logger = logging.getLogger("mlx_gemma_mtp.server")
 
 _GRACE_S = 1.0  # for the engine to end by itself once its time is over
+_LONGEST_S = 10.0**6  # that a socket waits; no engine takes as long
 
 
 class Shutdown:
@@ -37,25 +38,29 @@ class Shutdown:
         self._timeout_s = timeout_s
         self._begin: Callable[[], None] | None = None
         self._give_up: Callable[[], None] | None = None
-        self._numbers, self._written = socket.socketpair()
 
     @contextmanager
     def obeying(self) -> Iterator[None]:
         """Listen to SIGTERM and Control-C meanwhile; called in the main thread."""
-        self._written.setblocking(False)
-        fd = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
+        numbers, written = socket.socketpair()
+        written.setblocking(False)
+        fd = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
         before = {
             number: signal.signal(number, lambda *_: None)  # else nothing is written
             for number in (signal.SIGINT, signal.SIGTERM)
         }
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        listen = threading.Thread(
+            target=self._listen, args=[numbers], name="signals", daemon=True
+        )
+        listen.start()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(fd)
-            self._written.close()
+            written.close()
+            listen.join()
 
     def start(self, *, begin: Callable[[], None], give_up: Callable[[], None]) -> None:
         """Let signals end what is served from here on.
@@ -68,35 +73,36 @@ class Shutdown:
         self._give_up = give_up
         self._begin = begin
 
-    def _listen(self) -> None:
-        with self._numbers:
-            number = self._next(None)
+    def _listen(self, numbers: socket.socket) -> None:
+        with numbers:
+            number = _next(numbers, None)
             if number is None:
                 return
             if self._begin is None or self._give_up is None:
                 os._exit(128 + number)
             self.is_asked_for = True
             self._begin()
-            self._end_in_time(self._give_up)
+            self._end_in_time(numbers, self._give_up)
 
-    def _end_in_time(self, give_up: Callable[[], None]) -> None:
+    def _end_in_time(self, numbers: socket.socket, give_up: Callable[[], None]) -> None:
         """End the process where another signal comes, or the engine goes on."""
         try:
-            number = self._next(self._timeout_s + _GRACE_S)
+            number = _next(numbers, min(self._timeout_s + _GRACE_S, _LONGEST_S))
         except TimeoutError:
             if not self.is_over:
                 logger.warning("the engine is still busy; the process ends without it")
                 give_up()
                 os._exit(0)
-            number = self._next(None)
+            number = _next(numbers, None)
         if number is not None:
             os._exit(128 + number)
 
-    def _next(self, timeout_s: float | None) -> int | None:
-        """Wait for a signal; None where nobody listens any more.
 
-        Raises:
-            TimeoutError: None came in time.
-        """
-        self._numbers.settimeout(timeout_s)
-        return next(iter(self._numbers.recv(1)), None)
+def _next(numbers: socket.socket, timeout_s: float | None) -> int | None:
+    """Wait for a signal; None where nobody listens any more.
+
+    Raises:
+        TimeoutError: None came in time.
+    """
+    numbers.settimeout(timeout_s)
+    return next(iter(numbers.recv(1)), None)
