@@ -114,16 +114,15 @@ class WaitingRows:
         """
         self._let_in(seated)
         entries = [entry for entry in self._reading if entry.row not in paused]
-        if not entries:
-            return None
-        passing = next((entry for entry in entries if entry.is_short), None)
-        if passing is not None and self._num_passed < MAX_PASSING:
+        short = next((entry for entry in entries if entry.is_short), None)
+        long = next((entry for entry in entries if not entry.is_short), None)
+        if long is None or (short is not None and self._num_passed < MAX_PASSING):
             self._num_passed += 1
-            return passing
+            return short
         self._num_passed = 0
-        self._reading.remove(entries[0])
-        self._reading.append(entries[0])
-        return entries[0]
+        self._reading.remove(long)
+        self._reading.append(long)
+        return long
 
     def _let_in(self, seated: Sequence[Row]) -> None:
         """Let rows in for which there is a seat and memory."""
