@@ -9,7 +9,7 @@ template's text is encoded as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ def apply_chat_template(
     *,
     advice: str,
     continues_last: bool = False,
+    check: Callable[[str], None] | None = None,
 ) -> ChatPrompt:
     """The prompt that messages make.
 
@@ -57,11 +58,14 @@ def apply_chat_template(
         config: More arguments for the template.
         advice: What to do where the template refuses the messages, a sentence.
         continues_last: Whether the last message is the beginning of the answer.
+        check: Called with the text before it is encoded; may raise.
 
     Raises:
         RequestError: The template does not take these messages.
     """
     text, opening = _opened(tokenizer, messages, config, advice, continues_last)
+    if check is not None:
+        check(text)
     tokens = encode_text(tokenizer, text)
     end = encode_text(tokenizer, opening, continues=True) if opening else []
     # Elsewhere the opening's first token is one with the text before it.

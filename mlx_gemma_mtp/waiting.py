@@ -2,7 +2,7 @@
 
 Rows are let in in the order they came, and only where all rows fit into memory at their
 longest, so none that runs is ever sent away. Prompts that were begun are read in turn,
-so that a short one does not wait for the end of a long one. Knows nothing of rounds.
+and short ones pass long ones. Knows nothing of rounds.
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ from .row import Row
 from .seats import seats_for
 
 # Prompts that are read side by side; each holds the caches of what was read of it.
+# Short ones hold next to nothing and are not counted.
 _MAX_READING = 8
+SHORT = 256  # tokens still to be read; they take hardly longer than one
+# Short prompts that may pass before one is read in turn: half of a chunk.
+MAX_PASSING = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Waiting:
     """A row whose prompt was not read to its end."""
 
     row: Row
     prefill: Prefill
+
+    @property
+    def is_short(self) -> bool:
+        """Whether reading the rest takes hardly longer than one token."""
+        return self.prefill.num_tokens - self.prefill.num_read <= SHORT
 
 
 class WaitingRows:
@@ -47,6 +56,7 @@ class WaitingRows:
         self._max_kv_bytes = max_kv_bytes
         self._reading: deque[Waiting] = deque()
         self._outside: deque[Waiting] = deque()
+        self._num_passed = 0  # since one was read in turn
 
     def __len__(self) -> int:
         return len(self._reading) + len(self._outside)
@@ -103,22 +113,33 @@ class WaitingRows:
             Its entry; None where there is none, or no seat or memory for it yet.
         """
         self._let_in(seated)
-        for _ in range(len(self._reading)):
-            entry = self._reading[0]
-            self._reading.rotate(-1)
-            if entry.row not in paused:
-                return entry
-        return None
+        entries = [entry for entry in self._reading if entry.row not in paused]
+        short = next((entry for entry in entries if entry.is_short), None)
+        long = next((entry for entry in entries if not entry.is_short), None)
+        if long is None or (short is not None and self._num_passed < MAX_PASSING):
+            self._num_passed += 1
+            return short
+        self._num_passed = 0
+        self._reading.remove(long)
+        self._reading.append(long)
+        return long
 
     def _let_in(self, seated: Sequence[Row]) -> None:
         """Let rows in for which there is a seat and memory."""
-        while self._outside and len(self._reading) < _MAX_READING:
+        while (entry := self._next_outside()) is not None:
             inside = [*seated, *(entry.row for entry in self._reading)]
             if self._max_rows is not None and len(inside) >= self._max_rows:
                 return
-            if not self._fits([*inside, self._outside[0].row]):
+            if not self._fits([*inside, entry.row]):
                 return
-            self._reading.append(self._outside.popleft())
+            self._outside.remove(entry)
+            self._reading.append(entry)
+
+    def _next_outside(self) -> Waiting | None:
+        """The next row to let in: the first one, or the first short one."""
+        num_long = sum(not entry.is_short for entry in self._reading)
+        may = (e for e in self._outside if e.is_short or num_long < _MAX_READING)
+        return next(may, None)
 
     def _fits(self, rows: Sequence[Row]) -> bool:
         """Whether rows fit into memory together, however long they become."""

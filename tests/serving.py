@@ -288,7 +288,7 @@ def working_engine(engine: Engine, *, starts: bool = True) -> Iterator[Parts]:
         if isinstance(decoder, ScriptedDecoder) and decoder.allowed is not None:
             decoder.allowed.release(1000)
         thread.join(WAIT_S)
-        desk.executor.shutdown()
+        desk.lanes.close()
         assert not thread.is_alive()
 
 

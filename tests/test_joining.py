@@ -452,6 +452,37 @@ class TestQueue:
                     assert decoder.tokens_of(row) == list(range(progress.num_read))
         assert seen == [(3, True), (8, True), (9, False)]
 
+    def test_a_short_prompt_passes_long_ones(self, chain):
+        """Those that are read side by side, and those that wait for that."""
+        decoder = Decoder(chain, num_draft_tokens=1, prefill_step_size=512)
+        long = [decoder.add(Request([GOOD] * 4000, 1)) for _ in range(12)]
+        for _ in range(3):
+            decoder.step()
+        short = decoder.add(Request([BAD], 1))
+        step = decoder.step()
+        assert short.finish_reason == "length"
+        assert {progress.row for progress in step.progress} - {short} <= set(long)
+        assert len(step.progress) == 2  # and there was time for one of the others
+        found, _ = drain(decoder)
+        assert all(found[row] == chain_text([GOOD] * 4000, 1) for row in long)
+
+    def test_a_long_prompt_is_read_however_many_short_ones_come(self, chain):
+        decoder = Decoder(chain, num_draft_tokens=1)
+        long = decoder.add(Request([GOOD] * 4000, 1))
+        num_steps = 0
+        while long.is_live:
+            for _ in range(8):  # as many as fill a chunk
+                decoder.add(Request([BAD], 1))
+            decoder.step()
+            num_steps += 1
+        assert num_steps <= 4  # half of a chunk is for the long one
+
+    def test_no_more_than_eight_long_prompts_hold_memory(self, chain):
+        decoder = Decoder(chain, num_draft_tokens=1, prefill_step_size=512)
+        rows = [decoder.add(Request([GOOD] * 4000, 1)) for _ in range(12)]
+        seen = {p.row for _ in range(16) for p in decoder.step().progress}
+        assert seen == set(rows[:8])
+
     def test_seats(self):
         assert [seats_for(n) for n in (1, 2, 5, 7, 32, 33, 41)] == [
             *(1, 2, 6, 8, 32),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +27,7 @@ from .formats import Envelope, dumps
 from .gate import Gate, failure_response
 from .json_body import UNREADABLE, JSONRoute
 from .openapi import DescribedApp, Offer
+from .lanes import Lanes
 from .order import Order
 from .orders import Orders
 from .prompts import Prompt, Prompts
@@ -70,10 +69,10 @@ class Desk:
         settings: The command's.
         bridge: The way to the engine.
         orders: Makes orders.
-        prompts: Makes prompts, in ``executor``.
+        prompts: Makes prompts, in ``lanes``.
         dialogue: How answers are marked.
         vocabulary: The tokens' texts.
-        executor: The tokenizer's thread.
+        lanes: The tokenizer's threads.
     """
 
     settings: Settings
@@ -82,12 +81,28 @@ class Desk:
     prompts: Prompts
     dialogue: Dialogue
     vocabulary: Vocabulary
-    executor: Executor
+    lanes: Lanes
 
-    async def in_thread(self, function: Callable[..., T], *args: Any, **kw: Any) -> T:
-        """Call what uses the tokenizer."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.executor, lambda: function(*args, **kw))
+    async def prepared(
+        self, request: Request, num_choices: int, size: int, function: Callable[[], T]
+    ) -> T:
+        """Let the tokenizer work for a request as long as its client is there.
+
+        Args:
+            request: The request.
+            num_choices: For which room is kept meanwhile.
+            size: What there is to do, in characters.
+            function: What uses the tokenizer.
+
+        Raises:
+            AnswerError: There is no room, or the client has gone.
+        """
+        with self.bridge.room(num_choices):
+            work = self.lanes.run(size, function)
+            found = await unless_gone(work, request.receive)
+        if found is None:
+            raise AnswerError(499, "nobody waits for the answer.")
+        return found
 
 
 def make_app(desk: Desk) -> ASGIApp:
@@ -207,13 +222,20 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
         arrived = time.perf_counter()
         desk.orders.check_model(body.model)
         desk.bridge.check_room(body.n or 1)
+        messages = [message.plain() for message in body.messages]
+        desk.prompts.check_messages(messages)
         tools = desk.orders.tools_of(body, has_tools=desk.prompts.has_tools)
-        prompt = await desk.in_thread(
-            desk.prompts.of_messages,
-            [message.plain() for message in body.messages],
-            tools=tools,
-            template_args=desk.orders.template_args_of(body),
-            continues_last=body.continue_final_message,
+        prompt = await desk.prepared(
+            request,
+            body.n or 1,
+            # Templates look back and forth from each message.
+            len(await request.body()) + len(messages) ** 2,
+            lambda: desk.prompts.of_messages(
+                messages,
+                tools=tools,
+                template_args=desk.orders.template_args_of(body),
+                continues_last=body.continue_final_message,
+            ),
         )
         orders = desk.orders.of_chat(body, prompt)
         readers = desk.dialogue.readers(
@@ -236,8 +258,15 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
         arrived = time.perf_counter()
         desk.orders.check_model(body.model)
         given = _listed(body.prompt)
-        desk.bridge.check_room(len(given) * (body.n or 1))
-        prompts = await desk.in_thread(_prompts, desk.prompts, given)
+        num_choices = len(given) * (body.n or 1)
+        desk.bridge.check_room(num_choices)
+        desk.prompts.check_texts(given)
+        prompts = await desk.prepared(
+            request,
+            num_choices,
+            len(await request.body()),
+            lambda: _prompts(desk.prompts, given),
+        )
         orders = desk.orders.of_completion(body, prompts)
         style = CompletionStyle(
             Envelope.of_completion(body.model or desk.settings.names[0]),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -88,6 +89,7 @@ class Bridge:
         self._mailbox = mailbox
         self._max_open = max_open
         self._open: set[Job] = set()
+        self._num_prepared = 0  # choices whose prompts are on their way here
         self._loop: asyncio.AbstractEventLoop | None = None
         # Plain flags that one thread sets and others read.
         self.is_draining = False
@@ -123,14 +125,29 @@ class Bridge:
                 f"prompt: got {num_choices}. Send several.",
                 "n",
             )
-        if len(self._open) + num_choices > self._max_open:
+        num_taken = len(self._open) + self._num_prepared
+        if num_taken + num_choices > self._max_open:
             raise AnswerError(
                 429,
-                f"too many requests: {len(self._open)} decode or wait, at most "
+                f"too many requests: {num_taken} decode or wait, at most "
                 f"{self._max_open} may. Try again later.",
                 code="rate_limit_exceeded",
                 retry_after=_RETRY_S,
             )
+
+    @contextmanager
+    def room(self, num_choices: int) -> Iterator[None]:
+        """Keep room for choices while their prompts are made.
+
+        Raises:
+            AnswerError: See ``check_room``.
+        """
+        self.check_room(num_choices)
+        self._num_prepared += num_choices
+        try:
+            yield
+        finally:
+            self._num_prepared -= num_choices
 
     def submit(self, reply: Reply) -> None:
         """Hand a request's choices to the engine, all or none.
@@ -152,7 +169,7 @@ class Bridge:
 
     @property
     def num_open(self) -> int:
-        """Choices that decode or wait."""
+        """Choices that decode or wait for it."""
         return len(self._open)
 
     def post(self, events: list[tuple[Job, Event]], report: StepReport) -> None:
@@ -164,6 +181,20 @@ class Bridge:
             loop.call_soon_threadsafe(self._deliver, events, report)
         except RuntimeError:  # the loop has ended, and every reader with it
             logger.debug("%d events had no reader", len(events))
+
+    def end_all(self, failure: AnswerError) -> None:
+        """End every request with an error; what the engine still says of it is lost.
+
+        May be called from any thread.
+        """
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._fail_all, failure)
+
+    def _fail_all(self, failure: AnswerError) -> None:
+        jobs, self._open = self._open, set()
+        for job in jobs:
+            job.reply.fail(failure)
 
     def _deliver(self, events: list[tuple[Job, Event]], report: StepReport) -> None:
         """Give every reply its part; runs in the event loop."""

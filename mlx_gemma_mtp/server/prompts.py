@@ -1,7 +1,6 @@
 """From texts and messages to token ids, by the model's tokenizer and chat template.
 
-Called in one thread of its own: a long prompt takes a while, and tokenizers are not
-made for several threads at once.
+Called in the tokenizer's threads: a long prompt takes a while.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from ..errors import RequestError
 from .arguments import RESERVED
 from .failures import bad_request
 from .kept import MIN_TOKENS
+from .lengths import Lengths
 from .order import Place
 
 
@@ -43,12 +43,38 @@ class Prompts:
     Args:
         tokenizer: mlx-lm's.
         template_args: More arguments for the chat template.
+        model_len: Most tokens of prompt and answer together; None for any number.
     """
 
-    def __init__(self, tokenizer: Any, template_args: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template_args: Mapping[str, Any],
+        *,
+        model_len: int | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._marks = marks_of(tokenizer)
         self._template_args = dict(template_args)
+        self._lengths = Lengths(tokenizer, model_len, template_args)
+
+    def check_texts(self, given: Sequence[str | list[int]]) -> None:
+        """Refuse texts that are too long for certain; it takes no time.
+
+        Raises:
+            AnswerError: One is.
+        """
+        for each in given:
+            if isinstance(each, str):
+                self._lengths.check_text(each)
+
+    def check_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a conversation that is too long for certain; it takes no time.
+
+        Raises:
+            AnswerError: It is.
+        """
+        self._lengths.check_messages(messages)
 
     @property
     def has_tools(self) -> bool:
@@ -123,6 +149,7 @@ class Prompts:
                 settings,
                 advice=advice,
                 continues_last=continues_last,
+                check=lambda text: self._lengths.check_text(text, "messages"),
             )
         except RequestError as error:
             raise bad_request(str(error), "messages") from error

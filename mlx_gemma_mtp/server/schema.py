@@ -7,16 +7,20 @@ clients send many. What is known and cannot be done here is refused in ``orders`
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..arguments import MAX_BIAS
 from ..config import MAX_DRAFT_TOKENS
 
+T = TypeVar("T")
+
 MAX_CHOICES = 128
 MAX_STOPS = 16
 _MAX_INTEGER = 2**31 - 1
+# Of prompts and messages; no context holds as many.
+_MAX_LISTED = 2**16
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -24,7 +28,9 @@ Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
 StopString = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# The first mistake is told: a million others would take a minute to gather.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Listed = Annotated[list[T], Field(min_length=1, max_length=_MAX_LISTED, fail_fast=True)]
 
 
 class _Body(BaseModel):
@@ -88,7 +94,7 @@ class _Generation(_Numbers):
 class CompletionBody(_Generation):
     """The body of ``/v1/completions``."""
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
+    prompt: str | TokenIds | Listed[str] | Listed[TokenIds]
     logprobs: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -146,10 +152,10 @@ class Message(_Body):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
 
     def plain(self) -> dict[str, Any]:
         """The message as chat templates read it: its content is text."""
@@ -198,11 +204,11 @@ class ResponseFormat(_Body):
 class ChatBody(_Generation):
     """The body of ``/v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Listed[Message]
     max_completion_tokens: Annotated[int, Field(ge=1, le=_MAX_INTEGER)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None

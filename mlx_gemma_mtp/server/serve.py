@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from types import FrameType
 
 from ..arguments import EMBEDDED_PROMPT
 from .app import Desk, make_app
@@ -15,10 +11,13 @@ from .arguments import Settings
 from .bridge import Bridge, Drain, Mailbox
 from .dialogue import Dialogue
 from .engine import Engine, load_engine
+from .failures import SHUTTING_DOWN, AnswerError
+from .lanes import Lanes
 from .metrics import Metrics
 from .orders import Orders
 from .prompts import Prompts
 from .request_log import FORMAT, WithRequest
+from .shutdown import Shutdown
 from .vocabulary import Vocabulary
 from .web import Web, allow_connections, listen, url_of
 from .worker import Worker
@@ -44,22 +43,32 @@ def serve(settings: Settings) -> int:
     _set_up_log(settings)
     if not settings.is_loopback and settings.api_key is None:
         logger.warning("other machines can send requests: --api-key asks for a key")
+    shutdown = Shutdown(settings.shutdown_timeout)
     opened = listen(settings)  # first: it fails sooner than a model loads
-    with opened:
+    with opened, shutdown.obeying():
         engine = load_engine(settings)
         mailbox = Mailbox()
         bridge = make_bridge(engine, mailbox)
         desk = make_desk(engine, bridge)
-        shutdown = _Shutdown(bridge, mailbox, settings.shutdown_timeout)
-        web = Web(make_app(desk), settings, bridge, on_end=shutdown.begin)
+
+        def begin() -> None:
+            bridge.is_draining = True
+            mailbox.put(Drain(settings.shutdown_timeout))
+
+        def give_up() -> None:
+            bridge.end_all(AnswerError(503, SHUTTING_DOWN))
+            web.stop()
+
+        web = Web(make_app(desk), settings, bridge, on_end=begin)
         allow_connections(settings.limits.connections)
-        shutdown.obey_signals()
+        shutdown.start(begin=begin, give_up=give_up)
         web.start(opened)
         logger.info("%s is served at %s", settings.names[0], url_of(opened))
         with engine.wired():
             Worker(engine.means, mailbox, bridge).run()
+        shutdown.is_over = True
         web.stop()
-        desk.executor.shutdown(wait=False, cancel_futures=True)
+        desk.lanes.close()
     logger.info("the server has shut down")
     return 0 if shutdown.is_asked_for and not bridge.is_broken else EXIT_FAILED
 
@@ -93,46 +102,13 @@ def make_desk(engine: Engine, bridge: Bridge) -> Desk:
             special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
             vocab_size=engine.vocab_size,
         ),
-        prompts=Prompts(tokenizer, settings.chat_template_args),
+        prompts=Prompts(
+            tokenizer, settings.chat_template_args, model_len=engine.model_len
+        ),
         dialogue=Dialogue(tokenizer),
         vocabulary=Vocabulary(tokenizer),
-        executor=ThreadPoolExecutor(1, thread_name_prefix="tokenizer"),
+        lanes=Lanes(),
     )
-
-
-class _Shutdown:
-    """What signals do.
-
-    Args:
-        bridge: Told that no new requests are taken.
-        mailbox: Where the engine is told to finish.
-        timeout_s: Seconds that it has.
-
-    Attributes:
-        is_asked_for: Whether a signal came.
-    """
-
-    def __init__(self, bridge: Bridge, mailbox: Mailbox, timeout_s: float) -> None:
-        self._bridge = bridge
-        self._mailbox = mailbox
-        self._timeout_s = timeout_s
-        self.is_asked_for = False
-
-    def obey_signals(self) -> None:
-        """Let SIGTERM and Control-C end the server."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def begin(self) -> None:
-        """Take nothing new, finish what there is."""
-        self._bridge.is_draining = True
-        self._mailbox.put(Drain(self._timeout_s))
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self.is_asked_for:
-            os._exit(128 + number)  # whatever still runs
-        self.is_asked_for = True
-        self.begin()
 
 
 def _set_up_log(settings: Settings) -> None:

@@ -1,9 +1,9 @@
 """The engine's thread: orders in, steps of the decoder, pieces out.
 
 Between two steps messages are read, so a request that is let go of has no further
-round. Nothing runs while there is nothing to decode. A request that fails fails alone;
-where the decoder itself fails, every request ends with an error and no new one is
-taken.
+round. Requests take rows in turn, however many choices they have. Nothing runs while
+there is nothing to decode. A request that fails fails alone; where the decoder itself
+fails, every request ends with an error and no new one is taken.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .metrics import StepReport
 from .order import Accepted, Event, Order, Place, Tally
 from .reply import Job
 from .transcript import Transcript
+from .turns import Turns, largest_share
 
 if TYPE_CHECKING:
     from ..emission import Emission, Progress, Step
@@ -133,7 +134,7 @@ class Worker:
         self._mailbox = mailbox
         self._bridge = bridge
         self._messages: deque[Message] = deque()
-        self._waiting: deque[_Task] = deque()
+        self._waiting: Turns[_Task] = Turns(largest_share(means.max_rows))
         self._tasks: dict[Job, _Task] = {}
         self._by_row: dict[Row, _Task] = {}
         self._events: list[tuple[Job, Event]] = []
@@ -201,7 +202,7 @@ class Worker:
             return self._tell(job, _failure_of(job, error))
         task = _Task(job, request, transcript)
         self._tasks[job] = task
-        self._waiting.append(task)
+        self._waiting.append(job.reply, task)
         self._tell(job, Accepted())
 
     def _cancel(self, job: Job) -> None:
@@ -212,8 +213,8 @@ class Worker:
 
     def _feed(self) -> None:
         """Give waiting orders to the decoder, as many as it soon has rows for."""
-        while self._waiting and len(self._by_row) < self._means.max_rows + _AHEAD:
-            task = self._waiting.popleft()
+        most = self._means.max_rows + _AHEAD
+        while len(self._by_row) < most and (task := self._waiting.take()):
             try:
                 self._begin(task)
             except Exception as error:  # noqa: BLE001 - as above
@@ -316,10 +317,10 @@ class Worker:
 
     def _drop(self, task: _Task, *, is_ended: bool = False) -> None:
         """Forget a task; its row, if it has not ended, has no further round."""
-        self._tasks.pop(task.job, None)
+        if self._tasks.pop(task.job, None) is None:
+            return
+        self._waiting.drop(task.job.reply, task)
         if task.row is None:
-            if task in self._waiting:
-                self._waiting.remove(task)
             return
         was_decoding = self._by_row.pop(task.row, None) is not None
         if was_decoding and not is_ended and not self._is_broken:

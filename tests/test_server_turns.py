@@ -1,0 +1,134 @@
+"""Who is decoded next: turns between requests, whatever the number of their choices.
+
+Run: python -m pytest tests/test_server_turns.py
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_gemma_mtp.server.turns import Turns, largest_share
+from tests.serving import ScriptedDecoder, echo
+from tests.test_server_worker import order_of, read, run, stepping
+
+
+@pytest.mark.parametrize(
+    ("rows", "share"), [(1, 1), (2, 1), (3, 2), (4, 3), (8, 6), (32, 24)]
+)
+def test_the_largest_share_is_three_quarters_and_at_least_a_row(rows, share):
+    assert largest_share(rows) == share
+
+
+def test_owners_take_turns():
+    turns: Turns[str] = Turns(9)
+    for item in ("a1", "a2", "a3", "b1", "c1", "c2"):
+        turns.append(item[0], item)
+    assert [turns.take() for _ in range(7)] == [
+        "a1",
+        "b1",
+        "c1",
+        "a2",
+        "c2",
+        "a3",
+        None,
+    ]
+
+
+OWNERS = st.sampled_from("abc")
+ACTIONS = st.lists(st.tuples(st.sampled_from(["append", "take", "drop"]), OWNERS))
+
+
+@given(ACTIONS, st.integers(1, 3))
+def test_nobody_has_more_than_the_share_and_nothing_waits_in_vain(actions, most):
+    turns: Turns[tuple[str, int]] = Turns(most)
+    waiting: list[tuple[str, int]] = []
+    taken: list[tuple[str, int]] = []
+    for number, (action, owner) in enumerate(actions):
+        if action == "append":
+            waiting.append((owner, number))
+            turns.append(owner, waiting[-1])
+        elif action == "take":
+            item = turns.take()
+            busy = {o for o, _ in waiting if sum(t[0] == o for t in taken) == most}
+            if item is None:
+                assert {o for o, _ in waiting} <= busy
+                continue
+            assert item == next(w for w in waiting if w[0] == item[0])  # in its order
+            waiting.remove(item)
+            taken.append(item)
+            assert sum(t[0] == item[0] for t in taken) <= most
+        else:
+            own = [item for item in waiting + taken if item[0] == owner]
+            if own:
+                turns.drop(owner, own[number % len(own)])
+                holder = waiting if own[number % len(own)] in waiting else taken
+                holder.remove(own[number % len(own)])
+        assert len(turns) == len(waiting)
+
+
+def test_a_request_of_many_choices_leaves_a_row_free():
+    """Also where it came first, and nobody else is there."""
+    decoder = stepping(max_rows=4)
+
+    async def test(case):
+        many = case.submit(*(order_of("a", max_tokens=9) for _ in range(20)))
+        case.start()
+        await many.accepted()
+        decoder.allowed.release(4)  # three read their prompts, and one has decoded
+        one = case.submit(order_of("b", max_tokens=1))
+        decoder.allowed.release(1000)
+        await read(one)
+        await read(many)
+
+    run(test, decoder=decoder, starts=False)
+    prompts = [request.prompt for request, _ in decoder.added]
+    assert prompts.index(order_of("b").prompt) <= 3 + 3
+    assert len(prompts) == 21
+
+
+def test_requests_take_rows_in_turn():
+    decoder = stepping(max_rows=2)
+
+    async def test(case):
+        replies = [
+            case.submit(*(order_of(t, max_tokens=1) for _ in range(n)))
+            for t, n in (("a", 4), ("b", 3), ("c", 1))
+        ]
+        case.start()
+        for reply in replies:
+            await reply.accepted()
+        decoder.allowed.release(1000)
+        for reply in replies:
+            await read(reply)
+
+    run(test, decoder=decoder, starts=False, max_rows=2)
+    prompts = [request.prompt for request, _ in decoder.added]
+    assert prompts == [order_of(t).prompt for t in "abcababa"]
+
+
+def test_where_there_is_one_row_a_request_has_it():
+    decoder = ScriptedDecoder(echo, max_rows=1)
+
+    async def test(case):
+        return await read(case.submit(*(order_of("a", max_tokens=4) for _ in range(3))))
+
+    assert all(run(test, decoder=decoder, max_rows=1))
+
+
+def test_choices_that_were_let_go_of_count_no_longer():
+    decoder = stepping(max_rows=4)
+
+    async def test(case):
+        many = case.submit(*(order_of("a", max_tokens=99) for _ in range(9)))
+        case.start()
+        await many.accepted()
+        decoder.allowed.release(4)
+        case.bridge.cancel(many.jobs)
+        again = case.submit(*(order_of("b", max_tokens=2) for _ in range(9)))
+        decoder.allowed.release(1000)
+        return await read(again)
+
+    assert all(run(test, decoder=decoder, starts=False))
+    assert len(decoder.added) == 3 + 9
