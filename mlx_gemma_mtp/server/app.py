@@ -220,7 +220,7 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/chat/completions", summary="Answer a message")
     async def chat(request: Request, body: ChatBody) -> Response:
         arrived = time.perf_counter()
-        desk.orders.check_model(body.model)
+        desk.orders.check(body)
         desk.bridge.check_room(body.n or 1)
         messages = [message.plain() for message in body.messages]
         desk.prompts.check_messages(messages)
@@ -256,7 +256,7 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/completions", summary="Continue a text")
     async def complete(request: Request, body: CompletionBody) -> Response:
         arrived = time.perf_counter()
-        desk.orders.check_model(body.model)
+        desk.orders.check(body)
         given = _listed(body.prompt)
         num_choices = len(given) * (body.n or 1)
         desk.bridge.check_room(num_choices)
