@@ -11,11 +11,12 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from .config import shorten
 from .errors import MTPError, OutputError, RequestError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -23,7 +24,37 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are the user's like all others: one line, status 1."""
+    """A parser whose mistakes are the user's like all others: one line, status 1.
+
+    Args:
+        refused: Flags of other programs that mean nothing here, each with the reason.
+        settings: argparse's own.
+    """
+
+    def __init__(
+        self, *, refused: Mapping[str, str] | None = None, **settings: Any
+    ) -> None:
+        super().__init__(**settings)
+        self._refused = refused or {}
+
+    def parse_args(
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Read the arguments.
+
+        Args:
+            args: Arguments; None for the process's.
+            namespace: As argparse has it.
+
+        Raises:
+            RequestError: One is unknown, or not what it must be.
+        """
+        known, unknown = self.parse_known_args(
+            None if args is None else list(args), namespace
+        )
+        if unknown:
+            refuse(unknown[0], self._refused, self.prog)
+        return known
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print.
@@ -35,6 +66,26 @@ class Parser(argparse.ArgumentParser):
             RequestError: Always.
         """
         raise RequestError(f"{message}. See {self.prog} --help.")
+
+
+def refuse(argument: str, refused: Mapping[str, str], command: str) -> NoReturn:
+    """Say why an argument is not taken.
+
+    Args:
+        argument: The flag, perhaps with its value behind ``=``.
+        refused: Flags of other programs that mean nothing here, each with the reason.
+        command: The command, whose help has the flags that it takes.
+
+    Raises:
+        RequestError: Always.
+    """
+    flag = argument.split("=")[0]
+    reason = refused.get(flag)
+    if reason is None:
+        raise RequestError(
+            f"unrecognized argument: {shorten(flag)}. See {command} --help."
+        )
+    raise RequestError(f"{flag} has no meaning here: {reason}. Leave it out.")
 
 
 @contextmanager

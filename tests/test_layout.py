@@ -22,7 +22,7 @@ PACKAGE = ROOT / "mlx_gemma_mtp"
 LAYERS = {
     "errors": -1,
     "chips": 0,
-    "command": 0,
+    "command": 1,
     "config": 0,
     "early_start": 0,
     "families": 0,

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..arguments import (
     AUTO,
@@ -159,21 +159,7 @@ def parse(argv: Sequence[str] | None) -> Settings:
     Raises:
         RequestError: One of them is unknown, or outside its range.
     """
-    args, unknown = configure_parser().parse_known_args(argv)
-    for argument in unknown:
-        _refuse(argument)
-    return check(args)
-
-
-def _refuse(argument: str) -> NoReturn:
-    """Say why an argument is not taken."""
-    flag = argument.split("=")[0]
-    reason = REFUSED.get(flag)
-    if reason is None:
-        raise RequestError(
-            f"unrecognized argument: {shorten(flag)}. See mlx_gemma_mtp.server --help."
-        )
-    raise RequestError(f"{flag} has no meaning here: {reason}. Leave it out.")
+    return check(configure_parser().parse_args(argv))
 
 
 def configure_parser() -> argparse.ArgumentParser:
@@ -182,6 +168,7 @@ def configure_parser() -> argparse.ArgumentParser:
         prog="mlx_gemma_mtp.server",
         description="Serve a Gemma 4 model and its MTP drafter with OpenAI's API.",
         allow_abbrev=False,  # a flag of vLLM's must not be taken for the start of ours
+        refused=REFUSED,
     )
     _add_model_arguments(parser)
     _add_decoding_arguments(parser)
