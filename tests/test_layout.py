@@ -23,12 +23,14 @@ LAYERS = {
     "errors": -1,
     "chips": 0,
     "command": 1,
+    "command_table": 2,
     "config": 0,
     "early_start": 0,
     "families": 0,
     "hook_table": 0,
     "machine": 0,
     "noise": 0,
+    "refused": 0,
     "stats": 0,
     "store": 0,
     "tool_calls": 0,
@@ -132,7 +134,8 @@ CONVERT_LAYERS = {
     "report": 5,
     "__main__": 6,
 }
-PRINTING = {"cli", "run", "text"}  # text: generate(verbose=True), when asked
+# text: generate(verbose=True), when asked; command_table: --version.
+PRINTING = {"__main__", "cli", "command_table", "run", "text"}
 # The rest of their sub-packages does not print.
 COMMANDS = {
     PACKAGE / part / "__main__.py" for part in ("chat", "selftest", "server", "tune")

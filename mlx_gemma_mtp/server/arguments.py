@@ -27,7 +27,7 @@ from ..arguments import (
     json_object,
     with_thinking,
 )
-from ..command import Parser
+from ..command_table import make_parser
 from ..config import MAX_DRAFT_TOKENS, SamplingParams, shorten
 from ..errors import RequestError
 
@@ -164,9 +164,8 @@ def parse(argv: Sequence[str] | None) -> Settings:
 
 def configure_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = Parser(
-        prog="mlx_gemma_mtp.server",
-        description="Serve a Gemma 4 model and its MTP drafter with OpenAI's API.",
+    parser = make_parser(
+        "server",
         allow_abbrev=False,  # a flag of vLLM's must not be taken for the start of ours
         refused=REFUSED,
     )
