@@ -115,6 +115,12 @@ def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_system_prompt(group)
     group.add_argument(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="what comes before the prompt, as mlx_lm.cache_prompt has written it; its "
+        "model is the default of --model then",
+    )
+    group.add_argument(
         "--prefill-response", help="beginning of the answer, for the chat template"
     )
     add_template_arguments(group)

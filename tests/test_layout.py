@@ -65,6 +65,7 @@ LAYERS = {
     "logprobs": 2,
     "pairing": 2,
     "prompt_cache": 4,
+    "cache_file": 5,
     "processing": 2,
     "target": 2,
     "template_files": 2,
