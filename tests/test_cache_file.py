@@ -160,14 +160,14 @@ class TestModel:
         one_line((status, *capsys.readouterr()), "/nowhere/at/all")
 
     def test_caches_of_others(self, file, tmp_path, capsys):
-        caches: list[Any] = load_prompt_cache(file)
-        copies: list[list[Any]] = [[*load_prompt_cache(file)] for _ in range(3)]
-        short, damaged, wrong = copies
+        copies: list[list[Any]] = [[*load_prompt_cache(file)] for _ in range(4)]
+        fewer, short, damaged, wrong = copies
+        fewer.pop()
         short[0].trim(1)
-        full = next(c for c in damaged if isinstance(c, KVCache))
+        full: Any = next(c for c in damaged if isinstance(c, KVCache))
         full.keys = full.keys[:, :, : full.offset - 1]
         wrong[0].keys = mx.zeros((3, 4))
-        for others in (caches[:-1], short, damaged, wrong):
+        for others in copies:
             path = changed_file(file, tmp_path, others)
             status = cli.main(["--prompt-cache-file", path])
             one_line((status, *capsys.readouterr()), "must hold a prompt cache of")
