@@ -196,6 +196,8 @@ wheel-check: $(DEV_STAMP)
 	@$(BIN)/python -c "$$WHEEL_CHECK" $(CHECK)/dist/*.whl $(CHECK)/dist/*.tar.gz
 	@$(PYTHON) -m venv $(CHECK)/user
 	@$(CHECK)/user/bin/python -m pip install -q --disable-pip-version-check $(CHECK)/dist/*.whl
+	cd $(CHECK) && user/bin/mlx_gemma_mtp --help >/dev/null
+	cd $(CHECK) && user/bin/mlx_gemma_mtp convert --version
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.generate --help >/dev/null
 	cd $(CHECK) && user/bin/python -m mlx_gemma_mtp.generate --help >/dev/null
 	cd $(CHECK) && user/bin/mlx_gemma_mtp.chat --help >/dev/null

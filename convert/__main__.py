@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gemma_mtp.checkpoint import FLOAT_DTYPES
-from mlx_gemma_mtp.command import (
-    Parser,
-    exit_status,
-    progress_bar,
-)
+from mlx_gemma_mtp.command import exit_status, progress_bar
+from mlx_gemma_mtp.command_table import make_parser
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.quantization import MODES, Format
+from mlx_gemma_mtp.refused import CONVERSION_FLAGS
 
 from .request import PartRequest, Request
 
@@ -30,10 +28,7 @@ DEFAULT_MLX_PATH = "mlx_model"
 
 def configure_parser() -> argparse.ArgumentParser:
     """The command's arguments; names and defaults are mlx-lm's where it has them."""
-    parser = Parser(
-        prog="mlx_gemma_mtp.convert",
-        description="Convert a Gemma 4 model and its MTP drafter to MLX, quantized.",
-    )
+    parser = make_parser("convert", reason_against=CONVERSION_FLAGS.get)
     _add_path_arguments(parser)
     _add_format_arguments(parser)
     _add_run_arguments(parser)

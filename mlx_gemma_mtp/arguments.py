@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .chat_template import DEFAULT_THINKING, THINKING
-from .command import Parser
+from .command_table import make_parser
 from .config import SamplingParams, shorten
 from .errors import RequestError
+from .refused import TEXT_FLAGS
 from .route import AUTO, MODES
 
 DEFAULT_MAX_TOKENS = 100
@@ -27,10 +28,7 @@ _MAX_DIGITS = 12  # of a token id; no vocabulary has one as long
 
 def configure_parser() -> argparse.ArgumentParser:
     """The command's arguments; names and defaults are mlx-lm's where it has them."""
-    parser = Parser(
-        prog="mlx_gemma_mtp.generate",
-        description="Generate text with a Gemma 4 model and its MTP drafter.",
-    )
+    parser = make_parser("generate", reason_against=TEXT_FLAGS.get)
     add_model_arguments(parser)
     _add_prompt_arguments(parser)
     _add_generation_arguments(parser)
@@ -116,6 +114,12 @@ def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         "-p", "--prompt", help="the prompt; - reads standard input (default: a sample)"
     )
     add_system_prompt(group)
+    group.add_argument(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="what comes before the prompt, as mlx_lm.cache_prompt has written it; its "
+        "model is the default of --model then",
+    )
     group.add_argument(
         "--prefill-response", help="beginning of the answer, for the chat template"
     )

@@ -24,6 +24,7 @@ _RESPONSES = "tool_responses"
 _MAX_REASON = 300
 _ARGUMENT = "arguments"  # what a text is called that stands in place of arguments
 _TEXT = "no-object"  # one that no template has
+_QUERY = "<query>"  # stands in for a message; mlx-lm's word
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def apply_chat_template(
     *,
     advice: str,
     continues_last: bool = False,
+    is_begun: bool = False,
     check: Callable[[str], None] | None = None,
 ) -> ChatPrompt:
     """The prompt that messages make.
@@ -60,15 +62,21 @@ def apply_chat_template(
         config: More arguments for the template.
         advice: What to do where the template refuses the messages, a sentence.
         continues_last: Whether the last message is the beginning of the answer.
+        is_begun: Whether the model has read already what stands before the first
+            message's content, which is left out then.
         check: Called with the text before it is encoded; may raise.
 
     Raises:
         RequestError: The template does not take these messages.
     """
     text, opening = _opened(tokenizer, messages, config, advice, continues_last)
+    if is_begun:
+        other = [{**messages[0], "content": _QUERY}, *messages[1:]]
+        marked, _ = _opened(tokenizer, other, config, advice, continues_last)
+        text = text[marked.find(_QUERY) :]
     if check is not None:
         check(text)
-    tokens = encode_text(tokenizer, text)
+    tokens = encode_text(tokenizer, text, continues=is_begun)
     end = encode_text(tokenizer, opening, continues=True) if opening else []
     # Elsewhere the opening's first token is one with the text before it.
     is_apart = end and tokens[-len(end) :] == end

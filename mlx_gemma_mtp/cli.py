@@ -28,6 +28,7 @@ from .flags import (
     describe_sampling,
     load_model,
     logits_processors,
+    open_cache_file,
     sampling_settings,
 )
 from .template_files import missing_template_note
@@ -69,11 +70,14 @@ def _run(args: argparse.Namespace) -> int:
         num_draft_tokens=args.num_draft_tokens,
         prefill_step_size=args.prefill_step_size,
     )
+    saved = open_cache_file(args)
     prompt = _read_prompt(args)
     if args.model is None and args.verbose:
         _note(EMBEDDED_NOTE)
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(args, saved.tokenizer_config if saved else None)
     pair = pair_of(model)
+    if saved:
+        saved.check_layout(pair.rounds.target.layout)
     add_eos_tokens(tokenizer, args.extra_eos_token)
     has_template = args.ignore_chat_template or tokenizer.has_chat_template
     if args.verbose and not has_template:
@@ -96,6 +100,7 @@ def _run(args: argparse.Namespace) -> int:
         or None,
         stop=args.stop,
         prefill_step_size=args.prefill_step_size,
+        prompt_cache=saved.caches if saved else None,
     )
     return _print_responses(
         responses,
@@ -146,6 +151,7 @@ def _apply_template(
         advice="Change --system-prompt, --prefill-response or --chat-template-config, "
         "or use --ignore-chat-template.",
         continues_last=has_prefill,
+        is_begun=args.prompt_cache_file is not None,
     )
     return found.tokens, found.opening
 

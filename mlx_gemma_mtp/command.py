@@ -11,11 +11,12 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from .config import shorten
 from .errors import MTPError, OutputError, RequestError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -23,7 +24,41 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are the user's like all others: one line, status 1."""
+    """A parser whose mistakes are the user's like all others: one line, status 1.
+
+    Args:
+        reason_against: Says why a flag of other programs means nothing here; None for
+            one that is not known.
+        settings: argparse's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        reason_against: Callable[[str], str | None] = lambda flag: None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self._reason_against = reason_against
+
+    def parse_args(
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Read the arguments.
+
+        Args:
+            args: Arguments; None for the process's.
+            namespace: As argparse has it.
+
+        Raises:
+            RequestError: One is unknown, or not what it must be.
+        """
+        known, unknown = self.parse_known_args(
+            None if args is None else list(args), namespace
+        )
+        if unknown:
+            self._refuse(unknown[0].split("=")[0])
+        return known
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print.
@@ -35,6 +70,13 @@ class Parser(argparse.ArgumentParser):
             RequestError: Always.
         """
         raise RequestError(f"{message}. See {self.prog} --help.")
+
+    def _refuse(self, flag: str) -> NoReturn:
+        """Say why a flag is not taken."""
+        reason = self._reason_against(flag)
+        if reason is None:
+            self.error(f"unrecognized argument: {shorten(flag)}")
+        raise RequestError(f"{flag} has no meaning here: {reason}. Leave it out.")
 
 
 @contextmanager

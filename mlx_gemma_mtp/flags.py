@@ -14,6 +14,7 @@ from .arguments import given_settings, penalties, xtc_settings
 from .errors import RequestError
 
 if TYPE_CHECKING:
+    from .cache_file import SavedPrompt
     from .generation_defaults import SamplingDefaults
 
 EMBEDDED_NOTE = (
@@ -27,7 +28,31 @@ _LABELS = {
 }
 
 
-def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+def open_cache_file(args: argparse.Namespace) -> SavedPrompt | None:
+    """What --prompt-cache-file names, if anything; its model is that of the flags then.
+
+    Raises:
+        RequestError: The flags name another model, or a prompt from the beginning.
+    """
+    if args.prompt_cache_file is None:
+        return None
+    if args.system_prompt is not None:
+        raise RequestError(
+            "--system-prompt and --prompt-cache-file exclude each other: got both. The "
+            "prompt begins in the file."
+        )
+    from .cache_file import read_cache_file
+
+    saved = read_cache_file(args.prompt_cache_file)
+    if args.model is None:
+        args.model = saved.model
+    saved.check_model(args.model)
+    return saved
+
+
+def load_model(
+    args: argparse.Namespace, tokenizer_config: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
     """Model and tokenizer as the flags name them, the embedded pair without --model."""
     from .load import embedded_pair_path, load
 
@@ -35,6 +60,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         embedded_pair_path() if args.model is None else args.model,
         speculative_decoding=not args.no_draft,
         draft_model=args.draft_model,
+        tokenizer_config=tokenizer_config,
         adapter_path=args.adapter_path,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,

@@ -17,15 +17,19 @@ def describe_machine(*details: str) -> str:
     Args:
         details: More about the hardware, such as MLX's device.
     """
+    cores = f"{os.cpu_count()} cores"
+    return ", ".join(
+        (cpu_name(), cores, *details, platform.system(), describe_versions())
+    )
+
+
+def describe_versions() -> str:
+    """Return the versions of the package and of what it stands on, one line."""
     versions = (
         f"{name} {importlib.metadata.version(name)}"
-        for name in ("mlx", "mlx-lm", "mlx_gemma_mtp")
+        for name in ("mlx_gemma_mtp", "mlx", "mlx-lm")
     )
-    cores = f"{os.cpu_count()} cores"
-    python = f"Python {platform.python_version()}"
-    return ", ".join(
-        (cpu_name(), cores, *details, platform.system(), python, *versions)
-    )
+    return ", ".join((*versions, f"Python {platform.python_version()}"))
 
 
 def cpu_name() -> str:

@@ -38,14 +38,7 @@ def read_prompt_cache(
     Raises:
         RequestError: They are not the target's caches, or not all as long.
     """
-    _check(layout, prompt_cache)
-    offsets = {int(cache.offset) for cache in prompt_cache}
-    if len(offsets) > 1:
-        raise RequestError(
-            f"the layers of a prompt cache must hold as many tokens: got {offsets}. "
-            "Trim all of them together, with mlx_lm's trim_prompt_cache."
-        )
-    if offsets <= {0}:
+    if not check_prompt_cache(layout, prompt_cache):
         return None
     caches = prefill_caches(layout)
     for cache, layer, source in zip(caches, layout.layers, prompt_cache, strict=True):
@@ -55,6 +48,33 @@ def read_prompt_cache(
         cache.fill(keys, values, offset=int(source.offset))
         mx.async_eval(keys, values)  # another thread may read on
     return caches
+
+
+def check_prompt_cache(layout: SlabLayout, prompt_cache: Sequence[Any]) -> int:
+    """The number of tokens that a target's caches hold.
+
+    Raises:
+        RequestError: They are not the target's caches, or not all as long.
+    """
+    _check(layout, prompt_cache)
+    offsets = {int(cache.offset) for cache in prompt_cache}
+    if len(offsets) > 1:
+        raise RequestError(
+            f"the layers of a prompt cache must hold as many tokens: got {offsets}. "
+            "Trim all of them together, with mlx_lm's trim_prompt_cache."
+        )
+    (num_tokens,) = offsets
+    for cache, layer in zip(prompt_cache, layout.layers, strict=True):
+        needed = num_tokens
+        if layer.layer_type == SLIDING:
+            needed = min(needed, layout.window)
+        held = min(_length(cache.keys), _length(cache.values))
+        if held < needed:
+            raise RequestError(
+                "a layer's cache must hold the keys and values of its tokens: got "
+                f"{held} of {needed}. {_MAKE_ONE}"
+            )
+    return num_tokens
 
 
 def holds_tokens(prompt_cache: Sequence[Any]) -> bool:
@@ -148,3 +168,7 @@ def _check(layout: SlabLayout, prompt_cache: Sequence[Any]) -> None:
                 f"{list(found)}, expected [1, {shape[1]}, tokens, {shape[2]}]. "
                 f"{_MAKE_ONE}"
             )
+
+
+def _length(array: mx.array | None) -> int:
+    return 0 if array is None else int(array.shape[2])

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from .arguments import add_draft_arguments
 from .command import Parser, exit_status
+from .command_table import make_parser
 from .config import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES, check_model_type
 from .errors import HookError, RequestError
 from .hook_table import DECODING_PROGRAMS
@@ -39,10 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def configure_parser() -> argparse.ArgumentParser:
     """The command's own arguments; they stand before the program's name."""
-    parser = Parser(
-        prog="mlx_gemma_mtp.run",
-        description="Run a program of mlx-lm, with drafters for Gemma 4.",
-    )
+    parser = make_parser("run")
     add_draft_arguments(parser)
     parser.add_argument(
         "program",

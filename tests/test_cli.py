@@ -430,7 +430,7 @@ class TestMistakes:
             (("--prefill-step-size", "0"), "prefill_step_size must be 1 or more"),
             (("--chat-template-config", "{"), "must be a JSON object: got '{'"),
             (("--chat-template-config", "[1]"), "must be a JSON object: got '[1]'"),
-            (("--what",), "unrecognized arguments: --what. See"),
+            (("--what",), "unrecognized argument: '--what'. See"),
             (("-p", "caf\udce9"), "the prompt must be UTF-8 text"),
         ],
     )

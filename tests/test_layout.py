@@ -22,13 +22,15 @@ PACKAGE = ROOT / "mlx_gemma_mtp"
 LAYERS = {
     "errors": -1,
     "chips": 0,
-    "command": 0,
+    "command": 1,
+    "command_table": 2,
     "config": 0,
     "early_start": 0,
     "families": 0,
     "hook_table": 0,
     "machine": 0,
     "noise": 0,
+    "refused": 0,
     "stats": 0,
     "store": 0,
     "tool_calls": 0,
@@ -64,6 +66,7 @@ LAYERS = {
     "logprobs": 2,
     "pairing": 2,
     "prompt_cache": 4,
+    "cache_file": 5,
     "processing": 2,
     "target": 2,
     "template_files": 2,
@@ -133,7 +136,8 @@ CONVERT_LAYERS = {
     "report": 5,
     "__main__": 6,
 }
-PRINTING = {"cli", "run", "text"}  # text: generate(verbose=True), when asked
+# text: generate(verbose=True), when asked; command_table: --version.
+PRINTING = {"__main__", "cli", "command_table", "run", "text"}
 # The rest of their sub-packages does not print.
 COMMANDS = {
     PACKAGE / part / "__main__.py" for part in ("chat", "selftest", "server", "tune")

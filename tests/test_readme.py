@@ -5,7 +5,6 @@ Run: python -m pytest tests/test_readme.py
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -233,7 +232,7 @@ def test_every_other_command_is_known():
 def flags(parser):
     """Option strings and help of every argument, as the README's table has them."""
     for action in parser._actions:
-        if not isinstance(action, argparse._HelpAction):
+        if action.dest not in ("help", "version"):  # which all have
             options = action.option_strings or [action.dest]
             names = ", ".join(f"`{name}`" for name in options)
             yield f"| {names} | {(action.help or '') % vars(action)} |"

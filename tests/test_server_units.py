@@ -160,7 +160,7 @@ class TestArguments:
             (["--chat-template-args", '{"tokenize": true}'], "got tokenize, which is"),
             (["--log-level", "loud"], "invalid choice"),
             (["--made-up"], "unrecognized argument: '--made-up'"),
-            (["google/gemma-4-E2B-it"], "A model is named with --model."),
+            (["google/gemma-4-E2B-it"], "a model is named with --model."),
             (["--gpu-memory-utilization=0.9"], "--max-kv-bytes states the memory"),
             (["--kv-bits", "8"], "no quantized cache for Gemma 4"),
             (["--kv_cache_dtype=fp8"], "no quantized cache for Gemma 4"),

@@ -22,11 +22,11 @@ from ..arguments import (
     check,
 )
 from ..command import (
-    Parser,
     exit_status,
     not_utf8,
     set_up_output,
 )
+from ..command_table import make_parser
 from ..display import Display
 from ..errors import MTPError
 from ..flags import (
@@ -37,6 +37,7 @@ from ..flags import (
     logits_processors,
     sampling_settings,
 )
+from ..refused import TEXT_FLAGS
 from ..template_files import missing_template_note
 from .interrupt import Interrupts
 from .reader import read_message
@@ -52,10 +53,10 @@ _NO_TEMPLATE = "what you type and what it answers is one text that it goes on wi
 
 def configure_parser() -> argparse.ArgumentParser:
     """The command's arguments; most are those of ``mlx_gemma_mtp.generate``."""
-    parser = Parser(
-        prog="mlx_gemma_mtp.chat",
-        description="Chat with a Gemma 4 model and its MTP drafter in the terminal. "
-        "/help in the chat lists what else it can do.",
+    parser = make_parser(
+        "chat",
+        epilog="/help in the chat lists what else it can do.",
+        reason_against=TEXT_FLAGS.get,
     )
     add_model_arguments(parser)
     group = parser.add_argument_group("conversation")

@@ -15,11 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..command import (
-    Parser,
-    exit_status,
-    write_file,
-)
+from ..command import exit_status, write_file
+from ..command_table import make_parser
 from ..errors import OutputError, RequestError
 from ..store import cache_folder, forget
 from ..template_files import missing_template_note
@@ -33,11 +30,7 @@ FAMILIES = ("e2b", "e4b", "12b", "26b-a4b", "31b")
 
 def configure_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = Parser(
-        prog="mlx_gemma_mtp.selftest",
-        description="Test kernels, exactness, caches and speed on this machine. "
-        "Nothing is downloaded without --model.",
-    )
+    parser = make_parser("selftest", epilog="Nothing is downloaded without --model.")
     parser.add_argument(
         "forget",
         nargs="?",

@@ -26,8 +26,8 @@ from .failures import AnswerError
 from .formats import Envelope, dumps
 from .gate import Gate, failure_response
 from .json_body import UNREADABLE, JSONRoute
-from .openapi import DescribedApp, Offer
 from .lanes import Lanes
+from .openapi import DescribedApp, Offer
 from .order import Order
 from .orders import Orders
 from .prompts import Prompt, Prompts

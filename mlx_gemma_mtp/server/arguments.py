@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..arguments import (
     AUTO,
@@ -27,7 +27,7 @@ from ..arguments import (
     json_object,
     with_thinking,
 )
-from ..command import Parser
+from ..command_table import make_parser
 from ..config import MAX_DRAFT_TOKENS, SamplingParams, shorten
 from ..errors import RequestError
 from .addresses import API_KEY_VARIABLE, api_key, host_names, origins
@@ -175,31 +175,15 @@ def parse(argv: Sequence[str] | None) -> Settings:
     Raises:
         RequestError: One of them is unknown, or outside its range.
     """
-    args, unknown = configure_parser().parse_known_args(argv)
-    for argument in unknown:
-        _refuse(argument)
-    return check(args)
-
-
-def _refuse(argument: str) -> NoReturn:
-    """Say why an argument is not taken."""
-    flag = argument.split("=")[0]
-    reason = reason_against(flag)
-    if reason is None:
-        advice = "" if flag.startswith("-") else "A model is named with --model. "
-        raise RequestError(
-            f"unrecognized argument: {shorten(flag)}. {advice}See mlx_gemma_mtp.server "
-            "--help."
-        )
-    raise RequestError(f"{flag} has no meaning here: {reason}. Leave it out.")
+    return check(configure_parser().parse_args(argv))
 
 
 def configure_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = Parser(
-        prog="mlx_gemma_mtp.server",
-        description="Serve a Gemma 4 model and its MTP drafter with OpenAI's API.",
+    parser = make_parser(
+        "server",
         allow_abbrev=False,  # a flag of vLLM's must not be taken for the start of ours
+        reason_against=reason_against,
     )
     _add_model_arguments(parser)
     _add_decoding_arguments(parser)

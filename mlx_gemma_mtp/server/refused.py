@@ -190,6 +190,8 @@ def reason_against(flag: str) -> str | None:
         flag: As it was given; vLLM also takes underscores, ``--no-x`` and
             ``--disable-x`` for switches, ``--x.key`` for JSON objects, and ``-O3``.
     """
+    if not flag.startswith("-"):
+        return "a model is named with --model"
     name = flag.split(".")[0].replace("_", "-")
     spellings = (
         name,

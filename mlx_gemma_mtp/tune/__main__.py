@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import add_checkpoint_arguments, add_filters, json_object
-from ..command import Parser, exit_status, progress_bar
+from ..command import exit_status, progress_bar
+from ..command_table import make_parser
 from ..errors import RequestError
 from .request import TextSettings, TuneRequest
 from .settings import DIVERGENCES, TrainingSettings
@@ -26,10 +27,7 @@ _TEXT, _TRAINING = TextSettings(), TrainingSettings()
 
 def configure_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = Parser(
-        prog="mlx_gemma_mtp.tune",
-        description="Train an MTP drafter for the Gemma 4 target it will run with.",
-    )
+    parser = make_parser("tune")
     _add_model_arguments(parser)
     _add_data_arguments(parser)
     _add_training_arguments(parser)

@@ -1,0 +1,95 @@
+"""docs/environment.md names the variables that are read, and no others.
+
+Run: python -m pytest tests/test_environment.py
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+from mlx_gemma_mtp.fingerprint import MLX_SETTINGS
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+FILES = [*(ROOT / "mlx_gemma_mtp").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]
+
+
+def named(section):
+    """The variables in the first column of a section's table."""
+    (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    rows = re.findall(r"^\| (`.*?) \|", text, re.M)
+    return {name for row in rows for name in re.findall(r"`([A-Z0-9_]+)`", row)}
+
+
+def read_in(path):
+    """The variables of the environment that a file reads, or sets for others."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    constants = {
+        target.id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and is_literal(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for loop in ast.walk(tree):  # {n: os.environ[n] for n in NAMES}
+        if isinstance(loop, ast.comprehension) and isinstance(loop.iter, ast.Name):
+            if loop.iter.id in constants:
+                constants[ast.unparse(loop.target)] = constants[loop.iter.id]
+    found = set()
+    for key in keys(tree):
+        value = constants.get(key.id) if isinstance(key, ast.Name) else None
+        value = ast.literal_eval(key) if value is None else value
+        found |= {value} if isinstance(value, str) else set(value)
+    return found
+
+
+def keys(tree):
+    """What ``os.environ`` is asked for."""
+    environment, get = "os.environ", ("os.environ.get", "os.environ.setdefault")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == environment:
+            yield node.slice
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (*get, "os.getenv"):
+            yield node.args[0]
+
+
+def is_literal(node):
+    try:
+        ast.literal_eval(node)
+    except ValueError:
+        return False
+    return True
+
+
+def source_of(package):
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    files = Path(spec.origin).parent.rglob("*.py")
+    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+
+
+def test_all_that_the_package_reads_is_named():
+    read = set().union(*map(read_in, FILES))
+    assert len(read) > 15
+    assert read == named("This package") | set(MLX_SETTINGS)
+
+
+def test_all_that_changes_what_is_learnt_is_named():
+    elsewhere = {"MLX_PTX_CACHE_DIR", "CUDA_HOME", "CUDA_PATH"}
+    assert named("MLX") == {*MLX_SETTINGS, *elsewhere}
+
+
+def test_the_hubs_client_knows_its_own():
+    source = source_of("huggingface_hub")
+    names = named("The Hub")
+    assert len(names) > 5
+    assert {name for name in names if f'"{name}"' not in source} == set()
+
+
+def test_the_readme_leads_here():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "(docs/environment.md)" in readme
