@@ -73,13 +73,14 @@ def test_an_interrupt_in_a_chunk_leaves_the_callers_cache_as_it_was(
     cache = make_prompt_cache(Target(pair.target).layout)
 
     def text(tokens):
-        settings = {"max_tokens": 8, "prompt_cache": cache, "num_draft_tokens": 3}
         responses = stream_generate(
             pair.target,
             tiny_tokenizer(has_eos=False),
             tokens,
             draft_model=pair.drafter,
-            **settings,
+            max_tokens=8,
+            prompt_cache=cache,
+            num_draft_tokens=3,
         )
         return [response.token for response in responses]
 
