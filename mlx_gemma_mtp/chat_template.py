@@ -22,6 +22,8 @@ DEFAULT_THINKING = True  # as mlx-lm has it
 _REASONS = ("reasoning", "reasoning_content")  # what a message's thought is called
 _RESPONSES = "tool_responses"
 _MAX_REASON = 300
+_ARGUMENT = "arguments"  # what a text is called that stands in place of arguments
+_TEXT = "no-object"  # one that no template has
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def _rendered(
     told = _with_names(messages)
     if not _reads_tool_messages(tokenizer):
         told = _with_responses(told)
+    if any(map(_has_text_arguments, told)) and not _reads_text_arguments(tokenizer):
+        told = [_with_objects(message) for message in told]
     try:
         text: str = tokenizer.apply_chat_template(
             told,
@@ -172,6 +176,40 @@ def _reads_tool_messages(tokenizer: Any) -> bool:
     return not isinstance(source, str) or not (
         _RESPONSES in source and "tool_call_id" not in source
     )
+
+
+def _has_text_arguments(message: Mapping[str, Any]) -> bool:
+    """Whether a message calls a tool with arguments that are no object."""
+    calls = message.get("tool_calls") or ()
+    return any(isinstance(call["function"].get("arguments"), str) for call in calls)
+
+
+def _reads_text_arguments(tokenizer: Any) -> bool:
+    """Whether the template writes arguments that are text; others raise, or drop it."""
+    function = {"name": "f", "arguments": _TEXT}
+    calls = [{"id": "0", "type": "function", "function": function}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    ]
+    try:
+        return _TEXT in tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # noqa: BLE001 - templates raise whatever they like
+        return False
+
+
+def _with_objects(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose calls have objects: a text becomes their one argument."""
+    if not _has_text_arguments(message):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"].get("arguments")
+        if isinstance(arguments, str):
+            function = {**call["function"], "arguments": {_ARGUMENT: arguments}}
+            call = {**call, "function": function}
+        calls.append(call)
+    return {**message, "tool_calls": calls}
 
 
 def _with_names(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -11,7 +11,7 @@ This file knows nothing of models, caches or rounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,26 @@ from .sampling import choose_tokens, sampling_rows, sampling_rule
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 # mlx-lm's: (log-probabilities [1, V]) -> token [1]
 Sampler = Callable[[mx.array], mx.array]
+
+
+def without_early_end(
+    num_prompt: int, min_tokens: int, ends: Collection[int]
+) -> LogitsProcessor:
+    """A processor that lets no text end before it has so many tokens.
+
+    Args:
+        num_prompt: Tokens of the prompt, those that came in caches included.
+        min_tokens: How many tokens.
+        ends: The tokens that end a text, at least one.
+    """
+    banned = mx.array(sorted(ends))
+
+    def processor(tokens: mx.array, logits: mx.array) -> mx.array:
+        if tokens.size < num_prompt + min_tokens:
+            logits[:, banned] = -math.inf
+        return logits
+
+    return processor
 
 
 @dataclass(frozen=True)

@@ -34,17 +34,25 @@ class StopStrings:
                     f"{stop!r}. Leave it out."
                 )
         self._held = ""
+        self._num_free = 0  # characters of what is held, in which none ends
         self.is_stopped = False
 
-    def add(self, text: str) -> str:
-        """Add a piece of text; return what is safe to show, nothing after the stop."""
+    def add(self, text: str, *, is_free: bool = False) -> str:
+        """Add a piece of text; return what is safe to show, nothing after the stop.
+
+        Args:
+            text: The next piece.
+            is_free: Whether stop strings that end in it do not count; one may begin.
+        """
         if self.is_stopped:
             return ""
         self._held += text
+        if is_free:
+            self._num_free = len(self._held)
         found = [
             (start + len(stop), start)
             for stop in self._stops
-            if (start := self._held.find(stop)) >= 0
+            if (start := self._held.find(stop, self._first_start(stop))) >= 0
         ]
         if found:
             self.is_stopped = True
@@ -56,7 +64,12 @@ class StopStrings:
             self._held[: len(self._held) - keep],
             self._held[len(self._held) - keep :],
         )
+        self._num_free = max(self._num_free - len(shown), 0)
         return shown
+
+    def _first_start(self, stop: str) -> int:
+        """The first place of what is held at which a stop string counts."""
+        return max(self._num_free - len(stop) + 1, 0)
 
     def finish(self) -> str:
         """Return what is still held back: the text ended without a stop string."""

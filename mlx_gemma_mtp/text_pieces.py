@@ -16,11 +16,20 @@ class TextPieces:
         stops: The strings that end the text.
         marks: The control tokens, which the text tells from what ordinary tokens spell:
             ``plain`` makes it what is to be seen, ``AnswerReader`` reads it.
+        min_tokens: Tokens at the beginning that no stop string ends.
     """
 
-    def __init__(self, detokenizer: Any, stops: StopStrings, marks: Marks) -> None:
+    def __init__(
+        self,
+        detokenizer: Any,
+        stops: StopStrings,
+        marks: Marks,
+        *,
+        min_tokens: int = 0,
+    ) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
+        self._num_free = min_tokens
         self._marks = marks.tokens
         self._held = ""  # what stop strings hold back
 
@@ -45,7 +54,8 @@ class TextPieces:
         self._held += self._told_apart(
             segment, self._marks.get(token) if is_text else None
         )
-        shown = self._stops.add(segment)
+        shown = self._stops.add(segment, is_free=self._num_free > 0)
+        self._num_free -= 1
         if finish_reason is not None and not self._stops.is_stopped:
             shown += self._stops.finish()
         found, self._held = cut(self._held, len(shown))

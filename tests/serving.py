@@ -222,8 +222,8 @@ def scripted_means(decoder: ScriptedDecoder, **fields: Any) -> Means:
     means = Means(
         decoder=cast(Any, decoder),
         make_request=make_scripted_request,
-        make_transcript=lambda stop: Transcript(
-            tokenizer().detokenizer, stop, Marks(())
+        make_transcript=lambda order: Transcript(
+            tokenizer().detokenizer, order, Marks(())
         ),
         kept=None,
         max_rows=4,
@@ -242,6 +242,8 @@ def scripted_engine(settings: Settings, means: Means) -> Engine:
         model_len=settings.limits.model_len or 1024,
         vocab_size=VOCAB_SIZE,
         max_kv_bytes=10**9,
+        longest_alone=2**20,
+        longest_shared=2**20,
         drafter_name="drafter",
         wired=contextlib.nullcontext,
     )

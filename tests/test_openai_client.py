@@ -6,6 +6,7 @@ Run: make test-clients
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import re
 from importlib import import_module
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from mlx_gemma_mtp.server.fields import Fields
+from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
 from tests.served import CHAT_TEMPLATE, ROOT, served
 
 pytestmark = pytest.mark.clients
@@ -23,6 +26,7 @@ CODE = "def area(radius):\n"
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 24}
 PLAIN = {"speculative": {"num_draft_tokens": 0}}
 # Repeated text is what the embedded pair goes on with.
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 CALL = "<|tool_call>call:add{a:1}<tool_call|>\n"
 TOOL = {
     "type": "function",
@@ -266,7 +270,13 @@ class TestErrors:
         [
             ({"model": "gpt-4"}, "NotFoundError", "gpt-4"),
             ({"max_tokens": 0}, "BadRequestError", "max_tokens"),
-            ({"max_tokens": 10**6}, "BadRequestError", "at most 1024 tokens"),
+            (
+                {"messages": [{"role": "user", "content": [IMAGE]}]},
+                "BadRequestError",
+                "this server reads text only: got an image",
+            ),
+            ({"functions": [TOOL["function"]]}, "BadRequestError", "Send tools"),
+            ({"modalities": ["audio"]}, "BadRequestError", "text only"),
             ({"temperature": -1}, "BadRequestError", "temperature"),
             ({"messages": []}, "BadRequestError", "messages"),
             ({"logit_bias": {"x": 1}}, "BadRequestError", "logit_bias"),
@@ -289,6 +299,36 @@ class TestErrors:
         with pytest.raises(getattr(openai, name), match=words) as error:
             client.chat.completions.create(**request, stream=stream)
         assert error.value.body["message"]
+
+    def test_a_limit_that_the_context_does_not_leave(self, client):
+        for limit in (10**6, -1, None):
+            request = {**GREEDY, "max_tokens": limit, "messages": said("a " * 495)}
+            found = client.chat.completions.create(**request)
+            assert found.usage.total_tokens == 1024
+            assert found.choices[0].finish_reason == "length"
+
+    def test_every_parameter_is_known(self, client, caplog):
+        """Obeyed, refused, or without effect on the text."""
+        fields = Fields()
+        for method, body in (
+            (client.chat.completions.create, ChatBody),
+            (client.completions.create, CompletionBody),
+        ):
+            names = set(inspect.signature(method).parameters) - set(body.model_fields)
+            extra = dict.fromkeys(n for n in names if not n.startswith("extra_"))
+            assert extra.pop("timeout", "") is None
+            if body is ChatBody:
+                fields.check_chat(extra, [])
+            else:
+                fields.check_completion(extra)
+        assert caplog.messages == []
+
+    def test_fewest_tokens_and_other_ends(self, client):
+        extra = {"ignore_eos": True, "min_tokens": 9, "cache_salt": "x"}
+        found = client.completions.create(
+            prompt=CODE, **{**GREEDY, "max_tokens": 9}, extra_body=extra
+        )
+        assert found.usage.completion_tokens == 9
 
     def test_a_wrong_key(self, client, openai):
         other = client.with_options(api_key="another")

@@ -8,9 +8,14 @@ import functools
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlx_gemma_mtp.load import load_tokenizer
+from mlx_gemma_mtp.server.prompts import Prompts
+from mlx_gemma_mtp.server.schema import ChatBody
 from mlx_gemma_mtp.server.vocabulary import Places
+from tests.gemma import FORMS
 from tests.gemma_pair import let_say
 from tests.serving import pair_server
 from tests.tiny import uncompiled
@@ -311,18 +316,6 @@ class TestOddConversations:
         served.message([{"role": "assistant", "content": "Hi"}])
         assert served.last_prompt.endswith("Hi<turn|>\n<|turn>model\n")
 
-    @pytest.mark.parametrize(
-        "arguments", ["[1]", "5", '"s"', "{", '{"a": NaN}', '{"a": Infinity}']
-    )
-    def test_arguments_are_objects(self, served, arguments):
-        messages = call_with()
-        messages[1]["tool_calls"][0]["function"]["arguments"] = arguments
-        response = served.client.ask(
-            "POST", "/v1/chat/completions", {"messages": messages}
-        )
-        assert response.status == 400
-        assert "must be a JSON object" in response.json()["error"]["message"]
-
     @pytest.mark.parametrize("reasoning", [5, ["a"], {"a": 1}, True])
     def test_thoughts_are_texts(self, served, reasoning):
         for key in ("reasoning", "reasoning_content"):
@@ -331,6 +324,77 @@ class TestOddConversations:
             response = served.client.ask("POST", "/v1/chat/completions", body)
             assert response.status == 400
             assert key in response.json()["error"]["message"]
+
+
+BROKEN = [
+    "[1]",
+    "5",
+    '"s"',
+    "None",
+    '{"city": "Par',
+    '{"a": NaN}',
+    '{"a": 1e999}',
+    '{"a": "\\ud800"}',
+    '{"a": ' + "9" * 5000 + "}",
+    '{"a":' * 151 + "1" + "}" * 151,
+    '{"a":' * 9999 + "1" + "}" * 9999,
+    "[" * 100_000,
+]
+
+
+def prompt_with(tokenizer, arguments):
+    """The prompt of a conversation in which a call had these arguments."""
+    messages = call_with()
+    calls = messages[1]["tool_calls"]
+    calls[0]["function"]["arguments"] = arguments
+    calls.append({"id": "b", "function": {"name": "f", "arguments": '{"days": 3}'}})
+    body = ChatBody.model_validate({"messages": messages})
+    told = [message.plain() for message in body.messages]
+    return tokenizer.decode(Prompts(tokenizer, {}).of_messages(told).tokens)
+
+
+@pytest.mark.parametrize("form", ["may-12b", "july-12b"])
+@pytest.mark.parametrize("arguments", BROKEN, ids=range(len(BROKEN)))
+def test_broken_arguments_end_no_conversation(gemma_tokenizer, form, arguments):
+    """They are passed on as they are, also where the template raises for text."""
+    prompt = prompt_with(gemma_tokenizer(form), arguments)
+    before, behind = "{", "}"
+    if FORMS[form].refuses_text_arguments:
+        before, behind = '{arguments:<|"|>', '<|"|>}'
+    assert f"call:get_weather{before}{arguments}{behind}<tool_call|>" in prompt
+    assert "call:f{days:3}<tool_call|>" in prompt
+
+
+@pytest.mark.parametrize("form", ["may-12b", "july-12b"])
+def test_no_arguments_end_a_conversation(gemma_tokenizer, form):
+    tokenizer = gemma_tokenizer(form)
+
+    @settings(max_examples=60)
+    @given(st.text(st.one_of(st.sampled_from('{}[]":,\\ud8<|>1'), st.characters())))
+    def ask(arguments):
+        assert "call:f{days:3}<tool_call|>" in prompt_with(tokenizer, arguments)
+
+    ask()
+
+
+@says("july-12b", "Yes<turn|>")
+def test_a_refusal_is_text(served):
+    """A part of a message, or the field that OpenAI's own answers have."""
+    for refused in (
+        {"content": [{"type": "refusal", "refusal": "I cannot."}]},
+        {"content": None, "refusal": "I cannot."},
+        {"content": "I cannot.", "refusal": None},
+    ):
+        served.message([*QUESTION, {"role": "assistant", **refused}, *QUESTION])
+        assert "<|turn>model\nI cannot.<turn|>" in served.last_prompt
+
+
+@says("july-12b", "Yes<turn|>No<eos>Yes")
+def test_a_text_that_no_end_ends(served):
+    """Ends are control tokens, so no part of the content."""
+    choice = served.chat(ignore_eos=True, max_tokens=5)["choices"][0]
+    assert choice["message"]["content"] == "YesNoYes"
+    assert choice["finish_reason"] == "length"
 
 
 @says("july-12b", "so<turn|>")

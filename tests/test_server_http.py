@@ -243,10 +243,6 @@ class TestChat:
             ({"chat_template_kwargs": {"chat_template": "x"}}, "which is none"),
             ({"chat_template_kwargs": {"tokenize": True}}, "which is none"),
             ({"messages": []}, "messages"),
-            (
-                {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-                "text",
-            ),
         ],
     )
     def test_what_cannot_be_done_is_said(self, client, fields, message):
@@ -267,7 +263,8 @@ class TestMistakes:
             ({"temperature": "warm"}, "temperature", "valid number"),
             ({"temperature": -1}, "temperature", "greater than or equal to 0"),
             ({"temperature": True}, "temperature", "valid number"),
-            ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+            ({"max_tokens": 0}, "max_tokens", "1 or more, or -1 for no limit: got 0"),
+            ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
             ({"max_tokens": 2.5}, "max_tokens", "valid integer"),
             ({"n": 129}, "n", "less than or equal to 128"),
             ({"top_p": 2}, "top_p", "less than or equal to 1"),
@@ -283,11 +280,20 @@ class TestMistakes:
             ({"logit_bias": {"a": 1}}, "logit_bias", "from 0 to 1023"),
             ({"logit_bias": {"1024": 1}}, "logit_bias", "from 0 to 1023"),
             ({"logit_bias": {"3": 1001}}, "logit_bias.3", "less than or equal"),
-            ({"echo": True}, "echo", "not supported"),
-            ({"suffix": "x"}, "suffix", "not supported"),
-            ({"best_of": 3}, "best_of", "not supported"),
+            ({"stop_token_ids": [1024]}, "stop_token_ids", "from 0 to 1023: got 1024"),
+            ({"stop_token_ids": [-1]}, "stop_token_ids.0", "greater than or equal"),
+            ({"stop_token_ids": [5] * 1025}, "stop_token_ids", "at most 1024"),
+            ({"min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
+            (
+                {"min_tokens": 4, "max_tokens": 3},
+                "min_tokens",
+                "at most max_tokens, 3 here: got 4",
+            ),
+            ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
+            ({"cache_salt": "x" * 1025}, "cache_salt", "at most 1024 characters"),
+            ({"cache_salt": 5}, "cache_salt", "valid string"),
+            ({"best_of": 3}, "best_of", "must be n: got 3"),
             ({"logprobs": 21}, "logprobs", "at most 20: got 21"),
-            ({"max_tokens": 1024}, "max_tokens", "at most 1024 tokens"),
             ({"prompt": [2] * 1024}, "prompt", "at most 1024 tokens"),
             (
                 {"speculative": {"num_draft_tokens": 9}},
@@ -368,9 +374,6 @@ class TestMistakes:
         assert response.status == 404
         assert response.json()["error"]["code"] == "model_not_found"
         assert "'gpt-9'" in response.message
-
-    def test_unknown_fields_are_ignored(self, client):
-        assert client.complete(max_tokens=1, user="me", made_up={"x": 1}).status == 200
 
 
 class TestState:

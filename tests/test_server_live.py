@@ -6,16 +6,21 @@ Run: python -m pytest tests/test_server_live.py
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
+import re
 import shlex
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
+import mlx.core as mx
 import pytest
+from mlx_lm.generate import generate_step
 
 from mlx_gemma_mtp import embedded_pair_path, load, stream_generate
+from mlx_gemma_mtp.encoding import encode_text
 from mlx_gemma_mtp.server.arguments import API_KEY_VARIABLE
 from tests.serving import CHAT_TEMPLATE, ROOT, WAIT_S, running_command, wait_until
 from tests.tiny import uncompiled
@@ -68,6 +73,76 @@ def test_greedy_text_is_that_of_stream_generate(client, model):
         assert (body["speculative"]["drafted"] > 0) == (drafts != 0)
     chunks = client.stream(PROMPT, max_tokens=40)[:-1]
     assert "".join(c["choices"][0]["text"] for c in chunks) == expected
+
+
+def mlx_lms_text(target, tokenizer, *, stops, min_tokens):
+    """mlx-lm's own plain decoding, in which no end comes before so many tokens."""
+    prompt = mx.array(encode_text(tokenizer, PROMPT))
+    banned = mx.array(sorted({*stops, *tokenizer.eos_token_ids}))
+
+    places = itertools.count()
+
+    def processor(_, logits):
+        is_early = next(places) < min_tokens
+        return logits.at[:, banned].add(-mx.inf) if is_early else logits
+
+    found = []
+    with uncompiled():
+        for token, _ in generate_step(
+            prompt, target, max_tokens=24, logits_processors=[processor]
+        ):
+            if token in stops:
+                break
+            found.append(token)
+    return tokenizer.decode(found), len(found) + 1
+
+
+@pytest.mark.parametrize("min_tokens", [0, 8])
+def test_no_end_comes_before_so_many_tokens(client, model, min_tokens):
+    """Not even a token that would stand at the place 7 of the text."""
+    stop = 311
+    text, count = mlx_lms_text(*model, stops={stop}, min_tokens=min_tokens)
+    fields = {"min_tokens": min_tokens, "stop_token_ids": [stop], "max_tokens": 24}
+    for drafts in (0, 3):
+        body = client.complete(
+            PROMPT, speculative={"num_draft_tokens": drafts}, logprobs=0, **fields
+        ).json()
+        (choice,) = body["choices"]
+        assert choice["text"] == text
+        # It is counted and reported, and no part of the text, as in vLLM.
+        tokens = choice["logprobs"]["tokens"]
+        assert len(tokens) == body["usage"]["completion_tokens"] == min(count, 24)
+        is_stopped = count <= 24
+        assert choice["finish_reason"] == ("stop" if is_stopped else "length")
+        if is_stopped:
+            assert tokens[-1] == model[1].decode([stop])
+
+
+def test_a_seed_has_one_text_with_fewest_tokens_too(client):
+    settings = {"temperature": 0.9, "seed": 5, "max_tokens": 24, "min_tokens": 12}
+    texts = {
+        client.text(
+            PROMPT,
+            speculative={"num_draft_tokens": drafts},
+            stop_token_ids=list(range(300, 400)),
+            **settings,
+        )
+        for drafts in (0, 2, 4)
+    }
+    assert len(texts) == 1
+
+
+def test_stop_strings_count_behind_the_fewest_tokens(client):
+    text = client.text(PROMPT, max_tokens=40)
+    stop = " of area"
+    (first, second) = [m.start() for m in re.finditer(stop, text)][:2]
+    for min_tokens, end in ((26, first), (27, second)):
+        (choice,) = client.complete(
+            PROMPT, max_tokens=40, min_tokens=min_tokens, stop=stop, logprobs=0
+        ).json()["choices"]
+        assert choice["text"] == text[:end]
+        assert choice["finish_reason"] == "stop"
+        assert len(choice["logprobs"]["tokens"]) > min_tokens
 
 
 def test_text_does_not_depend_on_what_the_clock_chooses(model):

@@ -75,6 +75,20 @@ def test_no_part_of_a_stop_string_is_shown_and_no_more_is_held(text, stops, plac
             assert len(held) == max(beginnings, default=0)
 
 
+@example("ab", ["abc", "b"], [1], 2)  # held, as it may be the beginning of another
+@given(TEXTS, STOPS, PLACES, st.integers(0, 12))
+def test_no_stop_string_ends_in_free_text(text, stops, places, num_free):
+    """Those that begin there count, as vLLM's do."""
+    pieces = cut(text[:num_free], places)
+    rest = cut(text[num_free:], places)
+    stream = StopStrings(stops)
+    shown = "".join(stream.add(piece, is_free=True) for piece in pieces)
+    shown += "".join(stream.add(piece) for piece in rest) + stream.finish()
+    found = [f for f in occurrences(text, stops) if f[0] > len(text[:num_free])]
+    assert shown == (text[: min(found)[1]] if found else text)
+    assert stream.is_stopped == bool(found)
+
+
 @pytest.mark.parametrize(
     ("pieces", "stops", "shown", "rest"),
     [

@@ -202,7 +202,7 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/chat/completions", responses=_ERRORS, summary="Answer a message")
     async def chat(request: Request, body: ChatBody) -> Response:
         arrived = time.perf_counter()
-        desk.orders.check_model(body.model)
+        desk.orders.check(body)
         desk.bridge.check_room(body.n or 1)
         tools = desk.orders.tools_of(body, has_tools=desk.prompts.has_tools)
         prompt = await desk.in_thread(
@@ -231,7 +231,7 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/completions", responses=_ERRORS, summary="Continue a text")
     async def complete(request: Request, body: CompletionBody) -> Response:
         arrived = time.perf_counter()
-        desk.orders.check_model(body.model)
+        desk.orders.check(body)
         given = _listed(body.prompt)
         desk.bridge.check_room(len(given) * (body.n or 1))
         prompts = await desk.in_thread(_prompts, desk.prompts, given)

@@ -17,6 +17,8 @@ from ..errors import RequestError
 from ..generation_defaults import SamplingDefaults
 from ..load import embedded_pair_path, load
 from ..pair import Pair, pair_of
+from ..processing import without_early_end
+from ..room import longest_text
 from ..row import Request
 from ..target import text_model
 from ..template_files import missing_template_note
@@ -29,6 +31,7 @@ from .worker import Means
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
 
+_NUM_SHARES = 4  # requests without a limit that fit into memory together
 _NO_TEMPLATE = "messages are refused, /v1/completions works (--chat-template names one)"
 
 
@@ -44,6 +47,8 @@ class Engine:
         model_len: Most tokens of prompt and answer together.
         vocab_size: Number of token ids.
         max_kv_bytes: The budget of running requests' caches.
+        longest_alone: Tokens of one request that fit into it.
+        longest_shared: Tokens of each of several requests that fit into it together.
         drafter_name: What the drafter is called; empty without one.
         wired: Keeps the weights in memory while something is decoded.
     """
@@ -55,6 +60,8 @@ class Engine:
     model_len: int
     vocab_size: int
     max_kv_bytes: int
+    longest_alone: int
+    longest_shared: int
     drafter_name: str
     wired: Callable[[], AbstractContextManager[None]]
 
@@ -96,6 +103,7 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> Engine:
         max_kv_bytes=max_kv_bytes,
         prefill_step_size=settings.prefill_step_size,
     )
+    layout = pair.rounds.target.layout
     eos = frozenset(tokenizer.eos_token_ids)
     marks = marks_of(tokenizer)
     return Engine(
@@ -103,10 +111,12 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> Engine:
         means=Means(
             decoder=decoder,
             make_request=lambda order: request_of(pair, order, eos),
-            make_transcript=lambda stop: Transcript(tokenizer.detokenizer, stop, marks),
+            make_transcript=lambda order: Transcript(
+                tokenizer.detokenizer, order, marks
+            ),
             kept=_kept(settings),
             max_rows=limits.rows,
-            window=pair.rounds.target.layout.window,
+            window=layout.window,
             memory=lambda: (mx.get_active_memory(), mx.get_peak_memory()),
         ),
         tokenizer=tokenizer,
@@ -114,6 +124,8 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> Engine:
         model_len=_model_len(pair, limits.model_len),
         vocab_size=pair.vocab_size,
         max_kv_bytes=max_kv_bytes,
+        longest_alone=longest_text(layout, max_kv_bytes),
+        longest_shared=longest_text(layout, max_kv_bytes // _NUM_SHARES),
         drafter_name=_drafter_name(pair),
         wired=pair.wired,
     )
@@ -125,13 +137,18 @@ def request_of(pair: Pair, order: Order, eos: frozenset[int]) -> Request:
     Raises:
         RequestError: The order cannot be decoded.
     """
+    processors = make_logits_processors(**order.penalties)
+    ends = eos | order.stop_token_ids
+    if order.min_tokens and ends:
+        length = len(order.prompt)
+        processors.append(without_early_end(length, order.min_tokens, ends))
     return make_request(
         pair,
         order.prompt,
         max_tokens=order.max_tokens,
         sampling=order.sampling,
-        eos=eos,
-        logits_processors=make_logits_processors(**order.penalties),
+        eos=order.stop_token_ids if order.ignores_eos else ends,
+        logits_processors=processors,
         num_logprobs=order.num_logprobs,
         max_draft_tokens=order.max_draft_tokens,
     )

@@ -36,19 +36,22 @@ class KeptCaches:
     def __len__(self) -> int:
         return len(self._caches)
 
-    def find(self, prompt: Sequence[int]) -> tuple[list[Any] | None, int]:
+    def find(
+        self, prompt: Sequence[int], *, salt: str | None = None
+    ) -> tuple[list[Any] | None, int]:
         """The caches of the longest beginning of a prompt that is known.
 
         Args:
             prompt: Token ids; the last one is never taken from a cache, because the
                 model has to read something.
+            salt: Only what was kept with the same one is known.
 
         Returns:
             Copies of mlx-lm's caches, or None, and how many tokens they hold.
         """
-        start = list(prompt[:-1])
+        start = _key(prompt[:-1], salt)
         caches, rest = self._caches.fetch_nearest_cache(_MODEL, start)
-        num_cached = len(start) - len(rest)
+        num_cached = len(start) - len(rest) - (salt is not None)
         return (caches, num_cached) if self.is_worth(num_cached) else (None, 0)
 
     @staticmethod
@@ -56,7 +59,14 @@ class KeptCaches:
         """Whether caches of so many tokens are worth their place."""
         return num_tokens >= MIN_TOKENS
 
-    def keep(self, tokens: Sequence[int], caches: list[Any], *, kind: str) -> None:
+    def keep(
+        self,
+        tokens: Sequence[int],
+        caches: list[Any],
+        *,
+        kind: str,
+        salt: str | None = None,
+    ) -> None:
         """Keep the caches of some tokens.
 
         Args:
@@ -64,5 +74,15 @@ class KeptCaches:
             caches: mlx-lm's.
             kind: ``"system"``, ``"user"`` or ``"assistant"``; the last one goes first
                 when room is needed.
+            salt: Who asks with another one, or with none, does not find them.
         """
-        self._caches.insert_cache(_MODEL, list(tokens), caches, cache_type=kind)
+        key = _key(tokens, salt)
+        self._caches.insert_cache(_MODEL, key, caches, cache_type=kind)
+
+
+def _key(tokens: Sequence[int], salt: str | None) -> list[Any]:
+    """The place of some tokens among all.
+
+    The salt stands where a first token would: mlx-lm never forgets the name of a model.
+    """
+    return list(tokens) if salt is None else [salt, *tokens]

@@ -43,6 +43,11 @@ class Order:
         max_draft_tokens: Most drafts a round.
         penalties: Keywords for mlx-lm's ``make_logits_processors``; empty for none.
         places: Where the prompt's caches are kept, in rising order.
+        min_tokens: Tokens before which nothing ends the text but ``max_tokens``.
+        stop_token_ids: Tokens that end the text beside the model's own.
+        ignores_eos: Whether the model's own do not.
+        cache_salt: Caches are shared among requests with the same one; None for those
+            without.
     """
 
     prompt: list[int]
@@ -53,6 +58,10 @@ class Order:
     max_draft_tokens: int = MAX_DRAFT_TOKENS
     penalties: dict[str, Any] = field(default_factory=dict)
     places: tuple[Place, ...] = ()
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    ignores_eos: bool = False
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True)

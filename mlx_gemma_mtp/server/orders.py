@@ -12,9 +12,10 @@ from ..chat_template import THINKING
 from ..config import MAX_DRAFT_TOKENS, SamplingParams
 from .arguments import DEFAULT_MODEL, Limits
 from .failures import AnswerError, bad_request
+from .fields import Fields
 from .order import Order
 from .prompts import Prompt
-from .schema import ChatBody, CompletionBody
+from .schema import NO_LIMIT, ChatBody, CompletionBody
 
 _NUM_SEEDS = 2**64
 _CONTEXT_SIZE = 20  # mlx-lm's
@@ -31,6 +32,8 @@ class Orders:
             say.
         special_tokens: Tokens that XTC never excludes.
         vocab_size: Number of token ids.
+        longest_alone: Tokens that prompt and answer of one request can have in memory.
+        longest_shared: The same where it leaves memory to others.
     """
 
     def __init__(
@@ -41,14 +44,41 @@ class Orders:
         sampling: Mapping[str, Any],
         special_tokens: Sequence[int],
         vocab_size: int,
+        longest_alone: int,
+        longest_shared: int,
     ) -> None:
         assert limits.model_len is not None
         self._limits = limits
-        self._model_len = limits.model_len
         self._names = (*names, DEFAULT_MODEL)
         self._sampling = dict(sampling)
         self._special_tokens = tuple(special_tokens)
         self._vocab_size = vocab_size
+        self._longest = min(limits.model_len, longest_alone)
+        self._longest_shared = longest_shared
+        self._fields = Fields()
+
+    def check(self, body: CompletionBody | ChatBody) -> None:
+        """Refuse what can be refused before there is a prompt.
+
+        Raises:
+            AnswerError: The model is not served, or a field asks for what is not done.
+        """
+        self.check_model(body.model)
+        extra = body.model_extra or {}
+        if isinstance(body, ChatBody):
+            messages = [message.model_extra or {} for message in body.messages]
+            self._fields.check_chat(extra, messages)
+        else:
+            self._fields.check_completion(extra)
+        form = body.response_format.type if body.response_format else "text"
+        if form != "text":
+            raise bad_request(
+                f"response_format must be text: got {form[:40]!r}. Ask for the form in "
+                "a message, and check the answer.",
+                "response_format",
+            )
+        for token in body.stop_token_ids or ():
+            self._check_id("stop_token_ids", token)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not served.
@@ -69,19 +99,16 @@ class Orders:
         self, body: CompletionBody, prompts: Sequence[Prompt]
     ) -> list[Order]:
         """The orders of prompts: the choices of the first one, then of the next."""
-        unsupported = {
-            "echo": bool(body.echo),
-            "suffix": bool(body.suffix),
-            "best_of": body.best_of not in (None, 1, body.n),
-        }
-        for name, is_asked in unsupported.items():
-            if is_asked:
-                raise bad_request(f"{name} is not supported. Leave it out.", name)
+        if body.best_of not in (None, 1, body.n):
+            raise bad_request(
+                f"best_of must be n: got {body.best_of}. Every choice is answered.",
+                "best_of",
+            )
         num_logprobs = self._num_logprobs(body.logprobs, "logprobs")
         return [
             order
             for prompt in prompts
-            for order in self._of(body, prompt, body.max_tokens, num_logprobs)
+            for order in self._of(body, prompt, num_logprobs)
         ]
 
     def tools_of(self, body: ChatBody, *, has_tools: bool) -> list[dict[str, Any]]:
@@ -92,16 +119,8 @@ class Orders:
             has_tools: Whether the chat template has tools.
 
         Raises:
-            AnswerError: Something else than text, or calls as the model likes, is asked
-                for.
+            AnswerError: Something else than calls as the model likes is asked for.
         """
-        form = body.response_format.type if body.response_format else "text"
-        if form != "text":
-            raise bad_request(
-                f"response_format must be text: got {form[:40]!r}. Ask for the form in "
-                "a message, and check the answer.",
-                "response_format",
-            )
         choice = body.tool_choice or "auto"
         if choice not in ("auto", "none"):
             raise bad_request(
@@ -139,19 +158,24 @@ class Orders:
                 "top_logprobs.",
                 "top_logprobs",
             )
-        max_tokens = body.max_completion_tokens or body.max_tokens
-        return self._of(body, prompt, max_tokens, num_logprobs)
+        return self._of(body, prompt, num_logprobs)
 
     def _of(
         self,
         body: CompletionBody | ChatBody,
         prompt: Prompt,
-        max_tokens: int | None,
         num_logprobs: int | None,
     ) -> list[Order]:
         """The choices of one prompt."""
         self._check_tokens(prompt.tokens)
-        max_tokens = self._max_tokens(len(prompt.tokens), max_tokens)
+        max_tokens = self._max_tokens(len(prompt.tokens), self._asked_tokens(body))
+        min_tokens = body.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise bad_request(
+                f"min_tokens must be at most max_tokens, {max_tokens} here: got "
+                f"{min_tokens}. Ask for more tokens at most, or for fewer at least.",
+                "min_tokens",
+            )
         stop = body.stop or ()
         drafts = body.speculative.num_draft_tokens if body.speculative else None
         penalties = self._penalties(body)
@@ -167,6 +191,10 @@ class Orders:
                 else MAX_DRAFT_TOKENS,
                 penalties=penalties,
                 places=prompt.places,
+                min_tokens=min_tokens,
+                stop_token_ids=frozenset(body.stop_token_ids or ()),
+                ignores_eos=bool(body.ignore_eos),
+                cache_salt=body.cache_salt,
             )
             for choice in range(body.n or 1)
         ]
@@ -184,19 +212,38 @@ class Orders:
                 "prompt",
             )
 
+    def _asked_tokens(self, body: CompletionBody | ChatBody) -> int | None:
+        """The limit of tokens that a body names; None for no limit.
+
+        Null is no limit, but only where it stands in the body and no number does.
+        """
+        asked = body.max_completion_tokens
+        if asked is None:
+            asked = body.max_tokens
+        if asked is not None:
+            return None if asked == NO_LIMIT else asked
+        is_said = {"max_completion_tokens", "max_tokens"} & body.model_fields_set
+        return None if is_said else self._limits.tokens
+
     def _max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
-        """Tokens that the answer may have."""
-        left = self._model_len - num_prompt_tokens
-        if left < (asked or 1):
+        """Tokens that the answer may have: as many as asked for, or as there can be.
+
+        Memory is reserved for all of them. A request without a limit leaves some of it
+        to others, unless it would get less than one that does not say.
+        """
+        left = self._longest - num_prompt_tokens
+        if left < 1:
             raise AnswerError(
                 400,
-                f"prompt and answer must have at most {self._model_len} tokens: got "
-                f"{num_prompt_tokens} and {asked or 1}. Shorten the prompt or ask for "
-                "fewer.",
-                param="max_tokens" if left > 0 else "prompt",
+                f"prompt and answer must have at most {self._longest} tokens: got "
+                f"{num_prompt_tokens} and 1 or more. Shorten the prompt.",
+                param="prompt",
                 code="context_length_exceeded",
             )
-        return min(self._limits.tokens, left) if asked is None else asked
+        if asked is None:
+            shared = self._longest_shared - num_prompt_tokens
+            asked = max(shared, self._limits.tokens)
+        return min(left, asked)
 
     def _num_logprobs(self, asked: int | None, name: str) -> int | None:
         if asked is not None and asked > self._limits.logprobs:
@@ -251,10 +298,13 @@ class Orders:
     def _logit_bias(self, given: Mapping[str, float]) -> dict[int, float]:
         for token in given:
             is_id = token.isascii() and token.isdecimal() and len(token) < _MAX_DIGITS
-            if not is_id or int(token) >= self._vocab_size:
-                raise bad_request(
-                    f"logit_bias must name token ids from 0 to {self._vocab_size - 1}: "
-                    f"got {token[:40]!r}. Is this the model's own token id?",
-                    "logit_bias",
-                )
+            self._check_id("logit_bias", int(token) if is_id else token)
         return {int(token): bias for token, bias in given.items()}
+
+    def _check_id(self, name: str, token: int | str) -> None:
+        if isinstance(token, str) or token >= self._vocab_size:
+            raise bad_request(
+                f"{name} must name token ids from 0 to {self._vocab_size - 1}: got "
+                f"{token!r:.42}. Is this the model's own token id?",
+                name,
+            )

@@ -1,7 +1,7 @@
 """The bodies of requests, as OpenAI's API has them and mlx-lm's and vLLM's servers do.
 
-A field of the wrong type is refused; fields that are not known are ignored, because
-clients send many. What is known and cannot be done here is refused in ``orders``.
+A field of the wrong type is refused. Fields that no attribute stands for come through
+as they are: ``fields`` says which of them are refused and which mean nothing.
 """
 
 from __future__ import annotations
@@ -9,13 +9,25 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from ..arguments import MAX_BIAS
 from ..config import MAX_DRAFT_TOKENS
+from ..tool_calls import MAX_DEPTH
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_STOP_TOKENS = 1024
+MAX_SALT = 1024  # characters
+NO_LIMIT = -1  # of tokens; so does null where it stands in a body
 _MAX_INTEGER = 2**31 - 1
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -25,6 +37,48 @@ Count = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
 StopString = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# Parts of a message that are no text, by their types, and what people call them.
+MEDIA = {
+    "image_url": "an image",
+    "input_image": "an image",
+    "image": "an image",
+    "input_audio": "audio",
+    "audio_url": "audio",
+    "audio": "audio",
+    "video_url": "a video",
+    "input_video": "a video",
+    "video": "a video",
+    "file": "a file",
+    "input_file": "a file",
+    "document": "a file",
+}
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError(
+            "token_limit", "must be 1 or more, or -1 for no limit: got 0"
+        )
+    return value
+
+
+def _only_text(part: Any) -> Any:
+    """A message's part, which is no image and no sound."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind in MEDIA:
+        raise PydanticCustomError(
+            "media",
+            "this server reads text only: got {what} ({kind}). Leave it out",
+            {"what": MEDIA[kind], "kind": kind},
+        )
+    return part
+
+
+TokenLimit = Annotated[
+    int,
+    Field(ge=NO_LIMIT, json_schema_extra={"not": {"const": 0}}),
+    AfterValidator(_not_zero),
+]
 
 
 class _Body(BaseModel):
@@ -50,15 +104,29 @@ class StreamOptions(_Body):
     include_usage: bool | None = None
 
 
+class ResponseFormat(_Body):
+    """The form of an answer."""
+
+    type: str
+
+
 class _Generation(_Body):
     """What both kinds of requests say of the tokens."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=_MAX_INTEGER)] | None = None
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
+    min_tokens: Count | None = None
     stop: str | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: (
+        Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None
+    ) = None
+    ignore_eos: bool | None = None
     temperature: Annotated[Number, Field(ge=0)] | None = None
     top_p: Probability | None = None
     top_k: Annotated[int, Field(ge=-1, le=_MAX_INTEGER)] | None = None
@@ -73,6 +141,8 @@ class _Generation(_Body):
     presence_context_size: Count | None = None
     frequency_penalty: Bias | None = None
     frequency_context_size: Count | None = None
+    response_format: ResponseFormat | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
     speculative: Speculative | None = None
 
 
@@ -81,8 +151,6 @@ class CompletionBody(_Generation):
 
     prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0)] | None = None
-    echo: bool | None = None
-    suffix: str | None = None
     best_of: int | None = None
 
 
@@ -93,9 +161,30 @@ class TextPart(_Body):
     text: str
 
 
+class RefusalPart(_Body):
+    """A part of an earlier answer that refused something: text as well."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Part = Annotated[
+    Annotated[TextPart | RefusalPart, Field(discriminator="type")],
+    BeforeValidator(_only_text),
+]
+
+
 def _refuse(name: str) -> None:
     """NaN and its like, which Python takes for JSON."""
     raise ValueError(name)
+
+
+def _is_flat(value: Any, depth: int = MAX_DEPTH) -> bool:
+    """Whether values are nested no deeper than in any call that is read."""
+    if not isinstance(value, (dict, list)):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_is_flat(each, depth - 1) for each in inner)
 
 
 class CalledFunction(_Body):
@@ -109,18 +198,19 @@ class CalledFunction(_Body):
     @field_validator("arguments")
     @classmethod
     def _parse(cls, value: Any) -> Any:
-        """Arguments as an object, which chat templates expect."""
+        """Arguments as an object, which chat templates expect.
+
+        A text that is none stays as it is: models write such arguments, and clients
+        send them back with every later request of the conversation.
+        """
         if not isinstance(value, str):
             return value
         try:
             found = json.loads(value, parse_constant=_refuse) if value.strip() else {}
-        except RecursionError:
-            raise ValueError("must not be nested so deeply") from None
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise ValueError("must be a JSON object")
-        return found
+            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+        except (RecursionError, ValueError):  # or half of a surrogate pair
+            return value
+        return found if isinstance(found, dict) and _is_flat(found) else value
 
 
 class ToolCall(_Body):
@@ -137,18 +227,22 @@ class Message(_Body):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
+    content: str | list[Part] | None = None
+    refusal: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
 
     def plain(self) -> dict[str, Any]:
         """The message as chat templates read it: its content is text."""
-        found = self.model_dump(exclude_unset=True)
-        if isinstance(self.content, list):
-            found["content"] = "".join(part.text for part in self.content)
-        elif self.content is None:
-            found["content"] = ""
+        found = self.model_dump(exclude_unset=True, exclude={"refusal"})
+        content = self.content or ""
+        if isinstance(content, list):
+            content = "".join(
+                part.text if isinstance(part, TextPart) else part.refusal
+                for part in content
+            )
+        found["content"] = content + (self.refusal or "")
         return found
 
 
@@ -171,23 +265,15 @@ class Tool(_Body):
     function: Function
 
 
-class ResponseFormat(_Body):
-    """The form of an answer."""
-
-    type: str
-
-
 class ChatBody(_Generation):
     """The body of ``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=_MAX_INTEGER)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -91,6 +91,8 @@ def make_desk(engine: Engine, bridge: Bridge) -> Desk:
             # What mlx-lm's own programs keep from XTC: line ends, and the end.
             special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
             vocab_size=engine.vocab_size,
+            longest_alone=engine.longest_alone,
+            longest_shared=engine.longest_shared,
         ),
         prompts=Prompts(tokenizer, settings.chat_template_args),
         dialogue=Dialogue(tokenizer),

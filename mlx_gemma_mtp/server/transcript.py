@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..answer import Marks
 from ..stop import StopStrings
 from ..text_pieces import TextPieces
-from .order import Piece
+from .order import Order, Piece
 
 if TYPE_CHECKING:
     from ..emission import Emission
@@ -18,7 +18,7 @@ class Transcript:
 
     Args:
         detokenizer: mlx-lm's, fresh.
-        stop: Strings that end the text.
+        order: What the choice is to be.
         marks: The control tokens that the text tells apart.
 
     Attributes:
@@ -26,8 +26,11 @@ class Transcript:
         num_from_draft: How many of the reported ones the drafter had proposed.
     """
 
-    def __init__(self, detokenizer: Any, stop: tuple[str, ...], marks: Marks) -> None:
-        self._pieces = TextPieces(detokenizer, StopStrings(stop), marks)
+    def __init__(self, detokenizer: Any, order: Order, marks: Marks) -> None:
+        stops = StopStrings(order.stop)
+        self._pieces = TextPieces(
+            detokenizer, stops, marks, min_tokens=order.min_tokens
+        )
         self.tokens: list[int] = []
         self.num_from_draft = 0
 

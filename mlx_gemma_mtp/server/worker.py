@@ -80,7 +80,7 @@ class Means:
     Attributes:
         decoder: The rows.
         make_request: Checks an order and makes a request of it.
-        make_transcript: Begins a text that some strings end.
+        make_transcript: Begins an order's text.
         kept: Caches of earlier prompts; None where none are kept.
         max_rows: Rows of the decoder.
         window: Tokens that sliding layers see; caches of fewer can be cut shorter.
@@ -89,7 +89,7 @@ class Means:
 
     decoder: DecoderLike
     make_request: Callable[[Order], Request]
-    make_transcript: Callable[[tuple[str, ...]], Transcript]
+    make_transcript: Callable[[Order], Transcript]
     kept: KeptCaches | None
     max_rows: int
     window: int
@@ -196,7 +196,7 @@ class Worker:
             return self._tell(job, AnswerError(503, SHUTTING_DOWN))
         try:
             request = self._means.make_request(job.order)
-            transcript = self._means.make_transcript(job.order.stop)
+            transcript = self._means.make_transcript(job.order)
         except Exception as error:  # noqa: BLE001 - one order must not end the others
             return self._tell(job, _failure_of(error))
         task = _Task(job, request, transcript)
@@ -223,7 +223,8 @@ class Worker:
         """Add a request to the decoder, with what the caches know of its prompt."""
         prompt, caches = task.request.prompt, None
         if self._kept is not None:
-            caches, task.num_cached = self._kept.find(prompt)
+            salt = task.job.order.cache_salt
+            caches, task.num_cached = self._kept.find(prompt, salt=salt)
         read = task.num_cached
         request = replace(
             task.request,
@@ -307,7 +308,8 @@ class Worker:
         assert task.row is not None
         try:
             caches = self._decoder.extract(task.row, **how)
-            self._kept.keep(tokens, list(caches), kind=kind)
+            salt = task.job.order.cache_salt
+            self._kept.keep(tokens, list(caches), kind=kind, salt=salt)
         except RequestError:  # another row has its seat already
             logger.debug("%d tokens were not kept", len(tokens))
         except Exception:

@@ -1,0 +1,199 @@
+"""Fields of OpenAI's, vLLM's and mlx-lm's bodies that are not obeyed here.
+
+Those that would change what an answer holds are refused with the reason, unless they
+ask for what is done anyway. Others mean nothing for a text and are accepted. Knows
+nothing of what bodies have beside.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .failures import bad_request
+
+logger = logging.getLogger("mlx_gemma_mtp.server")
+
+MAX_TOLD = 100
+_MAX_NAME = 80  # characters that are told of a name
+
+_FORM = (
+    "the form of an answer cannot be forced. Ask for it in a message, and check the "
+    "answer"
+)
+_TEXT_ONLY = "this server reads and writes text only"
+_TOOLS = "it is the old form of tools. Send tools and tool_choice"
+_TOKENS = "every token can be chosen. logit_bias makes some of them likely or unlikely"
+_BEAMS = "there is no beam search. Ask for several choices by n"
+_PARTS = "answers have no such part"
+_MARKS = "the marks of thoughts and calls are read, and never shown in an answer"
+_ADDED = "the prompt is encoded as the model wants it. Send token ids for another one"
+_CHATS = "it is a conversation's. Send messages to /v1/chat/completions"
+_PROMPT = "prompts are never cut. Send a shorter one"
+
+# Why a field is refused, and the values with which it asks for nothing.
+_REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    # OpenAI's
+    "audio": (_TEXT_ONLY, ()),
+    "echo": ("the answer is what follows the prompt", (False,)),
+    "function_call": (_TOOLS, ("none",)),
+    "functions": (_TOOLS, ([],)),
+    "modalities": (_TEXT_ONLY, (["text"], [])),
+    "moderation": ("nobody watches over texts here", ()),
+    "suffix": ("the model has not learnt to write what stands before a text", ("",)),
+    "verbosity": ("the model knows none. Ask for it in a message", ("medium",)),
+    "web_search_options": ("nothing is searched. Offer a tool that does", ()),
+    # vLLM's
+    "add_generation_prompt": ("an answer is always begun", (True,)),
+    "allowed_token_ids": (_TOKENS, ([],)),
+    "bad_words": (_TOKENS, ([],)),
+    "chat_template": (
+        "a template of a client's could run for ever. --chat-template names one when "
+        "the server starts",
+        ("",),
+    ),
+    "documents": ("the chat template has no place for them. Send messages", ([],)),
+    "early_stopping": (_BEAMS, (False,)),
+    "guided_choice": (_FORM, ([],)),
+    "guided_decoding_backend": (_FORM, ()),
+    "guided_grammar": (_FORM, ("",)),
+    "guided_json": (_FORM, ()),
+    "guided_json_object": (_FORM, (False,)),
+    "guided_regex": (_FORM, ("",)),
+    "guided_whitespace_pattern": (_FORM, ()),
+    "include_reasoning": ("reasoning is always told apart. Leave it unread", (True,)),
+    "include_stop_str_in_output": ("the text ends before a stop string", (False,)),
+    "length_penalty": (_BEAMS, (1,)),
+    "logits_processors": ("a client's code is not run here", ([],)),
+    "logprob_token_ids": ("top_logprobs names the most likely tokens only", ([],)),
+    "prompt_embeds": ("prompts are texts or token ids", ()),
+    "prompt_logprobs": ("log-probabilities are those of the answer only", ()),
+    "repetition_detection": ("max_tokens is what ends a text that repeats itself", ()),
+    "return_prompt_text": (_PARTS, (False,)),
+    "return_token_ids": (_PARTS, (False,)),
+    "return_tokens_as_token_ids": (_PARTS, (False,)),
+    "skip_special_tokens": (_MARKS, (True,)),
+    "structural_tag": (_FORM, ("",)),
+    "structured_outputs": (_FORM, ({},)),
+    "thinking_token_budget": (
+        "thoughts have no limit of their own. reasoning_effort: none switches them off",
+        (-1,),
+    ),
+    "truncate_prompt_tokens": (_PROMPT, ()),
+    "use_beam_search": (_BEAMS, (False,)),
+    "vllm_xargs": ("it has no extensions", ({},)),
+    "watermarking": ("texts have no watermark", (False,)),
+    # of other servers, in wide use
+    "ebnf": (_FORM, ("",)),
+    "grammar": (_FORM, ("",)),
+    "json_schema": (_FORM, ()),
+    "regex": (_FORM, ("",)),
+    # mlx-lm's
+    "adapters": ("--adapter-path names them when the server starts", ()),
+    "role_mapping": ("--chat-template says how roles are written", ()),
+}
+_REFUSED_IN_CHATS = {
+    "add_special_tokens": (_ADDED, (False,)),
+    "best_of": (_BEAMS, (1,)),
+}
+_REFUSED_IN_COMPLETIONS = {
+    "add_special_tokens": (_ADDED, (True,)),
+    "chat_template_kwargs": (_CHATS, ({},)),
+    "continue_final_message": (_CHATS, (False,)),
+    "messages": (_CHATS, ([],)),
+    "reasoning_effort": (_CHATS, ()),
+    "tool_choice": (_CHATS, ("auto", "none")),
+    "tools": (_CHATS, ([],)),
+    "top_logprobs": ("logprobs says how many here", (0, -1)),
+}
+_REFUSED_IN_MESSAGES = {
+    "audio": (_TEXT_ONLY, ()),
+    "function_call": ("it is the old form of tool_calls. Send these", ()),
+}
+
+# What says nothing of the text: names, bookkeeping, speed, media that are refused.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "draft_model",
+        "ec_transfer_params",
+        "kv_transfer_params",
+        "media_io_kwargs",
+        "metadata",
+        "mm_processor_kwargs",
+        "num_draft_tokens",
+        "parallel_tool_calls",
+        "prediction",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "return_mm_kwargs",
+        "return_token_offsets",
+        "routed_experts_prompt_start",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "spaces_between_special_tokens",
+        "store",
+        "stream_interval",
+        "truncation_side",
+        "user",
+    }
+)
+
+
+class Fields:
+    """Looks at the fields that no order is made of."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def check_completion(self, extra: Mapping[str, Any]) -> None:
+        """Look at those of a completion's body.
+
+        Raises:
+            AnswerError: One asks for something that is not done.
+        """
+        self._check({**_REFUSED, **_REFUSED_IN_COMPLETIONS}, extra)
+
+    def check_chat(
+        self, extra: Mapping[str, Any], messages: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Look at those of a conversation's body, and of its messages.
+
+        Raises:
+            AnswerError: One asks for something that is not done.
+        """
+        self._check({**_REFUSED, **_REFUSED_IN_CHATS}, extra)
+        for number, fields in enumerate(messages):
+            _refuse(_REFUSED_IN_MESSAGES, fields, f"messages.{number}.")
+
+    def _check(
+        self,
+        refused: Mapping[str, tuple[str, tuple[Any, ...]]],
+        extra: Mapping[str, Any],
+    ) -> None:
+        _refuse(refused, extra, "")
+        for name in extra:
+            if name not in refused and name not in _WITHOUT_EFFECT:
+                self._tell(name[:_MAX_NAME])
+
+    def _tell(self, name: str) -> None:
+        """Say that a field is not known, once, and of so many names."""
+        if name not in self._told and len(self._told) < MAX_TOLD:
+            self._told.add(name)
+            logger.warning("requests have a field that means nothing here: %r", name)
+
+
+def _refuse(
+    refused: Mapping[str, tuple[str, tuple[Any, ...]]],
+    fields: Mapping[str, Any],
+    place: str,
+) -> None:
+    for name, value in fields.items():
+        reason, harmless = refused.get(name, ("", ()))
+        if reason and value is not None and value not in harmless:
+            name = f"{place}{name}"
+            raise bad_request(f"{name} must be left out: {reason}.", name)
