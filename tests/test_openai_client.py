@@ -302,7 +302,7 @@ class TestErrors:
 
     def test_a_limit_that_the_context_does_not_leave(self, client):
         for limit in (10**6, -1, None):
-            request = {**GREEDY, "max_tokens": limit, "messages": said("a " * 495)}
+            request = {**GREEDY, "max_tokens": limit, "messages": said("a " * 990)}
             found = client.chat.completions.create(**request)
             assert found.usage.total_tokens == 1024
             assert found.choices[0].finish_reason == "length"

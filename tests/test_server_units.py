@@ -329,6 +329,25 @@ class TestPrompts:
         with pytest.raises(AnswerError, match="has none"):
             without.of_messages(messages)
 
+    def test_templates_that_drop_or_refuse_arguments_of_text(self):
+        from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+        written = (
+            "{% for name, value in call.function.arguments.items() %}"
+            "{{ name }}={{ value }};{% endfor %}"
+        )
+        is_object = "{% if call.function.arguments is mapping %}"
+        for before, behind in (("", ""), (is_object, "{% endif %}")):
+            source = (
+                "{% for message in messages %}{% for call in message.tool_calls %}"
+                f"{before}{written}{behind}{{% endfor %}}{{% endfor %}}"
+            )
+            wrapped = TokenizerWrapper(tiny_tokenizer(chat_template=source))
+            call = {"function": {"name": "f", "arguments": "a b"}}
+            messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+            prompt = Prompts(wrapped, {}).of_messages(messages)
+            assert "arguments=a b;" in wrapped.decode(prompt.tokens)
+
 
 def test_names_of_tokens():
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -29,6 +29,7 @@ _BEAMS = "there is no beam search. Ask for several choices by n"
 _PARTS = "answers have no such part"
 _MARKS = "the marks of thoughts and calls are read, and never shown in an answer"
 _ADDED = "the prompt is encoded as the model wants it. Send token ids for another one"
+_THINKING = "reasoning_effort says whether the model thinks. Send it"
 _CHATS = "it is a conversation's. Send messages to /v1/chat/completions"
 _PROMPT = "prompts are never cut. Send a shorter one"
 
@@ -86,9 +87,12 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "watermarking": ("texts have no watermark", (False,)),
     # of other servers, in wide use
     "ebnf": (_FORM, ("",)),
+    "enable_thinking": (_THINKING, ()),
     "grammar": (_FORM, ("",)),
     "json_schema": (_FORM, ()),
+    "reasoning": (_THINKING, ()),
     "regex": (_FORM, ("",)),
+    "thinking": (_THINKING, ()),
     # mlx-lm's
     "adapters": ("--adapter-path names them when the server starts", ()),
     "role_mapping": ("--chat-template says how roles are written", ()),

@@ -61,7 +61,7 @@ class Order:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     ignores_eos: bool = False
-    cache_salt: str | None = None
+    cache_salt: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
