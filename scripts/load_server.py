@@ -278,7 +278,7 @@ class Clients:
             b"\xff\xfe",
             b'{"prompt": 1.5}',
             b'{"prompt": "x", "temperature": "warm"}',
-            b'{"prompt": "x", "max_tokens": -1}',
+            b'{"prompt": "x", "max_tokens": -2}',
             b'{"prompt": [1, 99999999]}',
             b'{"prompt": "x", "n": 1e9}',
             b"[" * 5000,

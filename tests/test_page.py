@@ -259,7 +259,7 @@ def test_a_run_can_be_stopped(visit, address):
 def test_the_servers_words_are_shown(visit, address):
     opened = visit(address)
     opened.connect()
-    opened.run(CODE, max_tokens=5000)
+    opened.run(CODE * 500)
     opened.page.wait_for_selector("#error:not([hidden])")
     assert "at most 1024 tokens" in opened.page.inner_text("#error")
     assert opened.page.inner_text("#verdict").startswith("No comparison")

@@ -196,7 +196,8 @@ class TestRefused:
 
     @pytest.mark.parametrize("name", ["function_call", "audio"])
     def test_in_messages(self, client, name):
-        message = {"role": "assistant", "content": "a", name: {"name": "f"}}
+        message: dict[str, Any] = {"role": "assistant", "content": "a"}
+        message[name] = {"name": "f"}
         other = {"role": "user", "content": "b"}
         response = ask(client, CHAT, messages=[other, message, other])
         assert response.status == 400

@@ -49,7 +49,12 @@ anything = st.recursive(
     max_leaves=6,
 )
 parts = st.lists(
-    st.fixed_dictionaries({"type": st.just("text"), "text": texts}), max_size=2
+    st.one_of(
+        st.fixed_dictionaries({"type": st.just("text"), "text": texts}),
+        st.fixed_dictionaries({"type": st.just("refusal"), "refusal": texts}),
+        st.fixed_dictionaries({"type": anything}, optional={"text": texts}),
+    ),
+    max_size=2,
 )
 calls = st.lists(
     st.fixed_dictionaries(
@@ -78,6 +83,9 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "model": st.sampled_from(["embedded", "default_model", "other", ""]),
     "max_tokens": st.integers(1, 6),
     "max_completion_tokens": st.integers(1, 6),
+    "min_tokens": st.integers(0, 3),
+    "stop_token_ids": token_ids,
+    "cache_salt": texts,
     "n": st.integers(1, 3),
     "stream": st.booleans(),
     "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),

@@ -289,7 +289,7 @@ def test_readme_commands(client):
 
 
 def test_lengths_are_the_models(client):
-    response = client.complete(PROMPT, max_tokens=1020)
+    response = client.complete([2] * 1024)
     assert response.status == 400
     assert "at most 1024 tokens" in response.message
 

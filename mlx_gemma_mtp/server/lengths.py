@@ -25,18 +25,18 @@ class Lengths:
 
     Args:
         tokenizer: mlx-lm's.
-        model_len: Most tokens of prompt and answer together; None for any number.
+        limit: Most tokens of prompt and answer together; None for any number.
         template_args: What the chat template is given beside messages.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        model_len: int | None,
+        limit: int | None,
         template_args: Mapping[str, Any],
     ) -> None:
         self._tokenizer = tokenizer
-        self._model_len = model_len or sys.maxsize
+        self._limit = limit or sys.maxsize
         self._longest = longest_token(tokenizer)
         self._keeps_messages = self._longest is not None and _keeps_messages(
             tokenizer, template_args
@@ -52,7 +52,7 @@ class Lengths:
         Raises:
             AnswerError: It has too many tokens for certain.
         """
-        if self._longest is None or len(text) < self._model_len:
+        if self._longest is None or len(text) < self._limit:
             return
         self._check(least_tokens(self._tokenizer, text, self._longest), param)
 
@@ -72,10 +72,10 @@ class Lengths:
 
     def _check(self, num_tokens: int, param: str) -> None:
         """Refuse so many tokens or more, where the answer has no room beside them."""
-        if num_tokens >= self._model_len:
+        if num_tokens >= self._limit:
             raise AnswerError(
                 400,
-                f"prompt and answer must have at most {self._model_len} tokens: got "
+                f"prompt and answer must have at most {self._limit} tokens: got "
                 f"a prompt of at least {num_tokens}. Shorten it.",
                 param=param,
                 code="context_length_exceeded",

@@ -43,7 +43,7 @@ class Prompts:
     Args:
         tokenizer: mlx-lm's.
         template_args: More arguments for the chat template.
-        model_len: Most tokens of prompt and answer together; None for any number.
+        limit: Most tokens of prompt and answer together; None for any number.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Prompts:
         tokenizer: Any,
         template_args: Mapping[str, Any],
         *,
-        model_len: int | None = None,
+        limit: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._marks = marks_of(tokenizer)
         self._template_args = dict(template_args)
-        self._lengths = Lengths(tokenizer, model_len, template_args)
+        self._lengths = Lengths(tokenizer, limit, template_args)
 
     def check_texts(self, given: Sequence[str | list[int]]) -> None:
         """Refuse texts that are too long for certain; it takes no time.

@@ -105,7 +105,9 @@ def make_desk(engine: Engine, bridge: Bridge) -> Desk:
             longest_shared=engine.longest_shared,
         ),
         prompts=Prompts(
-            tokenizer, settings.chat_template_args, model_len=engine.model_len
+            tokenizer,
+            settings.chat_template_args,
+            limit=min(engine.model_len, engine.longest_alone),
         ),
         dialogue=Dialogue(tokenizer),
         vocabulary=Vocabulary(tokenizer),
