@@ -61,6 +61,7 @@ _HEADERS = {
 }
 _OF_PATH = {"/v1/models/{name}": (404, 405), "/health": (405, 503)}
 _SCHEME = "bearer"
+_MAX_DIGITS = 11  # of a token id that is a name, as ``orders`` takes it
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _TOP_NEEDS_LOGPROBS = {
     "if": {
@@ -178,7 +179,8 @@ def _numbers_to(largest: int) -> str:
         if digit:
             follow = f"[0-9]{{{rest - place}}}"
             found.append(f"{digits[:place]}[0-{digit - 1}]{follow}")
-    return f"^0*({'|'.join(found)})$"
+    zeros = f"0{{0,{max(_MAX_DIGITS - len(digits), 0)}}}"
+    return f"^{zeros}({'|'.join(found)})$"
 
 
 def _bound_tokens(schema: Any, vocab_size: int) -> None:
