@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import schemathesis  # type: ignore[import-not-found]
+import schemathesis
 
 
 @schemathesis.hook
@@ -16,7 +16,9 @@ def filter_case(_: Any, case: Any) -> bool:
     body = case.body
     if not isinstance(body, dict):
         return True
-    best_of = body.get("best_of")
-    return best_of in (None, 1, body.get("n")) and not body.get(
-        "continue_final_message"
+    least, best_of = body.get("min_tokens"), body.get("best_of")
+    return (
+        least in (None, 0, body.get("max_tokens"))
+        and best_of in (None, 1, body.get("n"))
+        and not body.get("continue_final_message")
     )

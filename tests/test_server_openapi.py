@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from mlx_gemma_mtp.server import answer_schema as answers
 from mlx_gemma_mtp.server import formats
 from mlx_gemma_mtp.server.dialogue import Delta
-from mlx_gemma_mtp.server.openapi import CHUNKS, WHOLE
+from mlx_gemma_mtp.server.openapi import CHUNKS, WHOLE, _numbers_to
 from tests.serving import (
+    EOS,
     ROOT,
     ScriptedDecoder,
     echo,
@@ -27,7 +32,7 @@ from tests.serving import (
     scripted_server,
 )
 
-BODIES = {
+BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
         "messages": [{"role": "user", "content": "a b"}],
         "top_logprobs": 2,
@@ -129,6 +134,14 @@ class TestAnswers:
             assert place
 
 
+@settings(max_examples=100)
+@given(st.integers(0, 300_000), st.integers(0, 400_000))
+def test_ids_are_those_of_the_vocabulary(largest, number):
+    for each in (number, largest, largest + 1):
+        found = re.fullmatch(_numbers_to(largest), str(each)) is not None
+        assert found == (each <= largest)
+
+
 class TestKeys:
     def test_without_one(self, described):
         assert "securitySchemes" not in described["components"]
@@ -154,11 +167,11 @@ class TestKeys:
 @pytest.mark.parametrize("key", [None, "sesame"])
 def test_requests_that_schemathesis_makes(tmp_path, key):
     """None of them fails, or is answered otherwise than described."""
-    means = scripted_means(ScriptedDecoder(echo))
-    # As many choices as there may be, and answers of a few tokens.
-    arguments = ["--max-waiting", "100000", "--max-tokens", "4"]
+    means = scripted_means(ScriptedDecoder(lambda prompt: [*echo(prompt)[:8], EOS]))
+    # Whatever the number of choices and the length of prompts may be.
+    arguments = ["--max-waiting", "100000", "--max-model-len", "100000"]
     arguments += [] if key is None else ["--api-key", key]
-    headers = [] if key is None else ["--header", f"authorization: Bearer {key}"]
+    headers = [] if key is None else ["--header", f"Authorization: Bearer {key}"]
     with scripted_server(means, *arguments) as (client, _):
         client.key = key
         described = tmp_path / "openapi.json"

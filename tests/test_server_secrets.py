@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_server_secrets.py
 from __future__ import annotations
 
 import io
+import re
 import sys
 import tempfile
 
@@ -66,7 +67,9 @@ def test_a_server_keeps_its_key_to_itself(places):
             assert (found[-2].status == 200) == (given == BY_FLAG)
             for response in found:
                 assert not is_told(response.body + str(response.headers).encode())
-    assert (places / LOG).stat().st_size
+    said = (places / LOG).read_text()
+    named = r"^\S+ \S+ INFO 127\.0\.0\.1:\d+ [0-9a-f]{24} /v1/completions 200 in"
+    assert re.search(named, said, flags=re.MULTILINE)
     assert not files_with_a_key(places)
 
 

@@ -61,6 +61,8 @@ _HEADERS = {
 }
 _OF_PATH = {"/v1/models/{name}": (404, 405), "/health": (405, 503)}
 _SCHEME = "bearer"
+_MAX_DIGITS = 11  # of a token id that is a name, as ``orders`` takes it
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _TOP_NEEDS_LOGPROBS = {
     "if": {
         "properties": {"top_logprobs": {"type": "integer", "minimum": 1}},
@@ -116,6 +118,7 @@ class DescribedApp(FastAPI):
         schemas = parts["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)  # FastAPI's own form of a mistake
+        _make_exact(schemas)
         _narrow(schemas, self._offer)
         schemas.update(_answer_schemas())
         parts["headers"] = _HEADERS
@@ -132,13 +135,25 @@ class DescribedApp(FastAPI):
         return found
 
 
+def _make_exact(schema: Any) -> None:
+    """Write bounds of integers as integers: FastAPI rounds large ones."""
+    if isinstance(schema, list):
+        for each in schema:
+            _make_exact(each)
+    elif isinstance(schema, dict):
+        for name, value in schema.items():
+            if name in _BOUNDS and isinstance(value, float) and value.is_integer():
+                schema[name] = int(value)
+            _make_exact(value)
+
+
 def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
     """Say which values of the right type are refused."""
     chat, text = schemas["ChatBody"], schemas["CompletionBody"]
     for body in (chat, text):
         fields = body["properties"]
         fields["logit_bias"]["propertyNames"] = {
-            "pattern": "^[0-9]+$",
+            "pattern": _numbers_to(offer.vocab_size - 1),
             "description": f"Token ids from 0 to {offer.vocab_size - 1}.",
         }
         for name in ("prompt", "stop_token_ids"):
@@ -153,6 +168,19 @@ def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
     chat["allOf"] = (
         [_TOP_NEEDS_LOGPROBS] if offer.has_tools else [_TOP_NEEDS_LOGPROBS, _NO_TOOLS]
     )
+
+
+def _numbers_to(largest: int) -> str:
+    """A regular expression of the whole numbers up to one, perhaps after zeros."""
+    digits = str(largest)
+    rest = len(digits) - 1
+    found = [digits, f"[0-9]{{1,{rest}}}"] if rest else [digits]
+    for place, digit in enumerate(map(int, digits)):
+        if digit:
+            follow = f"[0-9]{{{rest - place}}}"
+            found.append(f"{digits[:place]}[0-{digit - 1}]{follow}")
+    zeros = f"0{{0,{max(_MAX_DIGITS - len(digits), 0)}}}"
+    return f"^{zeros}({'|'.join(found)})$"
 
 
 def _bound_tokens(schema: Any, vocab_size: int) -> None:
@@ -170,8 +198,10 @@ def _bound_tokens(schema: Any, vocab_size: int) -> None:
 def _answer_schemas() -> dict[str, Any]:
     """The schemas of all answers, by their names."""
     types = [answers.Error, *WHOLE.values(), *CHUNKS.values()]
-    inputs = [(each, "serialization", TypeAdapter(each)) for each in types]
-    _, found = TypeAdapter.json_schemas(inputs, ref_template=_REFERENCE + "{model}")
+    _, found = TypeAdapter.json_schemas(
+        [(each, "serialization", TypeAdapter(each)) for each in types],
+        ref_template=_REFERENCE + "{model}",
+    )
     return dict(found["$defs"])
 
 
@@ -198,14 +228,9 @@ def _contents(path: str) -> dict[str, Any]:
         return {CONTENT_TYPE: {"schema": {"type": "string"}}}
     found = _json_of(WHOLE[path])
     if path in CHUNKS:
-        data = {
-            "type": "string",
-            "description": "A chunk, or an error that ends the stream, or [DONE].",
-            "contentMediaType": _JSON,
-            "contentSchema": {
-                "anyOf": [_reference(CHUNKS[path]), _reference(answers.Error)]
-            },
-        }
+        kinds = {"anyOf": [_reference(CHUNKS[path]), _reference(answers.Error)]}
+        chunk = {"contentMediaType": _JSON, "contentSchema": kinds}
+        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, chunk]}
         event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
         found[_STREAM] = {"itemSchema": event}
     return found
