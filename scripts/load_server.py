@@ -442,7 +442,7 @@ async def abuse(pid: int, port: int, args: argparse.Namespace) -> list[str]:
         (CHAT, {"messages": [*turns, turns[0]]}),
         (COMPLETIONS, {"prompt": [words[:LARGE]]}),
     ]
-    many = {"prompt": PROMPTS[0], "n": 128, "max_tokens": 64}
+    many = {"prompt": PROMPTS[0], "n": 128, "max_tokens": 16}
     tiny = {"prompt": "a", "max_tokens": 1}
 
     def asking(path: str, body: dict[str, Any] | None) -> Callable[[], Awaitable[int]]:
@@ -457,6 +457,7 @@ async def abuse(pid: int, port: int, args: argparse.Namespace) -> list[str]:
     streaming = Clients(port, make_cases(has_seeds=False), seed=5, is_rude=False)
     seconds = await streaming.run(args.streams, args.abuse_seconds / 2)
     describe(f"warm-up, {args.streams} streams", streaming.tally, seconds)
+    await status_of(port, many, COMPLETIONS)  # kernels for as many rows stay
     await asyncio.sleep(REST_S)
     before = rss_mb(pid)
     alone = await repeat(args.abuse_seconds / 2, asking(COMPLETIONS, tiny))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given
@@ -16,10 +17,12 @@ from pydantic import ValidationError
 from mlx_gemma_mtp import chat_template
 from mlx_gemma_mtp.encoding import encode_text, least_tokens, longest_token
 from mlx_gemma_mtp.server import prompts as prompts_module
+from mlx_gemma_mtp.server import tidy
 from mlx_gemma_mtp.server.failures import AnswerError
 from mlx_gemma_mtp.server.lanes import MOST_SHORT, BySize, Lanes
 from mlx_gemma_mtp.server.lengths import Lengths
 from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
+from mlx_gemma_mtp.server.tidy import Tidied, memory_returner
 from tests.serving import (
     CHAT_TEMPLATE,
     WAIT_S,
@@ -275,3 +278,39 @@ def test_the_mistakes_of_a_list_are_not_gathered(kind, field, entry):
 def test_no_request_has_a_million_prompts(entry):
     with pytest.raises(ValidationError, match="at most 65536 items"):
         CompletionBody.model_validate({"prompt": [entry] * (2**16 + 1)})
+
+
+@pytest.mark.parametrize(("size", "count"), [(10**6, 0), (10**6 + 1, 1)])
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_is_given_back_behind_a_large_body(size, count, fails):
+    given_back: list[bool] = []
+    is_over = False
+
+    async def application(_scope, receive, _send):
+        nonlocal is_over
+        for _ in range(3):
+            await receive()
+        is_over = True
+        if fails:
+            raise KeyError("a bug")
+
+    parts = [b"a" * (size // 2), b"a" * (size - size // 2)]
+    messages = [{"type": "http.request", "body": part} for part in parts]
+    messages.append({"type": "http.disconnect"})
+
+    async def receive():
+        return messages.pop(0)
+
+    async def test():
+        tidied = Tidied(application, lambda: given_back.append(is_over))
+        with pytest.raises(KeyError) if fails else nullcontext():
+            await tidied({"type": "http"}, receive, never)
+
+    run_async(test())
+    assert given_back == [True] * count
+
+
+def test_memory_can_be_given_back_on_every_system(monkeypatch):
+    memory_returner()()
+    monkeypatch.setattr(tidy.ctypes, "CDLL", lambda _: object())  # as on macOS
+    memory_returner()()

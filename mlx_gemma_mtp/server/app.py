@@ -32,6 +32,7 @@ from .prompts import Prompt, Prompts
 from .reply import Reply
 from .schema import ChatBody, CompletionBody
 from .stream import EventStream, unless_gone
+from .tidy import Tidied, memory_returner
 from .vocabulary import Vocabulary
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
@@ -140,9 +141,10 @@ def make_app(desk: Desk) -> ASGIApp:
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
-    return Counted(
+    counted = Counted(
         gate, observe=desk.bridge.metrics.observe_request, endpoints=ENDPOINTS
     )
+    return Tidied(counted, memory_returner())
 
 
 def _add_handlers(app: FastAPI) -> None:
