@@ -5,7 +5,12 @@ with a seed), go away in the middle, send malformed and oversized bodies. It fai
 unless every valid request gets exactly the text that it gets alone, every bad one its
 error, and the process's memory stays flat after the warm-up.
 
-Phase 2, compare: well-behaved clients with greedy requests only, first few and then as
+Phase 2, abuse: four clients send prompts of 7 MB one after the other, one asks for 128
+choices, and a hundred read streams. It fails unless a client beside them gets its one
+token within 2 s (p99) and ``/health`` answers within 1 s, always, and unless memory is
+what it was once they have gone, but for a tenth.
+
+Phase 3, compare: well-behaved clients with greedy requests only, first few and then as
 many, against this server and against ``mlx_lm.server`` without a drafter.
 
 Run: make load, or python scripts/load_server.py --clients 200 --seconds 60
@@ -28,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +42,9 @@ from mlx_gemma_mtp import embedded_pair_path
 
 MAX_BODY = 200_000
 FLATNESS = 0.05
+LARGE = 7_000_000  # characters of a prompt that nobody should send
+MOST_TINY_S, MOST_HEALTH_S, MOST_LEFT = 2.0, 1.0, 0.1
+REST_S = 5.0
 PROMPTS = (
     "def area(radius):\n",
     "import os\nimport sys\n\n\ndef main(argv):\n",
@@ -46,6 +54,7 @@ PROMPTS = (
     "try:\n    with open(path) as file:\n        data = json.load(file)\nexcept ",
 )
 START_S = 120.0
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 @dataclass(frozen=True)
@@ -96,17 +105,20 @@ class Connection:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def post(cls, port: int, body: bytes) -> AsyncIterator[Connection]:
-        """Send a completion request and read the answer's head."""
+    async def request(
+        cls, port: int, body: bytes | None, path: str
+    ) -> AsyncIterator[Connection]:
+        """Send a request, without a body a GET, and read the answer's head."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
             connection = cls(reader, writer)
+            method, sent = ("GET", b"") if body is None else ("POST", body)
             head = (
-                "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+                f"{method} {path} HTTP/1.1\r\nhost: localhost\r\n"
                 "content-type: application/json\r\n"
-                f"content-length: {len(body)}\r\n\r\n"
+                f"content-length: {len(sent)}\r\n\r\n"
             )
-            writer.write(head.encode() + body)
+            writer.write(head.encode() + sent)
             with contextlib.suppress(ConnectionError):
                 await writer.drain()
             await connection._read_head()
@@ -229,7 +241,9 @@ class Clients:
     async def ask(self, case: Case) -> Answer:
         """Send a valid request and check its answer."""
         start = time.perf_counter()
-        async with Connection.post(self.port, dump(case.body)) as connection:
+        async with Connection.request(
+            self.port, dump(case.body), COMPLETIONS
+        ) as connection:
             if connection.status != 200:
                 text = b"".join([p async for p in connection.pieces()])
                 self._problem(
@@ -266,7 +280,9 @@ class Clients:
         """Leave in the middle of an answer, or before its beginning."""
         case = self._random.choice(self._cases)
         most = self._random.randrange(6)
-        async with Connection.post(self.port, dump(case.body)) as connection:
+        async with Connection.request(
+            self.port, dump(case.body), COMPLETIONS
+        ) as connection:
             if most:
                 await read_answer(connection, most_pieces=most)
         self.tally.outcomes["went away"] += 1
@@ -292,7 +308,7 @@ class Clients:
         await self._expect(dump({"prompt": text}), 413, "oversized")
 
     async def _expect(self, body: bytes, status: int, name: str) -> None:
-        async with Connection.post(self.port, body) as connection:
+        async with Connection.request(self.port, body, COMPLETIONS) as connection:
             text = b"".join([piece async for piece in connection.pieces()])
             if connection.status != status or b'"error"' not in text:
                 self._problem(
@@ -392,6 +408,92 @@ async def watch_memory(pid: int, found: list[float]) -> None:
         await asyncio.sleep(1)
 
 
+async def repeat(seconds: float, ask: Callable[[], Awaitable[int]]) -> list[float]:
+    """Ask again and again; the seconds that each answer took.
+
+    Raises:
+        ValueError: An answer was no success.
+    """
+    found = []
+    end = time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        status = await ask()
+        if status != 200:
+            raise ValueError(f"a good request got {status}")
+        found.append(time.perf_counter() - start)
+    return found
+
+
+async def status_of(port: int, body: dict[str, Any] | None, path: str) -> int:
+    """The status of an answer that was read to its end."""
+    async with Connection.request(port, body and dump(body), path) as connection:
+        async for _ in connection.pieces():
+            pass
+        return connection.status
+
+
+async def abuse(pid: int, port: int, args: argparse.Namespace) -> list[str]:
+    """Phase 2; returns what went wrong."""
+    words = " ".join(PROMPTS) * (LARGE // 300)
+    turns = [{"role": r, "content": words[: LARGE // 2]} for r in ("user", "assistant")]
+    large = [
+        (COMPLETIONS, {"prompt": words[:LARGE]}),
+        (CHAT, {"messages": [{"role": "user", "content": words[:LARGE]}]}),
+        (CHAT, {"messages": [*turns, turns[0]]}),
+        (COMPLETIONS, {"prompt": [words[:LARGE]]}),
+    ]
+    many = {"prompt": PROMPTS[0], "n": 128, "max_tokens": 16}
+    tiny = {"prompt": "a", "max_tokens": 1}
+
+    def asking(path: str, body: dict[str, Any] | None) -> Callable[[], Awaitable[int]]:
+        return lambda: status_of(port, body, path)
+
+    async def flood(path: str, body: dict[str, Any], end: float) -> Counter[int]:
+        found: Counter[int] = Counter()
+        while time.perf_counter() < end:
+            found[await status_of(port, body, path)] += 1
+        return found
+
+    streaming = Clients(port, make_cases(has_seeds=False), seed=5, is_rude=False)
+    seconds = await streaming.run(args.streams, args.abuse_seconds / 2)
+    describe(f"warm-up, {args.streams} streams", streaming.tally, seconds)
+    await status_of(port, many, COMPLETIONS)  # kernels for as many rows stay
+    await asyncio.sleep(REST_S)
+    before = rss_mb(pid)
+    alone = await repeat(args.abuse_seconds / 2, asking(COMPLETIONS, tiny))
+    end = time.perf_counter() + args.abuse_seconds
+    floods = [asyncio.create_task(flood(path, body, end)) for path, body in large]
+    floods.append(asyncio.create_task(flood(COMPLETIONS, many, end)))
+    beside, health = await asyncio.gather(
+        repeat(args.abuse_seconds, asking(COMPLETIONS, tiny)),
+        repeat(args.abuse_seconds, asking("/health", None)),
+    )
+    statuses = [dict(found) for found in await asyncio.gather(*floods)]
+    _, health_of_streams = await asyncio.gather(
+        streaming.run(args.streams, args.abuse_seconds),
+        repeat(args.abuse_seconds, asking("/health", None)),
+    )
+    await asyncio.sleep(REST_S)
+    after = rss_mb(pid)
+    p99 = statistics.quantiles(beside, n=100)[98]
+    print(f"abuse: large prompts and 128 choices got {statuses}")
+    print(
+        f"  one token: p50 {statistics.median(alone):.3f} s alone, beside them "
+        f"{statistics.median(beside):.3f} s, p99 {p99:.3f} s, most {max(beside):.3f} s"
+    )
+    print(
+        f"  /health: at most {max(health):.3f} s beside them, "
+        f"{max(health_of_streams):.3f} s beside {args.streams} streams"
+    )
+    print(f"  memory: {before:.0f} MB before, {after:.0f} MB after")
+    checks = {
+        f"one token took {p99:.1f} s (p99)": p99 < MOST_TINY_S,
+        "/health was slow": max(health + health_of_streams) < MOST_HEALTH_S,
+        "memory was not given back": after <= before * (1 + MOST_LEFT),
+    }
+    return [text for text, is_good in checks.items() if not is_good]
+
+
 async def learn_texts(port: int, cases: Sequence[Case]) -> list[Case]:
     """Ask for every case alone."""
     alone = Clients(port, cases, seed=0, is_rude=False)
@@ -458,14 +560,14 @@ def free_port() -> int:
         return int(opened.getsockname()[1])
 
 
-def own_command(args: argparse.Namespace) -> list[str]:
+def own_command(args: argparse.Namespace, max_body: int = MAX_BODY) -> list[str]:
     """The command of this package's server."""
     return [
         "mlx_gemma_mtp.server",
         "--port",
         "0",
         "--max-request-bytes",
-        str(MAX_BODY),
+        str(max_body),
         "--max-rows",
         str(args.max_rows),
         "--log-level",
@@ -474,7 +576,7 @@ def own_command(args: argparse.Namespace) -> list[str]:
 
 
 async def compare(name: str, port: int, args: argparse.Namespace) -> None:
-    """Phase 2 with one server."""
+    """Phase 3 with one server."""
     cases = make_cases(has_seeds=False)
     for count in args.compare_clients:
         warm_up = args.compare_seconds / 2
@@ -487,7 +589,7 @@ async def compare(name: str, port: int, args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run both phases; exit status 1 where something went wrong."""
+    """Run the phases; exit status 1 where something went wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -496,14 +598,19 @@ def main() -> int:
     parser.add_argument("--compare-seconds", type=float, default=40.0)
     parser.add_argument("--max-rows", type=int, default=32)
     parser.add_argument(
-        "--phase", choices=("stress", "compare", "both"), default="both"
+        "--phase", choices=("stress", "abuse", "compare", "all"), default="all"
     )
+    parser.add_argument("--abuse-seconds", type=float, default=20.0)
+    parser.add_argument("--streams", type=int, default=100)
     args = parser.parse_args()
     problems: list[str] = []
-    if args.phase != "compare":
+    if args.phase in ("stress", "all"):
         with running(own_command(args), None) as (pid, port):
-            problems = asyncio.run(stress(pid, port, args))
-    if args.phase != "stress":
+            problems += asyncio.run(stress(pid, port, args))
+    if args.phase in ("abuse", "all"):
+        with running(own_command(args, 2 * LARGE), None) as (pid, port):
+            problems += asyncio.run(abuse(pid, port, args))
+    if args.phase in ("compare", "all"):
         with running(own_command(args), None) as (_, port):
             asyncio.run(compare("mlx_gemma_mtp.server", port, args))
         port = free_port()

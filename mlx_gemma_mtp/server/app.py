@@ -35,6 +35,7 @@ from .reply import Reply
 from .request_log import ID_HEADER, Counted
 from .schema import ChatBody, CompletionBody
 from .stream import EventStream, unless_gone
+from .tidy import Tidied, memory_returner
 from .vocabulary import Vocabulary
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
@@ -139,9 +140,10 @@ def make_app(desk: Desk) -> ASGIApp:
             allow_headers=["*"],
             expose_headers=[ID_HEADER],
         )
-    return Counted(
+    counted = Counted(
         gate, observe=desk.bridge.metrics.observe_request, endpoints=ENDPOINTS
     )
+    return Tidied(counted, memory_returner())
 
 
 def _add_handlers(app: FastAPI) -> None:
