@@ -25,6 +25,7 @@ from .pair import pair_of
 from .prefill import DEFAULT_PREFILL_STEP_SIZE
 from .processing import LogitsProcessor, Sampler
 from .row import Request, Row
+from .stats import DraftTally
 from .tokens import make_batch_decoder, make_request
 
 try:
@@ -68,6 +69,7 @@ class BatchGenerator:
         draw_seed: Draws a seed for each request that brings none, given its sampler;
             where it is None, or gives None, text is not reproducible and more drafts
             stand.
+        tally: Counts the tokens.
 
     Raises:
         RequestError: A setting is outside its range.
@@ -90,6 +92,7 @@ class BatchGenerator:
         num_draft_tokens: int | str | None = None,
         max_kv_bytes: int | None = None,
         draw_seed: Callable[[Sampler | None], int | None] | None = None,
+        tally: DraftTally | None = None,
     ) -> None:
         self.model = model
         self.max_tokens = max_tokens
@@ -108,6 +111,7 @@ class BatchGenerator:
         )
         self._stop_sequences = StopSequences(stop_tokens or None)
         self._draw_seed = draw_seed
+        self._tally = tally or DraftTally()
         self._counters = BatchCounters()
         self._error: Exception | None = None
         self._resources.enter_context(self._pair.wired())
@@ -304,7 +308,10 @@ class BatchGenerator:
         counters = self._counters
         counters.prompt_time += prefill_s
         counters.prompt_tokens += step.num_read
-        counters.generation_tokens += sum(len(e.tokens) for e in step.emissions)
+        num_tokens = sum(len(e.tokens) for e in step.emissions)
+        counters.generation_tokens += num_tokens
+        self._tally.add(num_tokens, sum(e.num_from_draft for e in step.emissions))
+        self._tally.why_none = self._decoder.stats.why_not_engaged
         if step.emissions:
             counters.generation_steps += 1
             counters.decode_time += time.perf_counter() - start - prefill_s

@@ -19,6 +19,7 @@ from mlx_lm import __version__
 from .errors import HookError
 from .hook_table import OLDEST_VERSION, REPLACED, SIGNATURES
 from .hooked import Hook, Own, Settings
+from .stats import DraftTally
 
 _WITHOUT = "mlx_gemma_mtp.load and mlx_gemma_mtp.generate work without the hook."
 _PLAIN_VALUES = (bool, int, float, str, type(None))
@@ -65,6 +66,11 @@ def install(
         if not _hook.is_on:
             _hook.switch_on()
             _exchange(vars(_hook.own), _hook.replacements)
+
+
+def tally() -> DraftTally:
+    """What drafts have given since ``install``."""
+    return DraftTally() if _hook is None else _hook.tally
 
 
 def uninstall() -> None:

@@ -11,6 +11,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from pathlib import Path
@@ -26,9 +27,10 @@ from .drafter import Drafter
 from .errors import CheckpointError, PairingError, RequestError
 from .load import attach_drafter
 from .packing import without_stale_keys
-from .pair import carries_drafter
+from .pair import carries_drafter, why_no_drafter
 from .pairing import fetch, fetch_config
 from .samplers import sampler_params
+from .stats import DraftTally
 from .target import text_model
 from .text import GenerationResponse, stream_generate
 from .tokenizer import model_kind
@@ -37,6 +39,7 @@ from .tokens import check_settings
 logger = logging.getLogger("mlx_gemma_mtp")
 
 _SEED_BITS = 31  # of one number of mx.random.randint
+_EMBEDDINGS = "input_embeddings (images) are mlx-lm's own"
 _WHY_NO_QUANTIZED_CACHE = (
     "mlx-lm cannot quantize the rotating caches of Gemma 4's sliding layers (it says "
     "'RotatingKVCache Quantization NYI')"
@@ -92,12 +95,14 @@ class Hook:
         is_on: Whether replacements do more than call mlx-lm's own. A copy that
             somebody took of one is switched by it too.
         settings: What calls do not say.
+        tally: What drafts have given since the replacements are in force.
         replacements: The functions that stand in, by name.
     """
 
     own: Own
     is_on: bool = field(default=False, init=False)
     settings: Settings = field(default_factory=Settings, init=False)
+    tally: DraftTally = field(default_factory=DraftTally, init=False)
     replacements: dict[str, Any] = field(init=False)
     _thread: _Thread = field(init=False)
 
@@ -112,6 +117,7 @@ class Hook:
     def switch_on(self) -> None:
         """Put the replacements in force; seeds of before do not count."""
         self._thread = _Thread()
+        self.tally = DraftTally()
         self.is_on = True
 
     def note_seed(self) -> None:
@@ -245,32 +251,37 @@ def _stream_generate(hook: Hook) -> Callable[..., Generator[Any, None, None]]:
         **kwargs: Any,
     ) -> Generator[Any, None, None]:
         call = (model, tokenizer, prompt, max_tokens, draft_model)
-        if hook.is_on and _is_drafted(model, draft_model, kwargs):
+        why_own = _why_own(model, draft_model, kwargs) if hook.is_on else ""
+        if hook.is_on and not why_own:
             kwargs.pop("stream", None)  # a round runs on the thread's own
             return _decode(hook, *call, **kwargs)
+        hook.tally.why_none = why_own
         return own(*call, *stream, **kwargs)
 
     return hooked
 
 
-def _is_drafted(model: object, draft_model: object, kwargs: dict[str, Any]) -> bool:
-    """Whether this package decodes; a drafter of another kind is mlx-lm's business."""
+def _why_own(model: nn.Module, draft_model: object, kwargs: dict[str, Any]) -> str:
+    """Why mlx-lm decodes, in words; empty where this package does."""
     if draft_model is not None:
-        return isinstance(draft_model, Drafter)
+        is_ours = isinstance(draft_model, Drafter)
+        return "" if is_ours else "the draft model was another one, of mlx-lm's"
     if not carries_drafter(model):
-        return False
-    if kwargs.get("input_embeddings") is not None:
-        _note_embeddings()
-        return False
-    return True
+        return _why_no_drafter(model)
+    if kwargs.get("input_embeddings") is None:
+        return ""
+    _note_embeddings()
+    return _EMBEDDINGS
+
+
+def _why_no_drafter(model: nn.Module) -> str:
+    return why_no_drafter(model) if _is_target(model) else "the model is no Gemma 4"
 
 
 @cache
 def _note_embeddings() -> None:
     """Say once that images switch drafting off."""
-    logger.warning(
-        "%s", "decoding without a drafter: input_embeddings (images) are mlx-lm's own"
-    )
+    logger.warning("%s", f"decoding without a drafter: {_EMBEDDINGS}")
 
 
 def _decode(
@@ -311,7 +322,7 @@ def _decode(
     num_drafts = hook.settings.num_draft_tokens
     if draft_model is not None and num_draft_tokens is not None:
         num_drafts = num_draft_tokens
-    yield from stream_generate(
+    responses = stream_generate(
         model,
         tokenizer,
         _encode(tokenizer, prompt) if isinstance(prompt, str) else prompt,
@@ -325,6 +336,11 @@ def _decode(
         prompt_cache=prompt_cache,
         prompt_progress_callback=prompt_progress_callback,
     )
+    with closing(responses):
+        for response in responses:
+            hook.tally.add(1, response.from_draft)
+            hook.tally.why_none = response.stats.why_not_engaged
+            yield response
 
 
 def _encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:
@@ -343,6 +359,8 @@ def _batch_generator(hook: Hook) -> type:
         call = signature.bind(*args, **settings).arguments if is_ours else {}
         if is_ours and carries_drafter(call["model"]):
             return _drafting_batch(hook, **call)
+        if is_ours:
+            hook.tally.why_none = _why_no_drafter(call["model"])
         return object.__new__(cls)
 
     signature = inspect.signature(own)
@@ -362,6 +380,7 @@ def _drafting_batch(hook: Hook, model: nn.Module, **settings: Any) -> Any:
         model,
         num_draft_tokens=hook.settings.num_draft_tokens,
         draw_seed=hook.draw_seed,
+        tally=hook.tally,
         **settings,
     )
 

@@ -266,6 +266,14 @@ def carries_drafter(model: object) -> bool:
     return attached is not None and attached.drafter is not None
 
 
+def why_no_drafter(model: object) -> str:
+    """Why a model brings no drafter, in words; empty where it brings one."""
+    attached = _attached(model)
+    if attached is None:
+        return "none was looked for"
+    return "" if attached.drafter is not None else attached.drafter_source
+
+
 def pair_of(model: nn.Module, drafter: Drafter | None = None) -> Pair:
     """The pair to decode a model with.
 

@@ -11,16 +11,20 @@ import argparse
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from .arguments import add_draft_arguments
 from .command import Parser, exit_status
 from .command_table import make_parser
-from .config import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES, check_model_type
-from .errors import HookError, RequestError
+from .config import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES, check_model_type, cut
+from .errors import HookError, MTPError, RequestError
 from .hook_table import DECODING_PROGRAMS
 
 _PREFIX = "mlx_lm."
+_WITH_A_DEFAULT = ("generate", "chat")  # programs that load some model unasked
+_LOADING = ("load", "sharded_load")  # of mlx_lm.utils
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,11 +61,13 @@ def _run(args: argparse.Namespace) -> int:
     program = _find(name)
     name = program.name.removeprefix(_PREFIX)
     is_drafting = name in DECODING_PROGRAMS and not args.no_draft
+    given = _read(program.name, arguments)
+    _check_model(name, given)
     if is_drafting:
         _check_drafter(args.draft_model)
-        _check_cache(program.name, arguments)
+        _check_cache(given)
     _set_up_log()
-    from .hook import install
+    from .hook import install, tally
 
     install(
         speculative_decoding=is_drafting,
@@ -76,7 +82,12 @@ def _run(args: argparse.Namespace) -> int:
             f"example pip install 'mlx-lm[{name}]'."
         ) from error
     sys.argv = [program.name, *arguments]
-    run()
+    try:
+        with _one_line(given.model):
+            run()
+    finally:
+        if is_drafting and (line := tally().describe()):
+            print(line, file=sys.stderr)
     return 0
 
 
@@ -113,25 +124,76 @@ def _check_drafter(path_or_id: str | None) -> None:
         check_model_type(config, DRAFTER_MODEL_TYPES, source=path_or_id)
 
 
-def _check_cache(program: str, arguments: Sequence[str]) -> None:
+def _read(program: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """Those of a program's arguments that count here too."""
+    parser = Parser(prog=program, add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    for flag in ("--model", "--prompt-cache-file", "--kv-bits"):
+        parser.add_argument(flag)
+    return parser.parse_known_args(arguments)[0]
+
+
+def _check_model(name: str, given: argparse.Namespace) -> None:
+    """Refuse what a program loads where nobody says, which is no Gemma 4.
+
+    Raises:
+        RequestError: The program would load that.
+    """
+    is_named = given.model or given.prompt_cache_file or given.help
+    if name in _WITH_A_DEFAULT and not is_named:
+        raise RequestError(
+            f"{_PREFIX}{name} must be given a --model here: got none, and its own "
+            "default is no Gemma 4. For example --model google/gemma-4-E2B-it."
+        )
+
+
+def _check_cache(given: argparse.Namespace) -> None:
     """Refuse a quantized K/V cache for Gemma 4 before anything is loaded.
 
     Raises:
         RequestError: The program's arguments ask for one.
         CheckpointError: Its model cannot be found.
     """
-    parser = Parser(prog=program, add_help=False)
-    parser.add_argument("--kv-bits")
-    parser.add_argument("--model")
-    args, _ = parser.parse_known_args(arguments)
-    if args.kv_bits is None or args.model is None:
+    if given.kv_bits is None or given.model is None:
         return
     from .checkpoint import read_config
     from .hooked import refuse_quantized_cache
     from .pairing import fetch
 
-    if read_config(fetch(args.model)).get("model_type") in TARGET_MODEL_TYPES:
-        refuse_quantized_cache(args.kv_bits)
+    if read_config(fetch(given.model)).get("model_type") in TARGET_MODEL_TYPES:
+        refuse_quantized_cache(given.kv_bits)
+
+
+@contextmanager
+def _one_line(model: str | None) -> Iterator[None]:
+    """Turn what mlx-lm raises while it loads a model into one line.
+
+    Raises:
+        CheckpointError: The model cannot be loaded.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MTPError) or not _is_loading(error):
+            raise
+        from .checkpoint import open_checkpoint
+        from .pairing import fetch
+        from .weights import one_line
+
+        if model is not None:
+            open_checkpoint(fetch(model))  # which may know better what is wrong
+        what = "the model" if model is None else f"the model {cut(model)}"
+        with one_line(what, "Name another one by --model."):
+            raise
+
+
+def _is_loading(error: Exception) -> bool:
+    """Whether an error comes from where mlx-lm loads models."""
+    return any(
+        frame.f_globals.get("__name__") == "mlx_lm.utils"
+        and frame.f_code.co_name in _LOADING
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def _set_up_log() -> None:

@@ -165,6 +165,37 @@ class RoundStats:
         }
 
 
+@dataclass
+class DraftTally:
+    """How many tokens came from drafts, of all that a process has generated.
+
+    Attributes:
+        num_tokens: Tokens of texts that might have drafts.
+        num_from_draft: Those that the drafter had proposed.
+        why_none: Why the last text without drafts had none, in words.
+    """
+
+    num_tokens: int = 0
+    num_from_draft: int = 0
+    why_none: str = ""
+
+    def add(self, num_tokens: int, num_from_draft: int) -> None:
+        """Count tokens."""
+        self.num_tokens += num_tokens
+        self.num_from_draft += num_from_draft
+
+    def describe(self) -> str:
+        """The counts in one line; empty where nothing was generated."""
+        if self.num_from_draft:
+            share = self.num_from_draft / self.num_tokens
+            counts = f"{self.num_from_draft} of {self.num_tokens}"
+            return f"Drafts: {counts} tokens came from drafts ({share:.0%})."
+        if not (self.num_tokens or self.why_none):
+            return ""
+        reason = self.why_none or "none that was proposed was accepted"
+        return f"Drafts: no token came from one: {reason.rstrip('.')}."
+
+
 def _both(one: str, other: str) -> str:
     """Two sentences, or the one that is there."""
     return " / ".join(dict.fromkeys(text for text in (one, other) if text))

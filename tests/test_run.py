@@ -32,6 +32,7 @@ needs_hook = pytest.mark.skipif(
     VERSION < OLDEST_VERSION, reason="the hook needs mlx-lm 0.32"
 )
 ROOT = Path(__file__).parents[1]
+DRAFTS = r"Drafts: (\d+) of (\d+) tokens came from drafts \(\d+%\)\."
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
@@ -103,6 +104,9 @@ class TestPrograms:
         assert text_of(out) == expected
         source = f"drafter {folder}/drafter: found inside the target's folder"
         assert err.splitlines()[0] == source
+        counts = re.fullmatch(DRAFTS, err.splitlines()[-1])
+        assert counts is not None
+        assert 0 < int(counts[1]) < int(counts[2]) == 16
         assert sys.argv == ["mlx_lm.generate", *arguments]
 
     def test_settings(self, folder, tmp_path, capsys, monkeypatch):
@@ -116,6 +120,27 @@ class TestPrograms:
         assert text_of(out) == expected
         assert err.splitlines()[0] == f"drafter {drafter}: as named"
         assert settings().num_draft_tokens == 2
+
+    def test_why_there_were_no_drafts(self, folder, tmp_path, capsys):
+        arguments = ["--model", folder, "-p", PROMPTS[0], "-m", "4"]
+        assert run.main(["--num-draft-tokens", "0", "generate", *arguments]) == 0
+        *_, last = capsys.readouterr().err.splitlines()
+        assert re.fullmatch(r"Drafts: no token came from one: .+\.", last)
+        alone = tmp_path / "alone"
+        shutil.copytree(folder, alone, ignore=lambda *_: ["drafter"])
+        assert run.main(["generate", "--model", str(alone), *arguments[2:]]) == 0
+        *_, last = capsys.readouterr().err.splitlines()
+        assert last.startswith("Drafts: no token came from one: decoding without a ")
+
+    def test_of_texts_that_are_written_together(self, folder, capsys):
+        """By way of mlx-lm's BatchGenerator."""
+        count = ["-p", "4", "-g", "6", "-n", "1", "-b", "2"]
+        fixed = ["--num-draft-tokens", "3", "benchmark", "--model", folder]
+        assert run.main([*fixed, *count]) == 0
+        *_, last = capsys.readouterr().err.splitlines()
+        counts = re.fullmatch(DRAFTS, last)
+        assert counts is not None
+        assert int(counts[2]) == 24  # a warm-up, and one trial
 
     def test_without_a_drafter(self, folder, capsys, monkeypatch):
         arguments = ["--model", folder, "-p", PROMPTS[0], "-m", "4"]
@@ -194,6 +219,40 @@ class TestMistakes:
         assert err.count("\n") == 1
         return err
 
+    @pytest.mark.parametrize("program", ["generate", "mlx_lm.chat"])
+    def test_no_model(self, capsys, program):
+        """What they would load is no Gemma 4."""
+        err = self.one_line(capsys, program, "--max-tokens", "4")
+        assert "must be given a --model here: got none" in err
+
+    @needs_hook
+    def test_models_that_cannot_be_loaded(self, folder, tmp_path, capsys):
+        cut, wordless = tmp_path / "cut", tmp_path / "wordless"
+        shutil.copytree(folder, cut, ignore=lambda *_: ["drafter"])
+        os.truncate(cut / "model.safetensors", 99_999)
+        without = shutil.ignore_patterns("drafter", "tokenizer*")
+        shutil.copytree(folder, wordless, ignore=without)
+        for model, words in (
+            ("/nowhere/at/all", "must be a folder or a Hub id"),
+            ("nobody/nothing", "must be a repository the Hub gives"),
+            (str(tmp_path), "must be a folder with config.json"),
+            (str(cut), "so it is cut off"),
+            (str(wordless), "Name another one by --model"),
+        ):
+            err = self.one_line(capsys, "generate", "--model", model)
+            hook.uninstall()
+            assert words in err
+
+    @needs_hook
+    def test_what_is_raised_elsewhere_is_the_programs_own(self, folder, monkeypatch):
+        def fail(*args, **settings):
+            raise ValueError("of the program's")
+
+        monkeypatch.setattr(sys.modules["mlx_lm.generate"], "make_sampler", fail)
+        with pytest.raises(ValueError, match="of the program's"):
+            run.main(["generate", "--model", folder])
+        hook.uninstall()
+
     def test_an_unknown_program(self, capsys):
         err = self.one_line(capsys, "mlx_lm.warp", "--speed", "9")
         assert "must be one of mlx_lm.awq, mlx_lm.benchmark" in err
@@ -204,7 +263,7 @@ class TestMistakes:
         assert "required: program" in self.one_line(capsys)
 
     def test_a_number_of_drafts(self, capsys):
-        err = self.one_line(capsys, "--num-draft-tokens", "9", "generate")
+        err = self.one_line(capsys, "--num-draft-tokens", "9", "server")
         assert "from 0 to 8, or auto: got 9" in err
 
     def test_a_drafter_that_is_none(self, folder, capsys):
@@ -222,8 +281,8 @@ class TestMistakes:
     def test_quantized_caches_of_other_models(self, tmp_path, capsys):
         """Those are the program's business: it is called, and finds no weights."""
         (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-        arguments = ["generate", "--model", str(tmp_path), "--kv-bits", "4"]
-        run._check_cache("mlx_lm.generate", arguments[1:])
+        arguments = ["--model", str(tmp_path), "--kv-bits", "4"]
+        run._check_cache(run._read("mlx_lm.generate", arguments))
 
     @needs_hook
     def test_a_program_that_lacks_something(self, capsys, monkeypatch):
@@ -250,7 +309,7 @@ class TestMistakes:
     @needs_hook
     def test_the_programs_own_mistakes_are_its_own(self, capsys):
         with pytest.raises(SystemExit) as caught:
-            run.main(["generate", "--warp", "9"])
+            run.main(["generate", "--model", "x", "--warp", "9"])
         hook.uninstall()
         assert caught.value.code == 2
         assert "mlx_lm.generate: error: unrecognized" in capsys.readouterr().err
