@@ -17,6 +17,7 @@ from .answer import THOUGHT_END, THOUGHT_OPENING, AnswerReader, marks_of
 from .encoding import encode_text, num_common
 from .errors import RequestError
 
+_QUERY = "<query>"  # stands in for a message; mlx-lm's word
 THINKING = "enable_thinking"  # the templates' variable
 DEFAULT_THINKING = True  # as mlx-lm has it
 _REASONS = ("reasoning", "reasoning_content")  # what a message's thought is called
@@ -24,7 +25,6 @@ _RESPONSES = "tool_responses"
 _MAX_REASON = 300
 _ARGUMENT = "arguments"  # what a text is called that stands in place of arguments
 _TEXT = "no-object"  # one that no template has
-_QUERY = "<query>"  # stands in for a message; mlx-lm's word
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,13 @@ def apply_chat_template(
     if is_begun:
         other = [{**messages[0], "content": _QUERY}, *messages[1:]]
         marked, _ = _opened(tokenizer, other, config, advice, continues_last)
-        text = text[marked.find(_QUERY) :]
+        before, is_there, _ = marked.partition(_QUERY)
+        if not (is_there and text.startswith(before)):
+            raise RequestError(
+                "the chat template must begin alike before any message: got one that "
+                f"does not. {advice}"
+            )
+        text = text.removeprefix(before)
     if check is not None:
         check(text)
     tokens = encode_text(tokenizer, text, continues=is_begun)

@@ -172,6 +172,11 @@ class TestModel:
             status = cli.main(["--prompt-cache-file", path])
             one_line((status, *capsys.readouterr()), "must hold a prompt cache of")
 
+    def test_a_template_that_hides_where_a_message_begins(self, run, monkeypatch):
+        for template in ("{{ messages[0].content | length }}", "{{ 'none' }}"):
+            config = json.dumps({"chat_template": template})
+            one_line(run("--chat-template-config", config), "must begin alike")
+
     def test_a_system_prompt_beside_it(self, run):
         one_line(run("--system-prompt", "x"), "The prompt begins in the file.")
 
