@@ -84,6 +84,12 @@ def _add_format_arguments(parser: argparse.ArgumentParser) -> None:
         "8 with a centroid head, else 4; with other --draft-q flags 4, 8 with mxfp8",
     )
     group.add_argument(
+        "-d",
+        "--dequantize",
+        action="store_true",
+        help="write matrices that are quantized in full, of target and drafter",
+    )
+    group.add_argument(
         "--dtype",
         choices=tuple(FLOAT_DTYPES),
         help="type of what is not quantized (default: what config.json names)",
@@ -181,6 +187,7 @@ def _request(args: argparse.Namespace) -> Request:
         dtype=args.dtype,
         revision=args.revision,
         draft_revision=args.draft_revision,
+        is_dequantized=args.dequantize,
         is_forced=args.force,
         has_check=not args.no_check,
         name=args.upload_repo,

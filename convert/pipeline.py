@@ -223,11 +223,16 @@ def _plan_target(request: Request, *, headers_only: bool) -> tuple[Part, bool]:
     if _is_same(request.mlx_path, source.folder):
         plan = plan_target(source.checkpoint, None, dtype=None)
         is_renamed = any(p.name != p.tensor for p in plan.parameters)
-        if is_renamed or request.target != PartRequest() or request.dtype is not None:
+        is_changed = request.target != PartRequest() or request.is_dequantized
+        if is_renamed or is_changed or request.dtype is not None:
             _fail_in_place(request)
         return Part(source, plan, "."), True
-    base = _base(request.target, source)
-    plan = plan_target(source.checkpoint, base, dtype=request.dtype)
+    plan = plan_target(
+        source.checkpoint,
+        _base(request, request.target, source),
+        dtype=request.dtype,
+        is_dequantized=request.is_dequantized,
+    )
     if request.target.is_explicit:
         check_not_stored(plan, "-q, --no-quantize and the --q flags")
     return Part(source, plan, "."), False
@@ -248,18 +253,22 @@ def _plan_drafter(
     source = open_source(
         chosen, revision=request.draft_revision, headers_only=headers_only
     )
-    base = _base(request.drafter, source)
-    plan = plan_drafter(source.checkpoint, base, dtype=request.dtype)
+    plan = plan_drafter(
+        source.checkpoint,
+        _base(request, request.drafter, source),
+        dtype=request.dtype,
+        is_dequantized=request.is_dequantized,
+    )
     if request.drafter.is_explicit:
         check_not_stored(plan, "the --draft-q flags and --no-draft-quantize")
     training = read_training(source.folder)
     return Part(source, plan, DRAFTER_FOLDER, training), pairing
 
 
-def _base(request: PartRequest, source: Source) -> Format | None:
-    if request.is_quantized is False:
+def _base(request: Request, part: PartRequest, source: Source) -> Format | None:
+    if part.is_quantized is False or request.is_dequantized:
         return None
-    return request.format or default_format(source.checkpoint.config)
+    return part.format or default_format(source.checkpoint.config)
 
 
 def _check_output(conversion: Conversion) -> None:
@@ -374,7 +383,8 @@ def _fail_in_place(request: Request) -> NoReturn:
     raise RequestError(
         f"--mlx-path must be another folder than --hf-path: got {request.mlx_path} for "
         "both. Only a drafter can be added to a folder, and only if its target is in "
-        "MLX's format already and stays as it is (no --q flags, no --dtype)."
+        "MLX's format already and stays as it is (no --q flags, no --dtype, no "
+        "--dequantize)."
     )
 
 

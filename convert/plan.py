@@ -71,6 +71,11 @@ class Rows:
     run_stride: int
     num_runs: int
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows they are."""
+        return self.run_length * self.num_runs
+
     def blocks(self, max_rows: int) -> Iterator[Block]:
         """Cut the rows into blocks of neighbours.
 
@@ -87,6 +92,20 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How a matrix is packed that is written in full.
+
+    Attributes:
+        format: Its format.
+        beside: What else it is made of: scales and biases, with a row for each of its
+            own, or scales and one for each expert.
+    """
+
+    format: Format
+    beside: tuple[Parameter, ...]
+
+
+@dataclass(frozen=True)
 class Parameter:
     """One parameter of the model: where it comes from and what it becomes.
 
@@ -95,10 +114,11 @@ class Parameter:
         tensor: The name of the checkpoint's tensor.
         source: Where that tensor lies.
         rows: Its rows that count.
-        format: How it is packed now, None if it is cast or copied.
+        format: How it is packed now, None if it is cast, copied or unpacked.
         dtype: The type its values are cast to, before they are packed if they are.
         arrays: What is written: the values, or packed weights, scales and biases.
         num_weights: How many weights of the model it holds.
+        packing: How it was packed, None if it is read as it is.
     """
 
     name: str
@@ -109,12 +129,19 @@ class Parameter:
     dtype: str
     arrays: tuple[Array, ...]
     num_weights: int
+    packing: Packing | None = None
+
+    @property
+    def beside(self) -> tuple[Parameter, ...]:
+        """What else is read for it."""
+        return () if self.packing is None else self.packing.beside
 
     @property
     def num_source_bytes(self) -> int:
         """Bytes that are read for it."""
-        num_rows = self.rows.run_length * self.rows.num_runs
-        return num_rows * self.rows.num_columns * DTYPE_BITS[self.source.dtype] // 8
+        num_values = self.rows.num_rows * self.rows.num_columns
+        own = num_values * DTYPE_BITS[self.source.dtype] // 8
+        return own + sum(parameter.num_source_bytes for parameter in self.beside)
 
     @property
     def num_bytes(self) -> int:

@@ -35,12 +35,18 @@ from mlx_gemma_mtp.weights import (
 )
 
 from .output_config import output_config
-from .plan import Array, Parameter, PartPlan, Rows
+from .plan import Array, Packing, Parameter, PartPlan, Rows
 from .quantize import DRAFTER, TARGET, Choice
+
+_UNPACKED_DTYPE = "BF16"  # of modes whose scales have no type of the weights: MLX's
 
 
 def plan_target(
-    checkpoint: Checkpoint, base: Format | None, *, dtype: str | None
+    checkpoint: Checkpoint,
+    base: Format | None,
+    *,
+    dtype: str | None,
+    is_dequantized: bool = False,
 ) -> PartPlan:
     """Plan the conversion of a target.
 
@@ -50,6 +56,7 @@ def plan_target(
             that is quantized already stays as it is.
         dtype: Type of what is not quantized, a key of ``FLOAT_DTYPES``; None for the
             checkpoint's own.
+        is_dequantized: Whether packed matrices are written in full.
 
     Raises:
         CheckpointError: Its tensors are not those of its config.
@@ -59,11 +66,16 @@ def plan_target(
     text = settings if is_text_only else settings["text_config"]
     names = target_names(checkpoint.tensors, text, is_text_only=is_text_only)
     model = target_skeleton(checkpoint)
-    return _plan(checkpoint, model, names, text, Choice(TARGET, base), dtype=dtype)
+    choice = Choice(TARGET, base, is_dequantized)
+    return _plan(checkpoint, model, names, text, choice, dtype=dtype)
 
 
 def plan_drafter(
-    checkpoint: Checkpoint, base: Format | None, *, dtype: str | None
+    checkpoint: Checkpoint,
+    base: Format | None,
+    *,
+    dtype: str | None,
+    is_dequantized: bool = False,
 ) -> PartPlan:
     """Plan the conversion of a drafter.
 
@@ -73,6 +85,7 @@ def plan_drafter(
             that is quantized already stays as it is.
         dtype: Type of what is not quantized, a key of ``FLOAT_DTYPES``; None for the
             checkpoint's own.
+        is_dequantized: Whether packed matrices are written in full.
 
     Raises:
         CheckpointError: Its tensors are not those of its config.
@@ -80,7 +93,8 @@ def plan_drafter(
     model = drafter_skeleton(checkpoint)
     names = drafter_names(checkpoint.tensors)
     text = model.config.text_config
-    return _plan(checkpoint, model, names, text, Choice(DRAFTER, base), dtype=dtype)
+    choice = Choice(DRAFTER, base, is_dequantized)
+    return _plan(checkpoint, model, names, text, choice, dtype=dtype)
 
 
 def _plan(
@@ -95,9 +109,10 @@ def _plan(
     """Go through the model's parameters and find what each is made of."""
     check_packing(checkpoint)
     shapes = parameter_shapes(model)
-    stored = stored_formats(checkpoint, names, shapes)
+    packed = stored_formats(checkpoint, names, shapes)
+    stored = {} if choice.is_dequantized else packed
     formats = stored or _chosen_formats(model, shapes, choice)
-    # What is packed already keeps its types, whatever its config says, unless asked.
+    # What stays packed keeps its types, whatever its config says, unless asked.
     named = dtype if dtype or stored else _named_dtype(checkpoint)
     planner = _Planner(checkpoint, choice.part, names, FLOAT_DTYPES.get(named or ""))
     parameters: list[Parameter] = []
@@ -105,9 +120,11 @@ def _plan(
         path = name.removesuffix(".weight")
         if path in stored:
             parameters += planner.kept(path, shape, stored[path])
+        elif path in packed:
+            parameters.append(planner.unpacked(path, shape, packed[path]))
         else:
             parameters.append(planner.parameter(name, shape, formats.get(path)))
-    planner.refuse_unknown({parameter.name for parameter in parameters})
+    planner.refuse_unknown({part.name for p in parameters for part in (p, *p.beside)})
     return PartPlan(
         choice.part,
         checkpoint,
@@ -186,6 +203,25 @@ class _Planner:
                 num_weights,
             )
             num_weights = 0  # counted once, not again with scales and biases
+
+    def unpacked(self, path: str, shape: tuple[int, ...], found: Format) -> Parameter:
+        """Plan a matrix in full that is packed."""
+        words, *beside = self.kept(path, shape, found)
+        dtype = self.float_dtype or _UNPACKED_DTYPE
+        if self.float_dtype is None and found.has_biases:
+            dtype = beside[0].source.dtype
+        rows = words.rows
+        if found.has_global_scale:  # a block must not reach into another expert
+            rows = Rows(rows.num_columns, 0, shape[1], shape[1], shape[0])
+            single = Rows(1, 0, shape[0], shape[0], 1)
+            beside[-1] = replace(beside[-1], rows=single)
+        return replace(
+            words,
+            rows=rows,
+            dtype=dtype,
+            arrays=(Array(words.name, dtype, shape),),
+            packing=Packing(found, tuple(beside)),
+        )
 
     def source(self, name: str) -> tuple[Share, TensorInfo]:
         """Return the tensor of a parameter."""

@@ -125,10 +125,12 @@ class Choice:
     Attributes:
         part: ``TARGET`` or ``DRAFTER``.
         base: The format asked for; None leaves every tensor as it is.
+        is_dequantized: Whether matrices that are packed already are written in full.
     """
 
     part: str
     base: Format | None
+    is_dequantized: bool = False
 
     def format_of(self, path: str, num_columns: int) -> Format | None:
         """Return the format of one matrix, None to leave it as it is.

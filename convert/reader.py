@@ -108,7 +108,9 @@ def open_reader(plan: PartPlan) -> Iterator[Reader]:
     """
     with ExitStack() as stack:
         descriptors = {}
-        for path in {parameter.source.file for parameter in plan.parameters}:
+        for path in {
+            part.source.file for p in plan.parameters for part in (p, *p.beside)
+        }:
             try:
                 descriptors[path] = os.open(path, os.O_RDONLY)
             except OSError as error:

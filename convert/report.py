@@ -42,11 +42,11 @@ def groups(plan: PartPlan) -> list[Group]:
     found: dict[tuple[str, str], Group] = {}
     for parameter in plan.parameters:
         name = re.sub(r"\.\d+\.", ".*.", parameter.name)
-        what = (
-            parameter.arrays[0].dtype
-            if parameter.format is None
-            else parameter.format.name
-        )
+        what = parameter.arrays[0].dtype
+        if parameter.format is not None:
+            what = parameter.format.name
+        elif parameter.packing is not None:
+            what = f"{what} of {parameter.packing.format.name}"
         old = found.get((name, what), Group(name, 0, what, 0))
         found[name, what] = Group(
             name,

@@ -48,6 +48,7 @@ class Request:
         revision: A branch, tag or commit of the target on the Hub.
         draft_revision: The same of the drafter.
         is_forced: Whether a checkpoint at ``mlx_path`` may be replaced.
+        is_dequantized: Whether packed matrices are written in full, and none is packed.
         has_check: Whether texts of source and result are compared at the end.
         name: What the pair will be called in its README; None for its folder's name.
     """
@@ -61,6 +62,7 @@ class Request:
     revision: str | None = None
     draft_revision: str | None = None
     is_forced: bool = False
+    is_dequantized: bool = False
     has_check: bool = True
     name: str | None = None
 
@@ -78,6 +80,12 @@ class Request:
             _fail_unused("--draft-revision", f"the folder {self.draft_model}")
         if self.draft_model == NONE and self.drafter != PartRequest():
             _fail_unused("the drafter's flags", "--draft-model none")
+        for part, flags in (
+            (self.target, "-q and the --q flags"),
+            (self.drafter, "--draft-quantize and the --draft-q flags"),
+        ):
+            if self.is_dequantized and (part.is_quantized or part.format is not None):
+                _fail_unused("--dequantize", flags)
 
 
 def _is_folder(path_or_id: str | Path) -> bool:

@@ -34,6 +34,7 @@ from mlx_gemma_mtp.tensor_names import TOKEN_ORDERING
 from .plan import Array, Block, Parameter, PartPlan
 from .reader import FLOATS, WORDS, open_reader
 from .safetensors import OutputFile
+from .unpack import read_beside, unpacked
 
 BLOCK_BYTES = 4 << 20  # read at once: stays in the caches, and is much for a disk
 NUM_WORKERS = 3  # one reads or writes while the others quantize
@@ -95,7 +96,9 @@ def write_part(
         def convert(job: tuple[Parameter, Block]) -> tuple[int, list[Region]]:
             parameter, block = job
             data = reader.read_bytes(parameter, block)
-            return len(data), _convert(parameter, block, data, writer)
+            beside = read_beside(reader, parameter, block)
+            num_bytes = len(data) + sum(array.nbytes for array in beside)
+            return num_bytes, _convert(parameter, block, data, beside, writer)
 
         for num_bytes, written in _in_parallel(convert, jobs):
             regions += written
@@ -166,16 +169,25 @@ def _rows_per_block(parameter: Parameter) -> int:
     width = max(width, DTYPE_BITS[parameter.source.dtype])
     if parameter.name == TOKEN_ORDERING:
         return max(1, parameter.rows.run_length)  # checked as a whole; 2 MB
-    return max(1, BLOCK_BYTES * 8 // (width * max(1, parameter.rows.num_columns)))
+    num_columns = max(1, parameter.rows.num_columns)
+    if parameter.packing is not None:  # written in full, it is wider
+        num_columns = parameter.arrays[0].shape[-1]
+        # MLX 0.32.4 unpacks no odd number of rows with an odd number of nvfp4 groups.
+        return max(1, BLOCK_BYTES * 8 // (width * num_columns * 2)) * 2
+    return max(1, BLOCK_BYTES * 8 // (width * num_columns))
 
 
 def _convert(
-    parameter: Parameter, block: Block, data: bytes, writer: _Writer
+    parameter: Parameter,
+    block: Block,
+    data: bytes,
+    beside: Sequence[mx.array],
+    writer: _Writer,
 ) -> list[Region]:
     """Turn the bytes of a block into what the plan says and write them."""
     source = parameter.source.dtype
     words = np.frombuffer(data, WORDS[DTYPE_BITS[source]])
-    if not _is_finite(words, source):
+    if not _is_finite(words, source) or not all(map(_has_finite, beside)):
         _fail_not_finite(parameter, "a value that is not finite", "Download it again.")
     if parameter.name == TOKEN_ORDERING:
         ids = _token_ordering(parameter, words)
@@ -183,18 +195,23 @@ def _convert(
     if parameter.format is None and parameter.dtype == source:
         return [writer.write(parameter.arrays[0], block.row, words)]
     regions = []
-    for array, made in zip(parameter.arrays, _compute(parameter, words), strict=True):
+    for array, made in zip(
+        parameter.arrays, _compute(parameter, words, beside), strict=True
+    ):
         if not _is_finite(made, array.dtype):  # a scale of what is just finite
             _fail_too_large(parameter, array.dtype)
         regions.append(writer.write(array, block.row, made))
     return regions
 
 
-def _compute(parameter: Parameter, words: Any) -> list[Any]:
-    """Cast a block's values and quantize them if the plan says so."""
-    values = mx.array(words).view(FLOATS[parameter.source.dtype])
-    values = values.reshape(-1, parameter.rows.num_columns)
-    if parameter.dtype != parameter.source.dtype:
+def _compute(parameter: Parameter, words: Any, beside: Sequence[mx.array]) -> list[Any]:
+    """Unpack a block's values if they are packed, cast them, quantize them if asked."""
+    values = mx.array(words).reshape(-1, parameter.rows.num_columns)
+    if parameter.packing is None:
+        values = values.view(FLOATS[parameter.source.dtype])
+    else:
+        values = unpacked(values, parameter.packing, beside)
+    if values.dtype != FLOATS[parameter.dtype]:
         values = values.astype(FLOATS[parameter.dtype])
         if not _is_finite(_as_words(values), parameter.dtype):
             _fail_too_large(parameter, parameter.dtype)
@@ -219,6 +236,13 @@ def _is_finite(words: Any, dtype: str) -> bool:
     if exponent is None or not words.size:
         return True
     return bool((words & words.dtype.type(exponent)).max() != exponent)
+
+
+def _has_finite(array: mx.array) -> bool:
+    """Tell whether all of an array is finite, if it has floats."""
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return True
+    return bool(mx.isfinite(array).all().item())
 
 
 def _token_ordering(parameter: Parameter, ids: Any) -> Any:

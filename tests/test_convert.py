@@ -52,6 +52,7 @@ MODES = {
 }
 MORE_BITS = {f"affine-{b}": PartRequest(format=Format(b, 32)) for b in (2, 3, 5, 6)}
 FLOAT = MODES["float"]
+SCALES = ("scales", "biases")  # of a matrix in affine mode
 # Tensors of random models of which one file holds all that is special.
 EXPERTS, CENTROIDS = "26b-a4b", "e2b"
 PROMPT = [2, 17, 300, 45, 99, 8, 120, 33, 71]
@@ -648,6 +649,101 @@ def test_a_quantized_target_stays(quantized, tmp_path):
     assert isinstance(found, Divergence)
     assert found.kl <= 1e-6
     assert found.top_agreement == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [("12b", "affine-4"), ("12b", "mxfp8"), (EXPERTS, "affine-4"), (EXPERTS, "nvfp4")],
+)
+def test_a_target_in_full_is_mlx_lms(oracle, tmp_path, monkeypatch, family, mode):
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 20_000)  # many blocks
+    packed = oracle(family, mode)
+    place, full = tmp_path / "made", tmp_path / "mlx_lm"
+    mlx_lm_convert(str(packed), str(full), dequantize=True)
+    drafter = REFERENCE / family / "drafter"
+    run(packed, place, draft_model=drafter, is_dequantized=True)
+    made, expected = (mx.load(str(folder / WEIGHTS)) for folder in (place, full))
+    assert isinstance(made, dict)
+    assert isinstance(expected, dict)
+    assert made.keys() == expected.keys()
+    for name, array in made.items():
+        # mlx-lm leaves what was packed without a type of its own in bfloat16.
+        assert array.dtype == mx.float32
+        assert mx.array_equal(array, expected[name].astype(mx.float32)), name
+    assert formats_of(place) == {}
+    assert manifest(place)["target"]["quantization"] is None
+    check_opens(place)
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"), [(CENTROIDS, []), ("12b", ["--dtype", "bfloat16"])]
+)
+def test_a_pair_in_full(shop, tmp_path, capsys, family, flags):
+    """It is what MLX unpacks, rounded once where another type is asked for."""
+    packed, place = shop.converted(family, "affine-4"), tmp_path / "made"
+    argv = ["--model", str(packed), "--mlx-path", str(place), "-d", *flags]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert flags or "0.0000 nats from the source's" in said
+    for part, load in ((".", load_target), ("drafter", load_drafter)):
+        whole, model = parameters(load(place / part)), load(packed / part)
+        expected = parameters(model)
+        for path, module in model.named_modules():
+            if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+                arrays = [expected.pop(f"{path}.{n}") for n in ("weight", *SCALES)]
+                weight = mx.dequantize(*arrays, module.group_size, module.bits)
+                expected[f"{path}.weight"] = weight
+        assert whole.keys() == expected.keys()
+        for name, array in expected.items():
+            assert mx.array_equal(whole[name], array.astype(whole[name].dtype)), name
+        floats = {
+            a.dtype for a in whole.values() if mx.issubdtype(a.dtype, mx.floating)
+        }
+        assert not flags or floats == {mx.bfloat16}
+        assert "quantization" not in config_of(place / part)
+        assert "quantization_config" not in config_of(place / part)
+
+
+def test_a_float_pair_in_full_is_itself(shop, tmp_path):
+    run(shop.source("12b"), tmp_path / "made", is_dequantized=True)
+    assert digests(tmp_path / "made") == digests(shop.converted("12b", "float"))
+
+
+def test_a_scale_that_is_not_finite_is_told_before_it_spreads(shop, tmp_path):
+    folder = copied(shop.converted("12b", "affine-4"), tmp_path / "packed")
+    name = "language_model.model.layers.0.mlp.up_proj.scales"
+
+    def change(tensors):
+        tensors[name][3, 0] = math.nan
+        return tensors
+
+    edit_weights(folder, change)
+    refused(
+        lambda: run(folder, tmp_path / "made", is_dequantized=True),
+        "layers.0.mlp.up_proj",
+        "finite",
+        "Download it again",
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["-q"],
+        ["--q-bits", "4"],
+        ["--draft-quantize"],
+        ["--draft-q-mode", "mxfp4"],
+    ],
+)
+def test_in_full_and_quantized_exclude_each_other(shop, tmp_path, capsys, flags):
+    argv = ["--model", str(shop.source("12b")), "--mlx-path", str(tmp_path / "made")]
+    refused_command(capsys, [*argv, "-d", *flags], "--dequantize", "Leave one")
+
+
+def test_a_target_in_place_stays_packed(oracle, capsys):
+    folder = str(oracle(EXPERTS, "affine-4"))
+    argv = ["--model", folder, "--mlx-path", folder, "--dequantize"]
+    refused_command(capsys, argv, "another folder", "--dequantize")
 
 
 def copied(folder, place) -> Path:

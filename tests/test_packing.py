@@ -17,6 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from convert import stream
 from convert.pipeline import convert, plan_conversion
 from convert.request import NONE, PartRequest, Request
 from mlx_gemma_mtp import packing, weights
@@ -576,6 +577,26 @@ class TestGlobalScale:
         assert equal(load_target(place), model)
         loaded, _ = mlx_lm.utils.load_model(place)
         assert equal(loaded, model)
+
+    def test_is_part_of_what_is_written_in_full(
+        self, global_scales, monkeypatch, tmp_path
+    ):
+        model, folder = global_scales
+        place = tmp_path / "out"
+        monkeypatch.setattr(stream, "BLOCK_BYTES", 20_000)  # several for each expert
+        request = Request(
+            folder, place, draft_model=NONE, is_dequantized=True, dtype="float32"
+        )
+        convert(plan_conversion(request))
+        experts = model.layers[0].experts.switch_glu.up_proj
+        expected = [
+            mx.dequantize(w, s, None, 16, 4, "nvfp4", scale)
+            for w, s, scale in zip(
+                experts.weight, experts.scales, experts.global_scale, strict=True
+            )
+        ]
+        whole: Any = load_target(place).layers[0].experts.switch_glu.up_proj
+        assert mx.array_equal(whole.weight, mx.stack(expected).astype(mx.float32))
 
     def test_of_another_matrix_is_told(self, global_scales):
         name = "language_model.model.layers.0.self_attn.q_proj.global_scale"
