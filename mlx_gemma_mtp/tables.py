@@ -27,6 +27,22 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
+def duration(seconds: float) -> str:
+    """Return a time in its unit, never as none.
+
+    Args:
+        seconds: How long, 0 or more.
+    """
+    milliseconds = seconds * 1e3
+    if seconds >= 10:
+        return f"{seconds:.0f} s"
+    if milliseconds >= 999.5:
+        return f"{seconds:.1f} s"
+    if milliseconds >= 0.001:
+        return f"{milliseconds:.3g} ms"
+    return "under 0.001 ms"
+
+
 def one_line(text: str) -> str:
     """Return text on one line, without what would move a terminal's cursor.
 

@@ -690,8 +690,10 @@ def test_a_pair_in_full(shop, tmp_path, capsys, family, flags):
         expected = parameters(model)
         for path, module in model.named_modules():
             if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-                arrays = [expected.pop(f"{path}.{n}") for n in ("weight", *SCALES)]
-                weight = mx.dequantize(*arrays, module.group_size, module.bits)
+                packed_weight = expected.pop(f"{path}.weight")
+                scales, biases = (expected.pop(f"{path}.{n}") for n in SCALES)
+                size, bits = module.group_size, module.bits
+                weight = mx.dequantize(packed_weight, scales, biases, size, bits)
                 expected[f"{path}.weight"] = weight
         assert whole.keys() == expected.keys()
         for name, array in expected.items():

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +20,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_gemma_mtp.control import DEFAULT_PRIOR
 from mlx_gemma_mtp.kernels import (
@@ -32,6 +38,7 @@ from mlx_gemma_mtp.rounds import Rounds
 from mlx_gemma_mtp.route import ALL_DRAFTS, PLAIN_ROWS, Verdict
 from mlx_gemma_mtp.selftest import __main__ as command
 from mlx_gemma_mtp.selftest import (
+    busy,
     costs,
     exactness,
     kernels,
@@ -42,10 +49,11 @@ from mlx_gemma_mtp.selftest import (
 )
 from mlx_gemma_mtp.selftest.kernel_case import SHAPES, Shape
 from mlx_gemma_mtp.selftest.names import SECTIONS
-from mlx_gemma_mtp.selftest.page import page, to_json, verdict
+from mlx_gemma_mtp.selftest.page import section, to_json, verdict
 from mlx_gemma_mtp.selftest.result import FAIL, INFO, PASS, SKIP, Result
 from mlx_gemma_mtp.selftest.tally import NAMES
 from mlx_gemma_mtp.store import FOLDER_VARIABLE, Store, cache_folder
+from mlx_gemma_mtp.tables import duration
 from mlx_gemma_mtp.target import TargetOutput
 from tests.metal.run import run_on_cpu
 from tests.tiny import model_folder, reference_pair, uncompiled
@@ -55,6 +63,7 @@ not_on_macs = pytest.mark.skipif(
     sys.platform == "darwin", reason="the harness is not for Macs"
 )
 SMALL = (Shape(3, 100, mx.float32),)
+NOTHING = r"(?<![.\d])0(\.0*)? m?s\b"  # a time that is none
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -76,17 +85,19 @@ def test_whole_command(tmp_path, capsys, monkeypatch):
     assert len(lines) <= 60
     assert lines[-1].startswith("PASS: ")
     names = [name for name in SECTIONS if name != "model"]
-    assert [line.split(",")[0] for line in err.splitlines()] == names
+    assert [re.split("[, ]", line)[0] for line in err.splitlines()] == names
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["form"] == 1
     assert found["status"] == "pass"
     assert found["versions"]["mlx"]
     assert found["machine"]["mlx_device"]
     assert [section["name"] for section in found["sections"]] == names
+    assert not re.search(NOTHING, out + err)
     keys = {"name", "status", "sentence", "lines", "figures", "seconds"}
-    for section in found["sections"]:
-        assert set(section) == keys
-        assert section["status"] in (PASS, FAIL, SKIP, INFO)
+    keys |= {"spread", "caution"}
+    for each in found["sections"]:
+        assert set(each) == keys
+        assert each["status"] in (PASS, FAIL, SKIP, INFO)
     by_name = {section["name"]: section for section in found["sections"]}
     assert by_name["kernels"]["status"] == SKIP
     equal = by_name["exactness"]["figures"]["embedded pair"]["equal"]
@@ -194,14 +205,86 @@ def test_page_and_json_of_odd_figures():
         Result("a", PASS, "holds", ("x" * 500,), odd, 1.0),
         Result("b", FAIL, "does not", seconds=2.0),
     ]
-    lines = page(results).splitlines()
+    lines = section(results[0]).splitlines()
     assert max(map(len, lines)) <= 120
-    assert lines[-1] == verdict(results) == "FAIL: b (3 s)"
+    assert verdict(results) == "FAIL: b (3.0 s)"
     found = json.loads(to_json(results))
     assert found["status"] == FAIL
     figures = found["sections"][0]["figures"]
     assert figures["nan"] == "nan"
     assert figures["list"] == ["inf", 1]
+
+
+@given(st.floats(0, 1e7))
+def test_a_time_is_never_none(seconds):
+    found = duration(seconds)
+    assert not re.search(NOTHING, found)
+    number, unit = found.removeprefix("under ").split()
+    factor = {"s": 1, "ms": 1e-3}[unit]
+    assert float(number) * factor == pytest.approx(seconds, rel=0.06, abs=1e-6)
+
+
+def test_sections_are_shown_as_they_are_done(monkeypatch, capsys):
+    """Each before the next begins, and what runs is said before it does."""
+    shown = []
+
+    def look(pair_or_s, *_):
+        shown.append("".join(capsys.readouterr()))
+        return Result("x", PASS, "done")
+
+    monkeypatch.setattr(sections.kernels, "look", look)
+    monkeypatch.setattr(sections.slabs, "look", look)
+    assert command.main(["--section", "kernels", "slabs"]) == 0
+    assert "[info] machine" in shown[0]
+    assert shown[0].splitlines()[-1].startswith("kernels, up to about 72 s ...")
+    assert shown[1].startswith("[pass] x")
+    assert shown[1].splitlines()[-1].startswith("slabs, up to about 120 s ...")
+
+
+def test_on_a_terminal_what_runs_leaves_no_line(monkeypatch):
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with command._running("rows ..."):
+            assert os.read(reader, 99) == b"rows ..."
+        assert os.read(reader, 99) == b"\r        \r"
+    os.close(reader)
+
+
+# ----------------------------------------------------------------------- busy machines
+
+
+def test_others_on_the_processor_are_noticed(monkeypatch):
+    wall, own = itertools.count(0, 0.001), itertools.count(0, 0.01)
+    monkeypatch.setattr(busy.time, "perf_counter", lambda: next(wall))
+    monkeypatch.setattr(busy.time, "thread_time", lambda: next(own))
+    assert busy._taken() == pytest.approx(0.75, abs=0.03)  # it ran for 10 of 40 ms
+    looks = iter([0.8, 0.02, 0.9])  # one quiet look is enough
+    monkeypatch.setattr(busy, "_taken", lambda: next(looks))
+    assert busy.taken_share() == 0.02
+    assert busy.caution(0.6, None) == "other programs had 60% of a processor's time"
+    assert busy.caution(0.02, 0.1) == ""
+
+
+def test_timings_that_lie_apart_are_noticed():
+    steady = [[1.0, 1.01, 1.02, 1.0], [5.0, 5.1, 5.0, 5.2, 5.1]]
+    assert busy.caution(0, busy.spread(steady)) == ""
+    apart = [[1.0, 1.8, 1.1, 2.5], [5.0, 9.0, 5.0, 8.0, 12.0]]
+    assert "lie" in busy.caution(0, busy.spread(apart))
+    assert busy.spread([[1.0, 9.0]]) is None
+
+
+def test_timings_on_a_busy_machine_are_marked(monkeypatch):
+    taken = itertools.chain([0.0, 0.5], itertools.repeat(0.0))
+    monkeypatch.setattr(busy, "taken_share", lambda: next(taken))
+    found = Result("", PASS, "", spread=0.01)
+    for part in (sections.kernels, sections.slabs):
+        monkeypatch.setattr(part, "look", lambda *_: found)
+    options = sections.Options(["kernels", "slabs"], 9.0)
+    running = contextmanager(lambda line: iter([None]))
+    kernels_found, slabs_found = list(sections.run(options, running))[1:]
+    assert kernels_found.caution == ""  # it tells no times
+    assert "do not rely on these timings: other programs" in section(slabs_found)
 
 
 # -------------------------------------------------------------------------- the kernels
@@ -373,6 +456,7 @@ def test_a_copied_cache_is_found(monkeypatch):
             "num_draft_tokens": num_drafts,
             "look_ahead": look_ahead,
             "round_s": 0.01,
+            "rounds_s": [0.01],
             "extra_bytes": 1200 if look_ahead else 10,
             "slab_bytes": 1000,
         }
@@ -471,7 +555,7 @@ def test_time_that_is_left_is_for_later_sections(monkeypatch):
     monkeypatch.setattr(sections.kernels, "look", look("kernels"))
     monkeypatch.setattr(sections.slabs, "look", look("slabs"))
     options = sections.Options(["kernels", "slabs"], 100.0)
-    results = sections.run(options, lambda line: None)
+    results = list(sections.run(options, lambda line: nullcontext()))
     assert [result.name for result in results] == ["machine", "kernels", "slabs"]
     assert allowed["kernels"] == pytest.approx(60, abs=5)
     assert allowed["slabs"] == pytest.approx(100, abs=10)

@@ -12,7 +12,8 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..command import exit_status, write_file
@@ -91,7 +92,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     # Heavy imports wait until the arguments are known to be good.
     from .model import open_model
-    from .page import page, to_json
+    from .page import TITLE, section, to_json, verdict
     from .result import FAIL
     from .sections import Options, run
 
@@ -103,10 +104,14 @@ def _run(args: argparse.Namespace) -> int:
         loaded = open_model(args.model, args.draft_model)
         if not loaded.tokenizer.has_chat_template:
             _note(missing_template_note(loaded.tokenizer, _NO_TEMPLATE))
-    results = run(Options(names, args.seconds, args.family, loaded), _note)
+    print(TITLE, flush=True)
+    results = []
+    for result in run(Options(names, args.seconds, args.family, loaded), _running):
+        print(section(result), flush=True)
+        results.append(result)
     if args.json is not None:
         write_file("--json", args.json, to_json(results))
-    print(page(results), flush=True)
+    print(verdict(results), flush=True)
     return EXIT_FAILED if any(r.status == FAIL for r in results) else 0
 
 
@@ -162,6 +167,18 @@ def _check(args: argparse.Namespace) -> None:
                 f"--json must be a file that can be written: got {args.json}. Name "
                 "another one."
             )
+
+
+@contextmanager
+def _running(line: str) -> Iterator[None]:
+    """Say what runs; on a terminal the line goes again when it is over."""
+    is_terminal = sys.stderr.isatty()
+    print(line, end="" if is_terminal else "\n", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if is_terminal:
+            print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
 
 
 def _note(line: str) -> None:

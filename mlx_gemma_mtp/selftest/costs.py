@@ -16,6 +16,8 @@ from ..control import Prior
 from ..decoder import Decoder, Request
 from ..draft_length import FixedDraftLength
 from ..pair import Pair
+from ..tables import duration
+from .busy import spread
 from .matmuls import FORMS, Timing, total_seconds
 from .result import INFO, SKIP, Result
 
@@ -98,12 +100,19 @@ def look(
         )
         lines.append(f"{name:<18}" + "".join(cells))
     off = [ratios[k] / prior.relative_cost[k] for k in ratios if k]
-    sentence = f"plain rounds of the embedded pair take {plain * 1e3:.1f} ms"
+    sentence = f"plain rounds of the embedded pair take {duration(plain)}"
     if off:
         sentence += (
             f"; those with drafts {min(off):.2f} to {max(off):.2f} times the prior"
         )
-    return Result("costs", INFO, sentence, tuple(lines), figures)
+    return Result(
+        "costs",
+        INFO,
+        sentence,
+        tuple(lines),
+        figures,
+        spread=spread(list(samples.values())),
+    )
 
 
 def round_seconds(pair: Pair, num_draft_tokens: int) -> list[float]:

@@ -18,6 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..random_pair import skeletons
+from ..tables import duration
+from .busy import spread
 from .machine import is_on_cpu, memory_bytes
 from .result import INFO, SKIP, Result
 
@@ -107,6 +109,7 @@ def look(family: str, allowance_s: float) -> tuple[Result, list[Timing]]:
     shapes, names = matrix_shapes(family)
     heaviest = sorted(shapes, key=lambda s: -shapes[s] * s[0] * s[1])
     timed: list[Timing] = []
+    series: list[list[float]] = []
     skipped: dict[str, str] = {}
     # Each form has half of the time, and each matrix its part of what is left.
     for number, form in enumerate(FORMS):
@@ -118,7 +121,9 @@ def look(family: str, allowance_s: float) -> tuple[Result, list[Timing]]:
             if isinstance(found, str):
                 skipped[f"{names[shape]} {form}"] = found
                 continue
-            num_bytes, seconds = found
+            num_bytes, samples = found
+            series += samples
+            seconds = tuple(map(median, samples))
             timed.append(
                 Timing(names[shape], shape, shapes[shape], form, num_bytes, seconds)
             )
@@ -136,7 +141,15 @@ def look(family: str, allowance_s: float) -> tuple[Result, list[Timing]]:
         lines.append(f"{len(skipped)} left out, the first because {reason}")
     if not timed:
         return Result("rows", SKIP, "no time for any matrix", tuple(lines), figures), []
-    return Result("rows", INFO, _sentence(family, timed), tuple(lines), figures), timed
+    result = Result(
+        "rows",
+        INFO,
+        _sentence(family, timed),
+        tuple(lines),
+        figures,
+        spread=spread(series),
+    )
+    return result, timed
 
 
 def _sentence(family: str, timed: list[Timing]) -> str:
@@ -165,14 +178,10 @@ def _table(timed: list[Timing]) -> list[str]:
             ratios = "".join(f"{ratio:6.2f}" for ratio in timing.ratios[1:])
             shape = "x".join(map(str, timing.shape))
             lines.append(
-                f"{shape:<16} {form:<9} {_time(timing.seconds[0]):>8} "
+                f"{shape:<16} {form:<9} {duration(timing.seconds[0]):>8} "
                 f"{timing.bandwidth_gbs:6.1f}{ratios}"
             )
     return lines
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def matrix_shapes(family: str) -> tuple[Counter[tuple[int, int]], dict[Any, str]]:
@@ -208,8 +217,8 @@ def _pace(shape: tuple[int, int], form: str) -> float:
 
 def time_matrix(
     shape: tuple[int, int], form: str, budget_s: float, pace: float
-) -> tuple[int, tuple[float, ...]] | str:
-    """Bytes of a matrix and its seconds for each entry of ``ROWS``.
+) -> tuple[int, list[list[float]]] | str:
+    """Bytes of a matrix and its timings for each entry of ``ROWS``, seconds.
 
     Args:
         shape: Outputs and inputs.
@@ -225,7 +234,7 @@ def time_matrix(
         return f"{shape[0]}x{shape[1]} takes {num_bytes / 1e9:.1f} GB"
     if pace * num_bytes * _COST > budget_s:
         needed_s = pace * num_bytes * _COST
-        return f"{shape[0]}x{shape[1]} may take {needed_s:.0f} s"
+        return f"{shape[0]}x{shape[1]} may take {duration(needed_s)}"
     # On the CPU nothing is cached that counts, and one copy takes long enough.
     num_copies = 1
     if not is_on_cpu():
@@ -242,7 +251,7 @@ def time_matrix(
     for _ in range(repeats):  # interleaved, so that heat slows all rows alike
         for rows in ROWS:
             samples[rows - 1].append(_timed(multiply, rows) / num_copies)
-    return num_bytes, tuple(median(sample) for sample in samples)
+    return num_bytes, samples
 
 
 def _multiplier(

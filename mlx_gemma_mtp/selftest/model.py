@@ -16,6 +16,7 @@ from ..chat_template import apply_chat_template
 from ..errors import RequestError
 from ..load import load
 from ..pair import Pair, pair_of
+from ..tables import duration
 from ..text import GenerationResponse, stream_generate
 from .exactness import describe
 from .result import FAIL, PASS, Result
@@ -98,7 +99,7 @@ def look(loaded: Loaded, allowance_s: float) -> Result:
     verdict = pair.calibration.verdict(1)
     plain = speeds["0"]
     lines = (
-        f"{pair.drafter_source}; loaded in {loaded.seconds:.1f} s, peak memory "
+        f"{pair.drafter_source}; loaded in {duration(loaded.seconds)}, peak memory "
         f"{drafted.last.peak_memory:.2f} GB",
         f"exactness: {describe(verdict) if verdict else 'not probed'}; exact text: "
         f"{exact[_AUTO].last.stats.exactness}",

@@ -1,4 +1,4 @@
-"""The results as one page of text, and as JSON."""
+"""The results as lines of text, section by section, and as JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..tables import duration
 from .names import MACHINE
 from .result import FAIL, PASS, Result, status_of
 
@@ -14,29 +15,34 @@ FORM = 1  # of the JSON
 _WIDTH = 110
 
 
-def page(results: Sequence[Result]) -> str:
-    """One page; the last line is the verdict."""
-    lines = ["mlx_gemma_mtp self-test"]
-    for result in results:
-        lines.append(
-            f"[{result.status}] {result.name:<10} {result.sentence} "
-            f"({result.seconds:.1f} s)"
-        )
-        lines += [f"    {_cut(line)}" for line in result.lines]
-    return "\n".join([*lines, verdict(results)])
+TITLE = "mlx_gemma_mtp self-test"
+
+
+def section(result: Result) -> str:
+    """The lines of one section."""
+    lines = [
+        f"[{result.status}] {result.name:<10} {result.sentence} "
+        f"({duration(result.seconds)})"
+    ]
+    lines += [f"    {_cut(line)}" for line in result.lines]
+    if result.caution:
+        lines.append(f"    do not rely on these timings: {result.caution}")
+    return "\n".join(lines)
 
 
 def verdict(results: Sequence[Result]) -> str:
     """What all results come to, one line."""
-    seconds = sum(result.seconds for result in results)
+    took = duration(sum(result.seconds for result in results))
     failed = [result.name for result in results if result.status == FAIL]
     if failed:
-        return f"FAIL: {', '.join(failed)} ({seconds:.0f} s)"
+        return f"FAIL: {', '.join(failed)} ({took})"
     held = [result.name for result in results if result.status == PASS]
     holds = f"what must hold does: {', '.join(held)}" if held else "nothing failed"
     skipped = [result.name for result in results if result.status == "skip"]
     rest = f"; not looked at: {', '.join(skipped)}" if skipped else ""
-    return f"PASS: {holds}{rest} ({seconds:.0f} s)"
+    busy = [result.name for result in results if result.caution]
+    rest += f"; timed on a busy machine: {', '.join(busy)}" if busy else ""
+    return f"PASS: {holds}{rest} ({took})"
 
 
 def to_json(results: Sequence[Result]) -> str:

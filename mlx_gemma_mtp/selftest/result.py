@@ -21,6 +21,9 @@ class Result:
         lines: More for the page, a few lines.
         figures: Everything that was measured, as JSON takes it.
         seconds: What the section took.
+        spread: How far timings of the same thing lie apart, see ``busy.spread``; None
+            where nothing is timed, or too seldom.
+        caution: Why timings are not to be relied on, in words; empty where they are.
     """
 
     name: str
@@ -29,6 +32,8 @@ class Result:
     lines: tuple[str, ...] = ()
     figures: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    spread: float | None = None
+    caution: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
@@ -39,6 +44,8 @@ class Result:
             "lines": list(self.lines),
             "figures": self.figures,
             "seconds": self.seconds,
+            "spread": self.spread,
+            "caution": self.caution,
         }
 
 

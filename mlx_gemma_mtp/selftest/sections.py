@@ -6,7 +6,8 @@ A section that raises is one that failed; the others run all the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,7 +16,8 @@ import mlx.core as mx
 from ..control import Prior
 from ..load import load_pair
 from ..pair import Pair
-from . import costs, exactness, kernels, machine, matmuls, model, slabs
+from ..tables import duration
+from . import busy, costs, exactness, kernels, machine, matmuls, model, slabs
 from .names import MACHINE, MODEL, SECTIONS
 from .result import FAIL, Result
 
@@ -29,6 +31,7 @@ _SHARES = {
     "rows": 3.0,
     "costs": 2.0,
 }
+_TIMED = (MODEL, "slabs", "rows", "costs")  # of which the page tells times
 _MAX_REASON = 200
 
 
@@ -49,26 +52,31 @@ class Options:
     loaded: model.Loaded | None = None
 
 
-def run(options: Options, note: Callable[[str], None]) -> list[Result]:
+# Given a line that says what runs: around what runs.
+Running = Callable[[str], AbstractContextManager[None]]
+
+
+def run(options: Options, running: Running) -> Iterator[Result]:
     """Run sections.
 
     Args:
         options: Which, and how.
-        note: Called with a line before each.
+        running: Around each.
 
-    Returns:
-        Their results, in the order of ``SECTIONS``; the machine is always among them.
+    Yields:
+        Each one's result as soon as it is there, in the order of ``SECTIONS``; the
+        machine is always among them.
     """
     names = [n for n in SECTIONS if n in options.names or n == MACHINE]
-    return _Run(options, note).results(names)
+    return _Run(options, running).results(names)
 
 
 class _Run:
     """One run of the self-test."""
 
-    def __init__(self, options: Options, note: Callable[[str], None]) -> None:
+    def __init__(self, options: Options, running: Running) -> None:
         self._options = options
-        self._note = note
+        self._running = running
         self._end = time.perf_counter() + options.seconds
         self._timed: list[matmuls.Timing] = []
         self._sections: dict[str, Callable[[float], Result]] = {
@@ -81,18 +89,28 @@ class _Run:
             "costs": self._costs,
         }
 
-    def results(self, names: Sequence[str]) -> list[Result]:
+    def results(self, names: Sequence[str]) -> Iterator[Result]:
         """Run sections one after the other."""
-        found = []
         for i, name in enumerate(names):
             shares = sum(_SHARES[later] for later in names[i:]) or 1.0
             left = max(self._end - time.perf_counter(), 0.0)
-            found.append(self._contained(name, left * _SHARES[name] / shares))
-        return found
+            allowance_s = left * _SHARES[name] / shares
+            most = f", up to about {duration(allowance_s)}" if allowance_s else ""
+            with self._running(f"{name}{most} ..."):
+                found = self._watched(name, allowance_s)
+            yield found
+
+    def _watched(self, name: str, allowance_s: float) -> Result:
+        """One section, and whether others disturbed what it has timed."""
+        if name not in _TIMED:
+            return self._contained(name, allowance_s)
+        before = busy.taken_share()
+        result = self._contained(name, allowance_s)
+        taken = max(before, busy.taken_share())
+        return replace(result, caution=busy.caution(taken, result.spread))
 
     def _contained(self, name: str, allowance_s: float) -> Result:
         """One section, whatever happens in it."""
-        self._note(f"{name}, up to about {allowance_s:.0f} s ...")
         start = time.perf_counter()
         try:
             result = self._sections[name](allowance_s)

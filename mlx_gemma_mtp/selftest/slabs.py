@@ -19,7 +19,9 @@ from ..cache import SlabLayout
 from ..decoder import Decoder, Request
 from ..pair import Pair
 from ..rounds import Rounds
+from ..tables import duration
 from ..target import Target
+from .busy import spread
 from .result import FAIL, INFO, PASS, Result
 
 CAPACITIES = (1024, 8192, 32768)
@@ -77,7 +79,8 @@ def look(
     sentence = f"{meaning}: {worst:.2f} of a slab beyond the slabs at {done[-1]} slots"
     if len(done) < len(capacities):
         lines.append(f"no time for {capacities[len(done)]} slots")
-    return Result("slabs", status, sentence, tuple(lines), figures)
+    found = spread([m["rounds_s"] for m in measured])
+    return Result("slabs", status, sentence, tuple(lines), figures, spread=found)
 
 
 def _line(measured: list[dict[str, Any]], num_drafts: int, look_ahead: bool) -> str:
@@ -87,7 +90,7 @@ def _line(measured: list[dict[str, Any]], num_drafts: int, look_ahead: bool) -> 
         if (m["num_draft_tokens"], m["look_ahead"]) == (num_drafts, look_ahead)
     ]
     parts = (
-        f"{m['capacity']}: {m['round_s'] * 1e3:.1f} ms {_size(m['extra_bytes'])}"
+        f"{m['capacity']}: {duration(m['round_s'])} {_size(m['extra_bytes'])}"
         for m in own
     )
     ahead = "with" if look_ahead else "without"
@@ -130,6 +133,7 @@ def _measure(
         "num_draft_tokens": num_drafts,
         "look_ahead": look_ahead,
         "round_s": median(seconds),
+        "rounds_s": seconds,
         "extra_bytes": mx.get_peak_memory() - before,
         "slab_bytes": slab,
     }
