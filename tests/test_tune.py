@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from mlx_gemma_mtp.load import embedded_pair_path, load, load_tokenizer
 from mlx_gemma_mtp.pair import named_arrays, pair_of
 from mlx_gemma_mtp.tune.__main__ import main
 from mlx_gemma_mtp.tune.documents import DocumentReader, Lengths
-from mlx_gemma_mtp.tune.material import Writing, _Group, write_all
+from mlx_gemma_mtp.tune.material import Writing, _Group, choose, write_all
 from mlx_gemma_mtp.tune.pipeline import load_plain
 from mlx_gemma_mtp.tune.request import TextSettings, TuneRequest
 from mlx_gemma_mtp.tune.snapshot import read_snapshot
@@ -83,6 +84,9 @@ def test_drafter_is_trained_reported_and_loaded(model, data, tmp_path, capsys):
     assert f"--draft-model {output}" in shown.out
     assert "tokens per round" in shown.out
     assert "step 6:" in shown.err
+    (told,) = re.findall(".*the data has.*", shown.err)
+    assert re.search(r" \d+ texts: 12 to learn from, \d to judge by; 1 of each", told)
+    assert "600 to learn from were enough where it was measured: these are few" in told
     training = json.loads((output / "training.json").read_text())
     assert training["settings"]["steps"] == 6
     assert training["settings"]["temp"] == 1
@@ -99,6 +103,28 @@ def test_drafter_is_trained_reported_and_loaded(model, data, tmp_path, capsys):
     assert not mx.array_equal(after.model.norm.weight, before.model.norm.weight)
     target, _ = load(model, draft_model=output)
     assert pair_of(target).drafter is not None
+
+
+def test_the_command_of_the_card_runs_as_it_stands(model, data, tmp_path, monkeypatch):
+    """In a shell, from where the training was begun, whatever folders are called."""
+    monkeypatch.chdir(tmp_path)
+    Path("target's folder").symlink_to(model)
+    output = Path("$HOME & `more`")
+    assert main(arguments(Path("target's folder"), data, output, "--steps", "2")) == 0
+    text = (output / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(
+        r"^`{3,}bash\n(mlx_gemma_mtp\.generate .*)\n`{3,}$", text, re.M
+    )
+    scripts = str(Path(sys.executable).parent)
+    found = subprocess.run(
+        ["sh", "-c", f"{command} --max-tokens 4"],
+        env={**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout
 
 
 def test_target_says_the_same_with_the_new_drafter(model, data, tmp_path):
@@ -472,4 +498,13 @@ def test_too_little_data_is_told(model, tmp_path, capsys):
         json.dumps({"text": "tea sat here and was mean to the hall"}) + "\n"
     )
     assert main(arguments(model, path, tmp_path / "made")) == 1
-    assert "must have texts to" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "must have texts to judge by" in told
+    assert "one in 16: got 3 texts in 1 of them" in told
+    assert "so that there are 34" in told
+    reader = DocumentReader(load_tokenizer(model), Lengths(8, 12, 512), generate=True)
+    path.write_text(
+        "\n".join(json.dumps({"text": f"{i} sat here and was mean"}) for i in range(34))
+    )
+    chosen = choose(reader.read([path]), None, TextSettings(), 0)
+    assert not chosen.is_judge_reported

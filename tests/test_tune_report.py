@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.acceptance_model import tokens_per_round
+from mlx_gemma_mtp.arguments import configure_parser
 from mlx_gemma_mtp.chips import CHIPS
 from mlx_gemma_mtp.control import DEFAULT_PRIOR, Prior
 from mlx_gemma_mtp.errors import OutputError
@@ -31,9 +33,11 @@ from mlx_gemma_mtp.families import FAMILIES
 from mlx_gemma_mtp.machine import describe_machine
 from mlx_gemma_mtp.roofline import model
 from mlx_gemma_mtp.tables import one_line
+from mlx_gemma_mtp.tune.card import usage
 from mlx_gemma_mtp.tune.measured import Acceptance, Measured, Point
 from mlx_gemma_mtp.tune.plot import MISSING, write_plot
 from mlx_gemma_mtp.tune.report import Report, write_report
+from mlx_gemma_mtp.tune.request import TuneRequest
 from mlx_gemma_mtp.tune.speedup import best, predict
 from tests.test_tables import NASTY
 
@@ -313,6 +317,32 @@ def test_the_card_has_every_table():
     assert "plot.svg" not in made.markdown("me/my-drafter", has_plot=False)
     assert f"\n{made.command}\n" in text
     assert "--draft-model me/my-drafter" in text
+    named = replace(made, usage="run 'it is'").markdown("me/my-drafter", has_plot=True)
+    assert "```bash\nrun 'it is'\n```" in named
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"model": "google/gemma-4-E2B-it"}, "--model google/gemma-4-E2B-it"),
+        ({"model": "my models/one"}, "--model './my models/one'"),
+        ({"model": "-x"}, "--model ./-x"),
+        ({"adapter_path": "$a"}, "--adapter-path './$a'"),
+        ({"revision": "a b"}, "--revision 'a b'"),
+        ({"trust_remote_code": True}, "--trust-remote-code"),
+        ({"output": Path("/else/it's")}, """--draft-model '/else/it'"'"'s'"""),
+    ],
+)
+def test_a_card_names_what_was_given(monkeypatch, tmp_path, changes, shown):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my models/one", "-x"):
+        Path(folder).mkdir(parents=True)
+    settings = {"model": "me/it", "output": Path("made"), **changes}
+    found = usage(TuneRequest(data=("x.txt",), **settings))
+    assert shown in found
+    words = shlex.split(found)
+    assert words[0] == "mlx_gemma_mtp.generate"
+    configure_parser().parse_args(words[1:])
 
 
 def test_front_matter_names_what_the_hub_knows():

@@ -246,7 +246,8 @@ def _run(argv: Sequence[str] | None) -> int:
     report = tune(request, tell=_tell, progress=_progress)
     for line in report.lines():
         print(line)
-    print(f"the drafter is in {request.output}: --draft-model {request.output}")
+    named = shlex.join(["--draft-model", str(request.output)])
+    print(f"the drafter is in {request.output}: {named}")
     return 0
 
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from huggingface_hub import ModelCardData
 
-from ..pairing import is_hub_id
+from ..pairing import is_hub_id, local_path
 from ..tables import markdown_table, markdown_text
+from .request import TuneRequest
 
 CARD_NAME = "README.md"
 _LICENSE = "apache-2.0"  # of everything Google publishes as Gemma 4
@@ -32,6 +33,7 @@ def card(
     costs: Sequence[str],
     settings: Rows,
     command: str,
+    usage: str,
     plot: str | None,
 ) -> str:
     """Return a drafter's README.md.
@@ -48,17 +50,19 @@ def card(
         costs: What training took, lines.
         settings: What was asked for, a table; empty without any.
         command: The command line; empty without one.
+        usage: The command line that decodes with the drafter, as from ``usage()``;
+            empty for one that goes by the names.
         plot: The file of the plot, None without one.
     """
     source = "random weights" if drafter is None else _link(drafter)
-    use = ("mlx_gemma_mtp.generate", "--model", target, "--draft-model", name)
+    by_names = ("--model", target, "--draft-model", name)
     parts = [
         f"---\n{_front_matter(target, drafter, license_id)}\n---",
         f"# {markdown_text(name.rpartition('/')[2])}",
         f"An MTP drafter for {_link(target)}, trained from {source} by "
         "`mlx_gemma_mtp`. It proposes tokens and the target decides: what the target "
         "says stays as it is, only the speed changes.",
-        _fenced(f'{shlex.join(use)} --prompt "hello"', "bash"),
+        _fenced(usage or _generate(*by_names), "bash"),
         f"## Acceptance\n\n{markdown_text(acceptance[0])}",
         *map(_table, acceptance[1]),
         *([f"![Acceptance and loss]({plot})"] if plot else []),
@@ -71,6 +75,35 @@ def card(
         _SIGN,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def usage(request: TuneRequest) -> str:
+    """Return the command line that decodes with a new drafter.
+
+    It runs where the training was begun: names are as they were given.
+
+    Args:
+        request: What was asked for.
+    """
+    is_folder = local_path(request.model) is not None
+    model = _path(request.model) if is_folder else request.model
+    words = ["--model", model, "--draft-model", _path(str(request.output))]
+    if request.adapter_path is not None:
+        words += ["--adapter-path", _path(request.adapter_path)]
+    if request.revision is not None:
+        words += ["--revision", request.revision]
+    if request.trust_remote_code:
+        words.append("--trust-remote-code")
+    return _generate(*words)
+
+
+def _generate(*words: str) -> str:
+    return shlex.join(("mlx_gemma_mtp.generate", *words, "--prompt", "hello"))
+
+
+def _path(given: str) -> str:
+    """A folder as nobody takes it for a Hub id or a flag."""
+    return given if given.startswith(("/", "./", "../", "~")) else f"./{given}"
 
 
 def _front_matter(target: str, drafter: str | None, license_id: str | None) -> str:

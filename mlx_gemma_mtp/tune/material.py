@@ -33,6 +33,10 @@ from .request import TextSettings
 from .texts import Text, given_texts, own_texts
 
 _HELD_OUT_EVERY = 16  # of the data's sources, where no files to judge by are named
+_ENOUGH_SOURCES = 34  # of which one is held out to judge by and one for the report
+# So many texts made up for what fine-tuning had lost (README, "Measured").
+_ENOUGH_TEXTS = 600
+_FEW_TEXTS = 100
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,30 @@ class Chosen:
         judged: To judge weights by while they are trained; of other sources.
         reported: To measure the result on: what has chosen the best weights would
             flatter them.
+        num_found: Texts in the data, files to judge by among it.
     """
 
     train: list[Document]
     judged: list[Document]
     reported: list[Document]
+    num_found: int
 
     @property
     def is_judge_reported(self) -> bool:
         """Whether there is too little held out for two."""
         return self.judged is self.reported
+
+    @property
+    def amount(self) -> str:
+        """How much text there is, and how much it takes, in a line."""
+        few = ""
+        if len(self.train) < _FEW_TEXTS:
+            few = ": these are few, and may bring little"
+        return (
+            f"the data has {self.num_found:,} texts: {len(self.train):,} to learn "
+            f"from, {len(self.judged):,} to judge by; 1 of each is needed, "
+            f"{_ENOUGH_TEXTS} to learn from were enough where it was measured{few}"
+        )
 
     @property
     def digest(self) -> str:
@@ -90,12 +108,15 @@ def choose(
         side = sides.setdefault(document.source, len(sides) % 2)
         held[side].add(document)
 
+    num_sources = num_found = 0
     for document in data:
+        num_sources, num_found = document.source + 1, num_found + 1
         if held_out is None and is_held_out(document.source, every=_HELD_OUT_EVERY):
             hold_out(document)
         else:
             train.add(document)
     for document in held_out or ():
+        num_found += 1
         hold_out(document)
     judged = held[0].chosen
     seen = _prompts(judged)
@@ -105,16 +126,17 @@ def choose(
     learnt = [text for text in train.chosen if tuple(text.prompt) not in seen]
     if not judged:
         raise DataError(
-            "the data must have texts to judge by: got too few records (or, of plain "
-            f"text, blocks of 16 kB) to hold out one in {_HELD_OUT_EVERY}. Add more "
-            "data, or name --held-out files."
+            f"the data must have texts to judge by, of records (or, of plain text, "
+            f"blocks of 16 kB) that are held out, one in {_HELD_OUT_EVERY}: got "
+            f"{num_found:,} texts in {num_sources:,} of them. Add more data, so that "
+            f"there are {_ENOUGH_SOURCES}, or name --held-out files."
         )
     if not learnt:
         raise DataError(
-            "the data must have texts to learn from: got none that are not held out "
-            "too. Add more data, or name other --held-out files."
+            f"the data must have texts to learn from: got {num_found:,} texts, none "
+            "that is not held out too. Add more data, or name other --held-out files."
         )
-    return Chosen(learnt, judged, reported or judged)
+    return Chosen(learnt, judged, reported or judged, num_found)
 
 
 def _prompts(documents: Iterable[Document]) -> set[tuple[int, ...]]:

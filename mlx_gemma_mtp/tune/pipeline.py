@@ -32,11 +32,13 @@ from ..machine import describe_machine
 from ..pair import Pair, named_arrays, pair_of
 from ..pairing import fetch, find_drafter, hub_id
 from ..staging import check_free_space, check_place
+from ..tables import size
 from ..target import Target, text_model
 from ..template_files import missing_template_note
 from ..weights import load_drafter
 from . import workplace
 from .adapters import add_adapters, dequantized, fuse_adapters, trainable
+from .card import usage
 from .documents import DocumentReader, Lengths
 from .fresh import fresh_drafter
 from .material import Chosen, Writing, choose, write_all
@@ -201,6 +203,7 @@ class _Run:
             ),
             machine=describe_machine(str(mx.default_device()), *self.request.hardware),
             command=self.request.command,
+            usage=usage(self.request),
         )
 
     @contextmanager
@@ -280,10 +283,10 @@ class _Run:
             for num_places in [len(document.rest) or settings.max_tokens]
         )
         check_free_space(self.place.records, num_bytes + self._checkpoint_bytes())
+        self.tell(self.chosen.amount)
         self.tell(
-            f"{len(self.chosen.train):,} texts to learn from and "
-            f"{len(self.chosen.judged):,} to judge by; records that are still to write "
-            f"take up to {num_bytes / 1e9:.2f} GB in {self.place.folder}"
+            f"records that are still to write take up to {size(num_bytes)} in "
+            f"{self.place.folder}"
         )
         if self.chosen.is_judge_reported:
             self.tell(

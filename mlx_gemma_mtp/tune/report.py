@@ -48,6 +48,8 @@ class Report:
         prediction: Of speed.
         machine: Hardware and versions, as from ``describe_machine()``.
         command: The command line; empty where there was none.
+        usage: The command line that decodes with the drafter, as from ``card.usage()``;
+            empty for one that goes by the names.
         license: Of the drafter's weights, an id that the Hub knows; None if unknown,
             which takes Google's for what Google publishes.
     """
@@ -64,6 +66,7 @@ class Report:
     prediction: Prediction
     machine: str
     command: str = ""
+    usage: str = ""
     license: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +126,7 @@ class Report:
             costs=[*self.cost_lines(), self.machine],
             settings=[("setting", "value"), *rows] if rows else [],
             command=self.command,
+            usage=self.usage,
             plot=PLOT_NAME if has_plot else None,
         )
 
