@@ -166,7 +166,7 @@ class TestModel:
         short[0].trim(1)
         full: Any = next(c for c in damaged if isinstance(c, KVCache))
         full.keys = full.keys[:, :, : full.offset - 1]
-        wrong[0].keys = mx.zeros((3, 4))
+        wrong[0].keys = wrong[0].values = mx.zeros((1, 7, 64, 4))
         for others in copies:
             path = changed_file(file, tmp_path, others)
             status = cli.main(["--prompt-cache-file", path])

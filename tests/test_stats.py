@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from mlx_gemma_mtp.stats import Phases, RoundStats
+from mlx_gemma_mtp.stats import DraftTally, Phases, RoundStats
 
 
 def stats_of(*rounds):
@@ -107,3 +107,27 @@ def test_as_json():
     assert found["acceptance_length"] == pytest.approx(5 / 3)
     assert (found["engaged"], found["near_ties"]) == (True, None)
     assert {"prefill_s", "rounds_s", "host_s"} <= found.keys()
+
+
+class TestTally:
+    def test_of_all_texts_together(self):
+        tally = DraftTally()
+        tally.add(3, 1)
+        tally.add(5, 3)
+        assert tally.describe() == "Drafts: 4 of 8 tokens came from drafts (50%)."
+
+    def test_nothing_was_generated(self):
+        assert DraftTally().describe() == ""
+
+    def test_no_draft_was_accepted(self):
+        tally = DraftTally()
+        tally.add(3, 0)
+        assert tally.describe().endswith(
+            "from one: none that was proposed was accepted."
+        )
+
+    def test_there_were_none(self):
+        tally = DraftTally(why_none="A sentence says why.")
+        assert tally.describe() == (
+            "Drafts: no token came from one: A sentence says why."
+        )
