@@ -290,6 +290,7 @@ class TestOutput:
             "--frequency-penalty",
             "--thinking",
             "--show-thoughts",
+            "--version",
         }
 
 
