@@ -383,13 +383,10 @@ def timed_pair(monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("is_another_process", [False, True])
-def test_requests_bring_the_probe_to_its_end(timed_pair, is_another_process):
-    pair, _ = timed_pair()
+def test_requests_bring_the_probe_to_its_end(timed_pair):
     states: list[str] = []
     while not states or not states[-1].startswith("exact"):
-        if is_another_process:
-            pair, _ = timed_pair()
+        pair, _ = timed_pair()
         states.append(decode(pair, 4, "auto", num_tokens=2)[2].exactness)
         assert (pair.calibration.verdict(1) is None) == states[-1].startswith("not")
     assert len(states) > 3

@@ -19,7 +19,7 @@ from ..pair import Pair
 from ..tables import duration
 from . import busy, costs, exactness, kernels, machine, matmuls, model, slabs
 from .names import MACHINE, MODEL, SECTIONS
-from .result import FAIL, Result
+from .result import FAIL, SKIP, Result
 
 # Parts of the time; what one section leaves over the later ones get.
 _SHARES = {
@@ -106,6 +106,8 @@ class _Run:
             return self._contained(name, allowance_s)
         before = busy.taken_share()
         result = self._contained(name, allowance_s)
+        if result.status == SKIP:
+            return result
         taken = max(before, busy.taken_share())
         return replace(result, caution=busy.caution(taken, result.spread))
 
