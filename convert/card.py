@@ -5,6 +5,8 @@ Written from what is known here; nothing is fetched for it.
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +31,7 @@ _TEXT = """
 With `mlx_gemma_mtp`:
 
 ```bash
-mlx_gemma_mtp.generate --model {model} --prompt "hello"
+{command}
 ```
 
 The target opens in mlx-lm as well:
@@ -37,7 +39,7 @@ The target opens in mlx-lm as well:
 ```python
 from mlx_lm import load, generate
 
-model, tokenizer = load("{model}")
+model, tokenizer = load({model})
 ```
 """
 
@@ -71,7 +73,10 @@ def write_card(
         drafter=""
         if drafter is None
         else f", with its MTP drafter {_describe(*drafter)}",
-        model=name,
+        command=shlex.join(
+            ["mlx_gemma_mtp.generate", "--model", name, "--prompt", "hello"]
+        ),
+        model=json.dumps(name, ensure_ascii=False),
     )
     (folder / CARD_NAME).write_text(
         f"---\n{data.to_yaml()}\n---\n{text}\n{_SIGN}\n", encoding="utf-8"

@@ -5,9 +5,12 @@ Run: python -m pytest tests/test_convert.py
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -996,6 +999,18 @@ def test_configs(shop, family, layout):
         origin = REFERENCE / family / f"{name or 'target'}"
         expected = (origin / "generation_config.json").read_bytes()
         assert (folder / path).read_bytes() == expected
+
+
+def test_a_card_quotes_its_name(shop, tmp_path):
+    place = tmp_path / 'it\'s "mine" $HOME'
+    run(shop.source("12b"), place)
+    text = (place / "README.md").read_text()
+    command, code = re.findall(r"^```(?:bash|python)\n(.*?)\n```$", text, re.M | re.S)
+    assert shlex.split(command)[2] == place.name
+    call = ast.parse(code).body[-1]
+    assert isinstance(call, ast.Assign)
+    assert isinstance(call.value, ast.Call)
+    assert ast.literal_eval(call.value.args[0]) == place.name
 
 
 def test_the_card(shop):
