@@ -426,7 +426,8 @@ async def repeat(seconds: float, ask: Callable[[], Awaitable[int]]) -> list[floa
 
 async def status_of(port: int, body: dict[str, Any] | None, path: str) -> int:
     """The status of an answer that was read to its end."""
-    async with Connection.request(port, body and dump(body), path) as connection:
+    sent = None if body is None else dump(body)
+    async with Connection.request(port, sent, path) as connection:
         async for _ in connection.pieces():
             pass
         return connection.status
@@ -436,7 +437,7 @@ async def abuse(pid: int, port: int, args: argparse.Namespace) -> list[str]:
     """Phase 2; returns what went wrong."""
     words = " ".join(PROMPTS) * (LARGE // 300)
     turns = [{"role": r, "content": words[: LARGE // 2]} for r in ("user", "assistant")]
-    large = [
+    large: list[tuple[str, dict[str, Any]]] = [
         (COMPLETIONS, {"prompt": words[:LARGE]}),
         (CHAT, {"messages": [{"role": "user", "content": words[:LARGE]}]}),
         (CHAT, {"messages": [*turns, turns[0]]}),
