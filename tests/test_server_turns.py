@@ -22,7 +22,7 @@ def test_the_largest_share_is_three_quarters_and_at_least_a_row(rows, share):
 
 
 def test_owners_take_turns():
-    turns: Turns[str] = Turns(9)
+    turns: Turns[str] = Turns(9, most_new=9)
     for item in ("a1", "a2", "a3", "b1", "c1", "c2"):
         turns.append(item[0], item)
     assert [turns.take() for _ in range(7)] == [
@@ -42,7 +42,7 @@ ACTIONS = st.lists(st.tuples(st.sampled_from(["append", "take", "drop"]), OWNERS
 
 @given(ACTIONS, st.integers(1, 3))
 def test_nobody_has_more_than_the_share_and_nothing_waits_in_vain(actions, most):
-    turns: Turns[tuple[str, int]] = Turns(most)
+    turns: Turns[tuple[str, int]] = Turns(most, most_new=99)
     waiting: list[tuple[str, int]] = []
     taken: list[tuple[str, int]] = []
     for number, (action, owner) in enumerate(actions):
@@ -66,6 +66,25 @@ def test_nobody_has_more_than_the_share_and_nothing_waits_in_vain(actions, most)
                 holder = waiting if own[number % len(own)] in waiting else taken
                 holder.remove(own[number % len(own)])
         assert len(turns) == len(waiting)
+
+
+def test_what_has_not_begun_is_limited_too():
+    turns: Turns[str] = Turns(4, most_new=2)
+    for item in ("a1", "a2", "a3", "a4", "a5", "a6"):
+        turns.append("a", item)
+    assert [turns.take() for _ in range(3)] == ["a1", "a2", None]
+    turns.begin("a", "a1")
+    assert [turns.take() for _ in range(2)] == ["a3", None]
+    turns.drop("a", "a2")  # before it began
+    assert [turns.take() for _ in range(2)] == ["a4", None]
+    turns.begin("a", "a3")
+    turns.begin("a", "a4")
+    assert [turns.take() for _ in range(2)] == ["a5", None]
+    turns.begin("a", "a5")
+    assert turns.take() is None  # four have begun
+    turns.append("b", "b1")
+    assert turns.take() == "b1"
+    assert len(turns) == 1
 
 
 def test_a_request_of_many_choices_leaves_a_row_free():
@@ -132,3 +151,20 @@ def test_choices_that_were_let_go_of_count_no_longer():
 
     assert all(run(test, decoder=decoder, starts=False))
     assert len(decoder.added) == 3 + 9
+
+
+def test_another_prompt_is_read_soon_where_a_request_has_many():
+    decoder = stepping(max_rows=32)
+
+    async def test(case):
+        many = case.submit(*(order_of("a", max_tokens=9) for _ in range(128)))
+        case.start()
+        await many.accepted()
+        one = case.submit(order_of("b", max_tokens=1))
+        decoder.allowed.release(1000)
+        await read(one)
+        await read(many)
+
+    run(test, decoder=decoder, starts=False, max_rows=32)
+    prompts = [request.prompt for request, _ in decoder.added]
+    assert prompts.index(order_of("b").prompt) <= 4 + 1

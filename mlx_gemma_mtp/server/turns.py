@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Hashable)
 
 
 def largest_share(num_rows: int) -> int:
@@ -25,12 +25,15 @@ class Turns(Generic[T]):
 
     Args:
         most: How many of one owner's may be taken and not dropped.
+        most_new: How many of these may have been taken and not begun.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, most_new: int) -> None:
         self._most = most
+        self._most_new = most_new
         self._waiting: dict[Hashable, deque[T]] = {}  # the next owner first
         self._taken: Counter[Hashable] = Counter()
+        self._new: dict[Hashable, set[T]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -41,8 +44,7 @@ class Turns(Generic[T]):
 
     def take(self) -> T | None:
         """The next one; None where nobody may have more."""
-        may = (o for o in self._waiting if self._taken[o] < self._most)
-        owner = next(may, None)
+        owner = next(filter(self._may_have_more, self._waiting), None)
         if owner is None:
             return None
         items = self._waiting.pop(owner)
@@ -50,7 +52,15 @@ class Turns(Generic[T]):
         if items:
             self._waiting[owner] = items  # behind the others
         self._taken[owner] += 1
+        self._new.setdefault(owner, set()).add(item)
         return item
+
+    def begin(self, owner: Hashable, item: T) -> None:
+        """Note that something that was taken has begun."""
+        new = self._new.get(owner, set())
+        new.discard(item)
+        if not new:
+            self._new.pop(owner, None)
 
     def drop(self, owner: Hashable, item: T) -> None:
         """Forget something that waits, or was taken and has ended."""
@@ -60,6 +70,11 @@ class Turns(Generic[T]):
             if not items:
                 del self._waiting[owner]
             return
+        self.begin(owner, item)
         self._taken[owner] -= 1
         if not self._taken[owner]:
             del self._taken[owner]
+
+    def _may_have_more(self, owner: Hashable) -> bool:
+        is_new_full = len(self._new.get(owner, ())) >= self._most_new
+        return self._taken[owner] < self._most and not is_new_full

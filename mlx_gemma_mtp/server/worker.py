@@ -35,6 +35,9 @@ logger = logging.getLogger("mlx_gemma_mtp.server")
 # Orders that the decoder holds beyond its rows, so that a row that ends is followed at
 # once. The others wait here: what the caches know is looked up as late as possible.
 _AHEAD = 2
+# Prompts of one request that the decoder holds unread: half of those that one chunk may
+# have, so that another request's is read in the same one.
+_MAX_UNREAD = 4
 
 
 class DecoderLike(Protocol):
@@ -134,7 +137,9 @@ class Worker:
         self._mailbox = mailbox
         self._bridge = bridge
         self._messages: deque[Message] = deque()
-        self._waiting: Turns[_Task] = Turns(largest_share(means.max_rows))
+        self._waiting: Turns[_Task] = Turns(
+            largest_share(means.max_rows), most_new=_MAX_UNREAD
+        )
         self._tasks: dict[Job, _Task] = {}
         self._by_row: dict[Row, _Task] = {}
         self._events: list[tuple[Job, Event]] = []
@@ -281,6 +286,7 @@ class Worker:
     def _note_times(self, task: _Task, num_tokens: int, now: float) -> None:
         self._report.num_tokens += num_tokens
         if task.last_at is None:
+            self._waiting.begin(task.job.reply, task)
             self._report.first_token_s.append(now - task.job.arrived)
         else:
             self._report.gaps.append((now - task.last_at, num_tokens))
