@@ -154,8 +154,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Plan, convert, print."""
     request = _request(args)
-    # It would say that PyTorch is not there, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Heavy imports wait until the arguments are known to be good.
     from .card import make_repository, upload
     from .pipeline import convert, plan_conversion
@@ -180,7 +178,7 @@ def _request(args: argparse.Namespace) -> Request:
     drafter = _part_request(args, "draft_q", "draft_quantize")
     return Request(
         hf_path=args.hf_path,
-        mlx_path=Path(os.path.abspath(Path(args.mlx_path).expanduser())),
+        mlx_path=Path(os.path.abspath(os.path.expanduser(args.mlx_path))),
         draft_model=args.draft_model,
         target=target,
         drafter=drafter,

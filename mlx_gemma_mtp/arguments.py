@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .chat_template import DEFAULT_THINKING, THINKING
+from .command import check_utf8
 from .command_table import make_parser
 from .config import SamplingParams, shorten
 from .errors import RequestError
@@ -23,6 +24,11 @@ EMBEDDED_PROMPT = "def fibonacci(n):\n"  # a sample of what the embedded pair co
 # Largest bias or penalty: far beyond any logit (Gemma 4 caps them at 30), and finite in
 # float16 also after 20 times a frequency penalty.
 MAX_BIAS = 1000
+# What is text, where other arguments may be names of files.
+_TEXTS = (
+    *("system_prompt", "prefill_response", "chat_template_config", "stop"),
+    *("extra_eos_token", "logit_bias"),
+)
 _MAX_DIGITS = 12  # of a token id; no vocabulary has one as long
 
 
@@ -331,6 +337,7 @@ def check(args: argparse.Namespace) -> Checked:
     Raises:
         RequestError: Two arguments exclude each other, or one is outside its range.
     """
+    _check_texts(args)
     if args.no_draft and args.draft_model:
         raise RequestError(
             "--no-draft and --draft-model exclude each other: got both. Leave one out."
@@ -349,6 +356,15 @@ def check(args: argparse.Namespace) -> Checked:
         _template_config(args.chat_template_config, args.thinking),
         _logit_bias(args.logit_bias),
     )
+
+
+def _check_texts(args: argparse.Namespace) -> None:
+    """Check that what goes to the tokenizer is text."""
+    given = vars(args)
+    for name in _TEXTS:
+        value = given.get(name) or ""
+        text = value if isinstance(value, str) else "".join(value)
+        check_utf8(f"--{name.replace('_', '-')}", text)
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,9 +17,11 @@ from .arguments import EMBEDDED_PROMPT, check, configure_parser
 from .chat_template import apply_chat_template
 from .command import (
     EXIT_INTERRUPTED,
+    check_output_file,
+    check_utf8,
     exit_status,
     not_utf8,
-    set_up_output,
+    set_up_log,
     write_file,
 )
 from .flags import (
@@ -57,8 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
-    set_up_output(sys.stdout, sys.stderr, verbose=args.verbose)
+    set_up_log(sys.stderr, verbose=args.verbose)
     checked = check(args)
+    if args.stats_json not in (None, "-"):
+        check_output_file("--stats-json", args.stats_json)
     # Heavy imports wait until the arguments are known to be good.
     from .display import Display
     from .pair import pair_of
@@ -121,11 +125,10 @@ def _read_prompt(args: argparse.Namespace) -> str:
     if prompt is None:
         return EMBEDDED_PROMPT if args.model is None else DEFAULT_PROMPT
     try:
-        if prompt == "-":
-            prompt = sys.stdin.read()
-        prompt.encode()  # arguments keep what is not UTF-8 as surrogates
+        prompt = sys.stdin.read() if prompt == "-" else prompt
     except UnicodeError as error:
         raise not_utf8("the prompt", error) from error
+    check_utf8("the prompt", prompt)
     return prompt
 
 

@@ -6,13 +6,18 @@ Knows nothing of what a command does.
 from __future__ import annotations
 
 import argparse
+import codecs
+import errno
 import io
 import logging
 import os
+import shutil
 import signal
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -21,6 +26,14 @@ from .errors import MTPError, OutputError, RequestError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+_SET_UTF8 = "Set LC_ALL=C.UTF-8, and leave PYTHONIOENCODING out."
+# What a disk answers that is full, or that nothing can be written to.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+# Libraries that say what no user of ours can act on, and who else may ask them to.
+_TALKATIVE = {
+    "transformers": "TRANSFORMERS_VERBOSITY",
+    "huggingface_hub": "HF_HUB_VERBOSITY",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,7 +121,7 @@ def progress_bar(what: str, total: int, notes: TextIO, **style: Any) -> Iterator
 
 def exit_status(
     run: Callable[[], int],
-    output: TextIO,
+    output: TextIO | None,
     notes: TextIO,
     *,
     stopped: str | None = None,
@@ -117,7 +130,7 @@ def exit_status(
 
     Args:
         run: The command; returns its exit status.
-        output: Standard output.
+        output: Standard output; None where it is closed.
         notes: Standard error.
         stopped: What to say where a signal ends it, of a command that cleans up or
             keeps its work then: a polite kill and a closed terminal are answered like
@@ -128,19 +141,90 @@ def exit_status(
         128 and the signal's number if one ended it, 141 where the reader of the output
         went away.
     """
+    if output is None:
+        _say(notes, "error: standard output must be open: got a closed one.")
+        return 1
+    _quieten_libraries()
+    _set_up_streams(output, notes)
+    try:
+        try:
+            return _ending(run, notes, stopped)
+        finally:
+            output.flush()  # here, where it can still be said what went wrong
+    except BrokenPipeError:
+        drop_output(output)
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        lost = _lost(output, error)
+        if lost is None:
+            raise
+        _say(notes, f"error: {lost}")
+        return 1
+
+
+def _ending(run: Callable[[], int], notes: TextIO, stopped: str | None) -> int:
+    """Run a command; exit status where the user or a signal ends it."""
     try:
         with nullcontext() if stopped is None else _signals_as_interrupts():
             return run()
     except MTPError as error:
-        notes.write(f"error: {error}\n")
+        _say(notes, f"error: {error}")
         return 1
     except KeyboardInterrupt as interrupt:
         if stopped is not None:
-            notes.write(f"{stopped}\n")
+            _say(notes, stopped)
         return 128 + interrupt.args[0] if interrupt.args else EXIT_INTERRUPTED
-    except BrokenPipeError:
+
+
+def _say(notes: TextIO, line: str) -> None:
+    """Write a last line; where that fails too, the exit status has to do."""
+    with suppress(OSError):
+        notes.write(f"{line}\n")
+        notes.flush()
+
+
+def _lost(output: TextIO, error: OSError) -> str | None:
+    """What could not be written, in words; None where that is not what went wrong."""
+    try:
+        output.flush()
+    except OSError:  # what failed before is still there, and fails again
         drop_output(output)
-        return EXIT_BROKEN_PIPE
+    else:
+        if error.errno not in _NO_ROOM:
+            return None
+    place = "" if error.filename is None else f" at {error.filename}"
+    return (
+        f"what is written must find room{place}: got {error.strerror}. Make some, or "
+        "write elsewhere."
+    )
+
+
+def _quieten_libraries() -> None:
+    """Let libraries keep to themselves what is no error, unless the user asks."""
+    for name, variable in _TALKATIVE.items():
+        if variable not in os.environ:
+            os.environ[variable] = "error"  # read where it is imported later
+            logging.getLogger(name).setLevel(logging.ERROR)
+            warnings.filterwarnings("ignore", module=rf"{name}\b")
+
+
+def _set_up_streams(output: TextIO, notes: TextIO) -> None:
+    """Let any text go to standard output, and say where some of it will be lost."""
+    if sys.stdin is None:  # closed: the same as one that has ended
+        sys.stdin = open(os.devnull, encoding="utf-8")
+    if not isinstance(output, io.TextIOWrapper):
+        return
+    output.reconfigure(errors="replace")
+    if not _is_utf8(output.encoding):
+        _say(
+            notes,
+            f"The terminal's encoding is {output.encoding}, not UTF-8: characters that "
+            f"it lacks are read wrong and written as ?. {_SET_UTF8}",
+        )
+
+
+def _is_utf8(encoding: str) -> bool:
+    return codecs.lookup(encoding).name == "utf-8"
 
 
 @contextmanager
@@ -168,36 +252,79 @@ def _signals_as_interrupts() -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-def set_up_output(output: TextIO, notes: TextIO, *, verbose: bool) -> None:
-    """Let notes of the package go to a stream, and any text to the other one.
+def set_up_log(notes: TextIO, *, verbose: bool) -> None:
+    """Let what the package says go to a stream.
 
     Args:
-        output: Standard output.
         notes: Standard error.
         verbose: Whether what is loaded is said too.
     """
     logging.basicConfig(stream=notes, format="%(message)s")
     package = logging.getLogger("mlx_gemma_mtp")
     package.setLevel(logging.INFO if verbose else logging.ERROR)
-    if isinstance(output, io.TextIOWrapper):
-        output.reconfigure(errors="replace")  # where the encoding is not UTF-8
+
+
+def check_utf8(what: str, text: str) -> None:
+    """Check that an input is text.
+
+    Args:
+        what: The input.
+        text: What it was read as: Python keeps other bytes as surrogates.
+
+    Raises:
+        RequestError: It is not.
+    """
+    try:
+        text.encode()
+    except UnicodeError as error:
+        raise not_utf8(what, error) from error
 
 
 def not_utf8(what: str, error: UnicodeError) -> RequestError:
-    """The mistake that some input is not UTF-8.
+    """The mistake that some input is not UTF-8, or not read as that.
 
     Args:
         what: The input.
         error: What Python says of it.
     """
+    encoding = sys.getfilesystemencoding()
+    if isinstance(error, UnicodeDecodeError):
+        encoding = error.encoding
+    if not _is_utf8(encoding):
+        return RequestError(
+            f"the terminal's encoding must be UTF-8 for {what}: got {encoding}. "
+            f"{_SET_UTF8}"
+        )
     return RequestError(
         f"{what} must be UTF-8 text: got {error}. Convert it first, for example with "
         "iconv."
     )
 
 
+def check_output_file(flag: str, path: str) -> None:
+    """Check that a file can be written, before work begins.
+
+    Args:
+        flag: The flag that names it, for the message.
+        path: The file.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    place = Path(path)
+    reason = None
+    if place.is_dir():
+        reason = errno.EISDIR
+    elif not os.path.lexists(place) and not place.parent.is_dir():
+        reason = errno.ENOTDIR if os.path.lexists(place.parent) else errno.ENOENT
+    elif not os.access(place if place.exists() else place.parent, os.W_OK):
+        reason = errno.EACCES
+    if reason is not None:
+        raise _not_writable(flag, path, os.strerror(reason))
+
+
 def write_file(flag: str, path: str, text: str) -> None:
-    """Write a file that a flag names.
+    """Write a file that a flag names; a plain one as a whole or not at all.
 
     Args:
         flag: The flag, for the message.
@@ -207,13 +334,42 @@ def write_file(flag: str, path: str, text: str) -> None:
     Raises:
         OutputError: It cannot be written.
     """
+    place = Path(path)
+    is_plain = place.is_file() and not place.is_symlink()  # no device, no pipe
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        if os.path.lexists(place) and not (
+            is_plain and os.access(place.parent, os.W_OK)
+        ):
+            place.write_text(text, encoding="utf-8")
+        else:
+            _replace(place, text)
     except OSError as error:
-        raise OutputError(
-            f"{flag} must be a file that can be written: got {path}: "
-            f"{error.strerror}. Name another one."
-        ) from error
+        raise _not_writable(flag, path, str(error.strerror)) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Let a file hold a text; what it held is lost only once that is on the disk.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        if path.exists():
+            shutil.copymode(path, part)
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def _not_writable(flag: str, path: str, reason: str) -> OutputError:
+    return OutputError(
+        f"{flag} must be a file that can be written: got {path}: {reason}. Name "
+        "another one."
+    )
 
 
 def drop_output(stream: TextIO) -> None:

@@ -64,9 +64,26 @@ def check_place(place: Path, *, force: bool) -> None:
         raise OutputError(
             f"the output must be a folder that can be made: got {place}. Name another."
         )
+    check_can_make(place)
     if os.path.lexists(_beside(place, "replaced")):
         _recover_unless_busy(place)
     _check_standing(place, force=force)
+
+
+def check_can_make(folder: Path) -> None:
+    """Check that a folder can be made, with all above it, before work begins.
+
+    Args:
+        folder: Where it will stand, absolute.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    above = next(parent for parent in folder.parents if os.path.lexists(parent))
+    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
+        return
+    reason = errno.EACCES if above.is_dir() else errno.ENOTDIR
+    raise _not_writable(folder, os.strerror(reason), f" at {above}")
 
 
 def _check_standing(place: Path, *, force: bool) -> None:
@@ -123,11 +140,8 @@ def staged(place: Path, *, force: bool) -> Iterator[Path]:
         finally:
             os.close(lock)
     except OSError as error:
-        raise OutputError(
-            f"{place} must be a folder that can be written: got "
-            f"{error.strerror or error}{_where(error, place)}. Check the place, or "
-            "name another folder."
-        ) from error
+        reason = str(error.strerror or error)
+        raise _not_writable(place, reason, _where(error, place)) from error
 
 
 def _lock(hidden: Path, place: Path) -> int:
@@ -330,6 +344,13 @@ def _sync(path: Path) -> None:
 def _where(error: OSError, place: Path) -> str:
     is_elsewhere = error.filename and str(error.filename) != str(place)
     return f" at {error.filename}" if is_elsewhere else ""
+
+
+def _not_writable(place: Path, reason: str, where: str) -> OutputError:
+    return OutputError(
+        f"{place} must be a folder that can be written: got {reason}{where}. Check the "
+        "place, or name another folder."
+    )
 
 
 def _fail_foreign(place: Path) -> NoReturn:

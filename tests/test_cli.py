@@ -196,11 +196,13 @@ class TestOutput:
         status, _, err = run(*args, "--stats-json", "-")
         assert json.loads(err).keys() == found.keys()
 
-    def test_stats_that_cannot_be_written(self, run, tmp_path, expected):
-        path = tmp_path / "none" / "stats.json"
-        status, out, err = run("--verbose", "False", "--stats-json", path)
-        assert (status, out) == (1, expected + "\n")
-        assert err.startswith("error: --stats-json must be a file that can be written")
+    @pytest.mark.parametrize("name", ["none/stats.json", ".", "file/stats.json"])
+    def test_stats_that_cannot_be_written(self, run, tmp_path, monkeypatch, name):
+        """That is said before there is any text."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").touch()
+        found = run("--stats-json", name)
+        assert_one_line(found, "--stats-json must be a file that can be written")
 
     @pytest.mark.parametrize("exactness", ["auto", "exact", "fast"])
     def test_exactness(self, run, expected, exactness):
@@ -432,6 +434,13 @@ class TestMistakes:
             (("--chat-template-config", "{"), "must be a JSON object: got '{'"),
             (("--chat-template-config", "[1]"), "must be a JSON object: got '[1]'"),
             (("--what",), "unrecognized argument: '--what'. See"),
+            *(
+                ((flag, "caf\udce9"), f"{flag} must be UTF-8 text")
+                for flag in (
+                    *("--system-prompt", "--prefill-response", "--stop"),
+                    *("--extra-eos-token", "--logit-bias", "--chat-template-config"),
+                )
+            ),
             (("-p", "caf\udce9"), "the prompt must be UTF-8 text"),
         ],
     )

@@ -131,6 +131,20 @@ class TestStaged:
         assert text_in(place) == "new"
         assert names(place.parent) == ["out"]
 
+    def test_a_file_above_it_is_told_at_once(self, tmp_path):
+        (tmp_path / "file").touch()
+        for place in (tmp_path / "file" / "out", tmp_path / "file" / "x" / "out"):
+            with pytest.raises(OutputError, match=r"got Not a directory at .*/file"):
+                check_place(place, force=False)
+
+    def test_no_permission_above_it_is_told_at_once(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+        check_place(tmp_path.parent / "out", force=False)
+        for place in (tmp_path / "out", tmp_path / "x" / "y"):
+            with pytest.raises(OutputError, match="got Permission denied at"):
+                check_place(place, force=False)
+        assert names(tmp_path) == []
+
     @pytest.mark.parametrize("force", [False, True])
     def test_what_came_meanwhile_stays(self, place, force):
         def write_beside():

@@ -335,6 +335,18 @@ def test_place_that_is_taken_is_refused_at_once(model, data, tmp_path, capsys):
     assert (output / "letter.txt").read_text() == "dear"
 
 
+@pytest.mark.parametrize("more", [(), ("--work", "file/work")])
+def test_place_that_cannot_be_made_is_refused_at_once(data, tmp_path, capsys, more):
+    """Before the target is even looked for."""
+    (tmp_path / "file").touch()
+    more = [text.replace("file", str(tmp_path / "file")) for text in more]
+    output = tmp_path / "made" if more else tmp_path / "file" / "made"
+    assert main(arguments(tmp_path / "none", data, output, *more)) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert "must be a folder that can be written: got Not a directory" in error[0]
+
+
 @pytest.mark.parametrize("work", ["made", "made/work", "."])
 def test_work_and_output_are_apart(model, data, tmp_path, capsys, work):
     more = ("--work", str(tmp_path / work))

@@ -24,7 +24,7 @@ from ..arguments import (
 from ..command import (
     exit_status,
     not_utf8,
-    set_up_output,
+    set_up_log,
 )
 from ..command_table import make_parser
 from ..display import Display
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """Load, then talk."""
-    set_up_output(sys.stdout, sys.stderr, verbose=args.verbose)
+    set_up_log(sys.stderr, verbose=args.verbose)
     session = _make_session(args)
     # Imported late: nothing heavy before the arguments are known to be good.
     from .commands import Commands

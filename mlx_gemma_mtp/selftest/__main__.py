@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-from ..command import exit_status, write_file
+from ..command import check_output_file, exit_status, write_file
 from ..command_table import make_parser
 from ..errors import OutputError, RequestError
 from ..store import cache_folder, forget
@@ -159,14 +157,7 @@ def _check(args: argparse.Namespace) -> None:
             "--draft-model must belong to a model. Name one with --model."
         )
     if args.json is not None:
-        path = Path(args.json)
-        if path.is_dir() or not os.access(
-            path if path.exists() else path.parent, os.W_OK
-        ):
-            raise OutputError(
-                f"--json must be a file that can be written: got {args.json}. Name "
-                "another one."
-            )
+        check_output_file("--json", args.json)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ is one line and exit status 1; a run that was cut off goes on with --resume.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -238,8 +237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     """Tune, print."""
     request = parse(sys.argv[1:] if argv is None else argv)
-    # It would say that PyTorch is not there, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Heavy imports wait until the arguments are known to be good.
     from .pipeline import tune
 

@@ -34,8 +34,8 @@ def not_writable(path: Path, error: OSError | RuntimeError) -> OutputError:
     """What to raise where a run's file or folder cannot be written."""
     reason = error.strerror if isinstance(error, OSError) else None
     return OutputError(
-        f"{path} must be writable: got {reason or error}. Check the disk, then "
-        "--resume, or take another --work."
+        f"{path} must be writable: got {reason or str(error).rstrip('.')}. Check the "
+        "disk, then --resume, or take another --work."
     )
 
 

@@ -31,7 +31,7 @@ from ..load import load
 from ..machine import describe_machine
 from ..pair import Pair, named_arrays, pair_of
 from ..pairing import fetch, find_drafter, hub_id
-from ..staging import check_free_space, check_place
+from ..staging import check_can_make, check_free_space, check_place
 from ..tables import size
 from ..target import Target, text_model
 from ..template_files import missing_template_note
@@ -110,6 +110,7 @@ def tune(
         MTPError: A mistake of the user's: data, checkpoints, settings or places.
     """
     check_place(request.place, force=_may_replace(request))
+    check_can_make(request.work_folder)
     folder = fetch(request.model, request.revision)
     plain, tokenizer = _load(request)
     params = SamplingParams(

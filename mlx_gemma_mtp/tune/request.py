@@ -156,11 +156,16 @@ class TuneRequest:
     @property
     def place(self) -> Path:
         """Where the drafter goes, absolute."""
-        return self.output.expanduser().absolute()
+        return _absolute(self.output)
 
     @property
     def work_folder(self) -> Path:
         """Where records and checkpoints are kept meanwhile, absolute."""
         if self.work is not None:
-            return self.work.expanduser().absolute()
+            return _absolute(self.work)
         return self.place.with_name(f"{self.place.name}.work")
+
+
+def _absolute(path: Path) -> Path:
+    """A path as a shell takes it: ~ of nobody is a name like others."""
+    return Path(os.path.expanduser(path)).absolute()
