@@ -36,7 +36,7 @@ from .flags import (
 from .template_files import missing_template_note
 
 if TYPE_CHECKING:
-    from .display import Display
+    from .display import Display, PromptProgress
     from .text import GenerationResponse
 
 DEFAULT_PROMPT = "hello"
@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.stats_json not in (None, "-"):
         check_output_file("--stats-json", args.stats_json)
     # Heavy imports wait until the arguments are known to be good.
-    from .display import Display
+    from .display import Display, PromptProgress
     from .pair import pair_of
     from .text import stream_generate
     from .tokens import check_settings
@@ -91,6 +91,7 @@ def _run(args: argparse.Namespace) -> int:
         for line in describe_sampling(args, defaults):
             _note(line)
     whole, opening = _apply_template(args, tokenizer, prompt, checked.template_config)
+    progress = PromptProgress(sys.stderr)
     responses = stream_generate(
         model,
         tokenizer,
@@ -105,9 +106,11 @@ def _run(args: argparse.Namespace) -> int:
         stop=args.stop,
         prefill_step_size=args.prefill_step_size,
         prompt_cache=saved.caches if saved else None,
+        prompt_progress_callback=progress.tell,
     )
     return _print_responses(
         responses,
+        progress,
         AnswerReader(marks_of(tokenizer), opening=opening),
         Display(sys.stdout, shows_thoughts=args.show_thoughts),
         verbose=args.verbose,
@@ -161,6 +164,7 @@ def _apply_template(
 
 def _print_responses(
     responses: Any,
+    progress: PromptProgress,
     reader: AnswerReader,
     display: Display,
     *,
@@ -176,6 +180,7 @@ def _print_responses(
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     finally:
+        progress.end()
         responses.close()
         display.show(reader.read("", is_last=True))
         display.end()

@@ -1,4 +1,4 @@
-"""An answer on a screen: thoughts apart from what is said.
+"""An answer on a screen: thoughts apart from what is said, and what comes before it.
 
 In a terminal thoughts are dimmed. Where standard output is a file or a pipe, a program
 reads it: thoughts are left out there unless they are asked for.
@@ -7,13 +7,18 @@ reads it: thoughts are left out there unless they are asked for.
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterable
 from typing import TextIO
 
 from .answer import REASONING, Part
+from .command import progress_bar
 
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 _GAP = "\n\n"  # between a thought and what follows
+_PATIENCE_S = 1.0  # until someone wonders whether anything happens
+_BETWEEN_S = 0.25  # two drawings
 
 
 class Display:
@@ -74,3 +79,54 @@ class Display:
             self._out.write(_GAP)
         if is_thought:
             self._out.write(self._marks[0])
+
+
+class PromptProgress:
+    """Shows how far a prompt was read, where that takes long and someone looks on.
+
+    A thread draws it: a chunk of a long prompt may take a slow machine half a minute.
+
+    Args:
+        notes: Standard error; where it is no terminal nothing is shown.
+    """
+
+    def __init__(self, notes: TextIO) -> None:
+        self._notes = notes
+        self._num_read = 0
+        self._has_ended = threading.Event()
+        self._drawing: threading.Thread | None = None
+
+    def tell(self, num_read: int, num_tokens: int) -> None:
+        """Take the prompt's tokens that were read so far, and all of them."""
+        self._num_read = num_read
+        if num_read == num_tokens:
+            self.end()
+        elif self._drawing is None and self._notes.isatty():
+            self._has_ended.clear()
+            self._drawing = threading.Thread(
+                target=self._draw, args=(num_tokens, time.time()), daemon=True
+            )
+            self._drawing.start()
+
+    def end(self) -> None:
+        """Take it off the screen."""
+        self._has_ended.set()
+        if self._drawing is not None:
+            self._drawing.join()
+            self._drawing = None
+
+    def _draw(self, num_tokens: int, start_s: float) -> None:
+        if self._has_ended.wait(_PATIENCE_S):
+            return
+        with progress_bar(
+            "Reading the prompt",
+            num_tokens,
+            self._notes,
+            initial=self._num_read,
+            unit=" tokens",
+            leave=False,
+        ) as bar:
+            bar.initial, bar.start_t = 0, start_s  # its rate is that from the start
+            while not self._has_ended.wait(_BETWEEN_S):
+                bar.n = self._num_read
+                bar.refresh()

@@ -4,8 +4,9 @@ import io
 
 import pytest
 
+from mlx_gemma_mtp import display
 from mlx_gemma_mtp.answer import CONTENT, REASONING, Part
-from mlx_gemma_mtp.display import Display
+from mlx_gemma_mtp.display import Display, PromptProgress
 
 
 class Screen(io.StringIO):
@@ -66,3 +67,39 @@ def test_what_is_said_of_an_answer_without_an_end():
     display.show([Part(*ANSWER)])
     assert display.cut_off(9) == "(cut off after 9 tokens; see --max-tokens)"
     assert display.cut_off(9, "full") == "(cut off after 9 tokens; full)"
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Nothing takes as little time as not to be shown, if a test waits for it."""
+    monkeypatch.setattr(display, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(display, "_BETWEEN_S", 0.001)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_prompt_that_takes_long_is_shown_and_is_gone_then(impatient, is_interrupted):
+    screen = Screen(True)
+    progress = PromptProgress(screen)
+    for num_read in (0, 50):
+        progress.tell(num_read, 100)
+        while f" {num_read}/100 " not in screen.getvalue():
+            pass
+    if is_interrupted:
+        progress.end()
+    else:
+        progress.tell(100, 100)
+    assert screen.getvalue().startswith("\rReading the prompt:   0%")
+    assert screen.getvalue().endswith("\r")
+    assert not screen.getvalue().split("\r")[-2].strip()
+
+
+def test_a_prompt_is_not_shown_to_a_file_or_where_it_is_read_at_once(monkeypatch):
+    monkeypatch.setattr(display, "_PATIENCE_S", 3600.0)
+    for is_terminal in (True, False):
+        screen = Screen(is_terminal)
+        progress = PromptProgress(screen)
+        for num_read in (0, 50, 100, 0, 1):
+            progress.tell(num_read, 100)
+        progress.end()
+        assert screen.getvalue() == ""
