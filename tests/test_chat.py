@@ -21,12 +21,12 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
-from mlx_lm.models.gemma4_text import Gemma4TextModel
 
 import mlx_gemma_mtp
 from mlx_gemma_mtp.chat import __main__ as chat
-from mlx_gemma_mtp.chat.commands import COMMANDS, HELP, Commands
+from mlx_gemma_mtp.chat.commands import COMMANDS, HELP, OTHER_NAMES, Commands
 from mlx_gemma_mtp.chat.conversation import Conversation
+from mlx_gemma_mtp.chat.history import MAX_ENTRIES, History
 from mlx_gemma_mtp.chat.kept import KeptCaches
 from mlx_gemma_mtp.chat.prompts import (
     PlainPrompts,
@@ -37,6 +37,7 @@ from mlx_gemma_mtp.chat.reader import read_message
 from mlx_gemma_mtp.chat.session import Session, Settings
 from mlx_gemma_mtp.encoding import num_common
 from mlx_gemma_mtp.errors import MTPError, RequestError
+from mlx_gemma_mtp.target import Target
 from tests.tiny import (
     CHAT_TEMPLATE,
     endless_folder,
@@ -94,13 +95,13 @@ def embedded():
 def num_read(monkeypatch):
     """The numbers of prompt tokens that the target reads, forward by forward."""
     numbers = []
-    forward = Gemma4TextModel.__call__
+    read = Target.read
 
-    def counted(self, inputs, *args, **settings):
-        numbers.append(inputs.shape[1])
-        return forward(self, inputs, *args, **settings)
+    def counted(self, tokens, caches):
+        numbers.append(tokens.size)
+        return read(self, tokens, caches)
 
-    monkeypatch.setattr(Gemma4TextModel, "__call__", counted)
+    monkeypatch.setattr(Target, "read", counted)
     return numbers
 
 
@@ -184,6 +185,10 @@ class TestReader:
             (['""""""', "one"], ["", "one"]),
             (['"""', '"""', "one"], ["", "one"]),
             (["", "one"], ["", "one"]),
+            (["a\n\n  b\\\nc", "d"], ["a\n\n  b\\\nc", "d"]),  # pasted
+            (['"""a\nb"""', "c"], ["a\nb", "c"]),
+            (['"""\na\nb\n"""\nc\nd', "e"], ["a\nb\nc\nd", "e"]),
+            (['"""\na', 'b\n"""', "c"], ["a\nb", "c"]),
             ([], []),
         ],
     )
@@ -392,6 +397,45 @@ class TestKeptCaches:
         assert (len(kept), kept.nbytes, kept.take([1, 2])) == (0, 0, (None, 0))
 
 
+class TestHistory:
+    def test_goes_on_in_the_next_session(self, tmp_path):
+        path = tmp_path / "new" / "history"
+        first, second = History(path), History(path)
+        for history, message in [(first, "a\n b"), (second, "é"), (first, "c")]:
+            history.add(message)
+        assert History(path).read() == ["a\n b", "é", "c"]
+        assert path.stat().st_mode & 0o777 == 0o600
+
+    def test_is_bounded(self, tmp_path):
+        path = tmp_path / "history"
+        path.write_text("".join(f'"{i}"\n' for i in range(3 * MAX_ENTRIES)))
+        path.chmod(0o644)
+        newest = [str(i) for i in range(2 * MAX_ENTRIES, 3 * MAX_ENTRIES)]
+        assert History(path).read() == newest
+        assert path.read_text() == "".join(f'"{i}"\n' for i in newest)
+        assert path.stat().st_mode & 0o777 == 0o600
+        History(path).add("x" * 100_000)
+        path.write_bytes(b"x" * 10**7 + b'\n"last"\n')
+        assert History(path).read() == ["last"]
+        assert path.read_text() == '"last"\n'
+
+    def test_what_is_none(self, tmp_path):
+        path = tmp_path / "history"
+        path.write_bytes(b'\xff\n"a"\n{}\n[[\n' + b"[" * 100_000 + b'\n"b"')
+        assert History(path).read() == ["a", "b"]
+
+    def test_a_place_that_cannot_be_written_is_said_once(self, tmp_path, caplog):
+        (tmp_path / "file").touch()
+        history = History(tmp_path / "file" / "history")
+        assert history.read() == []
+        for _ in range(2):
+            history.add("a")
+        assert [r.getMessage().count("\n") for r in caplog.records] == [0]
+        nowhere = History(None)
+        nowhere.add("a")
+        assert nowhere.read() == []
+
+
 class TestReuse:
     """With the embedded pair, whose text is tokenized as it was generated."""
 
@@ -470,10 +514,10 @@ class TestTemplateReuse:
         say(session, LONG)
         assert session.last.num_prompt > 2 * WINDOW
         stable = num_stable(
-            session._prompts,
+            session.prompts,
             Conversation(),
             LONG,
-            session._prompts.prompt(Conversation(), LONG).tokens,
+            session.prompts.prompt(Conversation(), LONG).tokens,
         )
         num_read.clear()
         say(session, "and the west")
@@ -534,7 +578,7 @@ class TestSession:
     def test_an_answer_ends_where_the_context_does(self, embedded, max_tokens):
         session = make_session(embedded, max_tokens=max_tokens)
         question = "def area(radius):"
-        num_tokens = len(session._prompts.prompt(Conversation(), question).tokens)
+        num_tokens = len(session.prompts.prompt(Conversation(), question).tokens)
         session.max_context = num_tokens + 5
         answer = list(session.answer(question))
         assert len(answer) == 5
@@ -567,7 +611,7 @@ class TestSession:
         assert len(session.conversation) == 1
         monkeypatch.undo()
         say(session, "def area(radius):")
-        prompt = session._prompts.prompt(Conversation(), "def area(radius):").tokens
+        prompt = session.prompts.prompt(Conversation(), "def area(radius):").tokens
         assert session.last.num_cached <= len(prompt)
 
     def test_totals(self, embedded):
@@ -643,6 +687,58 @@ class TestCommands:
             found.run("/drafts on")
         found.run("/drafts off")
 
+    @pytest.mark.parametrize(
+        ("line", "name", "value", "shown"),
+        [
+            ("/temp 0.7", "temp", 0.7, "/temp 0.7"),
+            ("/top-p .9", "top_p", 0.9, "/top-p 0.9"),
+            ("/top-k 40", "top_k", 40, "/top-k 40"),
+            ("/min-p 0.05", "min_p", 0.05, "/min-p 0.05"),
+            ("/seed 7", "seed", 7, "/seed 7"),
+            ("/seed off", "seed", None, "/seed off"),
+            ("/max-tokens 3", "max_tokens", 3, "/max-tokens 3"),
+            ("/max-tokens -1", "max_tokens", -1, "/max-tokens -1"),
+        ],
+    )
+    def test_settings(self, commands, line, name, value, shown):
+        found, session = commands
+        assert found.run(line) == shown == found.run(line.split()[0])
+        assert session.settings.value(name) == value
+
+    def test_settings_decide_of_the_next_answer(self, commands):
+        found, session = commands
+        greedy = say(session, "def area(radius):")
+        for line in ("/temp 3", "/seed 1", "/max-tokens 5"):
+            found.run(line)
+        assert not greedy.startswith(say(session, "def area(radius):"))
+        assert session.last.response.generation_tokens == 5
+
+    def test_thinking(self, chat_pair):
+        config = {"has_system": True}
+        session = make_session(chat_pair, config=config)
+        found = Commands(session, drafts="auto", shows_stats=False)
+        assert found.run("/thinking") == "/thinking on"
+        assert found.run("/thinking off") == "/thinking off"
+        assert session.prompts._config == {"has_system": True, "enable_thinking": False}
+        assert config == {"has_system": True}
+
+    def test_thinking_without_a_template(self, random_pair):
+        found = Commands(make_session(random_pair), drafts="auto", shows_stats=False)
+        with pytest.raises(RequestError, match="must have a chat template"):
+            found.run("/thinking off")
+
+    @pytest.mark.parametrize("name", OTHER_NAMES)
+    def test_other_names(self, commands, name):
+        found, _ = commands
+        assert found.is_meant(name)
+        assert OTHER_NAMES[name] in found._actions
+        if OTHER_NAMES[name] == "/help":
+            assert found.run(name) == HELP
+
+    @pytest.mark.parametrize("message", ["//q", " q", "quit", "Q", "q\nq", "r u ok?"])
+    def test_what_is_said_to_the_model(self, commands, message):
+        assert not commands[0].is_meant(message)
+
     def test_system(self, commands):
         found, session = commands
         assert found.run("/system") == "No system prompt."
@@ -685,6 +781,16 @@ class TestCommands:
             ("/foo", "got /foo"),
             ("/", "a command must be one of"),
             ("/stats x", "on or off: got x"),
+            ("/temp hot", "temp must be a number: got 'hot'"),
+            ("/temp -1", "temp must be 0 or more"),
+            ("/top-k 1.5", "top_k must be a whole number: got '1.5'"),
+            ("/top-p 2", "top_p must be from 0 to 1"),
+            ("/seed none", "a whole number, or off: got 'none'"),
+            ("/max-tokens 0", "max_tokens must be 1 or more"),
+            ("/thinking x", "on or off: got x"),
+            ("/retry x", "stand alone"),
+            ("/load /dev/zero", "must be a file that can be read"),
+            ("/load ~nobody.here/x", "must be a file that can be read"),
             ("/drafts", "got nothing"),
             ("/drafts 9", "0 to 8: got 9"),
             ("/drafts -1", "got -1"),
@@ -705,6 +811,16 @@ class TestCommands:
         with pytest.raises(MTPError, match=reason) as error:
             commands[0].run(line)
         one_line(error.value)
+
+    def test_a_file_that_is_too_large(self, commands, tmp_path, monkeypatch):
+        path = tmp_path / "large"
+        with path.open("wb") as file:
+            file.truncate(3 * 10**9)
+        with pytest.raises(RequestError, match="at most 10 MB: got 3000") as error:
+            commands[0].run(f"/load {path}")
+        one_line(error.value)
+        with pytest.raises(MTPError, match="holds something else"):
+            commands[0].run(f"/save {path}")
 
     def test_a_file_that_is_no_text(self, commands, tmp_path):
         path = tmp_path / "bytes"
@@ -789,13 +905,50 @@ class TestCommand:
         questions = []
         answer = SESSION.Session.answer
 
-        def recorded(self, question):
+        def recorded(self, question, on_progress):
             questions.append(question)
-            return answer(self, question)
+            return answer(self, question, on_progress)
 
         monkeypatch.setattr(SESSION.Session, "answer", recorded)
         run('def f(a):\\\n    return a\n\n  \n"""\n//x\n"""\n//y\n', "-m", "2")
         assert questions == ["def f(a):\n    return a", "/x", "/y"]
+
+    def test_retry(self, run, embedded):
+        """Another answer takes the place of the last one."""
+        typed = "def a(b):\n/max-tokens 3\n/retry\n/stats\n/undo\n"
+        status, out, err = run(typed, "-m", "6")
+        sessions = [make_session(embedded, max_tokens=most) for most in (6, 3)]
+        assert status == 0
+        assert out == "".join(f"{say(one, 'def a(b):')}\n" for one in sessions)
+        assert "(greedy, or of one seed: the same answer again" in err
+        assert "All 2 answers" in err
+
+    def test_retry_of_nothing(self, run):
+        status, _, err = run("/retry\n", "-m", "6", "--temp", "1")
+        assert status == 1
+        assert "the same answer again" not in err
+        assert "error: the conversation must have an exchange" in err
+
+    def test_retry_that_fails_loses_nothing(self, run, monkeypatch):
+        answer = SESSION.Session.answer
+        asked = []
+
+        def failing(self, question, on_progress):
+            asked.append(question)
+            if len(asked) > 1:
+                raise RequestError("no")
+            return answer(self, question, on_progress)
+
+        monkeypatch.setattr(SESSION.Session, "answer", failing)
+        typed = "def a(b):\n/retry\n/undo\nq\n"
+        status, _, err = run(typed, "-m", "2", is_terminal=True)
+        assert (status, asked) == (0, ["def a(b):", "def a(b):"])
+        assert "Dropped: def a(b):" in err
+
+    def test_words_of_mlx_lms_chat(self, run):
+        status, out, err = run("def a(b):\nr\nh\nq\nnever\n", "-m", "1")
+        assert (status, "never" in out) == (0, False)
+        assert "A new conversation.\n" + HELP in err
 
     def test_input_that_is_not_text(self, run):
         status, out, err = run(b"\xff\n", "-m", "2")
@@ -893,27 +1046,6 @@ class TestProcess:
         assert out.endswith(b"\n")
         assert b"Traceback" not in err
 
-    @pytest.mark.skipif(os.name != "posix", reason="terminals as POSIX has them")
-    def test_control_c_in_a_terminal(self, endless):
-        """The answer stops, the chat goes on; what was said stays."""
-        ours, theirs = os.openpty()
-        args = ("--model", endless, "-m", "-1")
-        try:
-            with start(*args, stdin=theirs, stdout=theirs) as process:
-                read_until(ours, b"> ")
-                os.write(ours, b"the rain\n")
-                read_until(ours, b"the rain\r\n", more=40)
-                process.send_signal(signal.SIGINT)
-                read_until(ours, b"> ")
-                os.write(ours, b"/stats\n/undo\n\x04")
-                _, err = process.communicate(timeout=300)
-        finally:
-            os.close(ours)
-            os.close(theirs)
-        assert process.returncode == 0, err
-        for part in (b"(stopped)", b"Last answer:", b"Dropped: the rain"):
-            assert part in err
-
     @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
     def test_a_reader_that_leaves(self, endless):
         args = ("--model", endless, "-m", "-1")
@@ -926,11 +1058,3 @@ class TestProcess:
             process.stdin.close()
         assert process.returncode == 141, err
         assert b"Traceback" not in err
-
-
-def read_until(terminal, text, *, more=0):
-    """Read what a terminal shows up to a text, and so many bytes behind it."""
-    shown = b""
-    while text not in shown or len(shown.split(text, 1)[1]) < more:
-        shown += os.read(terminal, 1024)
-    return shown

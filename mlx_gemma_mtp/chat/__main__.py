@@ -21,13 +21,9 @@ from ..arguments import (
     add_verbose,
     check,
 )
-from ..command import (
-    exit_status,
-    not_utf8,
-    set_up_log,
-)
+from ..command import exit_status, set_up_log
 from ..command_table import make_parser
-from ..display import Display
+from ..display import Display, PromptProgress
 from ..errors import MTPError
 from ..flags import (
     EMBEDDED_NOTE,
@@ -47,7 +43,6 @@ if TYPE_CHECKING:
     from .session import Session
 
 DEFAULT_MAX_TOKENS = 512
-_PROMPTS = {False: "> ", True: "... "}  # by whether a message has begun
 _NO_TEMPLATE = "what you type and what it answers is one text that it goes on with"
 
 
@@ -93,23 +88,25 @@ def _run(args: argparse.Namespace) -> int:
     session = _make_session(args)
     # Imported late: nothing heavy before the arguments are known to be good.
     from .commands import Commands
+    from .terminal import Lines
 
     commands = Commands(session, drafts=args.num_draft_tokens, shows_stats=args.stats)
-    if sys.stdin.isatty():
-        _set_up_editing()
-        _note("/help lists what else can be said, Ctrl-D leaves.")
+    lines = Lines(sys.stdin, sys.stdout, sys.stderr)
+    if lines.is_terminal:
+        _note("/help lists what else can be said, q or Ctrl-D leaves.")
     while not commands.has_ended:
         try:
-            message = read_message(_next_line)
+            message = read_message(lines.next)
             if message is None:
                 break
+            lines.keep(message)
             _respond(session, commands, message, shows_thoughts=args.show_thoughts)
         except MTPError as error:
-            if not sys.stdin.isatty():
+            if not lines.is_terminal:
                 raise
             _note(f"error: {error}")
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():
+            if not lines.is_terminal:
                 raise
             _note("")
     return 0
@@ -159,59 +156,45 @@ def _make_session(args: argparse.Namespace) -> Session:
     )
 
 
-def _set_up_editing() -> None:
-    """Let lines be edited and called back, where the platform can."""
-    try:
-        import readline
-    except ImportError:  # Python may be built without it
-        return
-    readline.parse_and_bind("tab: self-insert")  # code is indented
-
-
-def _next_line(has_begun: bool) -> str | None:
-    """Ask for a line; None at the end of the input.
-
-    Raises:
-        RequestError: It is not UTF-8.
-    """
-    is_terminal = sys.stdin.isatty()
-    try:
-        if is_terminal and sys.stdout.isatty():
-            line = input(_PROMPTS[has_begun])
-        else:
-            if is_terminal:
-                print(_PROMPTS[has_begun], end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                raise EOFError
-        line.encode()  # a terminal may keep what is not UTF-8 as surrogates
-    except EOFError:
-        if is_terminal:
-            _note("")
-        return None
-    except UnicodeError as error:
-        raise not_utf8("a message", error) from error
-    return line.removesuffix("\n")
-
-
 def _respond(
     session: Session, commands: Commands, message: str, *, shows_thoughts: bool
 ) -> None:
     """Carry a command out, or answer."""
     if not message.strip():
         return
-    if message.startswith("//"):
-        message = message[1:]
-    elif message.startswith("/"):
+    if not commands.is_meant(message):
+        question = message.removeprefix("/") if message.startswith("//") else message
+        _print_answer(session, question, shows_thoughts=shows_thoughts)
+    else:
         text = commands.run(message)
         if text:
             _note(text)
-        return
-    _print_answer(session, message, shows_thoughts=shows_thoughts)
+        if not commands.asks_again:
+            return
+        commands.asks_again = False
+        _retry(session, shows_thoughts=shows_thoughts)
     if commands.shows_stats and session.last is not None:
         from .figures import describe_turn
 
         _note(f"[{describe_turn(session.last)}]")
+
+
+def _retry(session: Session, *, shows_thoughts: bool) -> None:
+    """Answer the last question again; the answer before stays if there is no other.
+
+    Raises:
+        RequestError: There is no question.
+    """
+    conversation = session.conversation
+    before = conversation.undo()
+    num_others = len(conversation)
+    if session.settings.gives_one_answer:
+        _note("(greedy, or of one seed: the same answer again; see /temp and /seed)")
+    try:
+        _print_answer(session, before.question, shows_thoughts=shows_thoughts)
+    finally:
+        if len(conversation) == num_others:
+            conversation.add(before.question, before.answer, before.thought)
 
 
 def _print_answer(session: Session, question: str, *, shows_thoughts: bool) -> None:
@@ -223,7 +206,8 @@ def _print_answer(session: Session, question: str, *, shows_thoughts: bool) -> N
     """
     response = None
     display = Display(sys.stdout, shows_thoughts=shows_thoughts)
-    answer = session.answer(question)
+    progress = PromptProgress(sys.stderr)
+    answer = session.answer(question, progress.tell)
     with Interrupts() as interrupts:
         try:
             for said in answer:
@@ -233,6 +217,7 @@ def _print_answer(session: Session, question: str, *, shows_thoughts: bool) -> N
                 if interrupts.asked:
                     break
         finally:
+            progress.end()
             answer.close()
             if response is not None:
                 display.show(session.unsaid)

@@ -61,8 +61,8 @@ class Conversation:
         """
         if not self._exchanges:
             raise RequestError(
-                "/undo must have an exchange to drop: got an empty conversation. Say "
-                "something first."
+                "the conversation must have an exchange to take back: got an empty "
+                "conversation. Say something first."
             )
         return self._exchanges.pop()
 

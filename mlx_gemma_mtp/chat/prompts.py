@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ..chat_template import ChatPrompt, apply_chat_template
+from ..chat_template import (
+    DEFAULT_THINKING,
+    THINKING,
+    ChatPrompt,
+    apply_chat_template,
+)
 from ..encoding import encode_text, num_common
 from ..errors import RequestError
 from .conversation import Conversation
@@ -25,9 +30,12 @@ class Prompts(Protocol):
 
     Attributes:
         answers: Answers that show how the next prompt may go on.
+        thinks: Whether the template is told that the model thinks before it answers;
+            None where there is no template.
     """
 
     answers: tuple[str, ...]
+    thinks: bool | None
 
     def prompt(self, conversation: Conversation, *further: str) -> ChatPrompt:
         """The prompt of a conversation and what is said next."""
@@ -46,7 +54,16 @@ class TemplatePrompts:
 
     def __init__(self, tokenizer: Any, config: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
-        self._config = config
+        self._config = {**config}
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the template is told that the model thinks before it answers."""
+        return bool(self._config.get(THINKING, DEFAULT_THINKING))
+
+    @thinks.setter
+    def thinks(self, thinks: bool | None) -> None:
+        self._config[THINKING] = thinks
 
     def prompt(self, conversation: Conversation, *further: str) -> ChatPrompt:
         """The prompt of a conversation and what is said next.
@@ -69,6 +86,7 @@ class PlainPrompts:
 
     # A space or a line end may become one token with the line end before it.
     answers: tuple[str, ...] = ("x", " ", "\n")
+    thinks: bool | None = None
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -1,7 +1,8 @@
 """Lines to messages: one line, or several.
 
 A line that ends in a backslash goes on in the next one; between three quotes
-everything counts, line ends included. Knows nothing of the terminal.
+everything counts, line ends included. A line may hold line ends of its own, where it
+was pasted. Knows nothing of the terminal.
 """
 
 from __future__ import annotations
@@ -35,17 +36,22 @@ def _read_quoted(line: str, next_line: NextLine) -> str:
     """What stands between three quotes; what follows the closing ones on their line."""
     lines: list[str] = []
     following: str | None = line
+    end = -1  # the line that the closing quotes are on
     while following is not None:
         inside, quotes, after = following.partition(QUOTES)
-        lines.append(inside)
+        lines += inside.split("\n")
         if quotes:
-            lines[-1] += after
+            end = len(lines) - 1
+            rest, *further = after.split("\n")
+            lines[end] += rest
+            lines += further
             break
         following = next_line(True)
     # Quotes on lines of their own do not make empty lines.
     first = 1 if len(lines) > 1 and not lines[0].strip() else 0
-    last = len(lines) - 1 if len(lines) > first + 1 and not lines[-1].strip() else None
-    return "\n".join(lines[first:last])
+    if len(lines) > first + 1 and not lines[end].strip():
+        del lines[end]
+    return "\n".join(lines[first:])
 
 
 def _read_continued(line: str, next_line: NextLine) -> str:

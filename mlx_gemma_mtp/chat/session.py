@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,30 +25,9 @@ from ..text import GenerationResponse, stream_generate
 from .conversation import Conversation
 from .kept import KeptCaches
 from .prompts import Prompts, num_stable
+from .settings import NO_LIMIT, Settings
 
-NO_LIMIT = -1
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How answers are made.
-
-    Attributes:
-        max_tokens: Most tokens of an answer, 1 or more; -1 for no limit but the
-            model's longest context.
-        prefill_step_size: Most prompt tokens in one forward.
-        exactness: As ``stream_generate`` has it.
-        stop: Strings that end an answer.
-        sampling: The sampling settings of ``stream_generate``.
-        logits_processors: What changes logits, as ``stream_generate`` takes it.
-    """
-
-    max_tokens: int
-    prefill_step_size: int
-    exactness: str
-    stop: Sequence[str]
-    sampling: dict[str, Any]
-    logits_processors: Sequence[LogitsProcessor] = ()
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass
@@ -133,6 +112,8 @@ class Session:
         system: The system prompt; None for none.
 
     Attributes:
+        prompts: What makes prompts of conversations.
+        settings: How answers are made from here on.
         max_context: Most tokens of prompt and answer that the model can look at.
         has_drafter: Whether the model has a drafter.
         conversation: What was said; may be replaced by another one.
@@ -157,8 +138,8 @@ class Session:
         self._target = Target(model)
         self._tokenizer = tokenizer
         self._marks = marks_of(tokenizer)
-        self._prompts = prompts
-        self._settings = settings
+        self.prompts = prompts
+        self.settings = settings
         self.max_context: int = text_model(model).args.max_position_embeddings
         self.has_drafter = pair_of(model).drafter is not None
         self.conversation = Conversation(system)
@@ -181,7 +162,9 @@ class Session:
         self.conversation = Conversation(self.conversation.system)
         self.kept.clear()
 
-    def answer(self, question: str) -> Generator[Said, None, None]:
+    def answer(
+        self, question: str, on_progress: OnProgress = lambda num_read, num_tokens: None
+    ) -> Generator[Said, None, None]:
         """Answer a question; the exchange joins the conversation.
 
         Closed early, what was said so far is the answer; a question of whose answer
@@ -189,6 +172,8 @@ class Session:
 
         Args:
             question: What the user says.
+            on_progress: Called while a part of the prompt is read, with its tokens that
+                were read so far and all of them.
 
         Yields:
             What each token adds.
@@ -197,12 +182,12 @@ class Session:
             RequestError: The conversation is longer than the model's longest context,
                 or its chat template does not take it.
         """
-        asked = self._prompts.prompt(self.conversation, question)
+        asked = self.prompts.prompt(self.conversation, question)
         prompt, opening = asked.tokens, asked.opening
         max_tokens = self._max_tokens(len(prompt))
         turn = Turn(len(prompt))
-        caches, num_held = self._read_beginning(question, prompt, turn)
-        settings = self._settings
+        caches, num_held = self._read_beginning(question, prompt, turn, on_progress)
+        settings = self.settings
         before = mx.array(prompt[:num_held], dtype=mx.int32)
         responses = stream_generate(
             self._model,
@@ -217,6 +202,7 @@ class Session:
             stop=settings.stop,
             prefill_step_size=settings.prefill_step_size,
             prompt_cache=caches,
+            prompt_progress_callback=on_progress,
         )
         reader = AnswerReader(self._marks, opening=opening)
         yield from self._follow(responses, reader, question, prompt, caches, turn)
@@ -276,33 +262,41 @@ class Session:
                 f"model's longest context: got {num_prompt} with this message. Take "
                 "something back (/undo), begin anew (/reset), or say less."
             )
-        limit = self._settings.max_tokens
+        limit = self.settings.max_tokens
         return room if limit == NO_LIMIT else min(limit, room)
 
     def _read_beginning(
-        self, question: str, prompt: list[int], turn: Turn
+        self,
+        question: str,
+        prompt: list[int],
+        turn: Turn,
+        on_progress: OnProgress,
     ) -> tuple[list[Any], int]:
         """Read as much of a prompt as later ones will begin with too, and keep it.
 
         Returns:
             Caches of the prompt's beginning, and how many of its tokens they hold.
         """
-        stable = num_stable(self._prompts, self.conversation, question, prompt)
+        stable = num_stable(self.prompts, self.conversation, question, prompt)
         found, turn.num_cached = self.kept.take(prompt)
         caches = make_prompt_cache(self._model) if found is None else found
         if stable <= turn.num_cached:
             return caches, turn.num_cached
-        self._read(prompt[turn.num_cached : stable], caches)
+        self._read(prompt[turn.num_cached : stable], caches, on_progress)
         self.kept.keep(prompt[:stable], caches)
         return copy.deepcopy(caches), stable
 
-    def _read(self, tokens: list[int], caches: list[Any]) -> None:
+    def _read(
+        self, tokens: list[int], caches: list[Any], on_progress: OnProgress
+    ) -> None:
         """Let the target read tokens that follow what the caches hold."""
-        step = self._settings.prefill_step_size
-        for start in range(0, len(tokens), step):
+        step, count = self.settings.prefill_step_size, len(tokens)
+        for start in range(0, count, step):
+            on_progress(start, count)
             self._target.read(mx.array(tokens[start : start + step]), caches)
             mx.eval([cache.state for cache in caches])
             mx.clear_cache()
+        on_progress(count, count)
 
 
 def _after(before: mx.array, processor: LogitsProcessor) -> LogitsProcessor:

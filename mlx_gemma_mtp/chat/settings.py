@@ -1,0 +1,98 @@
+"""How answers are made, and what of it can be changed while a chat goes on.
+
+Knows nothing of sessions or of the terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..config import SamplingParams
+from ..errors import RequestError
+from ..processing import LogitsProcessor
+from ..tokens import check_settings
+
+NO_LIMIT = -1
+_MAX_TOKENS = "max_tokens"
+_TYPES: dict[str, type] = {
+    "temp": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "seed": int,
+    _MAX_TOKENS: int,
+}
+NAMES = tuple(_TYPES)
+_OFF = "off"  # of a seed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are made.
+
+    Attributes:
+        max_tokens: Most tokens of an answer, 1 or more; -1 for no limit but the
+            model's longest context.
+        prefill_step_size: Most prompt tokens in one forward.
+        exactness: As ``stream_generate`` has it.
+        stop: Strings that end an answer.
+        sampling: The sampling settings of ``stream_generate``.
+        logits_processors: What changes logits, as ``stream_generate`` takes it.
+    """
+
+    max_tokens: int
+    prefill_step_size: int
+    exactness: str
+    stop: Sequence[str]
+    sampling: dict[str, Any]
+    logits_processors: Sequence[LogitsProcessor] = ()
+
+    @property
+    def gives_one_answer(self) -> bool:
+        """Whether the same prompt gets the same answer again."""
+        sampling = SamplingParams(**self.sampling)
+        return not sampling.temp or sampling.seed is not None
+
+    def value(self, name: str) -> Any:
+        """One of ``NAMES``."""
+        if name == _MAX_TOKENS:
+            return self.max_tokens
+        return getattr(SamplingParams(**self.sampling), name)
+
+    def changed(self, name: str, text: str) -> Settings:
+        """The settings with another value of one.
+
+        Args:
+            name: One of ``NAMES``.
+            text: The value; of a seed also off.
+
+        Raises:
+            RequestError: It is no number, or outside its range.
+        """
+        is_off = (name, text) == ("seed", _OFF)
+        value: Any = None if is_off else _number(name, text)
+        if name == _MAX_TOKENS:
+            check_settings(
+                max_tokens=value,
+                num_draft_tokens=None,
+                prefill_step_size=self.prefill_step_size,
+            )
+            return replace(self, max_tokens=value)
+        sampling = self.sampling | {name: value}
+        SamplingParams(**sampling)  # checks it
+        return replace(self, sampling=sampling)
+
+
+def _number(name: str, text: str) -> Any:
+    """A setting's value."""
+    kind = _TYPES[name]
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a number" if kind is float else "a whole number"
+        raise RequestError(
+            f"{name} must be {what}{', or off' * (name == 'seed')}: got "
+            f"{text[:40]!r}. Without a value it is shown."
+        ) from None
