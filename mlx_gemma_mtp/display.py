@@ -87,11 +87,13 @@ class PromptProgress:
     A thread draws it: a chunk of a long prompt may take a slow machine half a minute.
 
     Args:
-        notes: Standard error; where it is no terminal nothing is shown.
+        notes: Standard error; where it is no terminal, or a simple one, nothing is
+            shown: what cannot be taken back would stand before the text.
     """
 
     def __init__(self, notes: TextIO) -> None:
         self._notes = notes
+        self._is_shown = notes.isatty() and os.environ.get("TERM") != "dumb"
         self._num_read = 0
         self._has_ended = threading.Event()
         self._drawing: threading.Thread | None = None
@@ -101,7 +103,7 @@ class PromptProgress:
         self._num_read = num_read
         if num_read == num_tokens:
             self.end()
-        elif self._drawing is None and self._notes.isatty():
+        elif self._drawing is None and self._is_shown:
             self._has_ended.clear()
             self._drawing = threading.Thread(
                 target=self._draw, args=(num_tokens, time.time()), daemon=True

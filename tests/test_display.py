@@ -94,12 +94,17 @@ def test_a_prompt_that_takes_long_is_shown_and_is_gone_then(impatient, is_interr
     assert not screen.getvalue().split("\r")[-2].strip()
 
 
-def test_a_prompt_is_not_shown_to_a_file_or_where_it_is_read_at_once(monkeypatch):
-    monkeypatch.setattr(display, "_PATIENCE_S", 3600.0)
-    for is_terminal in (True, False):
-        screen = Screen(is_terminal)
-        progress = PromptProgress(screen)
-        for num_read in (0, 50, 100, 0, 1):
-            progress.tell(num_read, 100)
-        progress.end()
-        assert screen.getvalue() == ""
+@pytest.mark.parametrize(
+    ("is_terminal", "term", "patience_s"),
+    [(False, "xterm", 0.0), (True, "dumb", 0.0), (True, "xterm", 3600.0)],
+)
+def test_a_prompt_is_not_shown(impatient, monkeypatch, is_terminal, term, patience_s):
+    """To a file, where it could not be taken back, or where it is read at once."""
+    monkeypatch.setattr(display, "_PATIENCE_S", patience_s)
+    monkeypatch.setenv("TERM", term)
+    screen = Screen(is_terminal)
+    progress = PromptProgress(screen)
+    for num_read in (0, 50, 100, 0, 1):
+        progress.tell(num_read, 100)
+    progress.end()
+    assert screen.getvalue() == ""
