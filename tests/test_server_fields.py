@@ -166,6 +166,11 @@ class TestRefused:
             for nothing in (None, *harmless):
                 assert ask(client, path, **{name: nothing}).status == 200
 
+    def test_a_switch_is_no_number(self, client):
+        for value, status in ((1, 200), (1.0, 200), (True, 400), (2, 400)):
+            response = ask(client, COMPLETIONS, length_penalty=value)
+            assert response.status == status
+
     def test_marks_of_a_text_that_a_request_adds(self, client):
         """Conversations begin with one as they are, texts get one."""
         for path, usual in ((CHAT, False), (COMPLETIONS, True)):

@@ -178,7 +178,7 @@ def test_requests_that_schemathesis_makes(tmp_path, key):
         described.write_bytes(client.get("/openapi.json").body)
         address = f"http://127.0.0.1:{client.port}"
         command = [sys.executable, "-m", "schemathesis.cli", "run", str(described)]
-        options = ["--url", address, "--max-examples", "200", *headers]
+        options = ["--url", address, "--max-examples", "100", *headers]
         result = subprocess.run(
             [*command, *options],
             capture_output=True,

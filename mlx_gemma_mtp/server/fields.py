@@ -97,11 +97,13 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "adapters": ("--adapter-path names them when the server starts", ()),
     "role_mapping": ("--chat-template says how roles are written", ()),
 }
-_REFUSED_IN_CHATS = {
+REFUSED_IN_CHATS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **_REFUSED,
     "add_special_tokens": (_ADDED, (False,)),
     "best_of": (_BEAMS, (1,)),
 }
-_REFUSED_IN_COMPLETIONS = {
+REFUSED_IN_COMPLETIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **_REFUSED,
     "add_special_tokens": (_ADDED, (True,)),
     "chat_template_kwargs": (_CHATS, ({},)),
     "continue_final_message": (_CHATS, (False,)),
@@ -111,7 +113,7 @@ _REFUSED_IN_COMPLETIONS = {
     "tools": (_CHATS, ([],)),
     "top_logprobs": ("logprobs says how many here", (0, -1)),
 }
-_REFUSED_IN_MESSAGES = {
+REFUSED_IN_MESSAGES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "audio": (_TEXT_ONLY, ()),
     "function_call": ("it is the old form of tool_calls. Send these", ()),
 }
@@ -160,7 +162,7 @@ class Fields:
         Raises:
             AnswerError: One asks for something that is not done.
         """
-        self._check({**_REFUSED, **_REFUSED_IN_COMPLETIONS}, extra)
+        self._check(REFUSED_IN_COMPLETIONS, extra)
 
     def check_chat(
         self, extra: Mapping[str, Any], messages: Iterable[Mapping[str, Any]]
@@ -170,9 +172,9 @@ class Fields:
         Raises:
             AnswerError: One asks for something that is not done.
         """
-        self._check({**_REFUSED, **_REFUSED_IN_CHATS}, extra)
+        self._check(REFUSED_IN_CHATS, extra)
         for number, fields in enumerate(messages):
-            _refuse(_REFUSED_IN_MESSAGES, fields, f"messages.{number}.")
+            _refuse(REFUSED_IN_MESSAGES, fields, f"messages.{number}.")
 
     def _check(
         self,
@@ -198,6 +200,12 @@ def _refuse(
 ) -> None:
     for name, value in fields.items():
         reason, harmless = refused.get(name, ("", ()))
-        if reason and value is not None and value not in harmless:
+        if reason and value is not None and not _is_one_of(value, harmless):
             name = f"{place}{name}"
             raise bad_request(f"{name} must be left out: {reason}.", name)
+
+
+def _is_one_of(value: Any, others: tuple[Any, ...]) -> bool:
+    """Whether a value is one of several as JSON tells them apart: true is not 1."""
+    is_switch = isinstance(value, bool)
+    return any(value == each and is_switch == isinstance(each, bool) for each in others)

@@ -40,7 +40,7 @@ def read(raw: bytes) -> Any:
         json.JSONDecodeError: It cannot be read, for whatever reason.
     """
     try:
-        found = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
+        found = json.loads(raw.decode("utf-8-sig"), parse_constant=refuse_constant)
         if b"\\ud" in raw or b"\\uD" in raw:  # how a surrogate is written
             json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
@@ -49,6 +49,10 @@ def read(raw: bytes) -> Any:
     return found
 
 
-def _refuse(name: str) -> NoReturn:
-    """NaN and its like, which Python takes for JSON."""
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse NaN and its like, which Python takes for JSON.
+
+    Raises:
+        ValueError: Always.
+    """
     raise ValueError(name)

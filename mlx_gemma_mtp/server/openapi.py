@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from . import answer_schema as answers
 from .arguments import RESERVED
+from .fields import REFUSED_IN_CHATS, REFUSED_IN_COMPLETIONS, REFUSED_IN_MESSAGES
 from .gate import OPEN_PATHS
 from .metrics import CONTENT_TYPE
 from .request_log import ID_HEADER
@@ -160,6 +161,14 @@ def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
             _bound_tokens(fields.get(name), offer.vocab_size)
     for field in (text["properties"]["logprobs"], chat["properties"]["top_logprobs"]):
         field["anyOf"][0]["maximum"] = offer.max_logprobs
+    for body, refused in (
+        (chat, REFUSED_IN_CHATS),
+        (text, REFUSED_IN_COMPLETIONS),
+        (schemas["Message"], REFUSED_IN_MESSAGES),
+    ):
+        for name, (reason, harmless) in refused.items():
+            values = {"enum": [None, *harmless]}
+            body["properties"][name] = {"description": f"Refused: {reason}.", **values}
     schemas["ResponseFormat"]["properties"]["type"]["const"] = "text"
     fields = chat["properties"]
     fields["tool_choice"]["enum"] = ["auto", "none", "", {}, None]

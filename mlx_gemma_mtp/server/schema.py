@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from ..arguments import MAX_BIAS
 from ..config import MAX_DRAFT_TOKENS
 from ..tool_calls import MAX_DEPTH
+from .json_body import refuse_constant
 
 T = TypeVar("T")
 
@@ -189,11 +190,6 @@ Part = Annotated[
 ]
 
 
-def _refuse(name: str) -> None:
-    """NaN and its like, which Python takes for JSON."""
-    raise ValueError(name)
-
-
 def _is_flat(value: Any, depth: int = MAX_DEPTH) -> bool:
     """Whether values are nested no deeper than in any call that is read."""
     if not isinstance(value, (dict, list)):
@@ -221,7 +217,11 @@ class CalledFunction(_Body):
         if not isinstance(value, str):
             return value
         try:
-            found = json.loads(value, parse_constant=_refuse) if value.strip() else {}
+            found = (
+                json.loads(value, parse_constant=refuse_constant)
+                if value.strip()
+                else {}
+            )
             json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
         except (RecursionError, ValueError):  # or half of a surrogate pair
             return value
