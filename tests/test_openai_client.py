@@ -342,6 +342,19 @@ class TestErrors:
             client.embeddings.create(model=MODEL, input="a")
 
 
+class TestNames:
+    def test_requests_and_mistakes_have_one(self, client, openai):
+        whole = client.completions.create(**GREEDY, prompt=CODE)
+        named = {"x-request-id": "mine"}
+        given = client.completions.create(**GREEDY, prompt=CODE, extra_headers=named)
+        with pytest.raises(openai.BadRequestError) as error:
+            client.completions.create(model=MODEL, prompt=[])
+        names = [whole._request_id, given._request_id, error.value.request_id]
+        assert names[1] == "mine"
+        assert len(set(names)) == 3
+        assert all(names)
+
+
 class TestAsync:
     def test_streams_side_by_side(self, client, openai, address):
         """Each gets the text that it gets alone."""
