@@ -21,6 +21,7 @@ from mlx_gemma_mtp.checkpoint import (
     open_checkpoint,
     read_json,
 )
+from mlx_gemma_mtp.command import NO_ROOM
 from mlx_gemma_mtp.config import cut
 from mlx_gemma_mtp.errors import CheckpointError
 from mlx_gemma_mtp.template_files import (
@@ -91,6 +92,8 @@ def check_tokenizer(folder: Path, *, vocab_size: int) -> None:
         with one_line(f"the tokenizer in {cut(folder)}"):
             token_ids = tokenizer.encode(_SAMPLES[0])
     except OSError as error:
+        if error.errno in NO_ROOM:  # not the checkpoint's: the command tells it
+            raise
         raise CheckpointError(
             f"{error.filename or folder} must be readable: got "
             f"{error.strerror or error}. Check the path and its permissions."

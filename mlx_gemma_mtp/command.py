@@ -28,7 +28,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 _SET_UTF8 = "Set LC_ALL=C.UTF-8, and leave PYTHONIOENCODING out."
 # What a disk answers that is full, or that nothing can be written to.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 # Libraries that say what no user of ours can act on, and who else may ask them to.
 _TALKATIVE = {
     "transformers": "TRANSFORMERS_VERBOSITY",
@@ -190,9 +190,11 @@ def _lost(output: TextIO, error: OSError) -> str | None:
     except OSError:  # what failed before is still there, and fails again
         drop_output(output)
     else:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             return None
-    place = "" if error.filename is None else f" at {error.filename}"
+    # Of a copy the second one is where it goes.
+    where = error.filename2 or error.filename
+    place = "" if where is None else f" at {where}"
     return (
         f"what is written must find room{place}: got {error.strerror}. Make some, or "
         "write elsewhere."

@@ -81,9 +81,10 @@ class TestWriting:
         assert said.startswith("error: what is written must find room: got File too")
         assert said.count("\n") == 1
 
-    def test_a_full_disk_beside_standard_output(self):
+    @pytest.mark.parametrize("names", [("/there",), ("/here", None, "/there")])
+    def test_a_full_disk_beside_standard_output(self, names):
         def run():
-            raise OSError(errno.ENOSPC, "No space left on device", "/there")
+            raise OSError(errno.ENOSPC, "No space left on device", *names)
 
         status, said = ended(run, io.StringIO())
         assert (status, said.count("\n")) == (1, 1)

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_convert_tokenizer.py
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from typing import Any
@@ -311,3 +312,15 @@ def test_a_tokenizer_of_another_target(tmp_path, capsys):
         shutil.copyfile(EMBEDDED / name, source / name)
     err = refused(source, tmp_path / "made", capsys, source, "512 tokens", "got token")
     assert len(err.splitlines()) == 1
+
+
+def test_a_full_disk_is_not_the_checkpoints_fault(tmp_path, monkeypatch, capsys):
+    def full(source, place):
+        raise OSError(errno.ENOSPC, "No space left on device", source, None, place)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    status = main(["--model", str(EMBEDDED), "--mlx-path", str(tmp_path / "made")])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert status == 1
+    assert error.startswith("error: what is written must find room at ")
+    assert str(EMBEDDED) not in error

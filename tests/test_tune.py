@@ -26,7 +26,7 @@ import pytest
 from mlx_gemma_mtp.config import SamplingParams
 from mlx_gemma_mtp.load import embedded_pair_path, load, load_tokenizer
 from mlx_gemma_mtp.pair import named_arrays, pair_of
-from mlx_gemma_mtp.tune.__main__ import main
+from mlx_gemma_mtp.tune.__main__ import main, parse
 from mlx_gemma_mtp.tune.documents import DocumentReader, Lengths
 from mlx_gemma_mtp.tune.material import Writing, _Group, choose, write_all
 from mlx_gemma_mtp.tune.pipeline import load_plain
@@ -353,6 +353,11 @@ def test_work_and_output_are_apart(model, data, tmp_path, capsys, work):
     assert main(arguments(model, data, tmp_path / "made", *more)) == 1
     assert "--work must be outside --output" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_home_of_nobody_is_a_name_like_others(model, data):
+    request = parse(arguments(model, data, Path("~nobody.here/made")))
+    assert request.place == Path.cwd() / "~nobody.here" / "made"
 
 
 def test_output_must_have_a_name(model, data, capsys):
