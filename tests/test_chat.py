@@ -920,13 +920,13 @@ class TestCommand:
         sessions = [make_session(embedded, max_tokens=most) for most in (6, 3)]
         assert status == 0
         assert out == "".join(f"{say(one, 'def a(b):')}\n" for one in sessions)
-        assert "(greedy, or of one seed: the same answer again" in err
+        assert "(greedy, or of one seed: each try gives the same answer" in err
         assert "All 2 answers" in err
 
     def test_retry_of_nothing(self, run):
         status, _, err = run("/retry\n", "-m", "6", "--temp", "1")
         assert status == 1
-        assert "the same answer again" not in err
+        assert "each try gives the same answer" not in err
         assert "error: the conversation must have an exchange" in err
 
     def test_retry_that_fails_loses_nothing(self, run, monkeypatch):

@@ -157,7 +157,7 @@ def test_a_paste_is_one_message_and_called_back_later(
         screen.wait(b"cut off after 4 tokens")
         screen.wait(b"> ")
         screen.type(b"/retry\r")
-        screen.wait(b"the same answer again")
+        screen.wait(b"each try gives the same answer")
         screen.wait(b"cut off after 4 tokens")
         screen.wait(b"> ")
         screen.type(f"/save {saved}\r".encode())

@@ -189,7 +189,9 @@ def _retry(session: Session, *, shows_thoughts: bool) -> None:
     before = conversation.undo()
     num_others = len(conversation)
     if session.settings.gives_one_answer:
-        _note("(greedy, or of one seed: the same answer again; see /temp and /seed)")
+        _note(
+            "(greedy, or of one seed: each try gives the same answer; see /temp, /seed)"
+        )
     try:
         _print_answer(session, before.question, shows_thoughts=shows_thoughts)
     finally:
