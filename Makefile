@@ -61,7 +61,7 @@ test-threads: $(DEV_STAMP)
 # Of this release only its own files: what it needs is there for the newest one.
 OLDEST := 0.32.0
 OLDEST_PLACE := build/mlx-lm-$(OLDEST)
-OLDEST_TESTS := $(addprefix tests/test_,hook.py run.py batch.py prompt_cache.py)
+OLDEST_TESTS := $(addprefix tests/test_,hook.py run.py batch.py prompt_cache.py cache_file.py)
 
 test-oldest: $(DEV_STAMP) $(OLDEST_PLACE)/mlx_lm
 	@PYTHONPATH=$(OLDEST_PLACE) $(BIN)/python -c 'import mlx_lm; assert mlx_lm.__version__ == "$(OLDEST)"'
