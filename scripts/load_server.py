@@ -431,10 +431,9 @@ async def repeat(seconds: float, ask: Callable[[], Awaitable[int]]) -> list[floa
     return found
 
 
-async def status_of(port: int, body: dict[str, Any] | None, path: str) -> int:
+async def status_of(port: int, body: bytes | None, path: str) -> int:
     """The status of an answer that was read to its end."""
-    sent = None if body is None else dump(body)
-    async with Connection.request(port, sent, path) as connection:
+    async with Connection.request(port, body, path) as connection:
         async for _ in connection.pieces():
             pass
         return connection.status
@@ -450,13 +449,13 @@ async def abuse(pid: int, port: int, args: argparse.Namespace) -> list[str]:
         (CHAT, {"messages": [*turns, turns[0]]}),
         (COMPLETIONS, {"prompt": [words[:LARGE]]}),
     ]
-    many = {"prompt": PROMPTS[0], "n": 128, "max_tokens": 16}
-    tiny = {"prompt": "a", "max_tokens": 1}
+    many = dump({"prompt": PROMPTS[0], "n": 128, "max_tokens": 16})
+    tiny = dump({"prompt": "a", "max_tokens": 1})
 
-    def asking(path: str, body: dict[str, Any] | None) -> Callable[[], Awaitable[int]]:
+    def asking(path: str, body: bytes | None) -> Callable[[], Awaitable[int]]:
         return lambda: status_of(port, body, path)
 
-    async def flood(path: str, body: dict[str, Any], end: float) -> Counter[int]:
+    async def flood(path: str, body: bytes, end: float) -> Counter[int]:
         found: Counter[int] = Counter()
         while time.perf_counter() < end:
             found[await status_of(port, body, path)] += 1
@@ -473,8 +472,9 @@ async def abuse(pid: int, port: int, args: argparse.Namespace) -> list[str]:
     await asyncio.sleep(REST_S)
     before = rss_mb(pid)
     alone = await repeat(args.abuse_seconds / 2, asking(COMPLETIONS, tiny))
+    large_bodies = [(path, dump(body)) for path, body in large]
     end = time.perf_counter() + args.abuse_seconds
-    floods = [asyncio.create_task(flood(path, body, end)) for path, body in large]
+    floods = [asyncio.create_task(flood(*each, end)) for each in large_bodies]
     floods.append(asyncio.create_task(flood(COMPLETIONS, many, end)))
     beside, health = await asyncio.gather(
         repeat(args.abuse_seconds, asking(COMPLETIONS, tiny)),
@@ -483,7 +483,7 @@ async def abuse(pid: int, port: int, args: argparse.Namespace) -> list[str]:
     statuses = [dict(found) for found in await asyncio.gather(*floods)]
     await asyncio.sleep(REST_S)
     after = rss_mb(pid)
-    p99 = statistics.quantiles(beside, n=100)[98]
+    p99 = statistics.quantiles(beside, n=100, method="inclusive")[98]
     print(f"abuse: large prompts and 128 choices got {statuses}")
     print(
         f"  one token: p50 {statistics.median(alone):.3f} s alone, beside them "
