@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from mlx_gemma_mtp import chat_template
 from mlx_gemma_mtp.encoding import encode_text, least_tokens, longest_token
+from mlx_gemma_mtp.server import lanes as lanes_module
 from mlx_gemma_mtp.server import prompts as prompts_module
 from mlx_gemma_mtp.server import tidy
 from mlx_gemma_mtp.server.failures import AnswerError
@@ -156,7 +158,29 @@ class TestRefusals:
         assert client.complete("<bos>" * 9000 + "a", max_tokens=1).status == 200
 
 
+def endless(has_ended):
+    """What a chat template does with very many messages."""
+    try:
+        while True:
+            sum(range(1000))
+    finally:
+        has_ended.set()
+
+
 class TestRoom:
+    def test_a_prompt_that_takes_too_long_is_given_up(self, monkeypatch):
+        has_ended = threading.Event()
+        monkeypatch.setattr(lanes_module, "LIMIT_S", 0.01)
+        monkeypatch.setattr(
+            prompts_module, "encode_text", lambda *_: endless(has_ended)
+        )
+        with scripted_server(scripted_means(ScriptedDecoder(echo))) as (client, parts):
+            response = client.complete()
+            assert response.status == 400
+            assert "Send fewer messages, or less text." in response.message
+            assert has_ended.wait(WAIT_S)
+            assert parts.bridge._num_prepared == 0
+
     def test_what_waits_for_the_tokenizer_is_counted(self, monkeypatch):
         may_encode = threading.Event()
         encode = prompts_module.encode_text
@@ -235,6 +259,60 @@ class TestLanes:
             with pytest.raises(ZeroDivisionError):
                 await lanes.run(1, lambda: 1 // 0)
             assert await lanes.run(MOST_SHORT + 1, lambda: 7) == 7
+            lanes.close()
+
+        run_async(test())
+
+    @pytest.mark.parametrize("size", [1, MOST_SHORT + 1])
+    def test_what_takes_too_long_is_stopped(self, size, monkeypatch):
+        monkeypatch.setattr(lanes_module, "LIMIT_S", 0.01)
+        has_ended = threading.Event()
+
+        async def test():
+            lanes = Lanes()
+            with pytest.raises(asyncio.TimeoutError):
+                await lanes.run(size, lambda: endless(has_ended))
+            monkeypatch.setattr(lanes_module, "LIMIT_S", WAIT_S)
+            assert await lanes.run(size, lambda: 7) == 7  # its turn has come
+            assert has_ended.is_set()
+            lanes.close()
+
+        run_async(test())
+
+    def test_what_nobody_waits_for_is_stopped(self):
+        async def test():
+            lanes, has_begun, has_ended = Lanes(), threading.Event(), threading.Event()
+
+            def begun():
+                has_begun.set()
+                endless(has_ended)
+
+            waits = asyncio.ensure_future(lanes.run(1, lambda: 1 // 0))
+            await asyncio.sleep(0)
+            waits.cancel()  # perhaps before its turn
+            call = lanes.run(1, begun)
+            runs = asyncio.ensure_future(call)
+            while not has_begun.is_set():
+                await asyncio.sleep(0.001)
+            runs.cancel()
+            assert await lanes.run(1, lambda: 7) == 7
+            assert has_ended.is_set()
+            lanes.close()
+
+        run_async(test())
+
+    def test_a_stop_at_any_moment_harms_nobody_else(self):
+        """Some come before the call, some in it, some when it has just ended."""
+
+        async def test():
+            lanes = Lanes()
+            for turn in range(300):
+                work = partial(sum, range(10 * turn))
+                call = asyncio.ensure_future(lanes.run(1, work))
+                for _ in range(turn % 7):
+                    await asyncio.sleep(0)
+                call.cancel()
+                assert await lanes.run(1, partial(abs, turn)) == turn
             lanes.close()
 
         run_async(test())

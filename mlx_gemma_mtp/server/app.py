@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -22,11 +23,11 @@ from .answers import Answer, ChatStyle, CompletionStyle, Style
 from .arguments import Settings
 from .bridge import Bridge
 from .dialogue import Dialogue
-from .failures import AnswerError
+from .failures import AnswerError, bad_request
 from .formats import Envelope, dumps
 from .gate import Gate, failure_response
 from .json_body import UNREADABLE, JSONRoute
-from .lanes import Lanes
+from .lanes import LIMIT_S, Lanes
 from .openapi import DescribedApp, Offer
 from .order import Order
 from .orders import Orders
@@ -96,11 +97,18 @@ class Desk:
             function: What uses the tokenizer.
 
         Raises:
-            AnswerError: There is no room, or the client has gone.
+            AnswerError: There is no room, the client has gone, or it takes too long.
         """
         with self.bridge.room(num_choices):
             work = self.lanes.run(size, function)
-            found = await unless_gone(work, request.receive)
+            try:
+                found = await unless_gone(work, request.receive)
+            except asyncio.TimeoutError:
+                raise bad_request(
+                    f"the prompt must be made of the request within {LIMIT_S:.0f} s: "
+                    "it was not. Send fewer messages, or less text.",
+                    "messages",
+                ) from None
         if found is None:
             raise AnswerError(499, "nobody waits for the answer.")
         return found

@@ -1,12 +1,15 @@
 """Threads for the tokenizer: a long text is encoded beside short ones, not before them.
 
 Knows nothing of tokenizers. Those of Hugging Face may be asked by several threads as
-long as nobody changes their settings, and let others run while they encode.
+long as nobody changes their settings, and let others run while they encode. Chat
+templates are Python that may take hours for thousands of messages, so what runs can be
+stopped: an exception is raised in its thread (``PyThreadState_SetAsyncExc``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,6 +17,8 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+LIMIT_S = 30.0  # for one call; a context full of text is encoded in less
 
 # Size of a short text: a tokenizer takes some tenths of a second for that many.
 MOST_SHORT = 2**15
@@ -41,48 +46,105 @@ class BySize(Generic[T]):
         return self._items.pop(index)[1]
 
 
+class _Stopped(BaseException):
+    """Nobody waits any more for what runs."""
+
+
+class _Call(Generic[T]):
+    """Something to be called in a lane.
+
+    Args:
+        function: What to call.
+
+    Attributes:
+        started: Done once it is called.
+        result: What comes out.
+    """
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self.started: Future[None] = Future()
+        self.result: Future[T] = Future()
+        self._function = function
+        self._lock = threading.Lock()
+        self._thread: int | None = None  # where it runs
+        self._is_stopped = False
+
+    def run(self) -> None:
+        """Call it, unless it was stopped before."""
+        if not self.result.set_running_or_notify_cancel():
+            return
+        if self.started.set_running_or_notify_cancel():
+            self.started.set_result(None)
+        try:
+            try:
+                self._begin()
+                found = self._function()
+            finally:
+                self._end()
+        except BaseException as error:  # noqa: BLE001 - it is the caller's
+            self.result.set_exception(error)
+        else:
+            self.result.set_result(found)
+
+    def stop(self) -> None:
+        """Let it not be called, or end; nothing where it has ended."""
+        self.started.cancel()
+        if self.result.cancel():
+            return
+        with self._lock:
+            if self._thread is not None and not self._is_stopped:
+                _raise_in(self._thread, _Stopped)
+            self._is_stopped = True
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._thread = threading.get_ident()
+            if self._is_stopped:
+                raise _Stopped
+
+    def _end(self) -> None:
+        """From here on nothing is raised in this thread."""
+        with self._lock:
+            if self._thread is not None and self._is_stopped:
+                _raise_in(self._thread, None)
+            self._thread = None
+
+
+def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+    """Let a thread raise an exception soon; None takes one back that it has not."""
+    what = None if kind is None else ctypes.py_object(kind)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)
+
+
 class _Lane:
     """One thread and what waits for it."""
 
     def __init__(self, name: str) -> None:
-        self._waiting: BySize[tuple[Future[Any], Callable[[], Any]]] = BySize()
+        self._waiting: BySize[_Call[Any]] = BySize()
         self._lock = threading.Lock()
         self._calls: SimpleQueue[bool] = SimpleQueue()  # whether to go on, each time
         # A daemon: the process may end before a text was encoded.
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
-    def submit(self, size: int, function: Callable[[], T]) -> Future[T]:
+    def submit(self, size: int, call: _Call[Any]) -> None:
         """Let something be called."""
-        future: Future[T] = Future()
         with self._lock:
-            self._waiting.append(size, (future, function))
+            self._waiting.append(size, call)
         self._calls.put(True)
-        return future
 
     def close(self) -> None:
         """Call nothing more."""
         with self._lock:
             while len(self._waiting):
-                self._waiting.take()[0].cancel()
+                self._waiting.take().stop()
         self._calls.put(False)
 
     def _run(self) -> None:
         while self._calls.get():
-            self._call_next()
-
-    def _call_next(self) -> None:
-        with self._lock:
-            if not len(self._waiting):  # it was closed in between
-                return
-            future, function = self._waiting.take()
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            result = function()
-        except BaseException as error:  # noqa: BLE001 - it is the caller's
-            future.set_exception(error)
-        else:
-            future.set_result(result)
+            with self._lock:
+                call = self._waiting.take() if len(self._waiting) else None
+            if call is not None:  # it was not closed in between
+                call.run()
 
 
 class Lanes:
@@ -96,11 +158,19 @@ class Lanes:
 
         Args:
             size: In characters to encode.
-            function: What to call. It is not called where nobody waits any more when
-                its turn comes.
+            function: What to call. It is stopped where nobody waits any more.
+
+        Raises:
+            asyncio.TimeoutError: It has run for longer than ``LIMIT_S``.
         """
+        call = _Call(function)
         lane = self._short if size <= MOST_SHORT else self._long
-        return await asyncio.wrap_future(lane.submit(size, function))
+        lane.submit(size, call)
+        try:
+            await asyncio.wrap_future(call.started)
+            return await asyncio.wait_for(asyncio.wrap_future(call.result), LIMIT_S)
+        finally:
+            call.stop()
 
     def close(self) -> None:
         """Call nothing more; whoever waits is cancelled."""
