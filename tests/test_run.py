@@ -99,7 +99,7 @@ class TestPrograms:
     def test_generate(self, folder, capsys, monkeypatch, name):
         arguments = ["--model", folder, "-p", PROMPTS[0], "-m", "16"]
         expected = own_generate(arguments, capsys, monkeypatch)
-        assert run.main([name, *arguments]) == 0
+        assert run.main(["--num-draft-tokens", "3", name, *arguments]) == 0
         out, err = capsys.readouterr()
         assert text_of(out) == expected
         source = f"drafter {folder}/drafter: found inside the target's folder"
