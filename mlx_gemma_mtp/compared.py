@@ -100,10 +100,14 @@ class Compared:
         (max_difference,) = numbers(values, "max_difference", 1, low=0, high=_MOST)
         (num_passes,) = numbers(values, "num_passes", 1, low=0, high=_MOST)
         (seconds,) = numbers(values, "seconds", 1, low=0, high=_MOST)
+        equal = _equal(values.get("equal"))
+        plain_s = {rows: _times(values.get("plain_s"), rows) for rows in PLAIN_ROWS}
+        if equal and not all(plain_s.values()):
+            raise ValueError("plain_s must be there for what was compared: got none")
         return cls(
-            _equal(values.get("equal")),
+            equal,
             max_difference,
-            {rows: _times(values.get("plain_s"), rows) for rows in PLAIN_ROWS},
+            plain_s,
             int(num_passes),
             seconds,
         )

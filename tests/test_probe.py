@@ -207,6 +207,7 @@ def test_plain_rounds_of_other_weights_are_not_compared_with(monkeypatch):
         {"plain_s": {}},
         {"plain_s": {"1": [1.0], "2": ["1"]}},
         {"plain_s": {"1": [1.0], "2": [-1.0]}},
+        {"plain_s": {"1": [1.0], "2": []}},
         {"num_passes": None},
         {"seconds": [1.0]},
     ],
