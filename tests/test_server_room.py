@@ -235,11 +235,13 @@ class TestLanes:
             with pytest.raises(ZeroDivisionError):
                 await lanes.run(1, lambda: 1 // 0)
             assert await lanes.run(MOST_SHORT + 1, lambda: 7) == 7
-            lanes.close()
+            lanes.close(KeyError())
 
         run_async(test())
 
     def test_who_waits_when_it_is_closed_is_told(self):
+        """Also who waits for what is being called and for what never will be."""
+
         async def test():
             lanes, may_end = Lanes(), threading.Event()
             calls = [
@@ -248,11 +250,33 @@ class TestLanes:
             ]
             await asyncio.sleep(0)
             wait_until(lambda: len(lanes._short._waiting) == 1)
-            lanes.close()
+            lanes.close(KeyError("closed"))
+            for call in (*calls, lanes.run(1, list)):
+                with pytest.raises(KeyError, match="closed"):
+                    await call
             may_end.set()
-            assert await calls[0]
-            with pytest.raises(asyncio.CancelledError):
-                await calls[1]
+
+        run_async(test())
+
+    def test_what_nobody_waits_for_is_forgotten(self):
+        """At once, not when its turn comes: a text may have megabytes."""
+
+        async def test():
+            lanes, may_end = Lanes(), threading.Event()
+            first, gone, last = (
+                asyncio.ensure_future(lanes.run(1, lambda: may_end.wait(WAIT_S)))
+                for _ in range(3)
+            )
+            await asyncio.sleep(0)
+            wait_until(lambda: len(lanes._short._waiting) == 2)
+            gone.cancel()
+            await asyncio.wait([gone])
+            assert len(lanes._short._waiting) == 1
+            may_end.set()
+            assert await first
+            assert await last
+            assert await lanes.run(1, lambda: 7) == 7
+            lanes.close(KeyError())
 
         run_async(test())
 

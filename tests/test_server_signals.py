@@ -34,10 +34,12 @@ def busy_server(kind, *arguments):
 
 def port_of(process):
     """Where it listens, once it does."""
+    lines = []
     for line in process.stderr:
+        lines.append(line)
         if found := re.search(r"is served at http://\S+:(\d+)", line):
             return int(found[1])
-    raise AssertionError("it has not started")
+    raise AssertionError(f"status {process.wait(WAIT_S)}: {''.join(lines)}")
 
 
 @contextmanager
@@ -81,4 +83,17 @@ def test_the_process_ends_when_time_is_over():
         assert end == b""
         error = json.loads(last.removeprefix(b"data: "))["error"]
         assert "shutting down" in error["message"]
+        assert process.wait(WAIT_S) == 0
+
+
+def test_a_prompt_that_is_being_encoded_is_not_waited_for():
+    with busy_server("encode", "--shutdown-timeout", "1000") as process:
+        client = Client(port_of(process))
+        with closing(client.connect()) as connection:
+            client.send(connection, "POST", "/v1/completions", {"prompt": "a"})
+            assert process.stdout.readline() == "computing\n"
+            process.send_signal(signal.SIGTERM)
+            answer = connection.getresponse()
+            assert answer.status == 503
+            assert "shutting down" in json.loads(answer.read())["error"]["message"]
         assert process.wait(WAIT_S) == 0

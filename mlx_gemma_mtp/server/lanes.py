@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -40,6 +41,10 @@ class BySize(Generic[T]):
         self._is_oldest_next = not self._is_oldest_next
         return self._items.pop(index)[1]
 
+    def drop(self, is_gone: Callable[[T], bool]) -> None:
+        """Forget what nobody wants any more."""
+        self._items = [entry for entry in self._items if not is_gone(entry[1])]
+
 
 class _Lane:
     """One thread and what waits for it."""
@@ -56,15 +61,23 @@ class _Lane:
         future: Future[T] = Future()
         with self._lock:
             self._waiting.append(size, (future, function))
+        future.add_done_callback(self._forget_cancelled)
         self._calls.put(True)
         return future
 
     def close(self) -> None:
         """Call nothing more."""
         with self._lock:
-            while len(self._waiting):
-                self._waiting.take()[0].cancel()
+            left = [self._waiting.take()[0] for _ in range(len(self._waiting))]
+        for future in left:
+            future.cancel()
         self._calls.put(False)
+
+    def _forget_cancelled(self, ended: Future[Any]) -> None:
+        """Let go of a text that nobody waits for; it may have megabytes."""
+        if ended.cancelled():
+            with self._lock:
+                self._waiting.drop(lambda call: call[0] is ended)
 
     def _run(self) -> None:
         while self._calls.get():
@@ -72,7 +85,7 @@ class _Lane:
 
     def _call_next(self) -> None:
         with self._lock:
-            if not len(self._waiting):  # it was closed in between
+            if not len(self._waiting):  # it was cancelled in between
                 return
             future, function = self._waiting.take()
         if not future.set_running_or_notify_cancel():
@@ -90,6 +103,9 @@ class Lanes:
 
     def __init__(self) -> None:
         self._short, self._long = _Lane("short-texts"), _Lane("long-texts")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._open: set[asyncio.Future[Any]] = set()
+        self._failure: Exception | None = None
 
     async def run(self, size: int, function: Callable[[], T]) -> T:
         """Call something that takes as long as its size says.
@@ -98,11 +114,38 @@ class Lanes:
             size: In characters to encode.
             function: What to call. It is not called where nobody waits any more when
                 its turn comes.
-        """
-        lane = self._short if size <= MOST_SHORT else self._long
-        return await asyncio.wrap_future(lane.submit(size, function))
 
-    def close(self) -> None:
-        """Call nothing more; whoever waits is cancelled."""
+        Raises:
+            Exception: What ``close`` was given, where that came first.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._loop = asyncio.get_running_loop()
+        lane = self._short if size <= MOST_SHORT else self._long
+        call = asyncio.wrap_future(lane.submit(size, function))
+        self._open.add(call)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
+        finally:
+            self._open.discard(call)
+
+    def close(self, failure: Exception) -> None:
+        """Call nothing more; may be called from any thread, and again.
+
+        Args:
+            failure: What everybody is told who waits, also for what is being called.
+        """
+        self._failure = failure
         self._short.close()
         self._long.close()
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._let_go)
+
+    def _let_go(self) -> None:
+        for call in self._open:
+            call.cancel()
