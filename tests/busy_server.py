@@ -38,12 +38,12 @@ class BusyDecoder(ScriptedDecoder):
         return super().step()
 
 
-def encode(*_: Any) -> list[int]:
+def encode(_tokenizer: Any, text: str, *, continues: bool = False) -> list[int]:
     """A text that takes for ever."""
     sys.stdout.write("computing\n")
     sys.stdout.flush()
     threading.Event().wait()
-    return []
+    raise AssertionError("nobody waits for a text that takes for ever", text, continues)
 
 
 def load(settings: Settings) -> Engine:

@@ -124,6 +124,7 @@ def test_nothing_delays_the_end_once_time_is_over(ends, status):
     command = [sys.executable, "-c", GIVING_UP.format(ends=ends)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
         try:
             assert process.stdout.readline() == "listening\n"
             process.send_signal(signal.SIGTERM)
