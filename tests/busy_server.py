@@ -38,12 +38,12 @@ class BusyDecoder(ScriptedDecoder):
         return super().step()
 
 
-def encode(_tokenizer: Any, text: str, *, continues: bool = False) -> list[int]:
+def encode(tokenizer: Any, text: str, *, continues: bool = False) -> list[int]:
     """A text that takes for ever."""
     sys.stdout.write("computing\n")
     sys.stdout.flush()
     threading.Event().wait()
-    raise AssertionError("nobody waits for a text that takes for ever", text, continues)
+    raise AssertionError(tokenizer, text, continues)
 
 
 def load(settings: Settings) -> Engine:
