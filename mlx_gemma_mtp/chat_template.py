@@ -258,7 +258,7 @@ def _with_responses(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
         last = found[-1] if found else {}
         if message["role"] == "tool" and last.get("tool_calls"):
             response = {"name": message["name"], "response": message.get("content")}
-            found[-1] = {**last, _RESPONSES: [*last.get(_RESPONSES, ()), response]}
+            found[-1] = {**last, _RESPONSES: [*(last.get(_RESPONSES) or ()), response]}
         elif (
             message["role"] == "assistant"
             and last.get(_RESPONSES)

@@ -1,15 +1,17 @@
 """A server whose engine computes for minutes: what signals do then is for tests.
 
-Run: python -m tests.busy_server load|step ARGUMENTS
+Run: python -m tests.busy_server load|step|encode ARGUMENTS
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_gemma_mtp.server import prompts
 from mlx_gemma_mtp.server import serve as serving
 from mlx_gemma_mtp.server.arguments import Settings, parse
 from mlx_gemma_mtp.server.engine import Engine
@@ -36,10 +38,20 @@ class BusyDecoder(ScriptedDecoder):
         return super().step()
 
 
+def encode(tokenizer: Any, text: str, *, continues: bool = False) -> list[int]:
+    """A text that takes for ever."""
+    sys.stdout.write("computing\n")
+    sys.stdout.flush()
+    threading.Event().wait()
+    raise AssertionError(tokenizer, text, continues)
+
+
 def load(settings: Settings) -> Engine:
     """An engine in place of a model's."""
     if sys.argv[1] == "load":
         compute()
+    if sys.argv[1] == "encode":
+        prompts.encode_text = encode
     return scripted_engine(settings, scripted_means(BusyDecoder(echo)))
 
 

@@ -27,6 +27,7 @@ from mlx_gemma_mtp.server.app import Desk, make_app
 from mlx_gemma_mtp.server.arguments import Settings, parse
 from mlx_gemma_mtp.server.bridge import Bridge, Drain, Mailbox
 from mlx_gemma_mtp.server.engine import Engine, load_engine
+from mlx_gemma_mtp.server.failures import SHUTTING_DOWN, AnswerError
 from mlx_gemma_mtp.server.order import Order
 from mlx_gemma_mtp.server.serve import make_bridge, make_desk
 from mlx_gemma_mtp.server.transcript import Transcript
@@ -290,7 +291,7 @@ def working_engine(engine: Engine, *, starts: bool = True) -> Iterator[Parts]:
         if isinstance(decoder, ScriptedDecoder) and decoder.allowed is not None:
             decoder.allowed.release(1000)
         thread.join(WAIT_S)
-        desk.lanes.close()
+        desk.lanes.close(AnswerError(503, SHUTTING_DOWN))
         assert not thread.is_alive()
 
 

@@ -342,15 +342,20 @@ BROKEN = [
 ]
 
 
+def prompt_of(tokenizer, messages):
+    """The prompt of a request's messages."""
+    body = ChatBody.model_validate({"messages": messages})
+    told = [message.plain() for message in body.messages]
+    return tokenizer.decode(Prompts(tokenizer, {}).of_messages(told).tokens)
+
+
 def prompt_with(tokenizer, arguments):
     """The prompt of a conversation in which a call had these arguments."""
     messages = call_with()
     calls = messages[1]["tool_calls"]
     calls[0]["function"]["arguments"] = arguments
     calls.append({"id": "b", "function": {"name": "f", "arguments": '{"days": 3}'}})
-    body = ChatBody.model_validate({"messages": messages})
-    told = [message.plain() for message in body.messages]
-    return tokenizer.decode(Prompts(tokenizer, {}).of_messages(told).tokens)
+    return prompt_of(tokenizer, messages)
 
 
 @pytest.mark.parametrize("form", ["may-12b", "july-12b"])
@@ -375,6 +380,45 @@ def test_no_arguments_end_a_conversation(gemma_tokenizer, form):
         assert "call:f{days:3}<tool_call|>" in prompt_with(tokenizer, arguments)
 
     ask()
+
+
+@pytest.mark.parametrize("form", ["april-e2b", "may-12b", "july-12b"])
+@pytest.mark.parametrize("arguments", [{}, {"arguments": None}, {"arguments": " "}])
+def test_calls_need_no_arguments(gemma_tokenizer, form, arguments):
+    messages = call_with()
+    messages[1]["tool_calls"][0]["function"] = {"name": "f", **arguments}
+    assert "call:f{}<tool_call|>" in prompt_of(gemma_tokenizer(form), messages)
+
+
+@says("april-e2b", "Yes<turn|>")
+class TestFieldsOfTheTemplates:
+    """What is no text of a history, but read before the template sees it."""
+
+    @pytest.mark.parametrize("value", [[1], {}, True])
+    @pytest.mark.parametrize("place", ["id", "tool_call_id"])
+    def test_names_of_calls(self, served, place, value):
+        messages = call_with()
+        where = messages[1]["tool_calls"][0] if place == "id" else messages[2]
+        where[place] = value
+        body = {"messages": messages}
+        response = served.client.ask("POST", "/v1/chat/completions", body)
+        assert response.status == 400
+        assert f".{place}: input should be a valid" in response.message
+
+    @pytest.mark.parametrize("value", [5, "a", [5], {}])
+    def test_results_of_the_first_days(self, served, value):
+        messages = call_with()
+        messages[1]["tool_responses"] = value
+        body = {"messages": messages}
+        response = served.client.ask("POST", "/v1/chat/completions", body)
+        assert response.status == 400
+        assert "tool_responses" in response.message
+
+    def test_no_results_of_the_first_days(self, served):
+        messages = call_with()
+        messages[1]["tool_responses"] = None
+        assert served.message(messages)["content"] == "Yes"
+        assert "response:get_weather{" in served.last_prompt
 
 
 @says("july-12b", "Yes<turn|>")

@@ -259,7 +259,7 @@ class TestLanes:
             with pytest.raises(ZeroDivisionError):
                 await lanes.run(1, lambda: 1 // 0)
             assert await lanes.run(MOST_SHORT + 1, lambda: 7) == 7
-            lanes.close()
+            lanes.close(KeyError())
 
         run_async(test())
 
@@ -275,7 +275,7 @@ class TestLanes:
             monkeypatch.setattr(lanes_module, "LIMIT_S", WAIT_S)
             assert await lanes.run(size, lambda: 7) == 7  # its turn has come
             assert has_ended.is_set()
-            lanes.close()
+            lanes.close(KeyError())
 
         run_async(test())
 
@@ -297,7 +297,7 @@ class TestLanes:
             runs.cancel()
             assert await lanes.run(1, lambda: 7) == 7
             assert has_ended.is_set()
-            lanes.close()
+            lanes.close(KeyError())
 
         run_async(test())
 
@@ -313,11 +313,13 @@ class TestLanes:
                     await asyncio.sleep(0)
                 call.cancel()
                 assert await lanes.run(1, partial(abs, turn)) == turn
-            lanes.close()
+            lanes.close(KeyError())
 
         run_async(test())
 
     def test_who_waits_when_it_is_closed_is_told(self):
+        """Also who waits for what is being called and for what never will be."""
+
         async def test():
             lanes, may_end = Lanes(), threading.Event()
             calls = [
@@ -326,11 +328,33 @@ class TestLanes:
             ]
             await asyncio.sleep(0)
             wait_until(lambda: len(lanes._short._waiting) == 1)
-            lanes.close()
+            lanes.close(KeyError("closed"))
+            for call in (*calls, lanes.run(1, list)):
+                with pytest.raises(KeyError, match="closed"):
+                    await call
             may_end.set()
-            assert await calls[0]
-            with pytest.raises(asyncio.CancelledError):
-                await calls[1]
+
+        run_async(test())
+
+    def test_what_nobody_waits_for_is_forgotten(self):
+        """At once, not when its turn comes: a text may have megabytes."""
+
+        async def test():
+            lanes, may_end = Lanes(), threading.Event()
+            first, gone, last = (
+                asyncio.ensure_future(lanes.run(1, lambda: may_end.wait(WAIT_S)))
+                for _ in range(3)
+            )
+            await asyncio.sleep(0)
+            wait_until(lambda: len(lanes._short._waiting) == 2)
+            gone.cancel()
+            await asyncio.wait([gone])
+            assert len(lanes._short._waiting) == 1
+            may_end.set()
+            assert await first
+            assert await last
+            assert await lanes.run(1, lambda: 7) == 7
+            lanes.close(KeyError())
 
         run_async(test())
 

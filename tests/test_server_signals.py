@@ -34,10 +34,12 @@ def busy_server(kind, *arguments):
 
 def port_of(process):
     """Where it listens, once it does."""
+    lines = []
     for line in process.stderr:
+        lines.append(line)
         if found := re.search(r"is served at http://\S+:(\d+)", line):
             return int(found[1])
-    raise AssertionError("it has not started")
+    raise AssertionError(f"status {process.wait(WAIT_S)}: {''.join(lines)}")
 
 
 @contextmanager
@@ -82,3 +84,53 @@ def test_the_process_ends_when_time_is_over():
         error = json.loads(last.removeprefix(b"data: "))["error"]
         assert "shutting down" in error["message"]
         assert process.wait(WAIT_S) == 0
+
+
+def test_a_prompt_that_is_being_encoded_is_not_waited_for():
+    with busy_server("encode", "--shutdown-timeout", "1000") as process:
+        client = Client(port_of(process))
+        with closing(client.connect()) as connection:
+            client.send(connection, "POST", "/v1/completions", {"prompt": "a"})
+            assert process.stdout.readline() == "computing\n"
+            process.send_signal(signal.SIGTERM)
+            answer = connection.getresponse()
+            assert answer.status == 503
+            assert "shutting down" in json.loads(answer.read())["error"]["message"]
+        assert process.wait(WAIT_S) == 0
+
+
+GIVING_UP = """
+import threading
+from mlx_gemma_mtp.server.shutdown import Shutdown
+
+def give_up():
+    print("giving up", flush=True)
+    {ends}
+
+shutdown = Shutdown(0.0)
+with shutdown.obeying():
+    shutdown.start(begin=lambda: None, give_up=give_up)
+    print("listening", flush=True)
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [("threading.Event().wait()", 128 + signal.SIGTERM), ("raise KeyError", 0)],
+)
+def test_nothing_delays_the_end_once_time_is_over(ends, status):
+    """Neither readers who take their time nor what goes wrong with them."""
+    command = [sys.executable, "-c", GIVING_UP.format(ends=ends)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "listening\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.stdout.readline() == "giving up\n"
+            if status:
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(WAIT_S) == status
+        finally:
+            process.kill()

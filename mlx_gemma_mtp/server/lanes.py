@@ -13,6 +13,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -45,6 +46,10 @@ class BySize(Generic[T]):
         self._is_oldest_next = not self._is_oldest_next
         return self._items.pop(index)[1]
 
+    def drop(self, is_gone: Callable[[T], bool]) -> None:
+        """Forget what nobody wants any more."""
+        self._items = [entry for entry in self._items if not is_gone(entry[1])]
+
 
 class _Stopped(BaseException):
     """Nobody waits any more for what runs."""
@@ -72,6 +77,7 @@ class _Call(Generic[T]):
     def run(self) -> None:
         """Call it, unless it was stopped before."""
         if not self.result.set_running_or_notify_cancel():
+            self.started.cancel()
             return
         if self.started.set_running_or_notify_cancel():
             self.started.set_result(None)
@@ -132,19 +138,27 @@ class _Lane:
             self._waiting.append(size, call)
         self._calls.put(True)
 
+    def stop(self, call: _Call[Any]) -> None:
+        """Let go of what nobody waits for; its text may have megabytes."""
+        call.stop()
+        with self._lock:
+            self._waiting.drop(lambda other: other is call)
+
     def close(self) -> None:
         """Call nothing more."""
         with self._lock:
-            while len(self._waiting):
-                self._waiting.take().stop()
+            left = [self._waiting.take() for _ in range(len(self._waiting))]
+        for call in left:
+            call.stop()
         self._calls.put(False)
 
     def _run(self) -> None:
         while self._calls.get():
             with self._lock:
                 call = self._waiting.take() if len(self._waiting) else None
-            if call is not None:  # it was not closed in between
+            if call is not None:  # it was not stopped in between
                 call.run()
+            del call  # and what it has found
 
 
 class Lanes:
@@ -152,6 +166,9 @@ class Lanes:
 
     def __init__(self) -> None:
         self._short, self._long = _Lane("short-texts"), _Lane("long-texts")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._open: set[asyncio.Future[Any]] = set()
+        self._failure: Exception | None = None
 
     async def run(self, size: int, function: Callable[[], T]) -> T:
         """Call something that takes as long as its size says.
@@ -162,17 +179,39 @@ class Lanes:
 
         Raises:
             asyncio.TimeoutError: It has run for longer than ``LIMIT_S``.
+            Exception: What ``close`` was given, where that came first.
         """
-        call = _Call(function)
-        lane = self._short if size <= MOST_SHORT else self._long
+        if self._failure is not None:
+            raise self._failure
+        self._loop = asyncio.get_running_loop()
+        call, lane = _Call(function), self._short if size <= MOST_SHORT else self._long
         lane.submit(size, call)
+        found = asyncio.wrap_future(call.result)
+        self._open.add(found)
         try:
             await asyncio.wrap_future(call.started)
-            return await asyncio.wait_for(asyncio.wrap_future(call.result), LIMIT_S)
+            return await asyncio.wait_for(found, LIMIT_S)
+        except asyncio.CancelledError:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
         finally:
-            call.stop()
+            self._open.discard(found)
+            lane.stop(call)
 
-    def close(self) -> None:
-        """Call nothing more; whoever waits is cancelled."""
+    def close(self, failure: Exception) -> None:
+        """Call nothing more; may be called from any thread, and again.
+
+        Args:
+            failure: What everybody is told who waits, also for what is being called.
+        """
+        self._failure = failure
         self._short.close()
         self._long.close()
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._let_go)
+
+    def _let_go(self) -> None:
+        for found in self._open:
+            found.cancel()

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -184,6 +185,9 @@ class RefusalPart(_Body):
     refusal: str
 
 
+# Of a call; some clients count them.
+CallId = str | int | None
+
 Part = Annotated[
     Annotated[TextPart | RefusalPart, Field(discriminator="type")],
     BeforeValidator(_only_text),
@@ -205,6 +209,13 @@ class CalledFunction(_Body):
 
     name: str
     arguments: str | dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _with_arguments(self) -> CalledFunction:
+        """A call without arguments, as one with none: templates raise for it."""
+        if self.arguments is None:
+            self.arguments = {}
+        return self
 
     @field_validator("arguments")
     @classmethod
@@ -233,6 +244,7 @@ class ToolCall(_Body):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
+    id: CallId = None
     function: CalledFunction
 
 
@@ -247,6 +259,8 @@ class Message(_Body):
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: CallId = None
+    tool_responses: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
     def plain(self) -> dict[str, Any]:
         """The message as chat templates read it: its content is text."""

@@ -53,6 +53,8 @@ def serve(settings: Settings) -> int:
 
         def begin() -> None:
             bridge.is_draining = True
+            # None of these prompts would be taken.
+            desk.lanes.close(AnswerError(503, SHUTTING_DOWN))
             mailbox.put(Drain(settings.shutdown_timeout))
 
         def give_up() -> None:
@@ -68,7 +70,6 @@ def serve(settings: Settings) -> int:
             Worker(engine.means, mailbox, bridge).run()
         shutdown.is_over = True
         web.stop()
-        desk.lanes.close()
     logger.info("the server has shut down")
     return 0 if shutdown.is_asked_for and not bridge.is_broken else EXIT_FAILED
 

@@ -90,12 +90,22 @@ class Shutdown:
             number = _next(numbers, min(self._timeout_s + _GRACE_S, _LONGEST_S))
         except TimeoutError:
             if not self.is_over:
-                logger.warning("the engine is still busy; the process ends without it")
-                give_up()
-                os._exit(0)
+                ends = threading.Thread(target=_end, args=[give_up], daemon=True)
+                ends.start()  # clients may take seconds to be told: listen meanwhile
             number = _next(numbers, None)
         if number is not None:
             os._exit(128 + number)
+
+
+def _end(give_up: Callable[[], None]) -> None:
+    """End the process without the engine."""
+    logger.warning("the engine is still busy; the process ends without it")
+    try:
+        give_up()
+    except Exception:
+        logger.exception("clients were not told")
+    finally:
+        os._exit(0)
 
 
 def _next(numbers: socket.socket, timeout_s: float | None) -> int | None:
