@@ -803,6 +803,9 @@ class TestCommands:
             ("/load", "a file's name"),
             ("/load none.json", "must be a file that can be read"),
             ("/save none/x.json", "must be a file that can be written"),
+            (f"/save {'x' * 300}", "must be a file that can be written"),
+            ("/save a\0b", "null character"),
+            ("/load a\0b", "null character"),
             ("/load .", "must be a file that can be read"),
         ],
     )

@@ -131,6 +131,8 @@ class TestFiles:
             ("none/x", "No such file or directory"),
             ("folder", "Is a directory"),
             ("file/x", "Not a directory"),
+            ("file/x/y", "Not a directory"),
+            ("x" * 300, "File name too long"),
         ],
     )
     def test_is_refused_before_and_after(self, tmp_path, name, reason):
@@ -147,6 +149,12 @@ class TestFiles:
             (tmp_path / "old").touch()
             with pytest.raises(OutputError, match="Permission denied"):
                 check_output_file("--x", str(tmp_path / name))
+
+    def test_the_longest_name_there_can_be(self, tmp_path):
+        path = tmp_path / ("\N{BLACK SQUARE}" * 84)
+        check_output_file("--x", str(path))
+        write_file("--x", str(path), "y")
+        assert path.read_text() == "y"
 
     def test_a_full_disk_leaves_what_was_there(self, tmp_path):
         path = tmp_path / "x"
