@@ -6,6 +6,7 @@ time.
 Run: python -m pytest tests/test_chat.py
 """
 
+import ctypes
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 from contextlib import closing
+from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -1061,3 +1063,34 @@ class TestProcess:
             process.stdin.close()
         assert process.returncode == 141, err
         assert b"Traceback" not in err
+
+
+def interrupted_mistake():
+    """Fails in C before Control-C is noticed, as MLX does whose g++ dies of it."""
+    nothing: list[None] = []
+    calls = (partial(ctypes.pythonapi.PyErr_SetInterrupt), partial(nothing.pop))
+    list(map(partial.__call__, calls))
+
+
+def test_progress_ends_where_control_c_comes_with_an_error(monkeypatch):
+    ended = []
+
+    class Progress:
+        def __init__(self, notes):
+            pass
+
+        def tell(self, num_read, num_tokens):
+            pass
+
+        def end(self):
+            ended.append(True)
+
+    class Failing:
+        def answer(self, question, on_progress):
+            interrupted_mistake()
+            yield
+
+    monkeypatch.setattr(chat, "PromptProgress", Progress)
+    with pytest.raises(KeyboardInterrupt):
+        chat._print_answer(Failing(), "x", shows_thoughts=False)
+    assert ended

@@ -219,11 +219,13 @@ def _print_answer(session: Session, question: str, *, shows_thoughts: bool) -> N
                 if interrupts.asked:
                     break
         finally:
-            progress.end()
-            answer.close()
-            if response is not None:
-                display.show(session.unsaid)
-                display.end()
+            try:
+                answer.close()
+                if response is not None:
+                    display.show(session.unsaid)
+                    display.end()
+            finally:  # behind what a Control-C that comes now may break off
+                progress.end()
     if interrupts.asked and not sys.stdin.isatty():
         raise KeyboardInterrupt
     if interrupts.asked:
