@@ -84,6 +84,10 @@ class Parser(argparse.ArgumentParser):
         """
         raise RequestError(f"{message}. See {self.prog} --help.")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help; argparse would say nothing of a disk that is full."""
+        (file or sys.stdout).write(message)
+
     def _refuse(self, flag: str) -> NoReturn:
         """Say why a flag is not taken."""
         reason = self._reason_against(flag)

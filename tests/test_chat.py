@@ -1085,7 +1085,10 @@ def test_progress_ends_where_control_c_comes_with_an_error(monkeypatch):
         def end(self):
             ended.append(True)
 
-    class Failing:
+    class Failing(Session):
+        def __init__(self):
+            pass
+
         def answer(self, question, on_progress):
             interrupted_mistake()
             yield

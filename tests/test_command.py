@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from mlx_gemma_mtp.command import (
+    Parser,
     check_output_file,
     exit_status,
     not_utf8,
@@ -103,6 +104,18 @@ class TestWriting:
             1,
             "error: standard output must be open: got a closed one.\n",
         )
+
+    def test_help_that_cannot_be_written(self, monkeypatch):
+        """At once, as where PYTHONUNBUFFERED is set."""
+
+        class Full(io.StringIO):
+            def write(self, text):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(sys, "stdout", Full())
+        parser = Parser(prog="x")
+        status, said = ended(lambda: parser.parse_args(["--help"]), sys.stdout)
+        assert (status, said.count("\n")) == (1, 1)
 
     def test_notes_that_cannot_be_written(self):
         class Full(io.StringIO):
