@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Write help; argparse would say nothing of a disk that is full."""
-        (file or sys.stdout).write(message)
+        file.write(message)  # argparse names it wherever it writes
 
     def _refuse(self, flag: str) -> NoReturn:
         """Say why a flag is not taken."""

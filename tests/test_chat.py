@@ -39,6 +39,7 @@ from mlx_gemma_mtp.chat.reader import read_message
 from mlx_gemma_mtp.chat.session import Session, Settings
 from mlx_gemma_mtp.encoding import num_common
 from mlx_gemma_mtp.errors import MTPError, RequestError
+from mlx_gemma_mtp.generation_defaults import SamplingDefaults
 from mlx_gemma_mtp.target import Target
 from tests.tiny import (
     CHAT_TEMPLATE,
@@ -1085,15 +1086,35 @@ def test_progress_ends_where_control_c_comes_with_an_error(monkeypatch):
         def end(self):
             ended.append(True)
 
-    class Failing(Session):
-        def __init__(self):
-            pass
-
+    class Failing:
         def answer(self, question, on_progress):
             interrupted_mistake()
             yield
 
+    session: Any = Failing()
     monkeypatch.setattr(chat, "PromptProgress", Progress)
     with pytest.raises(KeyboardInterrupt):
-        chat._print_answer(Failing(), "x", shows_thoughts=False)
+        chat._print_answer(session, "x", shows_thoughts=False)
     assert ended
+
+
+def test_who_leaves_greedy_text_gets_the_checkpoints_filters():
+    """As with --temp at the start; what was given stays."""
+    defaults = SamplingDefaults({"temperature": 1.0, "top_k": 64, "top_p": 0.95})
+    given = {"temp": 0.0, "top_p": 0.5, "top_k": None, "min_p": None}
+    greedy = Settings(
+        max_tokens=4,
+        prefill_step_size=2048,
+        exactness="fast",
+        stop=(),
+        sampling=defaults.settings(**given) | {"seed": 3},
+        defaults=defaults,
+        given=given,
+    )
+    assert greedy.value("top_k") == 0
+    sampled = greedy.changed("min_p", "0.1").changed("temp", "1")
+    assert sampled.sampling == {
+        **{"temp": 1.0, "top_p": 0.5, "top_k": 64, "min_p": 0.1},
+        "seed": 3,
+    }
+    assert sampled.changed("seed", "off").value("top_k") == 64
