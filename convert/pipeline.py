@@ -7,6 +7,7 @@ written; ``convert()`` does the work. Nothing is printed here.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -389,7 +390,7 @@ def _fail_in_place(request: Request) -> NoReturn:
 
 
 def _is_same(place: Path, folder: Path) -> bool:
-    return place.exists() and folder.exists() and place.samefile(folder)
+    return all(map(os.path.exists, (place, folder))) and place.samefile(folder)
 
 
 def _join(folder: str, name: str) -> str:

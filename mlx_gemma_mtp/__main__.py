@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
-from .command import Parser, exit_status
+from .command import EXIT_INTERRUPTED, Parser, exit_status
 from .command_table import COMMANDS, add_version
 from .config import shorten
 from .errors import RequestError
@@ -54,9 +54,11 @@ def configure_parser() -> argparse.ArgumentParser:
 
 
 def _call(name: str, arguments: Sequence[str]) -> int:
-    status: int = import_module(f".{COMMANDS[name].module}", __package__).main(
-        arguments
-    )
+    try:
+        command = import_module(f".{COMMANDS[name].module}", __package__)
+    except KeyboardInterrupt:  # so early; its main says how it ends later
+        return EXIT_INTERRUPTED
+    status: int = command.main(arguments)
     return status
 
 

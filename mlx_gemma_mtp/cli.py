@@ -180,8 +180,10 @@ def _print_responses(
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     finally:
-        progress.end()
-        responses.close()
+        try:
+            responses.close()
+        finally:  # behind what a Control-C that comes now may break off
+            progress.end()
         display.show(reader.read("", is_last=True))
         display.end()
     if response is not None and response.finish_reason == "length":

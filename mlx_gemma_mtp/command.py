@@ -84,6 +84,10 @@ class Parser(argparse.ArgumentParser):
         """
         raise RequestError(f"{message}. See {self.prog} --help.")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help; argparse would say nothing of a disk that is full."""
+        file.write(message)  # argparse names it wherever it writes
+
     def _refuse(self, flag: str) -> NoReturn:
         """Say why a flag is not taken."""
         reason = self._reason_against(flag)
@@ -313,16 +317,25 @@ def check_output_file(flag: str, path: str) -> None:
     Raises:
         OutputError: It cannot.
     """
-    place = Path(path)
-    reason = None
-    if place.is_dir():
-        reason = errno.EISDIR
-    elif not os.path.lexists(place) and not place.parent.is_dir():
-        reason = errno.ENOTDIR if os.path.lexists(place.parent) else errno.ENOENT
-    elif not os.access(place if place.exists() else place.parent, os.W_OK):
-        reason = errno.EACCES
+    reason = _obstacle(Path(path))
     if reason is not None:
-        raise _not_writable(flag, path, os.strerror(reason))
+        raise _not_writable(flag, path, reason)
+
+
+def _obstacle(place: Path) -> str | None:
+    """Why a file cannot be written, as far as that shows; None where it does not."""
+    try:
+        place.lstat()
+    except FileNotFoundError as error:
+        if not place.parent.is_dir():
+            return error.strerror
+    except OSError as error:  # a name too long, a file in a folder's place
+        return error.strerror
+    if os.path.isdir(place):
+        return os.strerror(errno.EISDIR)
+    if not os.access(place if os.path.exists(place) else place.parent, os.W_OK):
+        return os.strerror(errno.EACCES)
+    return None
 
 
 def write_file(flag: str, path: str, text: str) -> None:
@@ -337,8 +350,8 @@ def write_file(flag: str, path: str, text: str) -> None:
         OutputError: It cannot be written.
     """
     place = Path(path)
-    is_plain = place.is_file() and not place.is_symlink()  # no device, no pipe
     try:
+        is_plain = place.is_file() and not place.is_symlink()  # no device, no pipe
         if os.path.lexists(place) and not (
             is_plain and os.access(place.parent, os.W_OK)
         ):
@@ -355,7 +368,7 @@ def _replace(path: Path, text: str) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name[:50]}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
         if path.exists():

@@ -79,6 +79,12 @@ def check_can_make(folder: Path) -> None:
     Raises:
         OutputError: It cannot.
     """
+    try:
+        _beside(folder, "replaced").lstat()  # the longest name of those that are used
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise _not_writable(folder, str(error.strerror), "") from error
     above = next(parent for parent in folder.parents if os.path.lexists(parent))
     if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
         return

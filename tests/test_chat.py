@@ -6,6 +6,7 @@ time.
 Run: python -m pytest tests/test_chat.py
 """
 
+import ctypes
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 from contextlib import closing
+from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -37,6 +39,7 @@ from mlx_gemma_mtp.chat.reader import read_message
 from mlx_gemma_mtp.chat.session import Session, Settings
 from mlx_gemma_mtp.encoding import num_common
 from mlx_gemma_mtp.errors import MTPError, RequestError
+from mlx_gemma_mtp.generation_defaults import SamplingDefaults
 from mlx_gemma_mtp.target import Target
 from tests.tiny import (
     CHAT_TEMPLATE,
@@ -803,6 +806,9 @@ class TestCommands:
             ("/load", "a file's name"),
             ("/load none.json", "must be a file that can be read"),
             ("/save none/x.json", "must be a file that can be written"),
+            (f"/save {'x' * 300}", "must be a file that can be written"),
+            ("/save a\0b", "null character"),
+            ("/load a\0b", "null character"),
             ("/load .", "must be a file that can be read"),
         ],
     )
@@ -1058,3 +1064,57 @@ class TestProcess:
             process.stdin.close()
         assert process.returncode == 141, err
         assert b"Traceback" not in err
+
+
+def interrupted_mistake():
+    """Fails in C before Control-C is noticed, as MLX does whose g++ dies of it."""
+    nothing: list[None] = []
+    calls = (partial(ctypes.pythonapi.PyErr_SetInterrupt), partial(nothing.pop))
+    list(map(partial.__call__, calls))
+
+
+def test_progress_ends_where_control_c_comes_with_an_error(monkeypatch):
+    ended = []
+
+    class Progress:
+        def __init__(self, notes):
+            pass
+
+        def tell(self, num_read, num_tokens):
+            pass
+
+        def end(self):
+            ended.append(True)
+
+    class Failing:
+        def answer(self, question, on_progress):
+            interrupted_mistake()
+            yield
+
+    session: Any = Failing()
+    monkeypatch.setattr(chat, "PromptProgress", Progress)
+    with pytest.raises(KeyboardInterrupt):
+        chat._print_answer(session, "x", shows_thoughts=False)
+    assert ended
+
+
+def test_who_leaves_greedy_text_gets_the_checkpoints_filters():
+    """As with --temp at the start; what was given stays."""
+    defaults = SamplingDefaults({"temperature": 1.0, "top_k": 64, "top_p": 0.95})
+    given = {"temp": 0.0, "top_p": 0.5, "top_k": None, "min_p": None}
+    greedy = Settings(
+        max_tokens=4,
+        prefill_step_size=2048,
+        exactness="fast",
+        stop=(),
+        sampling=defaults.settings(**given) | {"seed": 3},
+        defaults=defaults,
+        given=given,
+    )
+    assert greedy.value("top_k") == 0
+    sampled = greedy.changed("min_p", "0.1").changed("temp", "1")
+    assert sampled.sampling == {
+        **{"temp": 1.0, "top_p": 0.5, "top_k": 64, "min_p": 0.1},
+        "seed": 3,
+    }
+    assert sampled.changed("seed", "off").value("top_k") == 64

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from mlx_gemma_mtp.command import (
+    Parser,
     check_output_file,
     exit_status,
     not_utf8,
@@ -104,6 +105,18 @@ class TestWriting:
             "error: standard output must be open: got a closed one.\n",
         )
 
+    def test_help_that_cannot_be_written(self, monkeypatch):
+        """At once, as where PYTHONUNBUFFERED is set."""
+
+        class Full(io.StringIO):
+            def write(self, text):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(sys, "stdout", Full())
+        parser = Parser(prog="x")
+        status, said = ended(lambda: parser.parse_args(["--help"]), sys.stdout)
+        assert (status, said.count("\n")) == (1, 1)
+
     def test_notes_that_cannot_be_written(self):
         class Full(io.StringIO):
             def write(self, text):
@@ -131,6 +144,8 @@ class TestFiles:
             ("none/x", "No such file or directory"),
             ("folder", "Is a directory"),
             ("file/x", "Not a directory"),
+            ("file/x/y", "Not a directory"),
+            ("x" * 300, "File name too long"),
         ],
     )
     def test_is_refused_before_and_after(self, tmp_path, name, reason):
@@ -147,6 +162,12 @@ class TestFiles:
             (tmp_path / "old").touch()
             with pytest.raises(OutputError, match="Permission denied"):
                 check_output_file("--x", str(tmp_path / name))
+
+    def test_the_longest_name_there_can_be(self, tmp_path):
+        path = tmp_path / ("\N{BLACK SQUARE}" * 84)
+        check_output_file("--x", str(path))
+        write_file("--x", str(path), "y")
+        assert path.read_text() == "y"
 
     def test_a_full_disk_leaves_what_was_there(self, tmp_path):
         path = tmp_path / "x"

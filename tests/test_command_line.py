@@ -97,6 +97,13 @@ class TestNames:
         monkeypatch.setattr(cli, "main", len)
         assert every.main(["-p", "chat", "-m"]) == 3
 
+    def test_control_c_before_a_command_is_there(self, monkeypatch):
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(every, "import_module", interrupted)
+        assert every.main(["chat"]) == 130
+
     @by_name
     def test_help_and_mistakes_have_one_form_of_the_name(self, name, capsys):
         form = f"mlx_gemma_mtp.{name}"

@@ -796,6 +796,13 @@ def test_a_float_target_is_not_converted_in_place(shop, tmp_path, capsys):
     assert snapshot(place) == before
 
 
+def test_a_place_with_a_name_too_long(shop, tmp_path, capsys):
+    place = tmp_path / ("x" * 300)
+    refused_command(
+        capsys, ["--hf-path", shop.source("12b"), "--mlx-path", place], "too long"
+    )
+
+
 @pytest.mark.parametrize(
     "flags",
     [["--q-bits", "4"], ["--q-mode", "mxfp4"], ["--no-quantize"]],

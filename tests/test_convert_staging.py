@@ -137,6 +137,13 @@ class TestStaged:
             with pytest.raises(OutputError, match=r"got Not a directory at .*/file"):
                 check_place(place, force=False)
 
+    @pytest.mark.parametrize("length", [250, 300])
+    def test_a_name_too_long_is_told_at_once(self, tmp_path, length):
+        """Also where only what stands beside it while it is written is too long."""
+        for place in (tmp_path / ("x" * length), tmp_path / ("x" * 300) / "out"):
+            with pytest.raises(OutputError, match="got File name too long"):
+                check_place(place, force=False)
+
     def test_no_permission_above_it_is_told_at_once(self, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
         check_place(tmp_path.parent / "out", force=False)

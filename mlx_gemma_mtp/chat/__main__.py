@@ -20,6 +20,7 @@ from ..arguments import (
     add_template_arguments,
     add_verbose,
     check,
+    given_settings,
 )
 from ..command import exit_status, set_up_log
 from ..command_table import make_parser
@@ -143,6 +144,8 @@ def _make_session(args: argparse.Namespace) -> Session:
         stop=args.stop,
         sampling=sampling_settings(args, pair.sampling_defaults, tokenizer),
         logits_processors=logits_processors(args, checked.logit_bias, pair.vocab_size),
+        defaults=pair.sampling_defaults,
+        given=given_settings(args),
     )
     return Session(
         model,
@@ -219,11 +222,13 @@ def _print_answer(session: Session, question: str, *, shows_thoughts: bool) -> N
                 if interrupts.asked:
                     break
         finally:
-            progress.end()
-            answer.close()
-            if response is not None:
-                display.show(session.unsaid)
-                display.end()
+            try:
+                answer.close()
+                if response is not None:
+                    display.show(session.unsaid)
+                    display.end()
+            finally:  # behind what a Control-C that comes now may break off
+                progress.end()
     if interrupts.asked and not sys.stdin.isatty():
         raise KeyboardInterrupt
     if interrupts.asked:

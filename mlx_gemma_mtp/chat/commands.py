@@ -226,7 +226,7 @@ class Commands:
     def _save(self, argument: str) -> str:
         path = _path("/save", argument)
         conversation = self._session.conversation
-        if path.exists():
+        if os.path.exists(path):  # a name too long is /save's to say
             _check_is_ours(path)
         write_file("/save", str(path), conversation.to_json() + "\n")
         return f"Saved {_exchanges(conversation)} to {path}."
@@ -263,6 +263,10 @@ def _path(name: str, argument: str) -> Path:
     """The file that a command names."""
     if not argument:
         raise RequestError(f"{name} must be followed by a file's name: got none.")
+    if "\0" in argument:
+        raise RequestError(
+            f"{name} must be followed by a file's name: got one with a null character."
+        )
     return Path(os.path.expanduser(argument))
 
 

@@ -5,12 +5,13 @@ Knows nothing of sessions or of the terminal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import SamplingParams
 from ..errors import RequestError
+from ..generation_defaults import SamplingDefaults
 from ..processing import LogitsProcessor
 from ..tokens import check_settings
 
@@ -40,6 +41,8 @@ class Settings:
         stop: Strings that end an answer.
         sampling: The sampling settings of ``stream_generate``.
         logits_processors: What changes logits, as ``stream_generate`` takes it.
+        defaults: What the checkpoint recommends where nothing is given.
+        given: The sampling settings that are, by name; None counts as not given.
     """
 
     max_tokens: int
@@ -48,6 +51,8 @@ class Settings:
     stop: Sequence[str]
     sampling: dict[str, Any]
     logits_processors: Sequence[LogitsProcessor] = ()
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def gives_one_answer(self) -> bool:
@@ -80,9 +85,13 @@ class Settings:
                 prefill_step_size=self.prefill_step_size,
             )
             return replace(self, max_tokens=value)
-        sampling = self.sampling | {name: value}
-        SamplingParams(**sampling)  # checks it
-        return replace(self, sampling=sampling)
+        SamplingParams(**self.sampling | {name: value})  # checks it
+        if name not in self.given:  # a seed
+            return replace(self, sampling=self.sampling | {name: value})
+        given = {**self.given, name: value}
+        # Whoever leaves greedy text gets the checkpoint's filters, as at the start.
+        sampling = self.sampling | self.defaults.settings(**given)
+        return replace(self, sampling=sampling, given=given)
 
 
 def _number(name: str, text: str) -> Any:
