@@ -112,7 +112,12 @@ def most_slots(rows: Sequence[Row]) -> int | None:
     limits = [end for end in ends if end is not None]
     if len(limits) < len(ends):
         return None
-    return stepped_capacity(max(limits, default=0) + 2 * _BLOCK)
+    return slots_for(max(limits, default=0))
+
+
+def slots_for(num_tokens: int) -> int:
+    """Slots that a row of so many tokens can need where rows come and go."""
+    return stepped_capacity(num_tokens + 2 * _BLOCK)
 
 
 def longest_text(layout: SlabLayout, max_kv_bytes: int) -> int:

@@ -228,6 +228,7 @@ def scripted_means(decoder: ScriptedDecoder, **fields: Any) -> Means:
         ),
         kept=None,
         max_rows=4,
+        leaves_room=lambda orders: True,
         window=16,
         memory=lambda: (1, 2),
     )

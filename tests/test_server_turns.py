@@ -9,9 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp.room import slots_for
+from mlx_gemma_mtp.server.engine import leaves_room
 from mlx_gemma_mtp.server.turns import Turns, largest_share
+from mlx_gemma_mtp.target import Target
 from tests.serving import ScriptedDecoder, echo
 from tests.test_server_worker import order_of, read, run, stepping
+from tests.tiny import reference_pair
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,36 @@ def test_what_has_not_begun_is_limited_too():
     turns.append("b", "b1")
     assert turns.take() == "b1"
     assert len(turns) == 1
+
+
+@given(st.lists(st.integers(1, 9), min_size=1), st.integers(1, 30))
+def test_an_owner_leaves_room_or_has_one_at_a_time(sizes, most):
+    turns: Turns[tuple[int, int]] = Turns(
+        99, 99, leaves_room=lambda items: sum(size for _, size in items) <= most
+    )
+    for item in enumerate(sizes):
+        turns.append("a", item)
+    done = 0
+    while len(turns):
+        taken = []
+        while (item := turns.take()) is not None:
+            taken.append(item)
+        assert taken
+        assert len(taken) == 1 or sum(size for _, size in taken) <= most
+        for own in taken:
+            turns.drop("a", own)
+        done += len(taken)
+    assert done == len(sizes)
+
+
+def test_long_choices_leave_memory_for_another_request():
+    """Each of them reserves memory for all that it may write."""
+    layout = Target(reference_pair("12b").target).layout
+    short, long = order_of("a", max_tokens=1), order_of("a", max_tokens=4000)
+    budget = layout.num_bytes(8, slots_for(len(long.prompt) + long.max_tokens))
+    for number in range(1, 9):
+        assert leaves_room(layout, budget, [long] * number) == (number < 8)
+    assert leaves_room(layout, budget, [short] * 20)
 
 
 def test_a_request_of_many_choices_leaves_a_row_free():

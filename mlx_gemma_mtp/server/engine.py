@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from ..generation_defaults import SamplingDefaults
 from ..load import embedded_pair_path, load
 from ..pair import Pair, pair_of
 from ..processing import without_early_end
-from ..room import longest_text
+from ..room import longest_text, slots_for
 from ..row import Request
+from ..seats import seats_for
 from ..target import text_model
 from ..template_files import missing_template_note
 from ..tokens import make_batch_decoder, make_request
@@ -118,6 +119,7 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> Engine:
             ),
             kept=_kept(settings),
             max_rows=limits.rows,
+            leaves_room=lambda orders: leaves_room(layout, max_kv_bytes, orders),
             window=layout.window,
             memory=lambda: (mx.get_active_memory(), mx.get_peak_memory()),
         ),
@@ -131,6 +133,16 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> Engine:
         drafter_name=_drafter_name(pair),
         wired=pair.wired,
     )
+
+
+def leaves_room(layout: SlabLayout, max_kv_bytes: int, orders: Sequence[Order]) -> bool:
+    """Whether one more row fits into memory beside those of some orders.
+
+    A batch's rows all have the slots of the longest one.
+    """
+    longest = max(len(order.prompt) + order.max_tokens for order in orders)
+    num_bytes = layout.num_bytes(seats_for(len(orders) + 1), slots_for(longest))
+    return num_bytes <= max_kv_bytes
 
 
 def check_memory(settings: Settings, layout: SlabLayout) -> None:

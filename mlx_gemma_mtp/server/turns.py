@@ -5,8 +5,8 @@ Knows nothing of what waits, nor of rows.
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Hashable
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -26,13 +26,21 @@ class Turns(Generic[T]):
     Args:
         most: How many of one owner's may be taken and not dropped.
         most_new: How many of these may have been taken and not begun.
+        leaves_room: Whether others have room beside one owner's. Where they would not,
+            it has one at a time.
     """
 
-    def __init__(self, most: int, most_new: int) -> None:
+    def __init__(
+        self,
+        most: int,
+        most_new: int,
+        leaves_room: Callable[[Sequence[T]], bool] = lambda items: True,
+    ) -> None:
         self._most = most
         self._most_new = most_new
+        self._leaves_room = leaves_room
         self._waiting: dict[Hashable, deque[T]] = {}  # the next owner first
-        self._taken: Counter[Hashable] = Counter()
+        self._taken: dict[Hashable, list[T]] = {}
         self._new: dict[Hashable, set[T]] = {}
 
     def __len__(self) -> int:
@@ -51,7 +59,7 @@ class Turns(Generic[T]):
         item = items.popleft()
         if items:
             self._waiting[owner] = items  # behind the others
-        self._taken[owner] += 1
+        self._taken.setdefault(owner, []).append(item)
         self._new.setdefault(owner, set()).add(item)
         return item
 
@@ -71,10 +79,15 @@ class Turns(Generic[T]):
                 del self._waiting[owner]
             return
         self.begin(owner, item)
-        self._taken[owner] -= 1
+        self._taken[owner].remove(item)
         if not self._taken[owner]:
             del self._taken[owner]
 
     def _may_have_more(self, owner: Hashable) -> bool:
-        is_new_full = len(self._new.get(owner, ())) >= self._most_new
-        return self._taken[owner] < self._most and not is_new_full
+        if len(self._new.get(owner, ())) >= self._most_new:
+            return False
+        taken = self._taken.get(owner, [])
+        if not taken:
+            return True
+        more = [*taken, self._waiting[owner][0]]
+        return len(more) <= self._most and self._leaves_room(more)

@@ -87,6 +87,7 @@ class Means:
         make_transcript: Begins an order's text.
         kept: Caches of earlier prompts; None where none are kept.
         max_rows: Rows of the decoder.
+        leaves_room: Whether memory is left for one more row beside so many orders'.
         window: Tokens that sliding layers see; caches of fewer can be cut shorter.
         memory: Bytes that MLX uses, and the most it used.
     """
@@ -96,6 +97,7 @@ class Means:
     make_transcript: Callable[[Order], Transcript]
     kept: KeptCaches | None
     max_rows: int
+    leaves_room: Callable[[Sequence[Order]], bool]
     window: int
     memory: Callable[[], tuple[int, int]]
 
@@ -138,7 +140,9 @@ class Worker:
         self._bridge = bridge
         self._messages: deque[Message] = deque()
         self._waiting: Turns[_Task] = Turns(
-            largest_share(means.max_rows), most_new=_MAX_UNREAD
+            largest_share(means.max_rows),
+            most_new=_MAX_UNREAD,
+            leaves_room=lambda tasks: means.leaves_room([t.job.order for t in tasks]),
         )
         self._tasks: dict[Job, _Task] = {}
         self._by_row: dict[Row, _Task] = {}
