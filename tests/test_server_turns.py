@@ -96,8 +96,8 @@ def test_an_owner_leaves_room_or_has_one_at_a_time(sizes, most):
     turns: Turns[tuple[int, int]] = Turns(
         99, 99, leaves_room=lambda items: sum(size for _, size in items) <= most
     )
-    for item in enumerate(sizes):
-        turns.append("a", item)
+    for number, size in enumerate(sizes):
+        turns.append("a", (number, size))
     done = 0
     while len(turns):
         taken = []
