@@ -202,8 +202,8 @@ class ScriptedCache:
 
 
 def echo(prompt: Sequence[int]) -> list[int]:
-    """A script: the prompt again and again."""
-    return list(prompt[1:] or prompt) * 1000
+    """A script: the prompt again and again, for longer than a text may be here."""
+    return list(prompt[1:] or prompt) * 2000
 
 
 def make_scripted_request(order: Order) -> Request:

@@ -92,11 +92,16 @@ def test_an_interrupt_in_a_chunk_leaves_the_callers_cache_as_it_was(
         evaluate(*arrays)
         signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(target_module, "_TOKENS_OF_LAYERS", len(PROMPT))
-        patch.setattr(mx, "eval", control_c)
-        with pytest.raises(KeyboardInterrupt):
-            text(PROMPT)
+    # A process in the background may have been told to ignore it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(target_module, "_TOKENS_OF_LAYERS", len(PROMPT))
+            patch.setattr(mx, "eval", control_c)
+            with pytest.raises(KeyboardInterrupt):
+                text(PROMPT)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert {c.offset for c in cache} == before
     found = text(PROMPT)
     cache = make_prompt_cache(Target(pair.target).layout)
