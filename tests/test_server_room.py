@@ -412,6 +412,27 @@ def test_memory_is_given_back_behind_a_large_body(size, count, fails):
     assert given_back == [True] * count
 
 
+def test_memory_is_given_back_where_there_is_nothing_to_do(monkeypatch):
+    monkeypatch.setattr(tidy, "REST_S", 0.0)
+
+    async def test():
+        given_back, may_end = asyncio.Event(), asyncio.Event()
+
+        async def application(_scope, _receive, _send):
+            await may_end.wait()
+
+        tidied = Tidied(application, given_back.set)
+        first = asyncio.ensure_future(tidied({"type": "http"}, never, never))
+        await asyncio.sleep(0)
+        may_end.set()
+        await tidied({"type": "http"}, never, never)
+        assert not given_back.is_set()
+        await first
+        await given_back.wait()
+
+    run_async(test())
+
+
 def test_memory_can_be_given_back_on_every_system(monkeypatch):
     memory_returner()()
     monkeypatch.setattr(tidy.ctypes, "CDLL", lambda _: object())  # as on macOS
