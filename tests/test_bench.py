@@ -65,6 +65,7 @@ def run_bench(*arguments, cwd, **environment):
     )
 
 
+@pytest.mark.slow
 def test_all_sections_run(tmp_path):
     figures, tables = tmp_path / "figures.json", tmp_path / "tables.md"
     run = run_bench(
@@ -110,6 +111,7 @@ def test_all_sections_run(tmp_path):
     assert "| drafting, K = 4, fast |" in tables.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_compiled_graphs_are_counted(tmp_path):
     figures, tables = tmp_path / "figures.json", tmp_path / "tables.md"
     run = run_bench(

@@ -174,6 +174,7 @@ def test_adapters_leave_the_head_as_it_is(model, data, tmp_path):
     assert not mx.array_equal(after.pre_projection.weight, before.pre_projection.weight)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_resumes(model, data, tmp_path):
     """The folder is that of an unbroken run, byte for byte."""
     # Without g++ at work, and with a program to import once only.
@@ -438,6 +439,7 @@ def test_run_that_was_done_is_only_cleaned_up(model, data, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
+@pytest.mark.slow
 def test_texts_are_the_same_in_several_processes(model, data, tmp_path):
     outputs = [tmp_path / "one", tmp_path / "two"]
     for output, count in zip(outputs, "13", strict=True):

@@ -321,6 +321,7 @@ def test_prose_is_split_by_topic():
     assert 0.1 < len(held_out) / (len(kept) + len(held_out)) < 0.35
 
 
+@pytest.mark.slow
 def test_the_proof_runs(tmp_path, work, monkeypatch, capsys):
     """What it measures after so few steps is not judged here."""
     steps = {"steps": 2, "judge_every": 1}
@@ -398,6 +399,7 @@ def test_defaults_stay_within_what_is_claimed():
     assert args.retuned_minutes < tune_proof.MOST_MINUTES
 
 
+@pytest.mark.slow
 def test_losses_are_compared_on_the_same_texts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune_proof, "TEXTS", replace(TEXTS, num_held_out=4))
     monkeypatch.setattr(finetune_target, "_WINDOW", 16)
