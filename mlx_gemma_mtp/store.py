@@ -108,31 +108,33 @@ class Store:
             return
         content = {"form": _FORM, "key": self._key, "values": dict(values)}
         try:
-            self._replace(self._folder, json.dumps(content, indent=1))
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"{self._name}.json"
+            replace_file(path, json.dumps(content, indent=1))
             if not self._is_tidy:
                 self._is_tidy = True
                 _tidy(self._folder, used=self._name)
         except OSError as error:
             _say_unusable(self._folder, error)
 
-    def _replace(self, folder: Path, text: str) -> None:
-        """Write the file.
 
-        Raises:
-            OSError: It cannot be written.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(
-            dir=folder, prefix=f"{self._name}.", suffix=".part"
-        )
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(part, folder / f"{self._name}.json")
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-            raise
+def replace_file(path: Path, text: str) -> None:
+    """Write a file that only its owner can read; readers see the old one or this one.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    handle, part = tempfile.mkstemp(
+        dir=path.parent, prefix=f"{path.stem}.", suffix=".part"
+    )
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
 
 
 def _digest(key: Mapping[str, Any]) -> str:

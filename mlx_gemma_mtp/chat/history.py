@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from ..store import cache_folder
+from ..store import cache_folder, replace_file
 
 logger = logging.getLogger("mlx_gemma_mtp")
 
@@ -41,7 +40,8 @@ class History:
             entries = _entries(self._path)
             is_long = self._path.stat().st_size > _MAX_BYTES
             if is_long or len(entries) > 2 * MAX_ENTRIES:
-                _replace(self._path, entries[-MAX_ENTRIES:])
+                text = "".join(map(_line, entries[-MAX_ENTRIES:]))
+                replace_file(self._path, text)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -100,20 +100,3 @@ def _entries(path: Path) -> list[str]:
             if isinstance(entry, str):
                 found.append(entry)
     return found
-
-
-def _replace(path: Path, entries: list[str]) -> None:
-    """Write a file anew.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(map(_line, entries))
-        os.replace(part, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(part)
-        raise
