@@ -1,7 +1,7 @@
 """mlx-lm's ``BatchGenerator`` over this package's decoder: requests join and leave.
 
 Rows keep their own acceptance, so a call of ``next`` may give several responses of one
-request. Needs mlx-lm 0.32 or later, whose interface this is.
+request.
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import (
+    GenerationBatch,
+    PromptProcessingBatch,
+    StopSequences,
+    generation_stream,
+)
+from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
 
 from .config import SamplingParams
 from .decoder import DEFAULT_MAX_ROWS
@@ -27,20 +34,6 @@ from .processing import LogitsProcessor, Sampler
 from .row import Request, Row
 from .stats import DraftTally
 from .tokens import make_batch_decoder, make_request
-
-try:
-    from mlx_lm.generate import (
-        GenerationBatch,
-        PromptProcessingBatch,
-        StopSequences,
-        generation_stream,
-    )
-    from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
-except ImportError as error:
-    raise ImportError(
-        "BatchGenerator needs mlx-lm 0.32 or newer: got an older one. Use Python 3.11 "
-        "or newer, where it runs, or generate_tokens for several prompts together."
-    ) from error
 
 
 class BatchGenerator:

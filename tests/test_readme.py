@@ -25,17 +25,13 @@ from convert.quantize import RULES
 from mlx_gemma_mtp import cli, hook, run
 from mlx_gemma_mtp.chat import __main__ as chat
 from mlx_gemma_mtp.chat.commands import COMMANDS
-from mlx_gemma_mtp.hook_table import OLDEST_VERSION, REPLACED
+from mlx_gemma_mtp.hook_table import REPLACED
 from mlx_gemma_mtp.selftest import __main__ as selftest
 from mlx_gemma_mtp.server import __main__ as server
 from mlx_gemma_mtp.server.arguments import parse as parse_server_arguments
 from mlx_gemma_mtp.tune import __main__ as tuner
 from tests.tiny import CHAT_TEMPLATE, VOCAB_SIZE, model_folder, uncompiled
 
-VERSION = tuple(int(part) for part in mlx_lm.__version__.split(".")[:2])
-needs_hook = pytest.mark.skipif(
-    VERSION < OLDEST_VERSION, reason="the hook needs mlx-lm 0.32"
-)
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -176,7 +172,6 @@ def unhooked(monkeypatch):
     hook.uninstall()
 
 
-@needs_hook
 @pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.run" in s])
 def test_run_commands(line, monkeypatch, capsys, unhooked):
     command, *arguments = shlex.split(line)
@@ -200,9 +195,6 @@ def test_run_commands(line, monkeypatch, capsys, unhooked):
 
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_examples(code, monkeypatch, tmp_path, unhooked):
-    is_new = ".install()" in code or "BatchGenerator" in code
-    if is_new and VERSION < OLDEST_VERSION:
-        pytest.skip("the hook and batches need mlx-lm 0.32")
     monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
