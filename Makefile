@@ -129,7 +129,7 @@ train-drafter: $(RUN_STAMP)
 	@$(BIN)/python scripts/train_drafter.py --output build/drafter $(ARGS)
 
 tune-proof: $(RUN_STAMP)
-	@$(BIN)/python scripts/tune_proof.py $(ARGS)
+	@$(BIN)/python scripts/studies/tune_proof.py $(ARGS)
 
 clean:
 	rm -rf .venv* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from mlx_gemma_mtp.pairing import fetch, find_drafter
 
-from .engines import Step, UnavailableError
 from .models import ModelSpec
+from .step import Step, UnavailableError
 
 _UNIFIED = "gemma4_unified"
 
