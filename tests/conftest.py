@@ -24,8 +24,8 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
-from mlx_gemma_mtp import planning
-from mlx_gemma_mtp.load import load_tokenizer
+from mlx_gemma_mtp.pair import planning
+from mlx_gemma_mtp.pair.load import load_tokenizer
 from tests import gemma, gemma_pair
 
 # Also where MLX has a GPU: what tests compare with are results of the CPU.

@@ -13,9 +13,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_gemma_mtp.load import embedded_pair_path, load_pair
+from mlx_gemma_mtp.checkpoints.weights import load_drafter
+from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair
 from mlx_gemma_mtp.tune.settings import TrainingSettings
-from mlx_gemma_mtp.weights import load_drafter
 from scripts import openblas, train_drafter
 from scripts.studies import finetune_target, tune_proof
 from tests.scripts.training import TEXTS, TRAINING, small_corpus
