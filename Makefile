@@ -13,6 +13,7 @@
 # make test-clients  the openai client and a browser against the server; installs both
 # make test-schema   requests that schemathesis makes of /openapi.json; installs it
 # make wheel-check   the wheel, installed where there is no checkout
+# make docs          writes the tables of docs/ that the code knows
 # make load          200 clients against the server, and against mlx-lm's (15 minutes)
 # make bench         measures the embedded pair (ARGS='engines graph' chooses sections)
 # make bench-setup   installs what bench can also compare with and plot: mlx-vlm, matplotlib
@@ -37,7 +38,7 @@ CLIENTS_STAMP := $(VENV)/clients.stamp
 CLIENT_TESTS := tests/server/test_openai_client.py tests/server/test_page.py
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo check test test-oldest test-threads test-mlx-lm test-slow test-control test-cuda test-tsan test-gemma test-clients test-schema load lint format type bench bench-setup picture train-drafter tune-proof wheel-check clean
+.PHONY: all install demo check test test-oldest test-threads test-mlx-lm test-slow test-control test-cuda test-tsan test-gemma test-clients test-schema docs load lint format type bench bench-setup picture train-drafter tune-proof wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -109,6 +110,9 @@ test-clients: $(CLIENTS_STAMP)
 test-schema: $(DEV_STAMP)
 	@$(PIP) 'schemathesis>=4'
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m schema tests/server/test_openapi.py $(ARGS)
+
+docs: $(DEV_STAMP)
+	@$(BIN)/python -m scripts.docs_tables
 
 load: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python scripts/load_server.py $(ARGS)

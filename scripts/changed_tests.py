@@ -18,12 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = "mlx_gemma_mtp"
 ALWAYS = ("tests/test_layout.py", "tests/test_tooling.py")
-DOCS = "tests/test_readme.py"
+DOCS = "tests/docs/test_pages.py"
 
 
 def main() -> None:
     """Print them."""
-    print(*tests_of(changed_files(ROOT), ROOT), sep="\n")
+    print(*chosen(changed_files(ROOT), ROOT), sep="\n")
 
 
 def changed_files(root: Path) -> list[str]:
@@ -39,23 +39,22 @@ def _git(root: Path, *arguments: str) -> list[str]:
     return run.stdout.splitlines()
 
 
-def tests_of(changed: Iterable[str], root: Path) -> list[str]:
+def chosen(changed: Iterable[str], root: Path) -> list[str]:
     """Files of tests, from the root, without repetition."""
-    found = {path for path in ALWAYS if (root / path).is_file()}
+    found = {root / path for path in ALWAYS}
     for name in changed:
         path = Path(name)
         if path.suffix == ".py":
-            found |= {str(test.relative_to(root)) for test in _of_module(path, root)}
+            found.update(_of_module(path, root))
         elif path.suffix == ".md":
-            found.add(DOCS)
-    return sorted(found)
+            found.add(root / DOCS)
+    return sorted(str(test.relative_to(root)) for test in found if test.is_file())
 
 
 def _of_module(path: Path, root: Path) -> Iterator[Path]:
     is_test = path.parts[0] == "tests"
     if is_test and path.name.startswith("test_"):
-        if (root / path).is_file():
-            yield root / path
+        yield root / path
         return
     inside = path.parent.parts[1:] if is_test else _mirror(path)
     module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
