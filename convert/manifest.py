@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx_gemma_mtp
-from mlx_gemma_mtp.checkpoint import TRAINING_NAME, WEIGHTS_PATTERN, read_json
+from mlx_gemma_mtp.checkpoints.checkpoint import (
+    TRAINING_NAME,
+    WEIGHTS_PATTERN,
+    read_json,
+)
 from mlx_gemma_mtp.errors import OutputError
 
 from .plan import PartPlan

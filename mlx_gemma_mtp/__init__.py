@@ -10,14 +10,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .batch import BatchGenerator
-    from .config import SamplingParams
     from .errors import MTPError
-    from .hook import install, uninstall
-    from .load import embedded_pair_path, load, load_pair
-    from .pair import Pair
-    from .text import GenerationResponse, generate, stream_generate
-    from .tokens import draft_block, generate_tokens
+    from .generation.text import GenerationResponse, generate, stream_generate
+    from .generation.tokens import draft_block, generate_tokens
+    from .hook.batch_generator import BatchGenerator
+    from .hook.install import install, uninstall
+    from .models.config import SamplingParams
+    from .pair.load import embedded_pair_path, load, load_pair
+    from .pair.pair import Pair
 
 __version__ = "0.1.0"
 
@@ -40,20 +40,20 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "BatchGenerator": "batch",
-    "GenerationResponse": "text",
+    "BatchGenerator": "hook.batch_generator",
+    "GenerationResponse": "generation.text",
     "MTPError": "errors",
-    "Pair": "pair",
-    "SamplingParams": "config",
-    "draft_block": "tokens",
-    "embedded_pair_path": "load",
-    "generate": "text",
-    "generate_tokens": "tokens",
-    "install": "hook",
-    "load": "load",
-    "load_pair": "load",
-    "stream_generate": "text",
-    "uninstall": "hook",
+    "Pair": "pair.pair",
+    "SamplingParams": "models.config",
+    "draft_block": "generation.tokens",
+    "embedded_pair_path": "pair.load",
+    "generate": "generation.text",
+    "generate_tokens": "generation.tokens",
+    "install": "hook.install",
+    "load": "pair.load",
+    "load_pair": "pair.load",
+    "stream_generate": "generation.text",
+    "uninstall": "hook.install",
 }
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..command import write_file
-from ..config import MAX_DRAFT_TOKENS
+from ..cli.command import write_file
+from ..engine.route import AUTO
 from ..errors import OutputError, RequestError
-from ..route import AUTO
+from ..models.config import MAX_DRAFT_TOKENS
 from .conversation import Conversation
 from .figures import describe_session
 from .session import Session

@@ -12,8 +12,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from ..config import shorten
 from ..errors import RequestError
+from ..models.config import shorten
 
 API_KEY_VARIABLE = "MLX_GEMMA_MTP_API_KEY"
 ANY = "*"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..arguments import (
+from ..cli.arguments import (
     AUTO,
     add_checkpoint_arguments,
     add_drafter,
@@ -27,9 +27,9 @@ from ..arguments import (
     json_object,
     with_thinking,
 )
-from ..command_table import make_parser
-from ..config import MAX_DRAFT_TOKENS, SamplingParams, shorten
+from ..cli.command_table import make_parser
 from ..errors import RequestError
+from ..models.config import MAX_DRAFT_TOKENS, SamplingParams, shorten
 from .addresses import API_KEY_VARIABLE, api_key, host_names, origins
 from .refused import reason_against
 

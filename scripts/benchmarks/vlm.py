@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.pairing import fetch, find_drafter
+from mlx_gemma_mtp.checkpoints.hub import fetch, find_drafter
 
 from .engines import Step, UnavailableError
 from .models import ModelSpec
