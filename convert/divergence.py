@@ -19,8 +19,8 @@ import mlx.core as mx
 from mlx_gemma_mtp.checkpoints.checkpoint import open_checkpoint
 from mlx_gemma_mtp.checkpoints.tokenizer import load_tokenizer
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
+from mlx_gemma_mtp.constants import FULL
 from mlx_gemma_mtp.generation.encoding import encode_text
-from mlx_gemma_mtp.models.config import FULL
 from mlx_gemma_mtp.models.drafter import SharedKV
 
 from .plan import PartPlan

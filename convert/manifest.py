@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx_gemma_mtp
+from mlx_gemma_mtp._version import __version__
 from mlx_gemma_mtp.checkpoints.checkpoint import (
     TRAINING_NAME,
     WEIGHTS_PATTERN,
@@ -77,7 +77,7 @@ def manifest(
     return {
         "manifest_version": _MANIFEST_VERSION,
         "versions": {
-            "mlx_gemma_mtp": mlx_gemma_mtp.__version__,
+            "mlx_gemma_mtp": __version__,
             "mlx": version("mlx"),
             "mlx_lm": version("mlx-lm"),
         },

@@ -19,7 +19,8 @@ from mlx_gemma_mtp.checkpoints.checkpoint import (
     INDEX_NAME,
     open_checkpoint,
 )
-from mlx_gemma_mtp.checkpoints.hub import DRAFTER_FOLDERS, find_drafter
+from mlx_gemma_mtp.checkpoints.find_drafter import find_drafter
+from mlx_gemma_mtp.checkpoints.hub import DRAFTER_FOLDERS
 from mlx_gemma_mtp.checkpoints.quantization import Format
 from mlx_gemma_mtp.checkpoints.staging import (
     check_free_space,

@@ -23,8 +23,7 @@ from mlx_gemma_mtp.checkpoints.weights import (
     target_settings,
     target_skeleton,
 )
-from mlx_gemma_mtp.errors import CheckpointError, RequestError
-from mlx_gemma_mtp.models.config import cut
+from mlx_gemma_mtp.errors import CheckpointError, RequestError, cut
 from mlx_gemma_mtp.models.tensor_names import (
     TOKEN_ORDERING,
     Names,

@@ -33,8 +33,7 @@ from mlx_gemma_mtp.checkpoints.hub import (
     hub_id,
     local_path,
 )
-from mlx_gemma_mtp.errors import CheckpointError
-from mlx_gemma_mtp.models.config import cut
+from mlx_gemma_mtp.errors import CheckpointError, cut
 
 from .manifest import read_origin
 

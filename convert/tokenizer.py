@@ -42,8 +42,7 @@ from mlx_gemma_mtp.checkpoints.tokenizer import (
 )
 from mlx_gemma_mtp.checkpoints.weights import one_line
 from mlx_gemma_mtp.cli.command import NO_ROOM
-from mlx_gemma_mtp.errors import CheckpointError
-from mlx_gemma_mtp.models.config import cut
+from mlx_gemma_mtp.errors import CheckpointError, cut
 
 TOKENIZER_MODEL = "tokenizer.model"
 _COPIED = (

@@ -14,8 +14,7 @@ from importlib import import_module
 
 from .cli.command import EXIT_INTERRUPTED, Parser, exit_status
 from .cli.command_table import COMMANDS, add_version
-from .errors import RequestError
-from .models.config import shorten
+from .errors import RequestError, shorten
 
 _OWN_FLAGS = ("-h", "--help", "--version")
 

@@ -39,8 +39,8 @@ from mlx_gemma_mtp.cli.tables import aligned
 from mlx_gemma_mtp.errors import MTPError
 from mlx_gemma_mtp.generation.encoding import encode_text
 from mlx_gemma_mtp.machine import describe_machine
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair, load_tokenizer
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.tune.data.documents import Document
 from mlx_gemma_mtp.tune.fresh import fresh_config, fresh_drafter
 from mlx_gemma_mtp.tune.pipeline import tune

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text
 
-from mlx_gemma_mtp.engine.sequence import Request
+from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.generation import tokens
 from mlx_gemma_mtp.models.config import DrafterConfig, text_config
 from mlx_gemma_mtp.models.drafter import Drafter

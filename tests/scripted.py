@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.cache.slabs import LayerKV, PrefillCache, SlabLayout
-from mlx_gemma_mtp.models.config import FULL
+from mlx_gemma_mtp.cache.prompt import PrefillCache
+from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout
+from mlx_gemma_mtp.constants import FULL
 from mlx_gemma_mtp.models.drafter import DraftOutput, SharedKV
 from mlx_gemma_mtp.models.target import Prefilled, TargetOutput
 

@@ -15,10 +15,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from ..engine.prefill import Reader
+from ..constants import SLIDING
 from ..errors import RequestError
-from ..models.config import SLIDING
-from .slabs import LayerKV, PrefillCache, SlabLayout, prefill_caches
+from .prompt import PrefillCache, prefill_caches
+from .slabs import LayerKV, SlabLayout
 
 _MAKE_ONE = "mlx_lm.models.cache.make_prompt_cache(model) makes one."
 
@@ -115,13 +115,6 @@ def update_prompt_cache(
         target.keys, target.values = mx.contiguous(keys), mx.contiguous(values)
         target.offset = cache.offset
         mx.eval(target.keys, target.values)
-
-
-def read_on(target: Reader, prompt_cache: Sequence[Any], tokens: Sequence[int]) -> None:
-    """Read a few tokens into mlx-lm's cache objects, which grow as mlx-lm's do."""
-    target.prefill(mx.array(list(tokens), dtype=mx.int32), list(prompt_cache))
-    for cache in prompt_cache:  # one by one: each grows by a copy
-        mx.eval(cache.keys, cache.values)
 
 
 def _in_order(source: Any, array: mx.array, layer: LayerKV) -> mx.array:

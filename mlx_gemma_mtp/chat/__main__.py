@@ -116,7 +116,7 @@ def _run(args: argparse.Namespace) -> int:
 def _make_session(args: argparse.Namespace) -> Session:
     """Load what the flags name and make a session of it."""
     checked = check(args)
-    from ..generation.tokens import check_settings
+    from ..generation.requests import check_settings
     from ..pair.pair import pair_of
     from .prompts import PlainPrompts, TemplatePrompts
     from .session import Session, Settings

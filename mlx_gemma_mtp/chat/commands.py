@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from ..cli.command import write_file
-from ..engine.route import AUTO
+from ..constants import AUTO, MAX_DRAFT_TOKENS
 from ..errors import OutputError, RequestError
-from ..models.config import MAX_DRAFT_TOKENS
 from .conversation import Conversation
 from .figures import describe_session
 from .session import Session

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import RequestError
-from ..generation.tokens import check_settings
-from ..models.config import SamplingParams
+from ..generation.requests import check_settings
 from ..sampling.defaults import SamplingDefaults
 from ..sampling.host import LogitsProcessor
+from ..sampling.params import SamplingParams
 
 NO_LIMIT = -1
 _MAX_TOKENS = "max_tokens"

@@ -10,36 +10,20 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from ..errors import CheckpointError
-from ..models.config import (
-    DRAFTER_MODEL_TYPES,
-    PUBLISHED_DRAFTERS,
-    PUBLISHED_TARGETS,
-    cut,
-    shorten,
-)
-from .checkpoint import CONFIG_NAME, WEIGHTS_PATTERN, read_json
+from ..constants import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
+from ..errors import CheckpointError, cut, shorten
+from .checkpoint import CONFIG_NAME, WEIGHTS_PATTERN
 
 _AGAIN = "Check the connection and try again, or pass a local folder."
 # Folders inside a target's folder that may hold its drafter, in this order.
 DRAFTER_FOLDERS = ("drafter", "assistant", "mtp")
-# The sizes Gemma 4 is published in, and the hidden size of each target.
-_HIDDEN_SIZES = {"E2B": 1536, "E4B": 2560, "12B": 3840, "26B-A4B": 2816, "31B": 5376}
-_QAT_DRAFTER = "google/gemma-4-{size}-it-qat-q4_0-unquantized-assistant"
-# owner: its drafter for instruction-tuned targets. mlx-community has no drafter of
-# every size for quantization-aware trained targets, so those take Google's.
-_DRAFTERS = {
-    "google": "google/gemma-4-{size}-it-assistant",
-    "mlx-community": "mlx-community/gemma-4-{size}-it-assistant-bf16",
-}
-_GEMMA_4_ID = re.compile(
+GEMMA_4_ID = re.compile(
     r"(?P<owner>[^/]+)/gemma-4-(?P<size>E2B|E4B|12B|26B-A4B|31B)(?P<rest>(-.*)?)",
     re.IGNORECASE,
 )
@@ -59,20 +43,6 @@ _ALLOW_PATTERNS = [
     "README.md",  # its licence travels along where it is converted
     *(f"{folder}/{WEIGHTS_PATTERN}" for folder in DRAFTER_FOLDERS),
 ]
-
-
-@dataclass(frozen=True)
-class DrafterChoice:
-    """A drafter for a target, or why there is none.
-
-    Attributes:
-        path_or_id: A folder or a Hub id; None if no drafter was found.
-        reason: A sentence for the user: why this one, or what was looked for and
-            what to do.
-    """
-
-    path_or_id: str | None
-    reason: str
 
 
 def fetch(path_or_id: str | Path, revision: str | None = None) -> Path:
@@ -190,74 +160,6 @@ def checked_hub_id(path_or_id: str | Path) -> str:
     return repo
 
 
-def find_drafter(target_path_or_id: str | Path, folder: Path) -> DrafterChoice:
-    """Find the drafter of a target: inside its folder, beside it or on the Hub.
-
-    Nothing is fetched here.
-
-    Args:
-        target_path_or_id: The target as the user named it.
-        folder: The target's local folder, as from ``fetch()``.
-
-    Raises:
-        CheckpointError: A drafter's folder is there and its config is broken.
-    """
-    looked_for = list(_local_candidates(folder))
-    for candidate, reason in looked_for:
-        if is_drafter_folder(candidate):
-            return DrafterChoice(str(candidate), reason)
-    target_id = hub_id(target_path_or_id, folder)
-    if target_id is not None:
-        return _published_drafter_of(target_id)
-    # Those beside it by their paths, those inside it by their names.
-    inside = ", ".join(DRAFTER_FOLDERS)
-    places = " and ".join(cut(p) for p, _ in looked_for[len(DRAFTER_FOLDERS) :])
-    return DrafterChoice(
-        None,
-        f"no drafter found for {cut(folder)}: looked for {inside} in it and for "
-        f"{places}; the folder does not tell a Hub id. Name one with --draft-model "
-        "(draft_model=...).",
-    )
-
-
-def is_drafter_folder(folder: Path) -> bool:
-    """Tell whether a folder's ``config.json`` is a drafter's.
-
-    Args:
-        folder: Any path; one that is not there is no drafter.
-
-    Raises:
-        CheckpointError: The file is there and broken.
-    """
-    config = folder / CONFIG_NAME
-    if not config.is_file():
-        return False
-    return read_json(config).get("model_type") in DRAFTER_MODEL_TYPES
-
-
-def published_drafter(hidden_size: int) -> str | None:
-    """Return the published drafter of the target with this hidden size, if any.
-
-    Args:
-        hidden_size: The target's H.
-    """
-    for size, published_hidden_size in _HIDDEN_SIZES.items():
-        if hidden_size == published_hidden_size:
-            return _DRAFTERS["google"].format(size=size)
-    return None
-
-
-def _local_candidates(folder: Path) -> Iterator[tuple[Path, str]]:
-    # abspath, not resolve: what lies beside a symbolic link is meant, not what lies
-    # beside the folder it points to. It also gives "." a name.
-    folder = Path(os.path.abspath(folder))
-    for name in DRAFTER_FOLDERS:
-        yield folder / name, "found inside the target's folder"
-    yield folder.with_name(f"{folder.name}-assistant"), "found beside the target"
-    if folder.name == "target":
-        yield folder.with_name("drafter"), "found beside the target"
-
-
 def hub_id(path_or_id: str | Path, folder: Path) -> str | None:
     """Return the Hub id behind a checkpoint, None for a folder that tells none.
 
@@ -272,35 +174,6 @@ def hub_id(path_or_id: str | Path, folder: Path) -> str | None:
         if match and place.parent.name == "snapshots":
             return f"{match['owner']}/{match['name']}"
     return None
-
-
-def _published_drafter_of(target_id: str) -> DrafterChoice:
-    """Return the published pairing of a Hub id."""
-    name_one = "Name one with --draft-model (draft_model=...)."
-    match = _GEMMA_4_ID.fullmatch(target_id)
-    if not match:
-        return DrafterChoice(
-            None,
-            f"no drafter found for {cut(target_id)}: it is not named after a published "
-            f"Gemma 4. {name_one}",
-        )
-    rest = match["rest"].lower()
-    if rest != "-it" and not rest.startswith("-it-"):
-        return DrafterChoice(
-            None,
-            f"no drafter found for {cut(target_id)}: drafters are published for the "
-            f"instruction-tuned models (…-it) only, not for base models. {name_one}",
-        )
-    size = next(s for s in _HIDDEN_SIZES if s.lower() == match["size"].lower())
-    owner = match["owner"].lower()
-    if "qat" in rest.split("-"):
-        why = f"the published drafter of quantization-aware trained {size} targets"
-        return DrafterChoice(_QAT_DRAFTER.format(size=size), why)
-    drafter = _DRAFTERS.get(owner, _DRAFTERS["google"]).format(size=size)
-    if owner in _DRAFTERS:
-        return DrafterChoice(drafter, f"the published drafter of {target_id}")
-    why = f"the published drafter of the {size}, which {target_id} is named after"
-    return DrafterChoice(drafter, why)
 
 
 def explain_hub_error(repo: str, revision: str | None, error: Exception) -> str:
@@ -434,7 +307,7 @@ def _brief(words: str) -> str:
 
 def _published_hint(repo: str) -> str:
     """Name the published ids if the id looks like Gemma but is none of them."""
-    if "gemma" not in repo.lower() or _GEMMA_4_ID.fullmatch(repo):
+    if "gemma" not in repo.lower() or GEMMA_4_ID.fullmatch(repo):
         return ""
     ids = PUBLISHED_DRAFTERS if "assistant" in repo.lower() else PUBLISHED_TARGETS
     return f" Gemma 4 is published as {', '.join(ids)}."

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from ..errors import CheckpointError
-from ..models.config import cut, shorten
+from ..errors import CheckpointError, cut, shorten
 from ..models.tensor_names import TOKEN_ORDERING, Names, is_input
 from .checkpoint import FLOAT_DTYPES, MERGE, SAME_CHECKPOINT, Checkpoint, TensorInfo
 from .quantization import Format, stored_format

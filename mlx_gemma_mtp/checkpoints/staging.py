@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from ..constants import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
 from ..errors import OutputError
-from ..models.config import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
 from .checkpoint import CONFIG_NAME, WEIGHTS_PATTERN
 
 _MARGIN_BYTES = 64 << 20  # configs, tokenizer, the file system's own

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import CheckpointError
-from ..models.config import cut, shorten
+from ..errors import CheckpointError, cut, shorten
 from .checkpoint import read_json
 
 CHAT_TEMPLATE = "chat_template.jinja"

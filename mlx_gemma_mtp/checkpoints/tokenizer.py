@@ -19,9 +19,8 @@ import mlx_lm.utils
 from jinja2 import TemplateSyntaxError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, cut, shorten
 from ..markup.answer import CALL_END, CALL_START, TURN_END
-from ..models.config import cut, shorten
 from .checkpoint import CONFIG_NAME, Checkpoint, read_json
 from .template_files import (
     CHAT_TEMPLATE,

@@ -22,15 +22,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4, gemma4_text
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from ..errors import CheckpointError
-from ..models.config import (
-    TARGET_MODEL_TYPES,
-    DrafterConfig,
-    check_model_type,
-    check_target,
-    cut,
-    text_config,
-)
+from ..constants import TARGET_MODEL_TYPES
+from ..errors import CheckpointError, cut
+from ..models.config import DrafterConfig, check_model_type, check_target, text_config
 from ..models.drafter import Drafter
 from ..models.tensor_names import (
     TOKEN_ORDERING,

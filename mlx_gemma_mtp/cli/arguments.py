@@ -11,10 +11,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.route import AUTO, MODES
-from ..errors import RequestError
+from ..constants import AUTO, MODES
+from ..errors import RequestError, shorten
 from ..generation.chat_template import DEFAULT_THINKING, THINKING
-from ..models.config import SamplingParams, shorten
+from ..sampling.params import SamplingParams
 from .command import check_utf8
 from .command_table import make_parser
 from .refused import TEXT_FLAGS

@@ -21,8 +21,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from ..errors import MTPError, OutputError, RequestError
-from ..models.config import shorten
+from ..errors import MTPError, OutputError, RequestError, shorten
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE

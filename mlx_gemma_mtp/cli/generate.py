@@ -64,8 +64,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.stats_json not in (None, "-"):
         check_output_file("--stats-json", args.stats_json)
     # Heavy imports wait until the arguments are known to be good.
+    from ..generation.requests import check_settings
     from ..generation.text import stream_generate
-    from ..generation.tokens import check_settings
     from ..pair.pair import pair_of
     from .display import Display, PromptProgress
 

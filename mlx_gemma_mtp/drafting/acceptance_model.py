@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..models.config import MAX_DRAFT_TOKENS
+from ..constants import MAX_DRAFT_TOKENS
 from .saved_numbers import numbers
 
 # In trials: a trial is one draft whose predecessors in its round were all accepted.

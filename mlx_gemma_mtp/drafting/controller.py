@@ -26,7 +26,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..models.config import MAX_DRAFT_TOKENS
+from ..constants import MAX_DRAFT_TOKENS
 from .acceptance_model import AcceptanceModel
 from .cost_model import TYPICAL_COST, CostModel
 from .saved_numbers import numbers

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..models.config import MAX_DRAFT_TOKENS
+from ..constants import MAX_DRAFT_TOKENS
 from .saved_numbers import numbers
 
 _N = MAX_DRAFT_TOKENS + 1

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..models.config import MAX_DRAFT_TOKENS
+from ..constants import MAX_DRAFT_TOKENS
 from ..models.families import DRAFTER_LAYERS, FAMILIES, Family, bits_per_weight
 from .chips import Chip, chip_of
 from .controller import DEFAULT_PRIOR, Prior

@@ -12,14 +12,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from ..cache.slabs import (
-    PrefillCache,
-    SlabLayout,
-    insert_row,
-    oldest_kept,
-    resize,
-    take_row,
-)
+from ..cache.prompt import PrefillCache, insert_row, oldest_kept, take_row
+from ..cache.slabs import SlabLayout, resize
 from ..models.target import Prefilled
 from ..sampling.distribution import SamplingRule
 from .capacity import Room

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from ..cache.slabs import SlabLayout, next_capacity, stepped_capacity
-from ..models.config import MAX_DRAFT_TOKENS
+from ..constants import MAX_DRAFT_TOKENS
 from .sequence import Row
 
 # Slabs for a request are reserved up to this many tokens ahead, so that an ordinary

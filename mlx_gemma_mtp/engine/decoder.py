@@ -31,11 +31,10 @@ import mlx.core as mx
 
 from ..cache.mlx_lm_cache import (
     make_prompt_cache,
-    read_on,
     read_prompt_cache,
     update_prompt_cache,
 )
-from ..cache.slabs import PrefillCache
+from ..cache.prompt import PrefillCache
 from ..drafting.policy import DraftLength, DraftLengths, FixedDraftLength
 from ..errors import RequestError
 from ..models.target import Prefilled
@@ -44,13 +43,21 @@ from ..sampling.distribution import SamplingRule, choose_tokens
 from ..sampling.logprobs import reported_logprobs
 from .batch import Seats
 from .early_start import EarlyStart
-from .emission import Emission, Progress, Step
-from .prefill import DEFAULT_PREFILL_STEP_SIZE, Prefill
+from .prefill import DEFAULT_PREFILL_STEP_SIZE, Prefill, read_on
 from .queue import Waiting, WaitingRows
-from .results import Outcome, emissions_of, failure_of, outcomes_of
+from .request import Request
+from .results import (
+    Emission,
+    Outcome,
+    Progress,
+    Step,
+    emissions_of,
+    failure_of,
+    outcomes_of,
+)
 from .rounds import Rounds
 from .route import ANY_ROUTE, Route
-from .sequence import Request, Row
+from .sequence import Row
 from .shadows import Shadows
 from .state import Report, RoundState, RowSettings, Verified, row_settings
 from .stats import RoundStats, joined_rules

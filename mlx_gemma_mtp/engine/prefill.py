@@ -6,11 +6,12 @@ It knows what a target gives for a chunk: nothing of rows, rounds or of when to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..cache.slabs import PrefillCache, SlabLayout, prefill_caches
+from ..cache.prompt import PrefillCache, prefill_caches
+from ..cache.slabs import SlabLayout
 from ..models.target import Prefilled
 
 DEFAULT_PREFILL_STEP_SIZE = 2048
@@ -114,3 +115,10 @@ def read_prompt(
     while not prefill.is_done:
         prefill.read(step_size)
     return prefill.filled
+
+
+def read_on(target: Reader, prompt_cache: Sequence[Any], tokens: Sequence[int]) -> None:
+    """Read a few tokens into mlx-lm's cache objects, which grow as mlx-lm's do."""
+    target.prefill(mx.array(list(tokens), dtype=mx.int32), list(prompt_cache))
+    for cache in prompt_cache:  # one by one: each grows by a copy
+        mx.eval(cache.keys, cache.values)

@@ -18,7 +18,9 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..cache.slabs import PrefillCache, SlabLayout, draft_masks
+from ..cache.masks import draft_masks
+from ..cache.prompt import PrefillCache
+from ..cache.slabs import SlabLayout
 from ..models.drafter import DraftOutput, SharedKV
 from ..models.target import Prefilled, Target, TargetOutput
 from ..sampling.acceptance import Accepted, Draft, accept_block, cut

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from ..models.config import MAX_DRAFT_TOKENS, SamplingParams
+from ..constants import MAX_DRAFT_TOKENS
 from ..sampling.distribution import SamplingRule, sampling_rows, sampling_rule
 from ..sampling.logprobs import Logprobs
+from ..sampling.params import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..drafting.saved_numbers import numbers
-from ..engine.route import PLAIN_ROWS
+from .verdict import PLAIN_ROWS
 
 _FORM = 1  # of the dictionary
 _MOST = 1e9  # of any of its numbers; more is damage

@@ -23,10 +23,10 @@ from statistics import median
 import mlx.core as mx
 
 from ..cache.slabs import CAPACITY_BLOCK, SlabLayout, next_capacity, resize
+from ..constants import ALL_DRAFTS, MAX_DRAFT_TOKENS
 from ..engine.rounds import TargetLike
-from ..engine.route import ALL_DRAFTS, PLAIN_ROWS, Verdict
-from ..models.config import MAX_DRAFT_TOKENS
 from .compared import Compared, Decoded
+from .verdict import PLAIN_ROWS, Verdict
 
 _MARGIN = MAX_DRAFT_TOKENS + 1  # slots of the longest block
 _NUM_STEPS = _MARGIN  # plain steps at each place: every row of every block is compared

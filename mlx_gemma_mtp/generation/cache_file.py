@@ -18,8 +18,7 @@ from ..cache.mlx_lm_cache import check_prompt_cache
 from ..cache.slabs import SlabLayout
 from ..checkpoints.checkpoint import read_header
 from ..checkpoints.hub import local_path
-from ..errors import RequestError
-from ..models.config import cut
+from ..errors import RequestError, cut
 
 _SUFFIX = ".safetensors"  # which MLX gives to a file that has none
 _AGAIN = "Write it again with mlx_lm.cache_prompt."

@@ -18,22 +18,23 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..cache.mlx_lm_cache import holds_tokens
 from ..engine.decoder import Decoder
-from ..engine.emission import Emission, Progress
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
+from ..engine.results import Emission, Progress
 from ..engine.sequence import Row
 from ..engine.stats import RoundStats
 from ..errors import RequestError
 from ..markup.answer import marks_of, plain
 from ..models.compatibility import check_fit
-from ..models.config import SamplingParams
 from ..models.drafter import Drafter
 from ..pair.pair import Pair, pair_of
 from ..sampling.host import LogitsProcessor, Sampler
 from ..sampling.logprobs import whole_logprobs
+from ..sampling.params import SamplingParams
 from .encoding import encode_text
+from .requests import check_num_draft_tokens, check_settings, make_request
 from .stop import StopStrings
 from .text_pieces import TextPieces
-from .tokens import check_num_draft_tokens, check_settings, make_decoder, make_request
+from .tokens import make_decoder
 
 DEFAULT_MAX_TOKENS = 256
 

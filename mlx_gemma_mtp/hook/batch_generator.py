@@ -17,16 +17,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..engine.decoder import DEFAULT_MAX_ROWS
-from ..engine.emission import Emission, Progress, Step
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
-from ..engine.sequence import Request, Row
+from ..engine.request import Request
+from ..engine.results import Emission, Progress, Step
+from ..engine.sequence import Row
 from ..engine.stats import DraftTally
 from ..errors import RequestError
-from ..generation.tokens import make_batch_decoder, make_request
-from ..models.config import SamplingParams
+from ..generation.requests import make_request
+from ..generation.tokens import make_batch_decoder
 from ..pair.pair import pair_of
 from ..sampling.host import LogitsProcessor, Sampler
 from ..sampling.logprobs import whole_logprobs
+from ..sampling.params import SamplingParams
 
 try:
     from mlx_lm.generate import (

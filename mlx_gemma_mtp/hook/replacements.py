@@ -25,11 +25,11 @@ from ..checkpoints.checkpoint import open_checkpoint, read_json
 from ..checkpoints.hub import fetch, fetch_config
 from ..checkpoints.packing import without_stale_keys
 from ..checkpoints.tokenizer import model_kind
+from ..constants import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
 from ..engine.stats import DraftTally
 from ..errors import CheckpointError, PairingError, RequestError
+from ..generation.requests import check_settings
 from ..generation.text import GenerationResponse, stream_generate
-from ..generation.tokens import check_settings
-from ..models.config import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
 from ..models.drafter import Drafter
 from ..models.target import text_model
 from ..pair.load import attach_drafter

@@ -18,13 +18,9 @@ from contextlib import contextmanager
 from ..cli.arguments import add_draft_arguments
 from ..cli.command import Parser, exit_status
 from ..cli.command_table import make_parser
-from ..errors import HookError, MTPError, RequestError
-from ..models.config import (
-    DRAFTER_MODEL_TYPES,
-    TARGET_MODEL_TYPES,
-    check_model_type,
-    cut,
-)
+from ..constants import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
+from ..errors import HookError, MTPError, RequestError, cut
+from ..models.config import check_model_type
 from .table import DECODING_PROGRAMS
 
 _PREFIX = "mlx_lm."

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 import mlx.nn as nn
 from mlx_lm.models import gemma4_text
 
-from ..checkpoints.hub import published_drafter
+from ..constants import FULL, SLIDING
 from ..errors import PairingError
-from .config import FULL, SLIDING, DrafterConfig
+from .config import DrafterConfig
 from .drafter import Drafter
+from .families import published_drafter
 from .target import text_model
 
 

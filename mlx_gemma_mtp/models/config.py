@@ -9,31 +9,20 @@ transformers writes when it saves a checkpoint again (``per_layer_config``).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
-from ..errors import CheckpointError, RequestError
-
-SLIDING = "sliding_attention"
-FULL = "full_attention"
-LAYER_TYPES = (SLIDING, FULL)
-
-MAX_DRAFT_TOKENS = 8  # of a round
-
-TARGET_MODEL_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified_text")
-DRAFTER_MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
-
-PUBLISHED_TARGETS = (
-    "google/gemma-4-E2B-it",
-    "google/gemma-4-E4B-it",
-    "google/gemma-4-12B-it",
-    "google/gemma-4-26B-A4B-it",
-    "google/gemma-4-31B-it",
+from ..constants import (
+    DRAFTER_MODEL_TYPES,
+    FULL,
+    LAYER_TYPES,
+    PUBLISHED_DRAFTERS,
+    PUBLISHED_TARGETS,
+    SLIDING,
+    TARGET_MODEL_TYPES,
 )
-PUBLISHED_DRAFTERS = tuple(f"{target}-assistant" for target in PUBLISHED_TARGETS)
+from ..errors import CheckpointError, cut, shorten
 
 _TEXT_ONLY = ("gemma4_text", "gemma4_unified_text")
 _UNIFIED = ("gemma4_unified", "gemma4_unified_text", "gemma4_unified_assistant")
@@ -225,64 +214,6 @@ class DrafterConfig:
         )
         _check_drafter(drafter, source)
         return drafter
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How a token is drawn from the target's logits; names and order as in mlx-lm.
-
-    Attributes:
-        temp: Temperature >= 0; 0 is greedy.
-        top_p: Keep the smallest set with this probability, 0..1; 0 and 1 are off.
-        top_k: Keep this many tokens; 0 is off.
-        min_p: Keep tokens at least this share of the best one's probability, 0..1.
-        seed: 0..2**64 - 1, or None for a fresh one.
-        reproducible: Whether the text of a seed is a function of seed and target alone
-            (Gumbel coupling), or drafts are accepted as often as any lossless rule
-            allows (block verification). Without a seed it is the latter.
-        xtc_probability: How often XTC strikes (excludes all top choices but the
-            least likely of them), 0..1; 0 is off.
-        xtc_threshold: Probability above which a token is a top choice, 0..0.5.
-        xtc_special_tokens: Token ids that XTC never excludes; any sequence, kept as a
-            tuple.
-    """
-
-    temp: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    reproducible: bool = True
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
-    xtc_special_tokens: Sequence[int] = ()
-
-    def __post_init__(self) -> None:
-        """Check every field.
-
-        Raises:
-            RequestError: A value outside its range.
-        """
-        _check_number("temp", self.temp, "0 or more", lambda v: v >= 0)
-        _check_number("top_p", self.top_p, "from 0 to 1", lambda v: 0 <= v <= 1)
-        _check_number("min_p", self.min_p, "from 0 to 1", lambda v: 0 <= v <= 1)
-        _check_number(
-            "xtc_probability",
-            self.xtc_probability,
-            "from 0 to 1",
-            lambda v: 0 <= v <= 1,
-        )
-        _check_number(
-            "xtc_threshold",
-            self.xtc_threshold,
-            "from 0 to 0.5",
-            lambda v: 0 <= v <= 0.5,
-        )
-        special = _token_ids("xtc_special_tokens", self.xtc_special_tokens)
-        object.__setattr__(self, "xtc_special_tokens", special)  # a list has no hash
-        _check_count("top_k", self.top_k, "a whole number from 0 to 2**31-1", 2**31)
-        if self.seed is not None:
-            _check_count("seed", self.seed, "a whole number from 0 to 2**64-1", 2**64)
 
 
 class _Reader:
@@ -557,58 +488,5 @@ def _check_drafter(drafter: DrafterConfig, source: str) -> None:
         )
 
 
-def _check_number(name: str, value: Any, constraint: str, is_valid: Any) -> None:
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    try:
-        is_finite = is_number and math.isfinite(value)
-    except OverflowError:  # a whole number that no float reaches
-        is_finite = False
-    if not is_finite or not is_valid(value):
-        raise RequestError(_out_of_range(name, constraint, value))
-
-
-def _check_count(name: str, value: Any, constraint: str, limit: int) -> None:
-    is_count = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_count or not 0 <= value < limit:
-        raise RequestError(_out_of_range(name, constraint, value))
-
-
-def plain(value: Any) -> Any:
-    """The value itself; arrays, also those of one number, as Python's own objects."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _token_ids(name: str, values: Any) -> tuple[int, ...]:
-    values = plain(values)
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise RequestError(_out_of_range(name, "a sequence of token ids", values))
-    tokens = tuple(values)
-    for token in tokens:
-        _check_count(name, token, "token ids, from 0 to 2**31-1", 2**31)
-    return tuple(int(token) for token in tokens)
-
-
-def _out_of_range(name: str, constraint: str, value: Any) -> str:
-    found = shorten(value, nothing="None")
-    return f"{name} must be {constraint}: got {found}. Leave it out for the default."
-
-
 def _either(names: Sequence[str]) -> str:
     return " or ".join(names) if len(names) < 3 else "one of " + ", ".join(names)
-
-
-def shorten(value: Any, *, nothing: str = "nothing") -> str:
-    """A value for a message, at most 80 characters of it."""
-    try:
-        text = nothing if value is None else repr(value)
-    except ValueError:  # Python writes no whole number of more than 4300 digits
-        text = "a number of thousands of digits"
-    except RecursionError:
-        text = "something nested too deeply"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def cut(text: object) -> str:
-    """A text of any length for a message, such as a path: its beginning and its end."""
-    whole = str(text)
-    return whole if len(whole) <= 240 else f"{whole[:100]}...{whole[-137:]}"

@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gemma4_text
 
-from ..cache.slabs import over_heads
+from ..cache.masks import over_heads
 from .centroid_head import MaskedEmbedding
 from .config import DrafterConfig
 from .tensor_names import TOKEN_ORDERING, drafter_names

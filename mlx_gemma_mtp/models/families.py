@@ -185,3 +185,26 @@ def family_of(text_config: Mapping[str, Any]) -> str | None:
         ):
             return family.name
     return None
+
+
+# The sizes Gemma 4 is published in, and the hidden size of each target.
+_HIDDEN_SIZES = {"E2B": 1536, "E4B": 2560, "12B": 3840, "26B-A4B": 2816, "31B": 5376}
+_QAT_DRAFTER = "google/gemma-4-{size}-it-qat-q4_0-unquantized-assistant"
+# owner: its drafter for instruction-tuned targets. mlx-community has no drafter of
+# every size for quantization-aware trained targets, so those take Google's.
+_DRAFTERS = {
+    "google": "google/gemma-4-{size}-it-assistant",
+    "mlx-community": "mlx-community/gemma-4-{size}-it-assistant-bf16",
+}
+
+
+def published_drafter(hidden_size: int) -> str | None:
+    """Return the published drafter of the target with this hidden size, if any.
+
+    Args:
+        hidden_size: The target's H.
+    """
+    for size, published_hidden_size in _HIDDEN_SIZES.items():
+        if hidden_size == published_hidden_size:
+            return _DRAFTERS["google"].format(size=size)
+    return None

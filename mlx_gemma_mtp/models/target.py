@@ -17,15 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gemma4, gemma4_text
 
-from ..cache.slabs import (
-    LayerKV,
-    PrefillCache,
-    SlabLayout,
-    SlabView,
-    over_heads,
-    verify_masks,
-    verify_slots,
-)
+from ..cache.masks import over_heads, verify_masks, verify_slots
+from ..cache.prompt import PrefillCache
+from ..cache.slabs import LayerKV, SlabLayout, SlabView
 from ..errors import PairingError
 
 # A chunk's tokens times the layers that are evaluated together. Modelled, half a second

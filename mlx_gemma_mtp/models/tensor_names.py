@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CheckpointError
-from .config import cut
+from ..errors import CheckpointError, cut
 
 # What programs put in front of a model's names, in any order and number: transformers
 # and mlx-lm the models around it, others what they wrapped it in.

@@ -15,8 +15,9 @@ from typing import Any
 from ..drafting.controller import AcceptanceModel, DraftLengthController, Prior
 from ..drafting.saved_numbers import numbers
 from ..engine.early_start import EarlyStart
-from ..engine.route import Route, Verdict
+from ..engine.route import Route
 from ..exactness.compared import Compared
+from ..exactness.verdict import Verdict
 from ..store import Store
 
 # Where plain decoding won, drafting is tried again: for the second and the fourth

@@ -19,12 +19,12 @@ from ..checkpoints.checkpoint import (
     open_checkpoint,
     refuse_peft,
 )
-from ..checkpoints.hub import fetch, find_drafter, local_path
+from ..checkpoints.find_drafter import find_drafter
+from ..checkpoints.hub import fetch, local_path
 from ..checkpoints.tokenizer import chat_templates, eos_token_ids, load_tokenizer
 from ..checkpoints.weights import load_drafter, one_line, read_target
-from ..errors import MTPError, PairingError
+from ..errors import MTPError, PairingError, cut
 from ..models.compatibility import check_fit
-from ..models.config import cut
 from ..models.drafter import Drafter
 from ..models.target import text_model
 from ..sampling.defaults import SamplingDefaults

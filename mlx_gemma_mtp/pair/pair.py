@@ -18,12 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..constants import MAX_DRAFT_TOKENS
 from ..drafting.controller import Prior
 from ..drafting.speed_model import prior
 from ..engine.model_arrays import ModelArrays
 from ..engine.rounds import CompiledRound, Rounds
 from ..engine.traces import Traces
-from ..models.config import MAX_DRAFT_TOKENS
 from ..models.drafter import Drafter
 from ..models.families import family_of
 from ..models.target import Target, text_model

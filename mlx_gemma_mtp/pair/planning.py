@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
+from ..constants import AUTO
 from ..drafting.policy import (
     AdaptiveDraftLength,
     BatchDraftLengths,
@@ -20,19 +21,12 @@ from ..drafting.policy import (
     FixedDraftLength,
 )
 from ..engine.early_start import EarlyStart
+from ..engine.request import Request
 from ..engine.rounds import Rounds
-from ..engine.route import (
-    ANY_ROUTE,
-    AUTO,
-    PLAIN,
-    Route,
-    Verdict,
-    exact_routes,
-    inexact_route,
-)
-from ..engine.sequence import Request
+from ..engine.route import ANY_ROUTE, PLAIN, Route, inexact_route
 from ..engine.stats import joined_rules
 from ..exactness.probe import TIMING_PASSES, probe
+from ..exactness.verdict import Verdict, exact_routes
 from .calibration import Calibration
 from .pair import Pair
 
@@ -89,7 +83,7 @@ def make_plan(
         pair: Target and drafter.
         requests: At least one.
         num_draft_tokens: Checked K; None for the controller's choice.
-        exactness: One of ``route.MODES``.
+        exactness: One of ``constants.MODES``.
 
     Returns:
         The plan. The probe may have run for it.

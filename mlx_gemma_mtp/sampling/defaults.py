@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from ..errors import CheckpointError, RequestError
-from ..models.config import SamplingParams, shorten
+from ..errors import CheckpointError, RequestError, shorten
+from .params import SamplingParams
 
 
 @dataclass(frozen=True)

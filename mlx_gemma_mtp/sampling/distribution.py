@@ -19,9 +19,9 @@ from functools import reduce
 
 import mlx.core as mx
 
-from ..models.config import SamplingParams
 from .candidates import MAX_CANDIDATES, Candidates, WholeRows, longest_list, most_likely
 from .noise import XTC, Stream, gumbel_noise, uniform_noise
+from .params import SamplingParams
 
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of normal float32
 _NO_TOP_K = 2**31 - 1  # a number that no vocabulary reaches

@@ -18,8 +18,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import RequestError
-from ..models.config import SamplingParams
 from .distribution import choose_tokens, sampling_rows, sampling_rule
+from .params import SamplingParams
 
 # mlx-lm's: (tokens [n], logits [1, V]) -> logits [1, V]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]

@@ -27,7 +27,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from ..errors import RequestError
-from ..models.config import SamplingParams
+from .params import SamplingParams
 
 logger = logging.getLogger("mlx_gemma_mtp")
 

@@ -12,10 +12,10 @@ from statistics import median
 from typing import Any
 
 from ..cli.tables import duration
+from ..constants import MAX_DRAFT_TOKENS
 from ..drafting.controller import Prior
 from ..drafting.policy import FixedDraftLength
 from ..engine.decoder import Decoder, Request
-from ..models.config import MAX_DRAFT_TOKENS
 from ..pair.pair import Pair
 from .busy import spread
 from .matmuls import FORMS, Timing, total_seconds

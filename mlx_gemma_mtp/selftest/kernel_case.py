@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..models.config import SamplingParams
 from ..sampling.acceptance import Draft, accept_block
 from ..sampling.acceptance import Verdict as AcceptVerdict
 from ..sampling.decision import joined, propose
@@ -17,6 +16,7 @@ from ..sampling.distribution import (
     sampling_rows,
     sampling_rule,
 )
+from ..sampling.params import SamplingParams
 
 _MAX_CANDIDATES = 4096  # of a drafter's centroid head
 _TIE_STEP = 0.5

@@ -19,9 +19,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text
 
+from ..constants import FULL, SLIDING
 from ..errors import RequestError
 from ..models import config
-from ..models.config import FULL, SLIDING, DrafterConfig
+from ..models.config import DrafterConfig
 from ..models.drafter import Drafter
 from ..pair.pair import Pair
 

@@ -17,11 +17,10 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from .. import __version__
+from .._version import __version__
 from . import metrics as metrics_module
 from .access import Gate, failure_response
 from .answer_parser import Dialogue
-from .arguments import Settings
 from .body_parser import Orders
 from .bridge import Bridge
 from .choice import Order
@@ -35,6 +34,7 @@ from .reply import Reply
 from .request_log import ID_HEADER, Counted
 from .responses import Answer, ChatStyle, CompletionStyle, Style
 from .schema import ChatBody, CompletionBody
+from .settings import Settings
 from .stream import EventStream, unless_gone
 from .tidy import Tidied, memory_returner
 from .vocabulary import Vocabulary

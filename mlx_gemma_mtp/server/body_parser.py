@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..constants import MAX_DRAFT_TOKENS
 from ..generation.chat_template import THINKING
-from ..models.config import MAX_DRAFT_TOKENS, SamplingParams
-from .arguments import DEFAULT_MODEL, Limits
+from ..sampling.params import SamplingParams
 from .choice import Order
 from .errors import AnswerError, bad_request
 from .fields import Fields
 from .prompts import Prompt
 from .schema import NO_LIMIT, ChatBody, CompletionBody
+from .settings import DEFAULT_MODEL, Limits
 
 _NUM_SEEDS = 2**64
 _CONTEXT_SIZE = 20  # mlx-lm's

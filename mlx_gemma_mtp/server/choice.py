@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..models.config import MAX_DRAFT_TOKENS, SamplingParams
+from ..constants import MAX_DRAFT_TOKENS
+from ..sampling.params import SamplingParams
 from .errors import AnswerError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
+from .._version import __version__
 from .answer_parser import Delta
 from .choice import Piece, Tally
 from .vocabulary import Places, Vocabulary

@@ -15,10 +15,10 @@ from pydantic import TypeAdapter
 
 from . import answer_schema as answers
 from .access import OPEN_PATHS
-from .arguments import RESERVED
 from .fields import REFUSED_IN_CHATS, REFUSED_IN_COMPLETIONS, REFUSED_IN_MESSAGES
 from .metrics import CONTENT_TYPE
 from .request_log import ID_HEADER
+from .settings import RESERVED
 
 _JSON = "application/json"
 _STREAM = "text/event-stream"

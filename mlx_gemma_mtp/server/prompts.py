@@ -18,10 +18,10 @@ from ..generation.chat_template import (
 )
 from ..generation.encoding import encode_text, num_common
 from ..markup.answer import CALL_START, AnswerReader, marks_of
-from .arguments import RESERVED
 from .choice import Place
 from .errors import bad_request
 from .lengths import Lengths
+from .settings import RESERVED
 
 
 @dataclass(frozen=True)

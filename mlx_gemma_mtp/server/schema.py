@@ -21,8 +21,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ..cli.arguments import MAX_BIAS
+from ..constants import MAX_DRAFT_TOKENS
 from ..markup.tool_calls import MAX_DEPTH
-from ..models.config import MAX_DRAFT_TOKENS
 from .json_body import refuse_constant
 
 T = TypeVar("T")

@@ -8,7 +8,6 @@ from dataclasses import replace
 from ..cli.arguments import EMBEDDED_PROMPT
 from .answer_parser import Dialogue
 from .app import Desk, make_app
-from .arguments import Settings
 from .body_parser import Orders
 from .bridge import Bridge, Drain, Mailbox
 from .errors import SHUTTING_DOWN, AnswerError
@@ -17,6 +16,7 @@ from .metrics import Metrics
 from .prompts import Prompts
 from .request_log import FORMAT, WithRequest
 from .served_model import Engine, load_engine
+from .settings import Settings
 from .shutdown import Shutdown
 from .vocabulary import Vocabulary
 from .web import Web, allow_connections, listen, url_of

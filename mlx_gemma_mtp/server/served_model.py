@@ -17,17 +17,18 @@ from ..cache.slabs import SlabLayout, stepped_capacity
 from ..checkpoints.template_files import missing_template_note
 from ..engine.batch import seats_for
 from ..engine.capacity import longest_text, slots_for
-from ..engine.sequence import Request
+from ..engine.request import Request
 from ..errors import RequestError
-from ..generation.tokens import make_batch_decoder, make_request
+from ..generation.requests import make_request
+from ..generation.tokens import make_batch_decoder
 from ..markup.answer import marks_of
 from ..models.target import text_model
 from ..pair.load import embedded_pair_path, load
 from ..pair.pair import Pair, pair_of
 from ..sampling.defaults import SamplingDefaults
 from ..sampling.host import without_early_end
-from .arguments import Settings
 from .choice import Order
+from .settings import Settings
 from .transcript import Transcript
 from .worker import Means
 

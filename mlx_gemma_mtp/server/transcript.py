@@ -10,7 +10,7 @@ from ..markup.answer import Marks
 from .choice import Order, Piece
 
 if TYPE_CHECKING:
-    from ..engine.emission import Emission
+    from ..engine.results import Emission
 
 
 class Transcript:

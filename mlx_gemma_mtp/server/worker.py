@@ -26,8 +26,9 @@ from .turns import Turns, largest_share
 
 if TYPE_CHECKING:
     from ..cache.kept import KeptCaches
-    from ..engine.emission import Emission, Progress, Step
-    from ..engine.sequence import Request, Row
+    from ..engine.request import Request
+    from ..engine.results import Emission, Progress, Step
+    from ..engine.sequence import Row
     from ..engine.stats import RoundStats
 
 logger = logging.getLogger("mlx_gemma_mtp.server")

@@ -20,8 +20,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text
 
+from ..constants import FULL, SLIDING
 from ..models.compatibility import check_fit
-from ..models.config import FULL, SLIDING, DrafterConfig
+from ..models.config import DrafterConfig
 from ..models.drafter import Drafter
 from ..models.families import family_of
 from ..models.target import Target, key_norm, text_model

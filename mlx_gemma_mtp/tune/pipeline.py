@@ -22,7 +22,8 @@ import numpy as np
 from mlx_lm.models import gemma4_text
 
 from ..checkpoints.checkpoint import TRAINING_NAME, open_checkpoint, read_json
-from ..checkpoints.hub import fetch, find_drafter, hub_id
+from ..checkpoints.find_drafter import find_drafter
+from ..checkpoints.hub import fetch, hub_id
 from ..checkpoints.staging import check_can_make, check_free_space, check_place
 from ..checkpoints.template_files import missing_template_note
 from ..checkpoints.weights import load_drafter
@@ -30,12 +31,12 @@ from ..cli.tables import size
 from ..errors import CheckpointError, DataError, PairingError
 from ..machine import describe_machine
 from ..models.compatibility import check_fit
-from ..models.config import SamplingParams
 from ..models.drafter import Drafter
 from ..models.families import family_of
 from ..models.target import Target, text_model
 from ..pair.load import load
 from ..pair.pair import Pair, named_arrays, pair_of
+from ..sampling.params import SamplingParams
 from .data.documents import DocumentReader, Lengths
 from .fresh import fresh_drafter
 from .recording import workplace

@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..constants import MAX_DRAFT_TOKENS
 from ..errors import RequestError
-from ..models.config import MAX_DRAFT_TOKENS
 
 _MOST_SEEDS = 2**48  # every text adds its number to it
 

@@ -19,7 +19,6 @@ from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.engine.stats import RoundStats
 from mlx_gemma_mtp.generation.tokens import draft_block
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.sampling.acceptance import (
     Draft,
@@ -28,6 +27,7 @@ from mlx_gemma_mtp.sampling.acceptance import (
     expected_lengths,
 )
 from mlx_gemma_mtp.sampling.distribution import Distribution
+from mlx_gemma_mtp.sampling.params import SamplingParams
 
 from .prompts import prompts_of
 from .speed import own_tokens, show

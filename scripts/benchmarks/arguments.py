@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from mlx_gemma_mtp.engine.route import MODES
+from mlx_gemma_mtp.constants import MODES
 from mlx_gemma_mtp.selftest.random_pair import FAMILIES
 
 from .engines import AUTO, MLX_LM, MLX_VLM, OURS, SAMPLINGS, TWO_MODEL, EngineSpec

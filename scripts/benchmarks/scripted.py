@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.cache.slabs import PrefillCache
+from mlx_gemma_mtp.cache.prompt import PrefillCache
 from mlx_gemma_mtp.engine.rounds import Rounds, TargetLike
 from mlx_gemma_mtp.models.target import Prefilled, TargetOutput
 from mlx_gemma_mtp.sampling.noise import COIN, Stream, uniform_noise

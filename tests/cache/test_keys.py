@@ -18,19 +18,14 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_gemma_mtp.cache import slabs as cache_module
+from mlx_gemma_mtp.cache.masks import verify_masks, verify_slots
 from mlx_gemma_mtp.cache.mlx_lm_cache import make_prompt_cache
-from mlx_gemma_mtp.cache.slabs import (
-    LayerKV,
-    SlabLayout,
-    SlabView,
-    verify_masks,
-    verify_slots,
-)
+from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout, SlabView
+from mlx_gemma_mtp.constants import FULL, SLIDING
 from mlx_gemma_mtp.engine import capacity as room_module
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.errors import RequestError
-from mlx_gemma_mtp.models.config import FULL, SLIDING
 from mlx_gemma_mtp.models.drafter import DraftOutput
 from mlx_gemma_mtp.models.target import Prefilled, TargetOutput
 from tests.engine.test_joining import chain_text

@@ -18,27 +18,19 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 
-from mlx_gemma_mtp.cache.mlx_lm_cache import (
-    make_prompt_cache,
-    read_on,
-    read_prompt_cache,
-)
-from mlx_gemma_mtp.cache.slabs import (
-    LayerKV,
-    SlabLayout,
-    insert_row,
-    prefill_caches,
-    resize,
-    take_row,
-)
+from mlx_gemma_mtp.cache.mlx_lm_cache import make_prompt_cache, read_prompt_cache
+from mlx_gemma_mtp.cache.prompt import insert_row, prefill_caches, take_row
+from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout, resize
+from mlx_gemma_mtp.constants import FULL, MAX_DRAFT_TOKENS, SLIDING
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
+from mlx_gemma_mtp.engine.prefill import read_on
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation.text import stream_generate
 from mlx_gemma_mtp.generation.tokens import generate_tokens
-from mlx_gemma_mtp.models.config import FULL, MAX_DRAFT_TOKENS, SLIDING, SamplingParams
 from mlx_gemma_mtp.models.target import Prefilled
 from mlx_gemma_mtp.pair.pair import pair_of
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.scripted import ChainDrafter, ChainTarget
 from tests.tiny import reference_pair, tiny_tokenizer
 

@@ -14,27 +14,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models import gemma4_text
 
-from mlx_gemma_mtp.cache import slabs as cache_module
+from mlx_gemma_mtp.cache import masks as cache_module
+from mlx_gemma_mtp.cache.masks import (
+    draft_masks,
+    over_heads,
+    verify_masks,
+    verify_slots,
+)
+from mlx_gemma_mtp.cache.prompt import PrefillCache, insert_row, prefill_caches
 from mlx_gemma_mtp.cache.slabs import (
     CAPACITY_BLOCK,
     MAX_DRAFT_TOKENS,
     LayerKV,
-    PrefillCache,
     SlabLayout,
     SlabView,
-    draft_masks,
-    insert_row,
     next_capacity,
-    over_heads,
-    prefill_caches,
     resize,
     stepped_capacity,
-    verify_masks,
-    verify_slots,
 )
+from mlx_gemma_mtp.constants import FULL, SLIDING
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
-from mlx_gemma_mtp.models.config import FULL, SLIDING
 from mlx_gemma_mtp.pair.load import load_pair
 from tests.tiny import REFERENCE
 

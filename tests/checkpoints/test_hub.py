@@ -15,14 +15,10 @@ import pytest
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import hf_raise_for_status
 
-from mlx_gemma_mtp.checkpoints.hub import (
-    DRAFTER_FOLDERS,
-    fetch,
-    find_drafter,
-    is_drafter_folder,
-    published_drafter,
-)
+from mlx_gemma_mtp.checkpoints.find_drafter import find_drafter, is_drafter_folder
+from mlx_gemma_mtp.checkpoints.hub import DRAFTER_FOLDERS, fetch
 from mlx_gemma_mtp.errors import CheckpointError
+from mlx_gemma_mtp.models.families import published_drafter
 
 
 @pytest.fixture

@@ -11,11 +11,13 @@ import mlx.core as mx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout, next_capacity, prefill_caches
+from mlx_gemma_mtp.cache.prompt import prefill_caches
+from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout, next_capacity
+from mlx_gemma_mtp.constants import FULL, SLIDING
 from mlx_gemma_mtp.engine.batch import Seats
 from mlx_gemma_mtp.engine.capacity import RESERVED_TOKENS, Room
-from mlx_gemma_mtp.engine.sequence import Request, Row
-from mlx_gemma_mtp.models.config import FULL, SLIDING
+from mlx_gemma_mtp.engine.request import Request
+from mlx_gemma_mtp.engine.sequence import Row
 from mlx_gemma_mtp.models.target import Prefilled
 
 ALL = tuple(range(9))

@@ -11,12 +11,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_gemma_mtp.constants import FULL
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
-from mlx_gemma_mtp.models.config import FULL, SamplingParams
 from mlx_gemma_mtp.models.drafter import DraftOutput
 from mlx_gemma_mtp.models.target import Prefilled, TargetOutput
 from mlx_gemma_mtp.sampling import distribution as sampling
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.sampling.test_distribution import chi_squared_bound
 from tests.scripted import ScriptedTarget
 

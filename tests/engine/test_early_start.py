@@ -12,7 +12,7 @@ import pytest
 
 from mlx_gemma_mtp.engine.decoder import Decoder
 from mlx_gemma_mtp.engine.early_start import EarlyStart
-from mlx_gemma_mtp.engine.sequence import Request
+from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.pair.load import load_pair
 
 

@@ -20,9 +20,9 @@ from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.engine.timing import RoundTimer
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation.tokens import make_batch_decoder
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.sampling.distribution import sampling_rule
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.scripted import ChainDrafter, ChainTarget, successor
 from tests.tiny import reference_pair, uncompiled
 

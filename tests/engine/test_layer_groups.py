@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_gemma_mtp.cache.mlx_lm_cache import make_prompt_cache
-from mlx_gemma_mtp.cache.slabs import prefill_caches
+from mlx_gemma_mtp.cache.prompt import prefill_caches
 from mlx_gemma_mtp.generation.text import stream_generate
 from mlx_gemma_mtp.models import target as target_module
 from mlx_gemma_mtp.models.target import Target

@@ -15,16 +15,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.cache.slabs import SlabLayout, insert_row
+from mlx_gemma_mtp.cache.prompt import insert_row
+from mlx_gemma_mtp.cache.slabs import SlabLayout
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.prefill import read_prompt
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.engine.state import RoundState, row_settings
 from mlx_gemma_mtp.generation.tokens import draft_block, generate_tokens
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.models.drafter import DraftOutput
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.tiny import FAMILIES, REFERENCE, reference_pair
 
 LAYOUTS = ("config.json", "config.resaved.json")

@@ -12,14 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.engine.route import (
-    PLAIN,
-    Verdict,
-    check_mode,
-    exact_routes,
-    inexact_route,
-)
+from mlx_gemma_mtp.engine.route import PLAIN, check_mode, inexact_route
 from mlx_gemma_mtp.errors import RequestError
+from mlx_gemma_mtp.exactness.verdict import Verdict, exact_routes
 
 DRAFTS = st.sets(st.integers(1, 8)).map(lambda ks: tuple(sorted(ks)))
 VERDICTS = st.builds(

@@ -13,10 +13,10 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_gemma_mtp.drafting.policy import FixedDraftLength
 from mlx_gemma_mtp.engine.decoder import Decoder
+from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.engine.rounds import Rounds
-from mlx_gemma_mtp.engine.sequence import Request
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.embedded import PROMPTS
 from tests.scripted import ChainDrafter, ChainTarget
 

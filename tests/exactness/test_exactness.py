@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_gemma_mtp.constants import FULL
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
-from mlx_gemma_mtp.models.config import FULL
 from mlx_gemma_mtp.models.drafter import DraftOutput, SharedKV
 from tests.tiny import FAMILIES, reference_pair
 

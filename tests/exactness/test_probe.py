@@ -22,11 +22,11 @@ from mlx_gemma_mtp.exactness import probe as probe_module
 from mlx_gemma_mtp.exactness.compared import Compared
 from mlx_gemma_mtp.exactness.probe import TIMING_PASSES, places, probe
 from mlx_gemma_mtp.generation.tokens import make_decoder
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.models.target import Target
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.pair.planning import make_plan
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.tiny import FAMILIES, REFERENCE, reference_pair, uncompiled
 
 PROMPT = [2, 17, 300, 45, 99]

@@ -16,8 +16,9 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
-from mlx_gemma_mtp.engine.emission import Emission
-from mlx_gemma_mtp.engine.sequence import Request, Row
+from mlx_gemma_mtp.engine.request import Request
+from mlx_gemma_mtp.engine.results import Emission
+from mlx_gemma_mtp.engine.sequence import Row
 from mlx_gemma_mtp.engine.stats import Phases, RoundStats
 from mlx_gemma_mtp.errors import PairingError, RequestError
 from mlx_gemma_mtp.generation import text as text_module

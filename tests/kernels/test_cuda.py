@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from mlx_gemma_mtp.kernels import common
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.sampling import fused
 from mlx_gemma_mtp.sampling.distribution import sampling_rows, sampling_rule
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.metal.run import run_on_cpu
 
 pytestmark = pytest.mark.cuda

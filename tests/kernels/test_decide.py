@@ -23,7 +23,6 @@ if sys.platform == "darwin":
 
 from mlx_gemma_mtp.engine.rounds import _report
 from mlx_gemma_mtp.kernels import common, decide
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.sampling import decision
 from mlx_gemma_mtp.sampling.acceptance import Draft, accept_block
 from mlx_gemma_mtp.sampling.candidates import sorted_best
@@ -41,6 +40,7 @@ from mlx_gemma_mtp.sampling.noise import (
     gumbel_noise,
     uniform_noise,
 )
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.metal.build import compile_kernel
 from tests.metal.lint import lint
 from tests.metal.run import run_on_cpu, run_schedules

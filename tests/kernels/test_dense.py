@@ -27,7 +27,6 @@ from mlx_gemma_mtp.kernels.resample import KERNEL as RESAMPLE
 from mlx_gemma_mtp.kernels.resample import resample
 from mlx_gemma_mtp.kernels.threshold import KERNEL as THRESHOLD
 from mlx_gemma_mtp.kernels.threshold import threshold
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.sampling.acceptance import Draft, accept_block
 from mlx_gemma_mtp.sampling.decision import decide, joined, propose
 from mlx_gemma_mtp.sampling.distribution import (
@@ -42,6 +41,7 @@ from mlx_gemma_mtp.sampling.noise import (
     gumbel_noise,
     uniform_noise,
 )
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.metal.build import compile_kernel
 from tests.metal.lint import lint
 from tests.metal.run import run_on_cpu, run_schedules

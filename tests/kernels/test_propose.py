@@ -23,9 +23,9 @@ if sys.platform == "darwin":
     pytest.skip("MLX runs kernels on Metal itself here", allow_module_level=True)
 
 from mlx_gemma_mtp.kernels import common, propose
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.sampling import candidates, decision, noise
 from mlx_gemma_mtp.sampling import distribution as sampling
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.metal.lint import lint
 from tests.metal.run import run_on_cpu, run_schedules
 from tests.metal.text import metal_text

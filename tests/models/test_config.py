@@ -15,18 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.errors import CheckpointError, RequestError
+from mlx_gemma_mtp.constants import FULL, SLIDING, TARGET_MODEL_TYPES
+from mlx_gemma_mtp.errors import CheckpointError, RequestError, shorten
 from mlx_gemma_mtp.models.config import (
-    FULL,
-    SLIDING,
-    TARGET_MODEL_TYPES,
     DrafterConfig,
-    SamplingParams,
     check_model_type,
     check_target,
-    shorten,
     text_config,
 )
+from mlx_gemma_mtp.sampling.params import SamplingParams
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 FAMILIES = ("e2b", "e4b", "12b", "26b-a4b", "31b")

@@ -13,12 +13,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4
 
 from mlx_gemma_mtp.checkpoints.checkpoint import open_checkpoint
-from mlx_gemma_mtp.models.config import (
-    PUBLISHED_DRAFTERS,
-    PUBLISHED_TARGETS,
-    DrafterConfig,
-    text_config,
-)
+from mlx_gemma_mtp.constants import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
+from mlx_gemma_mtp.models.config import DrafterConfig, text_config
 from mlx_gemma_mtp.models.drafter import Drafter
 from tests.published import (
     DRAFTERS,

@@ -21,8 +21,8 @@ from mlx_lm.models import gemma4, gemma4_text
 
 from mlx_gemma_mtp.checkpoints.checkpoint import open_checkpoint
 from mlx_gemma_mtp.checkpoints.weights import load_drafter, load_target
+from mlx_gemma_mtp.constants import FULL, SLIDING
 from mlx_gemma_mtp.errors import CheckpointError, PairingError
-from mlx_gemma_mtp.models.config import FULL, SLIDING
 from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.models.target import text_model
 from mlx_gemma_mtp.pair.load import (

@@ -36,10 +36,10 @@ from mlx_gemma_mtp.engine.traces import Traces
 from mlx_gemma_mtp.generation.text import stream_generate
 from mlx_gemma_mtp.generation.tokens import generate_tokens, make_batch_decoder
 from mlx_gemma_mtp.hook.batch_generator import BatchGenerator
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.pair.calibration import Calibration
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Kept, Pair, attach, pair_of
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.engine.test_joining import chain_text, check_against_alone, check_chains
 from tests.generation.test_stop import before_the_stop
 from tests.scripted import ChainDrafter, ChainTarget

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mlx_gemma_mtp import generate_tokens, load, load_pair
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
 from mlx_gemma_mtp.errors import CheckpointError
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.pair.pair import pair_of
 from mlx_gemma_mtp.sampling.defaults import SamplingDefaults
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.tiny import model_folder, uncompiled
 
 GREEDY = {"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}

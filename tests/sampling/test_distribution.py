@@ -20,7 +20,6 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc
 
 from mlx_gemma_mtp.engine.traces import Traces
 from mlx_gemma_mtp.generation.tokens import generate_tokens
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.sampling import distribution as sampling
 from mlx_gemma_mtp.sampling.candidates import most_likely
 from mlx_gemma_mtp.sampling.distribution import (
@@ -33,6 +32,7 @@ from mlx_gemma_mtp.sampling.distribution import (
     sampling_rule,
 )
 from mlx_gemma_mtp.sampling.noise import gumbel_noise, gumbel_of_bits, philox
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.tiny import FAMILIES, reference_pair
 
 # Known answers of Random123 1.14, examples/kat_vectors, "philox4x32 10".

@@ -21,12 +21,12 @@ from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.generation.tokens import generate_tokens
 from mlx_gemma_mtp.kernels import common, trial
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.sampling import fused
 from mlx_gemma_mtp.sampling.acceptance import accept_block
 from mlx_gemma_mtp.sampling.decision import decide, joined, propose
 from mlx_gemma_mtp.sampling.distribution import sampling_rows, sampling_rule
 from mlx_gemma_mtp.sampling.logprobs import log_probabilities
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.metal.run import run_on_cpu
 from tests.tiny import reference_pair, uncompiled
 

@@ -27,9 +27,9 @@ from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation import tokens as tokens_module
 from mlx_gemma_mtp.generation.text import describe, stream_generate
 from mlx_gemma_mtp.generation.tokens import generate_tokens
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.pair.load import load
 from mlx_gemma_mtp.sampling.host import HostRow
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.scripted import VOCAB_SIZE as SCRIPTED_SIZE
 from tests.scripted import ScriptedDrafter, ScriptedTarget
 from tests.tiny import (

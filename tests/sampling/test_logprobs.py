@@ -19,9 +19,9 @@ from mlx_gemma_mtp.engine import decoder as decoder_module
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation.text import stream_generate
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.pair.load import load
 from mlx_gemma_mtp.sampling.logprobs import log_probabilities
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.tiny import VOCAB_SIZE, model_folder, reference_pair, uncompiled
 
 PROMPT = [2, 17, 300, 45, 99]

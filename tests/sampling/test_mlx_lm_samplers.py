@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from mlx_lm import sample_utils
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.sampling import mlx_lm_samplers as samplers
 from mlx_gemma_mtp.sampling.mlx_lm_samplers import sampler_params
+from mlx_gemma_mtp.sampling.params import SamplingParams
 
 EVERYTHING: dict[str, Any] = {
     "temp": 0.7,

@@ -11,12 +11,13 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_gemma_mtp.constants import FULL, SLIDING
 from mlx_gemma_mtp.engine.prefill import read_prompt
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation.tokens import generate_tokens
 from mlx_gemma_mtp.models import config
 from mlx_gemma_mtp.models.compatibility import check_fit
-from mlx_gemma_mtp.models.config import FULL, SLIDING, DrafterConfig
+from mlx_gemma_mtp.models.config import DrafterConfig
 from mlx_gemma_mtp.selftest import random_pair
 from mlx_gemma_mtp.selftest.random_pair import FAMILIES
 from tests.published import TARGETS, published

@@ -13,8 +13,9 @@ import mlx.core as mx
 
 from mlx_gemma_mtp.server import prompts
 from mlx_gemma_mtp.server import serve as serving
-from mlx_gemma_mtp.server.arguments import Settings, parse
+from mlx_gemma_mtp.server.arguments import parse
 from mlx_gemma_mtp.server.served_model import Engine
+from mlx_gemma_mtp.server.settings import Settings
 from tests.server.serving import ScriptedDecoder, echo, scripted_engine, scripted_means
 
 

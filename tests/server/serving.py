@@ -16,21 +16,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from mlx_gemma_mtp.engine.emission import Emission, Progress, Step
-from mlx_gemma_mtp.engine.sequence import Request, Row
+from mlx_gemma_mtp.engine.request import Request
+from mlx_gemma_mtp.engine.results import Emission, Progress, Step
+from mlx_gemma_mtp.engine.sequence import Row
 from mlx_gemma_mtp.engine.stats import RoundStats
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.markup.answer import Marks
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_tokenizer
 from mlx_gemma_mtp.sampling.logprobs import TokenLogprobs
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.server.app import Desk, make_app
-from mlx_gemma_mtp.server.arguments import Settings, parse
+from mlx_gemma_mtp.server.arguments import parse
 from mlx_gemma_mtp.server.bridge import Bridge, Drain, Mailbox
 from mlx_gemma_mtp.server.choice import Order
 from mlx_gemma_mtp.server.errors import SHUTTING_DOWN, AnswerError
 from mlx_gemma_mtp.server.serve import make_bridge, make_desk
 from mlx_gemma_mtp.server.served_model import Engine, load_engine
+from mlx_gemma_mtp.server.settings import Settings
 from mlx_gemma_mtp.server.transcript import Transcript
 from mlx_gemma_mtp.server.web import Web, listen
 from mlx_gemma_mtp.server.worker import Means, Worker

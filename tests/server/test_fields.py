@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from mlx_gemma_mtp.cache.kept import MIN_TOKENS, KeptCaches
 from mlx_gemma_mtp.engine.sequence import Row
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.server.arguments import parse
 from mlx_gemma_mtp.server.body_parser import Orders
 from mlx_gemma_mtp.server.choice import Order

@@ -17,22 +17,18 @@ import pytest
 
 from mlx_gemma_mtp.cache.kept import MIN_TOKENS, KeptCaches
 from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout
+from mlx_gemma_mtp.constants import FULL
 from mlx_gemma_mtp.errors import RequestError
-from mlx_gemma_mtp.models.config import FULL
 from mlx_gemma_mtp.pair.load import load_tokenizer
 from mlx_gemma_mtp.sampling.logprobs import MAX_LOGPROBS as ENGINE_MAX_LOGPROBS
 from mlx_gemma_mtp.server import __main__ as command
 from mlx_gemma_mtp.server.answer_parser import Dialogue
-from mlx_gemma_mtp.server.arguments import (
-    API_KEY_VARIABLE,
-    MAX_LOGPROBS,
-    configure_parser,
-    parse,
-)
+from mlx_gemma_mtp.server.arguments import API_KEY_VARIABLE, configure_parser, parse
 from mlx_gemma_mtp.server.openai_format import dumps
 from mlx_gemma_mtp.server.prompts import Prompts
 from mlx_gemma_mtp.server.refused import REFUSED
 from mlx_gemma_mtp.server.served_model import check_memory
+from mlx_gemma_mtp.server.settings import MAX_LOGPROBS
 from mlx_gemma_mtp.server.vocabulary import Vocabulary
 from mlx_gemma_mtp.server.web import listen
 from tests.gemma import SPECIAL

@@ -15,11 +15,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text
 
 from mlx_gemma_mtp.checkpoints.weights import load_target
+from mlx_gemma_mtp.constants import FULL, SLIDING
 from mlx_gemma_mtp.engine.decoder import Decoder
-from mlx_gemma_mtp.engine.sequence import Request
+from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.errors import PairingError
 from mlx_gemma_mtp.models.compatibility import check_fit
-from mlx_gemma_mtp.models.config import FULL, SLIDING, DrafterConfig
+from mlx_gemma_mtp.models.config import DrafterConfig
 from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.models.target import Target, text_model
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair

@@ -19,7 +19,7 @@ from convert.pipeline import convert, plan_conversion
 from convert.request import PartRequest, Request
 from mlx_gemma_mtp import load
 from mlx_gemma_mtp.checkpoints.checkpoint import open_checkpoint
-from mlx_gemma_mtp.checkpoints.hub import find_drafter
+from mlx_gemma_mtp.checkpoints.find_drafter import find_drafter
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
 from mlx_gemma_mtp.errors import CheckpointError, OutputError
 from mlx_gemma_mtp.models.drafter import Drafter

@@ -20,11 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_gemma_mtp.cache.slabs import prefill_caches
+from mlx_gemma_mtp.cache.prompt import prefill_caches
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
 from mlx_gemma_mtp.errors import OutputError, RequestError
 from mlx_gemma_mtp.generation.tokens import draft_block, generate_tokens
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.models.drafter import Drafter, DraftOutput
 from mlx_gemma_mtp.models.target import Target
 from mlx_gemma_mtp.pair.pair import Pair
@@ -35,6 +34,7 @@ from mlx_gemma_mtp.sampling.distribution import (
     sampling_rows,
     sampling_rule,
 )
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.tune.recording.records import Record, Recorder, Records
 from mlx_gemma_mtp.tune.recording.texts import Text
 from mlx_gemma_mtp.tune.report.measured import Point

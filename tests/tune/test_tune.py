@@ -24,9 +24,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
-from mlx_gemma_mtp.models.config import SamplingParams
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load, load_tokenizer
 from mlx_gemma_mtp.pair.pair import named_arrays, pair_of
+from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.tune.__main__ import main, parse
 from mlx_gemma_mtp.tune.data.documents import DocumentReader, Lengths
 from mlx_gemma_mtp.tune.pipeline import load_plain

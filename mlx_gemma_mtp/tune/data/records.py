@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...models.config import shorten
+from ...errors import shorten
 from .lines import Place
 
 _MAX_KIND_LENGTH = 64  # it names a row of the report

@@ -24,9 +24,9 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import DataError, OutputError
-from ...models.config import SamplingParams
 from ...models.target import Target
 from ...pair.pair import Pair
+from ...sampling.params import SamplingParams
 from ..data.documents import Document, is_held_out
 from ..request import TextSettings
 from .records import Recorder, Records

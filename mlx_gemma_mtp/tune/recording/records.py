@@ -18,11 +18,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ...cache.slabs import PrefillCache, SlabLayout, prefill_caches
-from ...models.config import SLIDING, SamplingParams
+from ...cache.prompt import PrefillCache, prefill_caches
+from ...cache.slabs import SlabLayout
+from ...constants import SLIDING
 from ...models.target import Target
 from ...sampling.candidates import MAX_CANDIDATES, most_likely
 from ...sampling.distribution import distribution, sampling_rows, sampling_rule
+from ...sampling.params import SamplingParams
 from .arrays import not_writable, read_arrays, write_arrays
 from .texts import Text
 

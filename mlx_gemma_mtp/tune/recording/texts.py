@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ...engine.decoder import Decoder, Request
-from ...models.config import SamplingParams
 from ...pair.pair import Pair
+from ...sampling.params import SamplingParams
 from ..data.documents import Document
 
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from ...engine.decoder import Decoder, Request
 from ...engine.stats import RoundStats
-from ...models.config import SamplingParams
 from ...pair.pair import Pair
+from ...sampling.params import SamplingParams
 from ..data.documents import Document
 from .measured import Acceptance, Measured
 
