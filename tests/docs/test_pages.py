@@ -122,7 +122,7 @@ def test_the_walk_of_a_token_is_short_and_as_it_is(capsys):
     with uncompiled():
         sys.setprofile(note)
         try:
-            assert generate.main("-p import -m 3 --exactness fast".split()) == 0
+            assert generate.main("-p import -m 12 --exactness fast".split()) == 0
         finally:
             sys.setprofile(None)
     package = ROOT / "mlx_gemma_mtp"
