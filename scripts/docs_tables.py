@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -115,7 +115,7 @@ def _speed_model() -> Iterator[str]:
 
 TABLES: Mapping[str, Callable[[], Iterator[str]]] = {
     "shared": _shared,
-    **{command: lambda command=command: _own(command) for command in COMMANDS},
+    **{command: partial(_own, command) for command in COMMANDS},
     "chat-commands": _chat_commands,
     "replaced": _replaced,
     "rules": _rules,
