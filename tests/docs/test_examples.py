@@ -197,11 +197,8 @@ def test_python_examples(code, monkeypatch, tmp_path, unhooked):
     assert printed.getvalue().strip()
 
 
-def test_make_commands_exist_and_ci_runs_the_main_ones():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    named = {s.split()[1] for s in SHELL if s.startswith("make ")}
-    assert named <= targets
+def test_ci_runs_what_the_readme_tells():
+    named = {s.split()[1] for s in lines("bash", "README.md") if s.startswith("make ")}
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     # check is a part of lint and test.
     assert named - {"check"} <= set(re.findall(r"^make ([a-z-]+)", ci, re.MULTILINE))
@@ -211,6 +208,6 @@ def test_every_other_command_is_known():
     for line in SHELL:
         commands = "generate run chat server convert selftest tune".split()
         programs = [f"mlx_gemma_mtp.{command}" for command in commands]
-        assert line.startswith(("make ", "pip install .")) or any(
+        assert line.startswith(("make ", "pip install .", "bash .ci/run")) or any(
             program in line for program in programs
         )
