@@ -108,7 +108,7 @@ def run_piped(line, monkeypatch):
 @pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.generate" in s])
 def test_generate_commands(line, monkeypatch, capsys, converted):
     monkeypatch.chdir(converted)
-    assert run_piped(line, monkeypatch) == 0
+    assert run_piped(f"{line} -m 8", monkeypatch) == 0
     out, err = capsys.readouterr()
     assert out.strip()
     assert "acceptance length" in err
