@@ -59,9 +59,7 @@ CENTROIDS = {
     "num_centroids": 128,
     "centroid_intermediate_top_k": 8,
 }
-TEXTS = TextSettings(
-    num_texts=600, prompt_tokens=48, max_tokens=96, num_rows=64, num_processes=2
-)
+TEXTS = TextSettings(num_texts=600, prompt_tokens=48, max_tokens=96, num_rows=64)
 # The clock ends it, neither steps nor patience.
 TRAINING = TrainingSettings(
     minutes=7,

@@ -218,7 +218,7 @@ def test_the_card_tells_of_both_trainings(trained, corpus):
         f"{len(corpus['train'])} files",
         "11,956,224 tokens in 2,919 steps, 46 minutes",
         "`mlx_gemma_mtp.tune`",
-        "3 steps in 0 minutes, loss `ce`",
+        "3 steps in 0 minutes, on up",
         "| longest sequence trained | 1024 | 20 |",
         "8 tokens written after each of 2 prompts",
         "two cores",
