@@ -149,13 +149,13 @@ clean:
 	rm -rf .venv* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp younger than pyproject.toml means: installed, no pip call needed.
-$(RUN_STAMP): pyproject.toml $(VENV)/pyvenv.cfg
+# A stamp younger than these files means: installed, no pip call needed.
+$(RUN_STAMP): pyproject.toml mlx_gemma_mtp/_version.py $(VENV)/pyvenv.cfg
 	@echo "Installing into $(VENV) (about 300 MB, once) ..." >&2
 	@$(PIP) -e .
 	@touch $@
 
-$(DEV_STAMP): pyproject.toml $(VENV)/pyvenv.cfg
+$(DEV_STAMP): pyproject.toml mlx_gemma_mtp/_version.py $(VENV)/pyvenv.cfg
 	@echo "Installing into $(VENV) with test and lint tools (about 450 MB, once) ..." >&2
 	@$(PIP) -e '.[test,lint]'
 	@touch $@ $(RUN_STAMP)
