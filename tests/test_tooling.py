@@ -31,6 +31,13 @@ def test_every_target_is_in_the_help_and_is_phony():
     assert described <= TARGETS
 
 
+def test_paths_in_the_makefile_exist():
+    for path in set(re.findall(r"(?:tests|scripts)/[\w./]+", MAKEFILE)):
+        assert (ROOT / path).exists(), path
+    for module in set(re.findall(r"-m (scripts\.[\w.]+)", MAKEFILE)):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
 def test_the_workflow_runs_the_steps_of_ci():
     runs = re.findall(r"- run: (.*)$", WORKFLOW, re.MULTILINE)
     commands = [shlex.split(run) for run in runs]
