@@ -6,14 +6,10 @@ Run: python -m pytest tests/test_layout.py
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_gemma_mtp"

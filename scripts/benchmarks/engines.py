@@ -1,7 +1,7 @@
 """Engines: ways to decode, each a name, a kind and settings.
 
-An engine decodes prompts step by step and says of each step what it emitted; how fast
-that was is measured elsewhere. Nothing here ends at an end-of-sequence token.
+What an engine must do stands in ``step``; how fast it is, is measured elsewhere.
+Nothing here ends at an end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +30,8 @@ from mlx_gemma_mtp.sampling.params import SamplingParams
 
 from .models import ModelSpec
 from .scripted import scripted_rounds
+from .step import Engine, Step, UnavailableError
+from .vlm import MlxVlm
 
 AUTO = "auto"  # of drafts: this package chooses their number while it decodes
 MLX_LM, OURS, TWO_MODEL, MLX_VLM = "mlx-lm", "ours", "two-model", "mlx-vlm"
@@ -40,10 +42,6 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 }
 _TWO_MODEL_BITS = 4
 _GROUP_SIZES = (64, 32)
-
-
-class UnavailableError(Exception):
-    """An engine cannot do what is asked for: why, one line."""
 
 
 @dataclass(frozen=True)
@@ -82,40 +80,6 @@ class EngineSpec:
         return names[self.kind] + (f", {drafts}" if count else "")
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a round, or the prefill, emitted for all rows together.
-
-    Attributes:
-        num_tokens: Tokens emitted.
-        rounds: Rounds counted once for each live row; 0 for a prefill.
-        drafted: Draft tokens proposed.
-        accepted: Draft tokens accepted.
-    """
-
-    num_tokens: int
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-
-
-class Engine(Protocol):
-    """A way to decode."""
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether it learns as it goes, so that only a whole request warms it up."""
-
-    def steps(
-        self, prompts: list[list[int]], max_tokens: int, sampling: dict[str, Any]
-    ) -> Iterator[Step]:
-        """Decode prompts together; the first step is or includes the prefill.
-
-        Raises:
-            UnavailableError: It cannot.
-        """
-
-
 def make_engine(spec: EngineSpec, pair: Pair, model: ModelSpec) -> Engine:
     """Make an engine of a loaded pair.
 
@@ -130,8 +94,6 @@ def make_engine(spec: EngineSpec, pair: Pair, model: ModelSpec) -> Engine:
         raise UnavailableError("only this package's drafts can be accepted by coin")
     if spec.kind == TWO_MODEL:
         return TwoModel(pair, spec)
-    from .vlm import MlxVlm
-
     return MlxVlm(model, int(spec.num_draft_tokens))
 
 

@@ -301,12 +301,6 @@ class TestCommand:
         (line,) = capsys.readouterr().err.splitlines()
         assert "pip install 'mlx_gemma_mtp[server]'" in line
 
-    def test_an_old_mlx_lm_is_named(self, monkeypatch, capsys):
-        monkeypatch.setattr(command.importlib.metadata, "version", lambda _: "0.31.3")
-        assert command.main([]) == 1
-        (line,) = capsys.readouterr().err.splitlines()
-        assert "needs mlx-lm 0.32 or newer: got 0.31.3" in line
-
     def test_a_port_that_is_taken(self, capsys):
         import socket
 

@@ -1,6 +1,6 @@
 """Measure which parts of a target and its drafter need how many bits.
 
-    python scripts/quantization.py
+    python scripts/studies/quantization.py
 
 Every number is measured on weights that were quantized and dequantized again, so the
 arithmetic is float32 throughout and the weights alone are what differs. Weights go
@@ -43,8 +43,8 @@ from mlx_gemma_mtp.models.drafter import Drafter, SharedKV
 from mlx_gemma_mtp.models.target import Target, text_model
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair
 
-HELD_OUT = Path(__file__).parent / "data" / "heldout.jsonl.gz"
-REFERENCE = Path(__file__).parents[1] / "tests" / "data" / "reference"
+HELD_OUT = Path(__file__).parents[1] / "data" / "heldout.jsonl.gz"
+REFERENCE = Path(__file__).parents[2] / "tests" / "data" / "reference"
 SECTIONS = ("weights", "drafter", "target", "rest")
 NUM_DRAFT_TOKENS = 4
 NUM_PLACES = 16  # of each text, that a round is judged at
