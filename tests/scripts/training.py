@@ -12,7 +12,7 @@ from mlx_gemma_mtp.tune.settings import TrainingSettings
 LIBRARY = Path(os.__file__).parent
 TEXTS = TextSettings(num_texts=6, prompt_tokens=12, max_tokens=8, num_held_out=2)
 TRAINING = TrainingSettings(
-    loss="ce", steps=3, minutes=10, batch_size=2, judge_every=1, save_every=2, seed=1
+    steps=3, minutes=10, batch_size=2, judge_every=1, save_every=2, seed=1
 )
 
 

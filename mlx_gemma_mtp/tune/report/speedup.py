@@ -151,7 +151,7 @@ def predict(
         words = (
             f"modelled for {shapes.name.upper()} in {bits} bits, its drafter in "
             f"{draft_bits}, one sequence, {context:,} tokens in the cache; how far off "
-            "that can be: README of mlx_gemma_mtp, Modelled speed"
+            "that can be: docs/speed-model.md of mlx_gemma_mtp"
         )
     if relative_cost is not None:
         costs.append(Costs("this machine", MEASURED, tuple(relative_cost)))
