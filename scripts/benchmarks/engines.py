@@ -239,7 +239,7 @@ class TwoModel:
         self._count = int(spec.num_draft_tokens)
         if spec.draft_path is not None:
             try:
-                self._draft = load_pair(spec.draft_path).target
+                self._draft = load_pair(spec.draft_path, False).target
             except MTPError as error:
                 raise UnavailableError(str(error)) from None
         else:

@@ -366,7 +366,7 @@ def _corpus(work: Path) -> dict[str, object]:
 
 def weights(folder: Path) -> dict[str, mx.array]:
     """A target's, by name."""
-    parameters = load_pair(folder).target.parameters()
+    parameters = load_pair(folder, False).target.parameters()
     return dict(cast(list[tuple[str, mx.array]], tree_flatten(parameters)))
 
 
