@@ -53,7 +53,7 @@ _NATIVE = (type(mx.compile), type(mx.Dtype))  # a function of MLX's, a class
 # The cells of a sampler, and of its filters in the order in which mlx-lm applies them;
 # distribution.py has the same.
 _SAMPLER = ("sampling_methods", "temp")
-_FILTERS = (
+_FILTERS: tuple[tuple[str, ...], ...] = (
     ("top_p",),
     ("min_p", "min_tokens_to_keep"),
     ("xtc_probability", "xtc_special_tokens", "xtc_threshold"),
