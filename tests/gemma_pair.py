@@ -18,8 +18,9 @@ from mlx_lm.models import gemma4_text
 
 from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.generation import tokens
-from mlx_gemma_mtp.models.config import DrafterConfig, text_config
 from mlx_gemma_mtp.models.drafter import Drafter
+from mlx_gemma_mtp.models.drafter_config import DrafterConfig
+from mlx_gemma_mtp.models.text_config import text_config
 from tests.gemma import GENERATION_CONFIG, VOCAB_SIZE, Form, write_tokenizer
 from tests.tiny import REFERENCE
 

@@ -120,6 +120,7 @@ class Decoder:
         early_start: Decides whether it is started before that, too; None for one that
             has learnt nothing yet.
         route: How rounds are run and which numbers of drafts they may have.
+        why_plain: Of the statistics, as are the seconds ``probe_s``.
         max_rows: Most rows that are decoded together; others wait.
         max_kv_bytes: Most memory of the slabs; None for no limit. A row is let in only
             where all rows fit at their longest, so none is ever sent away.
@@ -144,6 +145,8 @@ class Decoder:
         look_ahead: bool = True,
         early_start: EarlyStart | None = None,
         route: Route = ANY_ROUTE,
+        why_plain: str = "",
+        probe_s: float = 0.0,
         max_rows: int = DEFAULT_MAX_ROWS,
         max_kv_bytes: int | None = None,
         prompt_caches: Sequence[Sequence[Any] | None] = (),
@@ -152,6 +155,8 @@ class Decoder:
         self.stats = RoundStats(
             rule=joined_rules(r.rule for r in requests),
             exactness=route.state,
+            why_plain=why_plain,
+            probe_s=probe_s,
             phases=self._timer.phases,
         )
         self.num_added = 0

@@ -52,7 +52,6 @@ from mlx_gemma_mtp.selftest import (
 from mlx_gemma_mtp.selftest.kernel_case import SHAPES, Shape
 from mlx_gemma_mtp.selftest.names import SECTIONS
 from mlx_gemma_mtp.selftest.page import section, to_json, verdict
-from mlx_gemma_mtp.selftest.random_pair import FAMILIES
 from mlx_gemma_mtp.selftest.result import FAIL, INFO, PASS, SKIP, Result
 from mlx_gemma_mtp.selftest.tally import NAMES
 from mlx_gemma_mtp.store import FOLDER_VARIABLE, Store, cache_folder
@@ -186,10 +185,6 @@ def test_help_needs_no_library():
         "configure_parser().format_help(); assert 'mlx' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_families_are_those_of_random_pairs():
-    assert set(command.FAMILIES) == set(FAMILIES)
 
 
 # ---------------------------------------------------------------------------- the page
