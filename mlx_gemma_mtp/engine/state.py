@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import mlx.core as mx
 
@@ -166,6 +167,10 @@ class Report:
         """What a compiled round gives: tokens, logits, then log-probabilities."""
         tokens, logits, *logprobs = arrays
         return cls(tokens, logits, Logprobs.of_arrays(logprobs))
+
+    def read(self) -> list[list[int]]:
+        """The tokens: the only place where a round's result reaches the host."""
+        return cast(list[list[int]], self.tokens.tolist())
 
     @property
     def arrays(self) -> list[mx.array]:
