@@ -46,7 +46,6 @@ class Seats:
         reserved: Rows that have a seat each from the start; ``()`` where rows come and
             go.
         is_fixed: See ``Room``.
-        near_tie: See ``SamplingRule``.
         max_kv_bytes: Most memory of the slabs of rows that come and go, in which those
             that are let in fit at their longest; None for no limit.
 
@@ -67,7 +66,6 @@ class Seats:
         *,
         reserved: Sequence[Row] = (),
         is_fixed: bool = False,
-        near_tie: float | None = None,
         max_kv_bytes: int | None = None,
     ) -> None:
         self.rows: list[Row | None] = []
@@ -77,7 +75,6 @@ class Seats:
         self._layout = layout
         self._num_reserved = len(reserved)
         self._first_positions: dict[Row, int] = {}
-        self._near_tie = near_tie
         self._rule: SamplingRule | None = None
         self._has_left = False  # rows, since seats were last counted
 
@@ -210,7 +207,6 @@ class Seats:
             [row.request.sampling for row in rows],
             is_host=[row.request.is_host for row in rows],
             num_logprobs=max((c for c in counts if c is not None), default=None),
-            near_tie=self._near_tie,
             max_drafts=[row.request.max_draft_tokens for row in rows],
         )
         # What costs little stays: as rows come and go, few rules are traced.

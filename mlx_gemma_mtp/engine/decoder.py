@@ -84,7 +84,6 @@ class _InFlight:
         num_draft_tokens: Its K.
         chooser: Who chose K.
         setup_s: What it took the host to trace it; None where it was traced before.
-        has_near_ties: Whether the report counts near ties.
         num_shadow_drafts: Drafts that were made beside it.
         waiting: Arrays that are still to be evaluated: it has not been started.
         is_early: Whether it was started before the report of the one before was read.
@@ -96,7 +95,6 @@ class _InFlight:
     num_draft_tokens: int
     chooser: DraftLength
     setup_s: float | None
-    has_near_ties: bool
     num_shadow_drafts: int
     waiting: list[mx.array]
     is_early: bool = False
@@ -152,6 +150,7 @@ class Decoder:
         self.stats = RoundStats(
             rule=joined_rules(r.rule for r in requests),
             exactness=route.state,
+            max_difference=route.max_difference,
             phases=self._timer.phases,
         )
         self.num_added = 0
@@ -180,13 +179,12 @@ class Decoder:
             max_kv_bytes=max_kv_bytes,
         )
         rows = self._add(requests, prompt_caches or [None] * len(requests))
-        # One row's growth can be fixed for nothing, whatever was proved.
-        is_fixed = route.is_exact if len(rows) == 1 else route.has_fixed_growth
+        # One row's growth can be fixed for nothing; several are reserved in full.
+        is_fixed = route.is_exact or len(rows) == 1
         self._seats = Seats(
             layout,
             reserved=rows,
             is_fixed=is_fixed and bool(rows),
-            near_tie=route.near_tie,
             max_kv_bytes=max_kv_bytes,
         )
         self._chooser = self._draft_lengths.seat(
@@ -465,8 +463,6 @@ class Decoder:
         if self._is_open and not row.is_live:  # it needs no seat
             return self._with_cache(emission, filled.caches)
         self._seats.sit(row, filled, (outcome.tokens or [0])[-1])
-        if self._seats.settings.rule.near_tie is not None:
-            self.stats.add_near_ties(0)
         if not row.is_live:
             self._seats.leave()
         self._seat_drafts()
@@ -490,9 +486,7 @@ class Decoder:
         logprobs = reported_logprobs(settings.rule, filled.logits, tokens)
         # Its report has the form of a round without drafts.
         report = mx.concatenate([mx.zeros_like(tokens), tokens], axis=1)
-        (outcome,) = self._outcomes(
-            Report(report, filled.logits, logprobs), (row,), has_near_ties=False
-        )
+        (outcome,) = self._outcomes(Report(report, filled.logits, logprobs), (row,))
         return outcome
 
     def _leave(self) -> None:
@@ -590,7 +584,6 @@ class Decoder:
             queued = self._seats.state.arrays
         setup_s = None if is_ready else time.perf_counter() - start
         rows = tuple(self._seats.rows)
-        has_near_ties = settings.rule.near_tie is not None
         self._in_flight.append(
             _InFlight(
                 report,
@@ -598,7 +591,6 @@ class Decoder:
                 count,
                 self._chooser,
                 setup_s,
-                has_near_ties,
                 num_shadow,
                 [*report.arrays, *queued],
             )
@@ -684,9 +676,7 @@ class Decoder:
     def _read_round(self) -> list[Emission]:
         """Read the oldest report in flight, let the host decide, and count."""
         done = self._in_flight.popleft()
-        outcomes = self._outcomes(
-            done.report, done.rows, has_near_ties=done.has_near_ties
-        )
+        outcomes = self._outcomes(done.report, done.rows)
         self._measure(done)
         if self._verified is not None:
             self._commit(outcomes)
@@ -728,16 +718,12 @@ class Decoder:
         drafted = min(num_draft_tokens, row.request.max_draft_tokens)
         for stats in (self.stats, row.stats):
             stats.add_round(drafted=drafted, accepted=outcome.num_accepted)
-            if outcome.near_ties is not None:
-                stats.add_near_ties(outcome.near_ties)
 
-    def _outcomes(
-        self, report: Report, rows: Sequence[Row | None], *, has_near_ties: bool
-    ) -> list[Outcome]:
+    def _outcomes(self, report: Report, rows: Sequence[Row | None]) -> list[Outcome]:
         """What was decided of every row, by the graph or now by the host."""
         with self._timer.wait():
             values = _read(report.tokens)  # the one read of the round
-        return outcomes_of(values, report, rows, has_near_ties=has_near_ties)
+        return outcomes_of(values, report, rows)
 
     def _commit(self, outcomes: list[Outcome]) -> None:
         """End the round that waits for the host."""
