@@ -86,6 +86,7 @@ class Decoder:
         self.stats = RoundStats(
             rule=joined_rules(r.rule for r in requests),
             exactness=route.state,
+            max_difference=route.max_difference,
             phases=self._timer.phases,
         )
         self.num_added = 0

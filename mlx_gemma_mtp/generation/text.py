@@ -159,10 +159,10 @@ def stream_generate(
         num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; ``"auto"`` or
             None for as many in each round as are expected to be fastest.
         exactness: ``"auto"``: the bytes of plain decoding, where a short probe (once
-            per machine and pair) proves that drafting gives them; elsewhere near ties
-            are counted in the statistics. ``"exact"``: only what was proved, without
-            drafts if need be; plain decoding goes through the same kernels. ``"fast"``:
-            nothing is proved.
+            per machine and pair) proves that drafting gives them; elsewhere
+            the statistics say that nothing was. ``"exact"``: only what was proved,
+            without drafts if need be; plain decoding goes through the same kernels.
+            ``"fast"``: nothing is proved.
         temp: Temperature; 0 is greedy.
         top_p: Probability mass to keep, 0 to 1; 0 and 1 switch it off.
         top_k: Number of tokens to keep; 0 switches it off.
@@ -322,7 +322,7 @@ def describe_rounds(stats: RoundStats) -> list[str]:
         f"tokens per round, acceptance rate {stats.acceptance_rate:.1%} of "
         f"{stats.drafted} drafted, rule: {stats.rule}",
         _describe_drafts(stats),
-        f"Exactness: {stats.exactness}{_describe_ties(stats)}",
+        f"Exactness: {stats.exactness}{_describe_difference(stats)}",
     ]
 
 
@@ -337,10 +337,10 @@ def _describe_drafts(stats: RoundStats) -> str:
     return f"Drafts: rounds {rounds}; accepted by position {rates}"
 
 
-def _describe_ties(stats: RoundStats) -> str:
-    if stats.near_ties is None:
+def _describe_difference(stats: RoundStats) -> str:
+    if not stats.max_difference:
         return ""
-    return f"; near ties decided: {stats.near_ties}"
+    return f"; largest difference that the probe saw: {stats.max_difference:.2g}"
 
 
 class _TextStream:

@@ -70,10 +70,10 @@ def generate_tokens(
         num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; ``"auto"`` or
             None for as many in each round as are expected to be fastest.
         exactness: ``"auto"``: the bytes of plain decoding, where a short probe (once
-            per machine and pair) proves that drafting gives them; elsewhere near ties
-            are counted in the statistics. ``"exact"``: only what was proved, without
-            drafts if need be; plain decoding goes through the same kernels. ``"fast"``:
-            nothing is proved.
+            per machine and pair) proves that drafting gives them; elsewhere
+            the statistics say that nothing was. ``"exact"``: only what was proved,
+            without drafts if need be; plain decoding goes through the same kernels.
+            ``"fast"``: nothing is proved.
         temp: Temperature; 0 is greedy.
         top_p: Probability mass to keep, 0 to 1; 0 and 1 switch it off.
         top_k: Number of tokens to keep; 0 switches it off.

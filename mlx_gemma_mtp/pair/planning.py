@@ -30,9 +30,6 @@ logger = logging.getLogger("mlx_gemma_mtp")
 
 # Of a probe that nobody asked for, in one request, seconds; the next one goes on.
 _PROBE_BUDGET_S = 20.0
-# Where nothing was measured: two steps of the logits' type where logits end (at 30).
-_NEAR_TIES = {mx.bfloat16: 0.25, mx.float16: 0.03125}
-_NEAR_TIE = 1e-4
 _NO_TEXT = "drafts judged by block: the distribution is the target's for any K"
 _TOO_LONG = "the probe takes long on this machine; exactness set to exact runs it"
 _UNFINISHED = (
@@ -44,7 +41,7 @@ _NO_DRAFTER = "the model has no drafter"
 _ROWS_CHANGE = (
     "not exact: not compared, rows join and leave and kernels may change with them"
 )
-_SHARED_GROWTH = "endless requests share slabs whose growth changes bytes"
+_SHARED_GROWTH = "endless requests share slabs, which grow where drafts move them"
 
 
 @dataclass(frozen=True)
@@ -176,26 +173,26 @@ class _Planner:
         if is_plain and self._exactness != "exact":
             return PLAIN
         if self._exactness == "fast":
-            return inexact_route(self._near_tie(), "exactness is set to fast")
+            return inexact_route("exactness is set to fast")
         verdict = self._verdict()
         if verdict is None:
-            return inexact_route(self._near_tie(), self._why_no_verdict())
+            return inexact_route(self._why_no_verdict())
         first, second = exact_routes(verdict)
-        if self._shares_growth(first):
-            return self._failed(first, verdict, _SHARED_GROWTH)
+        if self._shares_growth():
+            return self._failed(first, _SHARED_GROWTH)
         if not first.has_drafts:
-            return self._failed(first, verdict, _NO_DRAFTS)
+            return self._failed(first, _NO_DRAFTS)
         is_free = self._exactness == AUTO and self._num_draft_tokens is None
         if is_free and first.min_rows > second.min_rows:
             return self._faster(first, second)
         return first
 
-    def _failed(self, route: Route, verdict: Verdict, reason: str) -> Route:
-        """Where equal bytes cannot be had: no drafts, or drafts and a count."""
+    def _failed(self, route: Route, reason: str) -> Route:
+        """Where equal bytes cannot be had: no drafts, or drafts that say so."""
         if self._exactness == "exact":
             logger.warning("decoding without drafts: %s", reason)
             return replace(route, allowed=(0,), state=reason)
-        return inexact_route(2 * verdict.max_difference, reason)
+        return inexact_route(reason, max_difference=route.max_difference)
 
     def _faster(self, filled: Route, unfilled: Route) -> Route:
         """The faster of two routes that were proved."""
@@ -211,10 +208,10 @@ class _Planner:
             return unfilled
         return replace(unfilled, state="plain decoding: rounds with drafts were slower")
 
-    def _shares_growth(self, route: Route) -> bool:
+    def _shares_growth(self) -> bool:
         """Whether slabs would grow for a row at a place that hangs on another's K."""
         is_endless = any(request.max_tokens is None for request in self._requests)
-        return route.has_fixed_growth and len(self._requests) > 1 and is_endless
+        return len(self._requests) > 1 and is_endless
 
     def _verdict(self) -> Verdict | None:
         """The probe's verdict; it runs where there is none yet."""
@@ -229,13 +226,6 @@ class _Planner:
     def _why_no_verdict(self) -> str:
         is_given_up = self._pair.calibration.has_given_up_probe(len(self._requests))
         return _TOO_LONG if is_given_up else _UNFINISHED
-
-    def _near_tie(self) -> float:
-        """What counts as a near tie: what was measured, else a guess by the type."""
-        verdict = self._pair.calibration.verdict(1)
-        if verdict is not None and verdict.max_difference:
-            return 2 * verdict.max_difference
-        return _NEAR_TIES.get(self._rounds.target.layout.dtype, _NEAR_TIE)
 
 
 def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict | None:

@@ -280,7 +280,7 @@ class TestFigures:
                 drafted_at=Counter({0: 15, 1: 15}),
                 accepted_at=Counter({0: 12, 1: 3}),
                 exactness="not exact: because",
-                near_ties=2,
+                max_difference=0.125,
                 phases=Phases(0.5, 1.25, 0.125),
             ),
         )
@@ -291,7 +291,8 @@ class TestFigures:
             "35.9% of 64 drafted, rule: coupled (seed)\n"
             "Drafts: rounds 1 with K = 0, 15 with K = 4; accepted by position 0.80, "
             "0.20\n"
-            "Exactness: not exact: because; near ties decided: 2\n"
+            "Exactness: not exact: because; largest difference that the probe saw: "
+            "0.12\n"
             "Time: prefill 0.50 s, rounds 1.25 s, host 0.12 s\n"
             "Peak memory: 0.013 GB, the drafter's weights 0.002 GB"
         )
