@@ -263,7 +263,7 @@ def describe_rounds(stats: RoundStats) -> list[str]:
         f"tokens per round, acceptance rate {stats.acceptance_rate:.1%} of "
         f"{stats.drafted} drafted, rule: {stats.rule}",
         _describe_drafts(stats),
-        f"Exactness: {stats.exactness}{_describe_ties(stats)}",
+        f"Exactness: {stats.exactness}{_describe_difference(stats)}",
     ]
 
 
@@ -278,10 +278,10 @@ def _describe_drafts(stats: RoundStats) -> str:
     return f"Drafts: rounds {rounds}; accepted by position {rates}"
 
 
-def _describe_ties(stats: RoundStats) -> str:
-    if stats.near_ties is None:
+def _describe_difference(stats: RoundStats) -> str:
+    if not stats.max_difference:
         return ""
-    return f"; near ties decided: {stats.near_ties}"
+    return f"; largest difference that the probe saw: {stats.max_difference:.2g}"
 
 
 class _TextStream:

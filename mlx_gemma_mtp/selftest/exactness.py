@@ -136,7 +136,6 @@ def examined(
     route = exact_routes(verdict)[0]
     figures = {
         **verdict.to_dict(),
-        "near_tie": 2 * verdict.max_difference,
         "route": {"min_rows": route.min_rows, "allowed": list(route.allowed)},
     }
     differing: list[int] = []
@@ -160,9 +159,7 @@ def describe(verdict: Verdict) -> str:
         parts = (f"{ks} for plain rounds of {n} row(s)" for n, ks in found.items())
         text = f"bytes equal at {', '.join(parts)}"
     if verdict.max_difference:
-        text += f"; near ties below {2 * verdict.max_difference:.2g}"
-    if verdict.depends_on_capacity:
-        text += "; bytes depend on the capacity"
+        text += f"; logits differ by up to {verdict.max_difference:.2g}"
     return text
 
 
