@@ -25,9 +25,9 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
-from mlx_gemma_mtp import planning
-from mlx_gemma_mtp.load import load_tokenizer
-from tests import gemma, gemma_pair, gxx
+from mlx_gemma_mtp.pair import planning
+from mlx_gemma_mtp.pair.load import load_tokenizer
+from tests import gemma, gemma_pair
 
 # What stands on mlx-lm 0.32, which Python 3.10 does not get.
 collect_ignore: list[str] = []
@@ -36,8 +36,6 @@ if sys.version_info < (3, 11):
     collect_ignore += [
         path.name for path in Path(__file__).parent.glob("test_server_*")
     ]
-
-gxx.install()
 
 # Also where MLX has a GPU: what tests compare with are results of the CPU.
 mx.set_default_device(mx.cpu)

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ..chat_template import (
+from ..cache.beginning import num_common
+from ..errors import RequestError
+from ..generation.chat_template import (
     DEFAULT_THINKING,
     THINKING,
     ChatPrompt,
     apply_chat_template,
 )
-from ..encoding import encode_text, num_common
-from ..errors import RequestError
+from ..generation.encoding import encode_text
 from .conversation import Conversation
 
 _ADVICE = (
