@@ -442,15 +442,11 @@ class TestTensors:
 
 
 class TestValues:
-    @pytest.mark.parametrize("dtype", list(NOT_FINITE))
     @pytest.mark.parametrize("place", [0, -1])
     @pytest.mark.parametrize("name", [TABLE, NORM, SCALAR, LAST_PROJECTION])
-    def test_not_finite(self, refused, source, name, place, dtype):
-        words = NOT_FINITE[dtype]
-        word = words[(len(name) + place) % len(words)]
+    def test_not_finite(self, refused, source, name, place):
         with changed(source / WEIGHTS) as tensors:
-            tensors[name] = retyped(tensors[name], dtype)
-            set_word(tensors[name], place, word)
+            set_word(tensors[name], place, NOT_FINITE["F32"][place])
         refused(words=[str(source / WEIGHTS), name, "finite"])
 
     @pytest.mark.parametrize(
