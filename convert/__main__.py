@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma_mtp.checkpoint import FLOAT_DTYPES
-from mlx_gemma_mtp.command import exit_status, progress_bar
-from mlx_gemma_mtp.command_table import make_parser
+from mlx_gemma_mtp.checkpoints.checkpoint import FLOAT_DTYPES
+from mlx_gemma_mtp.checkpoints.quantization import MODES, Format
+from mlx_gemma_mtp.cli.command import exit_status, progress_bar
+from mlx_gemma_mtp.cli.command_table import make_parser
+from mlx_gemma_mtp.cli.refused import CONVERSION_FLAGS
 from mlx_gemma_mtp.errors import RequestError
-from mlx_gemma_mtp.quantization import MODES, Format
-from mlx_gemma_mtp.refused import CONVERSION_FLAGS
 
 from .request import PartRequest, Request
 

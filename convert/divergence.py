@@ -16,12 +16,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.checkpoint import open_checkpoint
-from mlx_gemma_mtp.config import FULL
-from mlx_gemma_mtp.drafter import SharedKV
-from mlx_gemma_mtp.encoding import encode_text
-from mlx_gemma_mtp.tokenizer import load_tokenizer
-from mlx_gemma_mtp.weights import load_drafter
+from mlx_gemma_mtp.checkpoints.checkpoint import open_checkpoint
+from mlx_gemma_mtp.checkpoints.tokenizer import load_tokenizer
+from mlx_gemma_mtp.checkpoints.weights import load_drafter
+from mlx_gemma_mtp.constants import FULL
+from mlx_gemma_mtp.generation.encoding import encode_text
+from mlx_gemma_mtp.models.drafter import SharedKV
 
 from .plan import PartPlan
 from .planner import plan_drafter, plan_target

@@ -15,8 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx_gemma_mtp
-from mlx_gemma_mtp.checkpoint import TRAINING_NAME, WEIGHTS_PATTERN, read_json
+from mlx_gemma_mtp._version import __version__
+from mlx_gemma_mtp.checkpoints.checkpoint import (
+    TRAINING_NAME,
+    WEIGHTS_PATTERN,
+    read_json,
+)
 from mlx_gemma_mtp.errors import OutputError
 
 from .plan import PartPlan
@@ -73,7 +77,7 @@ def manifest(
     return {
         "manifest_version": _MANIFEST_VERSION,
         "versions": {
-            "mlx_gemma_mtp": mlx_gemma_mtp.__version__,
+            "mlx_gemma_mtp": __version__,
             "mlx": version("mlx"),
             "mlx_lm": version("mlx-lm"),
         },

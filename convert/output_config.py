@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_gemma_mtp.quantization import Format
+from mlx_gemma_mtp.checkpoints.quantization import Format
 
 # What mlx_lm.convert leaves out, too; and the layout that mlx-lm does not know.
 _DROPPED = (

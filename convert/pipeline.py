@@ -14,24 +14,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mlx_gemma_mtp.checkpoint import CONFIG_NAME, INDEX_NAME, open_checkpoint
+from mlx_gemma_mtp.checkpoints.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    open_checkpoint,
+)
+from mlx_gemma_mtp.checkpoints.find_drafter import find_drafter
+from mlx_gemma_mtp.checkpoints.hub import DRAFTER_FOLDERS
+from mlx_gemma_mtp.checkpoints.quantization import Format
+from mlx_gemma_mtp.checkpoints.staging import (
+    check_free_space,
+    check_place,
+    forget_replaced,
+    staged,
+)
+from mlx_gemma_mtp.checkpoints.tokenizer import eos_token_ids
+from mlx_gemma_mtp.checkpoints.weights import drafter_skeleton, target_skeleton
 from mlx_gemma_mtp.errors import (
     CheckpointError,
     OutputError,
     PairingError,
     RequestError,
 )
-from mlx_gemma_mtp.fit import check_fit
-from mlx_gemma_mtp.pairing import DRAFTER_FOLDERS, find_drafter
-from mlx_gemma_mtp.quantization import Format
-from mlx_gemma_mtp.staging import (
-    check_free_space,
-    check_place,
-    forget_replaced,
-    staged,
-)
-from mlx_gemma_mtp.tokenizer import eos_token_ids
-from mlx_gemma_mtp.weights import drafter_skeleton, target_skeleton
+from mlx_gemma_mtp.models.compatibility import check_fit
 
 from . import safetensors
 from .card import is_card, write_card

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_gemma_mtp.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
-from mlx_gemma_mtp.quantization import Format
+from mlx_gemma_mtp.checkpoints.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
+from mlx_gemma_mtp.checkpoints.quantization import Format
 
 
 @dataclass(frozen=True)

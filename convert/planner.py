@@ -14,24 +14,23 @@ from typing import Any, NoReturn
 
 import mlx.nn as nn
 
-from mlx_gemma_mtp.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
-from mlx_gemma_mtp.config import cut
-from mlx_gemma_mtp.errors import CheckpointError, RequestError
-from mlx_gemma_mtp.packing import check_packing, next_step, stored_formats
-from mlx_gemma_mtp.quantization import Format
-from mlx_gemma_mtp.tensor_names import (
+from mlx_gemma_mtp.checkpoints.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
+from mlx_gemma_mtp.checkpoints.packing import check_packing, next_step, stored_formats
+from mlx_gemma_mtp.checkpoints.quantization import Format
+from mlx_gemma_mtp.checkpoints.weights import (
+    drafter_skeleton,
+    parameter_shapes,
+    target_settings,
+    target_skeleton,
+)
+from mlx_gemma_mtp.errors import CheckpointError, RequestError, cut
+from mlx_gemma_mtp.models.tensor_names import (
     TOKEN_ORDERING,
     Names,
     Share,
     drafter_names,
     target_names,
     tensor_name,
-)
-from mlx_gemma_mtp.weights import (
-    drafter_skeleton,
-    parameter_shapes,
-    target_settings,
-    target_skeleton,
 )
 
 from .output_config import output_config

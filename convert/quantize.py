@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_gemma_mtp.quantization import Format
+from mlx_gemma_mtp.checkpoints.quantization import Format
 
 TARGET, DRAFTER = "target", "drafter"
 AS_ASKED = 0

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma_mtp.checkpoint import DTYPE_BITS
+from mlx_gemma_mtp.checkpoints.checkpoint import DTYPE_BITS
 from mlx_gemma_mtp.errors import CheckpointError
 
 from .plan import Block, Parameter, PartPlan

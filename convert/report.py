@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_gemma_mtp.tables import aligned, size
+from mlx_gemma_mtp.cli.tables import aligned, size
 
 from .divergence import Divergence
 from .pipeline import Conversion, Part

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from mlx_gemma_mtp.checkpoints.hub import local_path
+from mlx_gemma_mtp.checkpoints.quantization import Format
 from mlx_gemma_mtp.errors import RequestError
-from mlx_gemma_mtp.pairing import local_path
-from mlx_gemma_mtp.quantization import Format
 
 AUTO, NONE = "auto", "none"
 

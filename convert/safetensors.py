@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_gemma_mtp.checkpoint import DTYPE_BITS
+from mlx_gemma_mtp.checkpoints.checkpoint import DTYPE_BITS
 
 from .plan import Array
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import huggingface_hub
 
-from mlx_gemma_mtp.checkpoint import (
+from mlx_gemma_mtp.checkpoints.checkpoint import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -24,9 +24,7 @@ from mlx_gemma_mtp.checkpoint import (
     open_checkpoint,
     read_json,
 )
-from mlx_gemma_mtp.config import cut
-from mlx_gemma_mtp.errors import CheckpointError
-from mlx_gemma_mtp.pairing import (
+from mlx_gemma_mtp.checkpoints.hub import (
     DRAFTER_FOLDERS,
     cached,
     checked_hub_id,
@@ -35,6 +33,7 @@ from mlx_gemma_mtp.pairing import (
     hub_id,
     local_path,
 )
+from mlx_gemma_mtp.errors import CheckpointError, cut
 
 from .manifest import read_origin
 

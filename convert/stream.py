@@ -27,9 +27,9 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma_mtp.checkpoint import DTYPE_BITS
+from mlx_gemma_mtp.checkpoints.checkpoint import DTYPE_BITS
 from mlx_gemma_mtp.errors import CheckpointError, OutputError
-from mlx_gemma_mtp.tensor_names import TOKEN_ORDERING
+from mlx_gemma_mtp.models.tensor_names import TOKEN_ORDERING
 
 from .plan import Array, Block, Parameter, PartPlan
 from .reader import FLOATS, WORDS, open_reader

@@ -16,8 +16,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_gemma_mtp.target import head_logits, scaled_embedding, text_model
-from mlx_gemma_mtp.weights import as_stored, target_skeleton
+from mlx_gemma_mtp.checkpoints.weights import as_stored, target_skeleton
+from mlx_gemma_mtp.models.target import head_logits, scaled_embedding, text_model
 
 from .plan import Block, Parameter, PartPlan
 from .reader import Reader, open_reader

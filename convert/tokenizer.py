@@ -15,16 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mlx_gemma_mtp.checkpoint import (
+from mlx_gemma_mtp.checkpoints.checkpoint import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     open_checkpoint,
     read_json,
 )
-from mlx_gemma_mtp.command import NO_ROOM
-from mlx_gemma_mtp.config import cut
-from mlx_gemma_mtp.errors import CheckpointError
-from mlx_gemma_mtp.template_files import (
+from mlx_gemma_mtp.checkpoints.template_files import (
     CHAT_TEMPLATE,
     DEFAULT,
     KEY,
@@ -34,7 +31,7 @@ from mlx_gemma_mtp.template_files import (
     Templates,
     read_chat_templates,
 )
-from mlx_gemma_mtp.tokenizer import (
+from mlx_gemma_mtp.checkpoints.tokenizer import (
     PARSER_TYPE,
     TOKENIZER_JSON,
     eos_token_ids,
@@ -43,7 +40,9 @@ from mlx_gemma_mtp.tokenizer import (
     tool_parser,
     unknown_modules,
 )
-from mlx_gemma_mtp.weights import one_line
+from mlx_gemma_mtp.checkpoints.weights import one_line
+from mlx_gemma_mtp.cli.command import NO_ROOM
+from mlx_gemma_mtp.errors import CheckpointError, cut
 
 TOKENIZER_MODEL = "tokenizer.model"
 _COPIED = (

@@ -10,16 +10,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .batch import BatchGenerator
-    from .config import SamplingParams
+    from .checkpoints.weights import load_drafter
     from .errors import MTPError
-    from .hook import install, uninstall
-    from .load import embedded_pair_path, load, load_pair
-    from .pair import Pair
-    from .text import GenerationResponse, generate, stream_generate
-    from .tokens import draft_block, generate_tokens
+    from .generation.text import GenerationResponse, generate, stream_generate
+    from .generation.tokens import draft_block, generate_tokens
+    from .hook.batch_generator import BatchGenerator
+    from .hook.install import install, uninstall
+    from .pair.load import embedded_pair_path, load, load_pair
+    from .pair.pair import Pair, pair_of
+    from .sampling.params import SamplingParams
 
-__version__ = "0.1.0"
+from ._version import __version__
 
 __all__ = [
     "BatchGenerator",
@@ -34,26 +35,30 @@ __all__ = [
     "generate_tokens",
     "install",
     "load",
+    "load_drafter",
     "load_pair",
+    "pair_of",
     "stream_generate",
     "uninstall",
 ]
 
 _MODULE_OF = {
-    "BatchGenerator": "batch",
-    "GenerationResponse": "text",
+    "BatchGenerator": "hook.batch_generator",
+    "GenerationResponse": "generation.text",
     "MTPError": "errors",
-    "Pair": "pair",
-    "SamplingParams": "config",
-    "draft_block": "tokens",
-    "embedded_pair_path": "load",
-    "generate": "text",
-    "generate_tokens": "tokens",
-    "install": "hook",
-    "load": "load",
-    "load_pair": "load",
-    "stream_generate": "text",
-    "uninstall": "hook",
+    "Pair": "pair.pair",
+    "SamplingParams": "sampling.params",
+    "draft_block": "generation.tokens",
+    "embedded_pair_path": "pair.load",
+    "generate": "generation.text",
+    "generate_tokens": "generation.tokens",
+    "install": "hook.install",
+    "load": "pair.load",
+    "load_drafter": "checkpoints.weights",
+    "load_pair": "pair.load",
+    "pair_of": "pair.pair",
+    "stream_generate": "generation.text",
+    "uninstall": "hook.install",
 }
 
 

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
-from .command import EXIT_INTERRUPTED, Parser, exit_status
-from .command_table import COMMANDS, add_version
-from .config import shorten
-from .errors import RequestError
+from .cli.command import EXIT_INTERRUPTED, Parser, exit_status
+from .cli.command_table import COMMANDS, add_version
+from .errors import RequestError, shorten
 
 _OWN_FLAGS = ("-h", "--help", "--version")
 

@@ -4,6 +4,8 @@ Whatever stands in front of the user (command line, server) shows an ``MTPError`
 as its one line of text and exits with status 1; a traceback would only hide it.
 """
 
+from typing import Any
+
 _MOST = 1000  # characters of a message: what is longer holds somebody's whole input
 
 
@@ -45,3 +47,20 @@ class OutputError(MTPError):
 
 class HookError(MTPError):
     """An mlx-lm that the load hook does not know."""
+
+
+def shorten(value: Any, *, nothing: str = "nothing") -> str:
+    """A value for a message, at most 80 characters of it."""
+    try:
+        text = nothing if value is None else repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = "a number of thousands of digits"
+    except RecursionError:
+        text = "something nested too deeply"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def cut(text: object) -> str:
+    """A text of any length for a message, such as a path: its beginning and its end."""
+    whole = str(text)
+    return whole if len(whole) <= 240 else f"{whole[:100]}...{whole[-137:]}"

@@ -271,7 +271,7 @@ def do_bare_work(folder: Path) -> dict[str, float]:
 def pieces(source: int, parameter: Any) -> Iterator[bytes]:
     """Read a parameter in pieces of as many bytes as the converter's."""
     from convert.stream import BLOCK_BYTES
-    from mlx_gemma_mtp.checkpoint import DTYPE_BITS
+    from mlx_gemma_mtp.checkpoints.checkpoint import DTYPE_BITS
 
     row_bytes = parameter.rows.num_columns * DTYPE_BITS[parameter.source.dtype] // 8
     for block in parameter.rows.blocks(max(1, BLOCK_BYTES // row_bytes)):

@@ -31,9 +31,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, train
 
-from mlx_gemma_mtp.encoding import encode_text
-from mlx_gemma_mtp.load import embedded_pair_path, load_tokenizer
-from mlx_gemma_mtp.weights import load_target
+from mlx_gemma_mtp.checkpoints.weights import load_target
+from mlx_gemma_mtp.generation.encoding import encode_text
+from mlx_gemma_mtp.pair.load import embedded_pair_path, load_tokenizer
 from scripts import openblas
 from scripts.corpus import write_records
 from scripts.progress import log

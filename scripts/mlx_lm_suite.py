@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx_lm
 
-from mlx_gemma_mtp.load import embedded_pair_path
+from mlx_gemma_mtp.pair.load import embedded_pair_path
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / "build" / f"mlx-lm-suite-{mlx_lm.__version__}"

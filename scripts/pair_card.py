@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma_mtp.checkpoint import (
+from mlx_gemma_mtp.checkpoints.checkpoint import (
     CONFIG_NAME,
     TRAINING_NAME,
     open_checkpoint,
 )
-from mlx_gemma_mtp.load import load_pair, load_tokenizer
+from mlx_gemma_mtp.pair.load import load_pair, load_tokenizer
 
 from .benchmarks.acceptance import decode_all
 from .benchmarks.prompts import prompts_of, read_documents

@@ -36,12 +36,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from mlx_gemma_mtp.config import FULL, SLIDING
-from mlx_gemma_mtp.drafter import Drafter, SharedKV
-from mlx_gemma_mtp.encoding import encode_text
-from mlx_gemma_mtp.load import embedded_pair_path, load_pair
-from mlx_gemma_mtp.quantization import Format
-from mlx_gemma_mtp.target import Target, text_model
+from mlx_gemma_mtp.checkpoints.quantization import Format
+from mlx_gemma_mtp.constants import FULL, SLIDING
+from mlx_gemma_mtp.generation.encoding import encode_text
+from mlx_gemma_mtp.models.drafter import Drafter, SharedKV
+from mlx_gemma_mtp.models.target import Target, text_model
+from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair
 
 HELD_OUT = Path(__file__).parent / "data" / "heldout.jsonl.gz"
 REFERENCE = Path(__file__).parents[1] / "tests" / "data" / "reference"

@@ -19,9 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma_mtp.chips import CHIPS, Chip
-from mlx_gemma_mtp.families import FAMILIES
-from mlx_gemma_mtp.roofline import (
+from mlx_gemma_mtp.drafting.chips import CHIPS, Chip
+from mlx_gemma_mtp.drafting.speed_model import (
     BEFORE_M3,
     M3_M4,
     M5,
@@ -31,6 +30,7 @@ from mlx_gemma_mtp.roofline import (
     matrix_limit,
     model,
 )
+from mlx_gemma_mtp.models.families import FAMILIES
 
 SPEEDS = Path(__file__).parent / "data" / "published_speeds.json"
 SHOWN = (

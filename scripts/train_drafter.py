@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import mlx.core as mx
 
 from mlx_gemma_mtp.errors import MTPError
-from mlx_gemma_mtp.load import embedded_pair_path
+from mlx_gemma_mtp.pair.load import embedded_pair_path
 from mlx_gemma_mtp.tune.pipeline import tune
-from mlx_gemma_mtp.tune.report import Report
+from mlx_gemma_mtp.tune.report.report import Report
 from mlx_gemma_mtp.tune.request import TextSettings, TuneRequest
 from mlx_gemma_mtp.tune.settings import TrainingSettings
 from scripts import openblas

@@ -35,18 +35,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.config import SamplingParams
-from mlx_gemma_mtp.encoding import encode_text
+from mlx_gemma_mtp.cli.tables import aligned
 from mlx_gemma_mtp.errors import MTPError
-from mlx_gemma_mtp.load import embedded_pair_path, load_pair, load_tokenizer
+from mlx_gemma_mtp.generation.encoding import encode_text
 from mlx_gemma_mtp.machine import describe_machine
-from mlx_gemma_mtp.tables import aligned
-from mlx_gemma_mtp.tune.documents import Document
+from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair, load_tokenizer
+from mlx_gemma_mtp.sampling.params import SamplingParams
+from mlx_gemma_mtp.tune.data.documents import Document
 from mlx_gemma_mtp.tune.fresh import fresh_config, fresh_drafter
-from mlx_gemma_mtp.tune.measuring import measure
 from mlx_gemma_mtp.tune.pipeline import tune
+from mlx_gemma_mtp.tune.report.measuring import measure
+from mlx_gemma_mtp.tune.report.result import write_drafter
 from mlx_gemma_mtp.tune.request import TextSettings, TuneRequest
-from mlx_gemma_mtp.tune.result import write_drafter
 from mlx_gemma_mtp.tune.settings import DIVERGENCES, TrainingSettings
 from scripts import finetune_target, openblas, train_drafter
 from scripts.benchmarks.acceptance import decode, describe_stats

@@ -18,8 +18,8 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
-from mlx_gemma_mtp import planning
-from mlx_gemma_mtp.load import load_tokenizer
+from mlx_gemma_mtp.pair import planning
+from mlx_gemma_mtp.pair.load import load_tokenizer
 from tests import gemma, gemma_pair, kernel_cache
 
 # What stands on mlx-lm 0.32, which Python 3.10 does not get.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.load import embedded_pair_path
+from mlx_gemma_mtp.pair.load import embedded_pair_path
 
 PROMPTS = ("def area(radius):\n", "import os\n\n\n", "class Stack:\n", "for x in ")
 

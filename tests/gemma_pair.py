@@ -16,10 +16,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text
 
-from mlx_gemma_mtp import tokens
-from mlx_gemma_mtp.config import DrafterConfig, text_config
-from mlx_gemma_mtp.drafter import Drafter
-from mlx_gemma_mtp.row import Request
+from mlx_gemma_mtp.engine.request import Request
+from mlx_gemma_mtp.generation import tokens
+from mlx_gemma_mtp.models.config import DrafterConfig, text_config
+from mlx_gemma_mtp.models.drafter import Drafter
 from tests.gemma import GENERATION_CONFIG, VOCAB_SIZE, Form, write_tokenizer
 from tests.tiny import REFERENCE
 

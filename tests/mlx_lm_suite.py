@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-from mlx_gemma_mtp.hook import install
+from mlx_gemma_mtp.hook.install import install
 
 _LOOKS_AHEAD = (
     "counts the step that mlx-lm runs ahead of the last token; here processors see the "

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.cache import LayerKV, PrefillCache, SlabLayout
-from mlx_gemma_mtp.config import FULL
-from mlx_gemma_mtp.drafter import DraftOutput, SharedKV
-from mlx_gemma_mtp.target import Prefilled, TargetOutput
+from mlx_gemma_mtp.cache.prompt import PrefillCache
+from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout
+from mlx_gemma_mtp.constants import FULL
+from mlx_gemma_mtp.models.drafter import DraftOutput, SharedKV
+from mlx_gemma_mtp.models.target import Prefilled, TargetOutput
 
 VOCAB_SIZE = 64
 

@@ -10,7 +10,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from mlx_gemma_mtp.fingerprint import MLX_SETTINGS
+from mlx_gemma_mtp.pair.fingerprint import MLX_SETTINGS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import json
 import pytest
 
 import mlx_gemma_mtp
-from mlx_gemma_mtp import cli
+from mlx_gemma_mtp.cli import generate as cli
 from tests.gemma import END_OF_TURN, VOCAB_SIZE
 from tests.gemma_pair import let_say
 from tests.tiny import uncompiled

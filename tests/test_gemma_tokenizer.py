@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer
 
-from mlx_gemma_mtp.load import load_tokenizer
+from mlx_gemma_mtp.pair.load import load_tokenizer
 from tests import gemma
 from tests.gemma import FORMS
 

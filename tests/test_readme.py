@@ -22,10 +22,12 @@ import pytest
 import mlx_gemma_mtp
 from convert import __main__ as converter
 from convert.quantize import RULES
-from mlx_gemma_mtp import cli, hook, run
 from mlx_gemma_mtp.chat import __main__ as chat
 from mlx_gemma_mtp.chat.commands import COMMANDS
-from mlx_gemma_mtp.hook_table import OLDEST_VERSION, REPLACED
+from mlx_gemma_mtp.cli import generate as cli
+from mlx_gemma_mtp.hook import install as hook
+from mlx_gemma_mtp.hook import run
+from mlx_gemma_mtp.hook.table import OLDEST_VERSION, REPLACED
 from mlx_gemma_mtp.selftest import __main__ as selftest
 from mlx_gemma_mtp.server import __main__ as server
 from mlx_gemma_mtp.server.arguments import parse as parse_server_arguments
@@ -73,7 +75,7 @@ def _local(monkeypatch, folder):
     stand_ins = {HUB_ID: folder, f"{HUB_ID}-assistant": folder / "drafter"}
     # The converter as a checkout has it, and as it is installed: two modules.
     converters = ("convert.sources", "mlx_gemma_mtp.convert.sources")
-    for name in ("mlx_gemma_mtp.load", *converters):
+    for name in ("mlx_gemma_mtp.pair.load", *converters):
         module = import_module(name)
         fetch = module.fetch
 

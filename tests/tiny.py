@@ -18,9 +18,9 @@ import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mlx_gemma_mtp.decoder import Decoder
-from mlx_gemma_mtp.load import load_pair
-from mlx_gemma_mtp.pair import Pair
+from mlx_gemma_mtp.engine.decoder import Decoder
+from mlx_gemma_mtp.pair.load import load_pair
+from mlx_gemma_mtp.pair.pair import Pair
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 FAMILIES = ("e2b", "e4b", "12b", "26b-a4b", "31b")

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..arguments import (
+from ..checkpoints.template_files import missing_template_note
+from ..cli.arguments import (
     add_length_arguments,
     add_model_arguments,
     add_sampling_arguments,
@@ -22,11 +23,10 @@ from ..arguments import (
     check,
     given_settings,
 )
-from ..command import exit_status, set_up_log
-from ..command_table import make_parser
-from ..display import Display, PromptProgress
-from ..errors import MTPError
-from ..flags import (
+from ..cli.command import exit_status, set_up_log
+from ..cli.command_table import make_parser
+from ..cli.display import Display, PromptProgress
+from ..cli.flags import (
     EMBEDDED_NOTE,
     add_eos_tokens,
     describe_sampling,
@@ -34,8 +34,8 @@ from ..flags import (
     logits_processors,
     sampling_settings,
 )
-from ..refused import TEXT_FLAGS
-from ..template_files import missing_template_note
+from ..cli.refused import TEXT_FLAGS
+from ..errors import MTPError
 from .interrupt import Interrupts
 from .reader import read_message
 
@@ -116,8 +116,8 @@ def _run(args: argparse.Namespace) -> int:
 def _make_session(args: argparse.Namespace) -> Session:
     """Load what the flags name and make a session of it."""
     checked = check(args)
-    from ..pair import pair_of
-    from ..tokens import check_settings
+    from ..generation.requests import check_settings
+    from ..pair.pair import pair_of
     from .prompts import PlainPrompts, TemplatePrompts
     from .session import Session, Settings
 

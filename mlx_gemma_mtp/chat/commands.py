@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..command import write_file
-from ..config import MAX_DRAFT_TOKENS
+from ..cli.command import write_file
+from ..constants import AUTO, MAX_DRAFT_TOKENS
 from ..errors import OutputError, RequestError
-from ..route import AUTO
 from .conversation import Conversation
 from .figures import describe_session
 from .session import Session

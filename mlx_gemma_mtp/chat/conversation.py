@@ -9,8 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import shorten
-from ..errors import RequestError
+from ..errors import RequestError, shorten
 
 Message = dict[str, str]
 _THOUGHT = "reasoning"  # as templates and servers call it

@@ -5,7 +5,7 @@ Numbers in, text out.
 
 from __future__ import annotations
 
-from ..text import describe_rounds
+from ..generation.text import describe_rounds
 from .session import Session, Totals, Turn
 
 

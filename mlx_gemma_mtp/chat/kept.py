@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, trim_prompt_cache
 
-from ..encoding import num_common
+from ..generation.encoding import num_common
 
 MAX_BYTES = 2 * 10**9  # beside the newest two, which are always kept
 MAX_ENTRIES = 16

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ..chat_template import (
+from ..errors import RequestError
+from ..generation.chat_template import (
     DEFAULT_THINKING,
     THINKING,
     ChatPrompt,
     apply_chat_template,
 )
-from ..encoding import encode_text, num_common
-from ..errors import RequestError
+from ..generation.encoding import encode_text, num_common
 from .conversation import Conversation
 
 _ADVICE = (

@@ -15,13 +15,13 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..answer import CONTENT, REASONING, AnswerReader, Part, marks_of
+from ..engine.stats import RoundStats
 from ..errors import RequestError
-from ..pair import pair_of
-from ..processing import LogitsProcessor
-from ..stats import RoundStats
-from ..target import Target, text_model
-from ..text import GenerationResponse, stream_generate
+from ..generation.text import GenerationResponse, stream_generate
+from ..markup.answer import CONTENT, REASONING, AnswerReader, Part, marks_of
+from ..models.target import Target, text_model
+from ..pair.pair import pair_of
+from ..sampling.host import LogitsProcessor
 from .conversation import Conversation
 from .kept import KeptCaches
 from .prompts import Prompts, num_stable

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..config import SamplingParams
 from ..errors import RequestError
-from ..generation_defaults import SamplingDefaults
-from ..processing import LogitsProcessor
-from ..tokens import check_settings
+from ..generation.requests import check_settings
+from ..sampling.defaults import SamplingDefaults
+from ..sampling.host import LogitsProcessor
+from ..sampling.params import SamplingParams
 
 NO_LIMIT = -1
 _MAX_TOKENS = "max_tokens"

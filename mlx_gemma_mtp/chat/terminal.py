@@ -14,7 +14,7 @@ import termios
 from types import ModuleType
 from typing import Any, TextIO
 
-from ..command import check_utf8, not_utf8
+from ..cli.command import check_utf8, not_utf8
 from .commands import MARK
 from .history import History, history_path
 

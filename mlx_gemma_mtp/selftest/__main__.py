@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ..command import check_output_file, exit_status, write_file
-from ..command_table import make_parser
+from ..checkpoints.template_files import missing_template_note
+from ..cli.command import check_output_file, exit_status, write_file
+from ..cli.command_table import make_parser
 from ..errors import OutputError, RequestError
 from ..store import cache_folder, forget
-from ..template_files import missing_template_note
 from .names import MODEL, SECTIONS
 
 EXIT_FAILED = 2

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from ..config import MAX_DRAFT_TOKENS
-from ..control import Prior
-from ..decoder import Decoder, Request
-from ..draft_length import FixedDraftLength
-from ..pair import Pair
-from ..tables import duration
+from ..cli.tables import duration
+from ..constants import MAX_DRAFT_TOKENS
+from ..drafting.controller import Prior
+from ..drafting.policy import FixedDraftLength
+from ..engine.decoder import Decoder, Request
+from ..pair.pair import Pair
 from .busy import spread
 from .matmuls import FORMS, Timing, total_seconds
 from .result import INFO, SKIP, Result

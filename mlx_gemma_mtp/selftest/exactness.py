@@ -14,13 +14,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..decoder import Decoder, Request
+from ..constants import ALL_DRAFTS
+from ..engine.decoder import Decoder, Request
+from ..engine.route import Route
 from ..errors import RequestError
-from ..pair import Pair
-from ..probe import probe
-from ..random_pair import random_pair, text_config
-from ..route import ALL_DRAFTS, PLAIN_ROWS, Route, Verdict, exact_routes
+from ..exactness.probe import probe
+from ..exactness.verdict import PLAIN_ROWS, Verdict, exact_routes
+from ..pair.pair import Pair
 from .machine import is_on_cpu, memory_bytes
+from .random_pair import random_pair, text_config
 from .result import FAIL, INFO, PASS, SKIP, Result, status_of
 
 _NUM_TOKENS = 40

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..acceptance import Draft, accept_block
-from ..acceptance import Verdict as AcceptVerdict
-from ..config import SamplingParams
-from ..decision import joined, propose
-from ..sampling import Distribution, SamplingRule, sampling_rows, sampling_rule
+from ..sampling.acceptance import Draft, accept_block
+from ..sampling.acceptance import Verdict as AcceptVerdict
+from ..sampling.decision import joined, propose
+from ..sampling.distribution import (
+    Distribution,
+    SamplingRule,
+    sampling_rows,
+    sampling_rule,
+)
+from ..sampling.params import SamplingParams
 
 _MAX_CANDIDATES = 4096  # of a drafter's centroid head
 _TIE_STEP = 0.5

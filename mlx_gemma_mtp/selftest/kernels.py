@@ -17,12 +17,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import fused
-from ..acceptance import Accepted
-from ..candidates import sorted_best
-from ..decision import decide, propose
 from ..kernels import common, select, threshold
-from ..sampling import Distribution, choose_tokens
+from ..sampling import fused
+from ..sampling.acceptance import Accepted
+from ..sampling.candidates import sorted_best
+from ..sampling.decision import decide, propose
+from ..sampling.distribution import Distribution, choose_tokens
 from .kernel_case import SHAPES, Case, Shape, make_case, plainly
 from .result import FAIL, PASS, SKIP, Result
 from .tally import NAMES, Tallies, Tally

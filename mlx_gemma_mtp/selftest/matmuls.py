@@ -17,10 +17,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..random_pair import skeletons
-from ..tables import duration
+from ..cli.tables import duration
 from .busy import spread
 from .machine import is_on_cpu, memory_bytes
+from .random_pair import skeletons
 from .result import INFO, SKIP, Result
 
 ROWS = tuple(range(1, 10))

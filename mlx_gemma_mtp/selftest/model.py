@@ -12,12 +12,12 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..chat_template import apply_chat_template
+from ..cli.tables import duration
 from ..errors import RequestError
-from ..load import load
-from ..pair import Pair, pair_of
-from ..tables import duration
-from ..text import GenerationResponse, stream_generate
+from ..generation.chat_template import apply_chat_template
+from ..generation.text import GenerationResponse, stream_generate
+from ..pair.load import load
+from ..pair.pair import Pair, pair_of
 from .exactness import describe
 from .result import FAIL, PASS, Result
 

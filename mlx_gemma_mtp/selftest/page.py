@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..tables import duration
+from ..cli.tables import duration
 from .names import MACHINE
 from .result import FAIL, PASS, Result, status_of
 

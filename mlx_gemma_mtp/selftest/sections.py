@@ -13,10 +13,10 @@ from functools import cached_property
 
 import mlx.core as mx
 
-from ..control import Prior
-from ..load import load_pair
-from ..pair import Pair
-from ..tables import duration
+from ..cli.tables import duration
+from ..drafting.controller import Prior
+from ..pair.load import load_pair
+from ..pair.pair import Pair
 from . import busy, costs, exactness, kernels, machine, matmuls, model, slabs
 from .names import MACHINE, MODEL, SECTIONS
 from .result import FAIL, SKIP, Result

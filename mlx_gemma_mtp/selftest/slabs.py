@@ -15,12 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..cache import SlabLayout
-from ..decoder import Decoder, Request
-from ..pair import Pair
-from ..rounds import Rounds
-from ..tables import duration
-from ..target import Target
+from ..cache.slabs import SlabLayout
+from ..cli.tables import duration
+from ..engine.decoder import Decoder, Request
+from ..engine.rounds import Rounds
+from ..models.target import Target
+from ..pair.pair import Pair
 from .busy import spread
 from .result import FAIL, INFO, PASS, Result
 

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from ..command import exit_status
+from ..cli.command import exit_status
 from ..errors import RequestError
 from .arguments import configure_parser, parse
 

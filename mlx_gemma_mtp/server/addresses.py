@@ -12,8 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from ..config import shorten
-from ..errors import RequestError
+from ..errors import RequestError, shorten
 
 API_KEY_VARIABLE = "MLX_GEMMA_MTP_API_KEY"
 ANY = "*"

@@ -17,24 +17,24 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from .. import __version__
+from .._version import __version__
 from . import metrics as metrics_module
-from .answers import Answer, ChatStyle, CompletionStyle, Style
-from .arguments import Settings
+from .access import Gate, failure_response
+from .answer_parser import Dialogue
+from .body_parser import Orders
 from .bridge import Bridge
-from .dialogue import Dialogue
-from .failures import AnswerError, bad_request
-from .formats import Envelope, dumps
-from .gate import Gate, failure_response
+from .choice import Order
+from .errors import AnswerError, bad_request
 from .json_body import UNREADABLE, JSONRoute
 from .lanes import LIMIT_S, Lanes
+from .openai_format import Envelope, dumps
 from .openapi import DescribedApp, Offer
-from .order import Order
-from .orders import Orders
 from .prompts import Prompt, Prompts
 from .reply import Reply
 from .request_log import ID_HEADER, Counted
+from .responses import Answer, ChatStyle, CompletionStyle, Style
 from .schema import ChatBody, CompletionBody
+from .settings import Settings
 from .stream import EventStream, unless_gone
 from .tidy import Tidied, memory_returner
 from .vocabulary import Vocabulary

@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from .failures import BROKEN, SHUTTING_DOWN, AnswerError, bad_request
+from .choice import Event, Piece
+from .errors import BROKEN, SHUTTING_DOWN, AnswerError, bad_request
 from .metrics import Metrics, StepReport
-from .order import Event, Piece
 from .reply import Job, Reply
 
 logger = logging.getLogger("mlx_gemma_mtp.server")

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .failures import bad_request
+from .errors import bad_request
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
 

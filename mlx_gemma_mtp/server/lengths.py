@@ -11,10 +11,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..chat_template import render_chat_template
-from ..encoding import least_tokens, longest_token
 from ..errors import RequestError
-from .failures import AnswerError
+from ..generation.chat_template import render_chat_template
+from ..generation.encoding import least_tokens, longest_token
+from .errors import AnswerError
 
 # No template writes them by itself.
 _PROBES = ("first marble", "second marble", "third marble")

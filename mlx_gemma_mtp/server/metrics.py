@@ -17,7 +17,7 @@ from prometheus_client import Counter as CounterMetric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from ..stats import RoundStats
+from ..engine.stats import RoundStats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _PREFIX = "mlx_gemma_mtp_"

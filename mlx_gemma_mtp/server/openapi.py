@@ -14,11 +14,11 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from . import answer_schema as answers
-from .arguments import RESERVED
+from .access import OPEN_PATHS
 from .fields import REFUSED_IN_CHATS, REFUSED_IN_COMPLETIONS, REFUSED_IN_MESSAGES
-from .gate import OPEN_PATHS
 from .metrics import CONTENT_TYPE
 from .request_log import ID_HEADER
+from .settings import RESERVED
 
 _JSON = "application/json"
 _STREAM = "text/event-stream"

@@ -9,15 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..answer import CALL_START, AnswerReader, marks_of
-from ..chat_template import ChatPrompt, apply_chat_template, render_chat_template
-from ..encoding import encode_text, num_common
+from ..cache.kept import MIN_TOKENS
 from ..errors import RequestError
-from .arguments import RESERVED
-from .failures import bad_request
-from .kept import MIN_TOKENS
+from ..generation.chat_template import (
+    ChatPrompt,
+    apply_chat_template,
+    render_chat_template,
+)
+from ..generation.encoding import encode_text, num_common
+from ..markup.answer import CALL_START, AnswerReader, marks_of
+from .choice import Place
+from .errors import bad_request
 from .lengths import Lengths
-from .order import Place
+from .settings import RESERVED
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from . import formats
-from .failures import AnswerError
+from . import openai_format as formats
+from .errors import AnswerError
 from .request_log import ID_HEADER, Sparing, about, fresh_id
 
 logger = logging.getLogger("mlx_gemma_mtp.server.connections")

@@ -11,8 +11,8 @@ import asyncio
 from collections.abc import Sequence
 from contextvars import copy_context
 
-from .failures import AnswerError
-from .order import Accepted, Event, Order, Piece
+from .choice import Accepted, Event, Order, Piece
+from .errors import AnswerError
 
 # Tokens that may wait for a reader. A connection's own buffers hold thousands more.
 MAX_PENDING_TOKENS = 16384

@@ -20,9 +20,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ..arguments import MAX_BIAS
-from ..config import MAX_DRAFT_TOKENS
-from ..tool_calls import MAX_DEPTH
+from ..cli.arguments import MAX_BIAS
+from ..constants import MAX_DRAFT_TOKENS
+from ..markup.tool_calls import MAX_DEPTH
 from .json_body import refuse_constant
 
 T = TypeVar("T")

@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from ..arguments import EMBEDDED_PROMPT
+from ..cli.arguments import EMBEDDED_PROMPT
+from .answer_parser import Dialogue
 from .app import Desk, make_app
-from .arguments import Settings
+from .body_parser import Orders
 from .bridge import Bridge, Drain, Mailbox
-from .dialogue import Dialogue
-from .engine import Engine, load_engine
-from .failures import SHUTTING_DOWN, AnswerError
+from .errors import SHUTTING_DOWN, AnswerError
 from .lanes import Lanes
 from .metrics import Metrics
-from .orders import Orders
 from .prompts import Prompts
 from .request_log import FORMAT, WithRequest
+from .served_model import Engine, load_engine
+from .settings import Settings
 from .shutdown import Shutdown
 from .vocabulary import Vocabulary
 from .web import Web, allow_connections, listen, url_of

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from . import formats
-from .failures import AnswerError
+from . import openai_format as formats
+from .errors import AnswerError
 
 T = TypeVar("T")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..answer import Marks
-from ..stop import StopStrings
-from ..text_pieces import TextPieces
-from .order import Order, Piece
+from ..generation.stop import StopStrings
+from ..generation.text_pieces import TextPieces
+from ..markup.answer import Marks
+from .choice import Order, Piece
 
 if TYPE_CHECKING:
-    from ..emission import Emission
+    from ..engine.results import Emission
 
 
 class Transcript:

@@ -13,9 +13,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from ..errors import RequestError
-from .arguments import Settings
 from .bridge import Bridge
 from .protocol import limited_protocol
+from .settings import Settings
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
 

@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import RequestError
 from .bridge import Bridge, Cancel, Drain, Mailbox, Message, Submit
-from .failures import BROKEN, SHUTTING_DOWN, AnswerError
+from .choice import Accepted, Event, Order, Place, Tally
+from .errors import BROKEN, SHUTTING_DOWN, AnswerError
 from .metrics import StepReport
-from .order import Accepted, Event, Order, Place, Tally
 from .reply import Job
 from .transcript import Transcript
 from .turns import Turns, largest_share
 
 if TYPE_CHECKING:
-    from ..emission import Emission, Progress, Step
-    from ..row import Request, Row
-    from ..stats import RoundStats
-    from .kept import KeptCaches
+    from ..cache.kept import KeptCaches
+    from ..engine.request import Request
+    from ..engine.results import Emission, Progress, Step
+    from ..engine.sequence import Row
+    from ..engine.stats import RoundStats
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
 

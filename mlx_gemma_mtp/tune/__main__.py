@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..arguments import add_checkpoint_arguments, add_filters, json_object
-from ..command import exit_status, progress_bar
-from ..command_table import make_parser
+from ..cli.arguments import add_checkpoint_arguments, add_filters, json_object
+from ..cli.command import exit_status, progress_bar
+from ..cli.command_table import make_parser
 from ..errors import RequestError
 from .request import TextSettings, TuneRequest
 from .settings import DIVERGENCES, TrainingSettings

@@ -20,13 +20,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text
 
-from ..config import FULL, SLIDING, DrafterConfig
-from ..drafter import Drafter
-from ..families import family_of
-from ..fit import check_fit
-from ..pair import DEFAULT_NUM_DRAFT_TOKENS
-from ..random_pair import drafter_config
-from ..target import Target, key_norm, text_model
+from ..constants import FULL, SLIDING
+from ..models.compatibility import check_fit
+from ..models.config import DrafterConfig
+from ..models.drafter import Drafter
+from ..models.families import family_of
+from ..models.target import Target, key_norm, text_model
+from ..pair.pair import DEFAULT_NUM_DRAFT_TOKENS
+from ..selftest.random_pair import drafter_config
 from .clusters import cluster_order
 
 _SOURCE = "the fresh drafter's settings"

@@ -21,38 +21,39 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import gemma4_text
 
-from ..checkpoint import TRAINING_NAME, open_checkpoint, read_json
-from ..config import SamplingParams
-from ..drafter import Drafter
+from ..checkpoints.checkpoint import TRAINING_NAME, open_checkpoint, read_json
+from ..checkpoints.find_drafter import find_drafter
+from ..checkpoints.hub import fetch, hub_id
+from ..checkpoints.staging import check_can_make, check_free_space, check_place
+from ..checkpoints.template_files import missing_template_note
+from ..checkpoints.weights import load_drafter
+from ..cli.tables import size
 from ..errors import CheckpointError, DataError, PairingError
-from ..families import family_of
-from ..fit import check_fit
-from ..load import load
 from ..machine import describe_machine
-from ..pair import Pair, named_arrays, pair_of
-from ..pairing import fetch, find_drafter, hub_id
-from ..staging import check_can_make, check_free_space, check_place
-from ..tables import size
-from ..target import Target, text_model
-from ..template_files import missing_template_note
-from ..weights import load_drafter
-from . import workplace
-from .adapters import add_adapters, dequantized, fuse_adapters, trainable
-from .card import usage
-from .documents import DocumentReader, Lengths
+from ..models.compatibility import check_fit
+from ..models.drafter import Drafter
+from ..models.families import family_of
+from ..models.target import Target, text_model
+from ..pair.load import load
+from ..pair.pair import Pair, named_arrays, pair_of
+from ..sampling.params import SamplingParams
+from .data.documents import DocumentReader, Lengths
 from .fresh import fresh_drafter
-from .material import Chosen, Writing, choose, write_all
-from .measured import Measured, Point
-from .measuring import measure
-from .objective import Objective
-from .recording import Records, record_bytes
-from .report import Report, write_report
+from .recording import workplace
+from .recording.material import Chosen, Writing, choose, write_all
+from .recording.records import Records, record_bytes
+from .recording.workplace import Workplace
+from .report.card import usage
+from .report.measured import Measured, Point
+from .report.measuring import measure
+from .report.report import Report, write_report
+from .report.result import write_drafter
+from .report.speedup import predict
 from .request import TuneRequest
-from .result import write_drafter
-from .speedup import predict
-from .trainer import Material, Trainer
-from .unrolling import Cutter
-from .workplace import Workplace
+from .training.adapters import add_adapters, dequantized, fuse_adapters, trainable
+from .training.objective import Objective
+from .training.trainer import Material, Trainer
+from .training.unrolling import Cutter
 
 _LORA_SCALE = 20.0  # mlx-lm's
 # Of what the activations of a chunk of places may take, see ``places_in_memory``.

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import MAX_DRAFT_TOKENS
+from ..constants import MAX_DRAFT_TOKENS
 from ..errors import RequestError
 
 _MOST_SEEDS = 2**48  # every text adds its number to it

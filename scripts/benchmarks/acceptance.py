@@ -15,14 +15,19 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.acceptance import Draft, Verdict, accept_block, expected_lengths
-from mlx_gemma_mtp.config import SamplingParams
-from mlx_gemma_mtp.decoder import Decoder, Request
-from mlx_gemma_mtp.pair import Pair
-from mlx_gemma_mtp.rounds import Rounds
-from mlx_gemma_mtp.sampling import Distribution
-from mlx_gemma_mtp.stats import RoundStats
-from mlx_gemma_mtp.tokens import draft_block
+from mlx_gemma_mtp.engine.decoder import Decoder, Request
+from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.engine.stats import RoundStats
+from mlx_gemma_mtp.generation.tokens import draft_block
+from mlx_gemma_mtp.pair.pair import Pair
+from mlx_gemma_mtp.sampling.acceptance import (
+    Draft,
+    Verdict,
+    accept_block,
+    expected_lengths,
+)
+from mlx_gemma_mtp.sampling.distribution import Distribution
+from mlx_gemma_mtp.sampling.params import SamplingParams
 
 from .prompts import prompts_of
 from .speed import own_tokens, show

@@ -14,8 +14,8 @@ from typing import Any
 
 from mlx_lm.generate import BatchGenerator as MlxLmBatchGenerator
 
-from mlx_gemma_mtp.batch import BatchGenerator
-from mlx_gemma_mtp.pair import Pair, attach
+from mlx_gemma_mtp.hook.batch_generator import BatchGenerator
+from mlx_gemma_mtp.pair.pair import Pair, attach
 
 from .prompts import prompts_of
 from .speed import report_speed, show

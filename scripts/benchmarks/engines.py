@@ -17,16 +17,16 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_gemma_mtp.config import SamplingParams
-from mlx_gemma_mtp.decoder import Decoder, Request
+from mlx_gemma_mtp.engine.decoder import Decoder, Request
+from mlx_gemma_mtp.engine.prefill import DEFAULT_PREFILL_STEP_SIZE
+from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.engine.stats import RoundStats
 from mlx_gemma_mtp.errors import MTPError
-from mlx_gemma_mtp.load import load_pair
-from mlx_gemma_mtp.pair import Pair
-from mlx_gemma_mtp.planning import make_plan
-from mlx_gemma_mtp.prefill import DEFAULT_PREFILL_STEP_SIZE
-from mlx_gemma_mtp.rounds import Rounds
-from mlx_gemma_mtp.stats import RoundStats
-from mlx_gemma_mtp.tokens import check_num_draft_tokens, check_settings
+from mlx_gemma_mtp.generation.requests import check_num_draft_tokens, check_settings
+from mlx_gemma_mtp.pair.load import load_pair
+from mlx_gemma_mtp.pair.pair import Pair
+from mlx_gemma_mtp.pair.planning import make_plan
+from mlx_gemma_mtp.sampling.params import SamplingParams
 
 from .models import ModelSpec
 from .scripted import scripted_rounds
@@ -56,7 +56,7 @@ class EngineSpec:
         acceptance: How often a draft is to be accepted whatever models say; None for
             what they say.
         use_compile: Whether this package's rounds are compiled.
-        exactness: What this package's text must be, one of ``route.MODES``.
+        exactness: What this package's text must be, one of ``constants.MODES``.
         draft_path: The small model of a two-model engine; None for the target itself,
             quantized.
     """

@@ -8,10 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.load import embedded_pair_path, load, load_tokenizer
-from mlx_gemma_mtp.pair import Pair, pair_of
-from mlx_gemma_mtp.pairing import fetch
-from mlx_gemma_mtp.random_pair import random_pair
+from mlx_gemma_mtp.checkpoints.hub import fetch
+from mlx_gemma_mtp.pair.load import embedded_pair_path, load, load_tokenizer
+from mlx_gemma_mtp.pair.pair import Pair, pair_of
+from mlx_gemma_mtp.selftest.random_pair import random_pair
 
 
 @dataclass(frozen=True)

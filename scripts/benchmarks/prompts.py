@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma_mtp.chat_template import apply_chat_template
-from mlx_gemma_mtp.encoding import encode_text
+from mlx_gemma_mtp.generation.chat_template import apply_chat_template
+from mlx_gemma_mtp.generation.encoding import encode_text
 
 DATA = Path(__file__).parents[1] / "data"
 HELD_OUT = DATA / "heldout.jsonl.gz"

@@ -15,10 +15,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.cache import PrefillCache
-from mlx_gemma_mtp.noise import COIN, Stream, uniform_noise
-from mlx_gemma_mtp.rounds import Rounds, TargetLike
-from mlx_gemma_mtp.target import Prefilled, TargetOutput
+from mlx_gemma_mtp.cache.prompt import PrefillCache
+from mlx_gemma_mtp.engine.rounds import Rounds, TargetLike
+from mlx_gemma_mtp.models.target import Prefilled, TargetOutput
+from mlx_gemma_mtp.sampling.noise import COIN, Stream, uniform_noise
 
 _SEED = 0x5EED
 # Beyond every logit, and finite: differences stay numbers at any temperature.

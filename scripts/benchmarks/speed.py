@@ -17,10 +17,10 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_gemma_mtp.decoder import Decoder, Request
-from mlx_gemma_mtp.pair import Pair
-from mlx_gemma_mtp.rounds import Rounds
-from mlx_gemma_mtp.tokens import generate_tokens
+from mlx_gemma_mtp.engine.decoder import Decoder, Request
+from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.generation.tokens import generate_tokens
+from mlx_gemma_mtp.pair.pair import Pair
 
 from .prompts import prompts_of
 from .scripted import scripted_rounds

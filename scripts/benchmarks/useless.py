@@ -16,8 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.drafter import Drafter
-from mlx_gemma_mtp.pair import Pair
+from mlx_gemma_mtp.models.drafter import Drafter
+from mlx_gemma_mtp.pair.pair import Pair
 
 from .prompts import prompts_of
 from .speed import own_tokens, show

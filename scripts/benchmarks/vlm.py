@@ -12,7 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_gemma_mtp.pairing import fetch, find_drafter
+from mlx_gemma_mtp.checkpoints.find_drafter import find_drafter
+from mlx_gemma_mtp.checkpoints.hub import fetch
 
 from .engines import Step, UnavailableError
 from .models import ModelSpec

@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from mlx_gemma_mtp.errors import MTPError
-from mlx_gemma_mtp.pair import Pair
+from mlx_gemma_mtp.pair.pair import Pair
 
 from .engines import SAMPLINGS, Engine, EngineSpec, UnavailableError, make_engine
 from .graph import graph_figures

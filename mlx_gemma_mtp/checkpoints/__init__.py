@@ -1,0 +1,1 @@
+"""Files and the Hub: what lies there, how it is packed, how it becomes modules."""

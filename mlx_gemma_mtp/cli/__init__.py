@@ -1,0 +1,1 @@
+"""What all commands share, and the first of them: ``mlx_gemma_mtp.generate``."""

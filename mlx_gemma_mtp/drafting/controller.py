@@ -1,0 +1,337 @@
+"""How many drafts K the next round should have: the most tokens per second.
+
+A round of K drafts emits E(K) tokens on average and takes T(K) seconds. Neither is
+known: `AcceptanceModel` learns E, `CostModel` learns T, both from each round. The K of
+the largest E / T is run; K = 0, plain decoding, is one of them. What tracing a round
+takes must pay off over the tokens that are left. Now and then something else is run to
+learn from it: see trials.py.
+
+What was learnt is kept across processes, and may be wrong by far: another text, a
+machine that was busy. So a process starts from it, but what is thought of a pair before
+anything is measured stays possible until this process has measured (`resume`).
+
+The idea of choosing by expected value over measured cost, with depth 0 as the way out
+and trials to come back, is that of Ollama's MLX runner
+(ollama:x/mlxrunner/speculate_depth.go). Here acceptance and cost carry their
+uncertainties, positions and K's inform their neighbours, and trials have a budget in
+place of a back-off.
+
+Numbers in, K out: no arrays, no models, no clock, no randomness.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..constants import MAX_DRAFT_TOKENS
+from .acceptance_model import AcceptanceModel
+from .cost_model import TYPICAL_COST, CostModel
+from .saved_numbers import numbers
+from .trials import PAYOFF, SEEN, Credit, Outlook, Trial, find_trial
+
+_ANY = range(MAX_DRAFT_TOKENS + 1)
+_NOTHING: Mapping[int, float] = {}
+_VERSION = 1
+
+_HORIZON = 512  # tokens over which tracing a round must pay off
+_PLAIN_TRIES = 3  # rounds of K = 0 that may pass unmeasured
+_PLAIN_HORIZON = 128  # tokens left that justify tracing K = 0 to measure it
+_FLIGHT = 2  # rounds until a trial has been observed
+_LAST_TOKENS = MAX_DRAFT_TOKENS  # tokens left that justify no trial
+_FIRST_OPTIMISM = 0.25  # standard deviations, where nothing is traced yet
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is thought of a machine and a pair before anything is measured.
+
+    Attributes:
+        relative_cost: Round time for K = 0..8 over that of K = 0: 9 numbers, the
+            first 1.0.
+        acceptance: P(a draft is accepted | those before it were), 0 to 1.
+
+    Raises:
+        ValueError: Not such numbers.
+    """
+
+    relative_cost: tuple[float, ...]
+    acceptance: float
+
+    def __post_init__(self) -> None:
+        costs = self.relative_cost
+        if len(costs) != len(_ANY) or costs[0] != 1 or not all(c > 0 for c in costs):
+            raise ValueError(
+                f"relative_cost must be 9 positive numbers, the first 1.0: got {costs}"
+            )
+        if not 0 <= self.acceptance <= 1:
+            raise ValueError(f"acceptance must be within 0..1: got {self.acceptance}")
+
+
+DEFAULT_PRIOR = Prior(TYPICAL_COST, 0.6)
+
+
+class DraftLengthController:
+    """Chooses each round's K and learns from each round.
+
+    Rounds may be observed late: the next K's may be chosen first.
+
+    Args:
+        prior: What to start from.
+        acceptance: What is known of the text, where others learn it too.
+        costs: What is known of the machine.
+
+    Attributes:
+        acceptance: What is known of the text by now.
+        costs: What is known of the machine by now.
+        credit: What trials may still cost.
+    """
+
+    def __init__(
+        self,
+        prior: Prior = DEFAULT_PRIOR,
+        *,
+        acceptance: AcceptanceModel | None = None,
+        costs: CostModel | None = None,
+    ) -> None:
+        self.acceptance = acceptance or AcceptanceModel(prior.acceptance)
+        self.costs = costs or CostModel(prior.relative_cost)
+        self.credit = Credit()
+        self._trial: Trial | None = None
+        self._flight = 0
+        self._plain_tries = _PLAIN_TRIES
+        self._num_shadow_drafts = 0
+
+    def resume(self, prior: Prior = DEFAULT_PRIOR) -> None:
+        """Begin a process with what another one has learnt.
+
+        Args:
+            prior: What is thought of the pair before anything is measured.
+        """
+        self.acceptance.resume()
+        self.costs.resume(prior.relative_cost)
+        self.credit.resume()
+
+    def start(self) -> None:
+        """Begin a request: other text, another context length."""
+        self.acceptance.start()
+        self.costs.start()
+        self._trial, self._flight, self.credit.num_shadows = None, 0, 0
+
+    def choose(
+        self,
+        *,
+        allowed: Collection[int] = _ANY,
+        setup_s: Mapping[int, float] = _NOTHING,
+        tokens_left: int | None = None,
+        can_shadow: bool = False,
+    ) -> int:
+        """The next round's K.
+
+        Args:
+            allowed: K's that may be run, within 0..8.
+            setup_s: Seconds that the first round of a K takes on top, where it must
+                still be traced. Must pay off over the tokens left.
+            tokens_left: Tokens that may still be emitted; None: many. Drafts beyond
+                tokens_left - 1 are worth nothing.
+            can_shadow: Whether drafts may be made beside a plain round; how many is
+                then in `num_shadow_drafts`.
+
+        Raises:
+            ValueError: Nothing is allowed, or a K outside 0..8.
+        """
+        choices = _sorted_choices(allowed)
+        left = _HORIZON if tokens_left is None else max(1, min(tokens_left, _HORIZON))
+        self._num_shadow_drafts = 0
+        self.credit.expect(setup_s)
+        if self._needs_plain(choices, setup_s, left):
+            self._plain_tries -= 1
+            return 0
+        outlook = self._outlook(choices, setup_s, left, can_shadow)
+        if self.credit.seconds is None or left <= _LAST_TOKENS:
+            return outlook.best
+        trial = self._trial
+        if trial and trial.num_rounds:
+            trial.num_rounds -= 1
+            if trial.num_draft_tokens in choices:
+                return trial.num_draft_tokens
+        return outlook.best if self._flight else self._explored(outlook, can_shadow)
+
+    @property
+    def num_shadow_drafts(self) -> int:
+        """Drafts to make beside the round last chosen, a plain one; mostly 0."""
+        return self._num_shadow_drafts
+
+    def observe(
+        self,
+        num_draft_tokens: int,
+        accepted: Sequence[int],
+        seconds: float | None,
+        *,
+        num_shadow_drafts: int = 0,
+    ) -> None:
+        """Learn from a round.
+
+        Args:
+            num_draft_tokens: Its K, chosen here or not.
+            accepted: For each live row, how many drafts were accepted, 0..K.
+            seconds: What it took; None if that says nothing of the next ones: it was
+                traced first, the host was busy elsewhere.
+            num_shadow_drafts: Drafts that were made beside it.
+
+        Raises:
+            ValueError: More accepted than drafted, or a K outside 0..8.
+        """
+        for num_accepted in accepted:
+            self.acceptance.observe(num_draft_tokens, num_accepted)
+        self._flight = max(self._flight - 1, 0)
+        if seconds is None or not math.isfinite(seconds):
+            return
+        if num_shadow_drafts:
+            plain_s = self.costs.seconds(0)
+            took_s = seconds - plain_s
+            self.credit.learn_shadow(num_shadow_drafts, took_s, plain_s)
+            return
+        self.costs.observe(num_draft_tokens, seconds)
+        plain_s = self.costs.seconds(0)
+        typical_s = self.costs.seconds(num_draft_tokens)
+        self.credit.earn(min(max(seconds, 0.0), 2 * typical_s), plain_s)
+        trial = self._trial
+        if (
+            trial
+            and trial.num_draft_tokens == num_draft_tokens
+            and not trial.num_rounds
+        ):
+            # By the learnt time: a stall is not its fault.
+            self.credit.settle(trial, typical_s, plain_s)
+            self._trial = None
+
+    def observe_shadow(self, num_draft_tokens: int, accepted: Sequence[int]) -> None:
+        """Learn from drafts that were made beside a plain round.
+
+        Args:
+            num_draft_tokens: How many.
+            accepted: For each row, how many of them are the tokens that came.
+
+        Raises:
+            ValueError: More accepted than drafted, or a K outside 0..8.
+        """
+        self.credit.num_shadows = max(self.credit.num_shadows - 1, 0)
+        for num_accepted in accepted:
+            self.acceptance.observe(num_draft_tokens, num_accepted)
+
+    def best_rate(self, allowed: Collection[int] = _ANY) -> float | None:
+        """Tokens per second and row of the best K; None before anything was measured.
+
+        Raises:
+            ValueError: Nothing is allowed, or a K outside 0..8.
+        """
+        choices = _sorted_choices(allowed)
+        if not self.costs.has_measured_any():
+            return None
+        tokens, seconds = self.acceptance.expected_tokens(), self.costs.all_seconds()
+        return max(tokens[k] / seconds[k] for k in choices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that was learnt, in values that JSON has."""
+        return {
+            "version": _VERSION,
+            "acceptance": self.acceptance.to_dict(),
+            "costs": self.costs.to_dict(),
+            "credit_s": self.credit.seconds,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> DraftLengthController:
+        """The controller that `to_dict` describes.
+
+        Raises:
+            ValueError: `data` is not what this version's `to_dict` returns.
+        """
+        numbers(data, "version", 1, low=_VERSION, high=_VERSION)
+        controller = cls(
+            acceptance=AcceptanceModel.from_dict(data.get("acceptance")),
+            costs=CostModel.from_dict(data.get("costs")),
+        )
+        if data.get("credit_s") is not None:
+            (credit_s,) = numbers(data, "credit_s", 1, low=-1e6, high=1e6)
+            controller.credit.seconds = credit_s
+        return controller
+
+    def _needs_plain(
+        self, choices: list[int], setup_s: Mapping[int, float], left: int
+    ) -> bool:
+        """Whether this round should measure plain decoding, unmeasured so far."""
+        return (
+            choices[0] == 0
+            and self._plain_tries > 0
+            and not self.costs.has_measured(0)
+            and (left >= _PLAIN_HORIZON or not setup_s.get(0))
+        )
+
+    def _outlook(
+        self,
+        choices: list[int],
+        setup_s: Mapping[int, float],
+        left: int,
+        can_shadow: bool,
+    ) -> Outlook:
+        """What is expected of each K, and the best of those that pay off."""
+        tokens = self.acceptance.expected_tokens()
+        tokens = [tokens[min(k, left - 1)] for k in _ANY]
+        seconds = self._seconds()
+        cost = [s / t for s, t in zip(seconds, tokens, strict=True)]  # per token
+        for k, setup in setup_s.items():
+            cost[k] += PAYOFF * setup / left
+        settled = choices
+        if can_shadow and choices[0] == 0 and not self._has_seen_drafts():
+            # They are seen beside plain rounds before one is traced for them.
+            settled = [k for k in choices if not (k and k in setup_s)]
+        best = min(settled, key=cost.__getitem__)
+        if best and setup_s.keys() >= set(choices):
+            # Whatever is chosen is traced now, so one that is known less costs no more.
+            doubts = self.costs.ratio_deviations(best)
+            best = min(
+                (k for k in settled if k),
+                key=lambda k: cost[k] * math.exp(-_FIRST_OPTIMISM * doubts[k]),
+            )
+        return Outlook(choices, tokens, seconds, setup_s, left, best)
+
+    def _seconds(self) -> list[float]:
+        """T(0..8); T(0) is less than those of more rows, whatever was learnt."""
+        seconds = self.costs.all_seconds()
+        if not self.costs.has_measured_here(0):
+            # By half of what more rows are thought to cost, in logarithms.
+            seconds[0] = min(
+                s / math.sqrt(self.costs.usual_ratio(k, 0)) if s < seconds[0] else s
+                for k, s in enumerate(seconds)
+            )
+        return seconds
+
+    def _has_seen_drafts(self) -> bool:
+        """Whether anything is known of how many drafts are accepted."""
+        return max(self.acceptance.num_seen, self.acceptance.num_tried) >= SEEN
+
+    def _explored(self, outlook: Outlook, can_shadow: bool) -> int:
+        """The best K, or one that is tried, or the best with drafts beside it."""
+        trial = find_trial(
+            outlook, self.acceptance, self.costs, self.credit, can_shadow=can_shadow
+        )
+        if trial is None:
+            return outlook.best
+        self.credit.pay(trial, outlook.seconds[0])
+        if trial.is_shadow:
+            self._num_shadow_drafts = trial.num_draft_tokens
+            return outlook.best
+        self._trial, self._flight = trial, _FLIGHT
+        trial.num_rounds -= 1
+        return trial.num_draft_tokens
+
+
+def _sorted_choices(allowed: Collection[int]) -> list[int]:
+    choices = sorted(allowed)
+    if not choices or choices[0] < 0 or choices[-1] > MAX_DRAFT_TOKENS:
+        raise ValueError(f"allowed must be some of 0..8: got {choices}")
+    return choices

@@ -1,0 +1,104 @@
+"""What is asked for of one sequence of tokens."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from ..constants import MAX_DRAFT_TOKENS
+from ..sampling.host import LogitsProcessor, Sampler
+from ..sampling.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to decode.
+
+    Attributes:
+        prompt: At least one token id.
+        max_tokens: How many tokens to emit, 1 or more; None for no limit.
+        sampling: How tokens are chosen.
+        eos_token_ids: Tokens that end the sequence; the one that does is emitted.
+        logits_processors: Called as mlx-lm does, with the histories of plain decoding.
+            The row is then decided by equality, ``reproducible`` or not.
+        sampler: Chooses the tokens in place of ``sampling``; mlx-lm's signature.
+        num_logprobs: How many of the most likely tokens come with each token's
+            log-probability; None for no log-probabilities.
+        max_draft_tokens: How many drafts the row accepts in a round at most, 0 to 8.
+        history: Tokens before the prompt that logits processors shall see.
+        stop_sequences: Sequences of tokens that end the text; their last token is
+            emitted. mlx-lm's ``StopSequences``.
+        pauses: Numbers of the prompt's tokens after which reading it pauses, so that
+            its caches can be had as they are there.
+        keeps_cache: Whether the last emission brings the row's caches.
+    """
+
+    prompt: list[int]
+    max_tokens: int | None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    eos_token_ids: frozenset[int] = frozenset()
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    sampler: Sampler | None = None
+    num_logprobs: int | None = None
+    max_draft_tokens: int = MAX_DRAFT_TOKENS
+    history: tuple[int, ...] = ()
+    stop_sequences: StopSequences | None = None
+    pauses: tuple[int, ...] = ()
+    keeps_cache: bool = False
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the host decides the row."""
+        return bool(self.logits_processors) or self.sampler is not None
+
+    @property
+    def has_one_text(self) -> bool:
+        """Whether the text is a function of the request, whatever K is."""
+        if self.sampler is not None or self.sampling.temp <= 0:
+            return True
+        is_equal = self.sampling.reproducible or self.is_host
+        return self.sampling.seed is not None and is_equal
+
+    @property
+    def rule(self) -> str:
+        """The rule that judges the drafts, in words."""
+        host = ["processors"] if self.logits_processors else []
+        host += ["custom sampler"] if self.sampler is not None else []
+        if host:
+            return f"accept-if-equal: {', '.join(host)}"
+        if self.sampling.temp <= 0:
+            return "greedy"
+        is_coupled = self.sampling.reproducible and self.sampling.seed is not None
+        return "coupled (seed)" if is_coupled else "block verification"
+
+
+class Matcher(Protocol):
+    """A place in a text, as seen by sequences that end it; mlx-lm's."""
+
+    def advance(self, token: int) -> bool:
+        """Go on by a token; whether a sequence ends with it."""
+
+
+class StopSequences(Protocol):
+    """Sequences of tokens that end a text; mlx-lm's."""
+
+    def matcher(self) -> Matcher:
+        """One at the beginning of a text."""
+
+
+def _settled(request: Request) -> Request:
+    """The request with settings that its row can follow.
+
+    A row that samples and brings no seed gets one of its own. Where the host decides,
+    drafts are proposed for a decision by equality.
+    """
+    sampling = request.sampling
+    if request.sampler is not None:
+        sampling = SamplingParams()  # of the drafts: the sampler chooses the tokens
+    if sampling.temp > 0 and sampling.seed is None:
+        seed = secrets.randbits(64)  # of no meaning to anybody, so nothing is repeated
+        sampling = replace(sampling, seed=seed, reproducible=False)
+    if request.is_host:
+        sampling = replace(sampling, reproducible=True)
+    return replace(request, sampling=sampling)

@@ -1,0 +1,452 @@
+"""A round: draft K tokens, verify K + 1 rows, accept a prefix, commit.
+
+The round is one lazily evaluated graph whose state stays on the device: the next round
+can be queued before the host has read this one's report. Shapes are fixed by (B, K,
+capacity), so the whole round is one compiled function per K. Plain decoding is the same
+round with K = 0. Where the host decides rows, the compiled function ends before the
+commit, which then follows by itself.
+
+It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from ..cache.masks import draft_masks
+from ..cache.prompt import PrefillCache
+from ..cache.slabs import SlabLayout
+from ..models.drafter import DraftOutput, SharedKV
+from ..models.target import Prefilled, Target, TargetOutput
+from ..sampling.acceptance import Accepted, Draft, accept_block, cut
+from ..sampling.decision import Verification, decide, joined, near_ties, propose
+from ..sampling.distribution import SamplingRule
+from ..sampling.logprobs import reported_logprobs
+from .model_arrays import ArraysChangedError, CompiledFunction, ModelArrays
+from .state import Report, RoundState, RowSettings, Verified
+from .traces import Traces
+
+
+class TargetLike(Protocol):
+    """What a round asks of a target; see target.py for the shapes."""
+
+    layout: SlabLayout
+    vocab_size: int
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Scaled embeddings of tokens."""
+
+    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
+        """Read a chunk of a prompt into caches."""
+
+    def verify(
+        self,
+        tokens: mx.array,
+        slabs: list[mx.array],
+        *,
+        offset: mx.array,
+        first_position: mx.array,
+    ) -> TargetOutput:
+        """Run a block of tokens over the slabs."""
+
+
+class DrafterLike(Protocol):
+    """What a round asks of a drafter; see drafter.py for the shapes."""
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The types of the drafter's layers."""
+
+    def __call__(
+        self,
+        embedding: mx.array,
+        hidden: mx.array,
+        shared_kv: Mapping[str, SharedKV],
+        *,
+        position: mx.array,
+    ) -> DraftOutput:
+        """Run one draft step."""
+
+
+_Models = tuple[TargetLike, DrafterLike | None]
+CompiledRound = Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What shapes the graph of a round, beside the shapes of its arrays."""
+
+    num_draft_tokens: int
+    min_rows: int
+    rule: SamplingRule
+
+
+class Rounds:
+    """Runs rounds of one target with one drafter.
+
+    Args:
+        target: The target.
+        drafter: Its drafter; None allows only K = 0.
+        verification: How drafts that were drawn from a distribution are judged.
+        use_compile: Whether rounds go through ``mx.compile``.
+        arrays: The arrays of both, which compiled rounds then read anew every time;
+            None for models whose arrays never change.
+        traces: Where compiled rounds are kept: for engines that differ in nothing.
+    """
+
+    def __init__(
+        self,
+        target: TargetLike,
+        drafter: DrafterLike | None = None,
+        *,
+        verification: Verification = accept_block,
+        use_compile: bool = True,
+        arrays: ModelArrays | None = None,
+        traces: Traces[CompiledRound] | None = None,
+    ) -> None:
+        self.target = target
+        self.drafter = drafter
+        self.use_compile = use_compile
+        self._verification = verification
+        self._arrays = arrays
+        self._model_arrays: list[mx.array] = []
+        self._traces: Traces[CompiledRound] = Traces() if traces is None else traces
+
+    def refresh(self) -> list[mx.array]:
+        """Let rounds follow weights that were exchanged, quantized or given adapters.
+
+        Those that were changed in place need no word.
+
+        Returns:
+            The models' arrays that rounds read from now on.
+        """
+        if self._arrays is not None:
+            self._model_arrays, structure = self._arrays.read()
+            self._traces.fit(structure)
+        return self._model_arrays
+
+    def is_ready(
+        self,
+        rule: SamplingRule,
+        *,
+        num_draft_tokens: int,
+        min_rows: int,
+        num_rows: int,
+        capacity: int,
+    ) -> bool:
+        """Whether such a round has run before: the first one is traced and compiled."""
+        shape = _Shape(num_draft_tokens, min_rows, rule)
+        return _key(shape, num_rows, capacity) in self._traces
+
+    def run(
+        self,
+        state: RoundState,
+        settings: RowSettings,
+        *,
+        num_draft_tokens: int,
+        min_rows: int = 1,
+    ) -> tuple[RoundState, Report]:
+        """Queue one round; nothing is evaluated here.
+
+        The caller must drop its own reference to ``state`` before anything is
+        evaluated: only then are the slabs written in place.
+
+        Args:
+            state: The state after the round before.
+            settings: Each row's settings.
+            num_draft_tokens: K, the same for all rows.
+            min_rows: The target verifies no fewer rows; repetitions of the last token
+                fill them, and what they give is dropped.
+
+        Returns:
+            The new state and the round's report.
+        """
+        assert not settings.rule.has_host  # see verify
+        shape = _Shape(num_draft_tokens, min_rows, settings.rule)
+        slabs, committed, report = self._call(shape, state, settings)
+        return RoundState(slabs, *committed), Report.of_arrays(report)
+
+    def verify(
+        self,
+        state: RoundState,
+        settings: RowSettings,
+        *,
+        num_draft_tokens: int,
+        min_rows: int = 1,
+    ) -> tuple[Verified, Report]:
+        """Queue a round up to its commit, for the host to decide rows in between.
+
+        Arguments and what the caller must do are as for ``run``.
+        """
+        assert settings.rule.has_host
+        shape = _Shape(num_draft_tokens, min_rows, settings.rule)
+        slabs, hidden, report = self._call(shape, state, settings)
+        verified = Verified(slabs, hidden, before=replace(state, slabs=[]))
+        return verified, Report.of_arrays(report)
+
+    def commit(
+        self, verified: Verified, settings: RowSettings, *, accepted: Accepted
+    ) -> RoundState:
+        """End a round that ``verify`` has begun; nothing is evaluated here.
+
+        Args:
+            verified: The round.
+            settings: Each row's settings.
+            accepted: What every row's rule has decided, the host's or the graph's.
+        """
+        committed = _commit(
+            verified.before, verified.hidden, accepted, settings.is_active
+        )
+        return RoundState(verified.slabs, *committed)
+
+    def draft(
+        self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
+    ) -> mx.array:
+        """Only the drafts of the round that would follow, int32 [B, K]."""
+        draft = _draft(
+            self.target,
+            self.drafter,
+            self._verification,
+            state,
+            settings,
+            num_draft_tokens,
+        )
+        return draft.tokens
+
+    def _call(
+        self, shape: _Shape, state: RoundState, settings: RowSettings
+    ) -> tuple[Any, ...]:
+        """Queue the round of a shape; it is traced where this thread has not run it.
+
+        It ends before the commit where the rule has rows that the host decides.
+        """
+        num_rows, capacity = (
+            state.last_token.shape[0],
+            self.target.layout.capacity(state.slabs),
+        )
+        key = _key(shape, num_rows, capacity)
+        compiled = self._traces.get(key)
+        if compiled is None:
+            self.refresh()
+            compiled = self._traces.add(key, self._made(shape))
+        while True:
+            model_arrays = self._model_arrays
+            try:
+                return compiled(
+                    partial(self._bound, model_arrays),
+                    model_arrays,
+                    *_arrays(state, settings),
+                )
+            except ArraysChangedError:  # by another thread, since they were read
+                self.refresh()
+
+    def _made(self, shape: _Shape) -> CompiledRound:
+        """The round of a shape, for this thread to call."""
+        function = partial(_round, self._verification, shape)
+        if self.use_compile:
+            return CompiledFunction(function)
+        return lambda bind, _, *arrays: function(bind([]), *arrays)
+
+    def _bound(self, arrays: list[mx.array], inputs: list[mx.array]) -> _Models:
+        """The models, with a compiled round's inputs in place of their arrays."""
+        if self._arrays is None or not inputs:
+            return self.target, self.drafter
+        assert isinstance(self.target, Target)
+        lm, drafter = self._arrays.bound(arrays, inputs)
+        return self.target.over(lm), drafter
+
+
+def _key(shape: _Shape, num_rows: int, capacity: int) -> Hashable:
+    """What a trace depends on; MLX traces anew for every stream."""
+    return shape, num_rows, capacity, str(mx.default_stream(mx.default_device()))
+
+
+def _arrays(state: RoundState, settings: RowSettings) -> tuple[Any, ...]:
+    """A round's inputs as plain arrays."""
+    return (
+        state.slabs,
+        state.last_token,
+        state.hidden,
+        state.offset,
+        settings.sampling,
+        settings.is_active,
+        settings.first_position,
+        settings.max_drafts,
+    )
+
+
+def _of_arrays(rule: SamplingRule, *arrays: Any) -> tuple[RoundState, RowSettings]:
+    """What ``_arrays`` took apart."""
+    return RoundState(*arrays[:4]), RowSettings(rule, *arrays[4:])
+
+
+def _round(
+    verification: Verification, shape: _Shape, models: _Models, *arrays: Any
+) -> tuple[Any, ...]:
+    """One round on plain arrays, as ``mx.compile`` takes and gives them.
+
+    Returns:
+        The written slabs, what was committed, the report's arrays; where the host has
+        rows to decide, the block's hidden states in place of what was committed.
+    """
+    (target, drafter), rule = models, shape.rule
+    num_draft_tokens = shape.num_draft_tokens
+    state, settings = _of_arrays(rule, *arrays)
+    offset = state.offset
+
+    # 1) draft
+    draft = _draft(target, drafter, verification, state, settings, num_draft_tokens)
+
+    # 2) verify: row i judges draft i, row K yields the bonus token
+    block = state.last_token
+    if num_draft_tokens:
+        block = mx.concatenate([block, draft.tokens], axis=1)  # [B, K + 1]
+    output = _verify(target, block, state, settings, min_rows=shape.min_rows)
+
+    # 3) accept
+    accepted = decide(
+        draft,
+        output.logits,
+        settings.sampling,
+        rule=rule,
+        offset=offset,
+        verification=verification,
+    )
+    if rule.has_max_drafts:
+        accepted = cut(draft.tokens, accepted, settings.max_drafts)
+
+    tokens = _report(draft.tokens, accepted)
+    logprobs = reported_logprobs(rule, output.logits, tokens[:, 1:])
+    if rule.near_tie is not None:
+        num_near_ties = near_ties(
+            output.logits,
+            settings.sampling,
+            num_accepted=accepted.num_accepted,
+            near_tie=rule.near_tie,
+        )
+        tokens = mx.concatenate([tokens, num_near_ties], axis=1)
+    report = [tokens, output.logits, *(logprobs.arrays if logprobs else [])]
+    if rule.has_host:
+        return output.slabs, output.hidden, report
+
+    # 4) commit
+    committed = _commit(state, output.hidden, accepted, settings.is_active)
+    return output.slabs, committed, report
+
+
+def _verify(
+    target: TargetLike,
+    block: mx.array,
+    state: RoundState,
+    settings: RowSettings,
+    *,
+    min_rows: int,
+) -> TargetOutput:
+    """The target's forward over a block [B, K + 1], of ``min_rows`` rows or more.
+
+    What fills it up is the last token of the block (a mixture then reads no other
+    experts). Its keys lie past the next offset, whatever is accepted.
+    """
+    num_rows = block.shape[1]
+    if num_rows < min_rows:
+        filling = mx.repeat(block[:, -1:], min_rows - num_rows, axis=1)
+        block = mx.concatenate([block, filling], axis=1)
+    output = target.verify(
+        block, state.slabs, offset=state.offset, first_position=settings.first_position
+    )
+    if num_rows >= min_rows:
+        return output
+    return TargetOutput(
+        output.logits[:, :num_rows], output.hidden[:, :num_rows], output.slabs
+    )
+
+
+def _commit(
+    before: RoundState,
+    hidden_rows: mx.array,  # [B, K + 1, H]
+    accepted: Accepted,
+    is_active: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The new last token, hidden state and offset.
+
+    Everything past the new offset is as if it were never written.
+    """
+    new_hidden = mx.take_along_axis(
+        hidden_rows, accepted.num_accepted[:, None, None], axis=1
+    )
+    return (
+        mx.where(is_active[:, None], accepted.next_token, before.last_token),
+        mx.where(is_active[:, None, None], new_hidden, before.hidden),
+        mx.where(is_active, before.offset + accepted.num_accepted + 1, before.offset),
+    )
+
+
+def _report(draft_tokens: mx.array, accepted: Accepted) -> mx.array:
+    """The accepted drafts and the token behind them, int32 [B, K + 2]."""
+    num_accepted, next_token = accepted.num_accepted[:, None], accepted.next_token
+    if not draft_tokens.shape[1]:
+        return mx.concatenate([num_accepted, next_token], axis=1)
+    tokens = mx.concatenate([draft_tokens, next_token], axis=1)
+    is_draft = mx.arange(tokens.shape[1]) < num_accepted
+    tokens = mx.where(is_draft, tokens, next_token)
+    return mx.concatenate([num_accepted, tokens], axis=1)
+
+
+def _draft(
+    target: TargetLike,
+    drafter: DrafterLike | None,
+    verification: Verification,
+    state: RoundState,
+    settings: RowSettings,
+    num_draft_tokens: int,
+) -> Draft:
+    """The drafter's proposals for the positions after the last token.
+
+    The recurrence runs through the hidden state alone: keys, masks and position are
+    the same for all steps.
+    """
+    if num_draft_tokens == 0 or drafter is None:
+        return Draft(mx.zeros((state.last_token.shape[0], 0), dtype=mx.int32), None)
+    shared_kv = _shared_kv(target, drafter, state, settings)
+    token, hidden = state.last_token, state.hidden
+    drafts = []
+    for step in range(1, num_draft_tokens + 1):
+        output = drafter(target.embed(token), hidden, shared_kv, position=state.offset)
+        draft = propose(
+            output.logits,
+            settings.sampling,
+            rule=settings.rule,
+            offset=state.offset,
+            step=step,
+            token_ids=output.token_ids,
+            verification=verification,
+        )
+        token, hidden = draft.tokens, output.hidden
+        drafts.append(draft)
+    return joined(drafts)
+
+
+def _shared_kv(
+    target: TargetLike,
+    drafter: DrafterLike,
+    state: RoundState,
+    settings: RowSettings,
+) -> dict[str, SharedKV]:
+    """The slabs that the drafter reads in place, with their masks."""
+    layout = target.layout
+    sources = {kind: layout.source(kind) for kind in set(drafter.layer_types)}
+    masks = draft_masks(
+        layout,
+        offset=state.offset,
+        first_position=settings.first_position,
+        capacity=layout.capacity(state.slabs),
+    )
+    return {
+        kind: SharedKV(state.slabs[2 * i], state.slabs[2 * i + 1], masks[kind])
+        for kind, i in sources.items()
+    }

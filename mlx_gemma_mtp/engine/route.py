@@ -1,0 +1,69 @@
+"""How rounds are run so that the text does not depend on the number of drafts.
+
+A kernel may round one row differently from several. Byte equality is then bought by
+sending plain decoding through the same kernels: its rounds are filled up to two rows.
+A probe (probe.py) tells for which numbers of drafts the bytes are equal, for plain
+rounds as they are and for filled ones; this file draws the conclusions. It knows
+nothing of models or arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..constants import ALL_DRAFTS, MODES
+from ..errors import RequestError
+
+
+def check_mode(mode: object) -> str:
+    """Check a request's ``exactness``.
+
+    Raises:
+        RequestError: It is not one of ``MODES``.
+    """
+    if isinstance(mode, str) and mode in MODES:
+        return mode
+    raise RequestError(
+        f"exactness must be auto, exact or fast: got {mode!r}. auto takes the fastest "
+        "setting that was proved."
+    )
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the rounds of a request are run.
+
+    Attributes:
+        min_rows: Rows that the target verifies at least; a plain round of one token is
+            filled up to it.
+        allowed: The numbers of drafts that a round may have.
+        is_exact: Whether bytes were proved equal for all of them.
+        has_fixed_growth: Whether slabs must grow at positions that do not depend on
+            the number of drafts.
+        near_tie: Greedy choices by this much or less, in logits, are counted; None
+            where none could fall differently.
+        state: What was proved, or why nothing was, in words.
+    """
+
+    min_rows: int = 1
+    allowed: tuple[int, ...] = ALL_DRAFTS
+    is_exact: bool = False
+    has_fixed_growth: bool = False
+    near_tie: float | None = None
+    state: str = field(default="", compare=False)
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether a round may have drafts."""
+        return max(self.allowed) > 0
+
+
+# All numbers of drafts, nothing compared, nothing counted.
+ANY_ROUTE = Route(state="not exact: nothing was compared")
+# Plain decoding of the caller's choice: nothing to compare with.
+PLAIN = Route(allowed=(0,), state="plain decoding")
+
+
+def inexact_route(near_tie: float, reason: str) -> Route:
+    """All numbers of drafts, whatever bytes they give; near ties are counted."""
+    return Route(near_tie=near_tie, state=f"not exact: {reason}")

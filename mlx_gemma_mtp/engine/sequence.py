@@ -1,0 +1,134 @@
+"""One sequence to decode: what was asked for, and how far it has come.
+
+It knows token ids and logits: nothing of models, caches or rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from ..sampling.host import HostRow, Judged
+from .request import Matcher, Request, _settled
+from .stats import RoundStats
+
+
+@dataclass(eq=False)
+class Row:
+    """The host's knowledge of one row.
+
+    Attributes:
+        request: What was asked for, its sampling settled.
+        index: How many rows the decoder was given before.
+        num_cached: Tokens that came in caches, before the prompt.
+        offset: Tokens in the slabs, as of the last report read.
+        host: Decides it, where the host does.
+        emitted: The tokens emitted so far.
+        finish_reason: Why it has ended; None while it is live.
+        stats: Counts of its rounds.
+    """
+
+    request: Request
+    index: int
+    num_cached: int
+    offset: int
+    host: HostRow | None
+    emitted: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stats: RoundStats = field(default_factory=RoundStats)
+    _matcher: Matcher | None = None
+
+    @classmethod
+    def of(cls, request: Request, *, index: int = 0, num_cached: int = 0) -> Row:
+        """The row of a request."""
+        request = _settled(request)
+        host = None
+        if request.is_host:
+            host = HostRow(
+                [*request.history, *request.prompt],
+                processors=request.logits_processors,
+                sampler=request.sampler,
+                sampling=request.sampling,
+                num_unseen=num_cached - len(request.history),
+            )
+        row = cls(request, index, num_cached, num_cached + len(request.prompt), host)
+        row.stats.rule = request.rule
+        if request.stop_sequences is not None:
+            row._matcher = request.stop_sequences.matcher()
+        return row
+
+    @property
+    def num_emitted(self) -> int:
+        """Tokens emitted so far."""
+        return len(self.emitted)
+
+    @property
+    def last_position(self) -> int | None:
+        """The position behind the longest text it may have; None for no limit."""
+        limit = self.request.max_tokens
+        start = self.num_cached + len(self.request.prompt)
+        return None if limit is None else start + limit
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.finish_reason is None
+
+    @property
+    def num_left(self) -> int | None:
+        """Tokens that may still be emitted; None for no limit."""
+        limit = self.request.max_tokens
+        return None if limit is None else limit - self.num_emitted
+
+    def wants_more_than(self, num_tokens: int) -> bool:
+        """Whether the row is live and its budget exceeds ``num_tokens`` more."""
+        left = self.num_left
+        return self.is_live and (left is None or left > num_tokens)
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """Cut a round's tokens at the request's end and count them."""
+        taken = []
+        ends = _Ends(self, self._matcher)
+        for token in tokens:
+            taken.append(token)
+            self.finish_reason = ends.reason(token)
+            if not self.is_live:
+                break
+        self.emitted += taken
+        return taken
+
+    def judge(self, logits: mx.array, drafts: Sequence[int]) -> Judged:
+        """Decide a block on the host; see ``HostRow.judge``."""
+        assert self.host is not None
+        ends = _Ends(self, copy(self._matcher))  # take() goes over the same tokens
+        return self.host.judge(
+            logits,
+            drafts[: self.request.max_draft_tokens],
+            is_end=lambda token: ends.reason(token) is not None,
+        )
+
+
+class _Ends:
+    """Where a row ends, asked of one token after the other.
+
+    Args:
+        row: The row, as it is before the first of them.
+        matcher: Its place among its stop sequences; goes on with the tokens.
+    """
+
+    def __init__(self, row: Row, matcher: Matcher | None) -> None:
+        self._request = row.request
+        self._left = row.num_left
+        self._matcher = matcher
+
+    def reason(self, token: int) -> str | None:
+        """Why the row ends with the next token; None where it does not."""
+        if self._left is not None:
+            self._left -= 1
+        is_stop = self._matcher is not None and self._matcher.advance(token)
+        if is_stop or token in self._request.eos_token_ids:
+            return "stop"
+        return "length" if self._left == 0 else None

@@ -1,0 +1,112 @@
+"""Drafts made beside plain rounds: how many of them are the tokens that come.
+
+So it is learnt how many drafts would be accepted, at the cost of the drafter alone and
+without any change of the text. Of rows that draw their tokens it is what equality under
+shared noise accepts: no more than their own rule would.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+
+from ..drafting.policy import DraftLength
+from .sequence import Row
+
+
+@dataclass(frozen=True)
+class _Shadow:
+    """Drafts of one moment.
+
+    Attributes:
+        drafts: For each seat the tokens that may come, int32 [B, N]; queued.
+        rows: Who sat there.
+        starts: How many tokens each row will have emitted before the first of them.
+        chooser: Who asked for them.
+    """
+
+    drafts: mx.array
+    rows: tuple[Row | None, ...]
+    starts: tuple[int, ...]
+    chooser: DraftLength
+
+    @property
+    def is_due(self) -> bool:
+        """Whether all tokens have come that will."""
+        end = self.drafts.shape[1]
+        return all(
+            row is None or not row.is_live or row.num_emitted >= start + end
+            for row, start in zip(self.rows, self.starts, strict=True)
+        )
+
+    def num_accepted(self) -> list[int]:
+        """Of each row that says it: how many drafts came true, from the first on."""
+        counts = []
+        for row, start, drafts in zip(
+            self.rows,
+            self.starts,
+            cast(list[list[int]], self.drafts.tolist()),
+            strict=True,
+        ):
+            if row is None:
+                continue
+            tokens = row.emitted[start : start + len(drafts)]
+            count = _num_equal(drafts, tokens)
+            if count < len(tokens) or count == len(drafts):  # else its text has ended
+                counts.append(count)
+        return counts
+
+
+class Shadows:
+    """Drafts that wait for the tokens to compare them with."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[_Shadow] = deque()
+
+    def add(
+        self,
+        drafts: mx.array,
+        rows: Sequence[Row | None],
+        *,
+        in_flight: Sequence[Sequence[Row | None]],
+        chooser: DraftLength,
+    ) -> None:
+        """Let drafts wait.
+
+        Args:
+            drafts: For each seat, int32 [B, N]; queued on the device.
+            rows: Who sits there.
+            in_flight: Who sits in each of the plain rounds that are queued before.
+            chooser: Who is told.
+        """
+        starts = tuple(
+            row.num_emitted + sum(row in queued for queued in in_flight) if row else 0
+            for row in rows
+        )
+        self._waiting.append(_Shadow(drafts, tuple(rows), starts, chooser))
+
+    def compare(self) -> None:
+        """Tell who asked of all drafts whose tokens have come."""
+        while self._waiting and self._waiting[0].is_due:
+            shadow = self._waiting.popleft()
+            shadow.chooser.observe_shadow(shadow.drafts.shape[1], shadow.num_accepted())
+
+    def clear(self) -> None:
+        """Let go of all drafts: their tokens do not come, or they have failed."""
+        while self._waiting:
+            shadow = self._waiting.popleft()
+            shadow.chooser.observe_shadow(shadow.drafts.shape[1], [])
+
+
+def _num_equal(drafts: Sequence[int], tokens: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    count = 0
+    for draft, token in zip(drafts, tokens, strict=False):
+        if draft != token:
+            break
+        count += 1
+    return count

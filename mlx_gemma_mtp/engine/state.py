@@ -1,0 +1,193 @@
+"""What goes into a round and what comes out of it.
+
+It knows nothing of models, and of rules only their settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from ..constants import MAX_DRAFT_TOKENS
+from ..sampling.distribution import SamplingRule, sampling_rows, sampling_rule
+from ..sampling.logprobs import Logprobs
+from ..sampling.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """What one round leaves for the next; every field lives on the device.
+
+    Attributes:
+        slabs: Keys and values of each layer in turn.
+        last_token: The newest token, whose K/V is not in the slabs yet, int32 [B, 1].
+        hidden: The target's post-norm row that predicted it, [B, 1, H].
+        offset: Tokens in the slabs, and so the last token's position, int32 [B].
+    """
+
+    slabs: list[mx.array]
+    last_token: mx.array
+    hidden: mx.array
+    offset: mx.array
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What has to be evaluated."""
+        return [self.last_token, self.hidden, self.offset, *self.slabs]
+
+
+def empty_state(slabs: list[mx.array], hidden: mx.array) -> RoundState:
+    """The state of seats that nobody has taken yet.
+
+    Args:
+        slabs: Empty ones.
+        hidden: Of any row, for its shape and type, [1, 1, H].
+    """
+    num_rows = slabs[0].shape[0]
+    return RoundState(
+        slabs,
+        last_token=mx.zeros((num_rows, 1), dtype=mx.int32),
+        hidden=mx.zeros((num_rows, *hidden.shape[1:]), dtype=hidden.dtype),
+        offset=mx.zeros((num_rows,), dtype=mx.int32),
+    )
+
+
+def with_row(
+    state: RoundState, row: int, *, last_token: int, hidden: mx.array, offset: int
+) -> RoundState:
+    """The state with one row exchanged; its slabs are the caller's to fill."""
+    is_row = mx.arange(state.offset.shape[0]) == row
+    return RoundState(
+        state.slabs,
+        mx.where(is_row[:, None], last_token, state.last_token),
+        mx.where(is_row[:, None, None], hidden, state.hidden),
+        mx.where(is_row, offset, state.offset),
+    )
+
+
+def with_ends(state: RoundState, ends: Mapping[int, tuple[int, int]]) -> RoundState:
+    """The state with rows that have ended where their text ends.
+
+    Args:
+        state: The state.
+        ends: For each such row its newest token and that token's position.
+    """
+    num_rows = state.offset.shape[0]
+    has_ended = mx.array([row in ends for row in range(num_rows)])
+    places = mx.array([ends.get(row, (0, 0)) for row in range(num_rows)])
+    return replace(
+        state,
+        last_token=mx.where(has_ended[:, None], places[:, :1], state.last_token),
+        offset=mx.where(has_ended, places[:, 1], state.offset),
+    )
+
+
+def with_rows(state: RoundState, rows: Sequence[int]) -> RoundState:
+    """The state of other rows, each of which was one of the old; slabs as they are."""
+    index = mx.array(list(rows), dtype=mx.int32)
+    return RoundState(
+        state.slabs, state.last_token[index], state.hidden[index], state.offset[index]
+    )
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What the host sets for each row.
+
+    Attributes:
+        rule: The part of the sampling settings that shapes the graph.
+        sampling: The numbers of ``sampling.sampling_rows``.
+        is_active: False freezes a finished or empty row, bool [B].
+        first_position: The oldest position that the row's rings hold keys for, int32
+            [B].
+        max_drafts: How many drafts the row accepts at most, int32 [B].
+    """
+
+    rule: SamplingRule
+    sampling: dict[str, mx.array]
+    is_active: mx.array
+    first_position: mx.array
+    max_drafts: mx.array
+
+
+def row_settings(
+    params: Sequence[SamplingParams],
+    *,
+    is_host: Sequence[bool] = (),
+    num_logprobs: int | None = None,
+    near_tie: float | None = None,
+    max_drafts: Sequence[int] = (),
+) -> RowSettings:
+    """The settings of rows that are all active and hold their keys from position 0.
+
+    Args:
+        params: One entry per row; a row that samples has a seed.
+        is_host: For each row whether the host decides it; ``()`` for none.
+        num_logprobs: How many of the best tokens are reported with each token's
+            log-probability; None for no log-probabilities.
+        near_tie: Greedy choices by this much or less are counted; None for no count.
+        max_drafts: How many drafts each row accepts at most; ``()`` for any.
+    """
+    most = list(max_drafts) or [MAX_DRAFT_TOKENS] * len(params)
+    rule = sampling_rule(
+        params, is_host=is_host, num_logprobs=num_logprobs, near_tie=near_tie
+    )
+    return RowSettings(
+        rule=replace(rule, has_max_drafts=min(most) < MAX_DRAFT_TOKENS),
+        sampling=sampling_rows(params, is_host=is_host),
+        is_active=mx.array([True] * len(params)),
+        first_position=mx.array([0] * len(params), dtype=mx.int32),
+        max_drafts=mx.array(most, dtype=mx.int32),
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a round tells the host.
+
+    Attributes:
+        tokens: num_accepted, then K + 1 tokens, of which the first num_accepted + 1
+            are the round's, int32 [B, K + 2]. Of a row that the host decides K, then
+            the drafts and a 0. Where near ties are counted, their number among the
+            round's tokens stands behind, int32 [B, K + 3].
+        logits: The target's logits behind those tokens, [B, K + 1, V].
+        logprobs: Log-probabilities of those tokens; None where nobody asks, or where
+            the host decides every row.
+    """
+
+    tokens: mx.array
+    logits: mx.array
+    logprobs: Logprobs | None
+
+    @classmethod
+    def of_arrays(cls, arrays: Sequence[mx.array]) -> Report:
+        """What a compiled round gives: tokens, logits, then log-probabilities."""
+        tokens, logits, *logprobs = arrays
+        return cls(tokens, logits, Logprobs.of_arrays(logprobs))
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What the host reads of every round."""
+        return [self.tokens, *(self.logprobs.arrays if self.logprobs else [])]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A round that stands before its commit.
+
+    Attributes:
+        slabs: With the keys and values of the whole block.
+        hidden: The target's post-norm rows of the block, [B, K + 1, H].
+        before: The state it started from, without its slabs.
+    """
+
+    slabs: list[mx.array]
+    hidden: mx.array
+    before: RoundState
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What has to be evaluated."""
+        return [self.hidden, *self.slabs]

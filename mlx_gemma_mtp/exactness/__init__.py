@@ -1,0 +1,1 @@
+"""Whether rounds with drafts give the bytes of plain decoding on this machine."""

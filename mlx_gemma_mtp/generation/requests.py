@@ -1,0 +1,232 @@
+"""Requests, with every check on their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from numbers import Integral
+from typing import Any
+
+import mlx.core as mx
+
+from ..constants import AUTO, MAX_DRAFT_TOKENS
+from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
+from ..engine.request import Request
+from ..engine.route import check_mode
+from ..errors import RequestError
+from ..pair.pair import Pair
+from ..sampling.host import LogitsProcessor, Sampler
+from ..sampling.logprobs import MAX_LOGPROBS
+from ..sampling.mlx_lm_samplers import sampler_params
+from ..sampling.params import SamplingParams, plain
+
+NO_LIMIT = -1  # mlx-lm's word for an endless generation
+
+
+def make_request(
+    pair: Pair,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    sampling: SamplingParams,
+    eos: frozenset[int],
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    sampler: Sampler | None = None,
+    **options: Any,
+) -> Request:
+    """Check a prompt and make a request of it and of checked settings.
+
+    Args:
+        pair: Target and drafter.
+        prompt: Token ids.
+        max_tokens: See ``generate_tokens``; checked.
+        sampling: Checked settings.
+        eos: Tokens that end the sequence.
+        logits_processors: See ``generate_tokens``.
+        sampler: See ``generate_tokens``.
+        options: Further fields of ``Request``, checked.
+
+    Raises:
+        RequestError: The prompt is empty or holds an id that the target does not know;
+            processors or sampler are no functions; a sampler beside other settings.
+    """
+    if sampler is not None:
+        sampling, sampler = _resolve_sampler(sampler, sampling)
+    return Request(
+        prompt=check_prompt(pair, prompt),
+        max_tokens=None if max_tokens == NO_LIMIT else max_tokens,
+        sampling=sampling,
+        eos_token_ids=eos,
+        logits_processors=_check_processors(logits_processors),
+        sampler=sampler,
+        **options,
+    )
+
+
+def _resolve_sampler(
+    sampler: Sampler, sampling: SamplingParams
+) -> tuple[SamplingParams, Sampler | None]:
+    """The settings that a sampler stands for, or the sampler where they are unknown.
+
+    Raises:
+        RequestError: It is no function, or a setting that it would override is given.
+    """
+    if not callable(sampler):
+        raise RequestError(
+            f"sampler must be a function: got {sampler!r}. mlx-lm's make_sampler makes "
+            "one."
+        )
+    params = sampler_params(sampler)
+    # A seed still has a meaning for known settings, and so has how it is used.
+    free = set() if params is None else {"seed", "reproducible"}
+    defaults = asdict(SamplingParams())
+    given = [
+        f"{name}={value!r}"
+        for name, value in asdict(sampling).items()
+        if value != defaults[name] and name not in free
+    ]
+    if given:
+        raise RequestError(
+            f"settings of sampling must not stand beside a sampler: got "
+            f"{', '.join(given)}, expected the sampler alone. Leave out one of them."
+        )
+    if params is None:
+        return sampling, sampler
+    seed, reproducible = sampling.seed, sampling.reproducible
+    return replace(params, seed=seed, reproducible=reproducible), None
+
+
+def _check_processors(
+    processors: Sequence[LogitsProcessor] | None,
+) -> tuple[LogitsProcessor, ...]:
+    """The processors of a request.
+
+    Raises:
+        RequestError: They are not a list of functions.
+    """
+    found = () if processors is None else processors
+    if isinstance(found, Iterable):
+        found = tuple(found)
+        if all(callable(processor) for processor in found):
+            return found
+    raise RequestError(
+        f"logits_processors must be a list of functions: got {processors!r}. For one "
+        "write [function]."
+    )
+
+
+def check_settings(
+    *,
+    max_tokens: int,
+    num_draft_tokens: int | str | None,
+    prefill_step_size: int,
+    num_logprobs: int | None = None,
+    exactness: str = "auto",
+) -> None:
+    """Check the settings that can be judged before a pair is loaded.
+
+    Raises:
+        RequestError: One of them is outside its range.
+    """
+    if not _is_whole(max_tokens) or (max_tokens < 1 and max_tokens != NO_LIMIT):
+        raise RequestError(
+            "max_tokens must be 1 or more, or -1 for no limit: got "
+            f"{max_tokens!r}. Ask for at least one token."
+        )
+    _check_drafts(num_draft_tokens)
+    check_mode(exactness)
+    if not _is_whole(prefill_step_size) or prefill_step_size < 1:
+        raise RequestError(
+            "prefill_step_size must be 1 or more: got "
+            f"{prefill_step_size!r}. {DEFAULT_PREFILL_STEP_SIZE} suits most machines."
+        )
+    if num_logprobs is not None and (
+        not _is_whole(num_logprobs) or not 0 <= num_logprobs <= MAX_LOGPROBS
+    ):
+        raise RequestError(
+            f"num_logprobs must be from 0 to {MAX_LOGPROBS}, or None: got "
+            f"{num_logprobs!r}. 0 gives the token's own log-probability."
+        )
+
+
+def _check_drafts(num_draft_tokens: Any) -> None:
+    """Check a number of drafts, or what stands for the controller's choice."""
+    if num_draft_tokens is None or num_draft_tokens == AUTO:
+        return
+    if not _is_whole(num_draft_tokens) or not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+        raise RequestError(
+            f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}, or auto: got "
+            f"{num_draft_tokens!r}. auto suits most pairs."
+        )
+
+
+def check_prompt(pair: Pair, prompt: Sequence[int] | mx.array) -> list[int]:
+    """A prompt's token ids as a list of ints.
+
+    Raises:
+        RequestError: The prompt is empty or holds an id that the target does not know.
+    """
+    tokens = [plain(token) for token in _listed(prompt)]
+    if not tokens:
+        raise RequestError(
+            "prompt must hold at least one token: got none. Give some text, or a "
+            "begin-of-sequence token."
+        )
+    for token in tokens:
+        if not _is_whole(token):
+            raise RequestError(
+                f"token ids must be whole numbers: got {token!r}. Encode text with "
+                "the target's tokenizer first."
+            )
+        if not 0 <= token < pair.vocab_size:
+            raise RequestError(
+                "token ids must be below the vocabulary's size: got "
+                f"{token}, expected 0 to {pair.vocab_size - 1}. Is this the target's "
+                "own tokenizer?"
+            )
+    return tokens
+
+
+def check_num_draft_tokens(
+    pair: Pair, num_draft_tokens: int | str | None
+) -> int | None:
+    """The K of a request whose settings are checked; None is the controller's choice.
+
+    Raises:
+        RequestError: Drafts are asked for without a drafter.
+    """
+    if num_draft_tokens is None or isinstance(num_draft_tokens, str):
+        return None
+    if num_draft_tokens and pair.drafter is None:
+        raise RequestError(
+            f"num_draft_tokens must be 0 without a drafter: got {num_draft_tokens}. "
+            "Load the pair with a drafter."
+        )
+    return int(num_draft_tokens)
+
+
+def _listed(prompt: Any) -> list[Any]:
+    """The entries of a prompt, or of a batch of them."""
+    prompt = plain(prompt)
+    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Iterable):
+        raise RequestError(
+            f"a prompt must be a sequence of token ids: got {prompt!r}. Encode text "
+            "with the target's tokenizer first."
+        )
+    return list(prompt)
+
+
+def _eos_set(eos_token_ids: Iterable[int]) -> frozenset[int]:
+    ids = plain(eos_token_ids)
+    ids = list(ids) if isinstance(ids, Iterable) else [None]
+    if not all(_is_whole(token) for token in ids):
+        raise RequestError(
+            f"eos_token_ids must be token ids: got {eos_token_ids!r}. For one write "
+            "(1,), for none ()."
+        )
+    return frozenset(ids)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether the value is a whole number, as which no bool counts."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

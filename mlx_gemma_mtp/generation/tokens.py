@@ -1,0 +1,300 @@
+"""Token ids in, token ids out: the engine without text.
+
+Knows nothing of tokenizers; see text.py for strings.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from typing import Any, cast
+
+import mlx.core as mx
+
+from ..cache.prompt import insert_row
+from ..cache.slabs import next_capacity
+from ..engine.decoder import DEFAULT_MAX_ROWS, Decoder
+from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE, read_prompt
+from ..engine.request import Request
+from ..engine.state import RoundState, row_settings
+from ..errors import RequestError
+from ..pair.pair import Pair
+from ..pair.planning import make_batch_plan, make_plan
+from ..sampling.host import LogitsProcessor, Sampler
+from ..sampling.params import SamplingParams, plain
+from .requests import (
+    _eos_set,
+    _is_whole,
+    _listed,
+    check_num_draft_tokens,
+    check_prompt,
+    check_settings,
+    make_request,
+)
+
+
+def generate_tokens(
+    pair: Pair,
+    prompt_tokens: Sequence[int] | Sequence[Sequence[int]] | mx.array,
+    *,
+    max_tokens: int,
+    num_draft_tokens: int | str | None = None,
+    exactness: str = "auto",
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_special_tokens: Sequence[int] = (),
+    seed: int | None = None,
+    reproducible: bool = True,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    sampler: Sampler | None = None,
+    eos_token_ids: Iterable[int] | None = None,
+    prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
+) -> Generator[Any, None, None]:
+    """Continue one prompt, or several together.
+
+    Greedy text does not depend on ``num_draft_tokens``: it is the target's own; for a
+    seed it is a function of seed and target. Text that is sampled without a seed
+    follows the target's distribution and accepts more drafts.
+
+    Args:
+        pair: Target and drafter, from ``load_pair``.
+        prompt_tokens: Token ids of one prompt, or a list of such prompts; each has at
+            least one token.
+        max_tokens: Tokens to emit for each prompt, 1 or more; -1 for no limit.
+        num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; ``"auto"`` or
+            None for as many in each round as are expected to be fastest.
+        exactness: ``"auto"``: the bytes of plain decoding, where a short probe (once
+            per machine and pair) proves that drafting gives them; elsewhere near ties
+            are counted in the statistics. ``"exact"``: only what was proved, without
+            drafts if need be; plain decoding goes through the same kernels. ``"fast"``:
+            nothing is proved.
+        temp: Temperature; 0 is greedy.
+        top_p: Probability mass to keep, 0 to 1; 0 and 1 switch it off.
+        top_k: Number of tokens to keep; 0 switches it off.
+        min_p: Smallest share of the best token's probability to keep; 0 is off.
+        xtc_probability: How often XTC excludes all top choices but the least likely of
+            them, 0 to 1; 0 is off.
+        xtc_threshold: Probability above which a token is a top choice, 0 to 0.5.
+        xtc_special_tokens: Token ids that XTC never excludes.
+        seed: 0 to 2**64 - 1; the same for all rows. None draws a fresh one.
+        reproducible: False accepts drafts as without a seed, in spite of one: the text
+            then depends on the number of drafts too.
+        logits_processors: Functions ``(tokens [n], logits [1, V]) -> logits [1, V]``
+            as mlx-lm calls them, the same for all rows. They see exactly the histories
+            of plain decoding, each once and in order; drafts are then accepted as with
+            a seed, whatever ``reproducible`` says: lossless, and a seed's text does
+            not depend on ``num_draft_tokens``.
+        sampler: A function ``(log-probabilities [1, V]) -> token [1]`` that chooses
+            every token, in place of ``temp``, ``seed`` and filters. One whose settings
+            are known (of mlx-lm's make_sampler) stands for those settings; any other
+            is called once for each token, in order, and a draft stands if it is the
+            token that it chooses.
+        eos_token_ids: Tokens that end a sequence, the ending one is still yielded;
+            None for the checkpoint's, ``()`` for none.
+        prefill_step_size: Most prompt tokens in one forward.
+
+    Yields:
+        For one prompt token ids; for a list of prompts lists with one entry per
+        prompt: its next token id, or None once it has ended.
+
+    Raises:
+        RequestError: A setting or a token id is outside its range; while tokens are
+            made: a processor or sampler returned something of another shape.
+    """
+    check_settings(
+        max_tokens=max_tokens,
+        num_draft_tokens=num_draft_tokens,
+        prefill_step_size=prefill_step_size,
+        exactness=exactness,
+    )
+    entries = _listed(prompt_tokens)
+    is_batch = bool(entries) and isinstance(plain(entries[0]), Iterable)
+    prompts: list[Any] = entries if is_batch else [entries]
+    sampling = SamplingParams(
+        temp,
+        top_p,
+        top_k,
+        min_p,
+        seed,
+        reproducible,
+        xtc_probability,
+        xtc_threshold,
+        xtc_special_tokens,
+    )
+    eos = pair.eos_token_ids if eos_token_ids is None else _eos_set(eos_token_ids)
+    requests = [
+        make_request(
+            pair,
+            p,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            eos=eos,
+            logits_processors=logits_processors,
+            sampler=sampler,
+        )
+        for p in prompts
+    ]
+    decoder = make_decoder(
+        pair,
+        requests,
+        num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens),
+        exactness=exactness,
+        prefill_step_size=prefill_step_size,
+    )
+    return _batch(pair, decoder, len(prompts)) if is_batch else _single(pair, decoder)
+
+
+def draft_block(
+    pair: Pair, prompt_tokens: Sequence[int] | mx.array, num_draft_tokens: int
+) -> list[int]:
+    """The greedy drafts after a prompt.
+
+    The prompt's last token counts as the one that is not in the cache yet, so the
+    drafter starts from the hidden state of the token before it.
+
+    Args:
+        pair: Target and drafter.
+        prompt_tokens: At least two token ids.
+        num_draft_tokens: How many tokens to draft, 1 to 8.
+
+    Returns:
+        ``num_draft_tokens`` token ids.
+
+    Raises:
+        RequestError: No drafter, or an argument outside its range.
+    """
+    check_settings(
+        max_tokens=1,
+        num_draft_tokens=num_draft_tokens,
+        prefill_step_size=DEFAULT_PREFILL_STEP_SIZE,
+    )
+    if not check_num_draft_tokens(pair, num_draft_tokens):
+        raise RequestError(
+            "num_draft_tokens must be at least 1 for a block of drafts: got "
+            f"{num_draft_tokens}. 4 suits most pairs."
+        )
+    tokens = check_prompt(pair, prompt_tokens)
+    if len(tokens) < 2:
+        raise RequestError(
+            "prompt must be at least 2 tokens long for a block of drafts: got "
+            f"{len(tokens)}. The drafter starts from the token before the last."
+        )
+    target = pair.rounds.target
+    filled = read_prompt(target, tokens[:-1])
+    slabs = target.layout.allocate(1, next_capacity(len(tokens)))
+    insert_row(slabs, target.layout, 0, filled.caches)
+    state = RoundState(
+        slabs,
+        last_token=mx.array([tokens[-1:]], dtype=mx.int32),
+        hidden=filled.hidden,
+        offset=mx.array([len(tokens) - 1], dtype=mx.int32),
+    )
+    drafts = pair.rounds.draft(
+        state, row_settings([SamplingParams()]), num_draft_tokens=num_draft_tokens
+    )
+    return cast(list[int], drafts[0].tolist())
+
+
+def make_decoder(
+    pair: Pair,
+    requests: Sequence[Request],
+    *,
+    num_draft_tokens: int | None,
+    exactness: str,
+    prefill_step_size: int,
+    prompt_caches: Sequence[Sequence[Any] | None] = (),
+) -> Decoder:
+    """A decoder of checked requests, planned for this machine; see ``make_plan``."""
+    plan = make_plan(
+        pair, requests, num_draft_tokens=num_draft_tokens, exactness=exactness
+    )
+    decoder = Decoder(
+        pair.rounds,
+        requests,
+        num_draft_tokens=plan.draft_lengths,
+        prefill_step_size=prefill_step_size,
+        route=plan.route,
+        early_start=plan.early_start,
+        prompt_caches=prompt_caches,
+    )
+    decoder.stats.why_plain = plan.why_plain
+    decoder.stats.probe_s = plan.probe_s
+    return decoder
+
+
+def make_batch_decoder(
+    pair: Pair,
+    *,
+    num_draft_tokens: int | str | None = None,
+    max_rows: int = DEFAULT_MAX_ROWS,
+    max_kv_bytes: int | None = None,
+    prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
+) -> Decoder:
+    """A decoder that requests join and leave; see ``Decoder.add`` and ``step``.
+
+    Args:
+        pair: Target and drafter.
+        num_draft_tokens: Most drafts per round, 0 to 8; ``"auto"`` or None for as many
+            as are expected to be fastest for the rows at hand.
+        max_rows: Most requests that are decoded together, 1 or more.
+        max_kv_bytes: Most memory of their keys and values, bytes; None for what the
+            machine has beside the weights.
+        prefill_step_size: Most prompt tokens in one forward, and between two rounds.
+
+    Raises:
+        RequestError: A setting is outside its range.
+    """
+    check_settings(
+        max_tokens=1,
+        num_draft_tokens=num_draft_tokens,
+        prefill_step_size=prefill_step_size,
+    )
+    for name, value in (("max_rows", max_rows), ("max_kv_bytes", max_kv_bytes)):
+        if value is not None and (not _is_whole(value) or value < 1):
+            raise RequestError(
+                f"{name} must be 1 or more: got {value!r}. Leave it out."
+            )
+    plan = make_batch_plan(
+        pair, num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens)
+    )
+    decoder = Decoder(
+        pair.rounds,
+        num_draft_tokens=plan.draft_lengths,
+        prefill_step_size=prefill_step_size,
+        route=plan.route,
+        max_rows=max_rows,
+        max_kv_bytes=max_kv_bytes or pair.default_kv_bytes,
+    )
+    decoder.stats.why_plain = plan.why_plain
+    return decoder
+
+
+def _single(pair: Pair, decoder: Decoder) -> Generator[int, None, None]:
+    """Token ids of the only row."""
+    with pair.wired(), closing(decoder), closing(decoder.run()) as rounds:
+        for (emission,) in rounds:
+            emission.check()
+            yield from emission.tokens
+
+
+def _batch(
+    pair: Pair, decoder: Decoder, num_rows: int
+) -> Generator[list[int | None], None, None]:
+    """Rows in step: rounds emit ragged lengths, so rows ahead wait in queues."""
+    queues: list[deque[int]] = [deque() for _ in range(num_rows)]
+    is_live = [True] * num_rows
+    with pair.wired(), closing(decoder), closing(decoder.run()) as rounds:
+        for emissions in rounds:
+            for emission in emissions:
+                emission.check()
+                queues[emission.row.index].extend(emission.tokens)
+                is_live[emission.row.index] = emission.finish_reason is None
+            while any(queues) and all(
+                queue or not live for queue, live in zip(queues, is_live, strict=True)
+            ):
+                yield [queue.popleft() if queue else None for queue in queues]

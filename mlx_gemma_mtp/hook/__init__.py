@@ -1,0 +1,1 @@
+"""mlx-lm's own functions, batches and programs with drafters."""

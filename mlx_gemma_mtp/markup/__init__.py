@@ -1,0 +1,1 @@
+"""What Gemma writes beside plain text: marks, thoughts, calls of tools."""

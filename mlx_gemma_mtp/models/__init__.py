@@ -1,0 +1,1 @@
+"""The target and its drafter: settings, shapes, modules, and whether they fit."""

@@ -1,0 +1,305 @@
+"""The target: mlx-lm's own Gemma 4 model, driven over slabs.
+
+mlx-lm's layers are used as they are; only the loop over them is ours, because a round
+needs the hidden state after the final norm, the logits of every row, and the slabs.
+This is the only file that relies on mlx-lm's Gemma 4 internals. It knows nothing of
+the drafter, of acceptance or of sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import gemma4, gemma4_text
+
+from ..cache.masks import over_heads, verify_masks, verify_slots
+from ..cache.prompt import PrefillCache
+from ..cache.slabs import LayerKV, SlabLayout, SlabView
+from ..errors import PairingError
+
+# A chunk's tokens times the layers that are evaluated together. Modelled, half a second
+# of the slowest: of 12B on a chip of 2 TFLOPS, and of 31B on one of 4.
+_TOKENS_OF_LAYERS = 2048
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What one verify forward gives.
+
+    Attributes:
+        logits: After the soft-cap, [B, L, V].
+        hidden: After the final norm, [B, L, H].
+        slabs: The updated slabs, keys and values of each layer in turn.
+    """
+
+    logits: mx.array
+    hidden: mx.array
+    slabs: list[mx.array]
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """What reading a chunk of a prompt gives.
+
+    Attributes:
+        logits: Of the chunk's last token, [1, 1, V].
+        hidden: Of the chunk's last token, after the final norm, [1, 1, H].
+        caches: The cache of each layer that owns its K/V.
+    """
+
+    logits: mx.array
+    hidden: mx.array
+    caches: list[PrefillCache]
+
+
+class Target:
+    """A Gemma 4 text model that verifies blocks of tokens.
+
+    Args:
+        model: What ``mlx_lm.load`` returns for a Gemma 4 checkpoint.
+
+    Raises:
+        PairingError: The model is not a Gemma 4 of mlx-lm.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._lm = text_model(model)
+        args = self._lm.args
+        self._first_shared = args.num_hidden_layers - args.num_kv_shared_layers
+        self.vocab_size: int = args.vocab_size
+        self.hidden_size: int = args.hidden_size
+        self.layout = SlabLayout(
+            layers=tuple(
+                LayerKV(
+                    layer.layer_type,
+                    layer.self_attn.n_kv_heads,
+                    layer.self_attn.head_dim,
+                )
+                for layer in self._lm.layers[: self._first_shared]
+            ),
+            window=args.sliding_window,
+            # The type the activations have: that of the norms, which no
+            # quantization touches.
+            dtype=self._lm.model.norm.weight.dtype,
+        )
+
+    def over(self, lm: gemma4_text.Model) -> Target:
+        """The same target with another language model, of the same structure."""
+        target = copy(self)
+        target._lm = lm
+        return target
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Scaled embeddings of tokens [B, L], as the drafter takes them, [B, L, H]."""
+        return scaled_embedding(self._lm, tokens)
+
+    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
+        """Read a chunk of a prompt, as ``read`` does.
+
+        Args:
+            tokens: At least one token id, int32 [L].
+            caches: One for each layer that owns K/V; they are filled further.
+
+        Returns:
+            The last token's logits and hidden state, and the caches.
+        """
+        hidden = self.read(tokens, caches)[:, -1:]
+        hidden = mx.contiguous(hidden)  # a slice would keep the whole chunk
+        return Prefilled(self.logits(hidden), hidden, caches)
+
+    def read(self, tokens: mx.array, caches: Sequence[Any]) -> mx.array:
+        """Read a chunk of a text.
+
+        A few layers at a time are evaluated, the last ones by the caller: Python hears
+        of a signal only between two evaluations. How many they are changes no result.
+
+        Args:
+            tokens: At least one token id, int32 [L].
+            caches: One for each layer that owns K/V; they are filled further. Where an
+                exception ends this, only some of them are.
+
+        Returns:
+            The hidden states after the final norm, [1, L, H].
+        """
+        tokens = tokens[None]
+        model = self._lm.model
+        masks = model._make_masks(tokens, caches)  # of its argument the length counts
+        types = (layer.layer_type for layer in self.layout.layers)
+        return self._layers(
+            tokens,
+            caches,
+            dict(zip(types, masks, strict=True)),
+            after_layer=_InGroups(tokens.size),
+        )
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """The logits of post-norm hidden states [B, L, H], after the soft-cap."""
+        return head_logits(self._lm, hidden)
+
+    def verify(
+        self,
+        tokens: mx.array,
+        slabs: list[mx.array],
+        *,
+        offset: mx.array,
+        first_position: mx.array,
+    ) -> TargetOutput:
+        """Run a block of tokens that follows what the slabs hold.
+
+        Args:
+            tokens: The last token and the drafts, int32 [B, L].
+            slabs: Keys and values of each layer in turn.
+            offset: Position of each row's first token, int32 [B].
+            first_position: The oldest position that each row's rings hold keys for,
+                int32 [B].
+
+        Returns:
+            Logits and hidden states of every row of the block, and the slabs with the
+            block's keys and values written.
+        """
+        layout = self.layout
+        num_tokens, capacity = tokens.shape[1], layout.capacity(slabs)
+        masks = verify_masks(
+            layout,
+            offset=offset,
+            first_position=first_position,
+            num_tokens=num_tokens,
+            capacity=capacity,
+        )
+        masks = {
+            kind: over_heads(
+                mask,
+                slabs[2 * layout.source(kind)],
+                num_heads=self._lm.args.num_attention_heads,
+            )
+            for kind, mask in masks.items()
+        }
+        slots = verify_slots(
+            layout, offset=offset, num_tokens=num_tokens, capacity=capacity
+        )
+        views = [
+            SlabView(
+                slabs[2 * i],
+                slabs[2 * i + 1],
+                offset=offset,
+                slots=slots[layer.layer_type],
+            )
+            for i, layer in enumerate(layout.layers)
+        ]
+        hidden = self._layers(tokens, views, masks)
+        written = [array for view in views for array in (view.keys, view.values)]
+        return TargetOutput(head_logits(self._lm, hidden), hidden, written)
+
+    def _layers(
+        self,
+        tokens: mx.array,
+        caches: Sequence[Any],
+        masks: Mapping[str, Any],
+        *,
+        after_layer: Callable[[mx.array], None] | None = None,
+    ) -> mx.array:
+        """The layer loop of mlx-lm's Gemma4TextModel, [B, L, H]."""
+        model = self._lm.model
+        embeddings = model.embed_tokens(tokens)
+        h = embeddings * model.embed_scale
+        per_layer = self._per_layer_inputs(tokens, embeddings, h)
+        shared: list[tuple[Any, Any]] = []
+        for i, layer in enumerate(model.layers):
+            owns_kv = i < self._first_shared
+            kv, offset = (None, None) if owns_kv else shared[model.previous_kvs[i]]
+            h, kv, offset = layer(
+                h,
+                masks[layer.layer_type],
+                caches[i] if owns_kv else None,
+                per_layer_input=per_layer[i],
+                shared_kv=kv,
+                offset=offset,
+            )
+            shared.append((kv, offset))
+            if after_layer is not None:
+                after_layer(h)
+        return model.norm(h)
+
+    def _per_layer_inputs(
+        self, tokens: mx.array, embeddings: mx.array, h: mx.array
+    ) -> list[mx.array | None]:
+        """Each layer's input from the per-layer embeddings (E2B, E4B), or Nones."""
+        model = self._lm.model
+        if not model.hidden_size_per_layer_input:
+            return [None] * len(model.layers)
+        inputs = model._project_per_layer_inputs(
+            h, model._get_per_layer_inputs(tokens, embeddings)
+        )
+        return [inputs[:, :, i] for i in range(len(model.layers))]
+
+
+class _InGroups:
+    """Evaluates the layers of a chunk in groups, each while the next one is built.
+
+    Args:
+        num_tokens: Tokens of the chunk: the more there are, the smaller a group.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self._size = max(1, _TOKENS_OF_LAYERS // num_tokens)
+        self._num_layers = 0
+        self._running: mx.array | None = None
+
+    def __call__(self, hidden: mx.array) -> None:
+        self._num_layers += 1
+        if self._num_layers % self._size:
+            return
+        mx.async_eval(hidden)
+        if self._running is not None:
+            mx.eval(self._running)
+        self._running = hidden
+
+
+def scaled_embedding(lm: gemma4_text.Model, tokens: mx.array) -> mx.array:
+    """Embeddings of tokens [B, L], as the drafter takes them, [B, L, H]."""
+    return lm.model.embed_tokens(tokens) * lm.model.embed_scale
+
+
+def head_logits(lm: gemma4_text.Model, hidden: mx.array) -> mx.array:
+    """The head and the soft-cap over post-norm hidden states, [B, L, V]."""
+    logits = (
+        lm.model.embed_tokens.as_linear(hidden)
+        if lm.tie_word_embeddings
+        else lm.lm_head(hidden)
+    )
+    cap = lm.final_logit_softcapping
+    return logits if cap is None else gemma4_text.logit_softcap(cap, logits)
+
+
+def key_norm(model: nn.Module, layer_type: str) -> mx.array:
+    """The weight of the norm over the keys that a drafter reads, [D].
+
+    Args:
+        model: A target.
+        layer_type: Which of the drafter's layers read them.
+    """
+    layer = Target(model).layout.source(layer_type)
+    return text_model(model).layers[layer].self_attn.k_norm.weight
+
+
+def text_model(model: nn.Module) -> gemma4_text.Model:
+    """The language model inside what mlx-lm loads.
+
+    Raises:
+        PairingError: The model is not a Gemma 4 of mlx-lm.
+    """
+    if isinstance(model, gemma4.Model):
+        return model.language_model
+    if isinstance(model, gemma4_text.Model):
+        return model
+    raise PairingError(
+        "target must be a Gemma 4 model of mlx-lm: got "
+        f"{type(model).__module__}.{type(model).__name__}, expected "
+        "mlx_lm.models.gemma4.Model. Load a Gemma 4 checkpoint, for example "
+        "google/gemma-4-E2B-it."
+    )

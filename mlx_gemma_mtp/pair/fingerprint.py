@@ -1,0 +1,98 @@
+"""What it is that something was learnt of: the machine, versions, settings, weights.
+
+Two pairs of one key decode alike and as fast as each other. Knows nothing of what is
+learnt, nor where it is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..machine import describe_machine
+
+# The variables by which MLX 0.32 lets its users choose kernels, numbers or speed, from
+# its sources. No others are looked at: what they hold is nobody's business.
+MLX_SETTINGS = (
+    "MLX_BFS_MAX_WIDTH",
+    "MLX_CUDA_GRAPH_CACHE_SIZE",
+    "MLX_CUDA_SDPA_CACHE_SIZE",
+    "MLX_CUDA_USE_CUDNN_SDPA",
+    "MLX_DISABLE_COMPILE",
+    "MLX_ENABLE_TF32",
+    "MLX_MAX_MB_PER_BUFFER",
+    "MLX_MAX_OPS_PER_BUFFER",
+    "MLX_METAL_FAST_SYNCH",
+    "MLX_METAL_GPU_ARCH",
+    "MLX_RESIDENCY_SET_MAX_PCT",
+    "MLX_SDPA_BLOCKS",
+    "MLX_USE_CUDA_GRAPHS",
+)
+_NUM_PLACES = 64  # elements of each array that are looked at
+
+
+def learnt_key(arrays: Sequence[tuple[str, mx.array]]) -> dict[str, Any]:
+    """What must be equal for something learnt to hold, JSON values.
+
+    Args:
+        arrays: The arrays of target and drafter with their names.
+    """
+    info = mx.device_info()
+    device = [str(info[key]) for key in ("device_name", "architecture") if key in info]
+    return {
+        "machine": describe_machine(str(mx.default_device()), *device),
+        "system": platform.mac_ver()[0] or platform.release(),
+        "settings": {n: os.environ[n] for n in MLX_SETTINGS if n in os.environ},
+        "pair": fingerprint(arrays),
+    }
+
+
+def fingerprint(arrays: Sequence[tuple[str, mx.array]]) -> str:
+    """A text that differs for arrays of other names, shapes, types or values.
+
+    Of the values a sample is looked at: 64 elements of each array, spread over all its
+    axes, whatever its size. Other training, quantization or fused adapters change far
+    more than would slip through; a few changed elements need not be seen. An array that
+    is still lazy is evaluated, as the first forward would, and stays so.
+
+    Args:
+        arrays: The arrays with their names, in an order that is always the same.
+    """
+    found = hashlib.sha256()
+    places = random.Random(0)
+    alike: dict[tuple[mx.Dtype, tuple[int, ...]], list[mx.array]] = {}
+    for name, array in arrays:
+        found.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        if array.size:
+            part = _sample(array, places)
+            alike.setdefault((part.dtype, part.shape[1:]), []).append(part)
+    # Few large results: to read each sample by itself would take a GPU far longer.
+    joined = [mx.concatenate(parts).view(mx.uint8) for parts in alike.values()]
+    mx.eval(joined)
+    for part in joined:
+        found.update(np.array(part).tobytes())
+    return found.hexdigest()
+
+
+def _sample(array: mx.array, places: random.Random) -> mx.array:
+    """A view of elements that stand in a grid, whose corner is chosen at random.
+
+    Slices are views also of arrays that are not contiguous; flattening would copy.
+    """
+    if not array.ndim:
+        return array.reshape(1)
+    most = max(round(_NUM_PLACES ** (1 / array.ndim)), 1)
+    where = []
+    for size in array.shape:
+        count = min(size, most)
+        step = size // count
+        first = places.randrange(size - (count - 1) * step)
+        where.append(slice(first, first + (count - 1) * step + 1, step))
+    return array[tuple(where)]

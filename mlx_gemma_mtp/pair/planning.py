@@ -1,0 +1,330 @@
+"""What a request's rounds will be: how they are run, and how many drafts they have.
+
+This is where ``num_draft_tokens`` and ``exactness`` of a request meet what is known of
+the machine. It knows nothing of how rounds are run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+
+from ..constants import AUTO
+from ..drafting.policy import (
+    AdaptiveDraftLength,
+    BatchDraftLengths,
+    DraftLengths,
+    FixedDraftLength,
+)
+from ..engine.early_start import EarlyStart
+from ..engine.request import Request
+from ..engine.rounds import Rounds
+from ..engine.route import ANY_ROUTE, PLAIN, Route, inexact_route
+from ..engine.stats import joined_rules
+from ..exactness.probe import TIMING_PASSES, probe
+from ..exactness.verdict import Verdict, exact_routes
+from .calibration import Calibration
+from .pair import Pair
+
+logger = logging.getLogger("mlx_gemma_mtp")
+
+# Of a probe that nobody asked for, in one request, seconds; the next one goes on.
+_PROBE_BUDGET_S = 20.0
+# Where nothing was measured: two steps of the logits' type where logits end (at 30).
+_NEAR_TIES = {mx.bfloat16: 0.25, mx.float16: 0.03125}
+_NEAR_TIE = 1e-4
+_NO_TEXT = "drafts judged by block: the distribution is the target's for any K"
+_TOO_LONG = "the probe takes long on this machine; exactness set to exact runs it"
+_UNFINISHED = (
+    "the probe has not compared everything and goes on with the next request; "
+    "exactness set to exact ends it at once"
+)
+_NO_DRAFTS = "no number of drafts gave the bytes of plain decoding on this machine"
+_NO_DRAFTER = "the model has no drafter"
+_ROWS_CHANGE = (
+    "not exact: not compared, rows join and leave and kernels may change with them"
+)
+_SHARED_GROWTH = "endless requests share slabs whose growth changes bytes"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a decoder needs beside its requests.
+
+    Attributes:
+        draft_lengths: Who chooses the number of drafts.
+        route: How rounds are run.
+        why_plain: Why there are no drafts, in words; empty where there may be.
+        probe_s: What the probe took, if it ran for this plan, seconds.
+        early_start: Decides when rounds are started.
+    """
+
+    draft_lengths: DraftLengths
+    route: Route
+    why_plain: str = ""
+    probe_s: float = 0.0
+    early_start: EarlyStart = field(default_factory=EarlyStart)
+
+
+def make_plan(
+    pair: Pair,
+    requests: Sequence[Request],
+    *,
+    num_draft_tokens: int | None,
+    exactness: str,
+) -> Plan:
+    """Plan the rounds of requests that are decoded together.
+
+    Args:
+        pair: Target and drafter.
+        requests: At least one.
+        num_draft_tokens: Checked K; None for the controller's choice.
+        exactness: One of ``constants.MODES``.
+
+    Returns:
+        The plan. The probe may have run for it.
+    """
+    return _Planner(pair, requests, num_draft_tokens, exactness).plan()
+
+
+def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
+    """Plan the rounds of requests that join and leave.
+
+    Nothing is compared with plain decoding: kernels may change with the number of
+    rows, which is another one at every moment.
+
+    Args:
+        pair: Target and drafter.
+        num_draft_tokens: Checked K; None for the controllers' choice.
+    """
+    if pair.drafter is None or num_draft_tokens == 0:
+        why_plain = "num_draft_tokens is 0"
+        if pair.drafter is None:
+            why_plain = pair.drafter_source or _NO_DRAFTER
+        return Plan(FixedDraftLength(0), PLAIN, why_plain)
+    route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
+
+    def adaptive(num_seats: int, rule: str, context: int) -> AdaptiveDraftLength:
+        return _adaptive(
+            pair,
+            rule,
+            route,
+            num_draft_tokens=num_draft_tokens,
+            num_rows=num_seats,
+            context=context,
+        )
+
+    return Plan(BatchDraftLengths(adaptive, keep=pair.calibration.save), route)
+
+
+def _adaptive(
+    pair: Pair,
+    rule: str,
+    route: Route,
+    *,
+    num_draft_tokens: int | None,
+    num_rows: int,
+    context: int,
+) -> AdaptiveDraftLength:
+    """The choice of the pair's controller for rows of a kind, or a fixed number."""
+    calibration = pair.calibration
+    controller = calibration.controller(
+        rule, num_rows=num_rows, min_rows=route.min_rows, context=context
+    )
+    return AdaptiveDraftLength(
+        controller,
+        num_draft_tokens=num_draft_tokens,
+        setups=calibration.setups,
+        lock=calibration.lock,
+        keep=calibration.save,
+    )
+
+
+class _Planner:
+    """Makes one plan."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        requests: Sequence[Request],
+        num_draft_tokens: int | None,
+        exactness: str,
+    ) -> None:
+        self._rounds = pair.rounds  # first: what was learnt goes with old weights
+        self._pair = pair
+        self._requests = requests
+        self._rule = joined_rules(request.rule for request in requests)
+        self._num_draft_tokens = num_draft_tokens
+        self._exactness = exactness
+        self._probe_s = 0.0
+
+    def plan(self) -> Plan:
+        """Choose the route, then who chooses the drafts."""
+        why_plain = self._why_plain()
+        route = self._route(is_plain=bool(why_plain))
+        if self._pair.drafter is None:
+            return Plan(FixedDraftLength(0), route, why_plain, self._probe_s)
+        if not why_plain and not route.has_drafts:
+            why_plain = route.state
+        adaptive = self._adaptive(route)
+        if self._num_draft_tokens is None:
+            return Plan(adaptive, route, why_plain, self._probe_s, self._early_start)
+        if self._num_draft_tokens not in route.allowed and route.has_drafts:
+            used = max(k for k in route.allowed if k <= self._num_draft_tokens)
+            note = f"{used} drafts in place of {self._num_draft_tokens}, not proved"
+            route = replace(route, state=f"{route.state}; {note}")
+            why_plain = "" if used else note
+        return Plan(adaptive, route, why_plain, self._probe_s, self._early_start)
+
+    @property
+    def _early_start(self) -> EarlyStart:
+        return self._pair.calibration.early_start(len(self._requests))
+
+    def _adaptive(self, route: Route) -> AdaptiveDraftLength:
+        return _adaptive(
+            self._pair,
+            self._rule,
+            route,
+            num_draft_tokens=self._num_draft_tokens,
+            num_rows=len(self._requests),
+            context=max(len(request.prompt) for request in self._requests),
+        )
+
+    def _why_plain(self) -> str:
+        """Why the requests decode plainly whatever the machine does, in words."""
+        if self._pair.drafter is None:
+            return self._pair.drafter_source or _NO_DRAFTER
+        return "num_draft_tokens is 0" if self._num_draft_tokens == 0 else ""
+
+    def _route(self, *, is_plain: bool) -> Route:
+        """How the rounds are run."""
+        if not any(request.has_one_text for request in self._requests):
+            return PLAIN if is_plain else replace(ANY_ROUTE, state=_NO_TEXT)
+        if is_plain and self._exactness != "exact":
+            return PLAIN
+        if self._exactness == "fast":
+            return inexact_route(self._near_tie(), "exactness is set to fast")
+        verdict = self._verdict()
+        if verdict is None:
+            return inexact_route(self._near_tie(), self._why_no_verdict())
+        first, second = exact_routes(verdict)
+        if self._shares_growth(first):
+            return self._failed(first, verdict, _SHARED_GROWTH)
+        if not first.has_drafts:
+            return self._failed(first, verdict, _NO_DRAFTS)
+        is_free = self._exactness == AUTO and self._num_draft_tokens is None
+        if is_free and first.min_rows > second.min_rows:
+            return self._faster(first, second)
+        return first
+
+    def _failed(self, route: Route, verdict: Verdict, reason: str) -> Route:
+        """Where equal bytes cannot be had: no drafts, or drafts and a count."""
+        if self._exactness == "exact":
+            logger.warning("decoding without drafts: %s", reason)
+            return replace(route, allowed=(0,), state=reason)
+        return inexact_route(2 * verdict.max_difference, reason)
+
+    def _faster(self, filled: Route, unfilled: Route) -> Route:
+        """The faster of two routes that were proved."""
+        is_unfilled = self._pair.calibration.prefers_unfilled(
+            self._rule,
+            num_rows=len(self._requests),
+            filled=filled,
+            unfilled=unfilled,
+        )
+        if not is_unfilled:
+            return filled
+        if unfilled.has_drafts:
+            return unfilled
+        return replace(unfilled, state="plain decoding: rounds with drafts were slower")
+
+    def _shares_growth(self, route: Route) -> bool:
+        """Whether slabs would grow for a row at a place that hangs on another's K."""
+        is_endless = any(request.max_tokens is None for request in self._requests)
+        return route.has_fixed_growth and len(self._requests) > 1 and is_endless
+
+    def _verdict(self) -> Verdict | None:
+        """The probe's verdict; it runs where there is none yet."""
+        start = time.perf_counter()
+        is_known = self._pair.calibration.verdict(len(self._requests)) is not None
+        budget_s = None if self._exactness == "exact" else _PROBE_BUDGET_S
+        verdict = verdict_of(self._pair, len(self._requests), budget_s=budget_s)
+        if not is_known:
+            self._probe_s = time.perf_counter() - start
+        return verdict
+
+    def _why_no_verdict(self) -> str:
+        is_given_up = self._pair.calibration.has_given_up_probe(len(self._requests))
+        return _TOO_LONG if is_given_up else _UNFINISHED
+
+    def _near_tie(self) -> float:
+        """What counts as a near tie: what was measured, else a guess by the type."""
+        verdict = self._pair.calibration.verdict(1)
+        if verdict is not None and verdict.max_difference:
+            return 2 * verdict.max_difference
+        return _NEAR_TIES.get(self._rounds.target.layout.dtype, _NEAR_TIE)
+
+
+def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict | None:
+    """The probe's verdict for a number of rows; it is reached once per machine.
+
+    Args:
+        pair: Target and drafter.
+        num_rows: Rows of the batch.
+        budget_s: Longest time for a probe, seconds; None for any. What it compares
+            until then is kept, here and on disk, and the next one goes on from there.
+
+    Returns:
+        The verdict; None where the probe has not come to its end, or does not fit in
+        memory.
+
+    Raises:
+        RuntimeError: It does not fit in memory, where there is no budget.
+    """
+    calibration = pair.calibration
+    verdict = calibration.verdict(num_rows)
+    if verdict is not None or (budget_s and calibration.has_given_up_probe(num_rows)):
+        return verdict
+    rounds = pair.rounds  # walks over all weights: only where it is needed
+    # Weights that were loaded lazily would be read anew in every pass.
+    mx.eval(pair.target.parameters())
+    with calibration.probing, pair.wired():
+        return calibration.verdict(num_rows) or _probed(
+            rounds, calibration, num_rows, budget_s
+        )
+
+
+def _probed(
+    rounds: Rounds, calibration: Calibration, num_rows: int, budget_s: float | None
+) -> Verdict | None:
+    """Go on with the probe; see ``verdict_of``."""
+    logger.info(
+        "checking, once on this machine, which rounds give plain decoding's bytes"
+    )
+    compared = calibration.compared(num_rows)
+    num_passes, verdict = compared.num_passes, None
+    try:
+        verdict = probe(
+            rounds.target,
+            num_rows=num_rows,
+            use_compile=rounds.use_compile,
+            budget_s=budget_s,
+            compared=compared,
+        )
+    except RuntimeError as error:  # what MLX raises where memory is short
+        if budget_s is None:
+            raise
+        logger.warning("the check was given up: %s", error)
+        calibration.give_up_probe(num_rows)
+    finally:  # also where it was interrupted
+        if verdict is not None:
+            calibration.keep_verdict(num_rows, verdict)
+        elif compared.equal:
+            calibration.save()
+    if verdict is None and compared.num_passes - num_passes <= TIMING_PASSES:
+        calibration.give_up_probe(num_rows)
+    return verdict

@@ -1,0 +1,1 @@
+"""From logits to tokens: settings, distributions, noise, the accept rules."""

@@ -1,0 +1,235 @@
+"""The choices of a round: what is drafted, and what of it stands.
+
+Both are functions of scores, settings and places alone. Which rule a row follows is in
+its settings: greedy and coupled rows are decided by equality, the others by block
+verification or, where a caller asks, one by one. Of a row that the host decides all
+drafts stand here: it is shown all of them.
+
+This file knows nothing of models, caches or when to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from . import fused
+from .acceptance import Accepted, Draft, Verdict, accept_block, accept_equal, chosen
+from .distribution import (
+    Distribution,
+    Group,
+    SamplingRule,
+    choose_tokens,
+    couple,
+    distribution,
+    draw,
+    proposal,
+)
+from .noise import COIN, PROPOSAL, RESIDUAL, Stream, gumbel_noise, uniform_noise
+
+Verification = Callable[[Draft, Distribution, mx.array], Verdict]
+
+
+def propose(
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    *,
+    rule: SamplingRule,
+    offset: mx.array,
+    step: int,
+    token_ids: mx.array | None,
+    verification: Verification = accept_block,
+) -> Draft:
+    """Choose the draft of one step.
+
+    Args:
+        logits: The drafter's scores of M candidates, [B, 1, M].
+        rows: The rows' settings, from ``sampling.sampling_rows``.
+        rule: The graph to build; must serve the rows.
+        offset: The newest token's position, int32 [B].
+        step: Number of the draft step, 1 to K.
+        token_ids: The candidates' ids [B, 1, M]; None where M is the vocabulary.
+        verification: The rule of rows that are not decided by equality.
+
+    Returns:
+        One draft for each row.
+    """
+    if not rule.is_sampled:
+        return Draft(_greedy(logits, token_ids), None)
+    group = rule.of_drafts
+    if verification is accept_block and fused.proposes(group):
+        return fused.propose_one(
+            logits, rows, group=group, offset=offset, step=step, token_ids=token_ids
+        )
+    positions = offset[:, None] + step
+    source = proposal(
+        logits, rows, group=group, positions=positions, token_ids=token_ids
+    )
+    token = drawn = None
+    if group.has_coupled:
+        token = mx.where(
+            rows["temp"].squeeze(-1) > 0,
+            couple(source, rows, positions=positions),
+            source.token_ids[..., 0],  # the best one
+        )
+    if group.has_block:
+        uniform = uniform_noise(rows["seed"], positions, Stream(PROPOSAL, offset))
+        index = draw(source.probs, uniform)
+        drawn = mx.take_along_axis(source.token_ids, index, axis=-1).squeeze(-1)
+    if drawn is None:
+        assert token is not None  # a row has one of the two rules
+        return Draft(token, None)
+    if token is not None:
+        drawn = mx.where(rows["is_block"][:, None], drawn, token)
+    return Draft(drawn, source)
+
+
+def joined(drafts: Sequence[Draft]) -> Draft:
+    """The steps of a block as one draft of K tokens."""
+    sources = [draft.source for draft in drafts if draft.source is not None]
+    source = None
+    if sources:
+        source = Distribution(
+            mx.concatenate([source.scores for source in sources], axis=1),
+            mx.concatenate([source.token_ids for source in sources], axis=1),
+            is_whole=False,
+        )
+    return Draft(mx.concatenate([draft.tokens for draft in drafts], axis=1), source)
+
+
+def decide(
+    draft: Draft,
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    *,
+    rule: SamplingRule,
+    offset: mx.array,
+    verification: Verification,
+) -> Accepted:
+    """Decide every row by its rule; a graph has the rules that its rows need.
+
+    Args:
+        draft: The block, K drafts for each row.
+        logits: The target's, after any soft-cap, [B, K + 1, V].
+        rows: The rows' settings, from ``sampling.sampling_rows``.
+        rule: The graph to build; must serve the rows.
+        offset: The newest token's position, int32 [B].
+        verification: The rule of rows that are not decided by equality.
+
+    Returns:
+        The accepted length and the round's last token; of a row that the host
+        decides all K and no token, 0.
+    """
+    accepted = None
+    if rule.has_graph:
+        accepted = _decide(draft, logits, rows, rule, offset, verification)
+    if not rule.has_host and accepted is not None:
+        return accepted
+    everything = mx.full(offset.shape, draft.tokens.shape[1], dtype=mx.int32)
+    nothing = mx.zeros((*offset.shape, 1), dtype=mx.int32)
+    if accepted is None:
+        return Accepted(everything, nothing)
+    return chosen(rows["is_host"], Accepted(everything, nothing), accepted)
+
+
+def near_ties(
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    *,
+    num_accepted: mx.array,
+    near_tie: float,
+) -> mx.array:
+    """How many of a round's tokens were chosen by a small difference of logits.
+
+    Args:
+        logits: The target's, after any soft-cap, [B, K + 1, V].
+        rows: The rows' settings; only greedy ones count.
+        num_accepted: Length of the accepted prefix, int32 [B].
+        near_tie: The largest difference between the best two that counts.
+
+    Returns:
+        One number for each row, int32 [B, 1].
+    """
+    logits = logits.astype(mx.float32)
+    is_best = mx.arange(logits.shape[-1]) == mx.argmax(logits, axis=-1, keepdims=True)
+    second = mx.where(is_best, -mx.inf, logits).max(axis=-1)
+    is_near = logits.max(axis=-1) - second <= near_tie  # [B, K + 1]
+    is_emitted = mx.arange(logits.shape[1]) <= num_accepted[:, None]
+    is_greedy = (rows["temp"][:, 0] <= 0) & ~rows["is_host"][:, None]
+    count = is_near & is_emitted & is_greedy
+    return count.astype(mx.int32).sum(axis=-1, keepdims=True)
+
+
+def _decide(
+    draft: Draft,
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    rule: SamplingRule,
+    offset: mx.array,
+    verification: Verification,
+) -> Accepted:
+    """Decide every row by the graph's rules."""
+    if not rule.is_sampled:
+        return accept_equal(draft.tokens, mx.argmax(logits, axis=-1).astype(mx.int32))
+    first, *others = (
+        _decide_group(draft, logits, rows, group, offset, verification)
+        for group in rule.groups
+    )
+    # Rows that draw from lists, and those that draw from the vocabulary beside them.
+    return chosen(rows["is_whole"], others[0], first) if others else first
+
+
+def _decide_group(
+    draft: Draft,
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    group: Group,
+    offset: mx.array,
+    verification: Verification,
+) -> Accepted:
+    """Decide the rows of a group; what comes out of other rows means nothing."""
+    if verification is accept_block and fused.decides(group):
+        return fused.decide_all(draft, logits, rows, group=group, offset=offset)
+    num_draft_tokens = draft.tokens.shape[1]
+    positions = offset[:, None] + mx.arange(1, num_draft_tokens + 2)
+    equal = None
+    if group.has_coupled or draft.source is None:
+        rule = SamplingRule((group,))
+        tokens = choose_tokens(logits, rows, rule=rule, positions=positions)
+        equal = accept_equal(draft.tokens, tokens)
+    if draft.source is None or not group.has_block:
+        assert equal is not None  # a row has one of the two rules
+        return equal
+    verified = _verify(draft, logits, rows, group, offset, verification)
+    return verified if equal is None else chosen(rows["is_block"], verified, equal)
+
+
+def _verify(
+    draft: Draft,
+    logits: mx.array,
+    rows: dict[str, mx.array],
+    group: Group,
+    offset: mx.array,
+    verification: Verification,
+) -> Accepted:
+    """Decide the rows whose drafts were drawn from a distribution."""
+    num_draft_tokens = draft.tokens.shape[1]
+    positions = offset[:, None] + mx.arange(1, num_draft_tokens + 2)
+    target = distribution(logits, rows, group=group, positions=positions)
+    coins = uniform_noise(rows["seed"], positions[:, :-1], Stream(COIN, offset))
+    verdict = verification(draft, target, coins)
+    # By token id: the draw is the same for a list and for the whole vocabulary.
+    stream = Stream(RESIDUAL, offset)
+    noise = gumbel_noise(rows["seed"], offset[:, None], verdict.token_ids, stream)
+    best = mx.argmax(mx.log(verdict.weights) + noise, axis=-1, keepdims=True)
+    next_token = mx.take_along_axis(verdict.token_ids, best, axis=-1).squeeze(-1)
+    return Accepted(verdict.num_accepted, next_token)
+
+
+def _greedy(logits: mx.array, token_ids: mx.array | None) -> mx.array:
+    """The best candidate of each row, int32 [B, L]."""
+    best = mx.argmax(logits, axis=-1)
+    if token_ids is None:
+        return best.astype(mx.int32)
+    return mx.take_along_axis(token_ids, best[..., None], axis=-1).squeeze(-1)

@@ -1,0 +1,1 @@
+"""What the target hands a drafter, computed once for every text and kept on disk."""

@@ -1,0 +1,1 @@
+"""What a training has brought: measured, predicted, told."""

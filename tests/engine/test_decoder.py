@@ -1,0 +1,347 @@
+"""The queue of rounds: one read each, no copies of the cache, nothing left behind.
+
+Run: python -m pytest tests/test_decoder.py
+"""
+
+from __future__ import annotations
+
+import ast
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import mlx_gemma_mtp
+from mlx_gemma_mtp.cache import slabs as cache_module
+from mlx_gemma_mtp.engine import capacity as room_module
+from mlx_gemma_mtp.engine import decoder as decoder_module
+from mlx_gemma_mtp.engine.capacity import Room
+from mlx_gemma_mtp.engine.decoder import Decoder, Request
+from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.generation.tokens import generate_tokens
+from mlx_gemma_mtp.pair.load import load_pair
+from mlx_gemma_mtp.pair.pair import named_arrays
+from mlx_gemma_mtp.pair.wired_memory import wired
+from tests.tiny import REFERENCE, reference_pair
+
+PROMPT = [2, 17, 300, 45, 99, 8, 120]
+PACKAGE = Path(mlx_gemma_mtp.__file__).parent
+
+
+def tokens_of(decoder):
+    return [t for r in decoder.run() for e in r for t in e.tokens]
+
+
+def start(pair, num_tokens, num_draft_tokens=3, **options):
+    return Decoder(
+        pair.rounds,
+        [Request(PROMPT, num_tokens)],
+        num_draft_tokens=num_draft_tokens,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("look_ahead", [True, False])
+def test_one_host_read_per_round(monkeypatch, look_ahead):
+    pair = reference_pair()
+    tokens_of(start(pair, 10, look_ahead=look_ahead))  # trace before counting
+    reads, evals = [], []
+    read, evaluate = decoder_module._read, mx.eval
+
+    def counted_read(report):
+        reads.append(report)
+        return read(report)
+
+    def counted_eval(*arrays):
+        evals.append(arrays)
+        evaluate(*arrays)
+
+    monkeypatch.setattr(decoder_module, "_read", counted_read)
+    monkeypatch.setattr(mx, "eval", counted_eval)
+    decoder = start(pair, 40, look_ahead=look_ahead)
+    rounds = decoder.run()
+    next(rounds)
+    num_evals = len(evals)  # the prefill's
+    num_rounds = sum(1 for _ in rounds)
+    assert len(reads) == 1 + num_rounds  # one for the prefill
+    assert all(r.shape == (1, 5) and r.dtype == mx.int32 for r in reads[1:])
+    assert len(evals) - num_evals <= 1  # waiting for a round in flight at the end
+
+
+def test_the_round_has_no_other_way_to_the_host():
+    """Nothing between prefill and report converts an array or waits for it.
+
+    What outlasts a step is begun, so that another thread may go on with it.
+    """
+    forbidden = {"item", "tolist", "eval", "async_eval", "synchronize"}
+    allowed = {
+        "decoder.py": {"_read", "_start_round", "_queue_shadow", "_rest", "_commit"},
+        "prefill.py": {"read", "read_prompt"},
+        "cache.py": {"resize", "insert_row", "take_row"},
+        "seats.py": {"_start"},
+        "target.py": {"__call__"},  # of what reads a chunk in groups of layers
+    }
+    for name in (
+        "acceptance",
+        "cache",
+        "decoder",
+        "drafter",
+        "masked_embedding",
+        "prefill",
+        "rounds",
+        "sampling",
+        "seats",
+        "state",
+        "target",
+    ):
+        path = PACKAGE / f"{name}.py"
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef):
+                used = {
+                    node.attr
+                    for node in ast.walk(function)
+                    if isinstance(node, ast.Attribute)
+                }
+                if function.name not in allowed.get(path.name, set()):
+                    assert not used & forbidden, f"{path.name}: {function.name}"
+
+
+@pytest.mark.parametrize(
+    ("num_draft_tokens", "num_rows", "look_ahead", "use_compile"),
+    [
+        (0, 1, True, True),
+        (2, 1, True, True),
+        (2, 1, False, True),
+        (2, 2, True, False),
+    ],
+)
+def test_rounds_write_the_slabs_in_place(
+    monkeypatch, num_draft_tokens, num_rows, look_ahead, use_compile
+):
+    """Memory beyond the slabs stays below the size of one slab.
+
+    Also where drafts, and layers that share them, read the slabs shortly before.
+    """
+    pair = reference_pair("e2b")
+    monkeypatch.setattr(Room, "initial_capacity", lambda self: 32768)
+    rounds = Rounds(pair.rounds.target, pair.drafter, use_compile=use_compile)
+    decoder = Decoder(
+        pair.rounds if use_compile else rounds,
+        [Request(PROMPT, 40)] * num_rows,
+        num_draft_tokens=num_draft_tokens,
+        look_ahead=look_ahead,
+    )
+    run = decoder.run()
+    for _ in range(3):
+        next(run)
+    state = decoder._seats.state
+    assert state is not None
+    largest = max(slab.nbytes for slab in state.slabs)
+    del state
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(4):
+        next(run)
+    run.close()
+    # Scores over 32,768 keys are a part of it, a quarter of a slab for each query.
+    assert mx.get_peak_memory() - before < largest
+
+
+def test_growing_does_not_hold_two_copies_of_everything():
+    """Only one slab is held twice while the slabs grow."""
+    from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout, resize
+
+    layout = SlabLayout(
+        tuple(LayerKV("full_attention", 4, 64) for _ in range(8)),
+        window=8,
+        dtype=mx.float32,
+    )
+    slabs = layout.allocate(1, 4096)
+    mx.eval(slabs)
+    one = slabs[0].nbytes
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    resize(slabs, layout, 8192)
+    # 16 slabs double: the growth is 16, the copy in the making at most 2 more, and
+    # MLX's concatenation needs the zeros it appends.
+    assert mx.get_peak_memory() - before <= 19.5 * one
+    assert {slab.shape[2] for slab in slabs} == {8192}
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+def test_text_does_not_change_where_the_slabs_grow(monkeypatch, num_draft_tokens):
+    pair = reference_pair("e4b")
+    expected = tokens_of(start(pair, 90, num_draft_tokens))
+    monkeypatch.setattr(room_module, "RESERVED_TOKENS", 8)
+    monkeypatch.setattr(cache_module, "CAPACITY_BLOCK", 32)
+    decoder = start(pair, 90, num_draft_tokens)
+    layout, capacities, tokens = pair.rounds.target.layout, set(), []
+    for emissions in decoder.run():
+        tokens += emissions[0].tokens
+        if decoder._seats.state is not None:
+            capacities.add(layout.capacity(decoder._seats.state.slabs))
+    assert capacities >= {64, 96}
+    assert tokens == expected
+
+
+def test_logits_are_handed_out_whole(monkeypatch):
+    """A slice made here would wait, on the rounds' stream, for the round in flight."""
+    pair, reports = reference_pair(), []
+    run = pair.rounds.run
+
+    def recorded_run(*args, **kwargs):
+        state, report = run(*args, **kwargs)
+        reports.append(report)
+        return state, report
+
+    monkeypatch.setattr(pair.rounds, "run", recorded_run)
+    emissions = [e for r in start(pair, 20).run() for e in r][1:]
+    assert len(emissions) > 3
+    for emission, report in zip(emissions, reports, strict=False):
+        assert emission.logits is report.logits
+
+
+def test_closing_early_leaves_nothing_in_flight():
+    pair = reference_pair()
+    decoder = start(pair, None)
+    rounds = decoder.run()
+    for _ in range(4):
+        next(rounds)
+    assert len(decoder._in_flight) == 1
+    rounds.close()
+    assert not decoder._in_flight
+    assert decoder._seats.state is None
+
+
+def test_compiled_and_uncompiled_rounds_agree():
+    pair = reference_pair("e2b")
+    eager = Rounds(pair.rounds.target, pair.drafter, use_compile=False)
+    outputs = [
+        tokens_of(Decoder(rounds, [Request(PROMPT, 40)], num_draft_tokens=3))
+        for rounds in (eager, pair.rounds)
+    ]
+    assert outputs[0] == outputs[1]
+
+
+def test_rounds_are_compiled_once_per_number_of_drafts():
+    pair = reference_pair()
+    counts = []
+    for _ in range(2):
+        for num_draft_tokens in (0, 3):
+            decoder = start(pair, 6, num_draft_tokens)
+            tokens_of(decoder)
+            counts.append(decoder.stats.traced)
+    assert counts[2:] == [0, 0]
+
+
+def test_freed_buffers_are_given_back_now_and_then(monkeypatch):
+    """MLX's buffer cache is emptied after the prefill, now and then, and at last."""
+    cleared: list[int] = []
+    monkeypatch.setattr(decoder_module, "_ROUNDS_PER_CACHE_CLEAR", 8)
+    decoder = start(reference_pair(), 30, 0)
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(decoder._num_queued))
+    tokens_of(decoder)
+    assert [n for n in cleared if n] == [8, 16, 24, decoder._num_queued]
+    assert cleared[0] == 0
+
+
+def test_target_and_drafter_are_wired_together(monkeypatch):
+    """The wired limit is raised for both while tokens are made, and then put back."""
+    limits = [1000]
+
+    def set_wired_limit(limit):
+        limits.append(limit)
+        return limits[-2]
+
+    info = {"max_recommended_working_set_size": 10**9}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    pair = reference_pair("e2b")
+    first, second = (
+        generate_tokens(
+            pair, PROMPT, max_tokens=20, num_draft_tokens=3, exactness="fast"
+        )
+        for _ in range(2)
+    )
+    next(first)
+    next(second)
+    assert limits == [1000, 10**9]
+    first.close()  # the second still needs it
+    assert limits == [1000, 10**9]
+    second.close()
+    assert limits == [1000, 10**9, 1000]
+
+
+def test_the_wired_limit_is_put_back_where_work_has_failed(monkeypatch):
+    limits = [1000]
+
+    def set_wired_limit(limit):
+        limits.append(limit)
+        return limits[-2]
+
+    def fail():
+        raise RuntimeError("Insufficient Memory")
+
+    info = {"max_recommended_working_set_size": 10**9}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    monkeypatch.setattr(mx, "synchronize", fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Insufficient"), wired(10):
+            pass
+    assert limits == [1000, 10**9, 1000, 10**9, 1000]
+
+
+def test_a_warning_says_when_both_hardly_fit(monkeypatch, caplog):
+    pair = reference_pair("e2b")
+    assert pair.drafter is not None
+    size = sum(a.nbytes for _, a in named_arrays([pair.target, pair.drafter]))
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: 0)
+    for limit, warns in ((size, True), (2 * size, False)):
+        info = {"max_recommended_working_set_size": limit}
+        monkeypatch.setattr(mx, "device_info", lambda info=info: info)
+        caplog.clear()
+        with pair.wired():
+            pass
+        assert ("can be slow" in caplog.text) == warns
+
+
+def test_other_threads_can_decode():
+    """What a round captures is not tied to the thread that loaded it."""
+    pair = load_pair(REFERENCE / "e4b" / "target", REFERENCE / "e4b" / "drafter")
+
+    def decode():
+        return [
+            list(generate_tokens(pair, PROMPT, max_tokens=12, num_draft_tokens=k))
+            for k in (0, 2)
+        ]
+
+    with ThreadPoolExecutor(1) as pool:
+        elsewhere = pool.submit(decode).result()
+    assert elsewhere == decode()
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 2])
+def test_changed_weights_are_used(num_draft_tokens):
+    """Rounds are traced again when weights are exchanged after a generation."""
+    folder = REFERENCE / "12b"
+    changed, fresh = (load_pair(folder / "target", folder / "drafter") for _ in "ab")
+
+    def decode(pair):
+        return list(
+            generate_tokens(
+                pair, PROMPT, max_tokens=12, num_draft_tokens=num_draft_tokens
+            )
+        )
+
+    before = decode(changed)
+    assert changed.rounds is changed.rounds
+    for pair in (changed, fresh):
+        layer = pair.target.layers[0].mlp
+        layer.down_proj.weight = -layer.down_proj.weight
+    after = decode(changed)
+    assert after == decode(fresh)
+    assert after != before

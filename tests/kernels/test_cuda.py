@@ -1,0 +1,140 @@
+"""The kernels' bodies in CUDA: NVIDIA's compiler takes every one, no GPU needed.
+
+Runs where ``nvidia-cuda-nvrtc-cu12`` and ``nvidia-cuda-runtime-cu12`` are installed:
+`make test-cuda`. What the bodies compute is tested in Metal's words, in the harness.
+
+Run: make test-cuda
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_gemma_mtp.kernels import common
+from mlx_gemma_mtp.sampling import fused
+from mlx_gemma_mtp.sampling.distribution import sampling_rows, sampling_rule
+from mlx_gemma_mtp.sampling.params import SamplingParams
+from tests.metal.run import run_on_cpu
+
+pytestmark = pytest.mark.cuda
+
+TYPES = {
+    mx.float32: "float",
+    mx.float16: "__half",
+    mx.bfloat16: "__nv_bfloat16",
+    mx.int32: "int",
+    mx.uint32: "unsigned int",
+    mx.bool_: "bool",
+}
+
+
+def folder(package):
+    """Where a part of NVIDIA's toolkit lies."""
+    spec = find_spec(f"nvidia.{package}")
+    assert spec is not None, f"nvidia.{package} must be installed: use make test-cuda"
+    assert spec.submodule_search_locations is not None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def cuda_text(kernel, inputs, template, output_dtypes):
+    """The text as ``mx.fast.cuda_kernel`` makes it, without MLX's own helpers."""
+    parameters = [
+        f"const {TYPES[array.dtype]}* {name}"
+        for name, array in zip(kernel.input_names, inputs, strict=True)
+    ] + [
+        f"{TYPES[dtype]}* {name}"
+        for name, dtype in zip(kernel.output_names, output_dtypes, strict=True)
+    ]
+    # MLX passes shapes by value; what counts here is that they can be indexed.
+    parameters += [
+        f"const int* {name}_shape"
+        for name in kernel.input_names
+        if f"{name}_shape" in kernel.source
+    ]
+    names = []
+    for name, value in template:
+        if isinstance(value, bool):
+            names.append(f"constexpr bool {name} = {str(value).lower()};")
+        elif isinstance(value, int):
+            names.append(f"constexpr int {name} = {value};")
+        else:
+            names.append(f"using {name} = {TYPES[value]};")
+    return "\n".join(
+        [
+            "#include <cuda_bf16.h>",
+            "#include <cuda_fp16.h>",
+            kernel.cuda_header,
+            f"__global__ void {kernel.name}({', '.join(parameters)}) {{",
+            *names,
+            kernel.source,
+            "}",
+        ]
+    )
+
+
+def compile_errors(text):
+    """What NVRTC says; empty when it takes the text."""
+    library = ctypes.CDLL(str(folder("cuda_nvrtc") / "lib" / "libnvrtc.so.12"))
+    program = ctypes.c_void_p()
+    created = library.nvrtcCreateProgram(
+        ctypes.byref(program), text.encode("ascii"), b"kernel.cu", 0, None, None
+    )
+    assert created == 0
+    include = f"--include-path={folder('cuda_runtime') / 'include'}"
+    options = [b"--gpu-architecture=compute_90", b"--std=c++17", include.encode()]
+    found = library.nvrtcCompileProgram(
+        program, len(options), (ctypes.c_char_p * len(options))(*options)
+    )
+    size = ctypes.c_size_t()
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return log.value.decode() if found else ""
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the harness is not for Macs")
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("reproducible", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_k": 64, "top_p": 0.95}, {"top_p": 0.9, "min_p": 0.1}],
+    ids=str,
+)
+@pytest.mark.parametrize("has_ids", [False, True])
+def test_nvidias_compiler_takes_every_body(
+    settings, reproducible, dtype, has_ids, monkeypatch
+):
+    texts = {}
+
+    def launch(kernel, inputs, *, template, output_dtypes, **rest):
+        texts[kernel.name, str(template)] = cuda_text(
+            kernel, inputs, template, output_dtypes
+        )
+        return run_on_cpu(
+            kernel, inputs, template=template, output_dtypes=output_dtypes, **rest
+        )
+
+    monkeypatch.setattr(common, "backend", lambda: "cuda")
+    monkeypatch.setattr(common, "launch", launch)
+    params = [SamplingParams(1.0, seed=1, reproducible=reproducible, **settings)]
+    rule, rows = sampling_rule(params), sampling_rows(params)
+    chance, offset = np.random.default_rng(0), mx.array([5])
+    logits = mx.array(chance.normal(size=(1, 2, 9000)).astype(np.float32)).astype(dtype)
+    ids = mx.arange(9000)[None, None] if has_ids else None
+    (group,) = rule.groups
+    draft = fused.propose_one(
+        logits[:, :1], rows, group=rule.of_drafts, offset=offset, step=1, token_ids=ids
+    )
+    accepted = fused.decide_all(draft, logits, rows, group=group, offset=offset)
+    mx.eval(accepted.num_accepted)
+    assert len(texts) > 3
+    for text in texts.values():
+        assert compile_errors(text) == ""
