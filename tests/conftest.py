@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import tempfile
-from pathlib import Path
 
 # Set before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,7 +18,7 @@ from hypothesis import settings
 
 from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.load import load_tokenizer
-from tests import gemma, gemma_pair, kernel_cache
+from tests import gemma, gemma_pair, kernel_cache, tiny
 
 # Also where MLX has a GPU: what tests compare with are results of the CPU.
 mx.set_default_device(mx.cpu)
@@ -60,6 +59,13 @@ def _connect_locally(self, address):
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", _connect_locally)
+
+
+@pytest.fixture(scope="module")
+def plain_graphs():
+    """Nothing is compiled: for modules whose subject stands above the rounds."""
+    with tiny.uncompiled():
+        yield
 
 
 @pytest.fixture(scope="session")
