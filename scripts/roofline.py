@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma_mtp.drafting.chips import CHIPS, Chip
 from mlx_gemma_mtp.drafting.speed_model import (
     BEFORE_M3,
+    CHIPS,
     M3_M4,
     M5,
+    Chip,
     Constants,
     constants_of,
     experts_read,

@@ -23,7 +23,7 @@ from mlx_lm.generate import (
 )
 from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
 
-from ..engine.decoder import DEFAULT_MAX_ROWS
+from ..engine.capacity import DEFAULT_MAX_ROWS
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from ..engine.request import Request
 from ..engine.results import Emission, Progress, Step

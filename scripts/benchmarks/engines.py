@@ -18,11 +18,12 @@ from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
-from mlx_gemma_mtp.engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.engine.route import check_mode
 from mlx_gemma_mtp.engine.stats import RoundStats
 from mlx_gemma_mtp.errors import MTPError
-from mlx_gemma_mtp.generation.requests import check_num_draft_tokens, check_settings
+from mlx_gemma_mtp.generation.requests import drafts_of
+from mlx_gemma_mtp.generation.settings import check_num_draft_tokens
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.pair.planning import make_plan
@@ -106,13 +107,9 @@ class OwnEngine:
         self.is_adaptive = spec.num_draft_tokens == AUTO
         self._exactness = spec.exactness
         try:
-            check_settings(
-                max_tokens=1,
-                num_draft_tokens=spec.num_draft_tokens,
-                prefill_step_size=DEFAULT_PREFILL_STEP_SIZE,
-                exactness=spec.exactness,
-            )
-            self._count = check_num_draft_tokens(pair, spec.num_draft_tokens)
+            check_num_draft_tokens(spec.num_draft_tokens)
+            check_mode(spec.exactness)
+            self._count = drafts_of(pair, spec.num_draft_tokens)
         except MTPError as error:
             raise UnavailableError(str(error)) from None
         self._rounds = self._pair.rounds
@@ -138,7 +135,7 @@ class OwnEngine:
         decoder = Decoder(
             self._rounds,
             requests,
-            num_draft_tokens=plan.draft_lengths,
+            num_draft_tokens=plan.draft_policy,
             route=plan.route,
         )
         before = RoundStats()
@@ -201,7 +198,7 @@ class TwoModel:
         self._count = int(spec.num_draft_tokens)
         if spec.draft_path is not None:
             try:
-                self._draft = load_pair(spec.draft_path).target
+                self._draft = load_pair(spec.draft_path, False).target
             except MTPError as error:
                 raise UnavailableError(str(error)) from None
         else:

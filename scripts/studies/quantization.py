@@ -671,7 +671,7 @@ def reference_target(family: str) -> Parts:
     A per-layer table is scaled up until its rows are as large as the projection that
     they are added to: as it is, it is a tenth of that, and hides its own error.
     """
-    model = load_pair(REFERENCE / family / "target").target
+    model = load_pair(REFERENCE / family / "target", False).target
     inner = text_model(model).model
     if inner.hidden_size_per_layer_input:
         table_rows = inner.embed_tokens_per_layer.weight

@@ -157,7 +157,7 @@ def retuned(args: argparse.Namespace, work: Path) -> Part:
         "the tuned drafter, the target fine-tuned",
         *(target, work / tuned, prompts, args.max_tokens),
     )
-    plain = decode(load_pair(target), prompts, args.max_tokens, 0)[0]
+    plain = decode(load_pair(target, False), prompts, args.max_tokens, 0)[0]
     num_same = _num_same(plain, before.texts, after.texts)
     return Part(
         {
@@ -259,7 +259,7 @@ def _from_scratch(
         "the drafter trained from random weights",
         *(target, output, prompts, args.max_tokens),
     )
-    plain = decode(load_pair(target), prompts, args.max_tokens, 0)[0]
+    plain = decode(load_pair(target, False), prompts, args.max_tokens, 0)[0]
     num_same = _num_same(plain, old.texts, new.texts)
     return Part(
         {
