@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp.drafting.policy import DraftPolicy
 from mlx_gemma_mtp.engine.capacity import seats_for
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
@@ -648,12 +649,11 @@ def fails(*args, **kwargs):
     raise RuntimeError("no memory")
 
 
-class Chooser:
+class Chooser(DraftPolicy):
     """Always one draft; says for how many seats a round was that it is told of."""
 
-    num_shadow_drafts = 0
-
     def __init__(self, num_seats, tell):
+        super().__init__(1)
         self._num_seats, self._tell = num_seats, tell
 
     def choose(self, allowed, *, not_ready, tokens_left, can_shadow=False):
@@ -666,10 +666,11 @@ class Chooser:
         pass
 
 
-class Choosers:
+class Choosers(DraftPolicy):
     """One for each number of seats."""
 
     def __init__(self, tell):
+        super().__init__(1)
         self._tell = tell
 
     def for_batch(self, num_seats, *, rule, context):

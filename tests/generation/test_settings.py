@@ -4,7 +4,7 @@ Run: python -m pytest tests/generation/test_settings.py
 """
 
 from dataclasses import MISSING, fields
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -24,7 +24,12 @@ def test_a_default_is_the_samplings_own():
 
 
 def test_sampling_is_of_the_fields():
-    given = {"temp": 0.5, "top_k": 3, "seed": 7, "xtc_special_tokens": [1]}
+    given: dict[str, Any] = {
+        "temp": 0.5,
+        "top_k": 3,
+        "seed": 7,
+        "xtc_special_tokens": [1],
+    }
     found = GenerationSettings(1, exactness="fast", **given).sampling
     assert found == SamplingParams(**given)
 
