@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..cache.prompt import PrefillCache, insert_row, oldest_kept, take_row
 from ..cache.slabs import SlabLayout, resize
 from ..models.target import Prefilled
-from ..sampling.distribution import SamplingRule
+from ..sampling.graph import SamplingGraph
 from .capacity import Room
 from .sequence import Row
 from .state import (
@@ -75,7 +75,7 @@ class Seats:
         self._layout = layout
         self._num_reserved = len(reserved)
         self._first_positions: dict[Row, int] = {}
-        self._rule: SamplingRule | None = None
+        self._graph: SamplingGraph | None = None
         self._has_left = False  # rows, since seats were last counted
 
     def __len__(self) -> int:
@@ -89,7 +89,7 @@ class Seats:
     @property
     def rule_names(self) -> str:
         """The rules of the live rows, in words."""
-        return joined_rules(sorted({row.request.rule for row in self.live}))
+        return joined_rules(sorted({row.request.accept_rule for row in self.live}))
 
     @property
     def capacity(self) -> int:
@@ -109,7 +109,7 @@ class Seats:
         if self.state is not None:
             self.state = None
             mx.clear_cache()
-        self.rows, self._first_positions, self._rule = [], {}, None
+        self.rows, self._first_positions, self._graph = [], {}, None
         self.room.rows = []
 
     def sit(self, row: Row, filled: Prefilled, last_token: int) -> None:
@@ -209,13 +209,15 @@ class Seats:
             num_logprobs=max((c for c in counts if c is not None), default=None),
             max_drafts=[row.request.max_draft_tokens for row in rows],
         )
-        # What costs little stays: as rows come and go, few rules are traced.
-        rule = settings.rule if self._rule is None else settings.rule.joined(self._rule)
-        rule = replace(rule, has_host=any(row.request.is_host for row in self.live))
-        self._rule = rule
+        # What costs little stays: as rows come and go, few graphs are traced.
+        graph = settings.graph
+        if self._graph is not None:
+            graph = graph.joined(self._graph)
+        graph = replace(graph, has_host=any(row.request.is_host for row in self.live))
+        self._graph = graph
         self.settings = replace(
             settings,
-            rule=rule,
+            graph=graph,
             is_active=mx.array([r is not None and r.is_live for r in self.rows]),
             first_position=mx.array(
                 [self._first_positions[row] for row in rows], dtype=mx.int32

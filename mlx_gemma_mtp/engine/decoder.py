@@ -25,7 +25,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
@@ -39,8 +39,8 @@ from ..drafting.policy import DraftLength, DraftLengths, FixedDraftLength
 from ..errors import RequestError
 from ..models.target import Prefilled
 from ..sampling.acceptance import Accepted
-from ..sampling.distribution import SamplingRule, choose_tokens
-from ..sampling.logprobs import reported_logprobs
+from ..sampling.distribution import choose_tokens
+from ..sampling.graph import SamplingGraph
 from .batch import Seats
 from .early_start import EarlyStart
 from .prefill import DEFAULT_PREFILL_STEP_SIZE, Prefill, read_on
@@ -148,7 +148,7 @@ class Decoder:
     ) -> None:
         self._timer = RoundTimer()
         self.stats = RoundStats(
-            rule=joined_rules(r.rule for r in requests),
+            rule=joined_rules(r.accept_rule for r in requests),
             exactness=route.state,
             max_difference=route.max_difference,
             phases=self._timer.phases,
@@ -169,7 +169,7 @@ class Decoder:
         self._in_flight: deque[_InFlight] = deque()
         self._num_queued = 0
         self._shadows = Shadows()
-        self._not_ready_key: tuple[SamplingRule, int, int, int] | None = None
+        self._not_ready_key: tuple[SamplingGraph, int, int, int] | None = None
         self._not_traced: set[int] = set()
         self._verified: Verified | None = None
         layout = rounds.target.layout
@@ -459,7 +459,7 @@ class Decoder:
     def _begin(self, row: Row, filled: Prefilled, outcome: Outcome) -> Emission:
         """Give a seat to a row whose prompt was read."""
         (emission,) = emissions_of((row,), [outcome])
-        self.stats.rule = joined_rules([self.stats.rule, row.request.rule])
+        self.stats.rule = joined_rules([self.stats.rule, row.request.accept_rule])
         if self._is_open and not row.is_live:  # it needs no seat
             return self._with_cache(emission, filled.caches)
         self._seats.sit(row, filled, (outcome.tokens or [0])[-1])
@@ -475,18 +475,22 @@ class Decoder:
             is_host=[row.request.is_host],
             num_logprobs=row.request.num_logprobs,
         )
-        tokens = mx.zeros((1, 1), dtype=mx.int32)
-        if settings.rule.has_graph:
-            tokens = choose_tokens(
+        num_accepted = mx.zeros((1,), dtype=mx.int32)
+        token = mx.zeros((1, 1), dtype=mx.int32)
+        if settings.graph.has_graph:
+            token = choose_tokens(
                 filled.logits,
                 settings.sampling,
-                rule=settings.rule,
+                graph=settings.graph,
                 positions=mx.array([[row.offset]], dtype=mx.int32),
             )
-        logprobs = reported_logprobs(settings.rule, filled.logits, tokens)
-        # Its report has the form of a round without drafts.
-        report = mx.concatenate([mx.zeros_like(tokens), tokens], axis=1)
-        (outcome,) = self._outcomes(Report(report, filled.logits, logprobs), (row,))
+        report = Report.of(  # as of a round without drafts
+            mx.zeros((1, 0), dtype=mx.int32),
+            Accepted(num_accepted, token),
+            filled.logits,
+            settings.graph,
+        )
+        (outcome,) = self._outcomes(report, (row,))
         return outcome
 
     def _leave(self) -> None:
@@ -572,7 +576,7 @@ class Decoder:
         is_ready = count not in self._not_ready(capacity)
         num_shadow = self._queue_shadow(state, settings)
         start = time.perf_counter()
-        if settings.rule.has_host:
+        if settings.graph.has_host:
             self._verified, report = self._engine.verify(
                 state, settings, num_draft_tokens=count, min_rows=min_rows
             )
@@ -623,7 +627,7 @@ class Decoder:
         """Make drafts beside the next round, where they are asked for; how many."""
         count = self._chooser.num_shadow_drafts
         if count:
-            settings = replace(settings, rule=settings.rule.by_equality)
+            settings = replace(settings, graph=settings.graph.by_equality)
             try:
                 drafts = self._engine.draft(state, settings, num_draft_tokens=count)
                 with self._timer.queue():
@@ -657,14 +661,14 @@ class Decoder:
         """The numbers of drafts whose rounds were not traced before."""
         num_seats = len(self._seats)
         thread = threading.get_ident()  # every thread has traces of its own
-        key = (self._seats.settings.rule, capacity, num_seats, thread)
+        key = (self._seats.settings.graph, capacity, num_seats, thread)
         if self._not_ready_key != key:
             self._not_ready_key = key
             self._not_traced = {
                 count
                 for count in self._route.allowed
                 if not self._engine.is_ready(
-                    self._seats.settings.rule,
+                    self._seats.settings.graph,
                     num_draft_tokens=count,
                     min_rows=self._route.min_rows,
                     num_rows=num_seats,
@@ -722,8 +726,8 @@ class Decoder:
     def _outcomes(self, report: Report, rows: Sequence[Row | None]) -> list[Outcome]:
         """What was decided of every row, by the graph or now by the host."""
         with self._timer.wait():
-            values = _read(report.tokens)  # the one read of the round
-        return outcomes_of(values, report, rows)
+            decided = report.read()  # the one read of the round
+        return outcomes_of(decided, report, rows)
 
     def _commit(self, outcomes: list[Outcome]) -> None:
         """End the round that waits for the host."""
@@ -779,12 +783,12 @@ class Decoder:
     @property
     def _can_look_ahead(self) -> bool:
         """Whether a round may be queued before the last one's report is read."""
-        return self._look_ahead and not self._seats.settings.rule.has_host
+        return self._look_ahead and not self._seats.settings.graph.has_host
 
     @property
     def _can_shadow(self) -> bool:
         """Whether drafts beside a plain round say something, and of which place."""
-        if self._seats.settings.rule.has_host or any(self._drafts_in_flight):
+        if self._seats.settings.graph.has_host or any(self._drafts_in_flight):
             return False
         return any(row.request.max_draft_tokens for row in self._seats.live)
 
@@ -802,8 +806,3 @@ class Decoder:
             row.wants_more_than(sum(row in queued.rows for queued in in_flight))
             for row in self._seats.live
         )
-
-
-def _read(report: mx.array) -> list[list[int]]:
-    """Read a report: the only place where a round's result reaches the host."""
-    return cast(list[list[int]], report.tolist())

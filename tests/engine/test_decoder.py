@@ -19,6 +19,7 @@ from mlx_gemma_mtp.engine import decoder as decoder_module
 from mlx_gemma_mtp.engine.capacity import Room
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.engine.state import Report
 from mlx_gemma_mtp.generation.tokens import generate_tokens
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import named_arrays
@@ -47,7 +48,7 @@ def test_one_host_read_per_round(monkeypatch, look_ahead):
     pair = reference_pair()
     tokens_of(start(pair, 10, look_ahead=look_ahead))  # trace before counting
     reads, evals = [], []
-    read, evaluate = decoder_module._read, mx.eval
+    read, evaluate = Report.read, mx.eval
 
     def counted_read(report):
         reads.append(report)
@@ -57,7 +58,7 @@ def test_one_host_read_per_round(monkeypatch, look_ahead):
         evals.append(arrays)
         evaluate(*arrays)
 
-    monkeypatch.setattr(decoder_module, "_read", counted_read)
+    monkeypatch.setattr(Report, "read", counted_read)
     monkeypatch.setattr(mx, "eval", counted_eval)
     decoder = start(pair, 40, look_ahead=look_ahead)
     rounds = decoder.run()
@@ -65,7 +66,8 @@ def test_one_host_read_per_round(monkeypatch, look_ahead):
     num_evals = len(evals)  # the prefill's
     num_rounds = sum(1 for _ in rounds)
     assert len(reads) == 1 + num_rounds  # one for the prefill
-    assert all(r.shape == (1, 5) and r.dtype == mx.int32 for r in reads[1:])
+    assert all(r.tokens.shape == (1, 5) for r in reads[1:])
+    assert all(r.tokens.dtype == mx.int32 for r in reads)
     assert len(evals) - num_evals <= 1  # waiting for a round in flight at the end
 
 
@@ -76,8 +78,9 @@ def test_the_round_has_no_other_way_to_the_host():
     """
     forbidden = {"item", "tolist", "eval", "async_eval", "synchronize"}
     allowed = {
-        "decoder.py": {"_read", "_start_round", "_queue_shadow", "_rest", "_commit"},
+        "decoder.py": {"_start_round", "_queue_shadow", "_rest", "_commit"},
         "prefill.py": {"read", "read_prompt"},
+        "state.py": {"read"},
         "cache.py": {"resize", "insert_row", "take_row"},
         "seats.py": {"_start"},
         "target.py": {"__call__"},  # of what reads a chunk in groups of layers

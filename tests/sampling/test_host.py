@@ -19,10 +19,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_gemma_mtp.engine import decoder as decoder_module
 from mlx_gemma_mtp.engine.capacity import Room
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.engine.state import Report
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation import tokens as tokens_module
 from mlx_gemma_mtp.generation.text import describe, stream_generate
@@ -440,13 +440,13 @@ class TestBatches:
 class TestEngine:
     def test_one_read_per_round_and_no_look_ahead(self, pair, monkeypatch):
         reads = []
-        read = decoder_module._read
+        read = Report.read
 
         def counted_read(report):
             reads.append(report)
             return read(report)
 
-        monkeypatch.setattr(decoder_module, "_read", counted_read)
+        monkeypatch.setattr(Report, "read", counted_read)
         request = Request(PROMPT, 20, logits_processors=(Recorder(),))
         decoder = Decoder(pair.rounds, [request], num_draft_tokens=3)
         num_rounds = 0
