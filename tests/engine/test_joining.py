@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp.drafting.policy import DraftPolicy
 from mlx_gemma_mtp.engine.capacity import seats_for
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
@@ -648,35 +649,18 @@ def fails(*args, **kwargs):
     raise RuntimeError("no memory")
 
 
-class Chooser:
+class Told(DraftPolicy):
     """Always one draft; says for how many seats a round was that it is told of."""
 
-    num_shadow_drafts = 0
+    def __init__(self, tell, num_seats=0):
+        super().__init__(1)
+        self._tell, self._num_seats = tell, num_seats
 
-    def __init__(self, num_seats, tell):
-        self._num_seats, self._tell = num_seats, tell
-
-    def choose(self, allowed, *, not_ready, tokens_left, can_shadow=False):
-        return 1
+    def for_batch(self, num_seats, *, rule, context):
+        return Told(self._tell, num_seats)
 
     def observe(self, num_draft_tokens, accepted, seconds, *, num_shadow_drafts=0):
         self._tell(self._num_seats)
-
-    def observe_setup(self, seconds):
-        pass
-
-
-class Choosers:
-    """One for each number of seats."""
-
-    def __init__(self, tell):
-        self._tell = tell
-
-    def for_batch(self, num_seats, *, rule, context):
-        return Chooser(num_seats, self._tell)
-
-    def finish(self):
-        pass
 
 
 class TestController:
@@ -693,8 +677,8 @@ class TestController:
             return run(state, *args, **kwargs)
 
         rounds.run = counted  # type: ignore[method-assign]
-        choosers = Choosers(lambda seats: told.append((seats, num_computed.pop(0))))
-        decoder = Decoder(rounds, num_draft_tokens=choosers)
+        policy = Told(lambda seats: told.append((seats, num_computed.pop(0))))
+        decoder = Decoder(rounds, num_draft_tokens=policy)
         for limit in (30, 4, 16):
             decoder.add(Request([GOOD], limit))
             for _ in range(3):
