@@ -154,9 +154,9 @@ class Progress:
     is_paused: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
-    """What one step has done: at most a round and a chunk of prompts.
+    """What one step has done so far: at most a round and a chunk of prompts.
 
     Attributes:
         emissions: What rows have emitted, in order.

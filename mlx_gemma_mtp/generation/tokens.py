@@ -14,7 +14,8 @@ import mlx.core as mx
 
 from ..cache.prompt import insert_row
 from ..cache.slabs import next_capacity
-from ..engine.decoder import DEFAULT_MAX_ROWS, Decoder
+from ..engine.capacity import DEFAULT_MAX_ROWS
+from ..engine.decoder import Decoder
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE, read_prompt
 from ..engine.request import Request
 from ..engine.state import RoundState, row_settings
@@ -216,7 +217,7 @@ def make_decoder(
     decoder = Decoder(
         pair.rounds,
         requests,
-        num_draft_tokens=plan.draft_lengths,
+        num_draft_tokens=plan.draft_policy,
         prefill_step_size=prefill_step_size,
         route=plan.route,
         early_start=plan.early_start,
@@ -264,7 +265,7 @@ def make_batch_decoder(
     )
     decoder = Decoder(
         pair.rounds,
-        num_draft_tokens=plan.draft_lengths,
+        num_draft_tokens=plan.draft_policy,
         prefill_step_size=prefill_step_size,
         route=plan.route,
         max_rows=max_rows,

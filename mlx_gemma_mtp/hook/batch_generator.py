@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..engine.decoder import DEFAULT_MAX_ROWS
+from ..engine.capacity import DEFAULT_MAX_ROWS
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from ..engine.request import Request
 from ..engine.results import Emission, Progress, Step

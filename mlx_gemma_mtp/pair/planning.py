@@ -14,12 +14,8 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 
 from ..constants import AUTO
-from ..drafting.policy import (
-    AdaptiveDraftLength,
-    BatchDraftLengths,
-    DraftLengths,
-    FixedDraftLength,
-)
+from ..drafting.controller import DraftLengthController
+from ..drafting.policy import DraftPolicy, Learning
 from ..engine.early_start import EarlyStart
 from ..engine.request import Request
 from ..engine.rounds import Rounds
@@ -53,14 +49,14 @@ class Plan:
     """What a decoder needs beside its requests.
 
     Attributes:
-        draft_lengths: Who chooses the number of drafts.
+        draft_policy: Who chooses the number of drafts.
         route: How rounds are run.
         why_plain: Why there are no drafts, in words; empty where there may be.
         probe_s: What the probe took, if it ran for this plan, seconds.
         early_start: Decides when rounds are started.
     """
 
-    draft_lengths: DraftLengths
+    draft_policy: DraftPolicy
     route: Route
     why_plain: str = ""
     probe_s: float = 0.0
@@ -102,43 +98,26 @@ def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
         why_plain = "num_draft_tokens is 0"
         if pair.drafter is None:
             why_plain = pair.drafter_source or _NO_DRAFTER
-        return Plan(FixedDraftLength(0), PLAIN, why_plain)
+        return Plan(DraftPolicy(0), PLAIN, why_plain)
     route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
+    return Plan(_draft_policy(pair, route, num_draft_tokens), route)
 
-    def adaptive(num_seats: int, rule: str, context: int) -> AdaptiveDraftLength:
-        return _adaptive(
-            pair,
-            rule,
-            route,
-            num_draft_tokens=num_draft_tokens,
-            num_rows=num_seats,
-            context=context,
+
+def _draft_policy(
+    pair: Pair, route: Route, num_draft_tokens: int | None
+) -> DraftPolicy:
+    """The choice of the pair's controllers, or a fixed number for them to learn."""
+    calibration = pair.calibration
+
+    def controller(num_seats: int, rule: str, context: int) -> DraftLengthController:
+        return calibration.controller(
+            rule, num_rows=num_seats, min_rows=route.min_rows, context=context
         )
 
-    return Plan(BatchDraftLengths(adaptive, keep=pair.calibration.save), route)
-
-
-def _adaptive(
-    pair: Pair,
-    rule: str,
-    route: Route,
-    *,
-    num_draft_tokens: int | None,
-    num_rows: int,
-    context: int,
-) -> AdaptiveDraftLength:
-    """The choice of the pair's controller for rows of a kind, or a fixed number."""
-    calibration = pair.calibration
-    controller = calibration.controller(
-        rule, num_rows=num_rows, min_rows=route.min_rows, context=context
+    learning = Learning(
+        controller, calibration.setups, calibration.lock, keep=calibration.save
     )
-    return AdaptiveDraftLength(
-        controller,
-        num_draft_tokens=num_draft_tokens,
-        setups=calibration.setups,
-        lock=calibration.lock,
-        keep=calibration.save,
-    )
+    return DraftPolicy(num_draft_tokens, learning=learning)
 
 
 class _Planner:
@@ -154,7 +133,7 @@ class _Planner:
         self._rounds = pair.rounds  # first: what was learnt goes with old weights
         self._pair = pair
         self._requests = requests
-        self._rule = joined_rules(request.accept_rule for request in requests)
+        self._rule = joined_rules(sorted({r.accept_rule for r in requests}))
         self._num_draft_tokens = num_draft_tokens
         self._exactness = exactness
         self._probe_s = 0.0
@@ -164,32 +143,22 @@ class _Planner:
         why_plain = self._why_plain()
         route = self._route(is_plain=bool(why_plain))
         if self._pair.drafter is None:
-            return Plan(FixedDraftLength(0), route, why_plain, self._probe_s)
+            return Plan(DraftPolicy(0), route, why_plain, self._probe_s)
         if not why_plain and not route.has_drafts:
             why_plain = route.state
-        adaptive = self._adaptive(route)
+        policy = _draft_policy(self._pair, route, self._num_draft_tokens)
         if self._num_draft_tokens is None:
-            return Plan(adaptive, route, why_plain, self._probe_s, self._early_start)
+            return Plan(policy, route, why_plain, self._probe_s, self._early_start)
         if self._num_draft_tokens not in route.allowed and route.has_drafts:
             used = max(k for k in route.allowed if k <= self._num_draft_tokens)
             note = f"{used} drafts in place of {self._num_draft_tokens}, not proved"
             route = replace(route, state=f"{route.state}; {note}")
             why_plain = "" if used else note
-        return Plan(adaptive, route, why_plain, self._probe_s, self._early_start)
+        return Plan(policy, route, why_plain, self._probe_s, self._early_start)
 
     @property
     def _early_start(self) -> EarlyStart:
         return self._pair.calibration.early_start(len(self._requests))
-
-    def _adaptive(self, route: Route) -> AdaptiveDraftLength:
-        return _adaptive(
-            self._pair,
-            self._rule,
-            route,
-            num_draft_tokens=self._num_draft_tokens,
-            num_rows=len(self._requests),
-            context=max(len(request.prompt) for request in self._requests),
-        )
 
     def _why_plain(self) -> str:
         """Why the requests decode plainly whatever the machine does, in words."""

@@ -176,7 +176,7 @@ class OwnEngine:
         decoder = Decoder(
             self._rounds,
             requests,
-            num_draft_tokens=plan.draft_lengths,
+            num_draft_tokens=plan.draft_policy,
             route=plan.route,
         )
         before = RoundStats()

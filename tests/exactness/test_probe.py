@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mlx_gemma_mtp.cache import slabs as cache_module
-from mlx_gemma_mtp.engine import capacity as room_module
+from mlx_gemma_mtp.engine import capacity as capacity_module
 from mlx_gemma_mtp.engine import rounds as rounds_module
 from mlx_gemma_mtp.engine.decoder import Request
 from mlx_gemma_mtp.engine.rounds import Rounds
@@ -504,7 +504,7 @@ def by_capacity(monkeypatch):
     pair = load_pair(REFERENCE / "12b" / "target", REFERENCE / "12b" / "drafter")
     rounds = pair.rounds
     monkeypatch.setattr(rounds, "target", ByCapacity(pair.target))
-    monkeypatch.setattr(room_module, "RESERVED_TOKENS", 8)
+    monkeypatch.setattr(capacity_module, "RESERVED_TOKENS", 8)
     monkeypatch.setattr(cache_module, "CAPACITY_BLOCK", 32)
     return pair
 

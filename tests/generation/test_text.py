@@ -219,10 +219,10 @@ class TestStream:
         for _ in range(2):
             stream = stream_generate(model, tokenizer, PROMPT, max_tokens=24)
             found = list(islice(stream, 5))
-            assert decoders[-1]._seats.state is not None
+            assert decoders[-1]._batch.state is not None
             stream.close()
-            assert not decoders[-1]._in_flight
-            assert decoders[-1]._seats.state is None
+            assert not decoders[-1]._pipeline._in_flight
+            assert decoders[-1]._batch.state is None
             assert ids_of(found) == ids_of(plain)[:5]
 
 
@@ -368,8 +368,8 @@ class TestEnds:
         settings = {"max_tokens": 500, "num_draft_tokens": 4}
         responses(model, tokenizer, stop=joined(plain)[9:13], **settings)
         (decoder,) = decoders
-        assert not decoder._in_flight
-        assert decoder._seats.state is None
+        assert not decoder._pipeline._in_flight
+        assert decoder._batch.state is None
         assert decoder.stats.rounds < 24
 
     def test_a_stop_string_over_tokens_and_blocks(self, script, tokenizer):
@@ -497,13 +497,13 @@ class TestDrafters:
         settings = {"max_tokens": 12, "draft_model": drafter, "num_draft_tokens": 4}
         found = responses(target, tokenizer, **settings, **SAMPLED)
         assert found[-1].stats.accepted > 0
-        assert decoders[-1]._engine.drafter is drafter
+        assert decoders[-1]._rounds.drafter is drafter
 
     def test_one_that_is_named_overrides(self, model, tokenizer, drafter, decoders):
         for draft_model in (drafter, None):
             settings = {"max_tokens": 2, "draft_model": draft_model}
             responses(model, tokenizer, **settings)
-        override, own = (decoder._engine.drafter for decoder in decoders)
+        override, own = (decoder._rounds.drafter for decoder in decoders)
         assert override is drafter
         assert own is not drafter
         assert own is not None

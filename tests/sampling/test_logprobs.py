@@ -147,8 +147,8 @@ def test_rounds_still_look_ahead_and_read_once(pair, monkeypatch):
     )
     in_flight, sizes = [], set()
     for _ in decoder.run():
-        in_flight.append(len(decoder._in_flight))
-        for queued in decoder._in_flight:
+        in_flight.append(len(decoder._pipeline._in_flight))
+        for queued in decoder._pipeline._in_flight:
             report = queued.report
             assert report.logprobs is not None
             sizes.add(tuple(a.shape for a in report.arrays))
