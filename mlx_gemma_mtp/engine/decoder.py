@@ -329,8 +329,8 @@ class Decoder:
         if self._is_closed:
             return
         self._is_closed = True
-        self._rest()
         self._queue.clear()
+        self._rest()
         self._timer.stop()
         self._draft_policy.finish()
 
@@ -340,3 +340,5 @@ class Decoder:
             self._pipeline.rest()
         except Exception as error:
             logger.warning("a round that was not needed has failed", exc_info=error)
+        if not self._queue:
+            self._rounds.let_go()

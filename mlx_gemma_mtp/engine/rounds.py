@@ -113,7 +113,7 @@ class Rounds:
         self.use_compile = use_compile
         self._verification = verification
         self._arrays = arrays
-        self._model_arrays: list[mx.array] = []
+        self._model_arrays: list[mx.array] | None = None  # while something decodes
         self._traces: Traces[CompiledRound] = Traces() if traces is None else traces
 
     def with_drafter(self, drafter: DrafterLike) -> Rounds:
@@ -134,10 +134,19 @@ class Rounds:
         Returns:
             The models' arrays that rounds read from now on.
         """
-        if self._arrays is not None:
-            self._model_arrays, structure = self._arrays.read()
-            self._traces.fit(structure)
-        return self._model_arrays
+        if self._arrays is None:
+            return []
+        arrays, structure = self._arrays.read()
+        self._traces.fit(structure)
+        self._model_arrays = arrays
+        return arrays
+
+    def let_go(self) -> None:
+        """Keep no weights alive that the models drop; the next round reads them anew.
+
+        Rounds of others may go on meanwhile.
+        """
+        self._model_arrays = None
 
     def is_ready(
         self,
@@ -246,7 +255,8 @@ class Rounds:
             self.refresh()
             compiled = self._traces.add(key, self._made(shape))
         while True:
-            model_arrays = self._model_arrays
+            held = self._model_arrays
+            model_arrays = self.refresh() if held is None else held
             try:
                 return compiled(
                     partial(self._bound, model_arrays),
@@ -255,7 +265,7 @@ class Rounds:
                     settings.named,
                 )
             except ArraysChangedError:  # by another thread, since they were read
-                self.refresh()
+                self.let_go()
 
     def _made(self, shape: _Shape) -> CompiledRound:
         """The round of a shape, for this thread to call."""

@@ -351,7 +351,6 @@ def test_changed_weights_are_used(num_draft_tokens):
         )
 
     before = decode(changed)
-    assert changed.rounds is changed.rounds
     for pair in (changed, fresh):
         layer = pair.target.layers[0].mlp
         layer.down_proj.weight = -layer.down_proj.weight
