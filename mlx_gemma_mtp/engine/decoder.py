@@ -84,7 +84,6 @@ class Decoder:
         self._draft_policy = num_draft_tokens
         self._timer = RoundTimer()
         self.stats = RoundStats(
-            rule=joined_rules(r.rule for r in requests),
             exactness=route.state,
             max_difference=route.max_difference,
             phases=self._timer.phases,
@@ -159,6 +158,8 @@ class Decoder:
         ]
         self._queue.append(entries)
         self.num_added += len(entries)
+        rules = (request.accept_rule for request in requests)
+        self.stats.rule = joined_rules([self.stats.rule, *rules])
         return [entry.sequence for entry in entries]
 
     def remove(self, sequence: Row) -> None:

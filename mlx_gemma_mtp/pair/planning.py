@@ -133,7 +133,7 @@ class _Planner:
         self._rounds = pair.rounds  # first: what was learnt goes with old weights
         self._pair = pair
         self._requests = requests
-        self._rule = joined_rules(sorted({r.rule for r in requests}))
+        self._rule = joined_rules(sorted({r.accept_rule for r in requests}))
         self._num_draft_tokens = num_draft_tokens
         self._exactness = exactness
         self._probe_s = 0.0
@@ -268,9 +268,8 @@ def _probed(
     num_passes, verdict = compared.num_passes, None
     try:
         verdict = probe(
-            rounds.target,
+            rounds,
             num_rows=num_rows,
-            use_compile=rounds.use_compile,
             budget_s=budget_s,
             compared=compared,
         )

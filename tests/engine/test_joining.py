@@ -22,7 +22,7 @@ from mlx_gemma_mtp.engine.timing import RoundTimer
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation.tokens import make_batch_decoder
 from mlx_gemma_mtp.pair.load import load_pair
-from mlx_gemma_mtp.sampling.distribution import sampling_rule
+from mlx_gemma_mtp.sampling.graph import sampling_graph
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.scripted import ChainDrafter, ChainTarget, successor
 from tests.tiny import reference_pair, uncompiled
@@ -705,17 +705,17 @@ class TestController:
 
     def test_an_expensive_rule_goes_with_its_row(self):
         """Kernels, short lists and nobody's log-probabilities come back at once."""
-        lists = sampling_rule([SamplingParams(1.0, 0.9, 64, seed=1)])
+        lists = sampling_graph([SamplingParams(1.0, 0.9, 64, seed=1)])
         for other in (
             SamplingParams(1.0, seed=1),
             SamplingParams(1.0, top_k=2000, seed=1),
             SamplingParams(1.0, top_k=64, seed=1, xtc_probability=0.5),
             SamplingParams(),
         ):
-            rule = sampling_rule([other], num_logprobs=64)
-            assert lists.joined(rule) == lists
-            assert rule.joined(lists) == rule
-        block = sampling_rule([SamplingParams(1.0, top_k=5, reproducible=False)])
+            graph = sampling_graph([other], num_logprobs=64)
+            assert lists.joined(graph) == lists
+            assert graph.joined(lists) == graph
+        block = sampling_graph([SamplingParams(1.0, top_k=5, reproducible=False)])
         (both,) = lists.joined(block).groups
         assert both.has_block
         assert both.has_coupled
