@@ -51,6 +51,7 @@ class Decoder:
         early_start: Decides whether it is started before that, too; None for one that
             has learnt nothing yet.
         route: How rounds are run and which numbers of drafts they may have.
+        why_plain: Of the statistics, as are the seconds ``probe_s``.
         max_rows: See ``OpenBatch.max_sequences``; for sequences that join and leave.
         max_kv_bytes: See ``OpenBatch``; for sequences that join and leave.
         prompt_caches: mlx-lm's caches that hold what comes before each request's
@@ -74,6 +75,8 @@ class Decoder:
         look_ahead: bool = True,
         early_start: EarlyStart | None = None,
         route: Route = ANY_ROUTE,
+        why_plain: str = "",
+        probe_s: float = 0.0,
         max_rows: int = DEFAULT_MAX_ROWS,
         max_kv_bytes: int | None = None,
         prompt_caches: Sequence[Sequence[Any] | None] = (),
@@ -84,8 +87,9 @@ class Decoder:
         self._draft_policy = num_draft_tokens
         self._timer = RoundTimer()
         self.stats = RoundStats(
-            rule=joined_rules(r.accept_rule for r in requests),
             exactness=route.state,
+            why_plain=why_plain,
+            probe_s=probe_s,
             max_difference=route.max_difference,
             phases=self._timer.phases,
         )
@@ -159,6 +163,8 @@ class Decoder:
         ]
         self._queue.append(entries)
         self.num_added += len(entries)
+        rules = (request.accept_rule for request in requests)
+        self.stats.rule = joined_rules([self.stats.rule, *rules])
         return [entry.sequence for entry in entries]
 
     def remove(self, sequence: Row) -> None:

@@ -137,18 +137,20 @@ class PromptReader:
             is_host=[sequence.request.is_host],
             num_logprobs=sequence.request.num_logprobs,
         )
-        graph = settings.graph
         token = mx.zeros((1, 1), dtype=mx.int32)
-        if graph.has_graph:
+        if settings.graph.has_graph:
             token = choose_tokens(
                 read_prompt.logits,
                 settings.sampling,
-                graph=graph,
+                graph=settings.graph,
                 positions=mx.array([[sequence.offset]], dtype=mx.int32),
             )
-        accepted = Accepted(mx.zeros((1,), dtype=mx.int32), token)
-        no_drafts = mx.zeros((1, 0), dtype=mx.int32)
-        report = Report.of(no_drafts, accepted, read_prompt.logits, graph)
+        report = Report.of(  # as of a round without drafts
+            mx.zeros((1, 0), dtype=mx.int32),
+            Accepted(mx.zeros((1,), dtype=mx.int32), token),
+            read_prompt.logits,
+            settings.graph,
+        )
         with self._timer.wait():
             decided = report.read()
         (outcome,) = outcomes_of(decided, report, (sequence,))

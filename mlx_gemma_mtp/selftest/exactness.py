@@ -20,9 +20,10 @@ from ..engine.route import Route
 from ..errors import RequestError
 from ..exactness.probe import probe
 from ..exactness.verdict import PLAIN_ROWS, Verdict, exact_routes
+from ..models.published import text_config
 from ..pair.pair import Pair
 from .machine import is_on_cpu, memory_bytes
-from .random_pair import random_pair, text_config
+from .random_pair import random_pair
 from .result import FAIL, INFO, PASS, SKIP, Result, status_of
 
 _NUM_TOKENS = 40

@@ -97,8 +97,8 @@ class TestText:
             prefill_step_size=data.draw(st.sampled_from([1, 7, 2048])),
         )
 
-    def test_64_requests_of_the_embedded_pair(self):
-        """Greedy and seeded, through rings that wrap, eight at a time."""
+    def test_requests_of_the_embedded_pair(self):
+        """Greedy and seeded, through rings that wrap, four at a time."""
         pair = load_pair()
         rng = random.Random(3)
         requests = [
@@ -110,14 +110,14 @@ class TestText:
                         for _ in range(rng.choice([2, 9, 40]))
                     ),
                 ],
-                rng.choice([1, 3, 8, 24]),
+                rng.choice([1, 3, 20]),
                 SamplingParams(1.0, 0.95, 64, seed=i) if i % 2 else SamplingParams(),
                 eos_token_ids=pair.eos_token_ids,
             )
-            for i in range(64)
+            for i in range(14)
         ]
         with uncompiled():
-            check_against_alone(pair, requests, rng, num_draft_tokens=4, max_rows=8)
+            check_against_alone(pair, requests, rng, num_draft_tokens=4, max_rows=4)
 
     def test_all_settings_beside_each_other(self):
         """Processors, penalties, top-k and none, log-probabilities, own switches."""
@@ -132,7 +132,7 @@ class TestText:
             ][i % 4]
             return Request(
                 [rng.randrange(4, 500) for _ in range(rng.choice([1, 5, 30]))],
-                rng.choice([1, 10, 30]),
+                rng.choice([1, 10, 20]),
                 sampling,
                 logits_processors=(less_of_the_last,) if i % 5 == 0 else (),
                 num_logprobs=[None, 0, 3][i % 3],
@@ -142,7 +142,7 @@ class TestText:
         pair = reference_pair("e2b")
         with uncompiled():
             check_against_alone(
-                pair, [request(i) for i in range(24)], rng, num_draft_tokens=3
+                pair, [request(i) for i in range(12)], rng, num_draft_tokens=3
             )
 
 
@@ -352,7 +352,7 @@ class TestQueue:
         assert most == 2
         assert all(row.num_emitted == 300 for row in rows)
 
-    @settings(max_examples=15)
+    @settings(max_examples=10)
     @given(data=st.data())
     def test_memory_is_never_exceeded(self, chain, data):
         """Whoever comes after whom, also while there is always somebody who waits."""
@@ -365,11 +365,11 @@ class TestQueue:
             max_rows=data.draw(st.sampled_from([2, 8, 32])),
         )
         sizes = st.tuples(
-            st.sampled_from([3, 40, 300, 1500]), st.sampled_from([1, 9, 60, 900])
+            st.sampled_from([3, 40, 300, 1500]), st.sampled_from([1, 9, 60, 300])
         )
         rows = [
             decoder.add(Request([GOOD] * length, limit))
-            for length, limit in data.draw(st.lists(sizes, min_size=4, max_size=16))
+            for length, limit in data.draw(st.lists(sizes, min_size=4, max_size=12))
             if length + limit + 18 <= 2048
         ]
         while not decoder.is_idle:

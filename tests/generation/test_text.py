@@ -485,7 +485,7 @@ class TestGenerate:
 
 class TestDrafters:
     def test_a_bare_model_decodes_plainly(self, tokenizer, plain):
-        target = load_pair(REFERENCE / "12b" / "target").target
+        target = load_pair(REFERENCE / "12b" / "target", False).target
         found = responses(target, tokenizer, max_tokens=6)
         assert ids_of(found) == ids_of(plain)[:6]
         assert found[-1].stats.drafted == 0
@@ -493,7 +493,7 @@ class TestDrafters:
             stream_generate(target, tokenizer, PROMPT, num_draft_tokens=4)
 
     def test_one_that_is_named_is_used(self, tokenizer, drafter, decoders):
-        target = load_pair(REFERENCE / "12b" / "target").target
+        target = load_pair(REFERENCE / "12b" / "target", False).target
         settings = {"max_tokens": 12, "draft_model": drafter, "num_draft_tokens": 4}
         found = responses(target, tokenizer, **settings, **SAMPLED)
         assert found[-1].stats.accepted > 0
