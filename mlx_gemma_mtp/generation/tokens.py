@@ -144,6 +144,7 @@ def make_decoder(
     prompt_caches: Sequence[Sequence[Any] | None] = (),
 ) -> Decoder:
     """A decoder of checked requests, planned for this machine; see ``make_plan``."""
+    pair.refresh()
     plan = make_plan(
         pair, requests, num_draft_tokens=num_draft_tokens, exactness=exactness
     )
@@ -189,6 +190,7 @@ def make_batch_decoder(
             raise RequestError(
                 f"{name} must be 1 or more: got {value!r}. Leave it out."
             )
+    pair.refresh()
     plan = make_batch_plan(pair, num_draft_tokens=drafts_of(pair, num_draft_tokens))
     return Decoder(
         pair.rounds,

@@ -124,13 +124,7 @@ def examined(
         budget_s: Longest time for a probe, seconds; None for any.
         drafts: The numbers of drafts whose texts are compared, where proved.
     """
-    rounds = pair.rounds
-    verdict = probe(
-        rounds.target,
-        use_compile=rounds.use_compile,
-        budget_s=budget_s,
-        is_whole=True,
-    )
+    verdict = probe(pair.rounds, budget_s=budget_s, is_whole=True)
     if verdict is None:
         return SKIP, "skipped, the probe would take too long", {}
     route = exact_routes(verdict)[0]
