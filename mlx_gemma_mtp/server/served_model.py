@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors
 
-from ..cache.kept import MIN_TOKENS, KeptCaches
+from ..cache.kept import KeptCaches
 from ..cache.slabs import SlabLayout, stepped_capacity
 from ..checkpoints.template_files import missing_template_note
 from ..engine.batch import seats_for
@@ -28,6 +28,7 @@ from ..pair.pair import Pair, pair_of
 from ..sampling.defaults import SamplingDefaults
 from ..sampling.host import without_early_end
 from .choice import Order
+from .prompts import MIN_TOKENS
 from .settings import Settings
 from .transcript import Transcript
 from .worker import Means
@@ -202,7 +203,9 @@ def _kept(settings: Settings) -> KeptCaches | None:
     if not (settings.prompt_cache_size and settings.prompt_cache_bytes):
         return None
     return KeptCaches(
-        max_size=settings.prompt_cache_size, max_bytes=settings.prompt_cache_bytes
+        max_size=settings.prompt_cache_size,
+        max_bytes=settings.prompt_cache_bytes,
+        min_tokens=MIN_TOKENS,
     )
 
 

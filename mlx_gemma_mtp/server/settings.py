@@ -328,7 +328,7 @@ def _object(flag: str, text: str | None) -> dict[str, Any]:
     return value
 
 
-def _size(text: str) -> int:
+def size_in_bytes(text: str) -> int:
     """Bytes of a text such as ``8GB``, ``512MiB`` or ``1000000``."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx_lm.server
 import pytest
 
-from mlx_gemma_mtp.cache.kept import MIN_TOKENS, KeptCaches
+from mlx_gemma_mtp.cache.kept import KeptCaches
 from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout
 from mlx_gemma_mtp.constants import FULL
 from mlx_gemma_mtp.errors import RequestError
@@ -25,7 +25,7 @@ from mlx_gemma_mtp.server import __main__ as command
 from mlx_gemma_mtp.server.answer_parser import Dialogue
 from mlx_gemma_mtp.server.arguments import API_KEY_VARIABLE, configure_parser, parse
 from mlx_gemma_mtp.server.openai_format import dumps
-from mlx_gemma_mtp.server.prompts import Prompts
+from mlx_gemma_mtp.server.prompts import MIN_TOKENS, Prompts
 from mlx_gemma_mtp.server.refused import REFUSED
 from mlx_gemma_mtp.server.served_model import check_memory
 from mlx_gemma_mtp.server.settings import MAX_LOGPROBS
@@ -486,7 +486,7 @@ def test_names_of_tokens():
 
 
 def test_kept_caches_are_worth_keeping():
-    kept = KeptCaches(max_size=2, max_bytes=10**6)
+    kept = KeptCaches(max_size=2, max_bytes=10**6, min_tokens=MIN_TOKENS)
     tokens = list(range(MIN_TOKENS))
     assert kept.is_worth(MIN_TOKENS)
     assert not kept.is_worth(MIN_TOKENS - 1)

@@ -14,9 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from functools import partial
-from multiprocessing import active_children
 from pathlib import Path
 from typing import cast
 
@@ -25,13 +22,11 @@ import pytest
 
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load, load_tokenizer
-from mlx_gemma_mtp.pair.pair import named_arrays, pair_of
-from mlx_gemma_mtp.sampling.params import SamplingParams
+from mlx_gemma_mtp.pair.pair import pair_of
 from mlx_gemma_mtp.tune.__main__ import main, parse
 from mlx_gemma_mtp.tune.data.documents import DocumentReader, Lengths
-from mlx_gemma_mtp.tune.pipeline import load_plain
-from mlx_gemma_mtp.tune.recording.material import Writing, _Group, choose, write_all
-from mlx_gemma_mtp.tune.request import TextSettings, TuneRequest
+from mlx_gemma_mtp.tune.recording.material import choose
+from mlx_gemma_mtp.tune.request import TextSettings
 from mlx_gemma_mtp.tune.training.snapshot import read_snapshot
 from mlx_gemma_mtp.tune.training.trainer import Trainer
 from tests import tiny
@@ -319,7 +314,6 @@ def test_bad_data_is_one_line_before_anything_is_written(
         (["--from-scratch", "--lora-rank", "2"], "--lora-rank must be left out"),
         (["--steps", "0"], "--steps must be 1 or more"),
         (["--num-rows", "0"], "--num-rows must be 1 or more"),
-        (["--loss", "l2"], "invalid choice"),
         (["--temp", "-1"], "temp must be 0 or more"),
         (["--chat-template-config", "[]"], "must be a JSON object"),
         (["--max-tokens", "1000000"], "context"),
@@ -456,40 +450,6 @@ def test_run_that_was_done_is_only_cleaned_up(model, data, trained, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-@pytest.mark.slow
-def test_texts_are_the_same_in_several_processes(model, data, tmp_path):
-    outputs = [tmp_path / "one", tmp_path / "two"]
-    for output, count in zip(outputs, "13", strict=True):
-        more = ("--num-processes", count, "--temp", "1")
-        assert main(arguments(model, data, output, *more)) == 0
-    assert weights_of(outputs[0]) == weights_of(outputs[1])
-
-
-def test_memory_of_writing_processes_counts(model, data, tmp_path):
-    writing, load_again = some_writing(model, data, tmp_path)
-    writing = replace(writing, documents=writing.documents[:4])
-    pair = load_again()
-    before = mx.get_peak_memory()
-    written = write_all(writing, pair, load_again, lambda done: None)
-    assert written.names == writing.names
-    weights = sum(array.nbytes for _, array in named_arrays([pair.target]))
-    assert written.peak_memory_bytes >= before + weights  # one may have written all
-    again = write_all(writing, pair, load_again, lambda done: None)
-    assert again.names == written.names
-    assert again.peak_memory_bytes == mx.get_peak_memory()
-
-
-def test_memory_is_that_of_all_processes_together(model, data, tmp_path, monkeypatch):
-    groups = [_Group(2, 11, 300), _Group(2, 12, 50), _Group(2, 11, 200)]
-    path = "mlx_gemma_mtp.tune.recording.material._groups"
-    monkeypatch.setattr(path, lambda *args: iter(groups))
-    writing, load_again = some_writing(model, data, tmp_path)
-    done: list[int] = []
-    written = write_all(writing, load_again(), load_again, done.append)
-    assert written.peak_memory_bytes == mx.get_peak_memory() + 300 + 50
-    assert done == [0, 2, 4, 6]
-
-
 def test_checkpoint_at_another_place_is_not_replaced(
     model, data, trained, tmp_path, capsys
 ):
@@ -500,32 +460,6 @@ def test_checkpoint_at_another_place_is_not_replaced(
     assert main(again) == 1
     assert "must not be there yet" in capsys.readouterr().err
     assert weights_of(other) == before
-
-
-def some_writing(model, data, tmp_path):
-    """Documents for two processes, and how these get the target."""
-    lengths = Lengths(8, 12, 1000)
-    reader = DocumentReader(load_tokenizer(model), lengths, generate=True)
-    documents = list(reader.read([data]))
-    texts = TextSettings(num_rows=1, num_processes=2, prompt_tokens=8, max_tokens=12)
-    folder = tmp_path / "records"
-    writing = Writing(documents, folder, "x", SamplingParams(seed=1), texts)
-    request = TuneRequest(str(model), (str(data),), tmp_path / "made", texts=texts)
-    return writing, partial(load_plain, request)
-
-
-def test_mistake_in_a_process_ends_the_others(model, data, tmp_path):
-    writing, load_again = some_writing(model, data, tmp_path)
-    writing = replace(writing, documents=[*writing.documents] * 10)
-
-    def fail(num_done: int) -> None:
-        if num_done:
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        write_all(writing, load_again(), load_again, fail)
-    assert not active_children()
-    assert len(list(writing.folder.glob("x-*"))) < len(writing.documents) / 2
 
 
 def test_too_little_data_is_told(model, tmp_path, capsys):
