@@ -20,7 +20,7 @@ from hypothesis import settings
 
 from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.load import load_tokenizer
-from tests import gemma, gemma_pair, kernel_cache
+from tests import gemma, gemma_pair, kernel_cache, tiny
 
 # What stands on mlx-lm 0.32, which Python 3.10 does not get.
 collect_ignore: list[str] = []
@@ -69,6 +69,13 @@ def _connect_locally(self, address):
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", _connect_locally)
+
+
+@pytest.fixture(scope="module")
+def plain_graphs():
+    """Nothing is compiled: for modules whose subject stands above the rounds."""
+    with tiny.uncompiled():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,18 +19,11 @@ from mlx_gemma_mtp.pair.load import load
 from tests import gemma_pair
 from tests.gemma import BOS
 from tests.gemma_pair import let_say
-from tests.tiny import uncompiled
 
-pytestmark = pytest.mark.gemma
+pytestmark = [pytest.mark.gemma, pytest.mark.usefixtures("plain_graphs")]
 
 CHAT = importlib.import_module("mlx_gemma_mtp.chat.__main__")
 ANSWER = "<|channel>thought\nHm.\n<channel|>Yes.<turn|>"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture

@@ -36,7 +36,9 @@ from mlx_gemma_mtp.hook.install import install, uninstall
 from mlx_gemma_mtp.pair.pair import carries_drafter, pair_of
 from tests.embedded import PROMPTS, float32_pair
 from tests.gemma_pair import let_say
-from tests.tiny import tiny_tokenizer, uncompiled
+from tests.tiny import tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 # What the hook adds to them has no types there.
 mlx_lm: Any = importlib.import_module("mlx_lm")
@@ -62,12 +64,6 @@ STALE: list[Any] = [
     {"quant_method": "compressed-tensors", "config_groups": {}},
 ]
 SAMPLER = make_sampler(temp=0.9, top_k=40)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(scope="module")

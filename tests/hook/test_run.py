@@ -25,7 +25,8 @@ from mlx_gemma_mtp.hook import install as hook
 from mlx_gemma_mtp.hook import run
 from mlx_gemma_mtp.hook.table import DECODING_PROGRAMS, OLDEST_VERSION
 from tests.embedded import PROMPTS, float32_pair
-from tests.tiny import uncompiled
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 mlx_lm: Any = importlib.import_module("mlx_lm")
 VERSION = tuple(int(part) for part in mlx_lm.__version__.split(".")[:2])
@@ -35,12 +36,6 @@ needs_hook = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 DRAFTS = r"Drafts: (\d+) of (\d+) tokens came from drafts \(\d+%\)\."
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(autouse=True)
