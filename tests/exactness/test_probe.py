@@ -27,17 +27,13 @@ from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.pair.planning import make_plan
 from mlx_gemma_mtp.sampling.params import SamplingParams
-from tests.tiny import FAMILIES, REFERENCE, reference_pair, uncompiled
+from tests.tiny import FAMILIES, REFERENCE, reference_pair
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 PROMPT = [2, 17, 300, 45, 99]
 ALL = tuple(range(1, 9))
 NUM_TOKENS = 45  # the window is 16 and the ring 34: both wrap
-
-
-@pytest.fixture(autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(autouse=True)

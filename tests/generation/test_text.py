@@ -35,18 +35,13 @@ from tests.tiny import (
     model_folder,
     record_decoders,
     tiny_tokenizer,
-    uncompiled,
 )
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 PROMPT = "the rain"
 # Noise outweighs the logits of a random pair, so that its drafts are accepted.
 SAMPLED = {"temp": 2.0, "seed": 5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,19 +24,14 @@ from tests.tiny import (
     VOCAB_SIZE,
     record_decoders,
     reference_pair,
-    uncompiled,
 )
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 PROMPT = [2, 5, 9, 11]
 OTHER = [7, 300, 8]
 # Noise outweighs the logits of a random pair, so that its drafts are accepted.
 SAMPLED: dict[str, Any] = {"temp": 2.0, "seed": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,7 +20,9 @@ from mlx_gemma_mtp.generation.tokens import generate_tokens
 from mlx_gemma_mtp.hook.batch_generator import BatchGenerator
 from mlx_gemma_mtp.pair import pair as pair_module
 from mlx_gemma_mtp.pair.load import load_pair
-from tests.tiny import reference_pair, uncompiled
+from tests.tiny import reference_pair
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 PROMPTS = [[2, 17, 300, 45], [2, 9], [2, *range(40, 75)], [2, 120, 121, 122, 123, 124]]
 
@@ -30,12 +32,6 @@ def pair():
     pair = reference_pair("e4b")
     pair_module.attach(pair.target, pair)
     return pair
-
-
-@pytest.fixture(autouse=True)
-def _no_compiling():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture

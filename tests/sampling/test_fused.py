@@ -28,10 +28,12 @@ from mlx_gemma_mtp.sampling.distribution import sampling_rows, sampling_rule
 from mlx_gemma_mtp.sampling.logprobs import log_probabilities
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.metal.run import run_on_cpu
-from tests.tiny import reference_pair, uncompiled
+from tests.tiny import reference_pair
 
 if sys.platform == "darwin":
     pytest.skip("MLX's own Metal runs here", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 PROMPTS = [[2, 17, 300, 45], [9]]
 SETTINGS: list[dict[str, Any]] = [
@@ -41,12 +43,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"top_p": 0.7},
     {"min_p": 0.05, "top_p": 0.95},
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture

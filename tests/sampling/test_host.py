@@ -37,8 +37,9 @@ from tests.tiny import (
     model_folder,
     record_decoders,
     reference_pair,
-    uncompiled,
 )
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 PROMPT = [2, 17, 300, 45, 99]
 # Noise outweighs the logits of a random pair, so that its drafts are accepted.
@@ -51,12 +52,6 @@ PENALTIES: list[dict[str, Any]] = [
     {"logit_bias": {40: 3.0, 41: -5.0, 300: 2.5}},
     {"repetition_penalty": 1.3, "presence_penalty": 0.5, "logit_bias": {7: 2.0}},
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,9 @@ from mlx_gemma_mtp.generation.text import stream_generate
 from mlx_gemma_mtp.pair.load import load
 from mlx_gemma_mtp.sampling.logprobs import log_probabilities
 from mlx_gemma_mtp.sampling.params import SamplingParams
-from tests.tiny import VOCAB_SIZE, model_folder, reference_pair, uncompiled
+from tests.tiny import VOCAB_SIZE, model_folder, reference_pair
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 PROMPT = [2, 17, 300, 45, 99]
 SAMPLING = {
@@ -31,12 +33,6 @@ SAMPLING = {
     "block": SamplingParams(1.5, 0.9, 40, seed=3, reproducible=False),
 }
 BIAS = {40: 3.0, 41: -5.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(scope="module")
