@@ -105,10 +105,9 @@ def test_draws_follow_the_target():
     assert draw(0)[0] == rows
 
 
-@pytest.mark.parametrize("settings", [{}, {"reproducible": False, "top_p": 0.75}])
-def test_compiled_rounds_draw_the_same(settings):
-    rows, _ = draw_beside(4, None, settings, use_compile=True)
-    assert rows == draw(4, **settings)[0]
+def test_compiled_rounds_draw_the_same():
+    rows, _ = draw_beside(1, None, {"reproducible": False}, use_compile=True)
+    assert rows == draw(1, reproducible=False)[0]
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 4])
