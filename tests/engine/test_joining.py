@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.engine.batch import seats_for
+from mlx_gemma_mtp.drafting.policy import DraftPolicy
+from mlx_gemma_mtp.engine.capacity import seats_for
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.engine.timing import RoundTimer
@@ -559,7 +560,7 @@ class TestFailures:
         decoder.step()
         row = decoder.add(Request([GOOD], 30))
         with monkeypatch.context() as patched:
-            patched.setattr(decoder._seats, "sit", fails)
+            patched.setattr(decoder._batch, "insert", fails)
             emissions = decoder.step().emissions
         ends = {e.row: e.finish_reason for e in emissions if e.finish_reason}
         assert ends == {running: "error", row: "error"}
@@ -569,17 +570,90 @@ class TestFailures:
         drain(decoder)
         assert later.emitted == chain_text([GOOD], 30)
 
+    def test_caches_that_cannot_be_kept(self, chain, monkeypatch):
+        """They end their own row; who ended with it, and who goes on, do not notice."""
+        decoder = Decoder(chain, num_draft_tokens=1)
+        bad, good = (decoder.add(Request([GOOD], 5, keeps_cache=True)) for _ in "ab")
+        runs = decoder.add(Request([GOOD], 30))
+        take = decoder._batch.extract
+
+        def taken(row, num_tokens):
+            return fails() if row is bad else take(row, num_tokens)
+
+        monkeypatch.setattr(decoder._batch, "extract", taken)
+        ends = {}
+        while not decoder.is_idle:
+            for emission in decoder.step().emissions:
+                if emission.finish_reason:
+                    ends[emission.row] = emission
+        assert ends[bad].finish_reason == bad.finish_reason == "error"
+        assert str(ends[bad].error) == "no memory"
+        assert bad.emitted == chain_text([GOOD], 5)
+        assert ends[good].finish_reason == ends[runs].finish_reason == "length"
+        assert ends[good].prompt_cache is not None
+        assert runs.emitted == chain_text([GOOD], 30)
+
+    @pytest.mark.parametrize("how", ["removed", "ended"])
+    def test_a_round_that_nobody_waits_for(self, chain, monkeypatch, caplog, how):
+        """It was queued before the last row left: that it fails is no one's error."""
+        decoder = Decoder(chain, num_draft_tokens=1)
+        limit = 30 if how == "removed" else 4
+        row = decoder.add(Request([GOOD], limit, eos_token_ids=frozenset()))
+        while row.num_emitted < 4:
+            decoder.step()
+        waits = decoder.add(Request([GOOD], 5))
+        with monkeypatch.context() as patched:
+            patched.setattr(decoder._pipeline, "rest", rest_that_fails(decoder))
+            if how == "removed":
+                decoder.remove(row)
+            decoder.step()
+        assert "not needed has failed" in caplog.text
+        drain(decoder)
+        assert waits.emitted == chain_text([GOOD], 5)
+
+    def test_a_row_that_is_removed_while_the_device_fails(self, chain, monkeypatch):
+        """Whoever removes it hears nothing; the others end with the next step."""
+        decoder = Decoder(chain, num_draft_tokens=1)
+        gone, other = (decoder.add(Request([GOOD], 30)) for _ in "ab")
+        decoder.step()
+        monkeypatch.setattr(decoder._batch, "free", fails)
+        decoder.remove(gone)
+        (emission,) = decoder.step().emissions
+        assert (emission.row, emission.finish_reason) == (other, "error")
+        assert decoder.is_idle
+
+    def test_what_was_emitted_before_a_failure_is_not_lost(self, chain, monkeypatch):
+        """A row that ends in the round before a seat cannot be made."""
+        decoder = Decoder(chain, num_draft_tokens=0)
+        ends_now, runs = (decoder.add(Request([GOOD], n)) for n in (2, 30))
+        decoder.step()
+        decoder.add(Request([GOOD], 30))
+        monkeypatch.setattr(decoder._batch, "insert", fails)
+        emissions = decoder.step().emissions
+        assert [e.finish_reason for e in emissions if e.row is ends_now] == ["length"]
+        assert [e.finish_reason for e in emissions if e.row is runs] == [None, "error"]
+
+
+def rest_that_fails(decoder):
+    """Lets go of everything, as a rest does, and then raises what a round raised."""
+    rest = decoder._pipeline.rest
+
+    def failing():
+        rest()
+        fails()
+
+    return failing
+
 
 def fails(*args, **kwargs):
     raise RuntimeError("no memory")
 
 
-class Chooser:
+class Chooser(DraftPolicy):
     """Always one draft; says for how many seats a round was that it is told of."""
 
-    num_shadow_drafts = 0
-
     def __init__(self, num_seats, tell):
+        super().__init__(1)
         self._num_seats, self._tell = num_seats, tell
 
     def choose(self, allowed, *, not_ready, tokens_left, can_shadow=False):
@@ -592,13 +666,14 @@ class Chooser:
         pass
 
 
-class Choosers:
+class Choosers(DraftPolicy):
     """One for each number of seats."""
 
     def __init__(self, tell):
+        super().__init__(1)
         self._tell = tell
 
-    def seat(self, num_seats, *, rule, context):
+    def for_batch(self, num_seats, *, rule, context):
         return Chooser(num_seats, self._tell)
 
     def finish(self):
