@@ -184,6 +184,7 @@ def test_greedy_text(family, num_draft_tokens):
     assert [t for r in decoder.run() for e in r for t in e.tokens] == greedy
 
 
+@pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
 def test_greedy_text_compiled(family):
     expected = reference(family)
     pair = reference_pair(family)

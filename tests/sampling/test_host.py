@@ -291,7 +291,8 @@ class TestSamplers:
     def test_one_that_is_known_is_not_called(self, pair, monkeypatch):
         decoders = record_decoders(monkeypatch, tokens_module)
         monkeypatch.setattr(
-            tokens_module, "sampler_params", lambda _: SamplingParams(2.0, top_k=50)
+            "mlx_gemma_mtp.generation.requests.sampler_params",
+            lambda _: SamplingParams(2.0, top_k=50),
         )
         tokens = run(pair, PROMPT, 4, sampler=raising, seed=5)
         assert tokens == run(pair, PROMPT, 4, temp=2.0, top_k=50, seed=5)
