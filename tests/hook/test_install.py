@@ -1,6 +1,6 @@
 """mlx-lm's own functions with a drafter: the same text, other models untouched.
 
-Run: python -m pytest tests/test_hook.py
+Run: python -m pytest tests/hook/test_install.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The converter's benchmark runs on a small checkpoint; speed is not judged here.
 
-Run: python -m pytest tests/test_convert_bench.py
+Run: python -m pytest tests/scripts/test_convert_bench.py
 """
 
 from __future__ import annotations

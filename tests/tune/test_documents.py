@@ -1,6 +1,6 @@
 """Training data: files to documents, and one line for everything that is none.
 
-Run: python -m pytest tests/test_tune_documents.py
+Run: python -m pytest tests/tune/test_documents.py
 """
 
 import io

@@ -1,6 +1,6 @@
 """Training a drafter: records, unrolled steps, the loss, the loop.
 
-Run: python -m pytest tests/test_tune_training.py
+Run: python -m pytest tests/tune/test_training.py
 """
 
 from __future__ import annotations

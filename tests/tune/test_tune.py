@@ -1,6 +1,6 @@
 """The tune command: from data files to a drafter's folder.
 
-Run: python -m pytest tests/test_tune.py
+Run: python -m pytest tests/tune/test_tune.py
 """
 
 from __future__ import annotations
