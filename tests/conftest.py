@@ -5,9 +5,7 @@ import logging
 import os
 import shutil
 import socket
-import sys
 import tempfile
-from pathlib import Path
 
 # Set before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,14 +19,6 @@ from hypothesis import settings
 from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.load import load_tokenizer
 from tests import gemma, gemma_pair, kernel_cache, tiny
-
-# What stands on mlx-lm 0.32, which Python 3.10 does not get.
-collect_ignore: list[str] = []
-if sys.version_info < (3, 11):
-    collect_ignore += ["test_batch.py", "test_conversations.py", "serving.py"]
-    collect_ignore += [
-        path.name for path in Path(__file__).parent.glob("test_server_*")
-    ]
 
 # Also where MLX has a GPU: what tests compare with are results of the CPU.
 mx.set_default_device(mx.cpu)

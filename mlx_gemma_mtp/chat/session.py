@@ -19,6 +19,7 @@ from ..cache.kept import KeptCaches
 from ..engine.prefill import Prefill
 from ..engine.stats import RoundStats
 from ..errors import RequestError
+from ..generation.settings import NO_LIMIT
 from ..generation.text import GenerationResponse, stream_generate
 from ..markup.answer import CONTENT, REASONING, AnswerReader, Part, marks_of
 from ..models.target import Target, text_model
@@ -26,7 +27,7 @@ from ..pair.pair import pair_of
 from ..sampling.host import LogitsProcessor
 from .conversation import Conversation
 from .prompts import Prompts, num_stable
-from .settings import NO_LIMIT, Settings
+from .settings import Settings
 
 OnProgress = Callable[[int, int], None]
 

@@ -15,8 +15,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from ..cache.kept import KeptCaches
 from ..cache.slabs import SlabLayout, stepped_capacity
 from ..checkpoints.template_files import missing_template_note
-from ..engine.batch import seats_for
-from ..engine.capacity import longest_text, slots_for
+from ..engine.capacity import longest_text, seats_for, slots_for
 from ..engine.request import Request
 from ..errors import RequestError
 from ..generation.requests import make_request

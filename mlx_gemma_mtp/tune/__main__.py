@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..cli.arguments import add_checkpoint_arguments, add_filters, json_object
+from ..cli.arguments import add_checkpoint_arguments, add_filters
+from ..cli.checks import json_object
 from ..cli.command import exit_status, progress_bar
 from ..cli.command_table import make_parser
 from ..errors import RequestError

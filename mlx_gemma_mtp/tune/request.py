@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..sampling.defaults import GIVEN
 from .settings import TrainingSettings
 
 _LEAST = {
@@ -73,8 +74,7 @@ class TextSettings:
     @property
     def sampling(self) -> dict[str, Any]:
         """The sampling settings as given, for ``SamplingDefaults.settings``."""
-        names = ("temp", "top_p", "top_k", "min_p")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in GIVEN}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from mlx_gemma_mtp import generate, stream_generate
-from mlx_gemma_mtp.chat.kept import KeptCaches
+from mlx_gemma_mtp.cache.kept import KeptCaches
 from mlx_gemma_mtp.chat.prompts import TemplatePrompts
 from mlx_gemma_mtp.chat.session import Session, Settings
 from mlx_gemma_mtp.cli import generate as cli
@@ -156,13 +156,13 @@ class TestGenerate:
 def asked(monkeypatch, text_of):
     """The whole prompts of a chat, kept parts included, as text."""
     prompts = []
-    take = KeptCaches.take
+    find = KeptCaches.find
 
     def recorded(self, prompt):
         prompts.append(text_of(prompt))
-        return take(self, prompt)
+        return find(self, prompt)
 
-    monkeypatch.setattr(KeptCaches, "take", recorded)
+    monkeypatch.setattr(KeptCaches, "find", recorded)
     return prompts
 
 

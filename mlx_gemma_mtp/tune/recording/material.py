@@ -24,7 +24,7 @@ from .texts import Text, given_texts, own_texts
 
 _HELD_OUT_EVERY = 16  # of the data's sources, where no files to judge by are named
 _ENOUGH_SOURCES = 34  # of which one is held out to judge by and one for the report
-# So many texts made up for what fine-tuning had lost (README, "Measured").
+# So many texts made up for what fine-tuning had lost (docs/tuning.md, "Measured").
 _ENOUGH_TEXTS = 600
 _FEW_TEXTS = 100
 

@@ -1,8 +1,8 @@
 """Measure what tuning a drafter is for, from end to end, with the embedded pair.
 
-    python scripts/tune_proof.py                    both claims, an hour on 2 cores
-    python scripts/tune_proof.py retuned            only this one
-    python scripts/tune_proof.py centroids          a comparison, which claims no length
+    python scripts/studies/tune_proof.py             both claims, an hour on 2 cores
+    python scripts/studies/tune_proof.py retuned     only this one
+    python scripts/studies/tune_proof.py centroids   a comparison: it claims no length
 
 retuned    The target is fine-tuned on English prose, so that its drafter falls behind;
            tuning the drafter wins back what was lost, and the target's text stays what
@@ -29,7 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import mlx.core as mx
 
@@ -43,12 +43,13 @@ from mlx_gemma_mtp.tune.pipeline import tune
 from mlx_gemma_mtp.tune.report.result import write_drafter
 from mlx_gemma_mtp.tune.request import TextSettings, TuneRequest
 from mlx_gemma_mtp.tune.settings import TrainingSettings
-from scripts import finetune_target, openblas, train_drafter
+from scripts import openblas, train_drafter
 from scripts.benchmarks.acceptance import decode, describe_stats
 from scripts.benchmarks.prompts import prompts_of, read_documents
 from scripts.benchmarks.speed import show
-from scripts.finetune_target import finetune
 from scripts.progress import log, logged
+from scripts.studies import finetune_target
+from scripts.studies.finetune_target import finetune
 
 CLAIMED = ("retuned", "scratch")
 PARTS = (*CLAIMED, "centroids")
@@ -156,7 +157,7 @@ def retuned(args: argparse.Namespace, work: Path) -> Part:
         "the tuned drafter, the target fine-tuned",
         *(target, work / tuned, prompts, args.max_tokens),
     )
-    plain = decode(load_pair(target), prompts, args.max_tokens, 0)[0]
+    plain = decode(load_pair(target, False), prompts, args.max_tokens, 0)[0]
     num_same = _num_same(plain, before.texts, after.texts)
     return Part(
         {
@@ -258,7 +259,7 @@ def _from_scratch(
         "the drafter trained from random weights",
         *(target, output, prompts, args.max_tokens),
     )
-    plain = decode(load_pair(target), prompts, args.max_tokens, 0)[0]
+    plain = decode(load_pair(target, False), prompts, args.max_tokens, 0)[0]
     num_same = _num_same(plain, old.texts, new.texts)
     return Part(
         {
