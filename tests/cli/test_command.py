@@ -1,6 +1,6 @@
 """What all commands share: how they end, what they write, and what is text.
 
-Run: python -m pytest tests/test_command.py
+Run: python -m pytest tests/cli/test_command.py
 """
 
 from __future__ import annotations
