@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import (
     Callable,
@@ -35,6 +34,7 @@ from ..cache.mlx_lm_cache import (
     update_prompt_cache,
 )
 from ..cache.prompt import PrefillCache
+from ..cpu_kernels import clock
 from ..drafting.policy import DraftLength, DraftLengths, FixedDraftLength
 from ..errors import RequestError
 from ..models.target import Prefilled
@@ -577,7 +577,7 @@ class Decoder:
         count = self._choose_drafts(capacity)
         is_ready = count not in self._not_ready(capacity)
         num_shadow = self._queue_shadow(state, settings)
-        start = time.perf_counter()
+        start = clock()
         if settings.rule.has_host:
             self._verified, report = self._engine.verify(
                 state, settings, num_draft_tokens=count, min_rows=min_rows
@@ -588,7 +588,7 @@ class Decoder:
                 state, settings, num_draft_tokens=count, min_rows=min_rows
             )
             queued = self._seats.state.arrays
-        setup_s = None if is_ready else time.perf_counter() - start
+        setup_s = None if is_ready else clock() - start
         rows = tuple(self._seats.rows)
         has_near_ties = settings.rule.near_tie is not None
         self._in_flight.append(
@@ -621,11 +621,11 @@ class Decoder:
             return
         built = self._in_flight[-1]
         arrays, built.waiting, built.is_early = built.waiting, [], is_early
-        start = time.perf_counter()
+        start = clock()
         with self._timer.queue():
             mx.async_eval(*arrays)
         if built.setup_s is not None:
-            built.setup_s += time.perf_counter() - start
+            built.setup_s += clock() - start
 
     def _queue_shadow(self, state: RoundState, settings: RowSettings) -> int:
         """Make drafts beside the next round, where they are asked for; how many."""

@@ -6,7 +6,6 @@ Tokens come from the decoder; this file knows nothing of caches, kernels or file
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..cache.mlx_lm_cache import holds_tokens
+from ..cpu_kernels import clock
 from ..engine.decoder import Decoder
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from ..engine.results import Emission, Progress
@@ -370,7 +370,7 @@ class _TextStream:
 
     def responses(self) -> Generator[GenerationResponse, None, None]:
         """Decode to the end: one response per token."""
-        self._start = time.perf_counter()
+        self._start = clock()
         if self._on_progress is not None:
             self._on_progress(0, self._prompt_tokens)
         run = self._decoder.run(self._report)
@@ -385,7 +385,7 @@ class _TextStream:
         for (emission,) in rounds:
             if not self._num_tokens:
                 self._prompt_tps = self._prompt_tokens / self._elapsed()
-                self._start = time.perf_counter()
+                self._start = clock()
             self._row = emission.row
             emission.check()
             yield from self._respond(emission)
@@ -447,7 +447,7 @@ class _TextStream:
 
     def _elapsed(self) -> float:
         """Seconds since the phase began; never 0, so that rates stay finite."""
-        return max(time.perf_counter() - self._start, 1e-9)
+        return max(clock() - self._start, 1e-9)
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: Any, cache: Any) -> Any:

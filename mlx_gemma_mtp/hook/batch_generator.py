@@ -6,7 +6,6 @@ request. Needs mlx-lm 0.32 or later, whose interface this is.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..cpu_kernels import clock
 from ..engine.decoder import DEFAULT_MAX_ROWS
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from ..engine.request import Request
@@ -303,7 +303,7 @@ class BatchGenerator:
 
     def _step(self) -> Step:
         """One step, counted."""
-        start = time.perf_counter()
+        start = clock()
         prefill_s = self._decoder.stats.phases.prefill_s
         step = self._decoder.step()
         prefill_s = self._decoder.stats.phases.prefill_s - prefill_s
@@ -316,7 +316,7 @@ class BatchGenerator:
         self._tally.why_none = self._decoder.stats.why_not_engaged
         if step.emissions:
             counters.generation_steps += 1
-            counters.decode_time += time.perf_counter() - start - prefill_s
+            counters.decode_time += clock() - start - prefill_s
         return step
 
     def _prompt_response(self, progress: Progress) -> Any:

@@ -158,11 +158,7 @@ class TestStream:
 
     def test_rates_are_tokens_over_seconds(self, script, monkeypatch):
         ticks = iter(range(100))  # every look at the clock takes a second
-
-        class Clock:
-            perf_counter = staticmethod(lambda: float(next(ticks)))
-
-        monkeypatch.setattr(text_module, "time", Clock)
+        monkeypatch.setattr(text_module, "clock", lambda: float(next(ticks)))
         first, second, third = script([[20], [21, 22]])
         # Looks: start 0, first token 1, start again 2, then one for each response.
         assert first.prompt_tps == second.prompt_tps == first.prompt_tokens / 1
