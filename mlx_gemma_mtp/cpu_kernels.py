@@ -81,6 +81,11 @@ def num_compiled() -> int:
     return _builds.number
 
 
+def num_kept() -> int:
+    """Kernels that were there before this process began."""
+    return _builds.num_before
+
+
 def compile_seconds() -> float:
     """What they took, seconds."""
     _builds.look()
@@ -99,6 +104,7 @@ class Builds:
     Attributes:
         number: Kernels.
         seconds: What they took.
+        num_before: Kernels that were there.
     """
 
     def __init__(self, place: Path) -> None:
@@ -109,6 +115,7 @@ class Builds:
         self._children_s = _children_s()
         self._until_ns = time.time_ns()
         self._seen: set[str] = set()
+        self.num_before = len(list(self._new()))
         self._last = time.perf_counter()
         self._stood_s = 0.0  # the clock, so far
 
@@ -150,8 +157,7 @@ class Builds:
             if start_ns is None or name in self._seen or not name.endswith(".so"):
                 continue
             self._seen.add(name)
-            if end_ns >= self._until_ns:
-                yield start_ns, end_ns
+            yield start_ns, end_ns
 
 
 def _include_folder() -> Path | None:

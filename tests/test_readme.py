@@ -130,7 +130,7 @@ def test_chat_commands(line, monkeypatch, capsys):
     assert run_piped(f"{line} -m 8", monkeypatch) == 0
     out, err = capsys.readouterr()
     assert out.strip()
-    assert ("tokens-per-sec" in err) == ("stats" in line)
+    assert ("tokens per second" in err) == ("stats" in line)
 
 
 @pytest.mark.parametrize("line", [s for s in SHELL if "mlx_gemma_mtp.convert" in s])

@@ -64,6 +64,8 @@ class GenerationResponse:
         top_logprobs: The ``num_logprobs`` most likely tokens with theirs, best first,
             of equal ones the lowest id first; None where ``num_logprobs`` is.
         drafter_memory: The drafter's weights among it, in GB.
+        times_plain: How many times as fast as plain decoding the rounds were, by what
+            was measured on this machine; None where that does not tell.
         stats: All counts so far and where the time went; shared by the responses of a
             generation.
     """
@@ -84,6 +86,7 @@ class GenerationResponse:
     token_logprob: float | None
     top_logprobs: list[tuple[int, float]] | None
     drafter_memory: float
+    times_plain: float | None
     stats: RoundStats = field(repr=False)
     marked_text: str = field(repr=False)
     _logits: mx.array = field(repr=False)  # of the whole round, [1, K + 1, V]
@@ -96,6 +99,7 @@ class GenerationResponse:
             "prompt_tps": self.prompt_tps,
             "generation_tokens": self.generation_tokens,
             "generation_tps": self.generation_tps,
+            "times_plain": self.times_plain,
             "finish_reason": self.finish_reason,
             "peak_memory_gb": self.peak_memory,
             "drafter_memory_gb": self.drafter_memory,
@@ -443,6 +447,7 @@ class _TextStream:
             "rule": stats.rule,
             "stats": stats,
             "drafter_memory": self._drafter_memory,
+            "times_plain": self._pair.calibration.times_plain(stats),
         }
 
     def _elapsed(self) -> float:
