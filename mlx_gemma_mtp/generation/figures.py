@@ -10,6 +10,7 @@ from ..cpu_kernels import compile_seconds, num_compiled
 from ..engine.stats import RoundStats
 from .text import GenerationResponse
 
+_ONLY_PLAIN = "exact: plain decoding"
 _TELLING_S = 1.0  # that compiling took
 _EXACT, _INEXACT = "exact: ", "not exact: "  # how what is known of the text begins
 
@@ -55,6 +56,8 @@ def drafts(stats: RoundStats) -> str:
 def sameness(stats: RoundStats) -> str:
     """Whether the text is that of plain decoding, and how that is known."""
     known = stats.exactness
+    if known == _ONLY_PLAIN:
+        return known.removeprefix(_EXACT)
     if known.startswith(_EXACT):
         return f"the same as by plain decoding; {known.removeprefix(_EXACT)}"
     if known.startswith(_INEXACT):
