@@ -2,8 +2,8 @@
 
 A rule speaks of the modules whose path its pattern finds; the first that matches
 counts. What no rule names gets the format that was asked for. What formats cost in
-tokens and choices is measured by ``scripts/quantization.py``; shares of bytes are
-computed from the published shapes.
+tokens and choices is measured by ``scripts/studies/quantization.py``; shares of bytes
+are computed from the published shapes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python scripts/make_published.py --output tests/data/published
 
 Needs torch and transformers 5.22.2; the package never imports this. Nothing is
-downloaded: every model is built on the meta device from the settings below, and what
-`save_pretrained` would write of it becomes one `<name>.json.gz` with these keys:
+downloaded: every model is built on the meta device from the table of families and the
+settings below, and what `save_pretrained` would write of it becomes one
+`<name>.json.gz` with these keys:
 
     repo               the repository's id
     notes              what of it is not documented and stands here by choice
@@ -31,16 +32,18 @@ import transformers
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
+from mlx_gemma_mtp.constants import FULL, SLIDING
+from mlx_gemma_mtp.models.families import FAMILIES, NUM_CENTROIDS, VOCAB_SIZE, Family
+
 # Its classes come by name, and which ones there are depends on its version.
 classes: Any = transformers
 
-SLIDING, FULL = "sliding_attention", "full_attention"
 DTYPES = {torch.bfloat16: "BF16", torch.int64: "I64"}
 SHARED_KV = ("k_proj.weight", "v_proj.weight", "k_norm.weight")
 
 # What all text models have in common, targets and drafters.
 COMMON: dict[str, Any] = {
-    "vocab_size": 262144,
+    "vocab_size": VOCAB_SIZE,
     "head_dim": 256,
     "global_head_dim": 512,
     "rms_norm_eps": 1e-6,
@@ -59,18 +62,6 @@ COMMON: dict[str, Any] = {
         },
     },
 }
-SMALL: dict[str, Any] = {
-    "sliding_window": 512,
-    "max_position_embeddings": 131072,
-    "use_bidirectional_attention": None,
-    "attention_k_eq_v": False,
-}
-LARGE: dict[str, Any] = {
-    "sliding_window": 1024,
-    "max_position_embeddings": 262144,
-    "use_bidirectional_attention": "vision",
-    "attention_k_eq_v": True,
-}
 # The vision tower of the two small models is transformers' default, with clipping.
 SMALL_VISION: dict[str, Any] = {"use_clipped_linears": True}
 # Documented: 27 layers, 1152 wide. The rest is that of the vision encoder this width
@@ -84,7 +75,6 @@ LARGE_VISION: dict[str, Any] = {
     "head_dim": 72,
     "standardize": True,
 }
-NO_PER_LAYER_INPUT = {"hidden_size_per_layer_input": 0}
 
 NOTE_TOWERS = (
     "The towers are transformers' defaults where their settings are not documented; "
@@ -102,159 +92,25 @@ NOTE_SHARED_KV = (
 
 
 @dataclass(frozen=True)
-class Family:
-    """One size's settings.
+class Others:
+    """What of a family the table of shapes does not have.
 
     Attributes:
-        name: The size in repository ids, such as ``"E2B"``.
-        group: Layers to a full one.
-        target: Settings of the target's text model that no other size gives.
-        drafter: The same for its drafter.
         vision: Settings of the vision tower.
-        num_drafts: Recommended drafts per round.
-        is_unified: Whether the classes are those of the encoder-free model.
-        notes: What of this size is not documented.
+        notes: What is not documented.
     """
 
-    name: str
-    group: int
-    target: dict[str, Any]
-    drafter: dict[str, Any]
     vision: dict[str, Any]
-    num_drafts: int = 4
-    is_unified: bool = False
     notes: tuple[str, ...] = (NOTE_TOWERS,)
 
-    @property
-    def is_small(self) -> bool:
-        """Whether it is of the E-series: audio tower, centroid head."""
-        return self.name.startswith("E")
 
-
-FAMILIES = (
-    Family(
-        "E2B",
-        group=5,
-        target={
-            **SMALL,
-            "hidden_size": 1536,
-            "intermediate_size": 6144,
-            "use_double_wide_mlp": True,
-            "num_hidden_layers": 35,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 1,
-            "num_kv_shared_layers": 20,
-            "hidden_size_per_layer_input": 256,
-        },
-        drafter={
-            **SMALL,
-            "hidden_size": 256,
-            "intermediate_size": 2048,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-        },
-        vision=SMALL_VISION,
-        num_drafts=2,
-        notes=(NOTE_TOWERS, NOTE_SHARED_KV),
-    ),
-    Family(
-        "E4B",
-        group=6,
-        target={
-            **SMALL,
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
-            "num_hidden_layers": 42,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "num_kv_shared_layers": 18,
-            "hidden_size_per_layer_input": 256,
-        },
-        drafter={
-            **SMALL,
-            "hidden_size": 256,
-            "intermediate_size": 2048,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
-        vision=SMALL_VISION,
-        notes=(NOTE_TOWERS, NOTE_SHARED_KV),
-    ),
-    Family(
-        "12B",
-        group=6,
-        target={
-            **LARGE,
-            "hidden_size": 3840,
-            "intermediate_size": 15360,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "num_global_key_value_heads": 1,
-        },
-        drafter={
-            **LARGE,
-            "hidden_size": 1024,
-            "intermediate_size": 8192,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "num_global_key_value_heads": 1,
-        },
-        vision={},
-        is_unified=True,
-        notes=(NOTE_TOWERS, NOTE_CONTEXT),
-    ),
-    Family(
-        "26B-A4B",
-        group=6,
-        target={
-            **LARGE,
-            **NO_PER_LAYER_INPUT,
-            "hidden_size": 2816,
-            "intermediate_size": 2112,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "num_global_key_value_heads": 2,
-            "enable_moe_block": True,
-            "num_experts": 128,
-            "top_k_experts": 8,
-            "moe_intermediate_size": 704,
-        },
-        drafter={
-            **LARGE,
-            "hidden_size": 1024,
-            "intermediate_size": 8192,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "num_global_key_value_heads": 2,
-        },
-        vision=LARGE_VISION,
-    ),
-    Family(
-        "31B",
-        group=6,
-        target={
-            **LARGE,
-            **NO_PER_LAYER_INPUT,
-            "hidden_size": 5376,
-            "intermediate_size": 21504,
-            "num_hidden_layers": 60,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 16,
-            "num_global_key_value_heads": 4,
-        },
-        drafter={
-            **LARGE,
-            "hidden_size": 1024,
-            "intermediate_size": 8192,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 16,
-            "num_global_key_value_heads": 4,
-        },
-        vision=LARGE_VISION,
-    ),
-)
+OTHERS = {
+    "e2b": Others(SMALL_VISION, (NOTE_TOWERS, NOTE_SHARED_KV)),
+    "e4b": Others(SMALL_VISION, (NOTE_TOWERS, NOTE_SHARED_KV)),
+    "12b": Others({}, (NOTE_TOWERS, NOTE_CONTEXT)),
+    "26b-a4b": Others(LARGE_VISION),
+    "31b": Others(LARGE_VISION),
+}
 
 # Small enough to save, with every kind of tensor that the real one has.
 TINY = {
@@ -278,34 +134,40 @@ TINY_UNIFIED_VISION = {"mm_embed_dim": 16, "mm_posemb_size": 8, "output_proj_dim
 TINY_AUDIO = {"hidden_size": 16, "num_hidden_layers": 1, "output_proj_dims": 16}
 
 
-def target_settings(family: Family) -> dict[str, Any]:
-    """Return the target's text settings in the published layout."""
-    num_layers = family.target["num_hidden_layers"]
+def is_small(family: Family) -> bool:
+    """Whether it is of the E-series: audio tower, centroid head."""
+    return family.has_centroid_head
+
+
+def shared_settings(family: Family) -> dict[str, Any]:
+    """Return what the text settings of a target and its drafter begin with."""
     return {
         **COMMON,
+        "use_bidirectional_attention": None if is_small(family) else "vision",
+        "num_global_key_value_heads": None,
+    }
+
+
+def target_settings(family: Family) -> dict[str, Any]:
+    """Return the target's text settings in the published layout."""
+    return {
+        **shared_settings(family),
         "final_logit_softcapping": 30.0,
         "num_kv_shared_layers": 0,
-        "num_global_key_value_heads": None,
         **family.target,
-        "layer_types": [
-            FULL if (i + 1) % family.group == 0 else SLIDING for i in range(num_layers)
-        ],
+        "layer_types": list(family.layer_types),
     }
 
 
 def drafter_settings(family: Family) -> dict[str, Any]:
     """Return the drafter's text settings in the published layout."""
     settings = {
-        **COMMON,
+        **shared_settings(family),
         "final_logit_softcapping": None,
-        "num_global_key_value_heads": None,
-        **family.drafter,
-        "num_hidden_layers": 4,
-        "num_kv_shared_layers": 4,
-        "layer_types": [SLIDING, SLIDING, SLIDING, FULL],
+        **family.drafter_text,
     }
     if not family.is_unified:
-        settings |= {**NO_PER_LAYER_INPUT, "vocab_size_per_layer_input": 0}
+        settings |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     return settings
 
 
@@ -321,7 +183,7 @@ def build_target(
     config = classes.Gemma4Config(
         text_config=text,
         vision_config=vision,
-        audio_config=audio if family.is_small else None,
+        audio_config=audio if is_small(family) else None,
     )
     return classes.Gemma4ForConditionalGeneration(config)
 
@@ -333,7 +195,7 @@ def build_drafter(
     settings: dict[str, Any] = {
         "text_config": text,
         "backbone_hidden_size": hidden_size,
-        "use_ordered_embeddings": family.is_small,
+        "use_ordered_embeddings": family.has_centroid_head,
         "num_centroids": num_centroids,
     }
     # The text settings stay a dictionary: the outer class picks the inner one.
@@ -408,9 +270,10 @@ def check_names(family: Family) -> None:
     text, draft = target_settings(family) | TINY, drafter_settings(family) | TINY
     if text.get("enable_moe_block"):
         text |= TINY_EXPERTS
-    if family.is_small:
+    if is_small(family):
         text |= {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
-    vision = TINY_UNIFIED_VISION if family.is_unified else family.vision | TINY_TOWER
+    tower = OTHERS[family.name].vision
+    vision = TINY_UNIFIED_VISION if family.is_unified else tower | TINY_TOWER
     audio = {} if family.is_unified else TINY_AUDIO
     models = [
         build_target(family, text, dict(vision), dict(audio)),
@@ -424,7 +287,7 @@ def check_names(family: Family) -> None:
                 saved = {key: file.get_slice(key).get_shape() for key in file.keys()}
         listed = {name: list(t.shape) for name, t in saved_tensors(model).items()}
         assert saved == listed, (
-            f"{family.name}: {sorted(set(saved) ^ set(listed))[:8]} differ"
+            f"{family.size}: {sorted(set(saved) ^ set(listed))[:8]} differ"
         )
 
 
@@ -444,16 +307,16 @@ def write(folder: Path, data: dict[str, Any]) -> None:
 def make(family: Family, folder: Path) -> None:
     """Write both repositories of a size."""
     text, draft = target_settings(family), drafter_settings(family)
+    others = OTHERS[family.name]
     with torch.device("meta"):
-        target = build_target(family, text, dict(family.vision), {})
-        drafter = build_drafter(family, draft, text["hidden_size"], 2048)
+        target = build_target(family, text, dict(others.vision), {})
+        drafter = build_drafter(family, draft, text["hidden_size"], NUM_CENTROIDS)
     generation = {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}
-    repo = f"google/gemma-4-{family.name}-it"
     write(
         folder,
         {
-            "repo": repo,
-            "notes": list(family.notes),
+            "repo": family.target_id,
+            "notes": list(others.notes),
             "config": published_config(target, text),
             "generation_config": generation,
             "tensors": describe(target, shared_kv(text)),
@@ -462,11 +325,11 @@ def make(family: Family, folder: Path) -> None:
     write(
         folder,
         {
-            "repo": f"{repo}-assistant",
+            "repo": family.drafter_id,
             "notes": [NOTE_DRAFTS],
             "config": published_config(drafter, draft),
             "generation_config": generation
-            | {"num_assistant_tokens": family.num_drafts},
+            | {"num_assistant_tokens": family.num_assistant_tokens},
             "tensors": describe(drafter),
         },
     )
@@ -481,9 +344,9 @@ def main() -> None:
     folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()
-    for family in FAMILIES:
+    for family in FAMILIES.values():
         check_names(family)
-    for family in FAMILIES:
+    for family in FAMILIES.values():
         make(family, folder)
 
 

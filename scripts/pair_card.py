@@ -135,7 +135,7 @@ neither the tokenizer nor the models have seen; files that repeat them were drop
 torch. Two groups of layers first, then five.
 * Drafter: by `mlx_gemma_mtp.tune`, in MLX, from random weights (see \
 `scripts/train_drafter.py`): {drafter_steps:,} steps in {drafter_minutes:.0f} minutes, \
-loss `{loss}`, on up to {num_texts:,} prompts of the corpus that the target continued \
+on up to {num_texts:,} prompts of the corpus that the target continued \
 itself, by up to {max_tokens} tokens, which took {text_minutes:.0f} minutes more. Its \
 best weights were chosen on held-out files that the results above are not measured on. \
 `drafter/{training_name}` has everything.
@@ -235,7 +235,6 @@ def _drafter_run(folder: Path) -> dict[str, Any]:
         "drafter_steps": training["history"][-1]["step"],
         "drafter_minutes": minutes["training"],
         "text_minutes": minutes["text"],
-        "loss": settings["loss"],
         "num_texts": settings["num_texts"],
         "max_tokens": settings["max_tokens"],
         "machine": training["machine"],

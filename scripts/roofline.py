@@ -1,7 +1,7 @@
 """Print the modelled speed of decoding on Apple chips, and how far the model is off.
 
     python scripts/roofline.py             the check against published figures, a table
-    python scripts/roofline.py --markdown  the README's part
+    python scripts/roofline.py --markdown  what docs/speed-model.md has
     python scripts/roofline.py --fit       fit the constants again
 
 Nothing here is measured: the figures to check against were published by others
@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma_mtp.drafting.chips import CHIPS, Chip
 from mlx_gemma_mtp.drafting.speed_model import (
     BEFORE_M3,
+    CHIPS,
     M3_M4,
     M5,
+    Chip,
     Constants,
     constants_of,
     experts_read,
@@ -91,7 +92,9 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--context", type=int, default=0, help="tokens in the cache")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--markdown", action="store_true", help="the README's part")
+    parser.add_argument(
+        "--markdown", action="store_true", help="what docs/speed-model.md has"
+    )
     parser.add_argument("--fit", action="store_true", help="fit the constants again")
     return parser
 
@@ -214,7 +217,7 @@ def constants_in_words(constants: Constants) -> str:
 
 
 def markdown_lines(rows: list[Published], args: argparse.Namespace) -> Iterator[str]:
-    """The README's part: constants, the check, the table."""
+    """What docs/speed-model.md has: constants, the check, the table."""
     for name, constants in (("M1, M2", BEFORE_M3), ("M3, M4", M3_M4), ("M5", M5)):
         yield f"- {name}: {constants_in_words(constants)}"
     yield ""

@@ -10,7 +10,6 @@ itself again with OpenBLAS where that is installed.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import shutil
 import sys
@@ -38,7 +37,6 @@ TEXTS = TextSettings(
     prompt_tokens=48,
     max_tokens=96,
     num_rows=64,
-    num_processes=os.cpu_count() or 1,
 )
 # The clock ends it, neither steps nor patience. With the texts it takes 21 minutes of
 # two cores, as long as the shipped drafter and its texts took.
@@ -50,7 +48,6 @@ TRAINING = TrainingSettings(
     judge_every=200,
     save_every=500,
     learning_rate=3e-3,
-    least_reach=0.2,
     seed=1,
 )
 _RUN = "drafter_run"  # of the work folder, what tune keeps

@@ -5,40 +5,28 @@ import logging
 import os
 import shutil
 import socket
-import sys
 import tempfile
-from pathlib import Path
 
 # Set before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What tests learn of a machine is theirs alone; a process started by them shares it.
 os.environ["MLX_GEMMA_MTP_CACHE"] = tempfile.mkdtemp(prefix="mlx_gemma_mtp-")
 
-# MLX compiles kernels of the CPU into a folder here; two processes that compile one
-# kernel at once would read each other's half of it.
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ["TMPDIR"] = str(Path(tempfile.gettempdir()) / f"mlx_gemma_mtp-{worker}")
-    Path(os.environ["TMPDIR"]).mkdir(exist_ok=True)
-    tempfile.tempdir = None  # asked for again
-
 import mlx.core as mx
 import pytest
 from hypothesis import settings
 
+from mlx_gemma_mtp.cpu_kernels import compile_header
 from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.load import load_tokenizer
-from tests import gemma, gemma_pair
-
-# What stands on mlx-lm 0.32, which Python 3.10 does not get.
-collect_ignore: list[str] = []
-if sys.version_info < (3, 11):
-    collect_ignore += ["test_batch.py", "test_conversations.py", "serving.py"]
-    collect_ignore += [
-        path.name for path in Path(__file__).parent.glob("test_server_*")
-    ]
+from tests import gemma, gemma_pair, tiny
 
 # Also where MLX has a GPU: what tests compare with are results of the CPU.
 mx.set_default_device(mx.cpu)
+
+# Workers find what the process that starts them has made.
+if "PYTEST_XDIST_WORKER" not in os.environ and (job := compile_header()):
+    job.wait()
 
 atexit.register(shutil.rmtree, os.environ["MLX_GEMMA_MTP_CACHE"], ignore_errors=True)
 
@@ -72,6 +60,13 @@ def _connect_locally(self, address):
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", _connect_locally)
+
+
+@pytest.fixture(scope="module")
+def plain_graphs():
+    """Nothing is compiled: for modules whose subject stands above the rounds."""
+    with tiny.uncompiled():
+        yield
 
 
 @pytest.fixture(scope="session")

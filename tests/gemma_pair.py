@@ -17,9 +17,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text
 
 from mlx_gemma_mtp.engine.request import Request
-from mlx_gemma_mtp.generation import tokens
-from mlx_gemma_mtp.models.config import DrafterConfig, text_config
+from mlx_gemma_mtp.generation import requests
 from mlx_gemma_mtp.models.drafter import Drafter
+from mlx_gemma_mtp.models.drafter_config import DrafterConfig
+from mlx_gemma_mtp.models.text_config import text_config
 from tests.gemma import GENERATION_CONFIG, VOCAB_SIZE, Form, write_tokenizer
 from tests.tiny import REFERENCE
 
@@ -124,5 +125,5 @@ def let_say(monkeypatch: Any, tokenizer: Any, *answers: str) -> list[list[int]]:
         prompts.append([*request.history, *request.prompt])
         return request
 
-    monkeypatch.setattr(tokens, "Request", speaking)
+    monkeypatch.setattr(requests, "Request", speaking)
     return prompts

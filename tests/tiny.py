@@ -55,7 +55,7 @@ def uncompiled() -> Iterator[None]:
 def reference_pair(family: str = "12b", *, has_drafter: bool = True) -> Pair:
     """A random pair, the same object for every test: compiled rounds are kept."""
     folder = REFERENCE / family
-    return load_pair(folder / "target", folder / "drafter" if has_drafter else None)
+    return load_pair(folder / "target", has_drafter and folder / "drafter")
 
 
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:

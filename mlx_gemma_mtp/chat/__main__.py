@@ -20,9 +20,8 @@ from ..cli.arguments import (
     add_system_prompt,
     add_template_arguments,
     add_verbose,
-    check,
-    given_settings,
 )
+from ..cli.checks import check, given_settings
 from ..cli.command import exit_status, set_up_log
 from ..cli.command_table import make_parser
 from ..cli.display import CompileProgress, Display, PromptProgress
@@ -118,16 +117,18 @@ def _run(args: argparse.Namespace) -> int:
 def _make_session(args: argparse.Namespace) -> Session:
     """Load what the flags name and make a session of it."""
     checked = check(args)
-    from ..generation.requests import check_settings
+    from ..generation.settings import (
+        check_max_tokens,
+        check_num_draft_tokens,
+        check_prefill_step_size,
+    )
     from ..pair.pair import pair_of
     from .prompts import PlainPrompts, TemplatePrompts
     from .session import Session, Settings
 
-    check_settings(
-        max_tokens=args.max_tokens,
-        num_draft_tokens=args.num_draft_tokens,
-        prefill_step_size=args.prefill_step_size,
-    )
+    check_max_tokens(args.max_tokens)
+    check_num_draft_tokens(args.num_draft_tokens)
+    check_prefill_step_size(args.prefill_step_size)
     if args.model is None and args.verbose:
         _note(EMBEDDED_NOTE)
     model, tokenizer = load_model(args)

@@ -40,7 +40,7 @@ def describe_session(session: Session) -> str:
             *_describe_totals(totals),
             f"Memory: peak {response.peak_memory:.3f} GB, the drafter's weights "
             f"{response.drafter_memory:.3f} GB, {len(session.kept)} kept caches "
-            f"{session.kept.nbytes / 1e9:.3f} GB",
+            f"{session.kept.num_bytes / 1e9:.3f} GB",
             f"Drafts of the next answer: {session.num_draft_tokens}",
         ]
     )

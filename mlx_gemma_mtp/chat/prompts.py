@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from ..cache.beginning import num_common
 from ..errors import RequestError
 from ..generation.chat_template import (
     DEFAULT_THINKING,
@@ -16,7 +17,7 @@ from ..generation.chat_template import (
     ChatPrompt,
     apply_chat_template,
 )
-from ..generation.encoding import encode_text, num_common
+from ..generation.encoding import encode_text
 from .conversation import Conversation
 
 _ADVICE = (

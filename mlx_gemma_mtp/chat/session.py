@@ -15,19 +15,26 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..cache.kept import KeptCaches
+from ..engine.prefill import Prefill
 from ..engine.stats import RoundStats
 from ..errors import RequestError
+from ..generation.settings import NO_LIMIT
 from ..generation.text import GenerationResponse, stream_generate
 from ..markup.answer import CONTENT, REASONING, AnswerReader, Part, marks_of
 from ..models.target import Target, text_model
 from ..pair.pair import pair_of
 from ..sampling.host import LogitsProcessor
 from .conversation import Conversation
-from .kept import KeptCaches
 from .prompts import Prompts, num_stable
-from .settings import NO_LIMIT, Settings
+from .settings import Settings
 
 OnProgress = Callable[[int, int], None]
+
+# Of the caches of earlier turns; the newest two are kept whatever memory they take.
+_MAX_KEPT = 16
+_MAX_KEPT_BYTES = 2 * 10**9
+_NUM_SURE = 2
 
 
 @dataclass
@@ -144,7 +151,9 @@ class Session:
         self.has_drafter = pair_of(model).drafter is not None
         self.conversation = Conversation(system)
         self.num_draft_tokens = num_draft_tokens
-        self.kept = KeptCaches()
+        self.kept = KeptCaches(
+            max_size=_MAX_KEPT, max_bytes=_MAX_KEPT_BYTES, num_sure=_NUM_SURE
+        )
         self.last: Turn | None = None
         self.totals = Totals()
         self.unsaid: list[Part] = []
@@ -278,7 +287,7 @@ class Session:
             Caches of the prompt's beginning, and how many of its tokens they hold.
         """
         stable = num_stable(self.prompts, self.conversation, question, prompt)
-        found, turn.num_cached = self.kept.take(prompt)
+        found, turn.num_cached = self.kept.find(prompt)
         caches = make_prompt_cache(self._model) if found is None else found
         if stable <= turn.num_cached:
             return caches, turn.num_cached
@@ -290,13 +299,11 @@ class Session:
         self, tokens: list[int], caches: list[Any], on_progress: OnProgress
     ) -> None:
         """Let the target read tokens that follow what the caches hold."""
-        step, count = self.settings.prefill_step_size, len(tokens)
-        for start in range(0, count, step):
-            on_progress(start, count)
-            self._target.read(mx.array(tokens[start : start + step]), caches)
-            mx.eval([cache.state for cache in caches])
-            mx.clear_cache()
-        on_progress(count, count)
+        prefill = Prefill(self._target, tokens, caches=caches)
+        while not prefill.is_done:
+            on_progress(prefill.num_read, prefill.num_tokens)
+            prefill.read(self.settings.prefill_step_size)
+        on_progress(prefill.num_read, prefill.num_tokens)
 
 
 def _after(before: mx.array, processor: LogitsProcessor) -> LogitsProcessor:

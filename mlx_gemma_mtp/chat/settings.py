@@ -10,12 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import RequestError
-from ..generation.requests import check_settings
+from ..generation.settings import check_max_tokens
 from ..sampling.defaults import SamplingDefaults
 from ..sampling.host import LogitsProcessor
 from ..sampling.params import SamplingParams
 
-NO_LIMIT = -1
 _MAX_TOKENS = "max_tokens"
 _TYPES: dict[str, type] = {
     "temp": float,
@@ -79,11 +78,7 @@ class Settings:
         is_off = (name, text) == ("seed", _OFF)
         value: Any = None if is_off else _number(name, text)
         if name == _MAX_TOKENS:
-            check_settings(
-                max_tokens=value,
-                num_draft_tokens=None,
-                prefill_step_size=self.prefill_step_size,
-            )
+            check_max_tokens(value)
             return replace(self, max_tokens=value)
         SamplingParams(**self.sampling | {name: value})  # checks it
         if name not in self.given:  # a seed

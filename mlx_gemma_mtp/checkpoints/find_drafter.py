@@ -9,9 +9,15 @@ from pathlib import Path
 
 from ..constants import DRAFTER_MODEL_TYPES
 from ..errors import cut
-from ..models.families import _DRAFTERS, _HIDDEN_SIZES, _QAT_DRAFTER
+from ..models.families import FAMILIES
 from .checkpoint import CONFIG_NAME, read_json
 from .hub import DRAFTER_FOLDERS, GEMMA_4_ID, hub_id
+
+# mlx-community has no drafter of every size for quantization-aware trained targets, so
+# those take Google's.
+_QAT_DRAFTER = "google/gemma-4-{size}-it-qat-q4_0-unquantized-assistant"
+_COMMUNITY = "mlx-community"
+_COMMUNITY_DRAFTER = "mlx-community/gemma-4-{size}-it-assistant-bf16"
 
 
 @dataclass(frozen=True)
@@ -101,13 +107,16 @@ def _published_drafter_of(target_id: str) -> DrafterChoice:
             f"no drafter found for {cut(target_id)}: drafters are published for the "
             f"instruction-tuned models (…-it) only, not for base models. {name_one}",
         )
-    size = next(s for s in _HIDDEN_SIZES if s.lower() == match["size"].lower())
-    owner = match["owner"].lower()
+    family = FAMILIES[match["size"].lower()]
+    owner, size = match["owner"].lower(), family.size
     if "qat" in rest.split("-"):
         why = f"the published drafter of quantization-aware trained {size} targets"
         return DrafterChoice(_QAT_DRAFTER.format(size=size), why)
-    drafter = _DRAFTERS.get(owner, _DRAFTERS["google"]).format(size=size)
-    if owner in _DRAFTERS:
+    if owner == _COMMUNITY:
+        drafter = _COMMUNITY_DRAFTER.format(size=size)
+    else:
+        drafter = family.drafter_id
+    if owner in (_COMMUNITY, "google"):
         return DrafterChoice(drafter, f"the published drafter of {target_id}")
     why = f"the published drafter of the {size}, which {target_id} is named after"
     return DrafterChoice(drafter, why)

@@ -16,15 +16,15 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from ..constants import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 from ..errors import CheckpointError, cut, shorten
+from ..models.families import FAMILIES, PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
 from .checkpoint import CONFIG_NAME, WEIGHTS_PATTERN
 
 _AGAIN = "Check the connection and try again, or pass a local folder."
 # Folders inside a target's folder that may hold its drafter, in this order.
 DRAFTER_FOLDERS = ("drafter", "assistant", "mtp")
 GEMMA_4_ID = re.compile(
-    r"(?P<owner>[^/]+)/gemma-4-(?P<size>E2B|E4B|12B|26B-A4B|31B)(?P<rest>(-.*)?)",
+    rf"(?P<owner>[^/]+)/gemma-4-(?P<size>{'|'.join(FAMILIES)})(?P<rest>(-.*)?)",
     re.IGNORECASE,
 )
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -24,8 +24,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from ..constants import TARGET_MODEL_TYPES
 from ..errors import CheckpointError, cut
-from ..models.config import DrafterConfig, check_model_type, check_target, text_config
 from ..models.drafter import Drafter
+from ..models.drafter_config import DrafterConfig
 from ..models.tensor_names import (
     TOKEN_ORDERING,
     Names,
@@ -33,6 +33,7 @@ from ..models.tensor_names import (
     head_copies,
     target_names,
 )
+from ..models.text_config import check_model_type, check_target, text_config
 from .checkpoint import SAME_CHECKPOINT, Checkpoint, have_same_data, open_checkpoint
 from .packing import check_packing, next_step, stored_formats
 from .quantization import Format

@@ -1,6 +1,6 @@
 """What the flags of a command mean once a pair is there.
 
-What can be said without one stands in ``arguments``; what goes to the terminal is the
+What can be said without one stands in ``checks``; what goes to the terminal is the
 command's.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from .arguments import given_settings, penalties, xtc_settings
+from .checks import given_settings, penalties, xtc_settings
 
 if TYPE_CHECKING:
     from ..generation.cache_file import SavedPrompt

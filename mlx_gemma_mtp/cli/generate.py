@@ -16,7 +16,8 @@ from ..checkpoints.template_files import missing_template_note
 from ..cpu_kernels import compile_header
 from ..generation.chat_template import apply_chat_template
 from ..markup.answer import AnswerReader, marks_of
-from .arguments import EMBEDDED_PROMPT, check, configure_parser
+from .arguments import EMBEDDED_PROMPT, configure_parser
+from .checks import check
 from .command import (
     EXIT_INTERRUPTED,
     check_output_file,
@@ -67,16 +68,18 @@ def _run(args: argparse.Namespace) -> int:
         check_output_file("--stats-json", args.stats_json)
     compile_header()  # meanwhile
     # Heavy imports wait until the arguments are known to be good.
-    from ..generation.requests import check_settings
+    from ..generation.settings import (
+        check_max_tokens,
+        check_num_draft_tokens,
+        check_prefill_step_size,
+    )
     from ..generation.text import stream_generate
     from ..pair.pair import pair_of
     from .display import CompileProgress, Display, PromptProgress
 
-    check_settings(
-        max_tokens=args.max_tokens,
-        num_draft_tokens=args.num_draft_tokens,
-        prefill_step_size=args.prefill_step_size,
-    )
+    check_max_tokens(args.max_tokens)
+    check_num_draft_tokens(args.num_draft_tokens)
+    check_prefill_step_size(args.prefill_step_size)
     saved = open_cache_file(args)
     prompt = _read_prompt(args)
     if args.model is None and args.verbose is not False:

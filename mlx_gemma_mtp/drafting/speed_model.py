@@ -10,6 +10,12 @@ pass and K steps. c(M) is what M rows cost over one, U(M) the experts that M row
 over those of one. `Constants` holds what was fitted to published figures;
 `scripts/roofline.py` prints how far the model is from them.
 
+Bytes are counted of matrices; norms, scales and scalars are left out (under 0.1 %). A
+table of which a token gathers one row, as of per-layer embeddings, is not read by a
+pass: only the rows are, which is nothing. The tied embedding is read whole, as head.
+Bandwidths are those that Apple publishes for the full GPU of each chip (M3 Max with 40
+GPU cores, M4 Max and M5 Max with 40).
+
 Not in the model: attention whose cost grows with rows (heads of 512 in long contexts),
 heat, and time that the host takes.
 
@@ -19,11 +25,20 @@ K = num_draft_tokens, 0 to 8, never counts the bonus token. Times are in seconds
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..constants import MAX_DRAFT_TOKENS
-from ..models.families import DRAFTER_LAYERS, FAMILIES, Family, bits_per_weight
-from .chips import Chip, chip_of
+from ..constants import FULL, MAX_DRAFT_TOKENS, SLIDING
+from ..models.families import (
+    DRAFTER_LAYERS,
+    FAMILIES,
+    GLOBAL_HEAD_DIM,
+    HEAD_DIM,
+    NUM_CENTROIDS,
+    VOCAB_SIZE,
+    Family,
+)
 from .controller import DEFAULT_PRIOR, Prior
 
 TYPICAL_FAMILY = "12b"
@@ -31,6 +46,157 @@ TYPICAL_FAMILY = "12b"
 EXPERT_DISCOUNT = 0.25
 _MATRIX_TILE = 32  # rows that the matrix kernel multiplies at the cost of one
 _SHARPNESS = 3  # of the bend between reading weights and arithmetic on rows
+_KV_BYTES = 2  # bfloat16
+_ROWS_OF_CENTROID_HEAD = NUM_CENTROIDS + 32 * 128  # and the tokens of the 32 best
+
+_ARCHITECTURE = re.compile(r"applegpu_g(\d+)([a-z])")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip.
+
+    Attributes:
+        name: As Apple writes it, such as "M3 Ultra".
+        generation: Of the GPU: 13 is M1, 14 M2, 15 M3, 16 M4, 17 M5.
+        bandwidth: Of the memory, bytes a second.
+    """
+
+    name: str
+    generation: int
+    bandwidth: float
+
+    @property
+    def is_ultra(self) -> bool:
+        """Whether two dies make one chip: MLX has limits of its own for them."""
+        return self.name.endswith("Ultra")
+
+
+CHIPS = {
+    name: Chip(name, generation, gigabytes * 1e9)
+    for name, generation, gigabytes in (
+        ("M1", 13, 68.3),
+        ("M1 Pro", 13, 200.0),
+        ("M1 Max", 13, 400.0),
+        ("M1 Ultra", 13, 800.0),
+        ("M2", 14, 100.0),
+        ("M2 Pro", 14, 200.0),
+        ("M2 Max", 14, 400.0),
+        ("M2 Ultra", 14, 800.0),
+        ("M3", 15, 100.0),
+        ("M3 Pro", 15, 150.0),
+        ("M3 Max", 15, 400.0),
+        ("M3 Ultra", 15, 819.0),
+        ("M4", 16, 120.0),
+        ("M4 Pro", 16, 273.0),
+        ("M4 Max", 16, 546.0),
+        ("M5", 17, 153.6),
+        ("M5 Pro", 17, 307.0),
+        ("M5 Max", 17, 614.0),
+    )
+}
+
+# The letter that ends MLX's name of a GPU; a generation without an Ultra gets its Max.
+_SIZES = {"p": "", "g": "", "s": " Max", "d": " Ultra"}
+
+
+def chip_of(architecture: str | None) -> Chip | None:
+    """Return the chip that an architecture is of, None if it is of no known one.
+
+    Several chips share a name (g: base and Pro); the one returned stands for them.
+
+    Args:
+        architecture: ``mx.device_info()["architecture"]``, such as "applegpu_g15s".
+    """
+    match = _ARCHITECTURE.fullmatch(architecture or "")
+    if match is None or match[2] not in _SIZES:
+        return None
+    model = f"M{int(match[1]) - 12}"
+    chip = CHIPS.get(model + _SIZES[match[2]])
+    return chip or CHIPS.get(f"{model} Max")
+
+
+def bits_per_weight(bits: int) -> float:
+    """Bits a weight takes with its share of scale and bias (groups of 64), or 16."""
+    return bits + 32 / 64 if bits < 16 else 16.0
+
+
+def dense_weights(family: Family) -> int:
+    """Weights that every pass reads, whatever the tokens are."""
+    text = family.target_text
+    num_layers = text["num_hidden_layers"]
+    num_own = num_layers - text["num_kv_shared_layers"]
+    width = VOCAB_SIZE  # the head
+    # Gate and projection of per-layer inputs, and the model's own projection.
+    width += num_layers * (3 * text["hidden_size_per_layer_input"])
+    width += num_layers * text["num_experts"]  # the router
+    for layer, layer_type in enumerate(family.layer_types):
+        is_shared = layer >= num_own
+        times = 2 if is_shared and text["use_double_wide_mlp"] else 1
+        width += 3 * times * text["intermediate_size"]
+        width += _attention_width(family, layer_type, has_kv=not is_shared)
+    return int(width * text["hidden_size"])
+
+
+def _attention_width(family: Family, layer_type: str, *, has_kv: bool) -> int:
+    """Rows of a layer's attention, each as wide as the hidden state."""
+    text, is_full = family.target_text, layer_type == FULL
+    head_dim = GLOBAL_HEAD_DIM if is_full else HEAD_DIM
+    width = 2 * text["num_attention_heads"] * head_dim  # queries and output
+    if has_kv:
+        is_one = is_full and text["attention_k_eq_v"]
+        width += (1 if is_one else 2) * _kv_heads(family, layer_type) * head_dim
+    return int(width)
+
+
+def _kv_heads(family: Family, layer_type: str) -> int:
+    text = family.target_text
+    heads = text["num_key_value_heads"]
+    if layer_type == FULL:
+        heads = text["num_global_key_value_heads"] or heads
+    return int(heads)
+
+
+def expert_weights(family: Family) -> int:
+    """Weights of the experts that one token chooses, in all layers; 0 if dense."""
+    text = family.target_text
+    expert = 3 * text["hidden_size"] * text["moe_intermediate_size"]
+    return int(text["num_hidden_layers"] * text["top_k_experts"] * expert)
+
+
+def draft_weights(family: Family) -> int:
+    """Weights that a draft step reads."""
+    text = family.drafter_text
+    heads = (len(DRAFTER_LAYERS) - 1) * HEAD_DIM + GLOBAL_HEAD_DIM
+    width = (
+        3 * family.target_text["hidden_size"]  # both projections
+        + 2 * heads * text["num_attention_heads"]
+        + 3 * len(DRAFTER_LAYERS) * text["intermediate_size"]
+        + (_ROWS_OF_CENTROID_HEAD if family.has_centroid_head else VOCAB_SIZE)
+    )
+    return int(text["hidden_size"] * width)
+
+
+def kv_bytes(family: Family, context: int) -> int:
+    """Bytes of keys and values that a pass reads for one sequence.
+
+    A layer that shares another's K/V saves memory, no reading.
+    """
+    return _kv_bytes(family, family.layer_types, context)
+
+
+def draft_kv_bytes(family: Family, context: int) -> int:
+    """Bytes of the target's keys and values that a draft step reads."""
+    return _kv_bytes(family, DRAFTER_LAYERS, context)
+
+
+def _kv_bytes(family: Family, layer_types: Sequence[str], context: int) -> int:
+    num_full = layer_types.count(FULL)
+    seen = min(context, family.target_text["sliding_window"])
+    sliding = len(layer_types) - num_full
+    sliding *= _kv_heads(family, SLIDING) * HEAD_DIM * seen
+    full = num_full * _kv_heads(family, FULL) * GLOBAL_HEAD_DIM * context
+    return int(2 * _KV_BYTES * (sliding + full))
 
 
 @dataclass(frozen=True)
@@ -123,20 +289,21 @@ class Model:
         """
         family = self.family
         rows = rows_each * self.batch_size
-        weights = family.dense_weights * self._growth(rows)
-        if family.num_experts:
-            union = experts_read(rows, family.num_active_experts, family.num_experts)
-            weights += family.expert_weights * union
+        weights = dense_weights(family) * self._growth(rows)
+        text = family.target_text
+        if text["num_experts"]:
+            union = experts_read(rows, text["top_k_experts"], text["num_experts"])
+            weights += expert_weights(family) * union
         num_bytes = weights * bits_per_weight(self.bits) / 8
-        num_bytes += self.batch_size * family.kv_bytes(self.context)
-        return self._forward_s(num_bytes, family.num_hidden_layers)
+        num_bytes += self.batch_size * kv_bytes(family, self.context)
+        return self._forward_s(num_bytes, len(family.layer_types))
 
     def step_s(self) -> float:
         """Time of one draft step."""
-        weights = self.family.draft_weights * self._growth(self.batch_size)
+        weights = draft_weights(self.family) * self._growth(self.batch_size)
         num_bytes = weights * bits_per_weight(self.draft_bits) / 8
-        num_bytes += self.batch_size * self.family.draft_kv_bytes(self.context)
-        return self._forward_s(num_bytes, DRAFTER_LAYERS)
+        num_bytes += self.batch_size * draft_kv_bytes(self.family, self.context)
+        return self._forward_s(num_bytes, len(DRAFTER_LAYERS))
 
     def round_s(self, num_draft_tokens: int) -> float:
         """Time of a round with K drafts; K = 0 is plain decoding's."""
@@ -196,7 +363,7 @@ def acceptance_length(num_draft_tokens: int, acceptance: float) -> float:
 
 def default_draft_bits(family: Family) -> int:
     """Bits that the converter gives a drafter unless asked."""
-    return 8 if family.drafter.has_centroids else 4
+    return 8 if family.has_centroid_head else 4
 
 
 def model(

@@ -1,13 +1,13 @@
-"""The batch: which row sits where, its slabs, and what rounds must know of it.
+"""The batch: which sequence sits where, its slabs, what rounds must know of it.
 
-A compiled round has a fixed number of seats. A row that has ended keeps its seat, which
-is frozen, until another row needs it; an empty seat is computed and never seen. Knows
-nothing of drafts, of rounds or of when rows come and go.
+A compiled round has a fixed number of seats. A sequence that has ended keeps its seat,
+which is frozen, until another one needs it; an empty seat is computed and never seen.
+Knows nothing of drafts, of rounds or of when sequences come and go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from ..cache.prompt import PrefillCache, insert_row, oldest_kept, take_row
 from ..cache.slabs import SlabLayout, resize
 from ..models.target import Prefilled
 from ..sampling.distribution import SamplingRule
-from .capacity import Room
+from .capacity import BatchPolicy, Capacity
 from .sequence import Row
 from .state import (
     RoundState,
@@ -29,73 +29,49 @@ from .state import (
 )
 from .stats import joined_rules
 
-# Few numbers of seats, so that few rounds are traced; beyond them multiples of 8.
-_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
-
-def seats_for(num_rows: int) -> int:
-    """The number of seats for so many rows."""
-    return next((s for s in _SIZES if s >= num_rows), -(-num_rows // 8) * 8)
-
-
-class Seats:
-    """The seats of a batch.
+class Batch:
+    """The seats of sequences that are decoded together.
 
     Args:
         layout: Of the slabs.
-        reserved: Rows that have a seat each from the start; ``()`` where rows come and
-            go.
-        is_fixed: See ``Room``.
-        near_tie: See ``SamplingRule``.
-        max_kv_bytes: Most memory of the slabs of rows that come and go, in which those
-            that are let in fit at their longest; None for no limit.
+        policy: How many seats and slots there are.
 
     Attributes:
-        rows: Who sits where; None for a seat that was never taken.
+        sequences: Who sits where; None for a seat that was never taken.
         state: What the last round left; None where nobody sits, and while a round
-            stands before its commit. Whoever runs a round takes it out, so that slabs
-            are written in place.
-        settings: What the next round must know of the rows.
-        room: How many slots there must be.
+            stands before its commit. Whoever goes on from it takes it out: see
+            ``take_state``.
+        settings: What the next round must know of the sequences.
+        rules: The rules that judge their drafts, in words.
+        capacity: How many slots there must be.
+        policy: As given.
     """
 
     settings: RowSettings
 
-    def __init__(
-        self,
-        layout: SlabLayout,
-        *,
-        reserved: Sequence[Row] = (),
-        is_fixed: bool = False,
-        near_tie: float | None = None,
-        max_kv_bytes: int | None = None,
-    ) -> None:
-        self.rows: list[Row | None] = []
+    def __init__(self, layout: SlabLayout, policy: BatchPolicy) -> None:
+        self.policy = policy
+        self.sequences: list[Row | None] = []
         self.state: RoundState | None = None
-        self.room = Room(list(reserved), is_fixed=is_fixed, is_open=not reserved)
-        self._max_kv_bytes = max_kv_bytes
+        self.rules = ""
+        self.capacity = Capacity(policy)
         self._layout = layout
-        self._num_reserved = len(reserved)
+        self._expected: Sequence[Row] = ()
         self._first_positions: dict[Row, int] = {}
-        self._near_tie = near_tie
         self._rule: SamplingRule | None = None
-        self._has_left = False  # rows, since seats were last counted
+        self._has_freed = False  # seats, since they were last counted
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.sequences)
 
     @property
     def live(self) -> list[Row]:
-        """The rows that have not ended."""
-        return [row for row in self.rows if row is not None and row.is_live]
+        """The sequences that have not ended."""
+        return [s for s in self.sequences if s is not None and s.is_live]
 
     @property
-    def rule_names(self) -> str:
-        """The rules of the live rows, in words."""
-        return joined_rules(sorted({row.request.rule for row in self.live}))
-
-    @property
-    def capacity(self) -> int:
+    def num_slots(self) -> int:
         """Slots of the full layers."""
         assert self.state is not None
         return self._layout.capacity(self.state.slabs)
@@ -105,193 +81,213 @@ class Seats:
         """Memory of the slabs."""
         if self.state is None:
             return 0
-        return self._layout.num_bytes(len(self), self.capacity)
+        return self._layout.num_bytes(len(self), self.num_slots)
+
+    def expect(self, sequences: Sequence[Row]) -> None:
+        """These will sit here, and nobody else.
+
+        There are slots for all of them from the start, and rounds are named by all of
+        their rules to the end.
+        """
+        self._expected = sequences
+
+    def take_state(self) -> RoundState:
+        """What the last round left, for the one who goes on from it.
+
+        The batch has no reference to it any more: the slabs are written in place, once
+        the caller has dropped its own.
+        """
+        state, self.state = self.state, None
+        assert state is not None  # no round is between verify and commit
+        return state
 
     def clear(self) -> None:
         """Send everybody away, and forget what they asked for."""
         if self.state is not None:
             self.state = None
             mx.clear_cache()
-        self.rows, self._first_positions, self._rule = [], {}, None
-        self.room.rows = []
+        self.sequences, self._first_positions, self._rule = [], {}, None
+        self.capacity.sequences = self._expected = ()
 
-    def sit(self, row: Row, filled: Prefilled, last_token: int) -> None:
-        """Give a seat to a row whose prompt was read.
+    def insert(self, sequence: Row, filled: Prefilled, last_token: int) -> None:
+        """Give a seat to a sequence whose prompt was read.
 
         Args:
-            row: The row.
+            sequence: The sequence.
             filled: What reading its prompt gave; the caches are emptied.
             last_token: The token that was chosen behind it.
         """
         first_position = oldest_kept(filled.caches, self._layout)
-        seat = self._free_seat(row, filled.hidden)
-        state, self.state = self.state, None
-        assert state is not None
+        seat = self._free_seat(sequence, filled.hidden)
+        state = self.take_state()
         insert_row(state.slabs, self._layout, seat, filled.caches)
         self.state = with_row(
             state,
             seat,
             last_token=last_token,
             hidden=filled.hidden,
-            offset=row.offset,
+            offset=sequence.offset,
         )
-        self.rows[seat] = row
-        self._first_positions[row] = first_position
+        self.sequences[seat] = sequence
+        self._first_positions[sequence] = first_position
         self.update()
         self._start()
         mx.clear_cache()
 
-    def leave(self) -> None:
-        """Some rows have ended: let settings and room follow.
+    def free(self) -> None:
+        """Some have ended: let settings and capacity follow.
 
         A round that was queued before that was known has moved them on. They go back,
         so that all later rounds write where that one did, over no key of their windows.
         """
-        self._has_left = True
+        self._has_freed = True
         if not self.live:
             return
         if self.state is not None:
             self.state = with_ends(
                 self.state,
                 {
-                    seat: ((row.emitted or [0])[-1], row.offset)
-                    for seat, row in enumerate(self.rows)
-                    if row is not None and not row.is_live
+                    seat: ((sequence.emitted or [0])[-1], sequence.offset)
+                    for seat, sequence in enumerate(self.sequences)
+                    if sequence is not None and not sequence.is_live
                 },
             )
             self._start()
         self.update()
 
-    def fit(self, in_flight: Sequence[int], *, may_shrink: bool) -> bool:
-        """Before a round is queued: no slot too few and, if asked, none too many.
+    def reserve(self, in_flight: Collection[int], *, is_awaited: bool) -> bool:
+        """Before a round is queued: no slot too few, and none too many for long.
 
         Args:
             in_flight: Drafts of each round in flight.
-            may_shrink: Whether seats and slots that nobody needs are given up.
+            is_awaited: Whether others wait for seats: none is given up then.
 
         Returns:
             Whether something has changed.
         """
-        num_seats, capacity = len(self), self.capacity
-        if may_shrink and self._has_left and not self._num_reserved:
-            num_seats, capacity = self._shrunk(num_seats, capacity)
-            self._has_left = False
-        if self.room.must_grow(capacity, in_flight):
-            capacity = self.room.grown(capacity)
-        return self._resize(num_seats, capacity)
+        num_seats, num_slots = len(self), self.num_slots
+        if self.policy.may_shrink and self._has_freed and not is_awaited:
+            num_seats, num_slots = self._shrunk(num_seats, num_slots)
+            self._has_freed = False
+        if self.capacity.must_grow(num_slots, in_flight):
+            num_slots = self.capacity.grown(num_slots)
+        return self._resize(num_seats, num_slots)
 
-    def take(self, row: Row, num_tokens: int) -> Iterator[PrefillCache] | None:
-        """Caches that hold a row's first tokens; None where it does not sit here.
+    def extract(self, sequence: Row, num_tokens: int) -> Iterator[PrefillCache] | None:
+        """Caches that hold a sequence's first tokens; None where it has no seat.
 
         Args:
-            row: The row.
+            sequence: The sequence.
             num_tokens: How many tokens; the newest of them must have been written
-                within the last two rounds in which the row was live, or since.
+                within the last two rounds in which it was live, or since.
         """
-        if row not in self.rows or self.state is None:
+        if sequence not in self.sequences or self.state is None:
             return None
         return take_row(
             self.state.slabs,
             self._layout,
-            self.rows.index(row),
+            self.sequences.index(sequence),
             num_tokens=num_tokens,
-            first_position=self._first_positions[row],
+            first_position=self._first_positions[sequence],
         )
 
     def update(self) -> None:
-        """Let settings and room follow the rows."""
-        present = [row for row in self.rows if row is not None]
-        self._first_positions = {row: self._first_positions[row] for row in present}
-        # An empty seat must ask for nothing that no row asks for.
-        stand_in = next((row for row in present if row.is_live), present[0])
-        rows = [stand_in if row is None else row for row in self.rows]
-        counts = [row.request.num_logprobs for row in rows]
+        """Let settings and capacity follow the sequences."""
+        present = [s for s in self.sequences if s is not None]
+        self._first_positions = {s: self._first_positions[s] for s in present}
+        # An empty seat must ask for nothing that no sequence asks for.
+        stand_in = next((s for s in present if s.is_live), present[0])
+        seated = [stand_in if s is None else s for s in self.sequences]
+        counts = [s.request.num_logprobs for s in seated]
         settings = row_settings(
-            [row.request.sampling for row in rows],
-            is_host=[row.request.is_host for row in rows],
+            [s.request.sampling for s in seated],
+            is_host=[s.request.is_host for s in seated],
             num_logprobs=max((c for c in counts if c is not None), default=None),
-            near_tie=self._near_tie,
-            max_drafts=[row.request.max_draft_tokens for row in rows],
+            max_drafts=[s.request.max_draft_tokens for s in seated],
         )
-        # What costs little stays: as rows come and go, few rules are traced.
+        # What costs little stays: as sequences come and go, few rules are traced.
         rule = settings.rule if self._rule is None else settings.rule.joined(self._rule)
-        rule = replace(rule, has_host=any(row.request.is_host for row in self.live))
+        rule = replace(rule, has_host=any(s.request.is_host for s in self.live))
         self._rule = rule
         self.settings = replace(
             settings,
             rule=rule,
-            is_active=mx.array([r is not None and r.is_live for r in self.rows]),
+            is_active=mx.array([s is not None and s.is_live for s in self.sequences]),
             first_position=mx.array(
-                [self._first_positions[row] for row in rows], dtype=mx.int32
+                [self._first_positions[s] for s in seated], dtype=mx.int32
             ),
         )
-        if not self._num_reserved:
-            self.room.rows = self.live
+        members = self._expected or self.live
+        self.rules = joined_rules(sorted({s.request.rule for s in members}))
+        self.capacity.sequences = self.live
 
-    def _free_seat(self, row: Row, hidden: mx.array) -> int:
-        """A seat for a row, and slots enough; there may be none yet of either."""
-        if not self._num_reserved:
-            self.room.rows = [*self.live, row]
-        needed = self.room.initial_capacity()
+    def _free_seat(self, sequence: Row, hidden: mx.array) -> int:
+        """A seat for a sequence, and slots enough; there may be none yet of either."""
+        self.capacity.sequences = [*self.live, sequence, *self._expected]
         if self.state is None:
-            num_seats = self._num_reserved or seats_for(1)
-            slabs = self._layout.allocate(num_seats, needed)
+            num_seats = self.policy.seats(1)
+            slabs = self._layout.allocate(num_seats, self.capacity.initial())
             self.state = empty_state(slabs, hidden)
-            self.rows = [None] * num_seats
-        elif not self._num_reserved:
-            num_seats = max(len(self), seats_for(len(self.room.rows)))
-            self._resize(num_seats, max(self.capacity, needed))
-        free = [i for i, r in enumerate(self.rows) if r is None or not r.is_live]
-        # The caches of a row that has ended can be had as long as it keeps its seat.
-        return min(free, key=lambda seat: self.rows[seat] is not None)
+            self.sequences = [None] * num_seats
+        elif self.policy.may_shrink:
+            num_seats = self.policy.seats(len(self.capacity.sequences))
+            needed = self.capacity.initial()
+            self._resize(max(len(self), num_seats), max(self.num_slots, needed))
+        free = [i for i, s in enumerate(self.sequences) if s is None or not s.is_live]
+        # The caches of one that has ended can be had as long as it keeps its seat.
+        return min(free, key=lambda seat: self.sequences[seat] is not None)
 
-    def _shrunk(self, num_seats: int, capacity: int) -> tuple[int, int]:
-        """Seats and slots where rows have left: the same, unless half is enough.
+    def _shrunk(self, num_seats: int, num_slots: int) -> tuple[int, int]:
+        """Seats and slots where some have left: the same, unless half is enough.
 
         Every other number is a copy of the slabs, and perhaps a trace.
         """
-        seats, needed = seats_for(len(self.live)), self.room.initial_capacity()
+        seats, needed = self.policy.seats(len(self.live)), self.capacity.initial()
         return (
             seats if 2 * seats <= num_seats else num_seats,
-            needed if 2 * needed <= capacity else capacity,
+            needed if 2 * needed <= num_slots else num_slots,
         )
 
-    def _within_budget(self, num_seats: int, capacity: int) -> tuple[int, int]:
-        """Seats and slots; no more than rows need where there is no memory for more."""
-        most = self._max_kv_bytes
-        if most is None or self._layout.num_bytes(num_seats, capacity) <= most:
-            return num_seats, capacity
-        return seats_for(len(self.room.rows)), self.room.initial_capacity()
+    def _within_budget(self, num_seats: int, num_slots: int) -> tuple[int, int]:
+        """Seats and slots; no more than needed where there is no memory for more."""
+        most = self.policy.max_kv_bytes
+        if most is None or self._layout.num_bytes(num_seats, num_slots) <= most:
+            return num_seats, num_slots
+        num_seats = self.policy.seats(len(self.capacity.sequences))
+        return num_seats, self.capacity.initial()
 
-    def _resize(self, num_seats: int, capacity: int) -> bool:
-        """Change seats and slots; live rows keep what they have.
+    def _resize(self, num_seats: int, num_slots: int) -> bool:
+        """Change seats and slots; live sequences keep what they have.
 
         Returns:
             Whether something has changed.
         """
-        if not self._num_reserved:
-            num_seats, capacity = self._within_budget(num_seats, capacity)
-        if (num_seats, capacity) == (len(self), self.capacity):
+        num_seats, num_slots = self._within_budget(num_seats, num_slots)
+        if (num_seats, num_slots) == (len(self), self.num_slots):
             return False
-        state, self.state = self.state, None
-        assert state is not None  # no round is between verify and commit
-        taken = None
-        if not self._num_reserved:
-            taken = [i for i, r in enumerate(self.rows) if r is not None and r.is_live]
-            num_empty = num_seats - len(taken)
-            self.rows = [*(self.rows[i] for i in taken), *[None] * num_empty]
-            # An empty seat goes on as a copy of the first: any row will do.
-            taken += [*taken, 0][:1] * num_empty
+        state, taken = self.take_state(), None
+        if self.policy.may_shrink:
+            taken = self._taken(num_seats)
             state = with_rows(state, taken)
         slabs = list(state.slabs)
         state = replace(state, slabs=[])
-        resize(slabs, self._layout, capacity, rows=taken)
+        resize(slabs, self._layout, num_slots, rows=taken)
         mx.clear_cache()
         self.state = replace(state, slabs=slabs)
         if self.live:
             self.update()
         self._start()
         return True
+
+    def _taken(self, num_seats: int) -> list[int]:
+        """For each new seat the old one whose sequence it takes: the live ones first.
+
+        An empty seat goes on as a copy of the first: any will do.
+        """
+        live = [i for i, s in enumerate(self.sequences) if s is not None and s.is_live]
+        num_empty = num_seats - len(live)
+        self.sequences = [*(self.sequences[i] for i in live), *[None] * num_empty]
+        return [*live, *[*live, 0][:1] * num_empty]
 
     def _start(self) -> None:
         """Begin to compute the state: whoever goes on may be another thread.

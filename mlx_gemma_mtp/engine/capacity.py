@@ -1,114 +1,184 @@
-"""How many slots the full layers' slabs have, and when they grow.
+"""How many seats and slots a batch has, and when its slabs grow.
 
-Where the capacity changes a kernel's bytes, growth must come at positions that do not
-depend on the number of drafts: a token's logits are then computed over the same slots
-with drafting and without. Knows nothing of arrays.
+What differs between a batch that is there from the start and one that sequences join
+and leave is a policy. Where the capacity changes a kernel's bytes, growth must come at
+positions that do not depend on the number of drafts: a token's logits are then computed
+over the same slots with drafting and without. Knows nothing of arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from ..cache.slabs import SlabLayout, next_capacity, stepped_capacity
 from ..constants import MAX_DRAFT_TOKENS
 from .sequence import Row
 
+DEFAULT_MAX_ROWS = 32
 # Slabs for a request are reserved up to this many tokens ahead, so that an ordinary
 # one never grows; a longer one grows as it goes.
 RESERVED_TOKENS = 1024
 
 _BLOCK = MAX_DRAFT_TOKENS + 1
 _LONGEST = 2**31  # positions are int32
+# Few numbers of seats, so that few rounds are traced; beyond them multiples of 8.
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
-class Room:
-    """The room of a batch's rows.
-
-    Args:
-        rows: The rows; their offsets are read, as of the last report.
-        is_fixed: Whether growth comes at positions that do not depend on the number
-            of drafts.
-        is_open: Whether rows come and go; there are fewer capacities then.
+@dataclass(frozen=True)
+class OpenBatch:
+    """Sequences join and leave; seats and slots follow them, in few steps.
 
     Attributes:
-        rows: The rows; whoever lets rows join and leave exchanges them.
+        max_sequences: Most sequences that are decoded together; others wait.
+        max_kv_bytes: Most memory of the slabs; None for no limit. A sequence is let in
+            only where all fit at their longest, so none is ever sent away.
     """
 
-    def __init__(
-        self, rows: Sequence[Row], *, is_fixed: bool, is_open: bool = False
-    ) -> None:
-        self.rows = rows
-        self._is_open = is_open
-        # Rows of a batch share the capacity, and one row's growth must not depend on
-        # how far another one has come: there everything is reserved.
-        self._is_all_reserved = is_fixed and len(rows) > 1
-        self._is_fixed = is_fixed and len(rows) == 1
+    max_sequences: int | None = DEFAULT_MAX_ROWS
+    max_kv_bytes: int | None = None
+    # Seats are given up and taken again: whoever has ended may lose its caches.
+    may_shrink = True
+    grows_at_fixed_places = False
+    reserves_all = False
 
-    def initial_capacity(self) -> int:
-        """Slots for the longest row: its tokens, those to come, rounds in flight."""
-        # The same for every K: unfused attention may round by the capacity.
-        needed = 0
-        for row in self.rows:
-            left, ahead = row.num_left, RESERVED_TOKENS
-            if left is not None:
-                ahead = left if self._is_all_reserved else min(left, ahead)
-            needed = max(needed, row.offset + ahead + 2 * _BLOCK)
-        return stepped_capacity(needed) if self._is_open else next_capacity(needed)
+    def seats(self, num_sequences: int) -> int:
+        """The number of seats for so many sequences."""
+        return seats_for(num_sequences)
 
-    def grown(self, capacity: int) -> int:
-        """The next capacity."""
-        if self._is_open:
-            return stepped_capacity(capacity + 1)
-        return next_capacity(capacity + 1, capacity)
-
-    def is_known(self, capacity: int, in_flight: Collection[int]) -> bool:
-        """Whether the next round's room does not hang on reports still in flight.
+    def capacity(self, needed: int, capacity: int = 0) -> int:
+        """A number of slots that is enough, of the few that are used.
 
         Args:
-            capacity: Slots now.
+            needed: Slots that are needed.
+            capacity: Slots so far; 0 for none.
+        """
+        return stepped_capacity(needed)
+
+
+@dataclass(frozen=True)
+class ClosedBatch:
+    """All sequences are there from the start; each has a seat of its own to the end.
+
+    One sequence grows at fixed places. Several share the capacity, and the growth of
+    one must not depend on how far another has come: there everything is reserved.
+
+    Attributes:
+        num_sequences: How many.
+    """
+
+    num_sequences: int
+    max_sequences = None
+    max_kv_bytes = None
+    # Whoever has ended keeps its seat, and so its caches.
+    may_shrink = False
+
+    @property
+    def grows_at_fixed_places(self) -> bool:
+        """Whether growth comes at positions that do not depend on drafts."""
+        return self.num_sequences == 1
+
+    @property
+    def reserves_all(self) -> bool:
+        """Whether all tokens that may come have slots from the start."""
+        return self.num_sequences > 1
+
+    def seats(self, num_sequences: int) -> int:
+        """The number of seats: it never changes."""
+        return self.num_sequences
+
+    def capacity(self, needed: int, capacity: int = 0) -> int:
+        """A number of slots that is enough; see ``OpenBatch``."""
+        return next_capacity(needed, capacity)
+
+
+BatchPolicy = OpenBatch | ClosedBatch
+
+
+def seats_for(num_rows: int) -> int:
+    """The number of seats for so many sequences that join and leave."""
+    return next((s for s in _SIZES if s >= num_rows), -(-num_rows // 8) * 8)
+
+
+class Capacity:
+    """How many slots the full layers' slabs of a batch must have.
+
+    Args:
+        policy: What grows, and how.
+        sequences: The sequences; their offsets are read, as of the last report.
+
+    Attributes:
+        sequences: The sequences; whoever lets some join and leave exchanges them.
+    """
+
+    def __init__(self, policy: BatchPolicy, sequences: Sequence[Row] = ()) -> None:
+        self.sequences = sequences
+        self._policy = policy
+
+    def initial(self) -> int:
+        """Slots for the longest: its tokens, those to come, rounds in flight."""
+        # The same for every K: unfused attention may round by the capacity.
+        needed = 0
+        for sequence in self.sequences:
+            left, ahead = sequence.num_left, RESERVED_TOKENS
+            if left is not None:
+                ahead = left if self._policy.reserves_all else min(left, ahead)
+            needed = max(needed, sequence.offset + ahead + 2 * _BLOCK)
+        return self._policy.capacity(needed)
+
+    def grown(self, num_slots: int) -> int:
+        """The next number of slots."""
+        return self._policy.capacity(num_slots + 1, num_slots)
+
+    def is_known(self, num_slots: int, in_flight: Collection[int]) -> bool:
+        """Whether what the next round needs does not hang on reports still in flight.
+
+        Args:
+            num_slots: Slots now.
             in_flight: Drafts of each round in flight.
         """
-        is_near = self._latest(in_flight) + _BLOCK > self._limit(capacity)
-        return not (self._is_fixed and in_flight and is_near)
+        is_near = self._latest(in_flight) + _BLOCK > self._limit(num_slots)
+        return not (self._policy.grows_at_fixed_places and in_flight and is_near)
 
-    def must_grow(self, capacity: int, in_flight: Collection[int]) -> bool:
+    def must_grow(self, num_slots: int, in_flight: Collection[int]) -> bool:
         """Whether the slabs must grow before the next round.
 
         Args:
-            capacity: Slots now.
+            num_slots: Slots now.
             in_flight: Drafts of each round in flight.
         """
         latest = self._latest(in_flight)
-        if self._is_fixed:
-            return latest >= self._limit(capacity)
-        return latest + _BLOCK > capacity
+        if self._policy.grows_at_fixed_places:
+            return latest >= self._limit(num_slots)
+        return latest + _BLOCK > num_slots
 
-    def allowed(self, drafts: Collection[int], capacity: int) -> Collection[int]:
+    def allowed(self, drafts: Collection[int], num_slots: int) -> Collection[int]:
         """The numbers of drafts that do not reach over the place of a growth.
 
         Args:
             drafts: The numbers to choose from, 0 among them.
-            capacity: Slots now, grown where they had to.
+            num_slots: Slots now, grown where they had to.
         """
-        room = self._limit(capacity) - self._latest(())
-        if not self._is_fixed or room >= _BLOCK:
+        left = self._limit(num_slots) - self._latest(())
+        if not self._policy.grows_at_fixed_places or left >= _BLOCK:
             return drafts
-        return tuple(k for k in drafts if k < max(room, 1))
+        return tuple(k for k in drafts if k < max(left, 1))
 
     def _latest(self, in_flight: Collection[int]) -> int:
         """The furthest that the next round may start."""
-        # A row that has ended goes on beyond its end; what it writes is never seen.
-        offsets = [row.offset for row in self.rows if row.is_live]
+        # One that has ended goes on beyond its end; what it writes is never seen.
+        offsets = [s.offset for s in self.sequences if s.is_live]
         return max(offsets, default=0) + sum(k + 1 for k in in_flight)
 
-    def _limit(self, capacity: int) -> int:
-        """The first position whose query sees the next capacity."""
-        return capacity - _BLOCK
+    def _limit(self, num_slots: int) -> int:
+        """The first position whose query sees the next number of slots."""
+        return num_slots - _BLOCK
 
 
-def most_slots(rows: Sequence[Row]) -> int | None:
-    """Most slots that rows that come and go can need; None where one has no limit."""
-    ends = [row.last_position for row in rows]
+def most_slots(sequences: Sequence[Row]) -> int | None:
+    """Most slots that joining sequences can need; None where one has no limit."""
+    ends = [sequence.last_position for sequence in sequences]
     limits = [end for end in ends if end is not None]
     if len(limits) < len(ends):
         return None
@@ -116,12 +186,12 @@ def most_slots(rows: Sequence[Row]) -> int | None:
 
 
 def slots_for(num_tokens: int) -> int:
-    """Slots that a row of so many tokens can need where rows come and go."""
+    """Slots that a sequence of so many tokens can need where others join and leave."""
     return stepped_capacity(num_tokens + 2 * _BLOCK)
 
 
 def longest_text(layout: SlabLayout, max_kv_bytes: int) -> int:
-    """Most tokens that one row may have where slabs may take so much memory."""
+    """Most tokens that one sequence may have where slabs may take so much memory."""
     capacity, larger = 0, stepped_capacity(1)
     while layout.num_bytes(1, larger) <= max_kv_bytes and larger < _LONGEST:
         capacity, larger = larger, stepped_capacity(larger + 1)

@@ -1,8 +1,8 @@
-"""Rows that wait: for a seat, for memory, and for their prompts to be read.
+"""Requests that wait: for a seat, for memory, and for their prompts to be read.
 
-Rows are let in in the order they came, and only where all rows fit into memory at their
-longest, so none that runs is ever sent away. Prompts that were begun are read in turn,
-and short ones pass long ones. Knows nothing of rounds.
+Sequences are let in in the order they came, and only where all of them fit into memory
+at their longest, so none that runs is ever sent away. Prompts that were begun are read
+in turn, and short ones pass long ones. Knows nothing of rounds.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from ..cache.slabs import SlabLayout
 from ..errors import RequestError
-from .batch import seats_for
-from .capacity import longest_text, most_slots
+from .capacity import BatchPolicy, longest_text, most_slots
 from .prefill import Prefill
 from .sequence import Row
 
@@ -28,9 +27,9 @@ MAX_PASSING = 4
 
 @dataclass(frozen=True, eq=False)
 class Waiting:
-    """A row whose prompt was not read to its end."""
+    """A sequence whose prompt was not read to its end."""
 
-    row: Row
+    sequence: Row
     prefill: Prefill
 
     @property
@@ -39,21 +38,17 @@ class Waiting:
         return self.prefill.num_tokens - self.prefill.num_read <= SHORT
 
 
-class WaitingRows:
-    """The rows that wait.
+class RequestQueue:
+    """The requests that wait.
 
     Args:
         layout: Of the slabs.
-        max_rows: Most rows that decode together; None for as many as there are.
-        max_kv_bytes: Most memory of their slabs; None for no limit.
+        policy: How many sequences may decode together, and their memory.
     """
 
-    def __init__(
-        self, layout: SlabLayout, *, max_rows: int | None, max_kv_bytes: int | None
-    ) -> None:
+    def __init__(self, layout: SlabLayout, policy: BatchPolicy) -> None:
         self._layout = layout
-        self._max_rows = max_rows
-        self._max_kv_bytes = max_kv_bytes
+        self._policy = policy
         self._reading: deque[Waiting] = deque()
         self._outside: deque[Waiting] = deque()
         self._num_passed = 0  # since one was read in turn
@@ -73,29 +68,29 @@ class WaitingRows:
 
     @property
     def longest_text(self) -> int | None:
-        """Most tokens that one row may have, its prompt included; None for any."""
-        if self._max_kv_bytes is None:
+        """Most tokens that one sequence may have, its prompt included; None for any."""
+        if self._policy.max_kv_bytes is None:
             return None
-        return longest_text(self._layout, self._max_kv_bytes)
+        return longest_text(self._layout, self._policy.max_kv_bytes)
 
-    def append(self, entries: Sequence[Waiting]) -> None:
-        """Let rows wait behind the others: all of them, or none.
+    def append(self, entries: Collection[Waiting]) -> None:
+        """Let some wait behind the others: all of them, or none.
 
         Raises:
             RequestError: One could never fit into memory, even alone.
         """
         for entry in entries:
-            self._check_fit(entry.row)
+            self._check_fit(entry.sequence)
         self._outside.extend(entries)
 
-    def find(self, row: Row) -> Waiting | None:
-        """A row's entry; None where it does not wait."""
-        return next((entry for entry in self if entry.row is row), None)
+    def find(self, sequence: Row) -> Waiting | None:
+        """A sequence's entry; None where it does not wait."""
+        return next((entry for entry in self if entry.sequence is sequence), None)
 
-    def remove(self, row: Row) -> None:
-        """Let a row wait no longer."""
-        self._reading = deque(entry for entry in self._reading if entry.row is not row)
-        self._outside = deque(entry for entry in self._outside if entry.row is not row)
+    def remove(self, sequence: Row) -> None:
+        """Let a sequence wait no longer."""
+        self._reading = deque(e for e in self._reading if e.sequence is not sequence)
+        self._outside = deque(e for e in self._outside if e.sequence is not sequence)
 
     def clear(self) -> None:
         """Let nobody wait any longer."""
@@ -103,17 +98,17 @@ class WaitingRows:
         self._outside.clear()
 
     def next(self, seated: Sequence[Row], paused: Collection[Row]) -> Waiting | None:
-        """The row whose prompt is to be read next.
+        """Whose prompt is to be read next.
 
         Args:
-            seated: The rows that decode.
-            paused: Rows whose prompts are not to be read on for now.
+            seated: The sequences that decode.
+            paused: Those whose prompts are not to be read on for now.
 
         Returns:
             Its entry; None where there is none, or no seat or memory for it yet.
         """
         self._let_in(seated)
-        entries = [entry for entry in self._reading if entry.row not in paused]
+        entries = [entry for entry in self._reading if entry.sequence not in paused]
         short = next((entry for entry in entries if entry.is_short), None)
         long = next((entry for entry in entries if not entry.is_short), None)
         if long is None or (short is not None and self._num_passed < MAX_PASSING):
@@ -125,45 +120,45 @@ class WaitingRows:
         return long
 
     def _let_in(self, seated: Sequence[Row]) -> None:
-        """Let rows in for which there is a seat and memory."""
+        """Let those in for whom there is a seat and memory."""
+        most = self._policy.max_sequences
         while (entry := self._next_outside()) is not None:
-            inside = [*seated, *(entry.row for entry in self._reading)]
-            if self._max_rows is not None and len(inside) >= self._max_rows:
+            inside = [*seated, *(entry.sequence for entry in self._reading)]
+            if most is not None and len(inside) >= most:
                 return
-            if not self._fits([*inside, entry.row]):
+            if not self._fits([*inside, entry.sequence]):
                 return
             self._outside.remove(entry)
             self._reading.append(entry)
 
     def _next_outside(self) -> Waiting | None:
-        """The next row to let in: the first one, or the first short one."""
+        """The next one to let in: the first one, or the first short one."""
         num_long = sum(not entry.is_short for entry in self._reading)
         may = (e for e in self._outside if e.is_short or num_long < _MAX_READING)
         return next(may, None)
 
-    def _fits(self, rows: Sequence[Row]) -> bool:
-        """Whether rows fit into memory together, however long they become."""
-        return (
-            self._max_kv_bytes is None or self._most_bytes(rows) <= self._max_kv_bytes
-        )
+    def _fits(self, sequences: Sequence[Row]) -> bool:
+        """Whether sequences fit into memory together, however long they become."""
+        most = self._policy.max_kv_bytes
+        return most is None or self._most_bytes(sequences) <= most
 
-    def _most_bytes(self, rows: Sequence[Row]) -> float:
-        """The most memory that rows can come to need together."""
-        slots = most_slots(rows)
+    def _most_bytes(self, sequences: Sequence[Row]) -> float:
+        """The most memory that sequences can come to need together."""
+        slots = most_slots(sequences)
         if slots is None:
             return float("inf")
-        return self._layout.num_bytes(seats_for(len(rows)), slots)
+        return self._layout.num_bytes(self._policy.seats(len(sequences)), slots)
 
-    def _check_fit(self, row: Row) -> None:
-        """Raise if a row does not fit into memory, even alone."""
-        if self._fits([row]):
+    def _check_fit(self, sequence: Row) -> None:
+        """Raise if a sequence does not fit into memory, even alone."""
+        if self._fits([sequence]):
             return
-        assert self._max_kv_bytes is not None
-        length, needed = row.last_position, self._most_bytes([row])
+        assert self._policy.max_kv_bytes is not None
+        length, needed = sequence.last_position, self._most_bytes([sequence])
         size = f"{needed / 1e6:.1f} MB for {length} tokens, the prompt included"
         raise RequestError(
             "a request's keys and values must fit into "
-            f"{self._max_kv_bytes / 1e6:.1f} MB: got "
+            f"{self._policy.max_kv_bytes / 1e6:.1f} MB: got "
             f"{'no limit of tokens' if length is None else size}. Ask for fewer "
             "tokens, or allow more memory."
         )

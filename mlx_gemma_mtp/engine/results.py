@@ -25,7 +25,6 @@ class Outcome:
         tokens: These and the token behind them.
         logits: See ``Emission``.
         logprobs: One entry per token; empty where nobody asks.
-        near_ties: How many tokens were near ties; None where nobody counts.
         error: What a function of the row's own raised.
     """
 
@@ -33,16 +32,11 @@ class Outcome:
     tokens: list[int]
     logits: mx.array
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    near_ties: int | None = None
     error: Exception | None = None
 
 
 def outcomes_of(
-    values: list[list[int]],
-    report: Report,
-    rows: Sequence[Row | None],
-    *,
-    has_near_ties: bool,
+    values: list[list[int]], report: Report, rows: Sequence[Row | None]
 ) -> list[Outcome]:
     """What was decided of every row; rows of the host's are decided here.
 
@@ -50,11 +44,7 @@ def outcomes_of(
         values: The report's tokens, read.
         report: The report.
         rows: Who sat where.
-        has_near_ties: Whether near ties stand behind the tokens.
     """
-    near_ties: list[int | None] = [None] * len(values)
-    if has_near_ties:
-        near_ties = [tokens.pop() for tokens in values]
     logprobs: list[list[TokenLogprobs]] = [[] for _ in values]
     if report.logprobs is not None and any(_asks(row) for row in rows):
         logprobs = report.logprobs.listed()
@@ -62,11 +52,7 @@ def outcomes_of(
         _judge(row, i, report.logits, tokens[:-1])
         if row is not None and row.host is not None and row.is_live
         else Outcome(
-            num_accepted,
-            tokens[: num_accepted + 1],
-            report.logits,
-            logprobs[i],
-            near_ties[i],
+            num_accepted, tokens[: num_accepted + 1], report.logits, logprobs[i]
         )
         for i, (row, (num_accepted, *tokens)) in enumerate(
             zip(rows, values, strict=True)
@@ -191,9 +177,9 @@ class Progress:
     is_paused: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
-    """What one step has done: at most a round and a chunk of prompts.
+    """What one step has done so far: at most a round and a chunk of prompts.
 
     Attributes:
         emissions: What rows have emitted, in order.

@@ -24,7 +24,7 @@ from ..cache.slabs import SlabLayout
 from ..models.drafter import DraftOutput, SharedKV
 from ..models.target import Prefilled, Target, TargetOutput
 from ..sampling.acceptance import Accepted, Draft, accept_block, cut
-from ..sampling.decision import Verification, decide, joined, near_ties, propose
+from ..sampling.decision import Verification, decide, joined, propose
 from ..sampling.distribution import SamplingRule
 from ..sampling.logprobs import reported_logprobs
 from .model_arrays import ArraysChangedError, CompiledFunction, ModelArrays
@@ -322,14 +322,6 @@ def _round(
 
     tokens = _report(draft.tokens, accepted)
     logprobs = reported_logprobs(rule, output.logits, tokens[:, 1:])
-    if rule.near_tie is not None:
-        num_near_ties = near_ties(
-            output.logits,
-            settings.sampling,
-            num_accepted=accepted.num_accepted,
-            near_tie=rule.near_tie,
-        )
-        tokens = mx.concatenate([tokens, num_near_ties], axis=1)
     report = [tokens, output.logits, *(logprobs.arrays if logprobs else [])]
     if rule.has_host:
         return output.slabs, output.hidden, report

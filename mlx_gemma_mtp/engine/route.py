@@ -38,18 +38,15 @@ class Route:
             filled up to it.
         allowed: The numbers of drafts that a round may have.
         is_exact: Whether bytes were proved equal for all of them.
-        has_fixed_growth: Whether slabs must grow at positions that do not depend on
-            the number of drafts.
-        near_tie: Greedy choices by this much or less, in logits, are counted; None
-            where none could fall differently.
+        max_difference: Largest difference of a logit that the probe has seen; None
+            where it has not come to its end.
         state: What was proved, or why nothing was, in words.
     """
 
     min_rows: int = 1
     allowed: tuple[int, ...] = ALL_DRAFTS
     is_exact: bool = False
-    has_fixed_growth: bool = False
-    near_tie: float | None = None
+    max_difference: float | None = None
     state: str = field(default="", compare=False)
 
     @property
@@ -58,12 +55,12 @@ class Route:
         return max(self.allowed) > 0
 
 
-# All numbers of drafts, nothing compared, nothing counted.
+# All numbers of drafts, nothing compared.
 ANY_ROUTE = Route(state="not exact: nothing was compared")
 # Plain decoding of the caller's choice: nothing to compare with.
 PLAIN = Route(allowed=(0,), state="plain decoding")
 
 
-def inexact_route(near_tie: float, reason: str) -> Route:
-    """All numbers of drafts, whatever bytes they give; near ties are counted."""
-    return Route(near_tie=near_tie, state=f"not exact: {reason}")
+def inexact_route(reason: str, *, max_difference: float | None = None) -> Route:
+    """All numbers of drafts, whatever bytes they give."""
+    return Route(max_difference=max_difference, state=f"not exact: {reason}")

@@ -14,7 +14,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from ..drafting.policy import DraftLength
+from ..drafting.policy import DraftPolicy
 from .sequence import Row
 
 
@@ -24,37 +24,39 @@ class _Shadow:
 
     Attributes:
         drafts: For each seat the tokens that may come, int32 [B, N]; queued.
-        rows: Who sat there.
-        starts: How many tokens each row will have emitted before the first of them.
-        chooser: Who asked for them.
+        sequences: Who sat there.
+        starts: How many tokens each will have emitted before the first of them.
+        policy: Who asked for them.
     """
 
     drafts: mx.array
-    rows: tuple[Row | None, ...]
+    sequences: tuple[Row | None, ...]
     starts: tuple[int, ...]
-    chooser: DraftLength
+    policy: DraftPolicy
 
     @property
     def is_due(self) -> bool:
         """Whether all tokens have come that will."""
         end = self.drafts.shape[1]
         return all(
-            row is None or not row.is_live or row.num_emitted >= start + end
-            for row, start in zip(self.rows, self.starts, strict=True)
+            sequence is None
+            or not sequence.is_live
+            or sequence.num_emitted >= start + end
+            for sequence, start in zip(self.sequences, self.starts, strict=True)
         )
 
     def num_accepted(self) -> list[int]:
-        """Of each row that says it: how many drafts came true, from the first on."""
+        """Of each one that says it: how many drafts came true, from the first on."""
         counts = []
-        for row, start, drafts in zip(
-            self.rows,
+        for sequence, start, drafts in zip(
+            self.sequences,
             self.starts,
             cast(list[list[int]], self.drafts.tolist()),
             strict=True,
         ):
-            if row is None:
+            if sequence is None:
                 continue
-            tokens = row.emitted[start : start + len(drafts)]
+            tokens = sequence.emitted[start : start + len(drafts)]
             count = _num_equal(drafts, tokens)
             if count < len(tokens) or count == len(drafts):  # else its text has ended
                 counts.append(count)
@@ -70,36 +72,36 @@ class Shadows:
     def add(
         self,
         drafts: mx.array,
-        rows: Sequence[Row | None],
+        sequences: Sequence[Row | None],
         *,
         in_flight: Sequence[Sequence[Row | None]],
-        chooser: DraftLength,
+        policy: DraftPolicy,
     ) -> None:
         """Let drafts wait.
 
         Args:
             drafts: For each seat, int32 [B, N]; queued on the device.
-            rows: Who sits there.
+            sequences: Who sits there.
             in_flight: Who sits in each of the plain rounds that are queued before.
-            chooser: Who is told.
+            policy: Who is told.
         """
         starts = tuple(
-            row.num_emitted + sum(row in queued for queued in in_flight) if row else 0
-            for row in rows
+            s.num_emitted + sum(s in queued for queued in in_flight) if s else 0
+            for s in sequences
         )
-        self._waiting.append(_Shadow(drafts, tuple(rows), starts, chooser))
+        self._waiting.append(_Shadow(drafts, tuple(sequences), starts, policy))
 
     def compare(self) -> None:
         """Tell who asked of all drafts whose tokens have come."""
         while self._waiting and self._waiting[0].is_due:
             shadow = self._waiting.popleft()
-            shadow.chooser.observe_shadow(shadow.drafts.shape[1], shadow.num_accepted())
+            shadow.policy.observe_shadow(shadow.drafts.shape[1], shadow.num_accepted())
 
     def clear(self) -> None:
         """Let go of all drafts: their tokens do not come, or they have failed."""
         while self._waiting:
             shadow = self._waiting.popleft()
-            shadow.chooser.observe_shadow(shadow.drafts.shape[1], [])
+            shadow.policy.observe_shadow(shadow.drafts.shape[1], [])
 
 
 def _num_equal(drafts: Sequence[int], tokens: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import mlx.core as mx
 
@@ -117,7 +118,6 @@ def row_settings(
     *,
     is_host: Sequence[bool] = (),
     num_logprobs: int | None = None,
-    near_tie: float | None = None,
     max_drafts: Sequence[int] = (),
 ) -> RowSettings:
     """The settings of rows that are all active and hold their keys from position 0.
@@ -127,13 +127,10 @@ def row_settings(
         is_host: For each row whether the host decides it; ``()`` for none.
         num_logprobs: How many of the best tokens are reported with each token's
             log-probability; None for no log-probabilities.
-        near_tie: Greedy choices by this much or less are counted; None for no count.
         max_drafts: How many drafts each row accepts at most; ``()`` for any.
     """
     most = list(max_drafts) or [MAX_DRAFT_TOKENS] * len(params)
-    rule = sampling_rule(
-        params, is_host=is_host, num_logprobs=num_logprobs, near_tie=near_tie
-    )
+    rule = sampling_rule(params, is_host=is_host, num_logprobs=num_logprobs)
     return RowSettings(
         rule=replace(rule, has_max_drafts=min(most) < MAX_DRAFT_TOKENS),
         sampling=sampling_rows(params, is_host=is_host),
@@ -150,8 +147,7 @@ class Report:
     Attributes:
         tokens: num_accepted, then K + 1 tokens, of which the first num_accepted + 1
             are the round's, int32 [B, K + 2]. Of a row that the host decides K, then
-            the drafts and a 0. Where near ties are counted, their number among the
-            round's tokens stands behind, int32 [B, K + 3].
+            the drafts and a 0.
         logits: The target's logits behind those tokens, [B, K + 1, V].
         logprobs: Log-probabilities of those tokens; None where nobody asks, or where
             the host decides every row.
@@ -166,6 +162,10 @@ class Report:
         """What a compiled round gives: tokens, logits, then log-probabilities."""
         tokens, logits, *logprobs = arrays
         return cls(tokens, logits, Logprobs.of_arrays(logprobs))
+
+    def read(self) -> list[list[int]]:
+        """The tokens: the only place where a round's result reaches the host."""
+        return cast(list[list[int]], self.tokens.tolist())
 
     @property
     def arrays(self) -> list[mx.array]:

@@ -44,10 +44,9 @@ class RoundStats:
         drafted_at: drafted_at[i] counts the rounds that proposed draft i + 1.
         rule: The rule that judged the drafts, in words.
         traced: Rounds that were traced, which takes the host much longer.
-        near_ties: Greedy tokens, chosen on the device, that were ahead by so little
-            that other kernels might choose another one; None where nobody counts, as
-            in exact decoding.
         exactness: What is known of the text's equality with plain decoding, in words.
+        max_difference: Largest difference of a logit that the exactness probe has seen
+            between a plain round and another one; None where it has not run to its end.
         why_plain: Why no round may have drafts, in words; empty where they may.
         probe_s: What the exactness probe took for this request, if it ran, seconds.
         phases: Where the time went.
@@ -61,8 +60,8 @@ class RoundStats:
     drafted_at: Counter[int] = field(default_factory=Counter)
     rule: str = ""
     traced: int = 0
-    near_ties: int | None = None
     exactness: str = ""
+    max_difference: float | None = None
     why_plain: str = ""
     probe_s: float = 0.0
     phases: Phases = field(default_factory=Phases)
@@ -75,10 +74,6 @@ class RoundStats:
         self.num_draft_tokens[drafted] += 1
         self.drafted_at.update(range(drafted))
         self.accepted_at.update(range(accepted))
-
-    def add_near_ties(self, count: int) -> None:
-        """Count near ties among a row's tokens of one round."""
-        self.near_ties = (self.near_ties or 0) + count
 
     def snapshot(self) -> RoundStats:
         """The counts as they are now; those of the rounds to come are not added."""
@@ -99,8 +94,7 @@ class RoundStats:
         self.num_draft_tokens += other.num_draft_tokens
         self.drafted_at += other.drafted_at
         self.traced += other.traced
-        if other.near_ties is not None:
-            self.add_near_ties(other.near_ties)
+        self.max_difference = _largest(self.max_difference, other.max_difference)
         self.exactness = _both(self.exactness, other.exactness)
         self.why_plain = _both(self.why_plain, other.why_plain)
         self.probe_s += other.probe_s
@@ -159,7 +153,7 @@ class RoundStats:
             "engaged": self.engaged,
             "why_not_engaged": self.why_not_engaged,
             "exactness": self.exactness,
-            "near_ties": self.near_ties,
+            "max_difference": self.max_difference,
             "probe_s": self.probe_s,
             **asdict(self.phases),
         }
@@ -194,6 +188,11 @@ class DraftTally:
             return ""
         reason = self.why_none or "none that was proposed was accepted"
         return f"Drafts: no token came from one: {reason.rstrip('.')}."
+
+
+def _largest(one: float | None, other: float | None) -> float | None:
+    """The larger of two numbers, or the one that is there."""
+    return max((n for n in (one, other) if n is not None), default=None)
 
 
 def _both(one: str, other: str) -> str:

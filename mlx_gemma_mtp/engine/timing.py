@@ -64,12 +64,6 @@ class RoundTimer:
         yield
         self.phases.prefill_s += self._lap()
 
-    def start_rounds(self) -> None:
-        """The prefill's token is there: the first interval begins."""
-        self._to_host()
-        self._begin_interval()
-        self._is_disturbed = True  # the first interval also fills the queue
-
     @contextmanager
     def wait(self) -> Generator[None, None, None]:
         """Around the read of a report."""

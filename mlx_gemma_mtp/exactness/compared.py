@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..drafting.saved_numbers import numbers
 from .verdict import PLAIN_ROWS
 
-_FORM = 1  # of the dictionary
+_FORM = 2  # of the dictionary
 _MOST = 1e9  # of any of its numbers; more is damage
 _MOST_KEPT = 200  # of names and of times; a probe has some thirty
 

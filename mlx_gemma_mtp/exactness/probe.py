@@ -2,8 +2,8 @@
 
 The same few tokens are decoded by plain rounds and by blocks of every size, over slabs
 filled at random (so no long prompt is needed), at three places: near the start, where a
-sliding layer's ring wraps inside the block, and at the end of slabs that have grown to
-some thousand slots. Logits and hidden states of every row are compared byte by byte.
+sliding layer's ring wraps inside the block, and at the end of slabs of some thousand
+slots. Logits and hidden states of every row are compared byte by byte.
 Which kernel runs depends on shapes alone, so what is found for random keys holds for a
 text's.
 
@@ -22,9 +22,8 @@ from statistics import median
 
 import mlx.core as mx
 
-from ..cache.slabs import CAPACITY_BLOCK, SlabLayout, next_capacity, resize
+from ..cache.slabs import CAPACITY_BLOCK, SlabLayout, next_capacity
 from ..constants import ALL_DRAFTS, MAX_DRAFT_TOKENS
-from ..cpu_kernels import clock
 from ..engine.rounds import TargetLike
 from .compared import Compared, Decoded
 from .verdict import PLAIN_ROWS, Verdict
@@ -60,28 +59,25 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """One way to decode that is compared with plain rounds.
+    """Blocks of one size that are compared with plain rounds.
 
     Attributes:
         place: Where.
-        num_drafts: Drafts of its rounds; 0 for plain rounds over slabs that have grown.
-        capacity: Slots of its slabs.
+        num_drafts: Drafts of their rounds.
     """
 
     place: _Place
     num_drafts: int
-    capacity: int
 
     @property
     def name(self) -> str:
         """What it is called where it is kept."""
-        way = f"K = {self.num_drafts}" if self.num_drafts else f"grown: {self.capacity}"
-        return f"{self.place}, {way}"
+        return f"{self.place}, K = {self.num_drafts}"
 
     @property
     def num_passes(self) -> int:
         """Forward passes that it takes."""
-        return -(-_num_tokens(self.num_drafts) // (self.num_drafts + 1))
+        return -(-_NUM_BLOCK_TOKENS // (self.num_drafts + 1))
 
 
 def probe(
@@ -113,18 +109,14 @@ def probe(
 
 
 def places(layout: SlabLayout) -> list[_Place]:
-    """Near the start, across the ring's end, and at the end of grown slabs.
-
-    Each one's slabs are those of the place before, grown: first the rings too, where
-    the window is not short, then only the full layers'.
-    """
+    """Near the start, across the ring's end, and at the end of many slots."""
     wrap = layout.ring - 2
     capacity = next_capacity(wrap + 3 * _MARGIN)
-    grown = max(_MANY_SLOTS, next_capacity(capacity + 1, capacity))
+    many = max(_MANY_SLOTS, next_capacity(capacity + 1, capacity))
     return [
         _Place(5, CAPACITY_BLOCK),
         _Place(wrap, capacity),
-        _Place(grown - 3 * _MARGIN, grown),
+        _Place(many - 3 * _MARGIN, many),
     ]
 
 
@@ -172,9 +164,12 @@ class _Probe:
     def _concluded(self) -> Verdict:
         """What all comparisons together say."""
         found, plain_s = self._compared, self._compared.plain_s
-        blocks = [c for c in self._comparisons if c.num_drafts]
         differing = {
-            rows: {c.num_drafts for c in blocks if rows not in found.equal[c.name]}
+            rows: {
+                c.num_drafts
+                for c in self._comparisons
+                if rows not in found.equal[c.name]
+            }
             for rows in PLAIN_ROWS
         }
         return Verdict(
@@ -183,11 +178,6 @@ class _Probe:
                 for rows in PLAIN_ROWS
             },
             max_difference=found.max_difference,
-            depends_on_capacity=any(
-                1 not in found.equal[c.name]
-                for c in self._comparisons
-                if not c.num_drafts
-            ),
             fill_cost=max(1.0, median(plain_s[2]) / median(plain_s[1])),
             num_passes=found.num_passes,
             seconds=found.seconds,
@@ -206,8 +196,6 @@ class _Probe:
         for comparison in missing:
             if not self._has_time(comparison.num_passes):
                 return False
-            if comparison.capacity > place.capacity:
-                resize(slabs, self._target.layout, comparison.capacity)
             found = self._decode(slabs, place, comparison.num_drafts, 1)
             self._compared.add(comparison.name, found)
             self._has_compared = True
@@ -261,11 +249,12 @@ class _Probe:
     ) -> Decoded:
         """Decode the tokens in rounds of K drafts that are all accepted."""
         logits, hidden = [], []
-        for done in range(0, _num_tokens(num_drafts), num_drafts + 1):
-            start = clock()
+        num_tokens = _NUM_BLOCK_TOKENS if num_drafts else _NUM_STEPS
+        for done in range(0, num_tokens, num_drafts + 1):
+            start = time.perf_counter()
             block, slabs = self._block(slabs, place, num_drafts, min_rows, done)
             if not num_drafts:
-                passed = clock() - start
+                passed = time.perf_counter() - start
                 self._compared.plain_s[min_rows].append(passed)
             logits.append(block.logits)
             hidden.append(block.hidden)
@@ -297,10 +286,10 @@ class _Probe:
         self, tokens: mx.array, slabs: list[mx.array], offset: mx.array
     ) -> tuple[mx.array, mx.array, list[mx.array]]:
         """One forward pass, timed."""
-        start = clock()
+        start = time.perf_counter()
         found = self._forward(tokens, slabs, offset)
         mx.eval(found)
-        passed = clock() - start
+        passed = time.perf_counter() - start
         self._compared.num_passes += 1
         num_rows = tokens.shape[1]
         shape = (num_rows, self._target.layout.capacity(slabs))
@@ -326,22 +315,10 @@ class _Probe:
 
 
 def _comparisons(layout: SlabLayout) -> Iterator[_Comparison]:
-    """All of them: blocks of every size at every place, then slabs that have grown."""
-    start, wrap, grown = places(layout)
-    has_short_ring = layout.ring > start.capacity
-    next_capacities = {wrap: grown.capacity}
-    if has_short_ring:  # else another place tells as much
-        next_capacities[start] = wrap.capacity
-    for place in (start, wrap, grown):
+    """All of them: blocks of every size at every place."""
+    for place in places(layout):
         for k in ALL_DRAFTS[1:]:
-            yield _Comparison(place, k, place.capacity)
-        if place in next_capacities:
-            yield _Comparison(place, 0, next_capacities[place])
-
-
-def _num_tokens(num_drafts: int) -> int:
-    """Tokens that are decoded in rounds of K drafts, as far as none is left over."""
-    return _NUM_BLOCK_TOKENS if num_drafts else _NUM_STEPS
+            yield _Comparison(place, k)
 
 
 def _forward_of(target: TargetLike) -> _Forward:

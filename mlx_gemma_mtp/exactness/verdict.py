@@ -12,7 +12,7 @@ from ..engine.route import Route
 
 # Rows of a plain round: as it is, and filled up to take the kernels of several rows.
 PLAIN_ROWS = (1, 2)
-_FORM = 2  # of a verdict's dictionary
+_FORM = 3  # of a verdict's dictionary
 _MOST = 1e9  # of any of its numbers; more is damage
 
 
@@ -25,8 +25,6 @@ class Verdict:
             rounds gave the same bytes as plain rounds of so many rows.
         max_difference: Largest difference of a logit between plain rounds of one row
             and any other round; 0.0 where all bytes are equal.
-        depends_on_capacity: Whether the slots of the slabs, rings included, change a
-            plain round's bytes.
         fill_cost: Time of a plain round of the target filled up to two rows over that
             of one as it is, 1.0 or more.
         num_passes: Forward passes of the target that it took.
@@ -35,7 +33,6 @@ class Verdict:
 
     equal: Mapping[int, tuple[int, ...]]
     max_difference: float
-    depends_on_capacity: bool
     fill_cost: float
     num_passes: int
     seconds: float
@@ -46,7 +43,6 @@ class Verdict:
             "form": _FORM,
             "equal": {str(rows): list(drafts) for rows, drafts in self.equal.items()},
             "max_difference": self.max_difference,
-            "depends_on_capacity": self.depends_on_capacity,
             "fill_cost": self.fill_cost,
             "num_passes": self.num_passes,
             "seconds": self.seconds,
@@ -61,8 +57,7 @@ class Verdict:
         """
         numbers(values, "form", 1, low=_FORM, high=_FORM)
         equal = values.get("equal")
-        depends_on_capacity = values.get("depends_on_capacity")
-        if not isinstance(equal, Mapping) or not isinstance(depends_on_capacity, bool):
+        if not isinstance(equal, Mapping):
             raise ValueError(f"equal must be drafts by rows: got {equal!r:.80}")
         (max_difference,) = numbers(values, "max_difference", 1, low=0, high=_MOST)
         (fill_cost,) = numbers(values, "fill_cost", 1, low=1, high=_MOST)
@@ -71,7 +66,6 @@ class Verdict:
         return cls(
             {rows: _drafts(equal.get(str(rows))) for rows in PLAIN_ROWS},
             max_difference,
-            depends_on_capacity,
             fill_cost,
             int(num_passes),
             seconds,
@@ -88,7 +82,7 @@ def exact_routes(verdict: Verdict) -> list[Route]:
             min_rows=rows,
             allowed=(0, *verdict.equal[rows]),
             is_exact=True,
-            has_fixed_growth=verdict.depends_on_capacity,
+            max_difference=verdict.max_difference,
             state=_proved(rows, verdict.equal[rows]),
         )
         for rows in PLAIN_ROWS

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..cache.beginning import num_common
 from ..errors import RequestError
 from ..markup.answer import THOUGHT_END, THOUGHT_OPENING, AnswerReader, marks_of
-from .encoding import encode_text, num_common
+from .encoding import encode_text
 
 _QUERY = "<query>"  # stands in for a message; mlx-lm's word
 THINKING = "enable_thinking"  # the templates' variable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -96,9 +96,3 @@ def _keeps_length(part: Mapping[str, Any]) -> bool:
     if kind == "Split":
         return bool(part["behavior"] != "Removed")
     return kind in (None, "Prepend")
-
-
-def num_common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many elements two sequences begin with in common."""
-    length = min(len(one), len(other))
-    return next((i for i in range(length) if one[i] != other[i]), length)

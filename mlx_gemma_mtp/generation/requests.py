@@ -1,26 +1,20 @@
-"""Requests, with every check on their settings."""
+"""Requests: a prompt and its settings, checked against a pair."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
 
-from ..constants import AUTO, MAX_DRAFT_TOKENS
-from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from ..engine.request import Request
-from ..engine.route import check_mode
 from ..errors import RequestError
 from ..pair.pair import Pair
 from ..sampling.host import LogitsProcessor, Sampler
-from ..sampling.logprobs import MAX_LOGPROBS
 from ..sampling.mlx_lm_samplers import sampler_params
 from ..sampling.params import SamplingParams, plain
-
-NO_LIMIT = -1  # mlx-lm's word for an endless generation
+from .settings import NO_LIMIT, is_whole
 
 
 def make_request(
@@ -39,11 +33,11 @@ def make_request(
     Args:
         pair: Target and drafter.
         prompt: Token ids.
-        max_tokens: See ``generate_tokens``; checked.
+        max_tokens: See ``GenerationSettings``; checked.
         sampling: Checked settings.
         eos: Tokens that end the sequence.
-        logits_processors: See ``generate_tokens``.
-        sampler: See ``generate_tokens``.
+        logits_processors: See ``GenerationSettings``.
+        sampler: See ``GenerationSettings``.
         options: Further fields of ``Request``, checked.
 
     Raises:
@@ -115,65 +109,20 @@ def _check_processors(
     )
 
 
-def check_settings(
-    *,
-    max_tokens: int,
-    num_draft_tokens: int | str | None,
-    prefill_step_size: int,
-    num_logprobs: int | None = None,
-    exactness: str = "auto",
-) -> None:
-    """Check the settings that can be judged before a pair is loaded.
-
-    Raises:
-        RequestError: One of them is outside its range.
-    """
-    if not _is_whole(max_tokens) or (max_tokens < 1 and max_tokens != NO_LIMIT):
-        raise RequestError(
-            "max_tokens must be 1 or more, or -1 for no limit: got "
-            f"{max_tokens!r}. Ask for at least one token."
-        )
-    _check_drafts(num_draft_tokens)
-    check_mode(exactness)
-    if not _is_whole(prefill_step_size) or prefill_step_size < 1:
-        raise RequestError(
-            "prefill_step_size must be 1 or more: got "
-            f"{prefill_step_size!r}. {DEFAULT_PREFILL_STEP_SIZE} suits most machines."
-        )
-    if num_logprobs is not None and (
-        not _is_whole(num_logprobs) or not 0 <= num_logprobs <= MAX_LOGPROBS
-    ):
-        raise RequestError(
-            f"num_logprobs must be from 0 to {MAX_LOGPROBS}, or None: got "
-            f"{num_logprobs!r}. 0 gives the token's own log-probability."
-        )
-
-
-def _check_drafts(num_draft_tokens: Any) -> None:
-    """Check a number of drafts, or what stands for the controller's choice."""
-    if num_draft_tokens is None or num_draft_tokens == AUTO:
-        return
-    if not _is_whole(num_draft_tokens) or not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
-        raise RequestError(
-            f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}, or auto: got "
-            f"{num_draft_tokens!r}. auto suits most pairs."
-        )
-
-
 def check_prompt(pair: Pair, prompt: Sequence[int] | mx.array) -> list[int]:
     """A prompt's token ids as a list of ints.
 
     Raises:
         RequestError: The prompt is empty or holds an id that the target does not know.
     """
-    tokens = [plain(token) for token in _listed(prompt)]
+    tokens = [plain(token) for token in listed(prompt)]
     if not tokens:
         raise RequestError(
             "prompt must hold at least one token: got none. Give some text, or a "
             "begin-of-sequence token."
         )
     for token in tokens:
-        if not _is_whole(token):
+        if not is_whole(token):
             raise RequestError(
                 f"token ids must be whole numbers: got {token!r}. Encode text with "
                 "the target's tokenizer first."
@@ -187,10 +136,11 @@ def check_prompt(pair: Pair, prompt: Sequence[int] | mx.array) -> list[int]:
     return tokens
 
 
-def check_num_draft_tokens(
-    pair: Pair, num_draft_tokens: int | str | None
-) -> int | None:
-    """The K of a request whose settings are checked; None is the controller's choice.
+def drafts_of(pair: Pair, num_draft_tokens: int | str | None) -> int | None:
+    """The K of a request, of what ``check_num_draft_tokens`` has let through.
+
+    Returns:
+        K; None for the controller's choice.
 
     Raises:
         RequestError: Drafts are asked for without a drafter.
@@ -205,8 +155,12 @@ def check_num_draft_tokens(
     return int(num_draft_tokens)
 
 
-def _listed(prompt: Any) -> list[Any]:
-    """The entries of a prompt, or of a batch of them."""
+def listed(prompt: Any) -> list[Any]:
+    """The entries of a prompt, or of a batch of them.
+
+    Raises:
+        RequestError: It is a text, or no sequence.
+    """
     prompt = plain(prompt)
     if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Iterable):
         raise RequestError(
@@ -216,17 +170,17 @@ def _listed(prompt: Any) -> list[Any]:
     return list(prompt)
 
 
-def _eos_set(eos_token_ids: Iterable[int]) -> frozenset[int]:
+def eos_set(eos_token_ids: Iterable[int]) -> frozenset[int]:
+    """Tokens that end a sequence.
+
+    Raises:
+        RequestError: They are no token ids.
+    """
     ids = plain(eos_token_ids)
     ids = list(ids) if isinstance(ids, Iterable) else [None]
-    if not all(_is_whole(token) for token in ids):
+    if not all(is_whole(token) for token in ids):
         raise RequestError(
             f"eos_token_ids must be token ids: got {eos_token_ids!r}. For one write "
             "(1,), for none ()."
         )
     return frozenset(ids)
-
-
-def _is_whole(value: Any) -> bool:
-    """Whether the value is a whole number, as which no bool counts."""
-    return isinstance(value, Integral) and not isinstance(value, bool)

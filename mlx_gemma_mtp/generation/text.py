@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..cache.mlx_lm_cache import holds_tokens
 from ..cpu_kernels import clock
 from ..engine.decoder import Decoder
-from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from ..engine.results import Emission, Progress
 from ..engine.sequence import Row
 from ..engine.stats import RoundStats
@@ -27,11 +26,10 @@ from ..markup.answer import marks_of, plain
 from ..models.compatibility import check_fit
 from ..models.drafter import Drafter
 from ..pair.pair import Pair, pair_of
-from ..sampling.host import LogitsProcessor, Sampler
 from ..sampling.logprobs import whole_logprobs
-from ..sampling.params import SamplingParams
 from .encoding import encode_text
-from .requests import check_num_draft_tokens, check_settings, make_request
+from .requests import drafts_of, make_request
+from .settings import GenerationSettings, Keywords, check_num_logprobs
 from .stop import StopStrings
 from .text_pieces import TextPieces
 from .tokens import make_decoder
@@ -131,24 +129,11 @@ def stream_generate(
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     draft_model: Drafter | None = None,
-    num_draft_tokens: int | str | None = None,
-    exactness: str = "auto",
-    temp: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    xtc_probability: float = 0.0,
-    xtc_threshold: float = 0.1,
-    xtc_special_tokens: Sequence[int] = (),
-    seed: int | None = None,
-    reproducible: bool = True,
-    logits_processors: Sequence[LogitsProcessor] | None = None,
-    sampler: Sampler | None = None,
     num_logprobs: int | None = None,
     stop: str | Sequence[str] | None = (),
-    prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
     prompt_cache: Sequence[Any] | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    **settings: Unpack[Keywords],
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text from a prompt, a token at a time.
 
@@ -160,45 +145,16 @@ def stream_generate(
             begins with it or goes on a prompt cache; token ids stay as they are.
         max_tokens: Tokens to generate, 1 or more; -1 for no limit.
         draft_model: A drafter to use in place of the model's own.
-        num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; ``"auto"`` or
-            None for as many in each round as are expected to be fastest.
-        exactness: ``"auto"``: the bytes of plain decoding, where a short probe (once
-            per machine and pair) proves that drafting gives them; elsewhere near ties
-            are counted in the statistics. ``"exact"``: only what was proved, without
-            drafts if need be; plain decoding goes through the same kernels. ``"fast"``:
-            nothing is proved.
-        temp: Temperature; 0 is greedy.
-        top_p: Probability mass to keep, 0 to 1; 0 and 1 switch it off.
-        top_k: Number of tokens to keep; 0 switches it off.
-        min_p: Smallest share of the best token's probability to keep; 0 is off.
-        xtc_probability: How often XTC excludes all top choices but the least likely of
-            them, 0 to 1; 0 is off.
-        xtc_threshold: Probability above which a token is a top choice, 0 to 0.5.
-        xtc_special_tokens: Token ids that XTC never excludes.
-        seed: 0 to 2**64 - 1: the text is then a function of seed and target alone.
-        reproducible: False accepts more drafts in spite of a seed, as without one: the
-            text then depends on the number of drafts too.
-        logits_processors: Functions ``(tokens [n], logits [1, V]) -> logits [1, V]``
-            as mlx-lm calls them. They see exactly the histories of plain decoding,
-            each once and in order; drafts are then accepted as with a seed, whatever
-            ``reproducible`` says: lossless, and a seed's text does not depend on
-            ``num_draft_tokens``. Only a stop string is found after the round: they may
-            have seen the rest of its tokens then.
-        sampler: A function ``(log-probabilities [1, V]) -> token [1]`` that chooses
-            every token, in place of ``temp``, ``seed`` and filters. One whose settings
-            are known (of mlx-lm's make_sampler) stands for those settings; any other
-            is called once for each token, in order, and a draft stands if it is the
-            token that it chooses.
         num_logprobs: How many of the most likely tokens to report with each token's
             log-probability, 0 to 64; None for neither.
         stop: A string, or several, that end the text; they are not part of it.
-        prefill_step_size: Most prompt tokens in one forward.
         prompt_cache: mlx-lm's prompt cache of what comes before the prompt, empty or
             not. It is updated in place once the generator ends, is closed or raises:
             then it holds the prompt and all yielded tokens, the last one included.
             Before the first token it is left as it was.
         prompt_progress_callback: Called with the prompt's tokens that were read so far
             and all of them, 0 of them first.
+        settings: The other fields of ``GenerationSettings``.
 
     Yields:
         One response per token; the last one has a ``finish_reason``.
@@ -208,13 +164,8 @@ def stream_generate(
             made: a processor or sampler returned something of another shape.
         PairingError: ``draft_model`` does not fit the model.
     """
-    check_settings(
-        max_tokens=max_tokens,
-        num_draft_tokens=num_draft_tokens,
-        prefill_step_size=prefill_step_size,
-        num_logprobs=num_logprobs,
-        exactness=exactness,
-    )
+    chosen = GenerationSettings(max_tokens, **settings)
+    check_num_logprobs(num_logprobs)
     if draft_model is not None:
         check_fit(model, draft_model)
     pair = pair_of(model, draft_model)
@@ -225,28 +176,18 @@ def stream_generate(
         pair,
         _encode(tokenizer, prompt, prompt_cache),
         max_tokens=max_tokens,
-        sampling=SamplingParams(
-            temp,
-            top_p,
-            top_k,
-            min_p,
-            seed,
-            reproducible,
-            xtc_probability,
-            xtc_threshold,
-            xtc_special_tokens,
-        ),
+        sampling=chosen.sampling,
         eos=frozenset(tokenizer.eos_token_ids),
-        logits_processors=logits_processors,
-        sampler=sampler,
+        logits_processors=chosen.logits_processors,
+        sampler=chosen.sampler,
         num_logprobs=num_logprobs,
     )
     decoder = make_decoder(
         pair,
         [request],
-        num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens),
-        exactness=exactness,
-        prefill_step_size=prefill_step_size,
+        num_draft_tokens=drafts_of(pair, chosen.num_draft_tokens),
+        exactness=chosen.exactness,
+        prefill_step_size=chosen.prefill_step_size,
         prompt_caches=() if prompt_cache is None else [prompt_cache],
     )
     stream = _TextStream(
@@ -326,7 +267,7 @@ def describe_rounds(stats: RoundStats) -> list[str]:
         f"tokens per round, acceptance rate {stats.acceptance_rate:.1%} of "
         f"{stats.drafted} drafted, rule: {stats.rule}",
         _describe_drafts(stats),
-        f"Exactness: {stats.exactness}{_describe_ties(stats)}",
+        f"Exactness: {stats.exactness}{_describe_difference(stats)}",
     ]
 
 
@@ -341,10 +282,10 @@ def _describe_drafts(stats: RoundStats) -> str:
     return f"Drafts: rounds {rounds}; accepted by position {rates}"
 
 
-def _describe_ties(stats: RoundStats) -> str:
-    if stats.near_ties is None:
+def _describe_difference(stats: RoundStats) -> str:
+    if not stats.max_difference:
         return ""
-    return f"; near ties decided: {stats.near_ties}"
+    return f"; largest difference that the probe saw: {stats.max_difference:.2g}"
 
 
 class _TextStream:

@@ -8,29 +8,28 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import mlx.core as mx
 
 from ..cache.prompt import insert_row
 from ..cache.slabs import next_capacity
-from ..engine.decoder import DEFAULT_MAX_ROWS, Decoder
+from ..engine.capacity import DEFAULT_MAX_ROWS
+from ..engine.decoder import Decoder
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE, read_prompt
 from ..engine.request import Request
 from ..engine.state import RoundState, row_settings
 from ..errors import RequestError
 from ..pair.pair import Pair
 from ..pair.planning import make_batch_plan, make_plan
-from ..sampling.host import LogitsProcessor, Sampler
 from ..sampling.params import SamplingParams, plain
-from .requests import (
-    _eos_set,
-    _is_whole,
-    _listed,
+from .requests import check_prompt, drafts_of, eos_set, listed, make_request
+from .settings import (
+    GenerationSettings,
+    Keywords,
     check_num_draft_tokens,
-    check_prompt,
-    check_settings,
-    make_request,
+    check_prefill_step_size,
+    is_whole,
 )
 
 
@@ -39,64 +38,19 @@ def generate_tokens(
     prompt_tokens: Sequence[int] | Sequence[Sequence[int]] | mx.array,
     *,
     max_tokens: int,
-    num_draft_tokens: int | str | None = None,
-    exactness: str = "auto",
-    temp: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    xtc_probability: float = 0.0,
-    xtc_threshold: float = 0.1,
-    xtc_special_tokens: Sequence[int] = (),
-    seed: int | None = None,
-    reproducible: bool = True,
-    logits_processors: Sequence[LogitsProcessor] | None = None,
-    sampler: Sampler | None = None,
     eos_token_ids: Iterable[int] | None = None,
-    prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
+    **settings: Unpack[Keywords],
 ) -> Generator[Any, None, None]:
     """Continue one prompt, or several together.
-
-    Greedy text does not depend on ``num_draft_tokens``: it is the target's own; for a
-    seed it is a function of seed and target. Text that is sampled without a seed
-    follows the target's distribution and accepts more drafts.
 
     Args:
         pair: Target and drafter, from ``load_pair``.
         prompt_tokens: Token ids of one prompt, or a list of such prompts; each has at
             least one token.
         max_tokens: Tokens to emit for each prompt, 1 or more; -1 for no limit.
-        num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; ``"auto"`` or
-            None for as many in each round as are expected to be fastest.
-        exactness: ``"auto"``: the bytes of plain decoding, where a short probe (once
-            per machine and pair) proves that drafting gives them; elsewhere near ties
-            are counted in the statistics. ``"exact"``: only what was proved, without
-            drafts if need be; plain decoding goes through the same kernels. ``"fast"``:
-            nothing is proved.
-        temp: Temperature; 0 is greedy.
-        top_p: Probability mass to keep, 0 to 1; 0 and 1 switch it off.
-        top_k: Number of tokens to keep; 0 switches it off.
-        min_p: Smallest share of the best token's probability to keep; 0 is off.
-        xtc_probability: How often XTC excludes all top choices but the least likely of
-            them, 0 to 1; 0 is off.
-        xtc_threshold: Probability above which a token is a top choice, 0 to 0.5.
-        xtc_special_tokens: Token ids that XTC never excludes.
-        seed: 0 to 2**64 - 1; the same for all rows. None draws a fresh one.
-        reproducible: False accepts drafts as without a seed, in spite of one: the text
-            then depends on the number of drafts too.
-        logits_processors: Functions ``(tokens [n], logits [1, V]) -> logits [1, V]``
-            as mlx-lm calls them, the same for all rows. They see exactly the histories
-            of plain decoding, each once and in order; drafts are then accepted as with
-            a seed, whatever ``reproducible`` says: lossless, and a seed's text does
-            not depend on ``num_draft_tokens``.
-        sampler: A function ``(log-probabilities [1, V]) -> token [1]`` that chooses
-            every token, in place of ``temp``, ``seed`` and filters. One whose settings
-            are known (of mlx-lm's make_sampler) stands for those settings; any other
-            is called once for each token, in order, and a draft stands if it is the
-            token that it chooses.
         eos_token_ids: Tokens that end a sequence, the ending one is still yielded;
             None for the checkpoint's, ``()`` for none.
-        prefill_step_size: Most prompt tokens in one forward.
+        settings: The other fields of ``GenerationSettings``.
 
     Yields:
         For one prompt token ids; for a list of prompts lists with one entry per
@@ -106,45 +60,29 @@ def generate_tokens(
         RequestError: A setting or a token id is outside its range; while tokens are
             made: a processor or sampler returned something of another shape.
     """
-    check_settings(
-        max_tokens=max_tokens,
-        num_draft_tokens=num_draft_tokens,
-        prefill_step_size=prefill_step_size,
-        exactness=exactness,
-    )
-    entries = _listed(prompt_tokens)
+    chosen = GenerationSettings(max_tokens, **settings)
+    entries = listed(prompt_tokens)
     is_batch = bool(entries) and isinstance(plain(entries[0]), Iterable)
     prompts: list[Any] = entries if is_batch else [entries]
-    sampling = SamplingParams(
-        temp,
-        top_p,
-        top_k,
-        min_p,
-        seed,
-        reproducible,
-        xtc_probability,
-        xtc_threshold,
-        xtc_special_tokens,
-    )
-    eos = pair.eos_token_ids if eos_token_ids is None else _eos_set(eos_token_ids)
+    eos = pair.eos_token_ids if eos_token_ids is None else eos_set(eos_token_ids)
     requests = [
         make_request(
             pair,
             p,
             max_tokens=max_tokens,
-            sampling=sampling,
+            sampling=chosen.sampling,
             eos=eos,
-            logits_processors=logits_processors,
-            sampler=sampler,
+            logits_processors=chosen.logits_processors,
+            sampler=chosen.sampler,
         )
         for p in prompts
     ]
     decoder = make_decoder(
         pair,
         requests,
-        num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens),
-        exactness=exactness,
-        prefill_step_size=prefill_step_size,
+        num_draft_tokens=drafts_of(pair, chosen.num_draft_tokens),
+        exactness=chosen.exactness,
+        prefill_step_size=chosen.prefill_step_size,
     )
     return _batch(pair, decoder, len(prompts)) if is_batch else _single(pair, decoder)
 
@@ -168,12 +106,8 @@ def draft_block(
     Raises:
         RequestError: No drafter, or an argument outside its range.
     """
-    check_settings(
-        max_tokens=1,
-        num_draft_tokens=num_draft_tokens,
-        prefill_step_size=DEFAULT_PREFILL_STEP_SIZE,
-    )
-    if not check_num_draft_tokens(pair, num_draft_tokens):
+    check_num_draft_tokens(num_draft_tokens)
+    if not drafts_of(pair, num_draft_tokens):
         raise RequestError(
             "num_draft_tokens must be at least 1 for a block of drafts: got "
             f"{num_draft_tokens}. 4 suits most pairs."
@@ -213,18 +147,17 @@ def make_decoder(
     plan = make_plan(
         pair, requests, num_draft_tokens=num_draft_tokens, exactness=exactness
     )
-    decoder = Decoder(
+    return Decoder(
         pair.rounds,
         requests,
-        num_draft_tokens=plan.draft_lengths,
+        num_draft_tokens=plan.draft_policy,
         prefill_step_size=prefill_step_size,
         route=plan.route,
         early_start=plan.early_start,
         prompt_caches=prompt_caches,
+        why_plain=plan.why_plain,
+        probe_s=plan.probe_s,
     )
-    decoder.stats.why_plain = plan.why_plain
-    decoder.stats.probe_s = plan.probe_s
-    return decoder
 
 
 def make_batch_decoder(
@@ -249,29 +182,23 @@ def make_batch_decoder(
     Raises:
         RequestError: A setting is outside its range.
     """
-    check_settings(
-        max_tokens=1,
-        num_draft_tokens=num_draft_tokens,
-        prefill_step_size=prefill_step_size,
-    )
+    check_num_draft_tokens(num_draft_tokens)
+    check_prefill_step_size(prefill_step_size)
     for name, value in (("max_rows", max_rows), ("max_kv_bytes", max_kv_bytes)):
-        if value is not None and (not _is_whole(value) or value < 1):
+        if value is not None and (not is_whole(value) or value < 1):
             raise RequestError(
                 f"{name} must be 1 or more: got {value!r}. Leave it out."
             )
-    plan = make_batch_plan(
-        pair, num_draft_tokens=check_num_draft_tokens(pair, num_draft_tokens)
-    )
-    decoder = Decoder(
+    plan = make_batch_plan(pair, num_draft_tokens=drafts_of(pair, num_draft_tokens))
+    return Decoder(
         pair.rounds,
-        num_draft_tokens=plan.draft_lengths,
+        num_draft_tokens=plan.draft_policy,
         prefill_step_size=prefill_step_size,
         route=plan.route,
         max_rows=max_rows,
         max_kv_bytes=max_kv_bytes or pair.default_kv_bytes,
+        why_plain=plan.why_plain,
     )
-    decoder.stats.why_plain = plan.why_plain
-    return decoder
 
 
 def _single(pair: Pair, decoder: Decoder) -> Generator[int, None, None]:

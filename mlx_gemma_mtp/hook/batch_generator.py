@@ -1,7 +1,7 @@
 """mlx-lm's ``BatchGenerator`` over this package's decoder: requests join and leave.
 
 Rows keep their own acceptance, so a call of ``next`` may give several responses of one
-request. Needs mlx-lm 0.32 or later, whose interface this is.
+request.
 """
 
 from __future__ import annotations
@@ -14,9 +14,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import (
+    GenerationBatch,
+    PromptProcessingBatch,
+    StopSequences,
+    generation_stream,
+)
+from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
 
 from ..cpu_kernels import clock
-from ..engine.decoder import DEFAULT_MAX_ROWS
+from ..engine.capacity import DEFAULT_MAX_ROWS
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from ..engine.request import Request
 from ..engine.results import Emission, Progress, Step
@@ -29,20 +36,6 @@ from ..pair.pair import pair_of
 from ..sampling.host import LogitsProcessor, Sampler
 from ..sampling.logprobs import whole_logprobs
 from ..sampling.params import SamplingParams
-
-try:
-    from mlx_lm.generate import (
-        GenerationBatch,
-        PromptProcessingBatch,
-        StopSequences,
-        generation_stream,
-    )
-    from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
-except ImportError as error:
-    raise ImportError(
-        "BatchGenerator needs mlx-lm 0.32 or newer: got an older one. Use Python 3.11 "
-        "or newer, where it runs, or generate_tokens for several prompts together."
-    ) from error
 
 
 class BatchGenerator:

@@ -113,7 +113,7 @@ def _check_version() -> None:
         oldest = ".".join(map(str, OLDEST_VERSION))
         raise HookError(
             f"the hook needs mlx-lm {oldest} or newer: got {__version__}. Update it "
-            f"(pip install -U mlx-lm, Python 3.11 or newer). {_WITHOUT}"
+            f"(pip install -U mlx-lm). {_WITHOUT}"
         )
 
 

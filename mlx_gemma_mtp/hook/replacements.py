@@ -28,13 +28,14 @@ from ..checkpoints.tokenizer import model_kind
 from ..constants import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
 from ..engine.stats import DraftTally
 from ..errors import CheckpointError, PairingError, RequestError
-from ..generation.requests import check_settings
+from ..generation.settings import check_num_draft_tokens
 from ..generation.text import GenerationResponse, stream_generate
 from ..models.drafter import Drafter
 from ..models.target import text_model
 from ..pair.load import attach_drafter
 from ..pair.pair import carries_drafter, why_no_drafter
 from ..sampling.mlx_lm_samplers import sampler_params
+from .batch_generator import BatchGenerator as DraftingBatchGenerator
 
 logger = logging.getLogger("mlx_gemma_mtp")
 
@@ -65,9 +66,7 @@ class Settings:
     num_draft_tokens: int | str | None = None
 
     def __post_init__(self) -> None:
-        check_settings(
-            max_tokens=1, num_draft_tokens=self.num_draft_tokens, prefill_step_size=1
-        )
+        check_num_draft_tokens(self.num_draft_tokens)
 
 
 @dataclass(frozen=True)
@@ -351,37 +350,36 @@ def _encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:
 
 
 def _batch_generator(hook: Hook) -> type:
-    """A subclass of mlx-lm's, so that programs can go on subclassing it."""
-    own = hook.own.BatchGenerator
+    """A subclass of mlx-lm's: programs make one, subclass it and ask for its type.
 
-    def make(cls: type, *args: Any, **settings: Any) -> Any:
-        is_ours = hook.is_on and cls is hook.replacements[own.__name__]
-        call = signature.bind(*args, **settings).arguments if is_ours else {}
-        if is_ours and carries_drafter(call["model"]):
-            return _drafting_batch(hook, **call)
-        if is_ours:
-            hook.tally.why_none = _why_no_drafter(call["model"])
-        return object.__new__(cls)
+    Only ``__new__`` can give another object to who calls a class.
+    """
+    own: Any = hook.own.BatchGenerator
 
-    signature = inspect.signature(own)
-    members = {
-        "__new__": make,
-        "__doc__": own.__doc__,
-        "__module__": own.__module__,
-        "__signature__": signature,
-    }
-    return type(own.__name__, (own,), members)
+    @wraps(own, updated=())
+    class BatchGenerator(own):  # type: ignore[misc]
+        def __new__(cls, *args: Any, **settings: Any) -> Any:
+            is_ours = hook.is_on and cls is BatchGenerator
+            batch = _drafting_batch(hook, *args, **settings) if is_ours else None
+            return super().__new__(cls) if batch is None else batch
+
+    return BatchGenerator
 
 
-def _drafting_batch(hook: Hook, model: nn.Module, **settings: Any) -> Any:
-    from .batch_generator import BatchGenerator  # older mlx-lm has not what it needs
-
-    return BatchGenerator(
-        model,
+def _drafting_batch(
+    hook: Hook, *args: Any, **settings: Any
+) -> DraftingBatchGenerator | None:
+    """This package's in place of mlx-lm's; None where the model has no drafter."""
+    signature = inspect.signature(hook.own.BatchGenerator)
+    call = signature.bind(*args, **settings).arguments
+    if not carries_drafter(call["model"]):
+        hook.tally.why_none = _why_no_drafter(call["model"])
+        return None
+    return DraftingBatchGenerator(
+        **call,
         num_draft_tokens=hook.settings.num_draft_tokens,
         draw_seed=hook.draw_seed,
         tally=hook.tally,
-        **settings,
     )
 
 

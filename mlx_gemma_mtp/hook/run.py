@@ -20,7 +20,7 @@ from ..cli.command import Parser, exit_status
 from ..cli.command_table import make_parser
 from ..constants import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
 from ..errors import HookError, MTPError, RequestError, cut
-from ..models.config import check_model_type
+from ..models.text_config import check_model_type
 from .table import DECODING_PROGRAMS
 
 _PREFIX = "mlx_lm."

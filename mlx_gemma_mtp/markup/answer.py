@@ -16,7 +16,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .tool_calls import QUOTE, ToolCall, Tools, UnreadableCallError, read_calls
+from .tool_calls import QUOTE, ToolCall, UnreadableCallError, read_calls
+from .tools import Tools
 
 CONTENT = "content"
 REASONING = "reasoning"

@@ -12,8 +12,8 @@ from mlx_lm.models import gemma4_text
 
 from ..constants import FULL, SLIDING
 from ..errors import PairingError
-from .config import DrafterConfig
 from .drafter import Drafter
+from .drafter_config import DrafterConfig
 from .families import published_drafter
 from .target import text_model
 

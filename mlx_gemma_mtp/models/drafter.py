@@ -23,7 +23,7 @@ from mlx_lm.models import gemma4_text
 
 from ..cache.masks import over_heads
 from .centroid_head import MaskedEmbedding
-from .config import DrafterConfig
+from .drafter_config import DrafterConfig
 from .tensor_names import TOKEN_ORDERING, drafter_names
 
 

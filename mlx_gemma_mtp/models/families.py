@@ -1,174 +1,247 @@
-"""The five families of Gemma 4: their shapes, and the bytes that decoding reads.
+"""The five families of Gemma 4, as they are published: the one table of their shapes.
 
-Counts are of matrices; norms, scales and scalars are left out (under 0.1 %). A table of
-which a token gathers one row, as of per-layer embeddings, is not read by a pass: only
-the rows are, which is nothing. The tied embedding is read whole, as the head.
+Keys are those of ``config.json``. What every family has in common is no part of the
+table: readers of a configuration fill it in. Knows no library.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-VOCABULARY = 262144
+from ..constants import FULL, SLIDING
+
+VOCAB_SIZE = 262144
 HEAD_DIM = 256
 GLOBAL_HEAD_DIM = 512
-KV_BYTES = 2  # bfloat16
-DRAFTER_LAYERS = 4  # the last one attends to everything, the others to the window
-CENTROID_ROWS = 2048 + 32 * 128  # centroids, and the tokens of the 32 best
+DRAFTER_LAYERS = (SLIDING, SLIDING, SLIDING, FULL)
+NUM_CENTROIDS = 2048
 
-
-def bits_per_weight(bits: int) -> float:
-    """Bits a weight takes with its share of scale and bias (groups of 64), or 16."""
-    return bits + 32 / 64 if bits < 16 else 16.0
-
-
-@dataclass(frozen=True)
-class DrafterShape:
-    """A drafter's numbers, named as in its configuration."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    has_centroids: bool
+# Settings that a drafter has from its target.
+_SHARED = (
+    "num_key_value_heads",
+    "num_global_key_value_heads",
+    "attention_k_eq_v",
+    "sliding_window",
+    "max_position_embeddings",
+)
+# What families have whose entry does not name them.
+_OFF: dict[str, Any] = {
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "num_global_key_value_heads": None,
+    "use_double_wide_mlp": False,
+    "enable_moe_block": False,
+    "num_experts": 0,
+    "top_k_experts": 0,
+    "moe_intermediate_size": 0,
+}
 
 
 @dataclass(frozen=True)
 class Family:
-    """A target's numbers, named as in its configuration, and its drafter's.
+    """A published pair: the keys in which it differs from the others.
 
     Attributes:
-        full_every: Every how many layers one attends to the whole context.
+        size: As repository ids have it, such as "E2B".
+        period: Layers up to and with each full one.
+        target: Keys of the target's ``text_config``.
+        drafter: Keys of the drafter's ``text_config`` that are not the target's.
+        num_assistant_tokens: Drafts per round that the drafter names.
         acceptance: Probability that a draft is accepted if those before it were.
+        is_unified: Whether it is of the unified kind.
+        has_centroid_head: Whether the drafter has one.
     """
 
-    name: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    full_every: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    num_global_key_value_heads: int
-    keys_are_values: bool
-    sliding_window: int
-    num_kv_shared_layers: int
-    per_layer_width: int
-    has_double_wide_mlp: bool
-    num_experts: int
-    num_active_experts: int
-    expert_width: int
-    drafter: DrafterShape
+    size: str
+    period: int
+    target: Mapping[str, Any]
+    drafter: Mapping[str, Any]
+    num_assistant_tokens: int
     acceptance: float
+    is_unified: bool = False
+    has_centroid_head: bool = False
 
-    def _is_full(self, layer: int) -> bool:
-        return (layer + 1) % self.full_every == 0
+    @property
+    def name(self) -> str:
+        """The family's name in ``FAMILIES``."""
+        return self.size.lower()
 
-    def _attention_weights(self, layer: int) -> int:
-        is_full = self._is_full(layer)
-        head_dim = GLOBAL_HEAD_DIM if is_full else HEAD_DIM
-        weights = 2 * self.num_attention_heads * head_dim  # queries and output
-        if layer < self.num_hidden_layers - self.num_kv_shared_layers:
-            heads = (
-                self.num_global_key_value_heads if is_full else self.num_key_value_heads
-            )
-            is_one = is_full and self.keys_are_values
-            weights += (1 if is_one else 2) * heads * head_dim
-        return weights * self.hidden_size
+    @property
+    def kind(self) -> str:
+        """The target's published ``model_type``."""
+        return "gemma4_unified" if self.is_unified else "gemma4"
 
-    def _dense_layer_weights(self, layer: int) -> int:
-        is_shared = layer >= self.num_hidden_layers - self.num_kv_shared_layers
-        width = self.intermediate_size
-        if is_shared and self.has_double_wide_mlp:
-            width *= 2
-        per_layer_inputs = 3 * self.per_layer_width  # gate, projection, model's own
-        return self._attention_weights(layer) + self.hidden_size * (
-            3 * width + per_layer_inputs + self.num_experts
+    @property
+    def target_id(self) -> str:
+        """The target's repository on the Hub."""
+        return f"google/gemma-4-{self.size}-it"
+
+    @property
+    def drafter_id(self) -> str:
+        """The drafter's repository on the Hub."""
+        return f"{self.target_id}-assistant"
+
+    @cached_property
+    def layer_types(self) -> tuple[str, ...]:
+        """Of the target's layers."""
+        return tuple(
+            SLIDING if (i + 1) % self.period else FULL
+            for i in range(self.target["num_hidden_layers"])
         )
 
-    @property
-    def dense_weights(self) -> int:
-        """Weights that every pass reads, whatever the tokens are."""
-        layers = range(self.num_hidden_layers)
-        head = VOCABULARY * self.hidden_size
-        return head + sum(self._dense_layer_weights(layer) for layer in layers)
+    @cached_property
+    def target_text(self) -> dict[str, Any]:
+        """The keys of the target's ``text_config``, also those that are off."""
+        return {**_OFF, **self.target, "layer_types": list(self.layer_types)}
 
-    @property
-    def expert_weights(self) -> int:
-        """Weights of the experts that one token chooses, in all layers; 0 if dense."""
-        expert = 3 * self.hidden_size * self.expert_width
-        return self.num_hidden_layers * self.num_active_experts * expert
-
-    @property
-    def draft_weights(self) -> int:
-        """Weights that a draft step reads."""
-        shape = self.drafter
-        heads = (DRAFTER_LAYERS - 1) * HEAD_DIM + GLOBAL_HEAD_DIM
-        width = (
-            3 * self.hidden_size  # both projections
-            + 2 * heads * shape.num_attention_heads
-            + 3 * DRAFTER_LAYERS * shape.intermediate_size
-            + (CENTROID_ROWS if shape.has_centroids else VOCABULARY)
-        )
-        return shape.hidden_size * width
-
-    def _kv_bytes(self, num_sliding: int, num_full: int, context: int) -> int:
-        seen = min(context, self.sliding_window)
-        sliding = num_sliding * self.num_key_value_heads * HEAD_DIM * seen
-        heads = self.num_global_key_value_heads
-        full = num_full * heads * GLOBAL_HEAD_DIM * context
-        return 2 * KV_BYTES * (sliding + full)
-
-    def kv_bytes(self, context: int) -> int:
-        """Bytes of keys and values that a pass reads for one sequence.
-
-        A layer that shares another's K/V saves memory, no reading.
-        """
-        num_full = self.num_hidden_layers // self.full_every
-        return self._kv_bytes(self.num_hidden_layers - num_full, num_full, context)
-
-    def draft_kv_bytes(self, context: int) -> int:
-        """Bytes of the target's keys and values that a draft step reads."""
-        return self._kv_bytes(DRAFTER_LAYERS - 1, 1, context)
+    @cached_property
+    def drafter_text(self) -> dict[str, Any]:
+        """The keys of the drafter's ``text_config``, with those of its target."""
+        return {
+            **{key: self.target[key] for key in _SHARED if key in self.target},
+            **self.drafter,
+            "num_hidden_layers": len(DRAFTER_LAYERS),
+            "num_kv_shared_layers": len(DRAFTER_LAYERS),
+            "layer_types": list(DRAFTER_LAYERS),
+        }
 
 
+# Keys: the config.json files of google/gemma-4-<size>-it and its -assistant.
 # Acceptance on prose; published as accepted / drafted, here the chance per draft that
 # gives it. 31B: 0.656 at 3 drafts (mlxcel, M3 Ultra), so 0.80. 12B: 0.49 to 0.54 at 3
 # drafts (mlxcel), so 0.70. 26B-A4B: 0.71, 0.61, 0.51 at 1, 2, 3 drafts (oMLX #1909), so
 # 0.71. E2B and E4B: no figure states chip, drafts and text; between 0.35 on generic
 # prompts (gemma-4-swift-mlx) and 0.66 in code (a user of mlx-vlm) 0.60 is assumed.
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family(
-            *("e2b", 1536, 6144, 35, 5, 8, 1, 1, False, 512, 20, 256, True, 0, 0, 0),
-            drafter=DrafterShape(256, 2048, 4, True),
-            acceptance=0.60,
-        ),
-        Family(
-            *("e4b", 2560, 10240, 42, 6, 8, 2, 2, False, 512, 18, 256, False, 0, 0, 0),
-            drafter=DrafterShape(256, 2048, 4, True),
-            acceptance=0.60,
-        ),
-        Family(
-            *("12b", 3840, 15360, 48, 6, 16, 8, 1, True, 1024, 0, 0, False, 0, 0, 0),
-            drafter=DrafterShape(1024, 8192, 16, False),
-            acceptance=0.70,
-        ),
-        Family(
-            *("26b-a4b", 2816, 2112, 30, 6, 16, 8, 2, True, 1024, 0, 0, False),
-            *(128, 8, 704),
-            drafter=DrafterShape(1024, 8192, 16, False),
-            acceptance=0.71,
-        ),
-        Family(
-            *("31b", 5376, 21504, 60, 6, 32, 16, 4, True, 1024, 0, 0, False, 0, 0, 0),
-            drafter=DrafterShape(1024, 8192, 32, False),
-            acceptance=0.80,
-        ),
-    )
-}
+_FAMILIES = (
+    Family(
+        size="E2B",
+        period=5,
+        target={
+            "hidden_size": 1536,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 35,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "num_kv_shared_layers": 20,
+            "hidden_size_per_layer_input": 256,
+            "attention_k_eq_v": False,
+            "sliding_window": 512,
+            "max_position_embeddings": 131072,
+            "use_double_wide_mlp": True,
+        },
+        drafter={
+            "hidden_size": 256,
+            "intermediate_size": 2048,
+            "num_attention_heads": 4,
+        },
+        num_assistant_tokens=2,
+        acceptance=0.60,
+        has_centroid_head=True,
+    ),
+    Family(
+        size="E4B",
+        period=6,
+        target={
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "num_kv_shared_layers": 18,
+            "hidden_size_per_layer_input": 256,
+            "attention_k_eq_v": False,
+            "sliding_window": 512,
+            "max_position_embeddings": 131072,
+        },
+        drafter={
+            "hidden_size": 256,
+            "intermediate_size": 2048,
+            "num_attention_heads": 4,
+        },
+        num_assistant_tokens=4,
+        acceptance=0.60,
+        has_centroid_head=True,
+    ),
+    Family(
+        size="12B",
+        period=6,
+        target={
+            "hidden_size": 3840,
+            "intermediate_size": 15360,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "sliding_window": 1024,
+            "max_position_embeddings": 262144,
+        },
+        drafter={
+            "hidden_size": 1024,
+            "intermediate_size": 8192,
+            "num_attention_heads": 16,
+        },
+        num_assistant_tokens=4,
+        acceptance=0.70,
+        is_unified=True,
+    ),
+    Family(
+        size="26B-A4B",
+        period=6,
+        target={
+            "hidden_size": 2816,
+            "intermediate_size": 2112,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_global_key_value_heads": 2,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "sliding_window": 1024,
+            "max_position_embeddings": 262144,
+            "enable_moe_block": True,
+            "num_experts": 128,
+            "top_k_experts": 8,
+            "moe_intermediate_size": 704,
+        },
+        drafter={
+            "hidden_size": 1024,
+            "intermediate_size": 8192,
+            "num_attention_heads": 16,
+        },
+        num_assistant_tokens=4,
+        acceptance=0.71,
+    ),
+    Family(
+        size="31B",
+        period=6,
+        target={
+            "hidden_size": 5376,
+            "intermediate_size": 21504,
+            "num_hidden_layers": 60,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "num_global_key_value_heads": 4,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "sliding_window": 1024,
+            "max_position_embeddings": 262144,
+        },
+        drafter={
+            "hidden_size": 1024,
+            "intermediate_size": 8192,
+            "num_attention_heads": 32,
+        },
+        num_assistant_tokens=4,
+        acceptance=0.80,
+    ),
+)
+FAMILIES = {family.name: family for family in _FAMILIES}
+PUBLISHED_TARGETS = tuple(family.target_id for family in _FAMILIES)
+PUBLISHED_DRAFTERS = tuple(family.drafter_id for family in _FAMILIES)
 
 
 def family_of(text_config: Mapping[str, Any]) -> str | None:
@@ -177,25 +250,15 @@ def family_of(text_config: Mapping[str, Any]) -> str | None:
     Args:
         text_config: Its configuration, by the names that the checkpoint uses.
     """
-    for family in FAMILIES.values():
+    for family in _FAMILIES:
+        own = family.target_text
         is_mixture = bool(text_config.get("enable_moe_block"))
-        if is_mixture == bool(family.num_experts) and all(
-            text_config.get(name) == getattr(family, name)
+        if is_mixture == own["enable_moe_block"] and all(
+            text_config.get(name) == own[name]
             for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
         ):
             return family.name
     return None
-
-
-# The sizes Gemma 4 is published in, and the hidden size of each target.
-_HIDDEN_SIZES = {"E2B": 1536, "E4B": 2560, "12B": 3840, "26B-A4B": 2816, "31B": 5376}
-_QAT_DRAFTER = "google/gemma-4-{size}-it-qat-q4_0-unquantized-assistant"
-# owner: its drafter for instruction-tuned targets. mlx-community has no drafter of
-# every size for quantization-aware trained targets, so those take Google's.
-_DRAFTERS = {
-    "google": "google/gemma-4-{size}-it-assistant",
-    "mlx-community": "mlx-community/gemma-4-{size}-it-assistant-bf16",
-}
 
 
 def published_drafter(hidden_size: int) -> str | None:
@@ -204,7 +267,7 @@ def published_drafter(hidden_size: int) -> str | None:
     Args:
         hidden_size: The target's H.
     """
-    for size, published_hidden_size in _HIDDEN_SIZES.items():
-        if hidden_size == published_hidden_size:
-            return _DRAFTERS["google"].format(size=size)
+    for family in _FAMILIES:
+        if hidden_size == family.target["hidden_size"]:
+            return family.drafter_id
     return None

@@ -21,9 +21,9 @@ from ..exactness.compared import Compared
 from ..exactness.verdict import Verdict
 from ..store import Store
 
-# Where plain decoding won, drafting is tried again: for the second and the fourth
-# request, as what made it win may have been a busy machine, then for every so many.
-_PLAIN_REQUESTS = 8
+# Where plain decoding won, drafting is tried again: by the second and the fourth
+# process, as what made it win may have been a busy machine, then by every so many.
+_PLAIN_PROCESSES = 8
 _NUM_SETUPS = 5
 _SECTIONS = ("controllers", "verdicts", "probes", "plain", "setups")
 _MOST = 1e6  # of any kept number; more is damage
@@ -56,7 +56,8 @@ class Calibration:
         self._compared: dict[int, Compared] = {}
         self._early_starts: dict[int, EarlyStart] = {}
         self._given_up: set[int] = set()
-        self._num_plain: dict[str, int] = {}
+        self._num_plain: dict[str, int] = {}  # processes in a row, by kind of request
+        self._is_unfilled: dict[str, bool] = {}  # what this process has decided
         self._restore_counts()
 
     def controller(
@@ -162,30 +163,38 @@ class Calibration:
     def prefers_unfilled(
         self, rule: str, *, num_rows: int, filled: Route, unfilled: Route
     ) -> bool:
-        """Whether a request had rather take the route whose plain rounds are short.
+        """Whether requests had rather take the route whose plain rounds are short.
 
         So it is where that route, whose fewer drafts are outweighed by shorter plain
-        rounds, is expected to be the faster; the other is tried again now and then.
+        rounds, is expected to be the faster. It is decided by what earlier processes
+        have learnt, once for each kind of request, so that this one's texts are alike;
+        now and then a process tries the other route again.
         """
-        verdict = self.verdict(num_rows)
+        name = f"{rule}, {num_rows} rows"
         with self.lock:
-            controller = self.controller(
-                rule, num_rows=num_rows, min_rows=filled.min_rows
-            )
-            name = f"{rule}, {num_rows} rows"
-            best = controller.best_rate(filled.allowed)
-            plain = controller.best_rate((0,))
-            if verdict is None or best is None or plain is None:
-                return False
-            other = plain * verdict.fill_cost
-            drafts = [k for k in unfilled.allowed if k]
-            if drafts:
-                other = max(other, controller.best_rate(drafts) or 0.0)
-            if best > other:
-                self._num_plain[name] = 0
-                return False
-            count = self._num_plain[name] = self._num_plain.get(name, 0) + 1
-            return count not in (2, 4) and count % _PLAIN_REQUESTS != 0
+            if name not in self._is_unfilled:
+                is_faster = self._is_faster(unfilled, filled, rule, num_rows)
+                count = self._num_plain.get(name, 0) + 1 if is_faster else 0
+                is_retry = count in (2, 4) or count % _PLAIN_PROCESSES == 0
+                self._num_plain[name] = count
+                self._is_unfilled[name] = is_faster and not is_retry
+            return self._is_unfilled[name]
+
+    def _is_faster(
+        self, unfilled: Route, filled: Route, rule: str, num_rows: int
+    ) -> bool:
+        """Whether short plain rounds are expected to outweigh fewer drafts."""
+        verdict = self.verdict(num_rows)
+        controller = self.controller(rule, num_rows=num_rows, min_rows=filled.min_rows)
+        best = controller.best_rate(filled.allowed)
+        plain = controller.best_rate((0,))
+        if verdict is None or best is None or plain is None:
+            return False
+        other = plain * verdict.fill_cost
+        drafts = [k for k in unfilled.allowed if k]
+        if drafts:
+            other = max(other, controller.best_rate(drafts) or 0.0)
+        return best <= other
 
     def save(self) -> None:
         """Write what this process knows to the store, beside what others do."""

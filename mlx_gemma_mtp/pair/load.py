@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,7 +33,7 @@ from .pair import Pair, attach
 
 logger = logging.getLogger("mlx_gemma_mtp")
 
-_SWITCH_OFF = "Or decode without one: speculative_decoding=False (--no-draft)."
+_SWITCH_OFF = "speculative_decoding=False (--no-draft)"
 
 
 def embedded_pair_path() -> Path:
@@ -42,32 +42,34 @@ def embedded_pair_path() -> Path:
 
 
 def load_pair(
-    target_path: str | Path | None = None, drafter_path: str | Path | None = None
+    target_path: str | Path | None = None,
+    drafter_path: str | Path | Literal[False] | None = None,
 ) -> Pair:
-    """Load a target and a drafter for decoding on token level.
+    """Load a target and its drafter for decoding on token level.
 
     Args:
         target_path: A folder or a Hub id; None for the embedded pair.
-        drafter_path: A folder or a Hub id. Without one the pair has no drafter,
-            except for the embedded pair, which comes with its own: nothing is
-            searched for here.
+        drafter_path: The drafter to take, a folder or a Hub id; None for the one that
+            ``load`` finds, False for none.
 
     Raises:
-        CheckpointError: A checkpoint cannot be found or read.
-        PairingError: The drafter does not fit the target.
+        CheckpointError: The target, or a drafter that was named, cannot be found or
+            read.
+        PairingError: A drafter that was named does not fit the target.
     """
     compile_header()
     if target_path is None:
         target_path = embedded_pair_path()
-        if drafter_path is None:
-            drafter_path = embedded_pair_path() / "drafter"
-    checkpoint = open_checkpoint(fetch(target_path))
+    folder = fetch(target_path)
+    checkpoint = open_checkpoint(folder)
     target = read_target(checkpoint, lazy=False)
-    drafter, drafter_source = None, "no drafter: none was named"
-    if drafter_path is not None:
-        drafter = _fitting_drafter(target, drafter_path)
-        drafter_source = f"drafter {drafter_path}: as named"
-    return _pair(target, checkpoint, target_path, drafter, drafter_source)
+    if drafter_path is False:
+        drafter, source = None, "no drafter: drafter_path is False"
+    else:
+        drafter, source = _choose_drafter(
+            target, target_path, folder, drafter_path, switch_off="drafter_path=False"
+        )
+    return _pair(target, checkpoint, target_path, drafter, source)
 
 
 def load(
@@ -213,13 +215,16 @@ def _choose_drafter(
     path_or_id: str | Path,
     folder: Path,
     draft_model: str | Path | None,
+    *,
+    switch_off: str = _SWITCH_OFF,
 ) -> tuple[Drafter | None, str]:
     """Return the drafter, if any, and a sentence about it."""
     if draft_model is not None:
         try:
             drafter = _fitting_drafter(target, draft_model)
         except PairingError as error:
-            raise PairingError(f"{error} {_SWITCH_OFF}") from None
+            without = f"Or decode without one: {switch_off}."
+            raise PairingError(f"{error} {without}") from None
         return drafter, _chosen(draft_model, "as named")
     # Nobody asks for what is found by name, and the target decodes without it.
     try:

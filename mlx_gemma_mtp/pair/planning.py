@@ -14,12 +14,8 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 
 from ..constants import AUTO
-from ..drafting.policy import (
-    AdaptiveDraftLength,
-    BatchDraftLengths,
-    DraftLengths,
-    FixedDraftLength,
-)
+from ..drafting.controller import DraftLengthController
+from ..drafting.policy import DraftPolicy, Learning
 from ..engine.early_start import EarlyStart
 from ..engine.request import Request
 from ..engine.rounds import Rounds
@@ -34,9 +30,6 @@ logger = logging.getLogger("mlx_gemma_mtp")
 
 # Of a probe that nobody asked for, in one request, seconds; the next one goes on.
 _PROBE_BUDGET_S = 20.0
-# Where nothing was measured: two steps of the logits' type where logits end (at 30).
-_NEAR_TIES = {mx.bfloat16: 0.25, mx.float16: 0.03125}
-_NEAR_TIE = 1e-4
 _NO_TEXT = "drafts judged by block: the distribution is the target's for any K"
 _TOO_LONG = "the probe takes long on this machine; exactness set to exact runs it"
 _UNFINISHED = (
@@ -48,7 +41,7 @@ _NO_DRAFTER = "the model has no drafter"
 _ROWS_CHANGE = (
     "not exact: not compared, rows join and leave and kernels may change with them"
 )
-_SHARED_GROWTH = "endless requests share slabs whose growth changes bytes"
+_SHARED_GROWTH = "endless requests share slabs, which grow where drafts move them"
 
 
 @dataclass(frozen=True)
@@ -56,14 +49,14 @@ class Plan:
     """What a decoder needs beside its requests.
 
     Attributes:
-        draft_lengths: Who chooses the number of drafts.
+        draft_policy: Who chooses the number of drafts.
         route: How rounds are run.
         why_plain: Why there are no drafts, in words; empty where there may be.
         probe_s: What the probe took, if it ran for this plan, seconds.
         early_start: Decides when rounds are started.
     """
 
-    draft_lengths: DraftLengths
+    draft_policy: DraftPolicy
     route: Route
     why_plain: str = ""
     probe_s: float = 0.0
@@ -105,43 +98,26 @@ def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
         why_plain = "num_draft_tokens is 0"
         if pair.drafter is None:
             why_plain = pair.drafter_source or _NO_DRAFTER
-        return Plan(FixedDraftLength(0), PLAIN, why_plain)
+        return Plan(DraftPolicy(0), PLAIN, why_plain)
     route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
+    return Plan(_draft_policy(pair, route, num_draft_tokens), route)
 
-    def adaptive(num_seats: int, rule: str, context: int) -> AdaptiveDraftLength:
-        return _adaptive(
-            pair,
-            rule,
-            route,
-            num_draft_tokens=num_draft_tokens,
-            num_rows=num_seats,
-            context=context,
+
+def _draft_policy(
+    pair: Pair, route: Route, num_draft_tokens: int | None
+) -> DraftPolicy:
+    """The choice of the pair's controllers, or a fixed number for them to learn."""
+    calibration = pair.calibration
+
+    def controller(num_seats: int, rule: str, context: int) -> DraftLengthController:
+        return calibration.controller(
+            rule, num_rows=num_seats, min_rows=route.min_rows, context=context
         )
 
-    return Plan(BatchDraftLengths(adaptive, keep=pair.calibration.save), route)
-
-
-def _adaptive(
-    pair: Pair,
-    rule: str,
-    route: Route,
-    *,
-    num_draft_tokens: int | None,
-    num_rows: int,
-    context: int,
-) -> AdaptiveDraftLength:
-    """The choice of the pair's controller for rows of a kind, or a fixed number."""
-    calibration = pair.calibration
-    controller = calibration.controller(
-        rule, num_rows=num_rows, min_rows=route.min_rows, context=context
+    learning = Learning(
+        controller, calibration.setups, calibration.lock, keep=calibration.save
     )
-    return AdaptiveDraftLength(
-        controller,
-        num_draft_tokens=num_draft_tokens,
-        setups=calibration.setups,
-        lock=calibration.lock,
-        keep=calibration.save,
-    )
+    return DraftPolicy(num_draft_tokens, learning=learning)
 
 
 class _Planner:
@@ -157,7 +133,7 @@ class _Planner:
         self._rounds = pair.rounds  # first: what was learnt goes with old weights
         self._pair = pair
         self._requests = requests
-        self._rule = joined_rules(request.rule for request in requests)
+        self._rule = joined_rules(sorted({r.rule for r in requests}))
         self._num_draft_tokens = num_draft_tokens
         self._exactness = exactness
         self._probe_s = 0.0
@@ -167,32 +143,22 @@ class _Planner:
         why_plain = self._why_plain()
         route = self._route(is_plain=bool(why_plain))
         if self._pair.drafter is None:
-            return Plan(FixedDraftLength(0), route, why_plain, self._probe_s)
+            return Plan(DraftPolicy(0), route, why_plain, self._probe_s)
         if not why_plain and not route.has_drafts:
             why_plain = route.state
-        adaptive = self._adaptive(route)
+        policy = _draft_policy(self._pair, route, self._num_draft_tokens)
         if self._num_draft_tokens is None:
-            return Plan(adaptive, route, why_plain, self._probe_s, self._early_start)
+            return Plan(policy, route, why_plain, self._probe_s, self._early_start)
         if self._num_draft_tokens not in route.allowed and route.has_drafts:
             used = max(k for k in route.allowed if k <= self._num_draft_tokens)
             note = f"{used} drafts in place of {self._num_draft_tokens}, not proved"
             route = replace(route, state=f"{route.state}; {note}")
             why_plain = "" if used else note
-        return Plan(adaptive, route, why_plain, self._probe_s, self._early_start)
+        return Plan(policy, route, why_plain, self._probe_s, self._early_start)
 
     @property
     def _early_start(self) -> EarlyStart:
         return self._pair.calibration.early_start(len(self._requests))
-
-    def _adaptive(self, route: Route) -> AdaptiveDraftLength:
-        return _adaptive(
-            self._pair,
-            self._rule,
-            route,
-            num_draft_tokens=self._num_draft_tokens,
-            num_rows=len(self._requests),
-            context=max(len(request.prompt) for request in self._requests),
-        )
 
     def _why_plain(self) -> str:
         """Why the requests decode plainly whatever the machine does, in words."""
@@ -207,26 +173,26 @@ class _Planner:
         if is_plain and self._exactness != "exact":
             return PLAIN
         if self._exactness == "fast":
-            return inexact_route(self._near_tie(), "exactness is set to fast")
+            return inexact_route("exactness is set to fast")
         verdict = self._verdict()
         if verdict is None:
-            return inexact_route(self._near_tie(), self._why_no_verdict())
+            return inexact_route(self._why_no_verdict())
         first, second = exact_routes(verdict)
-        if self._shares_growth(first):
-            return self._failed(first, verdict, _SHARED_GROWTH)
+        if self._shares_growth():
+            return self._failed(first, _SHARED_GROWTH)
         if not first.has_drafts:
-            return self._failed(first, verdict, _NO_DRAFTS)
+            return self._failed(first, _NO_DRAFTS)
         is_free = self._exactness == AUTO and self._num_draft_tokens is None
         if is_free and first.min_rows > second.min_rows:
             return self._faster(first, second)
         return first
 
-    def _failed(self, route: Route, verdict: Verdict, reason: str) -> Route:
-        """Where equal bytes cannot be had: no drafts, or drafts and a count."""
+    def _failed(self, route: Route, reason: str) -> Route:
+        """Where equal bytes cannot be had: no drafts, or drafts that say so."""
         if self._exactness == "exact":
             logger.warning("decoding without drafts: %s", reason)
             return replace(route, allowed=(0,), state=reason)
-        return inexact_route(2 * verdict.max_difference, reason)
+        return inexact_route(reason, max_difference=route.max_difference)
 
     def _faster(self, filled: Route, unfilled: Route) -> Route:
         """The faster of two routes that were proved."""
@@ -242,10 +208,10 @@ class _Planner:
             return unfilled
         return replace(unfilled, state="plain decoding: rounds with drafts were slower")
 
-    def _shares_growth(self, route: Route) -> bool:
+    def _shares_growth(self) -> bool:
         """Whether slabs would grow for a row at a place that hangs on another's K."""
         is_endless = any(request.max_tokens is None for request in self._requests)
-        return route.has_fixed_growth and len(self._requests) > 1 and is_endless
+        return len(self._requests) > 1 and is_endless
 
     def _verdict(self) -> Verdict | None:
         """The probe's verdict; it runs where there is none yet."""
@@ -260,13 +226,6 @@ class _Planner:
     def _why_no_verdict(self) -> str:
         is_given_up = self._pair.calibration.has_given_up_probe(len(self._requests))
         return _TOO_LONG if is_given_up else _UNFINISHED
-
-    def _near_tie(self) -> float:
-        """What counts as a near tie: what was measured, else a guess by the type."""
-        verdict = self._pair.calibration.verdict(1)
-        if verdict is not None and verdict.max_difference:
-            return 2 * verdict.max_difference
-        return _NEAR_TIES.get(self._rounds.target.layout.dtype, _NEAR_TIE)
 
 
 def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict | None:

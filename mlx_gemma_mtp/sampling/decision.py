@@ -133,34 +133,6 @@ def decide(
     return chosen(rows["is_host"], Accepted(everything, nothing), accepted)
 
 
-def near_ties(
-    logits: mx.array,
-    rows: dict[str, mx.array],
-    *,
-    num_accepted: mx.array,
-    near_tie: float,
-) -> mx.array:
-    """How many of a round's tokens were chosen by a small difference of logits.
-
-    Args:
-        logits: The target's, after any soft-cap, [B, K + 1, V].
-        rows: The rows' settings; only greedy ones count.
-        num_accepted: Length of the accepted prefix, int32 [B].
-        near_tie: The largest difference between the best two that counts.
-
-    Returns:
-        One number for each row, int32 [B, 1].
-    """
-    logits = logits.astype(mx.float32)
-    is_best = mx.arange(logits.shape[-1]) == mx.argmax(logits, axis=-1, keepdims=True)
-    second = mx.where(is_best, -mx.inf, logits).max(axis=-1)
-    is_near = logits.max(axis=-1) - second <= near_tie  # [B, K + 1]
-    is_emitted = mx.arange(logits.shape[1]) <= num_accepted[:, None]
-    is_greedy = (rows["temp"][:, 0] <= 0) & ~rows["is_host"][:, None]
-    count = is_near & is_emitted & is_greedy
-    return count.astype(mx.int32).sum(axis=-1, keepdims=True)
-
-
 def _decide(
     draft: Draft,
     logits: mx.array,

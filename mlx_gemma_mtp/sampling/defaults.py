@@ -30,6 +30,8 @@ _KEYS = {
     "top_k": _Key("top_k", "a whole number from 0 to 2**31-1", 0),
     "min_p": _Key("min_p", "a number from 0 to 1", 0.0),
 }
+# What somebody may give in place of the checkpoint's: temperature and filters.
+GIVEN = tuple(_KEYS)
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,7 @@ class SamplingDefaults:
         """The settings to sample with: each one given, else the checkpoint's.
 
         Args:
-            given: Some of ``temp``, ``top_p``, ``top_k``, ``min_p``; None counts as
-                not given.
+            given: Some of ``GIVEN``; None counts as not given.
 
         Returns:
             All four, as keywords for ``stream_generate`` and ``generate_tokens``. At a
@@ -101,7 +102,7 @@ class SamplingDefaults:
         given = {name: value for name, value in given.items() if value is not None}
         temp = given["temp"] if "temp" in given else self.temp
         settings = {"temp": temp}
-        for name in ("top_p", "top_k", "min_p"):
+        for name in GIVEN[1:]:
             if name in given:
                 settings[name] = given[name]
             else:

@@ -73,8 +73,6 @@ class SamplingRule:
         has_max_drafts: Whether some row accepts fewer drafts than a round may have.
         num_logprobs: How many of the best tokens are reported with each token's
             log-probability; None where nobody asks for it.
-        near_tie: Greedy choices of a token by this much or less, in logits, are
-            counted; None where nobody asks for it.
     """
 
     groups: tuple[Group, ...] = ()
@@ -83,7 +81,6 @@ class SamplingRule:
     has_graph: bool = True
     has_max_drafts: bool = False
     num_logprobs: int | None = None
-    near_tie: float | None = None
 
     @property
     def is_sampled(self) -> bool:
@@ -125,7 +122,6 @@ def sampling_rule(
     *,
     is_host: Sequence[bool] = (),
     num_logprobs: int | None = None,
-    near_tie: float | None = None,
 ) -> SamplingRule:
     """The smallest rule that serves all rows.
 
@@ -133,12 +129,7 @@ def sampling_rule(
         params: One entry per row.
         is_host: For each row whether the host decides it; ``()`` for none.
         num_logprobs: See ``SamplingRule``.
-        near_tie: See ``SamplingRule``; dropped where the graph decides no greedy row.
     """
-    greedy = [p for p in params if p.temp <= 0]
-    has_greedy = any(
-        p.temp <= 0 and not (is_host and is_host[i]) for i, p in enumerate(params)
-    )
     groups = []
     sizes = [_list_size(p) for p in params]
     for is_whole in (False, True):
@@ -149,7 +140,7 @@ def sampling_rule(
         ]
         if rows:
             groups.append(_group(rows))
-    if groups and greedy:
+    if groups and any(p.temp <= 0 for p in params):
         groups[0] = replace(groups[0], has_coupled=True)
     return SamplingRule(
         groups=tuple(groups),
@@ -157,7 +148,6 @@ def sampling_rule(
         has_host=any(is_host),
         has_graph=not is_host or not all(is_host),
         num_logprobs=num_logprobs,
-        near_tie=near_tie if has_greedy else None,
     )
 
 

@@ -15,10 +15,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from .candidates import MAX_CANDIDATES, most_likely
+from .candidates import most_likely
 from .distribution import SamplingRule
-
-MAX_LOGPROBS = MAX_CANDIDATES  # most tokens listed beside the chosen one
 
 
 @dataclass(frozen=True)

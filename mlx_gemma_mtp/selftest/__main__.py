@@ -18,13 +18,13 @@ from ..checkpoints.template_files import missing_template_note
 from ..cli.command import check_output_file, exit_status, write_file
 from ..cli.command_table import make_parser
 from ..errors import OutputError, RequestError
+from ..models.families import FAMILIES
 from ..store import cache_folder, forget
 from .names import MODEL, SECTIONS
 
 EXIT_FAILED = 2
 _NO_TEMPLATE = "the section on it gives it plain text"
 DEFAULT_SECONDS = 120.0
-FAMILIES = ("e2b", "e4b", "12b", "26b-a4b", "31b")
 
 
 def configure_parser() -> argparse.ArgumentParser:

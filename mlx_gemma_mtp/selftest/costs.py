@@ -14,7 +14,7 @@ from typing import Any
 from ..cli.tables import duration
 from ..constants import MAX_DRAFT_TOKENS
 from ..drafting.controller import Prior
-from ..drafting.policy import FixedDraftLength
+from ..drafting.policy import DraftPolicy
 from ..engine.decoder import Decoder, Request
 from ..pair.pair import Pair
 from .busy import spread
@@ -28,7 +28,7 @@ _LEAST_ROUNDS = 4
 ALL_DRAFTS = tuple(range(MAX_DRAFT_TOKENS + 1))
 
 
-class _Recorder(FixedDraftLength):
+class _Recorder(DraftPolicy):
     """A fixed K that keeps what its rounds took."""
 
     def __init__(self, num_draft_tokens: int) -> None:
@@ -43,7 +43,7 @@ class _Recorder(FixedDraftLength):
         *,
         num_shadow_drafts: int = 0,
     ) -> None:
-        """See ``DraftLength``."""
+        """See ``DraftPolicy``."""
         if seconds is not None:
             self.seconds.append(seconds)
 

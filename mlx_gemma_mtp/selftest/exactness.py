@@ -20,9 +20,10 @@ from ..engine.route import Route
 from ..errors import RequestError
 from ..exactness.probe import probe
 from ..exactness.verdict import PLAIN_ROWS, Verdict, exact_routes
+from ..models.published import text_config
 from ..pair.pair import Pair
 from .machine import is_on_cpu, memory_bytes
-from .random_pair import random_pair, text_config
+from .random_pair import random_pair
 from .result import FAIL, INFO, PASS, SKIP, Result, status_of
 
 _NUM_TOKENS = 40
@@ -135,7 +136,6 @@ def examined(
     route = exact_routes(verdict)[0]
     figures = {
         **verdict.to_dict(),
-        "near_tie": 2 * verdict.max_difference,
         "route": {"min_rows": route.min_rows, "allowed": list(route.allowed)},
     }
     differing: list[int] = []
@@ -159,9 +159,7 @@ def describe(verdict: Verdict) -> str:
         parts = (f"{ks} for plain rounds of {n} row(s)" for n, ks in found.items())
         text = f"bytes equal at {', '.join(parts)}"
     if verdict.max_difference:
-        text += f"; near ties below {2 * verdict.max_difference:.2g}"
-    if verdict.depends_on_capacity:
-        text += "; bytes depend on the capacity"
+        text += f"; logits differ by up to {verdict.max_difference:.2g}"
     return text
 
 

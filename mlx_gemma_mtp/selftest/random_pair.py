@@ -11,215 +11,20 @@ at a time: beyond the pair no more memory is used than twice its largest tensor.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text
 
-from ..constants import FULL, SLIDING
 from ..errors import RequestError
-from ..models import config
-from ..models.config import DrafterConfig
 from ..models.drafter import Drafter
+from ..models.published import drafter_config, text_config
 from ..pair.pair import Pair
 
-_SOURCE = "the table of published shapes"
 _WORD_BYTES = 4
-_DRAFTER_LAYERS = (SLIDING, SLIDING, SLIDING, FULL)
 _MIN_DRAFTER_BITS = 8  # of a drafter with a centroid head, as the converter writes it
-
-
-@dataclass(frozen=True)
-class Family:
-    """A published pair: the keys in which it differs from the others.
-
-    Attributes:
-        period: Layers up to and with each full one.
-        target: Keys of the target's ``text_config``.
-        drafter: Keys of the drafter's.
-        num_assistant_tokens: Drafts per round that the drafter names.
-        is_unified: Whether it is of the unified kind.
-        has_centroid_head: Whether the drafter has one.
-    """
-
-    period: int
-    target: dict[str, Any]
-    drafter: dict[str, Any]
-    num_assistant_tokens: int
-    is_unified: bool = False
-    has_centroid_head: bool = False
-
-    @property
-    def kind(self) -> str:
-        """The published ``model_type``."""
-        return "gemma4_unified" if self.is_unified else "gemma4"
-
-
-# Source: the config.json files of google/gemma-4-<family>-it and its -assistant.
-FAMILIES: dict[str, Family] = {
-    "e2b": Family(
-        period=5,
-        target={
-            "hidden_size": 1536,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 35,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 1,
-            "num_kv_shared_layers": 20,
-            "hidden_size_per_layer_input": 256,
-            "sliding_window": 512,
-            "max_position_embeddings": 131072,
-            "use_double_wide_mlp": True,
-        },
-        drafter={"hidden_size": 256, "intermediate_size": 2048, "heads": 4},
-        num_assistant_tokens=2,
-        has_centroid_head=True,
-    ),
-    "e4b": Family(
-        period=6,
-        target={
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
-            "num_hidden_layers": 42,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "num_kv_shared_layers": 18,
-            "hidden_size_per_layer_input": 256,
-            "sliding_window": 512,
-            "max_position_embeddings": 131072,
-        },
-        drafter={"hidden_size": 256, "intermediate_size": 2048, "heads": 4},
-        num_assistant_tokens=4,
-        has_centroid_head=True,
-    ),
-    "12b": Family(
-        period=6,
-        target={
-            "hidden_size": 3840,
-            "intermediate_size": 15360,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "num_global_key_value_heads": 1,
-            "attention_k_eq_v": True,
-            "sliding_window": 1024,
-            "max_position_embeddings": 262144,
-        },
-        drafter={"hidden_size": 1024, "intermediate_size": 8192, "heads": 16},
-        num_assistant_tokens=4,
-        is_unified=True,
-    ),
-    "26b-a4b": Family(
-        period=6,
-        target={
-            "hidden_size": 2816,
-            "intermediate_size": 2112,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "num_global_key_value_heads": 2,
-            "attention_k_eq_v": True,
-            "sliding_window": 1024,
-            "max_position_embeddings": 262144,
-            "enable_moe_block": True,
-            "num_experts": 128,
-            "top_k_experts": 8,
-            "moe_intermediate_size": 704,
-        },
-        drafter={"hidden_size": 1024, "intermediate_size": 8192, "heads": 16},
-        num_assistant_tokens=4,
-    ),
-    "31b": Family(
-        period=6,
-        target={
-            "hidden_size": 5376,
-            "intermediate_size": 21504,
-            "num_hidden_layers": 60,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 16,
-            "num_global_key_value_heads": 4,
-            "attention_k_eq_v": True,
-            "sliding_window": 1024,
-            "max_position_embeddings": 262144,
-        },
-        drafter={"hidden_size": 1024, "intermediate_size": 8192, "heads": 32},
-        num_assistant_tokens=4,
-    ),
-}
-VOCAB_SIZE = 262144
-
-
-def text_config(
-    family: str, *, num_layers: int | None = None, vocab_size: int | None = None
-) -> dict[str, Any]:
-    """A target's settings, as ``config.text_config`` reads them of a checkpoint.
-
-    Args:
-        family: One of ``FAMILIES``, upper or lower case.
-        num_layers: How many layers to keep, 2 or more; None for all. Layers with K/V
-            of their own and layers that share them keep their shares, and each part
-            ends as the published one does, with its last sliding and full layers.
-        vocab_size: Tokens to keep; None for all.
-
-    Raises:
-        RequestError: No such family, or a number outside its range.
-    """
-    found = _family(family)
-    published = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
-    published |= found.target
-    raw = {
-        **published,
-        "final_logit_softcapping": 30.0,
-        "layer_types": _pattern(found.period, published["num_hidden_layers"]),
-        **_vocabulary(vocab_size, has_tables=not found.is_unified),
-    }
-    if num_layers is not None:
-        raw |= _cut(raw, num_layers)
-    whole = {"model_type": found.kind, "text_config": raw}
-    return config.text_config(whole, source=_SOURCE)
-
-
-def drafter_config(family: str, *, vocab_size: int | None = None) -> DrafterConfig:
-    """A drafter's settings, as those of a checkpoint.
-
-    Args:
-        family: One of ``FAMILIES``, upper or lower case.
-        vocab_size: Tokens to keep, a multiple of 2048 where the drafter has a centroid
-            head; None for all.
-
-    Raises:
-        RequestError: No such family, or a number outside its range.
-    """
-    found = _family(family)
-    if found.has_centroid_head and vocab_size is not None and vocab_size % 2048:
-        raise RequestError(
-            f"vocab_size must be a multiple of 2048 for {family}: got {vocab_size}. "
-            "Its drafter has 2048 centroids."
-        )
-    own = dict(found.drafter)
-    heads = own.pop("heads")
-    shared = ("num_key_value_heads", "num_global_key_value_heads", "attention_k_eq_v")
-    kept = (*shared, "sliding_window", "max_position_embeddings")
-    raw = {
-        **{key: found.target[key] for key in kept if key in found.target},
-        **own,
-        "num_attention_heads": heads,
-        "num_hidden_layers": len(_DRAFTER_LAYERS),
-        "num_kv_shared_layers": len(_DRAFTER_LAYERS),
-        "layer_types": list(_DRAFTER_LAYERS),
-        **_vocabulary(vocab_size, has_tables=False),
-    }
-    whole = {
-        "model_type": f"{found.kind}_assistant",
-        "backbone_hidden_size": found.target["hidden_size"],
-        "use_ordered_embeddings": found.has_centroid_head,
-        "text_config": raw,
-    }
-    read = DrafterConfig.from_dict(whole, source=_SOURCE)
-    return replace(read, num_assistant_tokens=found.num_assistant_tokens)
 
 
 def random_pair(
@@ -280,52 +85,6 @@ def skeletons(
     text = text_config(family, num_layers=num_layers, vocab_size=vocab_size)
     target = gemma4_text.Model(gemma4_text.ModelArgs.from_dict(text))
     return target, Drafter(drafter_config(family, vocab_size=vocab_size))
-
-
-def _family(name: str) -> Family:
-    found = FAMILIES.get(name.lower())
-    if found is None:
-        raise RequestError(
-            f"the family must be one of {', '.join(FAMILIES)}: got {name!r}. 12b is "
-            "the plainest of them."
-        )
-    return found
-
-
-def _pattern(period: int, num_layers: int) -> list[str]:
-    return [FULL if i % period == period - 1 else SLIDING for i in range(num_layers)]
-
-
-def _vocabulary(size: int | None, *, has_tables: bool) -> dict[str, int]:
-    """The sizes of the tables of tokens; those of 12B and drafters are one."""
-    size = VOCAB_SIZE if size is None else size
-    if not 256 <= size <= VOCAB_SIZE:
-        raise RequestError(
-            f"vocab_size must be from 256 to {VOCAB_SIZE}: got {size}. 8192 is enough "
-            "to look at layers."
-        )
-    tables = {"vocab_size_per_layer_input": size} if has_tables else {}
-    return {"vocab_size": size, **tables}
-
-
-def _cut(raw: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """The layers that stay when a target is cut."""
-    total, types = raw["num_hidden_layers"], raw["layer_types"]
-    if not 2 <= num_layers <= total:
-        raise RequestError(
-            f"num_layers must be from 2 to {total}: got {num_layers}. A pair needs one "
-            "layer of each type."
-        )
-    num_own = total - raw["num_kv_shared_layers"]
-    # At least one layer of each type has K/V of its own: the drafter reads them.
-    kept_own = max(2, round(num_layers * num_own / total))
-    kept_shared = num_layers - kept_own
-    own, shared = types[:num_own], types[num_own:]
-    return {
-        "num_hidden_layers": num_layers,
-        "num_kv_shared_layers": kept_shared,
-        "layer_types": own[num_own - kept_own :] + shared[len(shared) - kept_shared :],
-    }
 
 
 def _quantize(

@@ -6,9 +6,7 @@ Everything goes to standard error. A mistake of the user's is one line and exit 
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import re
 import sys
 from collections.abc import Sequence
 
@@ -23,7 +21,6 @@ _NEEDED = {
     "uvicorn": "uvicorn",
     "prometheus_client": "prometheus-client",
 }
-_OLDEST_MLX_LM = (0, 32)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,12 +61,6 @@ def _check_packages() -> None:
         raise RequestError(
             f"the server needs {', '.join(missing)}: not installed. pip install "
             "'mlx_gemma_mtp[server]' brings it."
-        )
-    version = importlib.metadata.version("mlx-lm")
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST_MLX_LM:
-        raise RequestError(
-            f"the server needs mlx-lm 0.32 or newer: got {version}. Use Python 3.11 or "
-            "newer, where it runs."
         )
 
 

@@ -124,7 +124,7 @@ class Gate:
             raise self._too_large()
         try:
             body = await asyncio.wait_for(self._read(receive), _BODY_TIMEOUT_S)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise AnswerError(
                 408, f"the body must arrive within {_BODY_TIMEOUT_S:.0f} s."
             ) from None

@@ -21,7 +21,8 @@ from ..markup.answer import (
     Part,
     marks_of,
 )
-from ..markup.tool_calls import ToolCall, Tools
+from ..markup.tool_calls import ToolCall
+from ..markup.tools import Tools
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
 

@@ -5,10 +5,10 @@ Nothing is checked against it while the server runs; tests do that.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NotRequired
 
 from pydantic import ConfigDict, with_config
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 _exactly = with_config(ConfigDict(strict=True, extra="forbid"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -103,7 +102,7 @@ class Desk:
             work = self.lanes.run(size, function)
             try:
                 found = await unless_gone(work, request.receive)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise bad_request(
                     f"the prompt must be made of the request within {LIMIT_S:.0f} s: "
                     "it was not. Send fewer messages, or less text.",

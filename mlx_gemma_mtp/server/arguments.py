@@ -21,7 +21,7 @@ from ..cli.arguments import (
 from ..cli.command_table import make_parser
 from .addresses import API_KEY_VARIABLE
 from .refused import reason_against
-from .settings import LOG_LEVELS, Settings, _size, check
+from .settings import LOG_LEVELS, Settings, check, size_in_bytes
 
 
 def parse(argv: Sequence[str] | None) -> Settings:
@@ -104,7 +104,7 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-kv-bytes",
-        type=_size,
+        type=size_in_bytes,
         metavar="SIZE",
         help="memory for the caches of running requests, such as 8GB; others wait "
         "(default: what the machine has beside the weights)",
@@ -118,7 +118,7 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prompt-cache-bytes",
-        type=_size,
+        type=size_in_bytes,
         default=2 * 10**9,
         metavar="SIZE",
         help="memory for these (default: 2GB)",
@@ -180,7 +180,7 @@ def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-request-bytes",
-        type=_size,
+        type=size_in_bytes,
         default=8 * 10**6,
         metavar="SIZE",
         help="largest body of a request; more gets status 413 (default: 8MB)",

@@ -9,19 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..cache.kept import MIN_TOKENS
+from ..cache.beginning import num_common
 from ..errors import RequestError
 from ..generation.chat_template import (
     ChatPrompt,
     apply_chat_template,
     render_chat_template,
 )
-from ..generation.encoding import encode_text, num_common
+from ..generation.encoding import encode_text
 from ..markup.answer import CALL_START, AnswerReader, marks_of
 from .choice import Place
 from .errors import bad_request
 from .lengths import Lengths
 from .settings import RESERVED
+
+# Reading fewer tokens takes about a round; a kept cache of them would push out a
+# longer one.
+MIN_TOKENS = 64
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ..cli.arguments import MAX_BIAS
+from ..cli.checks import MAX_BIAS
 from ..constants import MAX_DRAFT_TOKENS
 from ..markup.tool_calls import MAX_DEPTH
 from .json_body import refuse_constant

@@ -12,11 +12,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors
 
-from ..cache.kept import MIN_TOKENS, KeptCaches
+from ..cache.kept import KeptCaches
 from ..cache.slabs import SlabLayout, stepped_capacity
 from ..checkpoints.template_files import missing_template_note
-from ..engine.batch import seats_for
-from ..engine.capacity import longest_text, slots_for
+from ..engine.capacity import longest_text, seats_for, slots_for
 from ..engine.request import Request
 from ..errors import RequestError
 from ..generation.requests import make_request
@@ -28,6 +27,7 @@ from ..pair.pair import Pair, pair_of
 from ..sampling.defaults import SamplingDefaults
 from ..sampling.host import without_early_end
 from .choice import Order
+from .prompts import MIN_TOKENS
 from .settings import Settings
 from .transcript import Transcript
 from .worker import Means
@@ -202,7 +202,9 @@ def _kept(settings: Settings) -> KeptCaches | None:
     if not (settings.prompt_cache_size and settings.prompt_cache_bytes):
         return None
     return KeptCaches(
-        max_size=settings.prompt_cache_size, max_bytes=settings.prompt_cache_bytes
+        max_size=settings.prompt_cache_size,
+        max_bytes=settings.prompt_cache_bytes,
+        min_tokens=MIN_TOKENS,
     )
 
 

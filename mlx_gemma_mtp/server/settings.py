@@ -10,20 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cli.arguments import (
-    AUTO,
-    json_object,
-    with_thinking,
-)
-from ..constants import MAX_DRAFT_TOKENS
+from ..cli.checks import check_sampling, json_object, with_thinking
+from ..constants import AUTO, MAX_DRAFT_TOKENS, MAX_LOGPROBS
 from ..errors import RequestError, shorten
-from ..sampling.params import SamplingParams
 from .addresses import api_key, host_names, origins
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 DEFAULT_MODEL = "default_model"  # mlx-lm's word for whatever is served
 EMBEDDED_MODEL = "embedded"
-MAX_LOGPROBS = 64  # logprobs.MAX_LOGPROBS; a test compares them
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 # The most that C's int can count, as some libraries below do.
 _LARGEST = 2**31 - 1
@@ -164,8 +158,7 @@ def check(args: argparse.Namespace) -> Settings:
     drafts = _Drafts.of(args)
     _check_ranges(args)
     _check_texts(args)
-    given = {name: getattr(args, name) for name in ("temp", "top_p", "top_k", "min_p")}
-    SamplingParams(**{name: v for name, v in given.items() if v is not None})
+    given = check_sampling(args)
     return Settings(
         model=args.model,
         names=tuple(args.served_model_name or [args.model or EMBEDDED_MODEL]),
@@ -328,7 +321,7 @@ def _object(flag: str, text: str | None) -> dict[str, Any]:
     return value
 
 
-def _size(text: str) -> int:
+def size_in_bytes(text: str) -> int:
     """Bytes of a text such as ``8GB``, ``512MiB`` or ``1000000``."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..cli.arguments import add_checkpoint_arguments, add_filters, json_object
+from ..cli.arguments import add_checkpoint_arguments, add_filters
+from ..cli.checks import json_object
 from ..cli.command import exit_status, progress_bar
 from ..cli.command_table import make_parser
 from ..errors import RequestError
 from .request import TextSettings, TuneRequest
-from .settings import DIVERGENCES, TrainingSettings
+from .settings import TrainingSettings
 
 _TEXT, _TRAINING = TextSettings(), TrainingSettings()
 
@@ -95,13 +96,6 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     _add_count(group, "--num-rows", _TEXT.num_rows, "texts written together")
     _add_count(
         group,
-        "--num-processes",
-        _TEXT.num_processes,
-        "processes that write texts, each with a target of its own; on a CPU one for "
-        "each core, a GPU needs one",
-    )
-    _add_count(
-        group,
         "--step-size",
         _TEXT.step_size,
         "most tokens that the target reads in one forward",
@@ -121,20 +115,6 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-draft-tokens",
         _TRAINING.num_draft_tokens,
         "drafts of a block that are trained, 1 to 8",
-    )
-    group.add_argument(
-        "--loss",
-        choices=DIVERGENCES,
-        default=_TRAINING.loss,
-        help="how far a draft is from the target (default: %(default)s)",
-    )
-    group.add_argument(
-        "--least-reach",
-        type=float,
-        default=_TRAINING.least_reach,
-        metavar="SHARE",
-        help="what a draft counts at least, however seldom it is reached (default: "
-        "%(default)s)",
     )
     group.add_argument(
         "--learning-rate",

@@ -22,12 +22,12 @@ from mlx_lm.models import gemma4_text
 
 from ..constants import FULL, SLIDING
 from ..models.compatibility import check_fit
-from ..models.config import DrafterConfig
 from ..models.drafter import Drafter
+from ..models.drafter_config import DrafterConfig
 from ..models.families import family_of
+from ..models.published import drafter_config
 from ..models.target import Target, key_norm, text_model
 from ..pair.pair import DEFAULT_NUM_DRAFT_TOKENS
-from ..selftest.random_pair import drafter_config
 from .clusters import cluster_order
 
 _SOURCE = "the fresh drafter's settings"

@@ -6,31 +6,24 @@ and ends with the same drafter.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models import gemma4_text
 
-from ..checkpoints.checkpoint import TRAINING_NAME, open_checkpoint, read_json
-from ..checkpoints.find_drafter import find_drafter
+from ..checkpoints.checkpoint import TRAINING_NAME, read_json
 from ..checkpoints.hub import fetch, hub_id
 from ..checkpoints.staging import check_can_make, check_free_space, check_place
 from ..checkpoints.template_files import missing_template_note
-from ..checkpoints.weights import load_drafter
 from ..cli.tables import size
-from ..errors import CheckpointError, DataError, PairingError
+from ..errors import DataError
 from ..machine import describe_machine
-from ..models.compatibility import check_fit
 from ..models.drafter import Drafter
 from ..models.families import family_of
 from ..models.target import Target, text_model
@@ -38,7 +31,8 @@ from ..pair.load import load
 from ..pair.pair import Pair, named_arrays, pair_of
 from ..sampling.params import SamplingParams
 from .data.documents import DocumentReader, Lengths
-from .fresh import fresh_drafter
+from .keys import texts_key, training_key
+from .origin import Origin, begin_with
 from .recording import workplace
 from .recording.material import Chosen, Writing, choose, write_all
 from .recording.records import Records, record_bytes
@@ -53,13 +47,9 @@ from .request import TuneRequest
 from .training.adapters import add_adapters, dequantized, fuse_adapters, trainable
 from .training.objective import Objective
 from .training.trainer import Material, Trainer
-from .training.unrolling import Cutter
+from .training.unrolling import Cutter, places_in_memory
 
 _LORA_SCALE = 20.0  # mlx-lm's
-# Of what the activations of a chunk of places may take, see ``places_in_memory``.
-_ACTIVATION_BYTES = 1 << 30
-_MOST_PLACES = 256
-_DIGEST_BYTES = 1 << 24  # of an array, looked at together
 
 # Called with what is being done and out of how many; gives a function to call with how
 # many are done.
@@ -70,25 +60,6 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Tell nobody how far work is."""
     yield lambda done: None
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The drafter that training begins with.
-
-    Attributes:
-        drafter: As decoding has it, maybe quantized.
-        config: Its ``config.json``.
-        generation_config: Its ``generation_config.json``; empty where it has none.
-        name: Its Hub id or its folder's name; None for random weights.
-        dtype: The type of the new drafter's weights.
-    """
-
-    drafter: Drafter
-    config: Mapping[str, Any]
-    generation_config: Mapping[str, Any]
-    name: str | None
-    dtype: mx.Dtype = mx.bfloat16
 
 
 def tune(
@@ -119,11 +90,11 @@ def tune(
         seed=request.training.seed,
     )
     chosen = _chosen(request, plain, tokenizer)
-    origin = _origin(request, plain, folder)
+    origin = begin_with(request, plain, folder)
     with workplace.workplace(
         request.work_folder,
-        texts=_texts_key(request, plain, params, chosen),
-        training=_training_key(request, origin),
+        texts=texts_key(request, plain, params, chosen),
+        training=training_key(request, origin),
         is_resumed=request.is_resumed,
     ) as place:
         if place.changed:
@@ -137,16 +108,11 @@ def tune(
         check_place(request.place, force=is_forced)  # it may have other settings now
         run = _Run(request, place, plain, params, origin, chosen, tell, progress)
         name = hub_id(request.model, folder) or folder.resolve().name
-        report = run.report(name)
-        run.write(report, force=is_forced)
+        drafter, report = run.run(name)
+        run.write(drafter, report, force=is_forced)
         if not request.keeps_work:
             place.remove()
     return report
-
-
-def load_plain(request: TuneRequest) -> Pair:
-    """The target of a request, once more."""
-    return _load(request)[0]
 
 
 def _load(request: TuneRequest) -> tuple[Pair, Any]:
@@ -161,7 +127,7 @@ def _load(request: TuneRequest) -> tuple[Pair, Any]:
     return pair_of(model), tokenizer
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Run:
     """The stages of one run."""
 
@@ -174,19 +140,22 @@ class _Run:
     tell: Callable[[str], None]
     progress: Progress
 
-    def report(self, name: str) -> Report:
+    def run(self, name: str) -> tuple[Drafter, Report]:
         """Go through the stages that are still to do.
 
         Args:
             name: What the target is called.
+
+        Returns:
+            The trained drafter, and what it has brought.
         """
         material = self._material()
         before = self._measured("before", self.origin.drafter)
-        self.drafter, history = self._trained(material)
-        after = self._measured("after", self.drafter)
+        drafter, history = self._trained(material)
+        after = self._measured("after", drafter)
         names = [*material.train, *material.judged]
         target = text_model(self.plain.target)
-        return Report(
+        return drafter, Report(
             target=name,
             drafter=self.origin.name,
             before=before,
@@ -234,16 +203,17 @@ class _Run:
             **training.to_dict(),
         }
 
-    def write(self, report: Report, *, force: bool) -> None:
+    def write(self, drafter: Drafter, report: Report, *, force: bool) -> None:
         """Write the drafter's folder.
 
         Args:
+            drafter: The trained one.
             report: What stands in it.
             force: Whether a drafter that stands there may be replaced.
         """
         write_drafter(
             self.request.place,
-            self.drafter,
+            drafter,
             self.origin.config,
             training={**report.to_dict(), "run": self.place.notes["run"]},
             generation_config=self.origin.generation_config,
@@ -296,16 +266,13 @@ class _Run:
                 "weights, too"
             )
         parts = []
-        load_again = partial(load_plain, self.request)
         for writing in writings:
             what = f"texts to {writing.prefix}"
             with (
                 self._stage("text"),
                 self.progress(what, len(writing.documents)) as done,
             ):
-                written = write_all(writing, self.plain, load_again, done)
-                self._note_memory(written.peak_memory_bytes)
-                parts.append(written.names)
+                parts.append(write_all(writing, self.plain, done))
         if not all(parts):
             raise DataError(
                 "the target must continue the data's prompts: got ends at once. Check "
@@ -364,10 +331,8 @@ class _Run:
             drafter,
             material,
             objective=Objective(
-                settings.loss,
                 settings.num_draft_tokens,
                 self.params.temp,
-                settings.least_reach,
                 None if head is None else head.clusters_of_tokens(),
             ),
             cutter=Cutter(
@@ -394,76 +359,6 @@ class _Run:
         return drafter, trainer.progress.history
 
 
-def places_in_memory(drafter: Drafter, num_draft_tokens: int) -> int:
-    """How many places of a text may have their activations in memory together.
-
-    Logits are the most of them: each step's, with their softmax and their gradient; of
-    a centroid head the embeddings of the candidates, which every place gathers.
-    """
-    text = drafter.config.text_config
-    head = drafter.masked_embedding
-    if head is None:
-        numbers = 3 * text["vocab_size"]
-    else:
-        candidates = head.top_k * text["vocab_size"] // head.num_centroids
-        numbers = 2 * candidates * text["hidden_size"]
-    most = _ACTIVATION_BYTES // (4 * numbers * num_draft_tokens)
-    return max(1, min(most, _MOST_PLACES))
-
-
-def _origin(request: TuneRequest, plain: Pair, folder: Path) -> Origin:
-    """The drafter to begin with.
-
-    Raises:
-        PairingError: There is none, or it does not fit.
-    """
-    if request.is_from_scratch:
-        drafter, config = fresh_drafter(plain.target, seed=request.training.seed)
-        return Origin(drafter, config, {}, None)
-    if request.draft_model is not None:
-        return _given(request.draft_model, plain)
-    try:
-        choice = find_drafter(request.model, folder)
-        if choice.path_or_id is None:
-            raise PairingError(choice.reason)
-        return _given(choice.path_or_id, plain)
-    except (CheckpointError, PairingError) as error:
-        # Nobody asked for the one that was found.
-        raise type(error)(f"{error} Or begin --from-scratch.") from error
-
-
-def _given(named: str | Path, plain: Pair) -> Origin:
-    """A drafter that there is, to begin with."""
-    place = fetch(named)
-    drafter = load_drafter(place)
-    check_fit(plain.target, drafter)
-    checkpoint = open_checkpoint(place)
-    return Origin(
-        drafter,
-        checkpoint.config,
-        checkpoint.generation_config,
-        hub_id(named, place) or place.resolve().name,
-        drafter.model.norm.weight.dtype,
-    )
-
-
-def _may_replace(request: TuneRequest) -> bool:
-    """Whether a drafter at the place of the new one may go.
-
-    A run that was cut off after all its work may put the same folder there again.
-    """
-    return request.is_forced or (
-        request.is_resumed
-        and workplace.has_written(request.work_folder, _training_of(request.place))
-    )
-
-
-def _training_of(folder: Path) -> Mapping[str, Any]:
-    """What a drafter's folder says of its training; nothing where there is none."""
-    path = folder / TRAINING_NAME
-    return read_json(path) if path.is_file() else {}
-
-
 def _chosen(request: TuneRequest, plain: Pair, tokenizer: Any) -> Chosen:
     """The documents, after all of the data was read and checked."""
     settings = request.texts
@@ -482,55 +377,21 @@ def _chosen(request: TuneRequest, plain: Pair, tokenizer: Any) -> Chosen:
     return choose(reader.read(request.data), held_out, settings, request.training.seed)
 
 
-def _texts_key(
-    request: TuneRequest, plain: Pair, params: SamplingParams, chosen: Chosen
-) -> workplace.Key:
-    """What decides the records, by name."""
-    texts = asdict(request.texts)
-    del texts["num_processes"]  # a text is the same whoever writes it
-    used = {name: getattr(params, name) for name in (*request.texts.sampling, "seed")}
-    return {
-        "data": chosen.digest,
-        "target": weights_digest(plain.target),
-        **texts,
-        **used,
-        "adapters": _adapter_settings(request.adapter_path),
-        "ends": sorted(plain.eos_token_ids),
-        "package version": version("mlx_gemma_mtp"),
-    }
+def _may_replace(request: TuneRequest) -> bool:
+    """Whether a drafter at the place of the new one may go.
+
+    A run that was cut off after all its work may put the same folder there again.
+    """
+    return request.is_forced or (
+        request.is_resumed
+        and workplace.has_written(request.work_folder, _training_of(request.place))
+    )
 
 
-def _training_key(request: TuneRequest, origin: Origin) -> workplace.Key:
-    """What decides the training beside the records, by name."""
-    training = request.training.to_dict()
-    del training["save_every"]
-    return {
-        "drafter": weights_digest(origin.drafter),
-        "device": str(mx.default_device()),
-        **training,
-    }
-
-
-def _adapter_settings(adapter_path: str | None) -> Mapping[str, Any] | None:
-    """What adapters beside their arrays decide, such as their scale."""
-    path = None if adapter_path is None else Path(adapter_path) / "adapter_config.json"
-    return None if path is None or not path.is_file() else read_json(path)
-
-
-def weights_digest(module: nn.Module) -> str:
-    """A text that tells weights apart, by their shapes, types and sums."""
-    found = hashlib.sha256()
-    for name, array in named_arrays([module]):
-        found.update(f"{name} {array.shape} {array.dtype}\n".encode())
-        flat = array.reshape(-1)
-        size = _DIGEST_BYTES // array.dtype.size
-        for start in range(0, flat.size, size):
-            block = mx.view(flat[start : start + size], mx.uint8)
-            words = block.astype(mx.uint32)
-            places = mx.arange(1, words.size + 1, dtype=mx.uint32)
-            sums = mx.stack([words.sum(), (words * places).sum()])
-            found.update(np.array(sums).tobytes())
-    return found.hexdigest()
+def _training_of(folder: Path) -> Mapping[str, Any]:
+    """What a drafter's folder says of its training; nothing where there is none."""
+    path = folder / TRAINING_NAME
+    return read_json(path) if path.is_file() else {}
 
 
 def _bits(target: gemma4_text.Model) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..sampling.defaults import GIVEN
 from .settings import TrainingSettings
 
 _LEAST = {
@@ -17,7 +18,6 @@ _LEAST = {
     "num_texts": 1,
     "num_held_out": 1,
     "num_rows": 1,
-    "num_processes": 1,
     "step_size": 1,
 }
 
@@ -35,8 +35,6 @@ class TextSettings:
         num_held_out: Most texts to judge by while training, and as many others to
             measure the result on.
         num_rows: Texts that the target writes together.
-        num_processes: Processes that write and record texts, each with a target of its
-            own. A GPU needs one; on a CPU MLX hardly uses more than a core in each.
         step_size: Most tokens that the target reads in one forward.
         temp: The temperature text is drawn at; with the filters, what the drafter will
             be used with. None for the target's own settings, as of the others.
@@ -52,7 +50,6 @@ class TextSettings:
     num_texts: int = 2048
     num_held_out: int = 64
     num_rows: int = 32
-    num_processes: int = 1
     step_size: int = 512
     temp: float | None = None
     top_p: float | None = None
@@ -77,8 +74,7 @@ class TextSettings:
     @property
     def sampling(self) -> dict[str, Any]:
         """The sampling settings as given, for ``SamplingDefaults.settings``."""
-        names = ("temp", "top_p", "top_k", "min_p")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in GIVEN}
 
 
 @dataclass(frozen=True)

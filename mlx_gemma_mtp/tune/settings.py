@@ -11,8 +11,6 @@ from ..errors import RequestError
 
 _MOST_SEEDS = 2**48  # every text adds its number to it
 
-DIVERGENCES = ("tv", "acceptance", "kl", "ce")  # see divergence.py
-
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -20,8 +18,6 @@ class TrainingSettings:
 
     Attributes:
         num_draft_tokens: K, steps unrolled from every place.
-        loss: The divergence, see divergence.py.
-        least_reach: What a step counts at least.
         learning_rate: The highest one.
         steps: Most optimizer steps.
         minutes: Most minutes of training, those before a resumption included; the
@@ -38,8 +34,6 @@ class TrainingSettings:
     """
 
     num_draft_tokens: int = 4
-    loss: str = "kl"
-    least_reach: float = 0.1
     learning_rate: float = 3e-4
     steps: int = 1000
     minutes: float | None = None
@@ -59,13 +53,10 @@ class TrainingSettings:
         """
         k = self.num_draft_tokens
         _check("--num-draft-tokens", k, 1 <= k <= MAX_DRAFT_TOKENS, "1 to 8")
-        _check("--loss", self.loss, self.loss in DIVERGENCES, ", ".join(DIVERGENCES))
         is_rate = 0 < self.learning_rate < math.inf
         _check("--learning-rate", self.learning_rate, is_rate, "above 0 and finite")
         is_seed = 0 <= self.seed < _MOST_SEEDS
         _check("--seed", self.seed, is_seed, f"from 0 to {_MOST_SEEDS - 1}")
-        is_share = 0 <= self.least_reach <= 1
-        _check("--least-reach", self.least_reach, is_share, "from 0 to 1")
         minutes = self.minutes
         _check("--minutes", minutes, minutes is None or minutes > 0, "above 0")
         rank = self.lora_rank

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 
 from mlx_gemma_mtp.constants import MODES
-from mlx_gemma_mtp.selftest.random_pair import FAMILIES
+from mlx_gemma_mtp.models.families import FAMILIES
 
 from .engines import AUTO, MLX_LM, MLX_VLM, OURS, SAMPLINGS, TWO_MODEL, EngineSpec
 from .models import ModelSpec

@@ -1,7 +1,7 @@
 """Engines: ways to decode, each a name, a kind and settings.
 
-An engine decodes prompts step by step and says of each step what it emitted; how fast
-that was is measured elsewhere. Nothing here ends at an end-of-sequence token.
+What an engine must do stands in ``step``; how fast it is, is measured elsewhere.
+Nothing here ends at an end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,11 +18,12 @@ from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
-from mlx_gemma_mtp.engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.engine.route import check_mode
 from mlx_gemma_mtp.engine.stats import RoundStats
 from mlx_gemma_mtp.errors import MTPError
-from mlx_gemma_mtp.generation.requests import check_num_draft_tokens, check_settings
+from mlx_gemma_mtp.generation.requests import drafts_of
+from mlx_gemma_mtp.generation.settings import check_num_draft_tokens
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.pair.planning import make_plan
@@ -30,6 +31,8 @@ from mlx_gemma_mtp.sampling.params import SamplingParams
 
 from .models import ModelSpec
 from .scripted import scripted_rounds
+from .step import Engine, Step, UnavailableError
+from .vlm import MlxVlm
 
 AUTO = "auto"  # of drafts: this package chooses their number while it decodes
 MLX_LM, OURS, TWO_MODEL, MLX_VLM = "mlx-lm", "ours", "two-model", "mlx-vlm"
@@ -40,10 +43,6 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 }
 _TWO_MODEL_BITS = 4
 _GROUP_SIZES = (64, 32)
-
-
-class UnavailableError(Exception):
-    """An engine cannot do what is asked for: why, one line."""
 
 
 @dataclass(frozen=True)
@@ -82,40 +81,6 @@ class EngineSpec:
         return names[self.kind] + (f", {drafts}" if count else "")
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a round, or the prefill, emitted for all rows together.
-
-    Attributes:
-        num_tokens: Tokens emitted.
-        rounds: Rounds counted once for each live row; 0 for a prefill.
-        drafted: Draft tokens proposed.
-        accepted: Draft tokens accepted.
-    """
-
-    num_tokens: int
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-
-
-class Engine(Protocol):
-    """A way to decode."""
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether it learns as it goes, so that only a whole request warms it up."""
-
-    def steps(
-        self, prompts: list[list[int]], max_tokens: int, sampling: dict[str, Any]
-    ) -> Iterator[Step]:
-        """Decode prompts together; the first step is or includes the prefill.
-
-        Raises:
-            UnavailableError: It cannot.
-        """
-
-
 def make_engine(spec: EngineSpec, pair: Pair, model: ModelSpec) -> Engine:
     """Make an engine of a loaded pair.
 
@@ -130,8 +95,6 @@ def make_engine(spec: EngineSpec, pair: Pair, model: ModelSpec) -> Engine:
         raise UnavailableError("only this package's drafts can be accepted by coin")
     if spec.kind == TWO_MODEL:
         return TwoModel(pair, spec)
-    from .vlm import MlxVlm
-
     return MlxVlm(model, int(spec.num_draft_tokens))
 
 
@@ -144,13 +107,9 @@ class OwnEngine:
         self.is_adaptive = spec.num_draft_tokens == AUTO
         self._exactness = spec.exactness
         try:
-            check_settings(
-                max_tokens=1,
-                num_draft_tokens=spec.num_draft_tokens,
-                prefill_step_size=DEFAULT_PREFILL_STEP_SIZE,
-                exactness=spec.exactness,
-            )
-            self._count = check_num_draft_tokens(pair, spec.num_draft_tokens)
+            check_num_draft_tokens(spec.num_draft_tokens)
+            check_mode(spec.exactness)
+            self._count = drafts_of(pair, spec.num_draft_tokens)
         except MTPError as error:
             raise UnavailableError(str(error)) from None
         self._rounds = self._pair.rounds
@@ -176,7 +135,7 @@ class OwnEngine:
         decoder = Decoder(
             self._rounds,
             requests,
-            num_draft_tokens=plan.draft_lengths,
+            num_draft_tokens=plan.draft_policy,
             route=plan.route,
         )
         before = RoundStats()
@@ -239,7 +198,7 @@ class TwoModel:
         self._count = int(spec.num_draft_tokens)
         if spec.draft_path is not None:
             try:
-                self._draft = load_pair(spec.draft_path).target
+                self._draft = load_pair(spec.draft_path, False).target
             except MTPError as error:
                 raise UnavailableError(str(error)) from None
         else:

@@ -29,8 +29,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .engines import Engine
 from .measure import measure, warm_up
+from .step import Engine
 
 VIEWS = frozenset(
     {

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .engines import Engine, Step
+from .step import Engine, Step
 
 _WARM_UP_STEPS = 4
 

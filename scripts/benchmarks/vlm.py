@@ -15,8 +15,8 @@ import mlx.core as mx
 from mlx_gemma_mtp.checkpoints.find_drafter import find_drafter
 from mlx_gemma_mtp.checkpoints.hub import fetch
 
-from .engines import Step, UnavailableError
 from .models import ModelSpec
+from .step import Step, UnavailableError
 
 _UNIFIED = "gemma4_unified"
 

@@ -17,10 +17,11 @@ from typing import Any
 from mlx_gemma_mtp.errors import MTPError
 from mlx_gemma_mtp.pair.pair import Pair
 
-from .engines import SAMPLINGS, Engine, EngineSpec, UnavailableError, make_engine
+from .engines import SAMPLINGS, EngineSpec, make_engine
 from .graph import graph_figures
 from .measure import measure, warm_up
 from .models import ModelSpec
+from .step import Engine, UnavailableError
 
 
 class Worker:

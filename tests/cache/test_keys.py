@@ -22,7 +22,7 @@ from mlx_gemma_mtp.cache.masks import verify_masks, verify_slots
 from mlx_gemma_mtp.cache.mlx_lm_cache import make_prompt_cache
 from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout, SlabView
 from mlx_gemma_mtp.constants import FULL, SLIDING
-from mlx_gemma_mtp.engine import capacity as room_module
+from mlx_gemma_mtp.engine import capacity as capacity_module
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.errors import RequestError
@@ -40,7 +40,7 @@ def _small_blocks():
     """Slabs grow often."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_module, "CAPACITY_BLOCK", 32)
-        patch.setattr(room_module, "RESERVED_TOKENS", 8)
+        patch.setattr(capacity_module, "RESERVED_TOKENS", 8)
         yield
 
 

@@ -20,21 +20,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 import mlx_gemma_mtp
 from mlx_gemma_mtp.chat import __main__ as chat
 from mlx_gemma_mtp.chat.commands import COMMANDS, HELP, OTHER_NAMES, Commands
 from mlx_gemma_mtp.chat.conversation import Conversation
 from mlx_gemma_mtp.chat.history import MAX_ENTRIES, History
-from mlx_gemma_mtp.chat.kept import KeptCaches
 from mlx_gemma_mtp.chat.prompts import PlainPrompts, TemplatePrompts, num_stable
 from mlx_gemma_mtp.chat.reader import read_message
 from mlx_gemma_mtp.chat.session import Session, Settings
 from mlx_gemma_mtp.errors import MTPError, RequestError
-from mlx_gemma_mtp.generation.encoding import num_common
 from mlx_gemma_mtp.models.target import Target
 from mlx_gemma_mtp.sampling.defaults import SamplingDefaults
 from tests.tiny import (
@@ -42,8 +38,9 @@ from tests.tiny import (
     endless_folder,
     model_folder,
     tiny_tokenizer,
-    uncompiled,
 )
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 SESSION = import_module("mlx_gemma_mtp.chat.session")
 ROOT = Path(__file__).parents[2]
@@ -51,12 +48,7 @@ WINDOW = 16  # of the random pairs
 LONG = "the rain in the north and the heat in the south are one another"
 # As Gemma's does, it opens an answer in another way than it shows an old one.
 OPENING = {"opening": "a thought"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
+PLAIN_GRAPHS = {"MLX_DISABLE_COMPILE": "1"}  # in processes whose rounds are not tested
 
 
 @pytest.fixture(scope="module")
@@ -297,104 +289,6 @@ class TestPrompts:
         prompt = prompts.prompt(Conversation(), "a").tokens
         assert num_stable(prompts, Conversation(), "a", prompt) == 0
 
-    def test_num_common(self):
-        assert num_common([1, 2, 3], [1, 2]) == 2
-        assert num_common([1, 2, 3], [1, 5, 3]) == 1
-        assert num_common([], [1]) == 0
-
-
-def filled(num_tokens, *, window=WINDOW):
-    """A full and a sliding layer's caches of so many tokens, read in one go."""
-    caches: list[Any] = [KVCache(), RotatingKVCache(max_size=window)]
-    for cache in caches:
-        keys = mx.arange(num_tokens, dtype=mx.float32)[None, None, :, None]
-        cache.update_and_fetch(keys, -keys)
-    return caches
-
-
-def taken(kept, prompt):
-    """What a prompt can go on from; there must be something."""
-    caches, num_tokens = kept.take(prompt)
-    assert caches is not None
-    return caches, num_tokens
-
-
-class TestKeptCaches:
-    def test_inside_the_window_it_is_cut_back(self):
-        kept = KeptCaches()
-        kept.keep([1, 2, 3, 4, 5], filled(5))
-        caches, num_tokens = taken(kept, [1, 2, 3, 9, 9])
-        assert num_tokens == 3
-        assert [cache.offset for cache in caches] == [3, 3]
-        assert kept.take([7]) == (None, 0)
-
-    def test_one_token_is_left_to_read(self):
-        kept = KeptCaches()
-        kept.keep([1, 2, 3], filled(3))
-        assert kept.take([1, 2, 3])[1] == 2
-
-    def test_past_the_window_only_a_whole_beginning_serves(self):
-        kept = KeptCaches()
-        short, long = list(range(20)), list(range(30))
-        kept.keep(short, filled(20))
-        kept.keep(long, filled(30))
-        assert kept.take([*long, 99])[1] == 30
-        assert kept.take([*range(25), 99])[1] == 20
-        assert kept.take([*range(19), 99])[1] == 0
-        assert kept.take(long)[1] == 20  # a token must be left
-
-    def test_a_cache_that_can_be_cut_takes_the_place_of_its_beginnings(self):
-        kept = KeptCaches()
-        for length in (3, 5, 8):
-            kept.keep(list(range(length)), filled(length))
-        assert len(kept) == 1
-        kept.keep(list(range(20)), filled(20))
-        assert len(kept) == 2
-        assert kept.take([0, 1, 2, 3, 99])[1] == 4
-
-    def test_who_takes_it_may_write_to_it(self):
-        kept = KeptCaches()
-        kept.keep(list(range(20)), filled(20))
-        for _ in range(2):
-            caches, _ = taken(kept, list(range(21)))
-            assert [cache.offset for cache in caches] == [20, 20]
-            for cache in caches:
-                assert cache.keys[0, 0, 19, 0].item() == 19
-                cache.update_and_fetch(mx.zeros((1, 1, 1, 1)), mx.zeros((1, 1, 1, 1)))
-                cache.keys[...] = 7
-
-    def test_full_layers_share_their_arrays(self):
-        kept = KeptCaches()
-        kept.keep(list(range(20)), filled(20))
-        kept.keep(list(range(1000)), filled(1000))
-        alone = KeptCaches()
-        alone.keep(list(range(1000)), filled(1000))
-        # One more window of 16, as read in one go: 20 entries.
-        assert kept.nbytes == alone.nbytes + 2 * 20 * 4
-        caches, num_tokens = taken(kept, [*range(20), 5])
-        keys, _ = caches[0].update_and_fetch(*[mx.full((1, 1, 1, 1), 50.0)] * 2)
-        assert num_tokens == 20
-        assert keys[0, 0, :, 0].tolist() == [*range(20), 50]
-
-    def test_memory_is_bounded(self):
-        size = KeptCaches()
-        size.keep(list(range(20)), filled(20))
-        kept = KeptCaches(max_bytes=3 * size.nbytes)
-        for first in range(6):
-            kept.keep([first, *range(19)], filled(20))
-        assert len(kept) == 3
-        few = KeptCaches(max_bytes=0)
-        for first in range(6):
-            few.keep([first, *range(19)], filled(20))
-        assert len(few) == 2
-        assert few.take([5, *range(30)])[1] == 20
-
-    def test_nothing_once_cleared(self):
-        kept = KeptCaches()
-        kept.keep([1, 2], filled(2))
-        kept.clear()
-        assert (len(kept), kept.nbytes, kept.take([1, 2])) == (0, 0, (None, 0))
-
 
 class TestHistory:
     def test_goes_on_in_the_next_session(self, tmp_path):
@@ -452,10 +346,9 @@ class TestReuse:
             assert is_all_that_was_read(num_read, session.last)
         assert before > 32
 
-    @pytest.mark.parametrize("drafts", [0, "auto", 3])
-    def test_the_text_is_that_of_reading_everything(self, embedded, drafts, read_anew):
+    def test_the_text_is_that_of_reading_everything(self, embedded, read_anew):
         questions, answers = read_anew
-        session = make_session(embedded, drafts=drafts)
+        session = make_session(embedded)
         assert [say(session, question) for question in questions] == answers
         assert session.last.num_cached > 32
 
@@ -1010,7 +903,7 @@ def start(*args, stdin, stdout=subprocess.PIPE):
         stdout=stdout,
         stderr=subprocess.PIPE,
         cwd=ROOT,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8", "TERM": "dumb"},
+        env=os.environ | {"PYTHONIOENCODING": "utf-8", "TERM": "dumb"} | PLAIN_GRAPHS,
     )
 
 
@@ -1031,6 +924,7 @@ class TestProcess:
             text=True,
             check=False,
             cwd=ROOT,
+            env=os.environ | PLAIN_GRAPHS,
         )
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("\n") >= 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,11 +28,6 @@ from mlx_gemma_mtp.cli.refused import CONVERSION_FLAGS, TEXT_FLAGS
 from mlx_gemma_mtp.server import __main__ as server
 from mlx_gemma_mtp.server.refused import REFUSED
 from tests.test_layout import HEAVY, ROOT
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 MAINS: dict[str, Any] = {
     name: import_module(f"mlx_gemma_mtp.{command.module}")

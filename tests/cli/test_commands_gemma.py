@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from mlx_gemma_mtp import generate, stream_generate
-from mlx_gemma_mtp.chat.kept import KeptCaches
+from mlx_gemma_mtp.cache.kept import KeptCaches
 from mlx_gemma_mtp.chat.prompts import TemplatePrompts
 from mlx_gemma_mtp.chat.session import Session, Settings
 from mlx_gemma_mtp.cli import generate as cli
@@ -19,18 +19,11 @@ from mlx_gemma_mtp.pair.load import load
 from tests import gemma_pair
 from tests.gemma import BOS
 from tests.gemma_pair import let_say
-from tests.tiny import uncompiled
 
-pytestmark = pytest.mark.gemma
+pytestmark = [pytest.mark.gemma, pytest.mark.usefixtures("plain_graphs")]
 
 CHAT = importlib.import_module("mlx_gemma_mtp.chat.__main__")
 ANSWER = "<|channel>thought\nHm.\n<channel|>Yes.<turn|>"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture
@@ -163,13 +156,13 @@ class TestGenerate:
 def asked(monkeypatch, text_of):
     """The whole prompts of a chat, kept parts included, as text."""
     prompts = []
-    take = KeptCaches.take
+    find = KeptCaches.find
 
     def recorded(self, prompt):
         prompts.append(text_of(prompt))
-        return take(self, prompt)
+        return find(self, prompt)
 
-    monkeypatch.setattr(KeptCaches, "take", recorded)
+    monkeypatch.setattr(KeptCaches, "find", recorded)
     return prompts
 
 

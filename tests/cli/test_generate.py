@@ -31,8 +31,9 @@ from tests.tiny import (
     endless_folder,
     model_folder,
     tiny_tokenizer,
-    uncompiled,
 )
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 # By name: the package's attribute ``load`` is the function.
 LOAD = import_module("mlx_gemma_mtp.pair.load")
@@ -57,12 +58,6 @@ DETAILS = re.compile(
     r"Peak memory: [0-9]+\.[0-9]{3} GB, the drafter's weights [0-9]\.[0-9]{3} GB\n"
     + SUMMARY
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +142,8 @@ def start(*args):
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        # Its rounds are not what is tested.
+        env=os.environ | {"PYTHONIOENCODING": "utf-8", "MLX_DISABLE_COMPILE": "1"},
     )
 
 

@@ -13,7 +13,6 @@ import math
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,9 +111,6 @@ def test_names_of_mlx_lm_stay(family):
     assert mapped(checkpoint, once) == once == sanitized(checkpoint, once)
 
 
-@pytest.mark.skipif(
-    mlx_lm.__version__.startswith("0.31."), reason="this mlx-lm keeps them"
-)
 @pytest.mark.parametrize("family", ["e2b", "e4b"])
 def test_unused_kv_is_left_out_as_mlx_lm_does(family):
     checkpoint = open_checkpoint(REFERENCE / family / "target")

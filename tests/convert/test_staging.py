@@ -33,7 +33,7 @@ from tests.tiny import model_folder
 
 COMMAND = import_module("convert.__main__")
 ROOT = Path(__file__).parents[2]
-NUM_KILLS = 20
+NUM_KILLS = 8
 SEED = 20260
 
 
@@ -528,7 +528,7 @@ def kill_at_moments(driver, argv, check):
     """
     chosen = random.Random(SEED)
     seconds = math.inf
-    for _ in range(3):  # the first one is slower
+    for _ in range(2):  # the first one is slower
         status, taken = driver(argv)
         assert status == 0
         check(1)
@@ -562,38 +562,48 @@ class TestKill:
 
         kill_at_moments(driver, argv, check)
 
-    @pytest.mark.parametrize("is_after", [False, True])
     @pytest.mark.parametrize(
-        ("module", "name", "number"),
+        ("module", "name", "number", "is_after"),
         [
-            ("os", "rename", 1),
-            ("os", "rename", 2),
-            ("os", "replace", 1),
-            ("os", "fsync", 1),
-            ("os", "fsync", 3),
-            ("os", "ftruncate", 1),
-            ("os", "pwrite", 1),
-            ("os", "pwrite", 100),
-            ("shutil", "copyfile", 1),
-            ("shutil", "rmtree", 1),
+            ("os", "rename", 1, False),
+            ("os", "rename", 1, True),
+            ("os", "rename", 2, False),
+            ("os", "rename", 2, True),
+            ("os", "replace", 1, False),
+            ("os", "replace", 1, True),
+            ("os", "fsync", 1, True),
+            ("os", "fsync", 3, False),
+            ("os", "ftruncate", 1, True),
+            ("os", "pwrite", 100, False),
+            ("shutil", "copyfile", 1, False),
+            ("shutil", "rmtree", 1, False),
+            ("shutil", "rmtree", 1, True),
         ],
     )
-    @pytest.mark.parametrize("force", [False, True])
-    def test_at_a_call(
-        self, source, old, tmp_path, driver, module, name, number, is_after, force
+    def test_at_a_call_over_an_old_one(
+        self, source, old, tmp_path, driver, module, name, number, is_after
     ):
         """Also at moments that chance would not find."""
         out = tmp_path / "out"
-        if force:
-            shutil.copytree(old, out)
-        args = ["--force"] if force else []
-        crash = [module, name, number, is_after]
-        status, _ = driver(arguments(source, out, *args), crash=crash)
-        is_reached = force or (name, number) not in {("rename", 2)}
-        is_reached = is_reached and (force or name != "rmtree")
-        if is_reached:
-            assert status == signal.SIGKILL
-        if force:
-            check_forced(source, out, old)
-        else:
-            check_fresh(source, out)
+        shutil.copytree(old, out)
+        argv = arguments(source, out, "--force")
+        status, _ = driver(argv, crash=[module, name, number, is_after])
+        assert status == signal.SIGKILL
+        check_forced(source, out, old)
+
+    @pytest.mark.parametrize(
+        ("name", "number", "is_after"),
+        [
+            ("rename", 1, False),
+            ("rename", 1, True),
+            ("replace", 1, True),
+            ("fsync", 3, False),
+            ("pwrite", 1, True),
+        ],
+    )
+    def test_at_a_call(self, source, tmp_path, driver, name, number, is_after):
+        out = tmp_path / "out"
+        crash = ["os", name, number, is_after]
+        status, _ = driver(arguments(source, out), crash=crash)
+        assert status == signal.SIGKILL
+        check_fresh(source, out)

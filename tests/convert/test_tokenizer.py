@@ -41,10 +41,6 @@ def pair_folder(folder, *files):
     return folder
 
 
-# mlx-lm 0.31.3, the last for Python 3.10, does not know the 12B's name yet.
-mlx_lm.utils.MODEL_REMAPPING.setdefault("gemma4_unified", "gemma4")
-
-
 def opened(folder) -> Any:
     """Model and tokenizer, by mlx-lm's own loader."""
     return mlx_lm.load(str(folder))

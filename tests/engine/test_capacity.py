@@ -12,10 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.cache.prompt import prefill_caches
-from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout, next_capacity
+from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout
 from mlx_gemma_mtp.constants import FULL, SLIDING
-from mlx_gemma_mtp.engine.batch import Seats
-from mlx_gemma_mtp.engine.capacity import RESERVED_TOKENS, Room
+from mlx_gemma_mtp.engine.batch import Batch
+from mlx_gemma_mtp.engine.capacity import (
+    RESERVED_TOKENS,
+    Capacity,
+    ClosedBatch,
+    OpenBatch,
+)
 from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.engine.sequence import Row
 from mlx_gemma_mtp.models.target import Prefilled
@@ -30,9 +35,9 @@ def rounds_of(count):
     return st.lists(one, min_size=count, max_size=count)
 
 
-def room_of(*rows, is_fixed):
+def capacity_of(*rows, is_closed):
     made = [Row.of(Request([1] * length, limit)) for length, limit in rows]
-    return Room(made, is_fixed=is_fixed), made
+    return Capacity(ClosedBatch(len(made)) if is_closed else OpenBatch(), made), made
 
 
 @given(
@@ -45,18 +50,20 @@ def room_of(*rows, is_fixed):
 def test_fixed_growth_does_not_depend_on_drafts(rounds, length, can_look_ahead):
     found = []
     for drafts in ([0] * 2000, [k for k, _ in rounds]):
-        room, (row,) = room_of((length, None), is_fixed=True)
+        capacity, (row,) = capacity_of((length, None), is_closed=True)
         kept = [a for _, a in rounds] if len(drafts) == len(rounds) else [0] * 2000
-        found.append(simulate(room, row, drafts, kept, can_look_ahead=can_look_ahead))
+        found.append(
+            simulate(capacity, row, drafts, kept, can_look_ahead=can_look_ahead)
+        )
     plain, drafted = found
-    for position, capacity in drafted.items():
+    for position, num_slots in drafted.items():
         if position in plain:
-            assert plain[position] == capacity
+            assert plain[position] == num_slots
 
 
-def simulate(room, row, drafts, accepted, *, can_look_ahead):
+def simulate(capacity, row, drafts, accepted, *, can_look_ahead):
     """Decode as a decoder does; the capacity behind every position's logits."""
-    capacity = room.initial_capacity()
+    num_slots = capacity.initial()
     in_flight: list[tuple[int, int]] = []
     behind: dict[int, int] = {}
     position = row.offset  # where the next round really starts
@@ -67,15 +74,15 @@ def simulate(room, row, drafts, accepted, *, can_look_ahead):
     for k, kept in zip(drafts, accepted, strict=True):
         while len(in_flight) > (1 if can_look_ahead else 0):
             read()
-        while in_flight and not room.is_known(capacity, [k for k, _ in in_flight]):
+        while in_flight and not capacity.is_known(num_slots, [k for k, _ in in_flight]):
             read()
-        if room.must_grow(capacity, [k for k, _ in in_flight]):
-            capacity = next_capacity(capacity + 1, capacity)
-        count = max(a for a in room.allowed(ALL, capacity) if a <= k)
+        if capacity.must_grow(num_slots, [k for k, _ in in_flight]):
+            num_slots = capacity.grown(num_slots)
+        count = max(a for a in capacity.allowed(ALL, num_slots) if a <= k)
         num_kept = min(kept, count)
-        assert position + count + 1 <= capacity
+        assert position + count + 1 <= num_slots
         for i in range(num_kept + 1):
-            behind[position + i] = capacity
+            behind[position + i] = num_slots
         position += num_kept + 1
         in_flight.append((count, num_kept))
     return behind
@@ -88,58 +95,59 @@ def simulate(room, row, drafts, accepted, *, can_look_ahead):
     st.integers(1, 300),
 )
 def test_ordinary_growth_always_has_room(rounds, length):
-    room, (row,) = room_of((length, None), is_fixed=False)
     drafts, accepted = zip(*rounds, strict=True)
-    assert simulate(room, row, drafts, accepted, can_look_ahead=True)
+    for others, is_closed in (([], False), ([(1, None)], True)):
+        capacity, (row, *_) = capacity_of((length, None), *others, is_closed=is_closed)
+        assert simulate(capacity, row, drafts, accepted, can_look_ahead=True)
 
 
 def test_a_limited_request_never_grows():
-    for is_fixed in (False, True):
-        room, (row,) = room_of((100, 50), is_fixed=is_fixed)
-        capacity = room.initial_capacity()
+    for is_closed in (False, True):
+        capacity, (row,) = capacity_of((100, 50), is_closed=is_closed)
+        num_slots = capacity.initial()
         row.offset = 100 + 48  # the last round may start here, another is in flight
-        assert not room.must_grow(capacity, [8])
+        assert not capacity.must_grow(num_slots, [8])
 
 
 def test_a_row_that_has_ended_makes_nothing_grow():
-    room, (one, other) = room_of((294, 200), (10, 200), is_fixed=True)
-    capacity = room.initial_capacity()
+    capacity, (one, other) = capacity_of((294, 200), (10, 200), is_closed=True)
+    num_slots = capacity.initial()
     one.offset, one.finish_reason = 294 + 207, "length"
     other.offset = 100
-    assert not room.must_grow(capacity, [8])
+    assert not capacity.must_grow(num_slots, [8])
 
 
-def test_rows_of_a_batch_are_reserved_in_full_where_growth_is_fixed():
+def test_several_that_are_there_from_the_start_are_reserved_in_full():
     limit = 10 * RESERVED_TOKENS
-    room, _ = room_of((10, limit), (20, limit), is_fixed=True)
-    assert room.initial_capacity() >= 20 + limit
-    room, _ = room_of((10, limit), (20, limit), is_fixed=False)
-    assert room.initial_capacity() < 2 * RESERVED_TOKENS
+    capacity, _ = capacity_of((10, limit), (20, limit), is_closed=True)
+    assert capacity.initial() >= 20 + limit
+    capacity, _ = capacity_of((10, limit), (20, limit), is_closed=False)
+    assert capacity.initial() < 2 * RESERVED_TOKENS
 
 
 def test_shapes_of_a_long_day_are_few():
     """Each is a trace, with kernels of its own on the CPU that MLX never frees."""
     layout = SlabLayout(LAYERS, window=1024, dtype=mx.float32)
-    seats = Seats(layout)
+    batch = Batch(layout, OpenBatch())
     rng, shapes = random.Random(0), set()
     for turn in range(6000):
         is_busy = turn // 500 % 2
-        if len(seats.live) < (8 if is_busy else 2) and rng.random() < 0.05:
+        if len(batch.live) < (8 if is_busy else 2) and rng.random() < 0.05:
             length = rng.choice([9, 90, 900, 3000] if is_busy else [9, 300])
             limit = rng.randint(1, 2000 if is_busy else 300)
-            sit(seats, layout, Row.of(Request([1] * length, limit)))
-        for row in seats.live:
+            insert(batch, layout, Row.of(Request([1] * length, limit)))
+        for row in batch.live:
             row.offset += rng.randint(1, 9)
             if row.offset >= (row.last_position or 0):
                 row.finish_reason = "length"
-                seats.leave()
-        if seats.live:
-            seats.fit((), may_shrink=rng.random() < 0.5)
-            assert seats.state is not None
-            ring, _, full, _ = (slab.shape for slab in seats.state.slabs)
+                batch.free()
+        if batch.live:
+            batch.reserve((), is_awaited=rng.random() < 0.5)
+            assert batch.state is not None
+            ring, _, full, _ = (slab.shape for slab in batch.state.slabs)
             shapes.add((full[0], ring[2], full[2]))
         else:
-            seats.clear()
+            batch.clear()
     assert len({num_seats for num_seats, _, _ in shapes}) <= 6
     assert len({ring for _, ring, _ in shapes}) <= 5
     # The ring follows from the capacity, and takes part in no product.
@@ -148,20 +156,20 @@ def test_shapes_of_a_long_day_are_few():
     assert len({ring for _, ring, _ in shapes}) >= 4
 
 
-def sit(seats, layout, row):
+def insert(batch, layout, row):
     """Give a seat to a row whose prompt was read."""
     caches = prefill_caches(layout)
     for cache in caches:
         keys = mx.zeros((1, 1, row.offset, 1))
         cache.update_and_fetch(keys, keys)
-    seats.sit(row, Prefilled(mx.zeros((1, 1, 4)), mx.zeros((1, 1, 2)), caches), 1)
+    batch.insert(row, Prefilled(mx.zeros((1, 1, 4)), mx.zeros((1, 1, 2)), caches), 1)
 
 
 def test_memory_of_a_short_text_is_small():
     """A ring is not longer than the slabs of full layers; as with mlx-lm at first."""
     layout = SlabLayout(LAYERS, window=1024, dtype=mx.float32)
-    for capacity in (256, 512, 1024, 2048):
-        slabs = layout.allocate(3, capacity)
-        slots = min(capacity, 1024 + 18) + capacity
-        assert layout.num_bytes(3, capacity) == 3 * 2 * 4 * slots
-        assert layout.num_bytes(3, capacity) == sum(slab.nbytes for slab in slabs)
+    for num_slots in (256, 512, 1024, 2048):
+        slabs = layout.allocate(3, num_slots)
+        slots = min(num_slots, 1024 + 18) + num_slots
+        assert layout.num_bytes(3, num_slots) == 3 * 2 * 4 * slots
+        assert layout.num_bytes(3, num_slots) == sum(slab.nbytes for slab in slabs)

@@ -14,11 +14,12 @@ import pytest
 
 import mlx_gemma_mtp
 from mlx_gemma_mtp.cache import slabs as cache_module
-from mlx_gemma_mtp.engine import capacity as room_module
-from mlx_gemma_mtp.engine import decoder as decoder_module
-from mlx_gemma_mtp.engine.capacity import Room
+from mlx_gemma_mtp.engine import capacity as capacity_module
+from mlx_gemma_mtp.engine import pipeline as pipeline_module
+from mlx_gemma_mtp.engine.capacity import Capacity
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.engine.state import Report
 from mlx_gemma_mtp.generation.tokens import generate_tokens
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import named_arrays
@@ -47,7 +48,7 @@ def test_one_host_read_per_round(monkeypatch, look_ahead):
     pair = reference_pair()
     tokens_of(start(pair, 10, look_ahead=look_ahead))  # trace before counting
     reads, evals = [], []
-    read, evaluate = decoder_module._read, mx.eval
+    read, evaluate = Report.read, mx.eval
 
     def counted_read(report):
         reads.append(report)
@@ -57,7 +58,7 @@ def test_one_host_read_per_round(monkeypatch, look_ahead):
         evals.append(arrays)
         evaluate(*arrays)
 
-    monkeypatch.setattr(decoder_module, "_read", counted_read)
+    monkeypatch.setattr(Report, "read", counted_read)
     monkeypatch.setattr(mx, "eval", counted_eval)
     decoder = start(pair, 40, look_ahead=look_ahead)
     rounds = decoder.run()
@@ -65,7 +66,8 @@ def test_one_host_read_per_round(monkeypatch, look_ahead):
     num_evals = len(evals)  # the prefill's
     num_rounds = sum(1 for _ in rounds)
     assert len(reads) == 1 + num_rounds  # one for the prefill
-    assert all(r.shape == (1, 5) and r.dtype == mx.int32 for r in reads[1:])
+    assert all(r.tokens.shape == (1, 5) for r in reads[1:])
+    assert all(r.tokens.dtype == mx.int32 for r in reads)
     assert len(evals) - num_evals <= 1  # waiting for a round in flight at the end
 
 
@@ -76,24 +78,31 @@ def test_the_round_has_no_other_way_to_the_host():
     """
     forbidden = {"item", "tolist", "eval", "async_eval", "synchronize"}
     allowed = {
-        "decoder.py": {"_read", "_start_round", "_queue_shadow", "_rest", "_commit"},
-        "prefill.py": {"read", "read_prompt"},
-        "cache.py": {"resize", "insert_row", "take_row"},
-        "seats.py": {"_start"},
+        "pipeline.py": {"_start", "_queue_shadow", "rest", "_commit"},
+        "state.py": {"read"},
+        "prefill.py": {"read", "read_on"},
+        "slabs.py": {"resize"},
+        "prompt.py": {"insert_row", "take_row"},
+        "batch.py": {"_start"},
         "target.py": {"__call__"},  # of what reads a chunk in groups of layers
     }
     for name in (
-        "acceptance",
-        "cache",
-        "decoder",
-        "drafter",
-        "masked_embedding",
-        "prefill",
-        "rounds",
-        "sampling",
-        "seats",
-        "state",
-        "target",
+        "cache/masks",
+        "cache/prompt",
+        "cache/slabs",
+        "engine/batch",
+        "engine/decoder",
+        "engine/pipeline",
+        "engine/prefill",
+        "engine/prompt_reader",
+        "engine/rounds",
+        "engine/state",
+        "models/centroid_head",
+        "models/drafter",
+        "models/target",
+        "sampling/acceptance",
+        "sampling/decision",
+        "sampling/distribution",
     ):
         path = PACKAGE / f"{name}.py"
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -124,7 +133,7 @@ def test_rounds_write_the_slabs_in_place(
     Also where drafts, and layers that share them, read the slabs shortly before.
     """
     pair = reference_pair("e2b")
-    monkeypatch.setattr(Room, "initial_capacity", lambda self: 32768)
+    monkeypatch.setattr(Capacity, "initial", lambda self: 32768)
     rounds = Rounds(pair.rounds.target, pair.drafter, use_compile=use_compile)
     decoder = Decoder(
         pair.rounds if use_compile else rounds,
@@ -135,7 +144,7 @@ def test_rounds_write_the_slabs_in_place(
     run = decoder.run()
     for _ in range(3):
         next(run)
-    state = decoder._seats.state
+    state = decoder._batch.state
     assert state is not None
     largest = max(slab.nbytes for slab in state.slabs)
     del state
@@ -175,14 +184,14 @@ def test_growing_does_not_hold_two_copies_of_everything():
 def test_text_does_not_change_where_the_slabs_grow(monkeypatch, num_draft_tokens):
     pair = reference_pair("e4b")
     expected = tokens_of(start(pair, 90, num_draft_tokens))
-    monkeypatch.setattr(room_module, "RESERVED_TOKENS", 8)
+    monkeypatch.setattr(capacity_module, "RESERVED_TOKENS", 8)
     monkeypatch.setattr(cache_module, "CAPACITY_BLOCK", 32)
     decoder = start(pair, 90, num_draft_tokens)
     layout, capacities, tokens = pair.rounds.target.layout, set(), []
     for emissions in decoder.run():
         tokens += emissions[0].tokens
-        if decoder._seats.state is not None:
-            capacities.add(layout.capacity(decoder._seats.state.slabs))
+        if decoder._batch.state is not None:
+            capacities.add(layout.capacity(decoder._batch.state.slabs))
     assert capacities >= {64, 96}
     assert tokens == expected
 
@@ -210,10 +219,10 @@ def test_closing_early_leaves_nothing_in_flight():
     rounds = decoder.run()
     for _ in range(4):
         next(rounds)
-    assert len(decoder._in_flight) == 1
+    assert len(decoder._pipeline._in_flight) == 1
     rounds.close()
-    assert not decoder._in_flight
-    assert decoder._seats.state is None
+    assert not decoder._pipeline._in_flight
+    assert decoder._batch.state is None
 
 
 def test_compiled_and_uncompiled_rounds_agree():
@@ -240,11 +249,13 @@ def test_rounds_are_compiled_once_per_number_of_drafts():
 def test_freed_buffers_are_given_back_now_and_then(monkeypatch):
     """MLX's buffer cache is emptied after the prefill, now and then, and at last."""
     cleared: list[int] = []
-    monkeypatch.setattr(decoder_module, "_ROUNDS_PER_CACHE_CLEAR", 8)
+    monkeypatch.setattr(pipeline_module, "_ROUNDS_PER_CACHE_CLEAR", 8)
     decoder = start(reference_pair(), 30, 0)
-    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(decoder._num_queued))
+    monkeypatch.setattr(
+        mx, "clear_cache", lambda: cleared.append(decoder._pipeline._num_queued)
+    )
     tokens_of(decoder)
-    assert [n for n in cleared if n] == [8, 16, 24, decoder._num_queued]
+    assert [n for n in cleared if n] == [8, 16, 24, decoder._pipeline._num_queued]
     assert cleared[0] == 0
 
 

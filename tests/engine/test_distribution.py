@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_engine_distribution.py
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -54,8 +55,22 @@ class FixedDrafter:
         return DraftOutput(logits, None, hidden)
 
 
-def draw(num_draft_tokens, *, beside=None, **settings):
-    """All tokens by row, and the decoder; ``beside``: settings of every other row."""
+@cache
+def draw(num_draft_tokens, **settings):
+    """All tokens by row, and the decoder, the same for every test."""
+    return draw_beside(num_draft_tokens, None, settings)
+
+
+@cache
+def draw_whole(num_draft_tokens, **settings):
+    """The same, where no row draws from a list."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "longest_list", lambda: 0)
+        return draw_beside(num_draft_tokens, None, settings)
+
+
+def draw_beside(num_draft_tokens, beside, settings):
+    """The same; ``beside``: settings of every other row."""
     rounds = Rounds(FixedTarget(), FixedDrafter())
     requests = [
         Request(
@@ -128,18 +143,22 @@ def check_chi_squared(counts, probs):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"top_k": 4}, {"top_p": 0.75}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.75}],
+    ("num_draft_tokens", "settings"),
+    [
+        (1, {}),
+        (1, {"top_k": 6, "top_p": 0.75}),
+        (4, {}),
+        (4, {"top_k": 4}),
+        (4, {"top_p": 0.75}),
+        (4, {"min_p": 0.2}),
+        (4, {"top_k": 6, "top_p": 0.75}),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("is_whole", [False, True])
-@pytest.mark.parametrize("num_draft_tokens", [1, 4])
-def test_block_verification_draws_from_the_target(
-    monkeypatch, num_draft_tokens, settings, is_whole
-):
+@pytest.mark.parametrize("how", [draw, draw_whole])
+def test_block_verification_draws_from_the_target(num_draft_tokens, settings, how):
     """Chi-squared over tokens and over pairs of neighbours, false alarm 1e-6 each."""
-    if is_whole:
-        monkeypatch.setattr(sampling, "longest_list", lambda: 0)
-    rows, decoder = draw(num_draft_tokens, reproducible=False, **settings)
+    rows, decoder = how(num_draft_tokens, reproducible=False, **settings)
     probs = filtered(TARGET_PROBS, **settings)
     counts = np.bincount(np.concatenate(rows), minlength=8)
     assert not counts[probs == 0].any()
@@ -164,7 +183,7 @@ def test_block_verification_draws_from_the_target(
 def test_rows_that_draw_in_two_ways_keep_their_laws(settings, beside):
     """Lists and whole rows in one batch; chi-squared, false alarm 1e-6 each."""
     settings, beside = ({"reproducible": False, **s} for s in (settings, beside))
-    rows, _ = draw(3, beside=beside, **settings)
+    rows, _ = draw_beside(3, beside, settings)
     for kind, found in ((beside, rows[::2]), (settings, rows[1::2])):
         filters = {k: v for k, v in kind.items() if k != "reproducible"}
         probs = filtered(TARGET_PROBS, **filters)
@@ -213,8 +232,10 @@ def test_a_row_is_decided_alone():
         assert text(*rows) == [text(row)[0] for row in rows]
 
 
-@pytest.mark.parametrize("reproducible", [True, False])
-@pytest.mark.parametrize("num_draft_tokens", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("num_draft_tokens", "reproducible"),
+    [(0, True), (1, False), (4, True), (4, False)],
+)
 def test_xtc_keeps_its_law_under_drafting(num_draft_tokens, reproducible):
     """Chi-squared over tokens and pairs of neighbours, false alarm 1e-6 each.
 

@@ -107,14 +107,14 @@ def test_a_round_that_nobody_wants_is_never_started(monkeypatch):
         num_draft_tokens=0,
         early_start=Late(),
     )
-    start = decoder._start_round
+    start = decoder._pipeline._start
 
     def counted(*, is_early):
-        if decoder._in_flight and decoder._in_flight[-1].waiting:
+        if decoder._pipeline._in_flight and decoder._pipeline._in_flight[-1].waiting:
             started.append(is_early)
         start(is_early=is_early)
 
-    monkeypatch.setattr(decoder, "_start_round", counted)
+    monkeypatch.setattr(decoder._pipeline, "_start", counted)
     texts, _ = decoded(decoder)
     assert len(texts[0]) == 12
     assert len(started) == 11  # one a token behind the prompt's

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.engine.batch import seats_for
+from mlx_gemma_mtp.drafting.policy import DraftPolicy
+from mlx_gemma_mtp.engine.capacity import seats_for
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.engine.timing import RoundTimer
@@ -96,8 +97,8 @@ class TestText:
             prefill_step_size=data.draw(st.sampled_from([1, 7, 2048])),
         )
 
-    def test_64_requests_of_the_embedded_pair(self):
-        """Greedy and seeded, through rings that wrap, eight at a time."""
+    def test_requests_of_the_embedded_pair(self):
+        """Greedy and seeded, through rings that wrap, four at a time."""
         pair = load_pair()
         rng = random.Random(3)
         requests = [
@@ -109,14 +110,14 @@ class TestText:
                         for _ in range(rng.choice([2, 9, 40]))
                     ),
                 ],
-                rng.choice([1, 3, 8, 24]),
+                rng.choice([1, 3, 20]),
                 SamplingParams(1.0, 0.95, 64, seed=i) if i % 2 else SamplingParams(),
                 eos_token_ids=pair.eos_token_ids,
             )
-            for i in range(64)
+            for i in range(14)
         ]
         with uncompiled():
-            check_against_alone(pair, requests, rng, num_draft_tokens=4, max_rows=8)
+            check_against_alone(pair, requests, rng, num_draft_tokens=4, max_rows=4)
 
     def test_all_settings_beside_each_other(self):
         """Processors, penalties, top-k and none, log-probabilities, own switches."""
@@ -131,7 +132,7 @@ class TestText:
             ][i % 4]
             return Request(
                 [rng.randrange(4, 500) for _ in range(rng.choice([1, 5, 30]))],
-                rng.choice([1, 10, 30]),
+                rng.choice([1, 10, 20]),
                 sampling,
                 logits_processors=(less_of_the_last,) if i % 5 == 0 else (),
                 num_logprobs=[None, 0, 3][i % 3],
@@ -141,7 +142,7 @@ class TestText:
         pair = reference_pair("e2b")
         with uncompiled():
             check_against_alone(
-                pair, [request(i) for i in range(24)], rng, num_draft_tokens=3
+                pair, [request(i) for i in range(12)], rng, num_draft_tokens=3
             )
 
 
@@ -351,7 +352,7 @@ class TestQueue:
         assert most == 2
         assert all(row.num_emitted == 300 for row in rows)
 
-    @settings(max_examples=15)
+    @settings(max_examples=10)
     @given(data=st.data())
     def test_memory_is_never_exceeded(self, chain, data):
         """Whoever comes after whom, also while there is always somebody who waits."""
@@ -364,11 +365,11 @@ class TestQueue:
             max_rows=data.draw(st.sampled_from([2, 8, 32])),
         )
         sizes = st.tuples(
-            st.sampled_from([3, 40, 300, 1500]), st.sampled_from([1, 9, 60, 900])
+            st.sampled_from([3, 40, 300, 1500]), st.sampled_from([1, 9, 60, 300])
         )
         rows = [
             decoder.add(Request([GOOD] * length, limit))
-            for length, limit in data.draw(st.lists(sizes, min_size=4, max_size=16))
+            for length, limit in data.draw(st.lists(sizes, min_size=4, max_size=12))
             if length + limit + 18 <= 2048
         ]
         while not decoder.is_idle:
@@ -559,7 +560,7 @@ class TestFailures:
         decoder.step()
         row = decoder.add(Request([GOOD], 30))
         with monkeypatch.context() as patched:
-            patched.setattr(decoder._seats, "sit", fails)
+            patched.setattr(decoder._batch, "insert", fails)
             emissions = decoder.step().emissions
         ends = {e.row: e.finish_reason for e in emissions if e.finish_reason}
         assert ends == {running: "error", row: "error"}
@@ -569,17 +570,90 @@ class TestFailures:
         drain(decoder)
         assert later.emitted == chain_text([GOOD], 30)
 
+    def test_caches_that_cannot_be_kept(self, chain, monkeypatch):
+        """They end their own row; who ended with it, and who goes on, do not notice."""
+        decoder = Decoder(chain, num_draft_tokens=1)
+        bad, good = (decoder.add(Request([GOOD], 5, keeps_cache=True)) for _ in "ab")
+        runs = decoder.add(Request([GOOD], 30))
+        take = decoder._batch.extract
+
+        def taken(row, num_tokens):
+            return fails() if row is bad else take(row, num_tokens)
+
+        monkeypatch.setattr(decoder._batch, "extract", taken)
+        ends = {}
+        while not decoder.is_idle:
+            for emission in decoder.step().emissions:
+                if emission.finish_reason:
+                    ends[emission.row] = emission
+        assert ends[bad].finish_reason == bad.finish_reason == "error"
+        assert str(ends[bad].error) == "no memory"
+        assert bad.emitted == chain_text([GOOD], 5)
+        assert ends[good].finish_reason == ends[runs].finish_reason == "length"
+        assert ends[good].prompt_cache is not None
+        assert runs.emitted == chain_text([GOOD], 30)
+
+    @pytest.mark.parametrize("how", ["removed", "ended"])
+    def test_a_round_that_nobody_waits_for(self, chain, monkeypatch, caplog, how):
+        """It was queued before the last row left: that it fails is no one's error."""
+        decoder = Decoder(chain, num_draft_tokens=1)
+        limit = 30 if how == "removed" else 4
+        row = decoder.add(Request([GOOD], limit, eos_token_ids=frozenset()))
+        while row.num_emitted < 4:
+            decoder.step()
+        waits = decoder.add(Request([GOOD], 5))
+        with monkeypatch.context() as patched:
+            patched.setattr(decoder._pipeline, "rest", rest_that_fails(decoder))
+            if how == "removed":
+                decoder.remove(row)
+            decoder.step()
+        assert "not needed has failed" in caplog.text
+        drain(decoder)
+        assert waits.emitted == chain_text([GOOD], 5)
+
+    def test_a_row_that_is_removed_while_the_device_fails(self, chain, monkeypatch):
+        """Whoever removes it hears nothing; the others end with the next step."""
+        decoder = Decoder(chain, num_draft_tokens=1)
+        gone, other = (decoder.add(Request([GOOD], 30)) for _ in "ab")
+        decoder.step()
+        monkeypatch.setattr(decoder._batch, "free", fails)
+        decoder.remove(gone)
+        (emission,) = decoder.step().emissions
+        assert (emission.row, emission.finish_reason) == (other, "error")
+        assert decoder.is_idle
+
+    def test_what_was_emitted_before_a_failure_is_not_lost(self, chain, monkeypatch):
+        """A row that ends in the round before a seat cannot be made."""
+        decoder = Decoder(chain, num_draft_tokens=0)
+        ends_now, runs = (decoder.add(Request([GOOD], n)) for n in (2, 30))
+        decoder.step()
+        decoder.add(Request([GOOD], 30))
+        monkeypatch.setattr(decoder._batch, "insert", fails)
+        emissions = decoder.step().emissions
+        assert [e.finish_reason for e in emissions if e.row is ends_now] == ["length"]
+        assert [e.finish_reason for e in emissions if e.row is runs] == [None, "error"]
+
+
+def rest_that_fails(decoder):
+    """Lets go of everything, as a rest does, and then raises what a round raised."""
+    rest = decoder._pipeline.rest
+
+    def failing():
+        rest()
+        fails()
+
+    return failing
+
 
 def fails(*args, **kwargs):
     raise RuntimeError("no memory")
 
 
-class Chooser:
+class Chooser(DraftPolicy):
     """Always one draft; says for how many seats a round was that it is told of."""
 
-    num_shadow_drafts = 0
-
     def __init__(self, num_seats, tell):
+        super().__init__(1)
         self._num_seats, self._tell = num_seats, tell
 
     def choose(self, allowed, *, not_ready, tokens_left, can_shadow=False):
@@ -592,13 +666,14 @@ class Chooser:
         pass
 
 
-class Choosers:
+class Choosers(DraftPolicy):
     """One for each number of seats."""
 
     def __init__(self, tell):
+        super().__init__(1)
         self._tell = tell
 
-    def seat(self, num_seats, *, rule, context):
+    def for_batch(self, num_seats, *, rule, context):
         return Chooser(num_seats, self._tell)
 
     def finish(self):

@@ -224,8 +224,8 @@ def test_finished_rows_are_frozen():
     decoder = Decoder(rounds, requests, num_draft_tokens=2, look_ahead=False)
     offsets: list[Any] = []
     for _ in decoder.run():
-        if decoder._seats.state is not None:
-            offsets.append(decoder._seats.state.offset.tolist())
+        if decoder._batch.state is not None:
+            offsets.append(decoder._batch.state.offset.tolist())
     # Row 0 has its 3 tokens after the first round and stays at 5 from then on.
     assert [row for row, _ in offsets] == [2] + [5] * (len(offsets) - 1)
     assert all(b - a == 3 for a, b in pairwise(other for _, other in offsets))

@@ -21,17 +21,14 @@ VERDICTS = st.builds(
     Verdict,
     equal=st.fixed_dictionaries({1: DRAFTS, 2: DRAFTS}),
     max_difference=st.floats(0, 10),
-    depends_on_capacity=st.booleans(),
     fill_cost=st.floats(1, 3),
     num_passes=st.integers(0, 100),
     seconds=st.floats(0, 100),
 )
 
 
-def verdict(one=(), two=(), *, depends_on_capacity=False):
-    return Verdict(
-        {1: tuple(one), 2: tuple(two)}, 0.5, depends_on_capacity, 1.1, 48, 1.0
-    )
+def verdict(one=(), two=()):
+    return Verdict({1: tuple(one), 2: tuple(two)}, 0.5, 1.1, 48, 1.0)
 
 
 @given(VERDICTS)
@@ -39,8 +36,7 @@ def test_routes_allow_what_was_proved_and_no_more(found):
     for route in exact_routes(found):
         assert route.is_exact
         assert route.allowed == (0, *found.equal[route.min_rows])
-        assert route.near_tie is None
-        assert route.has_fixed_growth == found.depends_on_capacity
+        assert route.max_difference == found.max_difference
 
 
 @given(VERDICTS)
@@ -79,6 +75,7 @@ def test_nonsense_is_no_verdict(values):
     "change",
     [
         {"form": 0},
+        {"form": 2},  # of before, which spoke of growth too
         {"equal": {"1": [1]}},
         {"equal": {"1": [9], "2": []}},
         {"equal": {"1": ["x"], "2": []}},
@@ -88,7 +85,6 @@ def test_nonsense_is_no_verdict(values):
         {"num_passes": math.inf},
         {"fill_cost": math.nan},
         {"fill_cost": 0.5},
-        {"depends_on_capacity": 1},
     ],
 )
 def test_a_damaged_verdict_is_none(change):
@@ -111,9 +107,10 @@ def test_words(one, two, min_rows, words):
     assert words in route.state
 
 
-def test_inexact_routes_count_near_ties():
-    route = inexact_route(0.25, "because")
-    assert (route.near_tie, route.is_exact, route.has_drafts) == (0.25, False, True)
+def test_inexact_routes_have_any_drafts():
+    route = inexact_route("because", max_difference=0.25)
+    assert (route.is_exact, route.has_drafts) == (False, True)
+    assert route.max_difference == 0.25
     assert route.state == "not exact: because"
     assert not PLAIN.has_drafts
 

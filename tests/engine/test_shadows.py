@@ -11,7 +11,7 @@ from weakref import ref
 import pytest
 from mlx_lm.utils import load_tokenizer
 
-from mlx_gemma_mtp.drafting.policy import FixedDraftLength
+from mlx_gemma_mtp.drafting.policy import DraftPolicy
 from mlx_gemma_mtp.engine.decoder import Decoder
 from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.engine.rounds import Rounds
@@ -39,7 +39,7 @@ def prompts_of(count):
     return [tokenizer.encode(text) for text in PROMPTS[:count]]
 
 
-class Watcher(FixedDraftLength):
+class Watcher(DraftPolicy):
     """Asks for drafts beside every plain round, or for rounds of drafts."""
 
     def __init__(self, num_draft_tokens, num_shadow_drafts=0):

@@ -78,24 +78,17 @@ def test_why_nothing_was_drafted(stats, words):
     assert stats.engaged == (words == "")
 
 
-def test_near_ties_are_none_until_somebody_counts():
-    stats = stats_of((2, 1))
-    assert stats.near_ties is None
-    stats.add_near_ties(0)
-    assert stats.near_ties == 0
-    stats.add_near_ties(2)
-    assert stats.near_ties == 2
-
-
 def test_merged():
     one, two = stats_of((4, 2), (0, 0)), stats_of((4, 4))
     one.exactness, two.exactness = "exact", "exact"
     one.traced, two.traced = 1, 2
-    two.add_near_ties(3)
+    two.max_difference = 0.25
     one.phases, two.phases = Phases(1.0, 2.0, 3.0), Phases(0.5, 0.25, 0.125)
     one.merge(two)
     assert (one.rounds, one.drafted, one.accepted) == (3, 8, 6)
-    assert (one.exactness, one.traced, one.near_ties) == ("exact", 3, 3)
+    assert (one.exactness, one.traced, one.max_difference) == ("exact", 3, 0.25)
+    one.merge(RoundStats(max_difference=0.5))
+    assert one.max_difference == 0.5
     assert one.phases == Phases(1.5, 2.25, 3.125)
 
 
@@ -105,7 +98,7 @@ def test_as_json():
     assert found["rounds_by_num_draft_tokens"] == {"0": 1, "4": 2}
     assert found["acceptance_by_position"] == [0.5, 0.5, 0, 0]
     assert found["acceptance_length"] == pytest.approx(5 / 3)
-    assert (found["engaged"], found["near_ties"]) == (True, None)
+    assert (found["engaged"], found["max_difference"]) == (True, None)
     assert {"prefill_s", "rounds_s", "host_s"} <= found.keys()
 
 

@@ -48,7 +48,7 @@ def device():
     device = Device()
     with device.timer.prefill():
         device.spend(3.0)
-    device.timer.start_rounds()
+    device.timer.disturb()
     device.queue(0.01)
     device.wait(1.0)
     assert device.timer.interval() is None  # the first fills the queue

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from mlx_gemma_mtp.cache import slabs as cache_module
-from mlx_gemma_mtp.engine import capacity as room_module
-from mlx_gemma_mtp.engine.decoder import Decoder, Request
+from mlx_gemma_mtp.engine import capacity as capacity_module
+from mlx_gemma_mtp.engine.decoder import Request
 from mlx_gemma_mtp.exactness import probe as probe_module
 from mlx_gemma_mtp.exactness.compared import Compared
 from mlx_gemma_mtp.exactness.probe import TIMING_PASSES, places, probe
@@ -103,13 +103,19 @@ def decode(pair: Pair, num_draft_tokens: int | None, exactness: str, **options: 
     return tokens, np.concatenate(logits).tobytes(), decoder.stats
 
 
+def largest_difference(pair: Pair) -> float:
+    """What the probe has seen of a pair."""
+    verdict = pair.calibration.verdict(1)
+    assert verdict is not None
+    return verdict.max_difference
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_number_of_drafts_is_exact_here(family):
     verdict = probe(reference_pair(family).rounds.target)
     assert verdict is not None
     assert verdict.equal == {1: ALL, 2: ALL}
     assert verdict.max_difference == 0
-    assert not verdict.depends_on_capacity
 
 
 class Timed(Target):
@@ -147,7 +153,7 @@ def test_a_probe_goes_on_where_it_stopped(monkeypatch):
     target = Timed(inexact_pair([4, 9], first=2).target, monkeypatch)
     whole = probe(target)
     assert whole is not None
-    assert whole.num_passes <= 90
+    assert whole.num_passes == 81
     assert whole.fill_cost == 1.5
     assert whole.seconds == target.now > 0
     assert whole.equal == dict.fromkeys((1, 2), (1, 2, 4, 5, 6, 7))
@@ -197,7 +203,7 @@ def test_plain_rounds_of_other_weights_are_not_compared_with(monkeypatch):
 @pytest.mark.parametrize(
     "damage",
     [
-        {"form": 2},
+        {"form": 1},
         {"equal": None},
         {"equal": {"K = 1": 1}},
         {"equal": {"K = 1": [3]}},
@@ -286,7 +292,7 @@ def test_exact_text_is_byte_equal(family, exactness):
         assert found[2].exactness.startswith(
             "exact: logits proved byte-equal for K = 0 to 8"
         )
-        assert found[2].near_ties is None
+        assert found[2].max_difference == 0
         assert num_draft_tokens is None or found[2].engaged
 
 
@@ -311,7 +317,7 @@ def test_auto_takes_what_was_proved():
     found = decode(pair, 4, "auto")
     assert found[1] == logits
     assert found[2].exactness.startswith("exact")
-    assert found[2].near_ties is None
+    assert found[2].max_difference == largest_difference(pair) > 0
 
 
 def test_a_number_of_drafts_that_differs_is_not_used():
@@ -365,7 +371,7 @@ def test_a_probe_that_was_given_up_is_not_tried_again(monkeypatch):
     monkeypatch.setattr("mlx_gemma_mtp.pair.planning._PROBE_BUDGET_S", 1e-9)
     stats = decode(pair, 4, "auto", num_tokens=4)[2]
     assert "the probe takes long" in stats.exactness
-    assert stats.near_ties is not None
+    assert stats.max_difference is None
     monkeypatch.setattr("mlx_gemma_mtp.pair.planning.probe", None)  # must not be called
     assert decode(pair, 4, "auto", num_tokens=4)[2].exactness == stats.exactness
 
@@ -429,31 +435,12 @@ def test_a_probe_that_does_not_fit_is_given_up(monkeypatch):
         decode(pair, 4, "exact", num_tokens=4)
 
 
-def test_auto_says_when_it_is_not_exact_and_counts_near_ties():
+def test_auto_says_when_it_is_not_exact_and_how_far_logits_differ():
     pair = inexact_pair(range(1, 10), step=1e-4)
     stats = decode(pair, 4, "auto")[2]
     assert stats.engaged
     assert stats.exactness.startswith("not exact")
-    assert stats.near_ties is not None
-    assert 0 <= stats.near_ties <= NUM_TOKENS + 8
-
-
-def test_near_ties_are_counted_by_hand():
-    pair = reference_pair("12b")
-    plan = make_plan(
-        pair, [Request(PROMPT, NUM_TOKENS)], num_draft_tokens=3, exactness="fast"
-    )
-    assert plan.route.near_tie == 1e-4  # float32, nothing measured
-    for near_tie in (0.02, 0.2, 1e9):
-        route = type(plan.route)(near_tie=near_tie)
-        decoder = Decoder(
-            pair.rounds, [Request(PROMPT, 41)], num_draft_tokens=0, route=route
-        )
-        logits = [e.logits[0, 0] for r in decoder.run() for e in r][1:]
-        best = [np.sort(np.array(row))[-2:] for row in logits]
-        expected = sum(bool(b - a <= near_tie) for a, b in best)
-        assert decoder.stats.near_ties == expected
-    assert expected == 40
+    assert stats.max_difference == largest_difference(pair) > 0
 
 
 def test_endless_sampling_without_a_seed_needs_no_probe(monkeypatch):
@@ -500,7 +487,7 @@ def by_capacity(monkeypatch):
     pair = load_pair(REFERENCE / "12b" / "target", REFERENCE / "12b" / "drafter")
     rounds = pair.rounds
     monkeypatch.setattr(rounds, "target", ByCapacity(pair.target))
-    monkeypatch.setattr(room_module, "RESERVED_TOKENS", 8)
+    monkeypatch.setattr(capacity_module, "RESERVED_TOKENS", 8)
     monkeypatch.setattr(cache_module, "CAPACITY_BLOCK", 32)
     return pair
 
@@ -513,8 +500,8 @@ def test_exact_mode_grows_where_plain_decoding_grows(by_capacity):
         found = decode(by_capacity, num_draft_tokens, "exact", num_tokens=num_tokens)
         assert found[2].engaged
         assert found[:2] == (tokens, logits)
-    # Without that care the bytes would differ.
-    assert decode(by_capacity, 8, "fast", num_tokens=num_tokens)[1] != logits
+    # So it does whatever is proved.
+    assert decode(by_capacity, 8, "fast", num_tokens=num_tokens)[1] == logits
 
 
 def test_rows_that_share_slabs_have_them_reserved(by_capacity):

@@ -97,9 +97,7 @@ class TestTimesPlain:
         assert calibration.times_plain(stats) == pytest.approx(2.0, rel=0.02)
 
     def test_filled_rounds_are_slower_than_plain_decoding(self, calibration):
-        calibration.keep_verdict(
-            1, Verdict({1: (), 2: (4,)}, 0.5, False, 1.25, 48, 1.0)
-        )
+        calibration.keep_verdict(1, Verdict({1: (), 2: (4,)}, 0.5, 1.25, 48, 1.0))
         self.learn(calibration, {0: 0.010, 4: 0.020}, min_rows=2)
         stats = stats_of((4, 4), rule="greedy")
         assert calibration.times_plain(stats) == pytest.approx(2.0, rel=0.02)

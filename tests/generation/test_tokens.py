@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.drafting.policy import AdaptiveDraftLength
+from mlx_gemma_mtp.drafting.controller import DraftLengthController
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation import tokens as tokens_module
 from mlx_gemma_mtp.generation.tokens import draft_block, generate_tokens
@@ -145,11 +145,21 @@ def test_xtc(pair):
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_draft_tokens": "auto"}])
-def test_the_controller_chooses_by_default(pair, plain_pair, decoders, settings):
+def test_the_controller_chooses_by_default(
+    pair, plain_pair, decoders, monkeypatch, settings
+):
+    chosen = []
+    choose = DraftLengthController.choose
+
+    def noted(self, **given):
+        chosen.append(choose(self, **given))
+        return chosen[-1]
+
+    monkeypatch.setattr(DraftLengthController, "choose", noted)
     for p in (pair, plain_pair):
         run(p, PROMPT, max_tokens=30, eos_token_ids=(), **settings)
     drafted, plain = decoders
-    assert isinstance(drafted._draft_lengths, AdaptiveDraftLength)
+    assert drafted.stats.rounds <= len(chosen) <= drafted.stats.rounds + 1
     assert set(plain.stats.num_draft_tokens) == {0}
     assert plain.stats.why_not_engaged.startswith("no drafter")
 
@@ -221,10 +231,10 @@ class TestClosing:
         stream = self.start(pair, prompt)
         first = list(islice(stream, 3))
         (decoder,) = decoders
-        assert decoder._seats.state is not None  # it was in the middle of it
+        assert decoder._batch.state is not None  # it was in the middle of it
         stream.close()
-        assert not decoder._in_flight
-        assert decoder._seats.state is None
+        assert not decoder._pipeline._in_flight
+        assert decoder._batch.state is None
         assert list(self.start(pair, prompt))[:3] == first
 
     def test_two_at_once(self, pair):
@@ -394,7 +404,7 @@ def test_without_a_seed_drafts_are_judged_by_block(pair, monkeypatch):
     cases: list[dict[str, Any]] = [{}, {"seed": 1}, {"seed": 1, "reproducible": False}]
     for settings in cases:
         list(generate_tokens(pair, PROMPT, max_tokens=3, temp=1.0, **settings))
-    rules = [decoder._seats.settings.rule for decoder in made]
+    rules = [decoder._batch.settings.rule for decoder in made]
     groups = [group for rule in rules for group in rule.groups]
     assert [group.has_block for group in groups] == [True, False, True]
     assert [group.has_coupled for group in groups] == [False, True, False]

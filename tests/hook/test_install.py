@@ -36,16 +36,14 @@ from mlx_gemma_mtp.hook.install import install, uninstall
 from mlx_gemma_mtp.pair.pair import carries_drafter, pair_of
 from tests.embedded import PROMPTS, float32_pair
 from tests.gemma_pair import let_say
-from tests.tiny import tiny_tokenizer, uncompiled
+from tests.tiny import tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 # What the hook adds to them has no types there.
 mlx_lm: Any = importlib.import_module("mlx_lm")
 generation: Any = sys.modules["mlx_lm.generate"]  # the attribute is a function
 
-VERSION = tuple(int(part) for part in mlx_lm.__version__.split(".")[:2])
-needs_hook = pytest.mark.skipif(
-    VERSION < hook_table.OLDEST_VERSION, reason="the hook needs mlx-lm 0.32"
-)
 
 # Inside the window of 32 tokens with every prompt.
 MAX_TOKENS = 16
@@ -62,12 +60,6 @@ STALE: list[Any] = [
     {"quant_method": "compressed-tensors", "config_groups": {}},
 ]
 SAMPLER = make_sampler(temp=0.9, top_k=40)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +143,6 @@ def current():
     }
 
 
-@needs_hook
 class TestText:
     @pytest.mark.parametrize("prompt", PROMPTS)
     def test_greedy_text_is_mlx_lms(self, plain, drafted, prompt):
@@ -246,7 +237,6 @@ class TestText:
             next(generation.stream_generate(*drafted, PROMPTS[0], warp=9))
 
 
-@needs_hook
 class TestPromptCaches:
     def test_turns_of_a_chat(self, plain, drafted):
         """The prompt cache is mlx-lm's; it goes on with every turn."""
@@ -300,7 +290,6 @@ class TestPromptCaches:
         assert len(calls) >= num_tokens // 4 + 1
 
 
-@needs_hook
 class TestBatches:
     def prompts(self, tokenizer):
         return [tokenizer.encode(prompt) for prompt in PROMPTS]
@@ -374,7 +363,6 @@ def own_batch(loaded, prompts):
     return SimpleNamespace(texts=texts, token_ids=[tokens[uid] for uid in uids])
 
 
-@needs_hook
 class TestSettings:
     def test_number_of_drafts(self, folder, hooked_names):
         model = mlx_lm.utils.load(str(folder))
@@ -456,7 +444,6 @@ class TestSettings:
         assert mlx_lm.load is own("load")
 
 
-@needs_hook
 class TestSeeds:
     def sample(self, drafted, sampler=SAMPLER):
         found = list(
@@ -510,7 +497,6 @@ class TestSeeds:
         assert drawn[1] is None
 
 
-@needs_hook
 class TestLoad:
     def test_the_model_brings_its_drafter(self, drafted, folder):
         model, _ = drafted
@@ -674,7 +660,6 @@ def adapter(folder, tmp_path_factory):
     return str(place)
 
 
-@needs_hook
 def test_adapters(plain, folder, adapter, hooked_names):
     adapted = own("load")(str(folder), adapter_path=adapter)
     drafted = mlx_lm.load(str(folder), adapter_path=adapter, speculative_decoding=True)
@@ -707,7 +692,6 @@ def other_folder(tmp_path_factory):
     return str(place)
 
 
-@needs_hook
 class TestOtherModels:
     def test_pass_through(self, other_folder, monkeypatch):
         calls = {}
@@ -804,7 +788,6 @@ def imported_by_value():
                             yield ".".join(parts), alias.name
 
 
-@needs_hook
 class TestNames:
     def test_the_table_has_every_copy(self):
         listed = {
@@ -913,7 +896,6 @@ class TestOtherVersions:
         yield
         assert current() == before
 
-    @needs_hook
     @pytest.mark.parametrize(
         ("name", "function", "got"),
         [
@@ -933,7 +915,6 @@ class TestOtherVersions:
         assert current() == before
         monkeypatch.undo()
 
-    @needs_hook
     def test_a_changed_default_is_named(self, monkeypatch):
         def load(
             path_or_hf_repo,
@@ -952,7 +933,6 @@ class TestOtherVersions:
             install()
         monkeypatch.undo()
 
-    @needs_hook
     def test_a_missing_name_is_named(self, monkeypatch):
         monkeypatch.delattr(generation.BatchGenerator, "extract_cache")
         with pytest.raises(
@@ -967,7 +947,6 @@ class TestOtherVersions:
         ):
             install()
 
-    @needs_hook
     @pytest.mark.parametrize("version", ["0.32.0", "0.32.2.dev1", "0.33.0", "1.0"])
     def test_newer_ones_are_held_against_the_table(self, monkeypatch, version):
         monkeypatch.setattr(hook, "__version__", version)
@@ -975,7 +954,6 @@ class TestOtherVersions:
         uninstall()
 
 
-@needs_hook
 @pytest.mark.gemma
 def test_ids_of_a_text_stay_mlx_lms(gemma_pair_folder, hooked_names, monkeypatch):
     """Gemma's own tokenizer puts no <bos> in front, and mlx-lm's programs know it."""

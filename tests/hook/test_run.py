@@ -23,24 +23,15 @@ import pytest
 
 from mlx_gemma_mtp.hook import install as hook
 from mlx_gemma_mtp.hook import run
-from mlx_gemma_mtp.hook.table import DECODING_PROGRAMS, OLDEST_VERSION
+from mlx_gemma_mtp.hook.table import DECODING_PROGRAMS
 from tests.embedded import PROMPTS, float32_pair
-from tests.tiny import uncompiled
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 mlx_lm: Any = importlib.import_module("mlx_lm")
-VERSION = tuple(int(part) for part in mlx_lm.__version__.split(".")[:2])
-needs_hook = pytest.mark.skipif(
-    VERSION < OLDEST_VERSION, reason="the hook needs mlx-lm 0.32"
-)
 ROOT = Path(__file__).parents[2]
 DRAFTS = r"Drafts: (\d+) of (\d+) tokens came from drafts \(\d+%\)\."
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +85,6 @@ def run_python(*arguments, **settings):
     )
 
 
-@needs_hook
 class TestPrograms:
     @pytest.mark.parametrize("name", ["mlx_lm.generate", "generate"])
     def test_generate(self, folder, capsys, monkeypatch, name):
@@ -226,7 +216,6 @@ class TestMistakes:
         err = self.one_line(capsys, program, "--max-tokens", "4")
         assert "must be given a --model here: got none" in err
 
-    @needs_hook
     def test_models_that_cannot_be_loaded(self, folder, tmp_path, capsys):
         cut, wordless = tmp_path / "cut", tmp_path / "wordless"
         shutil.copytree(folder, cut, ignore=lambda *_: ["drafter"])
@@ -244,7 +233,6 @@ class TestMistakes:
             hook.uninstall()
             assert words in err
 
-    @needs_hook
     def test_what_is_raised_elsewhere_is_the_programs_own(self, folder, monkeypatch):
         def fail(*args, **settings):
             raise ValueError("of the program's")
@@ -285,7 +273,6 @@ class TestMistakes:
         arguments = ["--model", str(tmp_path), "--kv-bits", "4"]
         run._check_cache(run._read("mlx_lm.generate", arguments))
 
-    @needs_hook
     def test_a_program_that_lacks_something(self, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "lm_eval", None)
         monkeypatch.delitem(sys.modules, "mlx_lm.evaluate", raising=False)
@@ -295,7 +282,6 @@ class TestMistakes:
         assert "error: mlx_lm.evaluate must be complete: got" in err
         assert "pip install 'mlx-lm[evaluate]'" in err
 
-    @needs_hook
     @pytest.mark.parametrize(
         ("raised", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)]
     )
@@ -307,7 +293,6 @@ class TestMistakes:
         monkeypatch.setattr("mlx_gemma_mtp.hook.run.install", end)
         assert run.main(["generate", "--model", "x"]) == status
 
-    @needs_hook
     def test_the_programs_own_mistakes_are_its_own(self, capsys):
         with pytest.raises(SystemExit) as caught:
             run.main(["generate", "--model", "x", "--warp", "9"])

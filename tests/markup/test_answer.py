@@ -19,7 +19,8 @@ from mlx_gemma_mtp.markup.answer import (
     plain,
     spelled,
 )
-from mlx_gemma_mtp.markup.tool_calls import QUOTE, Tools
+from mlx_gemma_mtp.markup.tool_calls import QUOTE
+from mlx_gemma_mtp.markup.tools import Tools
 from tests.gemma import SPECIAL
 
 NAMES = frozenset(SPECIAL.values()) - {"<mask>", "<unk>"}

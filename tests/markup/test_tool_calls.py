@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from mlx_gemma_mtp.markup.tool_calls import (
     MAX_DEPTH,
     QUOTE,
-    Tools,
     UnreadableCallError,
     read_calls,
 )
+from mlx_gemma_mtp.markup.tools import Tools
 from tests.gemma import SPECIAL
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from mlx_gemma_mtp.constants import FULL, SLIDING, TARGET_MODEL_TYPES
 from mlx_gemma_mtp.errors import CheckpointError, RequestError, shorten
-from mlx_gemma_mtp.models.config import (
-    DrafterConfig,
+from mlx_gemma_mtp.models.drafter_config import DrafterConfig
+from mlx_gemma_mtp.models.text_config import (
     check_model_type,
     check_target,
     text_config,

@@ -13,9 +13,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4
 
 from mlx_gemma_mtp.checkpoints.checkpoint import open_checkpoint
-from mlx_gemma_mtp.constants import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
-from mlx_gemma_mtp.models.config import DrafterConfig, text_config
 from mlx_gemma_mtp.models.drafter import Drafter
+from mlx_gemma_mtp.models.drafter_config import DrafterConfig
+from mlx_gemma_mtp.models.families import PUBLISHED_DRAFTERS, PUBLISHED_TARGETS
+from mlx_gemma_mtp.models.text_config import text_config
 from tests.published import (
     DRAFTERS,
     REPOSITORIES,

@@ -502,21 +502,44 @@ def test_a_target_of_another_family():
     fails(lambda: check_fit(nn.Linear(2, 2), drafter), "Gemma 4", error=PairingError)
 
 
-def test_load_pair_takes_what_is_named_and_nothing_else(hub):
+def test_load_pair_takes_what_is_named(hub):
     folder = REFERENCE / "e2b"
     pair = load_pair(folder / "target", folder / "drafter")
     assert isinstance(pair.target, gemma4.Model)
     assert pair.drafter is not None
     assert set(pair.eos_token_ids) == {1, 106}
     assert str(folder / "drafter") in pair.drafter_source
-    plain = load_pair(str(folder / "target"))
-    assert plain.drafter is None
-    assert "none was named" in plain.drafter_source
+    assert "as named" in pair.drafter_source
     fails(
         lambda: load_pair(folder / "target", REFERENCE / "31b" / "drafter"),
         "hidden size",
+        "drafter_path=False",
         error=PairingError,
     )
+    plain = load_pair(str(folder / "target"), drafter_path=False)
+    assert plain.drafter is None
+    assert "drafter_path is False" in plain.drafter_source
+
+
+@pytest.mark.parametrize("place", ["inside", "beside", "on the Hub", "nowhere"])
+def test_load_pair_finds_the_drafter_that_load_finds(place, hub, pair_folder, caplog):
+    caplog.set_level(logging.INFO, logger="mlx_gemma_mtp")
+    drafter, target = pair_folder / "drafter", str(pair_folder)
+    if place == "beside":
+        drafter.rename(pair_folder.with_name(f"{pair_folder.name}-assistant"))
+    if place == "on the Hub":
+        target = "google/gemma-4-E2B-it"
+        hub[target] = pair_folder
+        hub["google/gemma-4-E2B-it-assistant"] = drafter.rename(
+            pair_folder.with_name("elsewhere")
+        )
+    if place == "nowhere":
+        shutil.rmtree(drafter)
+    pair, (model, _) = load_pair(target), load(target)
+    assert pair.drafter_source == pair_of(model).drafter_source
+    assert (pair.drafter is None) == (place == "nowhere")
+    assert (pair_of(model).drafter is None) == (place == "nowhere")
+    assert caplog.text.count(pair.drafter_source) == 2
 
 
 def test_load_pair_takes_hub_ids(hub):

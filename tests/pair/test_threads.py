@@ -23,7 +23,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
 from mlx_gemma_mtp.drafting.controller import DraftLengthController
-from mlx_gemma_mtp.drafting.policy import AdaptiveDraftLength
+from mlx_gemma_mtp.drafting.policy import DraftPolicy, Learning
 from mlx_gemma_mtp.engine import traces as traces_module
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.model_arrays import (
@@ -529,11 +529,13 @@ class TestLearning:
                 assert lock.is_held
                 return super().__len__()
 
-        chooser = AdaptiveDraftLength(
-            DraftLengthController(), setups=Setups(), lock=lock, keep=lambda: None
+        learning = Learning(
+            lambda *kind: DraftLengthController(), Setups(), lock, keep=lambda: None
         )
-        chooser.observe_setup(0.5)
-        assert chooser.choose([0, 1], not_ready=[1], tokens_left=None) in (0, 1)
+        policy = DraftPolicy(None, learning=learning)
+        policy = policy.for_batch(1, rule="greedy", context=0)
+        policy.observe_setup(0.5)
+        assert policy.choose([0, 1], not_ready=[1], tokens_left=None) in (0, 1)
 
 
 PLANS = (8, 20, 40, 12)  # most steps before, tokens of a prompt and text, steps until

@@ -19,10 +19,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_gemma_mtp.engine import decoder as decoder_module
-from mlx_gemma_mtp.engine.capacity import Room
+from mlx_gemma_mtp.engine.capacity import Capacity
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.engine.state import Report
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation import tokens as tokens_module
 from mlx_gemma_mtp.generation.text import describe, stream_generate
@@ -363,9 +363,9 @@ class TestMistakes:
             list(stream)
         stream.close()
         decoder = decoders[-1]
-        assert not decoder._in_flight
-        assert decoder._seats.state is None
-        assert decoder._verified is None
+        assert not decoder._pipeline._in_flight
+        assert decoder._batch.state is None
+        assert decoder._pipeline._verified is None
         assert len(calls) == call + 1
 
 
@@ -415,7 +415,7 @@ class TestBatches:
     def test_look_ahead_comes_back_with_the_last_host_row(self, pair):
         requests = [*self.requests()[:2], Request([3, 4], 30)]
         decoder = Decoder(pair.rounds, requests, num_draft_tokens=0)
-        in_flight = [len(decoder._in_flight) for _ in decoder.run()]
+        in_flight = [len(decoder._pipeline._in_flight) for _ in decoder.run()]
         # Row 1 has its 9 tokens after round 8; the next round queues two.
         assert in_flight[:9] == [0] * 9
         assert in_flight[9:-2] == [1] * len(in_flight[9:-2])
@@ -440,34 +440,34 @@ class TestBatches:
 class TestEngine:
     def test_one_read_per_round_and_no_look_ahead(self, pair, monkeypatch):
         reads = []
-        read = decoder_module._read
+        read = Report.read
 
         def counted_read(report):
             reads.append(report)
             return read(report)
 
-        monkeypatch.setattr(decoder_module, "_read", counted_read)
+        monkeypatch.setattr(Report, "read", counted_read)
         request = Request(PROMPT, 20, logits_processors=(Recorder(),))
         decoder = Decoder(pair.rounds, [request], num_draft_tokens=3)
         num_rounds = 0
         for _ in decoder.run():
-            assert not decoder._in_flight
+            assert not decoder._pipeline._in_flight
             num_rounds += 1
         assert len(reads) == num_rounds  # the prefill is one of them
-        assert decoder._num_queued == num_rounds - 1
+        assert decoder._pipeline._num_queued == num_rounds - 1
 
     @pytest.mark.parametrize("num_draft_tokens", [0, 1])
     def test_slabs_are_written_in_place(self, monkeypatch, num_draft_tokens):
         """Memory beyond the slabs stays below the size of one slab."""
         pair = reference_pair("31b")
-        monkeypatch.setattr(Room, "initial_capacity", lambda self: 32768)
+        monkeypatch.setattr(Capacity, "initial", lambda self: 32768)
         request = Request(PROMPT, 40, logits_processors=(Recorder(),))
         decoder = Decoder(pair.rounds, [request], num_draft_tokens=num_draft_tokens)
         rounds = decoder.run()
         for _ in range(3):
             next(rounds)
-        assert decoder._seats.state is not None
-        largest = max(slab.nbytes for slab in decoder._seats.state.slabs)
+        assert decoder._batch.state is not None
+        largest = max(slab.nbytes for slab in decoder._batch.state.slabs)
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()

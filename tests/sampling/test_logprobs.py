@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlx_gemma_mtp.engine import decoder as decoder_module
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
+from mlx_gemma_mtp.engine.state import Report
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation.text import stream_generate
 from mlx_gemma_mtp.pair.load import load
@@ -135,20 +135,20 @@ def test_the_text_stays_the_same(pair):
 
 def test_rounds_still_look_ahead_and_read_once(pair, monkeypatch):
     reads = []
-    read = decoder_module._read
+    read = Report.read
 
     def counted_read(report):
         reads.append(report)
         return read(report)
 
-    monkeypatch.setattr(decoder_module, "_read", counted_read)
+    monkeypatch.setattr(Report, "read", counted_read)
     decoder = Decoder(
         pair.rounds, [Request(PROMPT, 20, num_logprobs=5)], num_draft_tokens=3
     )
     in_flight, sizes = [], set()
     for _ in decoder.run():
-        in_flight.append(len(decoder._in_flight))
-        for queued in decoder._in_flight:
+        in_flight.append(len(decoder._pipeline._in_flight))
+        for queued in decoder._pipeline._in_flight:
             report = queued.report
             assert report.logprobs is not None
             sizes.add(tuple(a.shape for a in report.arrays))

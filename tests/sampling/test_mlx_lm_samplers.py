@@ -303,7 +303,7 @@ def test_a_program_that_replaced_a_function_gets_its_own_sampler(
         with monkeypatch.context() as patch:
             patch.setattr(place, name, other, raising=False)
             if not has_seen:
-                samplers._known_samplers.cache_clear()
+                samplers._digest.cache_clear()
             sampler = sample_utils.make_sampler(**EVERYTHING)
             assert sampler_params(sampler) is None
         own = make_sampler(**EVERYTHING)
@@ -311,6 +311,7 @@ def test_a_program_that_replaced_a_function_gets_its_own_sampler(
 
 
 def test_an_unknown_text_is_named_once(caplog, monkeypatch):
+    samplers._note_unknown.cache_clear()
     caplog.set_level("INFO", "mlx_gemma_mtp")
     monkeypatch.setattr(sample_utils, "apply_top_p", banning)
     for _ in range(3):

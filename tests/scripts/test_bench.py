@@ -35,7 +35,6 @@ from scripts.benchmarks.engines import (
     MlxLm,
     OwnEngine,
     TwoModel,
-    UnavailableError,
     make_engine,
 )
 from scripts.benchmarks.graph import counting
@@ -47,6 +46,7 @@ from scripts.benchmarks.prompts import (
     random_prompts,
     read_kinds,
 )
+from scripts.benchmarks.step import UnavailableError
 from tests.tiny import CHAT_TEMPLATE, reference_pair, tiny_tokenizer, uncompiled
 
 ROOT = Path(__file__).parents[2]

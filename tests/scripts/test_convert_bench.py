@@ -1,6 +1,6 @@
 """The converter's benchmark runs on a small checkpoint; speed is not judged here.
 
-Run: python -m pytest tests/test_convert_bench.py
+Run: python -m pytest -m slow tests/scripts/test_convert_bench.py
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 KINDS = {"bare", "converter", "converter, with check"}
 
 
+@pytest.mark.slow
 def test_it_measures_and_cleans_up(tmp_path):
     figures, folder = tmp_path / "figures.json", tmp_path / "work"
     command = [
         sys.executable,
-        str(ROOT / "scripts" / "convert_bench.py"),
+        str(ROOT / "scripts" / "studies" / "convert_bench.py"),
         *("--gigabytes", "0.01", "--repeats", "1"),
         *("--folder", str(folder), "--json", str(figures)),
     ]

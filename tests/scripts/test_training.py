@@ -1,4 +1,4 @@
-"""The scripts that train: the corpus, a drafter from nothing, the card, the proof.
+"""The scripts that train: the corpus, a drafter from nothing, the card.
 
 Run: python -m pytest tests/test_tune_scripts.py
 """
@@ -9,31 +9,20 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
-import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten
 
-from mlx_gemma_mtp.checkpoints.weights import load_drafter
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair, load_tokenizer
 from mlx_gemma_mtp.tune.data.documents import DocumentReader, Lengths
-from mlx_gemma_mtp.tune.request import TextSettings
-from mlx_gemma_mtp.tune.settings import DIVERGENCES, TrainingSettings
 from scripts import corpus as corpora
-from scripts import finetune_target, openblas, pair_card, train_drafter, tune_proof
+from scripts import openblas, pair_card, train_drafter
+from tests.scripts.training import TEXTS, TRAINING, small_corpus
 from tests.tiny import uncompiled
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-LIBRARY = Path(os.__file__).parent
-TEXTS = TextSettings(num_texts=6, prompt_tokens=12, max_tokens=8, num_held_out=2)
-TRAINING = TrainingSettings(
-    loss="ce", steps=3, minutes=10, batch_size=2, judge_every=1, save_every=2, seed=1
-)
 WORDS = st.text(st.characters(codec="ascii", categories=["Ll"]), min_size=1)
 
 
@@ -45,14 +34,7 @@ def _plain_graphs():
 
 @pytest.fixture(scope="module")
 def corpus():
-    """A few files of the library's, two of them held out: one is measured on."""
-    names = ["json/decoder.py", "json/encoder.py", "textwrap.py", "bisect.py"]
-    train = [(name, (LIBRARY / name).read_text("utf-8")) for name in names]
-    held_out = [
-        (name, (LIBRARY / name).read_text("utf-8"))
-        for name in ("unittest/mock.py", "unittest/case.py")
-    ]
-    return {"python": "3.11", "sha256": "0", "train": train, "held_out": held_out}
+    return small_corpus()
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +218,7 @@ def test_the_card_tells_of_both_trainings(trained, corpus):
         f"{len(corpus['train'])} files",
         "11,956,224 tokens in 2,919 steps, 46 minutes",
         "`mlx_gemma_mtp.tune`",
-        "3 steps in 0 minutes, loss `ce`",
+        "3 steps in 0 minutes, on up",
         "| longest sequence trained | 1024 | 20 |",
         "8 tokens written after each of 2 prompts",
         "two cores",
@@ -313,109 +295,3 @@ def test_the_script_for_the_target_is_python():
     """It needs torch, which is not here: types and names are the linter's to check."""
     source = (SCRIPTS / "train_pair.py").read_text("utf-8")
     compile(source, "train_pair.py", "exec")
-
-
-def test_prose_is_split_by_topic():
-    kept, held_out = finetune_target.split_topics()
-    assert not set(kept) & set(held_out)
-    assert 0.1 < len(held_out) / (len(kept) + len(held_out)) < 0.35
-
-
-@pytest.mark.slow
-def test_the_proof_runs(tmp_path, work, monkeypatch, capsys):
-    """What it measures after so few steps is not judged here."""
-    steps = {"steps": 2, "judge_every": 1}
-    for module in (tune_proof, train_drafter):
-        monkeypatch.setattr(module, "TEXTS", TEXTS)
-        settings = TrainingSettings(**{**TRAINING.to_dict(), **steps})
-        monkeypatch.setattr(module, "TRAINING", settings)
-    monkeypatch.setattr(train_drafter, "make_corpus", lambda folder: _corpus(work))
-    monkeypatch.setattr(finetune_target, "_WINDOW", 16)
-    monkeypatch.setattr(finetune_target, "_BATCH_SIZE", 2)
-    monkeypatch.setattr(finetune_target, "_NUM_JUDGED", 1)
-    figures, place = tmp_path / "figures.json", tmp_path / "work"
-    monkeypatch.setattr(openblas, "prefer", lambda tell: None)
-    status = tune_proof.main(
-        [
-            *("retuned", "scratch", "centroids", "--finetune-steps", "2"),
-            *("--prompts", "3", "--prompt-tokens", "16"),
-            *("--max-tokens", "8", "--num-texts", "4", "--work", str(place)),
-            *("--json", str(figures)),
-        ]
-    )
-    found = json.loads(figures.read_text("utf-8"))
-    assert len(found["claims"]) == 6
-    assert status == (0 if all(claim["holds"] for claim in found["claims"]) else 1)
-    for part in (*tune_proof.CLAIMED, "centroids"):
-        assert found[part]["same_texts"] == found[part]["texts"] == 3
-    assert found["retuned"]["tuning"]["drafter"] is not None
-    assert found["scratch"]["training"]["drafter"] is None
-    assert found["centroids"]["training"]["drafter"] == "fresh"
-    drafter = load_drafter(place / "centroids/drafter")
-    assert drafter.masked_embedding is not None
-    embedded, tuned = map(weights, (embedded_pair_path(), place / "retuned/target"))
-    assert set(embedded) == set(tuned)
-    assert any(not mx.array_equal(embedded[name], tuned[name]) for name in embedded)
-    assert found["machine"] in capsys.readouterr().out
-
-
-def _corpus(work: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((work / "corpus.json").read_text("utf-8"))
-    return found
-
-
-def weights(folder: Path) -> dict[str, mx.array]:
-    """A target's, by name."""
-    parameters = load_pair(folder).target.parameters()
-    return dict(cast(list[tuple[str, mx.array]], tree_flatten(parameters)))
-
-
-@pytest.mark.parametrize(
-    ("original", "before", "after", "holds"),
-    [
-        (3.0, 2.0, 2.9, True),
-        (3.0, 2.0, 2.7, False),
-        (2.0, 3.0, 3.5, False),  # nothing was lost: nothing is shown
-    ],
-)
-def test_what_counts_as_won_back(original, before, after, holds):
-    assert tune_proof._won_back(original, before, after).holds == holds
-
-
-def test_the_proof_keeps_what_is_there(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        tune_proof.main(["--work", str(tmp_path)])
-    assert "must not be there yet" in capsys.readouterr().err
-
-
-def test_figures_are_for_parts_that_there_are(capsys):
-    with pytest.raises(SystemExit):
-        tune_proof.main(["nothing"])
-    assert "retuned, scratch, centroids, losses: got nothing" in capsys.readouterr().err
-
-
-def test_defaults_stay_within_what_is_claimed():
-    args = tune_proof.configure_parser().parse_args([])
-    assert args.retuned_minutes < tune_proof.MOST_MINUTES
-
-
-@pytest.mark.slow
-def test_losses_are_compared_on_the_same_texts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tune_proof, "TEXTS", replace(TEXTS, num_held_out=4))
-    monkeypatch.setattr(finetune_target, "_WINDOW", 16)
-    monkeypatch.setattr(finetune_target, "_BATCH_SIZE", 2)
-    monkeypatch.setattr(finetune_target, "_NUM_JUDGED", 1)
-    monkeypatch.setattr(openblas, "prefer", lambda tell: None)
-    monkeypatch.setattr(tune_proof, "DIVERGENCES", DIVERGENCES[:2])
-    arguments = "losses --finetune-steps 1 --num-texts 6 --loss-steps 2".split()
-    arguments += "--loss-prompts 3 --max-tokens 4".split()
-    assert tune_proof.main([*arguments, "--work", str(tmp_path / "work")]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "+-" in line]
-    assert [line.split()[0] for line in lines] == ["before", *DIVERGENCES[:2]]
-    reports = [
-        json.loads((tmp_path / "work/losses" / loss / "training.json").read_text())
-        for loss in DIVERGENCES[:2]
-    ]
-    first, second = (report["acceptance"]["before"] for report in reports)
-    assert first == second
-    assert [r["settings"]["loss"] for r in reports] == list(DIVERGENCES[:2])

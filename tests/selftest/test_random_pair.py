@@ -15,19 +15,20 @@ from mlx_gemma_mtp.constants import FULL, SLIDING
 from mlx_gemma_mtp.engine.prefill import read_prompt
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation.tokens import generate_tokens
-from mlx_gemma_mtp.models import config
+from mlx_gemma_mtp.models import text_config as reading
 from mlx_gemma_mtp.models.compatibility import check_fit
-from mlx_gemma_mtp.models.config import DrafterConfig
+from mlx_gemma_mtp.models.drafter_config import DrafterConfig
+from mlx_gemma_mtp.models.families import FAMILIES
+from mlx_gemma_mtp.models.published import drafter_config, text_config
 from mlx_gemma_mtp.selftest import random_pair
-from mlx_gemma_mtp.selftest.random_pair import FAMILIES
 from tests.published import TARGETS, published
 from tests.tiny import uncompiled
 
 PUBLISHED = dict(zip(FAMILIES, TARGETS, strict=True))
 # Two layers of the largest take half a minute on a CPU.
 CUT = [
-    *(f for f in FAMILIES if f != "31b"),
-    pytest.param("31b", marks=pytest.mark.slow),
+    *("e2b", "26b-a4b"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("e4b", "12b", "31b")),
 ]
 
 
@@ -39,10 +40,10 @@ def shapes(module):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_settings_are_the_published_ones(family):
     target = published(PUBLISHED[family]).config
-    assert random_pair.text_config(family) == config.text_config(target, source="here")
-    assert random_pair.text_config(family.upper()) == random_pair.text_config(family)
+    assert text_config(family) == reading.text_config(target, source="here")
+    assert text_config(family.upper()) == text_config(family)
     drafter = published(f"{PUBLISHED[family]}-assistant")
-    found = random_pair.drafter_config(family)
+    found = drafter_config(family)
     expected = DrafterConfig.from_dict(drafter.config)
     num_drafts = drafter.generation_config["num_assistant_tokens"]
     assert vars(found) == vars(expected) | {"num_assistant_tokens": num_drafts}
@@ -82,7 +83,7 @@ def test_a_cut_target_still_feeds_its_drafter(family, num_layers):
 
 
 def test_a_cut_keeps_the_pattern_and_the_share_of_shared_layers():
-    text = random_pair.text_config("e2b", num_layers=14)
+    text = text_config("e2b", num_layers=14)
     assert text["num_kv_shared_layers"] == 8
     own = [SLIDING] * 4 + [FULL]
     assert text["layer_types"] == [FULL, *own, *[SLIDING] * 2, FULL, *own]

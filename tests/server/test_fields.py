@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.cache.kept import MIN_TOKENS, KeptCaches
+from mlx_gemma_mtp.cache.kept import KeptCaches
 from mlx_gemma_mtp.engine.sequence import Row
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair
 from mlx_gemma_mtp.sampling.params import SamplingParams
@@ -23,7 +23,7 @@ from mlx_gemma_mtp.server.body_parser import Orders
 from mlx_gemma_mtp.server.choice import Order
 from mlx_gemma_mtp.server.errors import AnswerError
 from mlx_gemma_mtp.server.fields import MAX_TOLD
-from mlx_gemma_mtp.server.prompts import Prompt
+from mlx_gemma_mtp.server.prompts import MIN_TOKENS, Prompt
 from mlx_gemma_mtp.server.schema import MEDIA, ChatBody, CompletionBody
 from mlx_gemma_mtp.server.served_model import make_engine, request_of
 from tests.server.serving import (
@@ -46,7 +46,7 @@ BOTH = (CHAT, COMPLETIONS)
 @pytest.fixture(scope="module")
 def server():
     decoder = ScriptedDecoder(echo)
-    kept = KeptCaches(max_size=10, max_bytes=10**9)
+    kept = KeptCaches(max_size=10, max_bytes=10**9, min_tokens=MIN_TOKENS)
     with scripted_server(scripted_means(decoder, kept=kept)) as (client, _):
         yield client, decoder
 
@@ -382,7 +382,7 @@ class TestSalts:
 
     @given(st.lists(st.tuples(salts, texts), max_size=12), salts, texts)
     def test_what_is_found_was_kept_with_the_same_salt(self, entries, salt, text):
-        kept = KeptCaches(max_size=20, max_bytes=10**9)
+        kept = KeptCaches(max_size=20, max_bytes=10**9, min_tokens=MIN_TOKENS)
         start = [7] * MIN_TOKENS
         for own, tokens in entries:
             told = [*start, *tokens]
@@ -399,13 +399,12 @@ class TestSalts:
             assert caches[0].tokens == [salt, *start, *text[:longest]]
 
     def test_salts_are_forgotten_with_their_caches(self):
-        kept = KeptCaches(max_size=2, max_bytes=10**9)
+        kept = KeptCaches(max_size=2, max_bytes=10**9, min_tokens=MIN_TOKENS)
         for number in range(50):
             tokens = [number, *self.PROMPT]
             kept.keep(tokens, [ScriptedCache(tokens)], kind="user", salt=f"{number}")
         assert len(kept) == 2
-        places = kept._caches._trie._trie
-        assert sum(len(roots) for roots in places.values()) == 2
+        assert {entry.salt for entry in kept._entries} == {"48", "49"}
 
 
 class TestEnds:

@@ -18,15 +18,8 @@ from mlx_gemma_mtp.server.vocabulary import Places
 from tests.gemma import FORMS
 from tests.gemma_pair import let_say
 from tests.server.serving import pair_server
-from tests.tiny import uncompiled
 
-pytestmark = pytest.mark.gemma
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
+pytestmark = [pytest.mark.gemma, pytest.mark.usefixtures("plain_graphs")]
 
 
 @pytest.mark.parametrize("form", ["may-e2b", "july-12b"])

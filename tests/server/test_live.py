@@ -274,10 +274,10 @@ def test_a_client_that_goes_away_leaves_the_others_alone(client):
     assert "mlx_gemma_mtp_live_requests 0.0" in metrics
 
 
-def test_readme_commands(client):
-    """The README's curl commands, by another client."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = [s for s in readme.splitlines() if s.startswith("curl ")]
+def test_commands_of_the_docs(client):
+    """The curl commands of its page, by another client."""
+    page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    commands = [s for s in page.splitlines() if s.startswith("curl ")]
     assert len(commands) >= 3
     for command in commands:
         _, *words = shlex.split(command)

@@ -381,11 +381,11 @@ class TestAsync:
         assert asyncio.run(texts()) == alone
 
 
-def test_readme_example(address, capsys):
-    """The README's lines, at another address and with this server's key."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
+def test_example_of_the_docs(address, capsys):
+    """Its page's lines, at another address and with this server's key."""
+    page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
     code = code.replace("http://127.0.0.1:8080", address)
     code = code.replace('api_key="none"', f'api_key="{KEY}"')
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "server.md", "exec"), {})
     assert capsys.readouterr().out.strip()

@@ -15,20 +15,19 @@ import mlx.core as mx
 import mlx_lm.server
 import pytest
 
-from mlx_gemma_mtp.cache.kept import MIN_TOKENS, KeptCaches
+from mlx_gemma_mtp.cache.kept import KeptCaches
 from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout
-from mlx_gemma_mtp.constants import FULL
+from mlx_gemma_mtp.constants import FULL, MAX_LOGPROBS
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.pair.load import load_tokenizer
-from mlx_gemma_mtp.sampling.logprobs import MAX_LOGPROBS as ENGINE_MAX_LOGPROBS
+from mlx_gemma_mtp.sampling.candidates import MAX_CANDIDATES
 from mlx_gemma_mtp.server import __main__ as command
 from mlx_gemma_mtp.server.answer_parser import Dialogue
 from mlx_gemma_mtp.server.arguments import API_KEY_VARIABLE, configure_parser, parse
 from mlx_gemma_mtp.server.openai_format import dumps
-from mlx_gemma_mtp.server.prompts import Prompts
+from mlx_gemma_mtp.server.prompts import MIN_TOKENS, Prompts
 from mlx_gemma_mtp.server.refused import REFUSED
 from mlx_gemma_mtp.server.served_model import check_memory
-from mlx_gemma_mtp.server.settings import MAX_LOGPROBS
 from mlx_gemma_mtp.server.vocabulary import Vocabulary
 from mlx_gemma_mtp.server.web import listen
 from tests.gemma import SPECIAL
@@ -272,7 +271,7 @@ class TestArguments:
             check_memory(parse([flag, str(least - 1)]), layout)
 
     def test_the_engines_limit(self):
-        assert MAX_LOGPROBS == ENGINE_MAX_LOGPROBS
+        assert MAX_LOGPROBS == MAX_CANDIDATES  # of a list that kernels make
 
 
 class TestCommand:
@@ -300,12 +299,6 @@ class TestCommand:
         assert command.main([]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert "pip install 'mlx_gemma_mtp[server]'" in line
-
-    def test_an_old_mlx_lm_is_named(self, monkeypatch, capsys):
-        monkeypatch.setattr(command.importlib.metadata, "version", lambda _: "0.31.3")
-        assert command.main([]) == 1
-        (line,) = capsys.readouterr().err.splitlines()
-        assert "needs mlx-lm 0.32 or newer: got 0.31.3" in line
 
     def test_a_port_that_is_taken(self, capsys):
         import socket
@@ -486,7 +479,7 @@ def test_names_of_tokens():
 
 
 def test_kept_caches_are_worth_keeping():
-    kept = KeptCaches(max_size=2, max_bytes=10**6)
+    kept = KeptCaches(max_size=2, max_bytes=10**6, min_tokens=MIN_TOKENS)
     tokens = list(range(MIN_TOKENS))
     assert kept.is_worth(MIN_TOKENS)
     assert not kept.is_worth(MIN_TOKENS - 1)

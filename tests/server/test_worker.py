@@ -10,10 +10,11 @@ import time
 
 import pytest
 
-from mlx_gemma_mtp.cache.kept import MIN_TOKENS, KeptCaches
+from mlx_gemma_mtp.cache.kept import KeptCaches
 from mlx_gemma_mtp.server.bridge import Drain
 from mlx_gemma_mtp.server.choice import Order, Piece, Place
 from mlx_gemma_mtp.server.errors import AnswerError
+from mlx_gemma_mtp.server.prompts import MIN_TOKENS
 from mlx_gemma_mtp.server.reply import Reply
 from tests.server.serving import (
     EOS,
@@ -364,7 +365,7 @@ class TestKeptCaches:
 
     def run(self, orders, **fields):
         decoder = ScriptedDecoder(echo)
-        kept = KeptCaches(max_size=10, max_bytes=10**9)
+        kept = KeptCaches(max_size=10, max_bytes=10**9, min_tokens=MIN_TOKENS)
 
         async def test(case):
             found = []
@@ -409,7 +410,8 @@ class TestKeptCaches:
         assert len(kept) == 1  # the answer's, which can be cut
 
     def test_the_budget_is_kept(self):
-        kept = KeptCaches(max_size=10, max_bytes=10 * 3 * MIN_TOKENS)
+        most = 10 * 3 * MIN_TOKENS
+        kept = KeptCaches(max_size=10, max_bytes=most, min_tokens=MIN_TOKENS)
         orders = [Order([2, *range(i, i + 2 * MIN_TOKENS)], 4) for i in range(100, 109)]
         decoder = ScriptedDecoder(echo)
 
@@ -418,14 +420,14 @@ class TestKeptCaches:
                 await read(case.submit(order))
 
         run(test, decoder=decoder, kept=kept)
-        assert kept.num_bytes <= 10 * 3 * MIN_TOKENS
+        assert kept.num_bytes <= most
         assert len(kept) == 1
 
     def test_caches_that_cannot_be_had_fail_nobody(self, monkeypatch):
         decoder = ScriptedDecoder(echo)
         monkeypatch.setattr(decoder, "extract", None)
         order = self.order()
-        kept = KeptCaches(max_size=10, max_bytes=10**9)
+        kept = KeptCaches(max_size=10, max_bytes=10**9, min_tokens=MIN_TOKENS)
 
         async def test(case):
             return text_of((await read(case.submit(order)))[0])

@@ -20,8 +20,9 @@ from mlx_gemma_mtp.engine.decoder import Decoder
 from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.errors import PairingError
 from mlx_gemma_mtp.models.compatibility import check_fit
-from mlx_gemma_mtp.models.config import DrafterConfig
 from mlx_gemma_mtp.models.drafter import Drafter
+from mlx_gemma_mtp.models.drafter_config import DrafterConfig
+from mlx_gemma_mtp.models.published import drafter_config, text_config
 from mlx_gemma_mtp.models.target import Target, text_model
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair
 from mlx_gemma_mtp.pair.pair import Pair
@@ -98,13 +99,13 @@ def test_the_embedded_targets_drafter_has_the_shipped_shape(embedded):
 
 
 def test_a_wide_target_of_no_family_gets_the_published_width():
-    whole = random_pair.text_config("31b", vocab_size=512) | {
+    whole = text_config("31b", vocab_size=512) | {
         "num_hidden_layers": 2,
         "layer_types": [SLIDING, FULL],
     }
     target = gemma4_text.Model(gemma4_text.ModelArgs.from_dict(whole))
     text = DrafterConfig.from_dict(fresh_config(target)).text_config
-    published = random_pair.drafter_config("31b", vocab_size=512).text_config
+    published = drafter_config("31b", vocab_size=512).text_config
     assert text == published
 
 

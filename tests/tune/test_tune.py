@@ -14,9 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from functools import partial
-from multiprocessing import active_children
 from pathlib import Path
 from typing import cast
 
@@ -25,13 +22,11 @@ import pytest
 
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load, load_tokenizer
-from mlx_gemma_mtp.pair.pair import named_arrays, pair_of
-from mlx_gemma_mtp.sampling.params import SamplingParams
+from mlx_gemma_mtp.pair.pair import pair_of
 from mlx_gemma_mtp.tune.__main__ import main, parse
 from mlx_gemma_mtp.tune.data.documents import DocumentReader, Lengths
-from mlx_gemma_mtp.tune.pipeline import load_plain
-from mlx_gemma_mtp.tune.recording.material import Writing, _Group, choose, write_all
-from mlx_gemma_mtp.tune.request import TextSettings, TuneRequest
+from mlx_gemma_mtp.tune.recording.material import choose
+from mlx_gemma_mtp.tune.request import TextSettings
 from mlx_gemma_mtp.tune.training.snapshot import read_snapshot
 from mlx_gemma_mtp.tune.training.trainer import Trainer
 from tests import tiny
@@ -73,6 +68,31 @@ def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
     return [*paths, *SMALL, *more]
 
 
+TRAINED = ("--keep-work", "--temp", "1")
+
+
+@pytest.fixture(scope="module")
+def trained(model, data, tmp_path_factory) -> Path:
+    """A drafter that was trained, and beside it what the run keeps: not to be changed.
+
+    As ``main(arguments(model, data, trained, *TRAINED))`` leaves it.
+    """
+    output = tmp_path_factory.mktemp("trained") / "made"
+    with tiny.uncompiled():
+        assert main(arguments(model, data, output, *TRAINED)) == 0
+    return output
+
+
+def copied(trained: Path, place: Path) -> Path:
+    for folder in (trained, work_of(trained)):
+        shutil.copytree(folder, place / folder.name)
+    return place / trained.name
+
+
+def work_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.work")
+
+
 def weights_of(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
@@ -105,12 +125,16 @@ def test_drafter_is_trained_reported_and_loaded(model, data, tmp_path, capsys):
     assert pair_of(target).drafter is not None
 
 
-def test_the_command_of_the_card_runs_as_it_stands(model, data, tmp_path, monkeypatch):
+def test_the_command_of_the_card_runs_as_it_stands(
+    model, data, trained, tmp_path, monkeypatch
+):
     """In a shell, from where the training was begun, whatever folders are called."""
     monkeypatch.chdir(tmp_path)
     Path("target's folder").symlink_to(model)
     output = Path("$HOME & `more`")
-    assert main(arguments(Path("target's folder"), data, output, "--steps", "2")) == 0
+    shutil.copytree(work_of(trained), work_of(output))
+    made = arguments(Path("target's folder"), data, output, *TRAINED, "--resume")
+    assert main(made) == 0
     text = (output / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall(
         r"^`{3,}bash\n(mlx_gemma_mtp\.generate .*)\n`{3,}$", text, re.M
@@ -127,19 +151,18 @@ def test_the_command_of_the_card_runs_as_it_stands(model, data, tmp_path, monkey
     assert found.stdout
 
 
-def test_target_says_the_same_with_the_new_drafter(model, data, tmp_path):
+def test_target_says_the_same_with_the_new_drafter(model, trained):
     from mlx_gemma_mtp import generate_tokens
 
-    assert main(arguments(model, data, tmp_path / "made", "--loss", "tv")) == 0
     prompt = [2, 40, 50, 60]
     texts = []
-    for drafter in (None, model / "drafter", tmp_path / "made"):
+    for drafter in (None, model / "drafter", trained):
         target, _ = load(
             model,
             draft_model=drafter,
             speculative_decoding=drafter is not None,
         )
-        texts.append(list(generate_tokens(pair_of(target), prompt, max_tokens=40)))
+        texts.append(list(generate_tokens(pair_of(target), prompt, max_tokens=24)))
     assert texts[0] == texts[1] == texts[2]
 
 
@@ -157,8 +180,12 @@ def test_from_scratch_and_without_generating(model, data, tmp_path):
 
 def test_training_that_brings_nothing_keeps_the_drafter(model, data, tmp_path, capsys):
     output = tmp_path / "made"
-    assert main(arguments(model, data, output, "--learning-rate", "1e-12")) == 0
+    more = ("--learning-rate", "1e-12", "--judge-every", "100")
+    assert main(arguments(model, data, output, *more)) == 0
     assert "no step was better" in capsys.readouterr().err
+    training = json.loads((output / "training.json").read_text())
+    # Steps behind the last measurement are measured.
+    assert [point["step"] for point in training["history"]] == [0, 6]
     before, after = load_drafter(model / "drafter"), load_drafter(output)
     assert mx.array_equal(after.model.norm.weight, before.model.norm.weight)
 
@@ -214,41 +241,38 @@ def test_killed_at_random_moments_it_resumes(model, data, tmp_path):
     assert not list(tmp_path.glob("*.work"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signal_is_answered_with_what_is_done(
-    model, data, tmp_path, capsys, monkeypatch, number
+    model, data, trained, tmp_path, capsys, monkeypatch
 ):
-    before = signal.signal(number, signal.SIG_DFL)  # nohup has it ignored
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main(arguments(model, data, whole)) == 0
-    step = Trainer._step
+    numbers = {3: signal.SIGTERM, 5: signal.SIGHUP}
+    # nohup has one of them ignored
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in numbers.values()}
+    broken, step = tmp_path / "broken", Trainer._step
 
     def stopped(self):
         step(self)
-        if self.progress.step == 3:
-            os.kill(os.getpid(), number)
+        if self.progress.step in numbers:
+            os.kill(os.getpid(), numbers[self.progress.step])
 
     monkeypatch.setattr(Trainer, "_step", stopped)
-    command = arguments(model, data, broken)
-    assert main(command) == (128 + number)
-    notes = capsys.readouterr().err.splitlines()
-    assert notes[-1] == "interrupted; --resume goes on"
-    assert signal.signal(number, before) == signal.SIG_DFL
-    (checkpoint,) = (tmp_path / "broken.work").glob("checkpoint-*")
-    kept = read_snapshot(checkpoint)
-    assert kept is not None
-    assert kept.step == 3  # the last one at which it keeps them by itself is 2
-    monkeypatch.undo()
-    with tiny.uncompiled():
-        assert main([*command, "--resume"]) == 0
-    assert weights_of(broken) == weights_of(whole)
+    command = arguments(model, data, broken, "--temp", "1")
+    for done, number in numbers.items():
+        assert main([*command, "--resume"]) == (128 + number)
+        notes = capsys.readouterr().err.splitlines()
+        assert notes[-1] == "interrupted; --resume goes on"
+        (checkpoint,) = work_of(broken).glob("checkpoint-*")
+        kept = read_snapshot(checkpoint)
+        assert kept is not None
+        assert kept.step == done  # by itself it keeps every second one
+        assert signal.signal(number, before[number]) == signal.SIG_DFL
+    assert main([*command, "--resume"]) == 0
+    assert weights_of(broken) == weights_of(trained)
 
 
-def test_run_that_was_cut_off_is_not_overwritten(model, data, tmp_path, capsys):
-    output = tmp_path / "made"
-    kept = arguments(model, data, output, "--keep-work")
-    assert main(kept) == 0
-    capsys.readouterr()
+def test_run_that_was_cut_off_is_not_overwritten(
+    model, data, trained, tmp_path, capsys
+):
+    kept = arguments(model, data, copied(trained, tmp_path), *TRAINED)
     assert main([*kept, "--force"]) == 1
     assert "--resume to go on" in capsys.readouterr().err
     assert main([*kept, "--force", "--resume", "--seed", "3"]) == 1
@@ -290,7 +314,6 @@ def test_bad_data_is_one_line_before_anything_is_written(
         (["--from-scratch", "--lora-rank", "2"], "--lora-rank must be left out"),
         (["--steps", "0"], "--steps must be 1 or more"),
         (["--num-rows", "0"], "--num-rows must be 1 or more"),
-        (["--loss", "l2"], "invalid choice"),
         (["--temp", "-1"], "temp must be 0 or more"),
         (["--chat-template-config", "[]"], "must be a JSON object"),
         (["--max-tokens", "1000000"], "context"),
@@ -366,11 +389,10 @@ def test_output_must_have_a_name(model, data, capsys):
     assert "--output must name a folder" in capsys.readouterr().err
 
 
-def test_other_training_settings_keep_the_texts(model, data, tmp_path, capsys):
-    output = tmp_path / "made"
-    kept = arguments(model, data, output, "--keep-work", "--temp", "1")
-    assert main(kept) == 0
-    records = tmp_path / "made.work" / "records"
+def test_other_training_settings_keep_the_texts(model, data, trained, tmp_path, capsys):
+    output = copied(trained, tmp_path)
+    kept = arguments(model, data, output, *TRAINED)
+    records = work_of(output) / "records"
     before = {path.name: path.stat().st_mtime_ns for path in records.iterdir()}
     first = weights_of(output)
     more = ("--resume", "--learning-rate", "0.003")
@@ -385,10 +407,10 @@ def test_other_training_settings_keep_the_texts(model, data, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_another_target_at_the_same_place_is_noticed(data, tmp_path, capsys):
-    model = tiny.model_folder(tmp_path / "model")
-    kept = arguments(model, data, tmp_path / "made", "--keep-work")
-    assert main(kept) == 0
+def test_another_target_at_the_same_place_is_noticed(data, trained, tmp_path, capsys):
+    model = tiny.model_folder(tmp_path / "tiny")
+    kept = arguments(model, data, copied(trained, tmp_path), *TRAINED)
+    assert main([*kept, "--force", "--resume"]) == 0  # the very same is none
     path = str(model / "model.safetensors")
     weights = cast(dict[str, mx.array], mx.load(path))
     name = next(name for name in weights if name.endswith("mlp.up_proj.weight"))
@@ -400,14 +422,6 @@ def test_another_target_at_the_same_place_is_noticed(data, tmp_path, capsys):
     capsys.readouterr()
     assert main([*kept, "--force", "--resume"]) == 1
     assert "same texts: got another target" in capsys.readouterr().err
-
-
-def test_steps_behind_the_last_measurement_are_measured(model, data, tmp_path):
-    output = tmp_path / "made"
-    more = ("--temp", "1", "--judge-every", "100")
-    assert main(arguments(model, data, output, *more)) == 0
-    training = json.loads((output / "training.json").read_text())
-    assert [point["step"] for point in training["history"]] == [0, 6]
 
 
 def test_loss_that_is_no_number_is_one_line(model, data, tmp_path, capsys):
@@ -428,87 +442,24 @@ def test_full_disk_is_one_line(model, data, tmp_path, capsys, monkeypatch):
     assert "must be writable: got No space left on device" in error
 
 
-def test_run_that_was_done_is_only_cleaned_up(model, data, tmp_path):
+def test_run_that_was_done_is_only_cleaned_up(model, data, trained, tmp_path):
     """As after a kill between the drafter's appearance and the end."""
-    output = tmp_path / "made"
-    kept = arguments(model, data, output, "--keep-work")
-    assert main(kept) == 0
-    first = weights_of(output)
-    assert main([*kept[:-1], "--resume"]) == 0
-    assert weights_of(output) == first
+    output = copied(trained, tmp_path)
+    assert main([*arguments(model, data, output, "--temp", "1"), "--resume"]) == 0
+    assert weights_of(output) == weights_of(trained)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-@pytest.mark.slow
-def test_texts_are_the_same_in_several_processes(model, data, tmp_path):
-    outputs = [tmp_path / "one", tmp_path / "two"]
-    for output, count in zip(outputs, "13", strict=True):
-        more = ("--num-processes", count, "--temp", "1")
-        assert main(arguments(model, data, output, *more)) == 0
-    assert weights_of(outputs[0]) == weights_of(outputs[1])
-
-
-def test_memory_of_writing_processes_counts(model, data, tmp_path):
-    writing, load_again = some_writing(model, data, tmp_path)
-    writing = replace(writing, documents=writing.documents[:4])
-    pair = load_again()
-    before = mx.get_peak_memory()
-    written = write_all(writing, pair, load_again, lambda done: None)
-    assert written.names == writing.names
-    weights = sum(array.nbytes for _, array in named_arrays([pair.target]))
-    assert written.peak_memory_bytes >= before + weights  # one may have written all
-    again = write_all(writing, pair, load_again, lambda done: None)
-    assert again.names == written.names
-    assert again.peak_memory_bytes == mx.get_peak_memory()
-
-
-def test_memory_is_that_of_all_processes_together(model, data, tmp_path, monkeypatch):
-    groups = [_Group(2, 11, 300), _Group(2, 12, 50), _Group(2, 11, 200)]
-    path = "mlx_gemma_mtp.tune.recording.material._groups"
-    monkeypatch.setattr(path, lambda *args: iter(groups))
-    writing, load_again = some_writing(model, data, tmp_path)
-    done: list[int] = []
-    written = write_all(writing, load_again(), load_again, done.append)
-    assert written.peak_memory_bytes == mx.get_peak_memory() + 300 + 50
-    assert done == [0, 2, 4, 6]
-
-
-def test_checkpoint_at_another_place_is_not_replaced(model, data, tmp_path, capsys):
-    work, output = tmp_path / "work", tmp_path / "made"
-    kept = arguments(model, data, output, "--keep-work", "--work", str(work))
-    assert main(kept) == 0
-    other = tiny.model_folder(tmp_path / "other")
+def test_checkpoint_at_another_place_is_not_replaced(
+    model, data, trained, tmp_path, capsys
+):
+    work, other = tmp_path / "work", tiny.model_folder(tmp_path / "other")
+    shutil.copytree(work_of(trained), work)
     before = weights_of(other)
-    again = [str(other) if value == str(output) else value for value in kept]
-    assert main([*again, "--resume"]) == 1
+    again = arguments(model, data, other, *TRAINED, "--work", str(work), "--resume")
+    assert main(again) == 1
     assert "must not be there yet" in capsys.readouterr().err
     assert weights_of(other) == before
-
-
-def some_writing(model, data, tmp_path):
-    """Documents for two processes, and how these get the target."""
-    lengths = Lengths(8, 12, 1000)
-    reader = DocumentReader(load_tokenizer(model), lengths, generate=True)
-    documents = list(reader.read([data]))
-    texts = TextSettings(num_rows=1, num_processes=2, prompt_tokens=8, max_tokens=12)
-    folder = tmp_path / "records"
-    writing = Writing(documents, folder, "x", SamplingParams(seed=1), texts)
-    request = TuneRequest(str(model), (str(data),), tmp_path / "made", texts=texts)
-    return writing, partial(load_plain, request)
-
-
-def test_mistake_in_a_process_ends_the_others(model, data, tmp_path):
-    writing, load_again = some_writing(model, data, tmp_path)
-    writing = replace(writing, documents=[*writing.documents] * 10)
-
-    def fail(num_done: int) -> None:
-        if num_done:
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        write_all(writing, load_again(), load_again, fail)
-    assert not active_children()
-    assert len(list(writing.folder.glob("x-*"))) < len(writing.documents) / 2
 
 
 def test_too_little_data_is_told(model, tmp_path, capsys):

@@ -8,22 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import signal
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
-import mlx.core as mx
-
-from ...errors import DataError, OutputError
+from ...errors import DataError
 from ...models.target import Target
 from ...pair.pair import Pair
 from ...sampling.params import SamplingParams
@@ -34,7 +24,7 @@ from .texts import Text, given_texts, own_texts
 
 _HELD_OUT_EVERY = 16  # of the data's sources, where no files to judge by are named
 _ENOUGH_SOURCES = 34  # of which one is held out to judge by and one for the report
-# So many texts made up for what fine-tuning had lost (README, "Measured").
+# So many texts made up for what fine-tuning had lost (docs/tuning.md, "Measured").
 _ENOUGH_TEXTS = 600
 _FEW_TEXTS = 100
 
@@ -251,119 +241,24 @@ class Writing:
         return f"{self.prefix}-{index:06d}"
 
 
-@dataclass(frozen=True)
-class Written:
-    """The records of all documents.
-
-    Attributes:
-        names: Of the records.
-        peak_memory_bytes: The most that MLX held, of all processes that took part.
-    """
-
-    names: list[str]
-    peak_memory_bytes: int
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Documents that are done.
-
-    Attributes:
-        size: How many.
-        process: Who has written them.
-        peak_memory_bytes: The most that MLX has held there so far.
-    """
-
-    size: int
-    process: int
-    peak_memory_bytes: int
-
-
 def write_all(
-    writing: Writing,
-    pair: Pair,
-    load_again: Callable[[], Pair],
-    on_progress: Callable[[int], None],
-) -> Written:
+    writing: Writing, pair: Pair, on_progress: Callable[[int], None]
+) -> list[str]:
     """Make all records.
 
     Args:
         writing: What is to be made.
         pair: The target.
-        load_again: Loads the same target in another process; can be pickled.
         on_progress: Called with the number of documents done.
+
+    Returns:
+        The records' names.
     """
     missing = [start for start in writing.starts if not writing.is_done(start)]
     num_done = len(writing.documents) - sum(len(writing.group(s)) for s in missing)
     on_progress(num_done)
-    peaks: Counter[int] = Counter()
-    for group in _groups(writing, missing, pair, load_again):
-        peaks[group.process] = max(peaks[group.process], group.peak_memory_bytes)
-        num_done += group.size
+    for start in missing:
+        writing.write(pair, start)
+        num_done += len(writing.group(start))
         on_progress(num_done)
-    peaks[os.getpid()] = mx.get_peak_memory()  # it holds a target while others write
-    return Written(writing.names, peaks.total())
-
-
-def _groups(
-    writing: Writing,
-    missing: Sequence[int],
-    pair: Pair,
-    load_again: Callable[[], Pair],
-) -> Iterator[_Group]:
-    """Each group that was missing, when it is done."""
-    num_processes = min(writing.settings.num_processes, len(missing))
-    if num_processes <= 1:
-        for start in missing:
-            yield _write(writing, pair, start)
-        return
-    context = get_context("spawn")
-    is_stopped = context.Event()
-    pool = ProcessPoolExecutor(
-        num_processes, context, _begin, (writing, load_again, os.getpid(), is_stopped)
-    )
-    try:
-        for future in as_completed(
-            [pool.submit(_write_given, start) for start in missing]
-        ):
-            yield future.result()
-    except BaseException as error:
-        is_stopped.set()  # also to the group that is being written
-        if isinstance(error, BrokenProcessPool):
-            raise OutputError(
-                "the processes that write texts must go on to the end: got one that "
-                "ended, maybe for want of memory. Lower --num-processes, then --resume."
-            ) from None
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-# Of a process that writes for another one.
-_given: dict[str, Any] = {}
-
-
-def _begin(
-    writing: Writing, load_again: Callable[[], Pair], parent: int, is_stopped: Any
-) -> None:
-    """Get ready to write for the process that has begun this one."""
-    for number in (signal.SIGINT, signal.SIGHUP):  # are the parent's to answer
-        signal.signal(number, signal.SIG_IGN)
-    Thread(target=_end_with, args=(parent, is_stopped), daemon=True).start()
-    _given.update(writing=writing, pair=load_again())
-
-
-def _write_given(start: int) -> _Group:
-    return _write(_given["writing"], _given["pair"], start)
-
-
-def _write(writing: Writing, pair: Pair, start: int) -> _Group:
-    writing.write(pair, start)
-    return _Group(len(writing.group(start)), os.getpid(), mx.get_peak_memory())
-
-
-def _end_with(parent: int, is_stopped: Any) -> None:
-    """End when the parent stops or is no more, also where it was killed."""
-    while os.getppid() == parent and not is_stopped.wait(0.2):
-        pass
-    os._exit(1)
+    return writing.names

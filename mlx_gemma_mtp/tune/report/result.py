@@ -23,8 +23,8 @@ from ...checkpoints.checkpoint import (
 )
 from ...checkpoints.staging import check_free_space, forget_replaced, staged
 from ...errors import OutputError
-from ...models.config import DrafterConfig
 from ...models.drafter import Drafter
+from ...models.drafter_config import DrafterConfig
 
 _WEIGHTS_NAME = "model.safetensors"
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...constants import MAX_DRAFT_TOKENS
-from ...drafting.chips import CHIPS
 from ...drafting.controller import DEFAULT_PRIOR, Prior
-from ...drafting.speed_model import Model, default_draft_bits, model
+from ...drafting.speed_model import CHIPS, Model, default_draft_bits, model
 from ...models.families import FAMILIES
 
 EXAMPLES = ("M1 Max", "M3 Max", "M4 Max", "M5 Max")
@@ -149,9 +148,9 @@ def predict(
             for chip in map(CHIPS.__getitem__, EXAMPLES)
         ]
         words = (
-            f"modelled for {shapes.name.upper()} in {bits} bits, its drafter in "
+            f"modelled for {shapes.size} in {bits} bits, its drafter in "
             f"{draft_bits}, one sequence, {context:,} tokens in the cache; how far off "
-            "that can be: README of mlx_gemma_mtp, Modelled speed"
+            "that can be: docs/speed-model.md of mlx_gemma_mtp"
         )
     if relative_cost is not None:
         costs.append(Costs("this machine", MEASURED, tuple(relative_cost)))

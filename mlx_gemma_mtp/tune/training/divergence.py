@@ -11,15 +11,9 @@ texts of
 
     sum over k of r_k * a_k
 
-without any sampling from the drafter. The loss is the same sum with a divergence in
-place of the acceptance, and r_k as a weight.
-
-Divergences of a step:
-
-    "tv"          1 - a
-    "acceptance"  -log a; as "tv", but its gradient does not vanish where a is small
-    "kl"          sum p log(p / q)
-    "ce"          -log q of the text's own token
+without any sampling from the drafter. The loss is the same sum with the divergence
+``sum p log(p / q)`` in place of the acceptance, and r_k as a weight. Measured against
+1 - a, -log a and -log q of the text's own token it was the best or equal to it.
 
 Knows distributions as arrays; nothing of records or of drafters' insides.
 """
@@ -87,23 +81,15 @@ def reached(said: Foretold, next_probs: mx.array) -> mx.array:
     return mx.where(next_probs > 0, mx.minimum(1, ratio), 0)
 
 
-def divergence(kind: str, said: Foretold, probs: mx.array) -> mx.array:
-    """One step's divergence of every place, [C]; see the module's text.
+def divergence(said: Foretold, probs: mx.array) -> mx.array:
+    """Kullback and Leibler's, of one step at every place, [C].
 
     Args:
-        kind: One of ``settings.DIVERGENCES``.
         said: What the drafter says.
         probs: The target's probabilities, [C, M].
     """
-    if kind == "tv":
-        return 1 - acceptance(said, probs)
-    if kind == "acceptance":
-        return -mx.log(mx.maximum(acceptance(said, probs), _TINY))
-    if kind == "kl":
-        own = mx.where(probs > 0, mx.log(mx.maximum(probs, _TINY)), 0)
-        return (probs * (own - said.log_probs)).sum(axis=-1)
-    assert kind == "ce"  # the settings know no others
-    return -said.next_log_probs
+    own = mx.where(probs > 0, mx.log(mx.maximum(probs, _TINY)), 0)
+    return (probs * (own - said.log_probs)).sum(axis=-1)
 
 
 def cluster_divergence(

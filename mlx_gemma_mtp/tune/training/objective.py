@@ -23,6 +23,9 @@ from .unrolling import Chunk, unroll
 
 # What routing counts for beside the tokens themselves.
 _CLUSTER_WEIGHT = 0.25
+# What a step counts at least, however seldom it is reached: while a drafter is new,
+# hardly any of its later steps is.
+_LEAST_REACH = 0.1
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,13 @@ class Objective:
     """What a drafter is trained for.
 
     Attributes:
-        kind: The divergence, see divergence.py.
         num_draft_tokens: K.
         temp: The temperature that drafts are drawn at; 0 for greedy ones.
-        least_reach: What a step counts at least, however seldom it is reached: while a
-            drafter is new, hardly any of its later steps is.
         clusters: The cluster of every token, int32 [V], of a centroid head.
     """
 
-    kind: str
     num_draft_tokens: int
     temp: float
-    least_reach: float
     clusters: mx.array | None = None
 
     def loss(self, drafter: Drafter, chunk: Chunk) -> mx.array:
@@ -49,7 +47,7 @@ class Objective:
         reach = mx.ones((chunk.num_places,))
         total = mx.zeros(())
         for output, said, judge in self._steps(drafter, chunk):
-            weight = mx.maximum(reach, self.least_reach) * judge.is_inside
+            weight = mx.maximum(reach, _LEAST_REACH) * judge.is_inside
             found = self._divergence(output, said, judge)
             total = total + (mx.stop_gradient(weight) * found).sum()
             reach = reach * reached(said, judge.next_probs)
@@ -81,7 +79,7 @@ class Objective:
         self, output: DraftOutput, said: Foretold, judge: _Judge
     ) -> mx.array:
         """One step's, [C]."""
-        found = divergence(self.kind, said, judge.probs)
+        found = divergence(said, judge.probs)
         if output.cluster_scores is None or self.clusters is None:
             return found
         clusters = self.clusters[judge.token_ids]

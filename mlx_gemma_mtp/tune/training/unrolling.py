@@ -19,6 +19,10 @@ from ...cache.slabs import SlabLayout
 from ...models.drafter import Drafter, DraftOutput, SharedKV
 from ..recording.records import Record, first_seen
 
+# Of what the activations of a chunk of places may take.
+_ACTIVATION_BYTES = 1 << 30
+_MOST_PLACES = 256
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -137,3 +141,20 @@ def unroll(drafter: Drafter, chunk: Chunk, num_draft_tokens: int) -> list[DraftO
         hidden = output.hidden
         outputs.append(output)
     return outputs
+
+
+def places_in_memory(drafter: Drafter, num_draft_tokens: int) -> int:
+    """How many places of a text may have their activations in memory together.
+
+    Logits are the most of them: each step's, with their softmax and their gradient; of
+    a centroid head the embeddings of the candidates, which every place gathers.
+    """
+    text = drafter.config.text_config
+    head = drafter.masked_embedding
+    if head is None:
+        numbers = 3 * text["vocab_size"]
+    else:
+        candidates = head.top_k * text["vocab_size"] // head.num_centroids
+        numbers = 2 * candidates * text["hidden_size"]
+    most = _ACTIVATION_BYTES // (4 * numbers * num_draft_tokens)
+    return max(1, min(most, _MOST_PLACES))

@@ -1,6 +1,6 @@
 """docs/environment.md names the variables that are read, and no others.
 
-Run: python -m pytest tests/test_environment.py
+Run: python -m pytest tests/docs/test_environment.py
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 
 from mlx_gemma_mtp.pair.fingerprint import MLX_SETTINGS
+from tests.docs.pages import PAGES, ROOT
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+PAGE = PAGES["docs/environment.md"]
 NAME = re.compile(r"[A-Z]+(_[A-Z0-9]+)+")
 FILES = [*(ROOT / "mlx_gemma_mtp").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]
 
@@ -78,8 +78,3 @@ def test_the_hubs_client_knows_its_own():
     names = named("The Hub")
     assert len(names) > 5
     assert {name for name in names if f'"{name}"' not in source} == set()
-
-
-def test_the_readme_leads_here():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "(docs/environment.md)" in readme

@@ -1,7 +1,7 @@
 """Measure the converter's memory and speed on a large checkpoint.
 
-    python scripts/convert_bench.py                  9.5 GB, random weights
-    python scripts/convert_bench.py --gigabytes 0.1  the same, quick
+    python scripts/studies/convert_bench.py                  9.5 GB, random weights
+    python scripts/studies/convert_bench.py --gigabytes 0.1  the same, quick
 
 The checkpoint has gemma-4-E4B-it's tensor names and shapes, with fewer layers, and its
 drafter; the table of per-layer embeddings alone is 3.2 GB. The converter runs as users
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 # numpy, mlx and convert are imported where they are used: a process starts with its
 # parent's memory, so what this one held would count as the children's.
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "tests" / "data" / "published"
 EMBEDDED = ROOT / "mlx_gemma_mtp" / "embedded"
 TARGET, DRAFTER = "gemma-4-E4B-it", "gemma-4-E4B-it-assistant"
@@ -213,7 +213,7 @@ def timed(kind: str, command: list[str]) -> Run:
 
 def stage(name: str, folder: Path) -> list[str]:
     """The command of one of this script's own processes."""
-    command = [sys.executable, "-m", "scripts.convert_bench"]
+    command = [sys.executable, "-m", "scripts.studies.convert_bench"]
     return [*command, "--stage", name, "--folder", str(folder)]
 
 

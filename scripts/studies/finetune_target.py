@@ -1,6 +1,6 @@
 """Fine-tune the embedded target on English prose, so that its drafter falls behind.
 
-    python scripts/finetune_target.py --output FOLDER
+    python scripts/studies/finetune_target.py --output FOLDER
 
 The text is the language reference that Python carries for its help(): English about
 Python, which the target, trained on Python code, has never seen. FOLDER gets the new
@@ -22,7 +22,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import mlx.core as mx
 import mlx.optimizers as optim

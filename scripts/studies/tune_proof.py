@@ -1,19 +1,17 @@
 """Measure what tuning a drafter is for, from end to end, with the embedded pair.
 
-    python scripts/tune_proof.py                    both claims, an hour on 2 cores
-    python scripts/tune_proof.py retuned            only this one
-    python scripts/tune_proof.py centroids losses   comparisons, which claim no length
+    python scripts/studies/tune_proof.py             both claims, an hour on 2 cores
+    python scripts/studies/tune_proof.py retuned     only this one
+    python scripts/studies/tune_proof.py centroids   a comparison: it claims no length
 
 retuned    The target is fine-tuned on English prose, so that its drafter falls behind;
            tuning the drafter wins back what was lost, and the target's text stays what
            it is.
 scratch    A drafter with random weights is trained for as long as the shipped one was.
 centroids  The same with a centroid head, as drafters of E2B and E4B have.
-losses     The same steps on the same sampled texts of the fine-tuned target, with each
-           of the divergences.
 
-Acceptance length is tokens per round with four drafts, greedy but in losses, in the
-engine, on held-out text: what a training chooses its best weights by is other text.
+Acceptance length is tokens per round with four drafts, greedy, in the engine, on
+held-out text: what a training chooses its best weights by is other text.
 The exit status is 1 where a claim does not hold.
 """
 
@@ -31,7 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import mlx.core as mx
 
@@ -40,32 +38,28 @@ from mlx_gemma_mtp.errors import MTPError
 from mlx_gemma_mtp.generation.encoding import encode_text
 from mlx_gemma_mtp.machine import describe_machine
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair, load_tokenizer
-from mlx_gemma_mtp.sampling.params import SamplingParams
-from mlx_gemma_mtp.tune.data.documents import Document
 from mlx_gemma_mtp.tune.fresh import fresh_config, fresh_drafter
 from mlx_gemma_mtp.tune.pipeline import tune
-from mlx_gemma_mtp.tune.report.measuring import measure
 from mlx_gemma_mtp.tune.report.result import write_drafter
 from mlx_gemma_mtp.tune.request import TextSettings, TuneRequest
-from mlx_gemma_mtp.tune.settings import DIVERGENCES, TrainingSettings
-from scripts import finetune_target, openblas, train_drafter
+from mlx_gemma_mtp.tune.settings import TrainingSettings
+from scripts import openblas, train_drafter
 from scripts.benchmarks.acceptance import decode, describe_stats
 from scripts.benchmarks.prompts import prompts_of, read_documents
 from scripts.benchmarks.speed import show
-from scripts.finetune_target import finetune
 from scripts.progress import log, logged
+from scripts.studies import finetune_target
+from scripts.studies.finetune_target import finetune
 
 CLAIMED = ("retuned", "scratch")
-PARTS = (*CLAIMED, "centroids", "losses")
+PARTS = (*CLAIMED, "centroids")
 # A sixteenth of 1,024 tokens is looked at; published heads look at a 64th of theirs.
 CENTROIDS = {
     "use_ordered_embeddings": True,
     "num_centroids": 128,
     "centroid_intermediate_top_k": 8,
 }
-TEXTS = TextSettings(
-    num_texts=600, prompt_tokens=48, max_tokens=96, num_rows=64, num_processes=2
-)
+TEXTS = TextSettings(num_texts=600, prompt_tokens=48, max_tokens=96, num_rows=64)
 # The clock ends it, neither steps nor patience.
 TRAINING = TrainingSettings(
     minutes=7,
@@ -76,7 +70,6 @@ TRAINING = TrainingSettings(
     learning_rate=1e-3,
     seed=1,
 )
-SAMPLED = SamplingParams(temp=1.0, top_k=64, top_p=0.95)  # of losses
 LEAST_WON_BACK = 0.8
 MOST_MINUTES = 20  # of the whole command: texts, measurements, training
 LEAST_OF_SHIPPED = 0.9
@@ -135,7 +128,7 @@ def retuned(args: argparse.Namespace, work: Path) -> Part:
         "drafter",
     )
     finetune(work, steps=args.finetune_steps)
-    prompts = _prose_prompts(work / "heldout.jsonl", args, count=args.prompts)
+    prompts = _prose_prompts(work / "heldout.jsonl", args)
     show(f"\nretuned: {len(prompts)} prompts of held-out prose")
     original = _decoded(
         "the shipped drafter, the target as it was",
@@ -164,7 +157,7 @@ def retuned(args: argparse.Namespace, work: Path) -> Part:
         "the tuned drafter, the target fine-tuned",
         *(target, work / tuned, prompts, args.max_tokens),
     )
-    plain = decode(load_pair(target), prompts, args.max_tokens, 0)[0]
+    plain = decode(load_pair(target, False), prompts, args.max_tokens, 0)[0]
     num_same = _num_same(plain, before.texts, after.texts)
     return Part(
         {
@@ -266,7 +259,7 @@ def _from_scratch(
         "the drafter trained from random weights",
         *(target, output, prompts, args.max_tokens),
     )
-    plain = decode(load_pair(target), prompts, args.max_tokens, 0)[0]
+    plain = decode(load_pair(target, False), prompts, args.max_tokens, 0)[0]
     num_same = _num_same(plain, old.texts, new.texts)
     return Part(
         {
@@ -280,69 +273,6 @@ def _from_scratch(
     )
 
 
-def losses(args: argparse.Namespace, work: Path) -> Part:
-    """Train with each of the divergences on the same texts."""
-    finetune(work, steps=args.finetune_steps)
-    target, shipped = (
-        train_drafter.quick_target(work / "target", work),
-        embedded_pair_path() / "drafter",
-    )
-    prompts = _prose_prompts(work / "heldout.jsonl", args, count=args.loss_prompts)
-    show(
-        f"\nlosses: {args.loss_steps} steps at temperature 1, top-k 64, top-p 0.95; "
-        f"{len(prompts)} prompts of held-out prose"
-    )
-    found: dict[str, Any] = {
-        "before": _sampled("before", target, shipped, prompts, args)
-    }
-    texts = replace(TEXTS, temp=SAMPLED.temp, top_k=SAMPLED.top_k, top_p=SAMPLED.top_p)
-    for loss in DIVERGENCES:
-        report = tune(
-            TuneRequest(
-                model=str(target),
-                draft_model=str(shipped),
-                data=(str(work / "train.jsonl"),),
-                held_out=(str(work / "heldout.jsonl"),),
-                output=work / loss,
-                work=work / "work",
-                keeps_work=True,
-                is_resumed=True,  # with other training settings: the texts stay
-                texts=replace(texts, num_texts=args.num_texts or texts.num_texts),
-                training=replace(
-                    TRAINING, loss=loss, minutes=None, steps=args.loss_steps
-                ),
-            ),
-            tell=log,
-            progress=logged,
-        )
-        every = max(point.acceptance_length or 0 for point in report.history)
-        figures = _sampled(loss, target, work / loss, prompts, args)
-        show(f"{loss:12} at every place of other texts {every:.3f}")
-        found[loss] = {**report.to_dict(), "sampled": figures, "at_every_place": every}
-    return Part(found, [])
-
-
-def _sampled(
-    what: str,
-    target: Path,
-    drafter: Path,
-    prompts: list[list[int]],
-    args: argparse.Namespace,
-) -> dict[str, Any]:
-    """Continue prompts with a pair as sampled text is; its acceptance is shown."""
-    found = measure(
-        load_pair(target, drafter),
-        [Document("prose", i, prompt, []) for i, prompt in enumerate(prompts)],
-        replace(SAMPLED, seed=args.seed),
-        num_draft_tokens=TRAINING.num_draft_tokens,
-        max_tokens=args.max_tokens,
-        num_rows=TEXTS.num_rows,
-        step_size=TEXTS.step_size,
-    ).overall
-    show(f"{what:12} {found.length:.3f} +- {found.standard_error:.3f}")
-    return {**found.to_dict(), "standard_error": found.standard_error}
-
-
 def _decoded(
     what: str, target: Path, drafter: Path, prompts: list[list[int]], max_tokens: int
 ) -> Decoded:
@@ -351,15 +281,13 @@ def _decoded(
     return Decoded(texts, stats.acceptance_length, describe_stats(what, stats))
 
 
-def _prose_prompts(
-    path: Path, args: argparse.Namespace, *, count: int
-) -> list[list[int]]:
+def _prose_prompts(path: Path, args: argparse.Namespace) -> list[list[int]]:
     """Random stretches of the prose that no training has seen."""
     tokenizer = load_tokenizer(embedded_pair_path())
     records = map(json.loads, path.read_text("utf-8").splitlines())
     documents = [encode_text(tokenizer, record["text"]) for record in records]
     rng = random.Random(args.seed)
-    return prompts_of(documents, rng, count=count, length=args.prompt_tokens)
+    return prompts_of(documents, rng, count=args.prompts, length=args.prompt_tokens)
 
 
 def _num_same(*texts: list[list[int]]) -> int:
@@ -388,7 +316,6 @@ def prove(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "retuned": retuned,
         "scratch": scratch,
         "centroids": centroids,
-        "losses": losses,
     }
     for name in args.parts or CLAIMED:
         folder = work / name
@@ -421,7 +348,7 @@ def configure_parser() -> argparse.ArgumentParser:
         "parts",
         nargs="*",
         metavar="PART",
-        help="retuned, scratch (default: these two), centroids, losses",
+        help="retuned, scratch (default: these two), centroids",
     )
     parser.add_argument(
         "--retuned-minutes",
@@ -434,18 +361,6 @@ def configure_parser() -> argparse.ArgumentParser:
         type=float,
         default=train_drafter.TRAINING.minutes,
         help="of training in scratch and centroids (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--loss-steps",
-        type=int,
-        default=200,
-        help="of training in losses (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--loss-prompts",
-        type=int,
-        default=400,
-        help="to measure on in losses (default: %(default)s)",
     )
     parser.add_argument("--finetune-steps", type=int, default=finetune_target.STEPS)
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Measure which parts of a target and its drafter need how many bits.
 
-    python scripts/quantization.py
+    python scripts/studies/quantization.py
 
 Every number is measured on weights that were quantized and dequantized again, so the
 arithmetic is float32 throughout and the weights alone are what differs. Weights go
@@ -43,8 +43,8 @@ from mlx_gemma_mtp.models.drafter import Drafter, SharedKV
 from mlx_gemma_mtp.models.target import Target, text_model
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair
 
-HELD_OUT = Path(__file__).parent / "data" / "heldout.jsonl.gz"
-REFERENCE = Path(__file__).parents[1] / "tests" / "data" / "reference"
+HELD_OUT = Path(__file__).parents[1] / "data" / "heldout.jsonl.gz"
+REFERENCE = Path(__file__).parents[2] / "tests" / "data" / "reference"
 SECTIONS = ("weights", "drafter", "target", "rest")
 NUM_DRAFT_TOKENS = 4
 NUM_PLACES = 16  # of each text, that a round is judged at
@@ -671,7 +671,7 @@ def reference_target(family: str) -> Parts:
     A per-layer table is scaled up until its rows are as large as the projection that
     they are added to: as it is, it is a tenth of that, and hides its own error.
     """
-    model = load_pair(REFERENCE / family / "target").target
+    model = load_pair(REFERENCE / family / "target", False).target
     inner = text_model(model).model
     if inner.hidden_size_per_layer_input:
         table_rows = inner.embed_tokens_per_layer.weight

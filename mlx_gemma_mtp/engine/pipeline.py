@@ -1,0 +1,385 @@
+"""The rounds of a batch: queued one ahead, read one by one, timed and counted.
+
+At most one round is queued beyond the one whose report is read (look-ahead), so the
+device works while the host streams text. One small array is read per round. Work past
+an end costs at most that one round and is dropped. While the host decides a sequence
+(logits processors, a caller's sampler) nothing is queued ahead.
+
+This file alone knows what is in flight. It knows nothing of prompts, of who waits, or
+of what is done with a sequence that has ended.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from ..cpu_kernels import clock
+from ..drafting.policy import DraftPolicy
+from ..sampling.acceptance import Accepted
+from .batch import Batch
+from .early_start import EarlyStart
+from .results import Emission, Outcome, emissions_of, outcomes_of
+from .rounds import Rounds
+from .route import Route
+from .sequence import Row
+from .shadows import Shadows
+from .state import Report, RoundState, RowSettings, Verified
+from .stats import RoundStats
+from .timing import RoundTimer
+
+# MLX keeps freed buffers for reuse; let go of them now and then, as mlx-lm does.
+_ROUNDS_PER_CACHE_CLEAR = 256
+
+
+@dataclass
+class _InFlight:
+    """A round that was built.
+
+    Attributes:
+        report: What it will tell.
+        sequences: Who sat where when it was built.
+        num_draft_tokens: Its K.
+        policy: Who chose K.
+        setup_s: What it took the host to trace it; None where it was traced before.
+        num_shadow_drafts: Drafts that were made beside it.
+        waiting: Arrays that are still to be evaluated: it has not been started.
+        is_early: Whether it was started before the report of the one before was read.
+        seconds: Its time; None while it is not known.
+    """
+
+    report: Report
+    sequences: tuple[Row | None, ...]
+    num_draft_tokens: int
+    policy: DraftPolicy
+    setup_s: float | None
+    num_shadow_drafts: int
+    waiting: list[mx.array]
+    is_early: bool = False
+    seconds: float | None = None
+
+
+class RoundPipeline:
+    """Runs the rounds of a batch.
+
+    Args:
+        rounds: The target and its drafter.
+        batch: Who sits where, and the state between rounds.
+        draft_policy: Chooses the number of drafts.
+        route: How rounds are run and which numbers of drafts they may have.
+        look_ahead: Whether a round is built before the last one's report is read.
+        early_start: Decides whether it is started before that, too.
+        stats: Counts of the rounds read so far.
+        timer: Times them.
+    """
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        batch: Batch,
+        *,
+        draft_policy: DraftPolicy,
+        route: Route,
+        look_ahead: bool,
+        early_start: EarlyStart,
+        stats: RoundStats,
+        timer: RoundTimer,
+    ) -> None:
+        self._rounds = rounds
+        self._batch = batch
+        self._draft_policy = draft_policy
+        self._route = route
+        self._look_ahead = look_ahead
+        self._early_start = early_start
+        self._stats = stats
+        self._timer = timer
+        self._in_flight: deque[_InFlight] = deque()
+        self._num_queued = 0
+        self._shadows = Shadows()
+        self._untraced = _Untraced(rounds, route)
+        self._verified: Verified | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no round is in flight."""
+        return not self._in_flight
+
+    def num_written(self, sequence: Row) -> int:
+        """How many of a sequence's tokens have keys and values in the batch's state."""
+        # A round in flight has written the newest token of the one before.
+        return sequence.offset + any(sequence in q.sequences for q in self._in_flight)
+
+    def advance(self, *, is_awaited: bool) -> list[Emission]:
+        """Queue rounds, one ahead where that can be, and read the oldest.
+
+        Args:
+            is_awaited: Whether others wait for seats.
+
+        Returns:
+            What the live sequences emit.
+        """
+        self._skip_unwanted()
+        while self._can_queue() and self._wants_another():
+            is_first = self.is_empty
+            self._build(is_awaited=is_awaited)
+            if is_first or self._early_start.is_early:
+                self._start(is_early=not is_first)
+        outputs = self._read()
+        if self._batch.live:  # else what is in flight is dropped
+            self._start(is_early=False)
+        return outputs
+
+    def drop(self) -> None:
+        """Forget what is in flight, as it may have failed."""
+        self._in_flight.clear()
+
+    def rest(self) -> None:
+        """Wait for what is still running, and let go of it and of the batch's slabs."""
+        try:
+            mx.eval([q.report.tokens for q in self._in_flight if not q.waiting])
+        finally:
+            self._in_flight.clear()
+            self._shadows.clear()
+            self._verified = None
+            self._batch.clear()
+
+    def _skip_unwanted(self) -> None:
+        """Drop rounds whose sequences have all left since they were queued."""
+        while self._in_flight and not any(
+            s is not None and s.is_live for s in self._in_flight[0].sequences
+        ):
+            self._in_flight.popleft()
+            self._timer.disturb()
+
+    def _can_queue(self) -> bool:
+        """Whether a round may be queued beside those in flight."""
+        if len(self._in_flight) >= (2 if self._can_look_ahead else 1):
+            return False
+        if self.is_empty:
+            return True
+        batch = self._batch
+        return batch.capacity.is_known(batch.num_slots, self._drafts_in_flight)
+
+    def _wants_another(self) -> bool:
+        """Whether some sequence needs a round beyond those in flight.
+
+        Each of them emits at least one token for everybody who sits in it.
+        """
+        return any(
+            s.wants_more_than(sum(s in queued.sequences for queued in self._in_flight))
+            for s in self._batch.live
+        )
+
+    @property
+    def _can_look_ahead(self) -> bool:
+        """Whether a round may be queued before the last one's report is read."""
+        return self._look_ahead and not self._batch.settings.rule.has_host
+
+    @property
+    def _drafts_in_flight(self) -> list[int]:
+        return [queued.num_draft_tokens for queued in self._in_flight]
+
+    def _build(self, *, is_awaited: bool) -> None:
+        """Build the graph of one round; it is evaluated once it is started."""
+        batch = self._batch
+        if batch.reserve(self._drafts_in_flight, is_awaited=is_awaited):
+            self._timer.disturb()
+        policy = self._draft_policy.for_batch(
+            len(batch), rule=batch.rules, context=max(s.offset for s in batch.live)
+        )
+        self._untraced.look(batch)
+        count = self._choose_drafts(policy)
+        is_ready = count not in self._untraced.counts
+        state = batch.take_state()
+        num_shadow = self._queue_shadow(state, policy)
+        start = clock()
+        report, made = self._queue(state, batch.settings, count)
+        self._in_flight.append(
+            _InFlight(
+                report,
+                tuple(batch.sequences),
+                count,
+                policy,
+                setup_s=None if is_ready else clock() - start,
+                num_shadow_drafts=num_shadow,
+                waiting=[*report.arrays, *made],
+            )
+        )
+        self._num_queued += 1
+        if not is_ready:
+            self._untraced.counts.discard(count)
+            self._stats.traced += 1
+            self._timer.disturb()
+        if self._num_queued % _ROUNDS_PER_CACHE_CLEAR == 0:
+            mx.clear_cache()
+            self._timer.disturb()
+
+    def _queue(
+        self, state: RoundState, settings: RowSettings, count: int
+    ) -> tuple[Report, list[mx.array]]:
+        """Let a round follow a state: its report, and what it leaves to be evaluated.
+
+        Where the host decides, it stands before its commit.
+        """
+        drafts = {"num_draft_tokens": count, "min_rows": self._route.min_rows}
+        if settings.rule.has_host:
+            self._verified, report = self._rounds.verify(state, settings, **drafts)
+            return report, self._verified.arrays
+        self._batch.state, report = self._rounds.run(state, settings, **drafts)
+        return report, self._batch.state.arrays
+
+    def _start(self, *, is_early: bool) -> None:
+        """Hand the round that was built last to the device, if that was not done.
+
+        Nobody has a reference to the slabs before it by now: they are written in place.
+        """
+        if self.is_empty or not self._in_flight[-1].waiting:
+            return
+        built = self._in_flight[-1]
+        arrays, built.waiting, built.is_early = built.waiting, [], is_early
+        start = clock()
+        with self._timer.queue():
+            mx.async_eval(*arrays)
+        if built.setup_s is not None:
+            built.setup_s += clock() - start
+
+    def _queue_shadow(self, state: RoundState, policy: DraftPolicy) -> int:
+        """Make drafts beside the next round, where they are asked for; how many."""
+        count, settings = policy.num_shadow_drafts, self._batch.settings
+        if count:
+            settings = replace(settings, rule=settings.rule.by_equality)
+            try:
+                drafts = self._rounds.draft(state, settings, num_draft_tokens=count)
+                with self._timer.queue():
+                    mx.async_eval(drafts)
+            except Exception:
+                policy.observe_shadow(count, [])  # nothing will come
+                raise
+            self._shadows.add(
+                drafts,
+                self._batch.sequences,
+                in_flight=[queued.sequences for queued in self._in_flight],
+                policy=policy,
+            )
+        return count
+
+    def _choose_drafts(self, policy: DraftPolicy) -> int:
+        """K of the next round."""
+        batch = self._batch
+        left = [s.num_left for s in batch.live]
+        limits = [n - len(self._in_flight) for n in left if n is not None]
+        allowed = batch.capacity.allowed(self._route.allowed, batch.num_slots)
+        most = max(s.request.max_draft_tokens for s in batch.live)
+        # Drafts beside a plain round say something where their places are known.
+        can_shadow = bool(most) and not any(self._drafts_in_flight)
+        return policy.choose(
+            [k for k in allowed if k <= most],
+            not_ready=self._untraced.counts,
+            tokens_left=max(limits) if len(limits) == len(left) else None,
+            can_shadow=can_shadow and not batch.settings.rule.has_host,
+        )
+
+    def _read(self) -> list[Emission]:
+        """Read the oldest report in flight, let the host decide, and count."""
+        done = self._in_flight.popleft()
+        with self._timer.wait():
+            values = done.report.read()
+        outcomes = outcomes_of(values, done.report, done.sequences)
+        self._measure(done)
+        if self._verified is not None:
+            self._commit(self._verified, outcomes)
+        self._learn(done, outcomes)
+        outputs = emissions_of(done.sequences, outcomes)
+        self._shadows.compare()
+        return outputs
+
+    def _measure(self, done: _InFlight) -> None:
+        """Let the interval that ends with a round's read tell what a round takes."""
+        if done.setup_s is not None:
+            self._timer.disturb()
+            done.policy.observe_setup(done.setup_s + self._timer.waited_s)
+        interval = self._timer.interval()
+        if interval is None:
+            return
+        last = self._in_flight[-1] if self._in_flight else done
+        queued = done if last.waiting else last
+        (queued if interval.is_queued else done).seconds = interval.seconds
+
+    def _commit(self, verified: Verified, outcomes: Sequence[Outcome]) -> None:
+        """End the round that waits for the host."""
+        self._verified = None
+        # One that has ended is not committed; its number only has to be one.
+        num_accepted = mx.array([o.num_accepted for o in outcomes], dtype=mx.int32)
+        next_token = mx.array(
+            [(o.tokens or [0])[-1:] for o in outcomes], dtype=mx.int32
+        )
+        self._batch.state = self._rounds.commit(
+            verified, self._batch.settings, accepted=Accepted(num_accepted, next_token)
+        )
+        mx.async_eval(self._batch.state.arrays)  # another thread may go on
+
+    def _learn(self, done: _InFlight, outcomes: Sequence[Outcome]) -> None:
+        """Count a round, and tell who chooses for the next ones how it went."""
+        accepted = []
+        for sequence, outcome in zip(done.sequences, outcomes, strict=True):
+            if sequence is None or not sequence.is_live or outcome.error is not None:
+                continue
+            sequence.offset += outcome.num_accepted + 1
+            most = sequence.request.max_draft_tokens
+            drafted = min(done.num_draft_tokens, most)
+            for stats in (self._stats, sequence.stats):
+                stats.add_round(drafted=drafted, accepted=outcome.num_accepted)
+            if most >= done.num_draft_tokens:
+                accepted.append(outcome.num_accepted)
+        done.policy.observe(
+            done.num_draft_tokens,
+            accepted,
+            done.seconds,
+            num_shadow_drafts=done.num_shadow_drafts,
+        )
+        if done.seconds is not None and self._can_look_ahead:
+            self._early_start.observe(
+                done.num_draft_tokens, done.seconds, is_early=done.is_early
+            )
+
+
+class _Untraced:
+    """Which numbers of drafts have rounds that were not traced before.
+
+    Args:
+        rounds: Knows.
+        route: Which numbers there may be.
+
+    Attributes:
+        counts: These numbers, for the batch last looked at.
+    """
+
+    def __init__(self, rounds: Rounds, route: Route) -> None:
+        self.counts: set[int] = set()
+        self._rounds = rounds
+        self._route = route
+        self._key: Hashable = None
+
+    def look(self, batch: Batch) -> None:
+        """Ask about the rounds of a batch as it is now."""
+        rule, num_slots = batch.settings.rule, batch.num_slots
+        thread = threading.get_ident()  # every thread has traces of its own
+        key = (rule, num_slots, len(batch), thread)
+        if self._key == key:
+            return
+        self._key = key
+        self.counts = {
+            count
+            for count in self._route.allowed
+            if not self._rounds.is_ready(
+                rule,
+                num_draft_tokens=count,
+                min_rows=self._route.min_rows,
+                num_rows=len(batch),
+                capacity=num_slots,
+            )
+        }

@@ -1,0 +1,168 @@
+"""Reads prompts a chunk at a time, and seats those that were read to their ends.
+
+No running sequence waits longer than for one chunk. Knows nothing of rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from ..cache.mlx_lm_cache import read_prompt_cache
+from ..models.target import Prefilled
+from ..sampling.distribution import choose_tokens
+from ..sampling.logprobs import reported_logprobs
+from .batch import Batch
+from .extract import filled, with_cache
+from .prefill import Prefill, Reader
+from .queue import RequestQueue, Waiting
+from .request import Request
+from .results import (
+    Emission,
+    Outcome,
+    Progress,
+    Step,
+    emissions_of,
+    failure_of,
+    outcomes_of,
+)
+from .sequence import Row
+from .state import Report, row_settings
+from .timing import RoundTimer
+
+# A short prompt takes hardly less time than this many tokens: the weights are read for
+# either. So few of them are read between two rounds.
+_SMALLEST_CHUNK = 256
+
+
+class PromptReader:
+    """Reads the prompts of a queue into a batch.
+
+    Args:
+        target: Reads.
+        queue: Who waits.
+        batch: Where those sit whose prompts were read.
+        step_size: Most tokens in one forward, and of one call of ``read``.
+        timer: Times the reading.
+    """
+
+    def __init__(
+        self,
+        target: Reader,
+        queue: RequestQueue,
+        batch: Batch,
+        *,
+        step_size: int,
+        timer: RoundTimer,
+    ) -> None:
+        self._target = target
+        self._queue = queue
+        self._batch = batch
+        self._step_size = step_size
+        self._timer = timer
+
+    def entry(
+        self, request: Request, prompt_cache: Sequence[Any] | None, index: int
+    ) -> Waiting:
+        """A sequence and its prompt, yet to be read.
+
+        Args:
+            request: What is asked for.
+            prompt_cache: mlx-lm's caches that hold what comes before the prompt.
+            index: How many sequences came before.
+
+        Raises:
+            RequestError: The caches are not the target's.
+        """
+        caches = None
+        if prompt_cache is not None:
+            caches = read_prompt_cache(self._target.layout, prompt_cache)
+        num_cached = caches[0].offset if caches else 0
+        sequence = Row.of(request, index=index, num_cached=num_cached)
+        return Waiting(
+            sequence,
+            Prefill(self._target, request.prompt, caches=caches, stops=request.pauses),
+        )
+
+    def read(self, step: Step, *, isolates: bool) -> None:
+        """Read a chunk of the prompts that wait, as far as sequences are let in.
+
+        Args:
+            step: What has been done is added to it.
+            isolates: Whether a sequence whose prompt cannot be read ends by itself;
+                else what is raised goes on to the caller.
+        """
+        paused: set[Row] = set()
+        budget = self._step_size
+        while budget > 0 and (entry := self._queue.next(self._batch.live, paused)):
+            sequence, prefill = entry.sequence, entry.prefill
+            before = prefill.num_read
+            try:
+                outcome = self._read_chunk(entry, budget)
+            except Exception as error:
+                if not isolates:
+                    raise
+                self._queue.remove(sequence)
+                step.emissions.append(failure_of(sequence, error))
+                return
+            size = prefill.num_read - before
+            step.num_read += size
+            budget -= max(size, _SMALLEST_CHUNK)
+            is_paused = prefill.is_stopped and not prefill.is_done
+            step.progress.append(
+                Progress(sequence, prefill.num_read, prefill.num_tokens, is_paused)
+            )
+            if outcome is not None:
+                step.emissions.append(self._begin(sequence, prefill.filled, outcome))
+                self._queue.remove(sequence)
+            elif is_paused:
+                paused.add(sequence)  # for the caller to take the caches
+
+    def _read_chunk(self, entry: Waiting, budget: int) -> Outcome | None:
+        """Read a chunk of a prompt; its first token, where that was the last one."""
+        self._timer.disturb()
+        with self._timer.prefill():
+            entry.prefill.read(budget)
+        if not entry.prefill.is_done:
+            return None
+        return self._first(entry.sequence, entry.prefill.filled)
+
+    def _first(self, sequence: Row, read_prompt: Prefilled) -> Outcome:
+        """Choose the token behind a prompt."""
+        settings = row_settings(
+            [sequence.request.sampling],
+            is_host=[sequence.request.is_host],
+            num_logprobs=sequence.request.num_logprobs,
+        )
+        tokens = mx.zeros((1, 1), dtype=mx.int32)
+        if settings.rule.has_graph:
+            tokens = choose_tokens(
+                read_prompt.logits,
+                settings.sampling,
+                rule=settings.rule,
+                positions=mx.array([[sequence.offset]], dtype=mx.int32),
+            )
+        logprobs = reported_logprobs(settings.rule, read_prompt.logits, tokens)
+        # Its report has the form of a round without drafts.
+        tokens = mx.concatenate([mx.zeros_like(tokens), tokens], axis=1)
+        report = Report(tokens, read_prompt.logits, logprobs)
+        with self._timer.wait():
+            values = report.read()
+        (outcome,) = outcomes_of(values, report, (sequence,))
+        return outcome
+
+    def _begin(
+        self, sequence: Row, read_prompt: Prefilled, outcome: Outcome
+    ) -> Emission:
+        """Give a seat to a sequence whose prompt was read, if it goes on."""
+        (output,) = emissions_of((sequence,), [outcome])
+        target, caches = self._target, read_prompt.caches
+        output = with_cache(output, partial(filled, target, caches, sequence.emitted))
+        if sequence.is_live or not self._batch.policy.may_shrink:
+            self._batch.insert(sequence, read_prompt, (outcome.tokens or [0])[-1])
+            if not sequence.is_live:
+                self._batch.free()
+        return output

@@ -1,0 +1,1 @@
+"""Studies: measured once, their results stand in docs."""
