@@ -5,8 +5,7 @@ Numbers in, text out.
 
 from __future__ import annotations
 
-from ..generation.figures import drafts, speed
-from ..generation.text import describe_rounds
+from ..generation.figures import describe_rounds, drafts, speed
 from .session import Session, Totals, Turn
 
 

@@ -38,7 +38,7 @@ from .flags import (
 )
 
 if TYPE_CHECKING:
-    from ..generation.text import GenerationResponse
+    from ..generation.response import GenerationResponse
     from ..sampling.defaults import SamplingDefaults
     from .display import Display, PromptProgress
 
@@ -204,8 +204,7 @@ def _print_figures(
     response: GenerationResponse, display: Display, args: argparse.Namespace
 ) -> None:
     """Print how the text has ended and how fast it came."""
-    from ..generation.figures import summary
-    from ..generation.text import describe
+    from ..generation.figures import describe, summary
 
     if response.finish_reason == "length" and not display.has_content:
         # Else the end shows by itself.
