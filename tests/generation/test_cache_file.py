@@ -86,7 +86,7 @@ class TestText:
         expected = own_generate(own, capsys, monkeypatch)
         assert expected.strip()
         before = Path(file).read_bytes()
-        status, out, err = run(*arguments)
+        status, out, err = run(*arguments, "--verbose")
         assert (status, out) == (0, expected)
         assert "drafted, rule: greedy" in err
         assert Path(file).read_bytes() == before
