@@ -250,13 +250,13 @@ class Rounds:
             self.target.layout.capacity(state.slabs),
         )
         key = _key(shape, num_rows, capacity)
+        model_arrays = self._model_arrays
+        if model_arrays is None or key not in self._traces:
+            model_arrays = self.refresh()  # before: traces of other layers go with it
         compiled = self._traces.get(key)
         if compiled is None:
-            self.refresh()
             compiled = self._traces.add(key, self._made(shape))
         while True:
-            held = self._model_arrays
-            model_arrays = self.refresh() if held is None else held
             try:
                 return compiled(
                     partial(self._bound, model_arrays),
@@ -265,7 +265,7 @@ class Rounds:
                     settings.named,
                 )
             except ArraysChangedError:  # by another thread, since they were read
-                self.let_go()
+                model_arrays = self.refresh()
 
     def _made(self, shape: _Shape) -> CompiledRound:
         """The round of a shape, for this thread to call."""
