@@ -50,7 +50,7 @@ def generate_tokens(
         max_tokens: Tokens to emit for each prompt, 1 or more; -1 for no limit.
         eos_token_ids: Tokens that end a sequence, the ending one is still yielded;
             None for the checkpoint's, ``()`` for none.
-        settings: The other fields of ``GenerationSettings``.
+        settings: The other keywords, see ``generation.settings.GenerationSettings``.
 
     Yields:
         For one prompt token ids; for a list of prompts lists with one entry per

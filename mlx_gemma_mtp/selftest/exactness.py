@@ -1,6 +1,6 @@
 """Section ``exactness``: do rounds with drafts give the bytes of plain decoding here?
 
-The probe of ``mlx_gemma_mtp.probe`` tells on the embedded pair, and on random weights
+The probe of ``exactness.probe`` tells on the embedded pair, and on random weights
 in the shapes of a published family. Kernels that round one row differently from several
 are no failure: exact decoding then takes other rounds, and the page says which. But
 where the probe says equal, greedy texts must be.

@@ -184,11 +184,11 @@ def test_growing_does_not_hold_two_copies_of_everything():
 
 @pytest.mark.parametrize("num_draft_tokens", [0, 3])
 def test_text_does_not_change_where_the_slabs_grow(monkeypatch, num_draft_tokens):
-    pair = reference_pair("e4b")
-    expected = tokens_of(start(pair, 90, num_draft_tokens))
+    pair = reference_pair("e2b")
+    expected = tokens_of(start(pair, 70, num_draft_tokens))
     monkeypatch.setattr(capacity_module, "RESERVED_TOKENS", 8)
     monkeypatch.setattr(cache_module, "CAPACITY_BLOCK", 32)
-    decoder = start(pair, 90, num_draft_tokens)
+    decoder = start(pair, 70, num_draft_tokens)
     layout, capacities, tokens = pair.rounds.target.layout, set(), []
     for emissions in decoder.run():
         tokens += emissions[0].tokens
@@ -324,7 +324,7 @@ def test_a_warning_says_when_both_hardly_fit(monkeypatch, caplog):
 
 def test_other_threads_can_decode():
     """What a round captures is not tied to the thread that loaded it."""
-    pair = load_pair(REFERENCE / "e4b" / "target", REFERENCE / "e4b" / "drafter")
+    pair = load_pair(REFERENCE / "e2b" / "target", REFERENCE / "e2b" / "drafter")
 
     def decode():
         return [

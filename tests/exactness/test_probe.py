@@ -29,17 +29,13 @@ from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.pair.planning import make_plan
 from mlx_gemma_mtp.sampling.params import SamplingParams
-from tests.tiny import FAMILIES, REFERENCE, reference_pair, uncompiled
+from tests.tiny import FAMILIES, REFERENCE, reference_pair
 
-PROMPT = [2, 17, 300, 45, 99]
+pytestmark = pytest.mark.usefixtures("plain_graphs")
+
+PROMPT = [2, 17, 300, 45, 99, *range(60, 80)]
 ALL = tuple(range(1, 9))
-NUM_TOKENS = 45  # the window is 16 and the ring 34: both wrap
-
-
-@pytest.fixture(autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
+NUM_TOKENS = 24  # the window is 16 and the ring 34: both wrap
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +108,8 @@ def largest_difference(pair: Pair) -> float:
     return verdict.max_difference
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_number_of_drafts_is_exact_here(family):
-    verdict = probe(reference_pair(family).rounds)
+def test_every_number_of_drafts_is_exact_here():
+    verdict = probe(reference_pair("e2b").rounds)
     assert verdict is not None
     assert verdict.equal == {1: ALL, 2: ALL}
     assert verdict.max_difference == 0
@@ -306,7 +301,7 @@ def test_exact_text_is_byte_equal(family, exactness):
     pair = reference_pair(family)
     tokens, logits, stats = decode(pair, 0, exactness)
     assert not stats.engaged
-    for num_draft_tokens in (1, 8, None):
+    for num_draft_tokens in (1, 8, None) if family == "e2b" else (4,):
         found = decode(pair, num_draft_tokens, exactness)
         assert found[:2] == (tokens, logits)
         assert found[2].exactness.startswith(
@@ -513,10 +508,10 @@ def by_capacity(monkeypatch):
 
 
 def test_exact_mode_grows_where_plain_decoding_grows(by_capacity):
-    num_tokens = 150
+    num_tokens = 60
     tokens, logits, stats = decode(by_capacity, 0, "exact", num_tokens=num_tokens)
     assert stats.exactness.startswith("exact")
-    for num_draft_tokens in (1, 4, 8):
+    for num_draft_tokens in (1, 8):
         found = decode(by_capacity, num_draft_tokens, "exact", num_tokens=num_tokens)
         assert found[2].engaged
         assert found[:2] == (tokens, logits)
@@ -540,12 +535,12 @@ def test_rows_that_share_slabs_have_them_reserved(by_capacity):
             for e in emissions:
                 part = e.logits[e.place, : len(e.tokens)]
                 found[e.row.index] += [np.array(row).tobytes() for row in part]
-            if len(found[0]) > 80:
+            if len(found[0]) > 50:
                 break
         rounds.close()
         return found, decoder.stats
 
-    assert rows(0, 60)[0] == rows(4, 60)[0]
+    assert rows(0, 40)[0] == rows(4, 40)[0]
     endless = rows(4, None)[1]
     assert not endless.engaged
     assert "share slabs" in endless.why_not_engaged
