@@ -11,66 +11,23 @@ It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
 from ..cache.masks import draft_masks
-from ..cache.prompt import PrefillCache
-from ..cache.slabs import SlabLayout
-from ..models.drafter import DraftOutput, SharedKV
-from ..models.target import Prefilled, Target, TargetOutput
+from ..models.drafter import SharedKV
+from ..models.target import Target, TargetOutput
 from ..sampling.acceptance import Accepted, Draft, accept_block, cut
 from ..sampling.decision import Verification, decide, joined, propose
 from ..sampling.graph import SamplingGraph
 from .model_arrays import ArraysChangedError, CompiledFunction, ModelArrays
+from .model_types import DrafterLike, TargetLike
 from .state import Report, RoundState, RowSettings, Verified
 from .traces import Traces
-
-
-class TargetLike(Protocol):
-    """What a round asks of a target; see target.py for the shapes."""
-
-    layout: SlabLayout
-    vocab_size: int
-
-    def embed(self, tokens: mx.array) -> mx.array:
-        """Scaled embeddings of tokens."""
-
-    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
-        """Read a chunk of a prompt into caches."""
-
-    def verify(
-        self,
-        tokens: mx.array,
-        slabs: list[mx.array],
-        *,
-        offset: mx.array,
-        first_position: mx.array,
-    ) -> TargetOutput:
-        """Run a block of tokens over the slabs."""
-
-
-class DrafterLike(Protocol):
-    """What a round asks of a drafter; see drafter.py for the shapes."""
-
-    @property
-    def layer_types(self) -> tuple[str, ...]:
-        """The types of the drafter's layers."""
-
-    def __call__(
-        self,
-        embedding: mx.array,
-        hidden: mx.array,
-        shared_kv: Mapping[str, SharedKV],
-        *,
-        position: mx.array,
-    ) -> DraftOutput:
-        """Run one draft step."""
-
 
 _Models = tuple[TargetLike, DrafterLike | None]
 CompiledRound = Callable[..., dict[str, Any]]
