@@ -92,6 +92,7 @@ def test_the_round_has_no_other_way_to_the_host():
         "cache/slabs",
         "engine/batch",
         "engine/decoder",
+        "engine/given_rounds",
         "engine/pipeline",
         "engine/prefill",
         "engine/prompt_reader",
@@ -103,6 +104,7 @@ def test_the_round_has_no_other_way_to_the_host():
         "sampling/acceptance",
         "sampling/decision",
         "sampling/distribution",
+        "sampling/graph",
     ):
         path = PACKAGE / f"{name}.py"
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -349,7 +351,6 @@ def test_changed_weights_are_used(num_draft_tokens):
         )
 
     before = decode(changed)
-    assert changed.rounds is changed.rounds
     for pair in (changed, fresh):
         layer = pair.target.layers[0].mlp
         layer.down_proj.weight = -layer.down_proj.weight

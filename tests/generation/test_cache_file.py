@@ -81,7 +81,7 @@ class TestText:
         expected = own_generate(own, capsys, monkeypatch)
         assert expected.strip()
         before = Path(file).read_bytes()
-        status, out, err = run(*arguments)
+        status, out, err = run(*arguments, "--verbose")
         assert (status, out) == (0, expected)
         assert "drafted, rule: greedy" in err
         assert Path(file).read_bytes() == before
@@ -95,7 +95,7 @@ class TestText:
         assert cli.main(whole) == 0
         out, err = capsys.readouterr()
         assert out == expected
-        assert int(re.findall(r"Prompt: (\d+) tokens", err)[0]) > 15
+        assert int(re.findall(r"after a prompt of (\d+)", err)[0]) > 15
 
     def test_is_not_that_of_the_query_alone(self, run, folder, capsys):
         assert cli.main(["--model", folder, "-p", QUERY, *SETTINGS]) == 0

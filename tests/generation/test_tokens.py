@@ -395,7 +395,7 @@ def test_without_a_seed_drafts_are_judged_by_block(pair, monkeypatch):
     cases: list[dict[str, Any]] = [{}, {"seed": 1}, {"seed": 1, "reproducible": False}]
     for settings in cases:
         list(generate_tokens(pair, PROMPT, max_tokens=3, temp=1.0, **settings))
-    rules = [decoder._batch.settings.rule for decoder in made]
-    groups = [group for rule in rules for group in rule.groups]
+    graphs = [decoder._batch.settings.graph for decoder in made]
+    groups = [group for graph in graphs for group in graph.groups]
     assert [group.has_block for group in groups] == [True, False, True]
     assert [group.has_coupled for group in groups] == [False, True, False]

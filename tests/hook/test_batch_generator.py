@@ -1,6 +1,6 @@
 """mlx-lm's interface to batches, over rows that draft.
 
-Run: python -m pytest tests/test_batch.py
+Run: python -m pytest tests/hook/test_batch_generator.py
 """
 
 from __future__ import annotations

@@ -28,9 +28,8 @@ from mlx_gemma_mtp.sampling.distribution import (
     distribution,
     draw,
     proposal,
-    sampling_rows,
-    sampling_rule,
 )
+from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.noise import gumbel_noise, gumbel_of_bits, philox
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.tiny import FAMILIES, reference_pair
@@ -61,8 +60,8 @@ def choose(logits, params, *, positions=None):
         positions = mx.broadcast_to(mx.arange(logits.shape[1]), logits.shape[:2])
     return choose_tokens(
         logits,
-        sampling_rows(params),
-        rule=sampling_rule(params),
+        sampling_arrays(params),
+        graph=sampling_graph(params),
         positions=positions,
     )
 
@@ -278,8 +277,8 @@ def test_a_tiny_top_p_keeps_the_best(vocab_size, reproducible):
 
 
 def test_few_rounds_are_traced_for_many_settings():
-    rules = {sampling_rule([SamplingParams(1.0, top_k=k)]) for k in range(1, 513)}
-    assert len(rules) == 4
+    graphs = {sampling_graph([SamplingParams(1.0, top_k=k)]) for k in range(1, 513)}
+    assert len(graphs) == 4
 
 
 @given(
@@ -308,9 +307,9 @@ def test_whole_rows_keep_what_lists_keep(
         xtc_threshold=0.0377,
         xtc_special_tokens=special,
     )
-    group = replace(sampling_rule([params]).groups[0], list_size=None)
+    group = replace(sampling_graph([params]).groups[0], list_size=None)
     settings: dict[str, Any] = {
-        "rows": sampling_rows([params]),
+        "sampling": sampling_arrays([params]),
         "positions": mx.array([[3, 4]]),
     }
     whole = distribution(logits, group=group, **settings)
@@ -323,18 +322,19 @@ def test_whole_rows_keep_what_lists_keep(
     np.testing.assert_array_equal(np.isfinite(np.array(whole.scores)), wanted)
 
 
-def test_a_rule_says_the_shapes_of_its_rows():
-    """A trace is looked up by the rule: other shapes must be another rule."""
+def test_a_graph_says_the_shapes_of_its_rows():
+    """A trace is looked up by the graph: other shapes must be another graph."""
     shapes: dict[Any, Any] = {}
     xtc: dict[str, Any] = {"xtc_probability": 0.5, "seed": 1}
     for count in (0, 1, 2, 3, 4, 9, 16):
         params = [SamplingParams(1.0, xtc_special_tokens=range(count), **xtc)] * 2
-        found = {name: array.shape for name, array in sampling_rows(params).items()}
+        arrays = vars(sampling_arrays(params))
+        found = {name: array.shape for name, array in arrays.items()}
         assert found["xtc_special_tokens"][-1] >= count
-        assert shapes.setdefault(sampling_rule(params), found) == found
+        assert shapes.setdefault(sampling_graph(params), found) == found
     assert len(shapes) == 4
     off = [SamplingParams(1.0, seed=1, xtc_special_tokens=range(9))]
-    assert sampling_rule(off) == sampling_rule([SamplingParams(1.0, seed=1)])
+    assert sampling_graph(off) == sampling_graph([SamplingParams(1.0, seed=1)])
 
 
 @pytest.mark.parametrize("temp", [1e39, 1e300])
@@ -364,11 +364,11 @@ def propose(logits, params, *, token_ids=None):
     """proposal() for logits [B, L, M], one position after the other."""
     logits = mx.array(logits)
     positions = mx.broadcast_to(mx.arange(logits.shape[1]), logits.shape[:2])
-    rows = sampling_rows(params)
+    rows = sampling_arrays(params)
     source = proposal(
         logits,
         rows,
-        group=sampling_rule(params).of_drafts,
+        group=sampling_graph(params).of_drafts,
         positions=positions,
         token_ids=token_ids,
     )
