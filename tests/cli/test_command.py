@@ -231,7 +231,7 @@ def test_libraries_are_quiet():
     """What transformers says where it is imported without PyTorch, for one."""
     code = """
 import io, os, sys
-from mlx_gemma_mtp.command import exit_status
+from mlx_gemma_mtp.cli.command import exit_status
 for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
     os.environ.pop(name, None)
 def run():

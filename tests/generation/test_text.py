@@ -23,7 +23,9 @@ from mlx_gemma_mtp.engine.stats import Phases, RoundStats
 from mlx_gemma_mtp.errors import PairingError, RequestError
 from mlx_gemma_mtp.generation import text as text_module
 from mlx_gemma_mtp.generation import tokens as tokens_module
-from mlx_gemma_mtp.generation.text import describe, generate, stream_generate
+from mlx_gemma_mtp.generation.figures import describe
+from mlx_gemma_mtp.generation.response import GenerationResponse
+from mlx_gemma_mtp.generation.text import generate, stream_generate
 from mlx_gemma_mtp.pair.load import load, load_pair
 from mlx_gemma_mtp.sampling import distribution as sampling
 from tests.tiny import (
@@ -35,18 +37,13 @@ from tests.tiny import (
     model_folder,
     record_decoders,
     tiny_tokenizer,
-    uncompiled,
 )
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 PROMPT = "the rain"
 # Noise outweighs the logits of a random pair, so that its drafts are accepted.
 SAMPLED = {"temp": 2.0, "seed": 5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,11 +155,7 @@ class TestStream:
 
     def test_rates_are_tokens_over_seconds(self, script, monkeypatch):
         ticks = iter(range(100))  # every look at the clock takes a second
-
-        class Clock:
-            perf_counter = staticmethod(lambda: float(next(ticks)))
-
-        monkeypatch.setattr(text_module, "time", Clock)
+        monkeypatch.setattr(text_module, "clock", lambda: float(next(ticks)))
         first, second, third = script([[20], [21, 22]])
         # Looks: start 0, first token 1, start again 2, then one for each response.
         assert first.prompt_tps == second.prompt_tps == first.prompt_tokens / 1
@@ -172,17 +165,18 @@ class TestStream:
     def test_has_the_fields_of_mlx_lm(self):
         from mlx_lm.generate import GenerationResponse as Theirs
 
-        ours = {f.name for f in dataclasses.fields(text_module.GenerationResponse)}
+        ours = {f.name for f in dataclasses.fields(GenerationResponse)}
         assert {f.name for f in dataclasses.fields(Theirs)} <= ours | {"logprobs"}
 
-    @pytest.mark.parametrize("settings", [{}, SAMPLED])
-    @pytest.mark.parametrize("num_draft_tokens", [1, 4])
+    @pytest.mark.parametrize(
+        ("num_draft_tokens", "settings"), [(4, {}), (1, SAMPLED), (4, SAMPLED)]
+    )
     def test_drafting_does_not_change_the_text(
         self, model, tokenizer, num_draft_tokens, settings
     ):
         texts = [
             generate(
-                model, tokenizer, PROMPT, max_tokens=24, num_draft_tokens=k, **settings
+                model, tokenizer, PROMPT, max_tokens=14, num_draft_tokens=k, **settings
             )
             for k in (0, num_draft_tokens)
         ]
@@ -347,8 +341,7 @@ class TestEnds:
         (only,) = responses(model, tokenizer, max_tokens=1)
         assert (only.finish_reason, only.text) == ("stop", "")
 
-    @pytest.mark.parametrize("num_draft_tokens", [0, 4])
-    @pytest.mark.parametrize("kind", [str, list])
+    @pytest.mark.parametrize(("num_draft_tokens", "kind"), [(0, list), (4, str)])
     def test_a_stop_string(self, model, tokenizer, plain, kind, num_draft_tokens):
         whole = joined(plain)
         stop = whole[9:13]

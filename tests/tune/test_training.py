@@ -28,12 +28,8 @@ from mlx_gemma_mtp.models.drafter import Drafter, DraftOutput
 from mlx_gemma_mtp.models.target import Target
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.sampling.acceptance import Draft, expected_lengths
-from mlx_gemma_mtp.sampling.distribution import (
-    Distribution,
-    distribution,
-    sampling_rows,
-    sampling_rule,
-)
+from mlx_gemma_mtp.sampling.distribution import Distribution, distribution
+from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.tune.recording.records import Record, Recorder, Records
 from mlx_gemma_mtp.tune.recording.texts import Text
@@ -128,8 +124,8 @@ def test_record_is_what_one_pass_gives(family):
     assert mx.allclose(record.hidden, hidden[0, start - 1 : -2], atol=1e-4)
     found = distribution(
         logits[None, start:-1],
-        sampling_rows([SAMPLED]),
-        group=sampling_rule([SAMPLED]).groups[0],
+        sampling_arrays([SAMPLED]),
+        group=sampling_graph([SAMPLED]).groups[0],
         positions=mx.zeros((1, record.num_places), dtype=mx.int32),
     )
     dense = mx.put_along_axis(
