@@ -122,11 +122,8 @@ def test_the_walk_of_a_token_is_short_and_as_it_is(capsys):
     with uncompiled():
         sys.setprofile(note)
         try:
-            for num_drafts in ("auto", "2"):  # auto may choose none
-                settings = (
-                    f"-p import -m 4 --exactness fast --num-draft-tokens {num_drafts}"
-                )
-                assert generate.main(settings.split()) == 0
+            settings = "-p import -m 4 --exactness fast --num-draft-tokens 2"
+            assert generate.main(settings.split()) == 0
         finally:
             sys.setprofile(None)
     package = ROOT / "mlx_gemma_mtp"
