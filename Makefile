@@ -49,6 +49,12 @@ install: $(DEV_STAMP)
 
 demo: $(RUN_STAMP)
 	@printf '%s\n' "$(PROMPT)" | $(BIN)/mlx_gemma_mtp.generate -p - -m 100 --temp 0.6 --top-k 40 --seed 1
+	@echo
+	@echo "Next:"
+	@echo "  $(BIN)/mlx_gemma_mtp.chat                  talk to the same pair"
+	@echo "  $(BIN)/mlx_gemma_mtp.chat --model MODEL    to a Gemma 4 of your own: a folder or a Hub id"
+	@echo "  $(BIN)/mlx_gemma_mtp.run mlx_lm.chat --model MODEL    drafts in mlx-lm's own programs"
+	@echo "  $(BIN)/pip install -e '.[server]' && $(BIN)/mlx_gemma_mtp.server    OpenAI's API at localhost"
 
 check: lint
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $$($(BIN)/python -m scripts.changed_tests) $(ARGS)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoints.weights import load_drafter
     from .errors import MTPError
-    from .generation.text import GenerationResponse, generate, stream_generate
+    from .generation.response import GenerationResponse
+    from .generation.text import generate, stream_generate
     from .generation.tokens import draft_block, generate_tokens
     from .hook.batch_generator import BatchGenerator
     from .hook.install import install, uninstall
@@ -44,7 +45,7 @@ __all__ = [
 
 _MODULE_OF = {
     "BatchGenerator": "hook.batch_generator",
-    "GenerationResponse": "generation.text",
+    "GenerationResponse": "generation.response",
     "MTPError": "errors",
     "Pair": "pair.pair",
     "SamplingParams": "sampling.params",

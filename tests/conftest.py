@@ -16,16 +16,17 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
+from mlx_gemma_mtp.cpu_kernels import compile_header
 from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.load import load_tokenizer
-from tests import gemma, gemma_pair, kernel_cache, tiny
+from tests import gemma, gemma_pair, tiny
 
 # Also where MLX has a GPU: what tests compare with are results of the CPU.
 mx.set_default_device(mx.cpu)
 
 # Workers find what the process that starts them has made.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    kernel_cache.read_header()
+if "PYTEST_XDIST_WORKER" not in os.environ and (job := compile_header()):
+    job.wait()
 
 atexit.register(shutil.rmtree, os.environ["MLX_GEMMA_MTP_CACHE"], ignore_errors=True)
 

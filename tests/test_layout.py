@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mlx_gemma_mtp"
 CONVERT = ROOT / "convert"
 
 # Modules beside the packages: the standard library alone, and each other.
-PLAIN = {"_version", "constants", "errors", "machine", "store"}
+PLAIN = {"_version", "constants", "cpu_kernels", "errors", "machine", "store"}
 # Which packages each package imports. All may import the modules above; nothing else.
 BELOW: dict[str, set[str]] = {
     "kernels": set(),

@@ -24,7 +24,7 @@ from ..cli.arguments import (
 from ..cli.checks import check, given_settings
 from ..cli.command import exit_status, set_up_log
 from ..cli.command_table import make_parser
-from ..cli.display import Display, PromptProgress
+from ..cli.display import CompileProgress, Display, PromptProgress
 from ..cli.flags import (
     EMBEDDED_NOTE,
     add_eos_tokens,
@@ -34,6 +34,7 @@ from ..cli.flags import (
     sampling_settings,
 )
 from ..cli.refused import TEXT_FLAGS
+from ..cpu_kernels import compile_header
 from ..errors import MTPError
 from .interrupt import Interrupts
 from .reader import read_message
@@ -85,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Load, then talk."""
     set_up_log(sys.stderr, verbose=args.verbose)
+    compile_header()  # meanwhile
     session = _make_session(args)
     # Imported late: nothing heavy before the arguments are known to be good.
     from .commands import Commands
@@ -211,10 +213,12 @@ def _print_answer(session: Session, question: str, *, shows_thoughts: bool) -> N
             is no terminal at which to go on.
     """
     response = None
-    display = Display(sys.stdout, shows_thoughts=shows_thoughts)
     progress = PromptProgress(sys.stderr)
     answer = session.answer(question, progress.tell)
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, CompileProgress(sys.stderr) as compiling:
+        display = Display(
+            sys.stdout, shows_thoughts=shows_thoughts, compiling=compiling
+        )
         try:
             for said in answer:
                 response = said.response

@@ -5,7 +5,7 @@ Numbers in, text out.
 
 from __future__ import annotations
 
-from ..generation.text import describe_rounds
+from ..generation.figures import describe_rounds, drafts, speed
 from .session import Session, Totals, Turn
 
 
@@ -14,15 +14,9 @@ def describe_turn(turn: Turn) -> str:
     response = turn.response
     if response is None:
         return "no answer yet"
-    drafts = (
-        f"{response.acceptance_length:.2f} per round, {response.acceptance_rate:.0%} "
-        f"of {response.stats.drafted} drafts accepted"
-        if response.stats.engaged
-        else f"no drafts: {response.stats.why_not_engaged}"
-    )
     return (
-        f"{response.generation_tokens} tokens, {response.generation_tps:.1f} "
-        f"tokens-per-sec, {drafts}; {_prompt(turn.num_prompt, turn.num_cached)}"
+        f"{response.generation_tokens} tokens, {speed(response)}; drafts: "
+        f"{drafts(response.stats)}; {_prompt(turn.num_prompt, turn.num_cached)}"
     )
 
 
@@ -35,8 +29,7 @@ def describe_session(session: Session) -> str:
     last = [
         f"Prompt: {_prompt(turn.num_prompt, turn.num_cached)}, {turn.prompt_s:.2f} s "
         "to the first token",
-        f"Generation: {response.generation_tokens} tokens, "
-        f"{response.generation_tps:.3f} tokens-per-sec",
+        f"Speed: {speed(response)} ({response.generation_tokens} tokens)",
         *describe_rounds(response.stats),
     ]
     return "\n".join(
@@ -58,8 +51,8 @@ def _describe_totals(totals: Totals) -> list[str]:
         return []
     lines = [
         f"Prompts: {_prompt(totals.num_prompt, totals.num_cached)}",
-        f"Generation: {totals.tokens} tokens, {totals.tokens / totals.seconds:.3f} "
-        "tokens-per-sec",
+        f"Speed: {totals.tokens / totals.seconds:.1f} tokens per second "
+        f"({totals.tokens} tokens)",
         *describe_rounds(totals.stats),
     ]
     return [f"All {totals.answers} answers:", *(f"  {line}" for line in lines)]

@@ -19,8 +19,9 @@ from ..cache.kept import KeptCaches
 from ..engine.prefill import Prefill
 from ..engine.stats import RoundStats
 from ..errors import RequestError
+from ..generation.response import GenerationResponse
 from ..generation.settings import NO_LIMIT
-from ..generation.text import GenerationResponse, stream_generate
+from ..generation.text import stream_generate
 from ..markup.answer import CONTENT, REASONING, AnswerReader, Part, marks_of
 from ..models.target import Target, text_model
 from ..pair.pair import pair_of

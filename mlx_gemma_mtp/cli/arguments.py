@@ -149,7 +149,15 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write the closing figures here as JSON; - for standard error",
     )
-    add_verbose(group, "show what is loaded and the closing figures")
+    group.add_argument(
+        "--verbose",
+        nargs="?",
+        type=_boolean,
+        const=True,
+        metavar="BOOL",
+        help="show all closing figures; False shows the text alone (default: what is "
+        "loaded, and the figures that matter most)",
+    )
 
 
 def add_verbose(group: argparse._ArgumentGroup, what: str) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TextIO
 
+from ..cpu_kernels import num_compiled, num_kept
 from ..markup.answer import REASONING, Part
 from .command import progress_bar
 
@@ -19,6 +21,11 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 _GAP = "\n\n"  # between a thought and what follows
 _PATIENCE_S = 1.0  # until someone wonders whether anything happens
 _BETWEEN_S = 0.25  # two drawings
+# For a terminal: the place is remembered, and what is too long is cut at the edge.
+_BEHIND = "\0337\033[?7l{}{}{}\033[K\0338\033[?7h"
+_ERASE = "\033[K"
+# What the embedded pair needs for its first text; others need as many or more.
+_USUAL_KERNELS = 100
 
 
 class Display:
@@ -27,32 +34,41 @@ class Display:
     Args:
         out: Standard output.
         shows_thoughts: Whether thoughts are written also where it is no terminal.
+        compiling: What may stand behind the text, and goes before more is written;
+            None for nothing.
 
     Attributes:
         has_content: Whether something was said, not only thought.
     """
 
-    def __init__(self, out: TextIO, *, shows_thoughts: bool = False) -> None:
+    def __init__(
+        self,
+        out: TextIO,
+        *,
+        shows_thoughts: bool = False,
+        compiling: CompileProgress | None = None,
+    ) -> None:
         is_terminal = out.isatty()
-        has_colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._out = out
+        self._alone = nullcontext if compiling is None else compiling.hidden
         self._shows_thoughts = shows_thoughts or is_terminal
-        self._marks = (_DIM, _PLAIN) if is_terminal and has_colors else ("", "")
+        self._marks = _marks(out)
         self._is_thought = False
         self._has_gap = True  # nothing needs to be told apart yet
         self.has_content = False
 
     def show(self, parts: Iterable[Part]) -> None:
         """Write what comes next."""
-        for part in parts:
-            is_thought = part.kind == REASONING
-            self.has_content |= not is_thought
-            if is_thought and not self._shows_thoughts:
-                continue
-            self._turn(is_thought)
-            self._out.write(part.text)
-            self._has_gap = False
-        self._out.flush()
+        with self._alone():
+            for part in parts:
+                is_thought = part.kind == REASONING
+                self.has_content |= not is_thought
+                if is_thought and not self._shows_thoughts:
+                    continue
+                self._turn(is_thought)
+                self._out.write(part.text)
+                self._has_gap = False
+            self._out.flush()
 
     def cut_off(self, num_tokens: int, why: str | None = None) -> str:
         """What to say of an answer that has no end, one line."""
@@ -79,6 +95,75 @@ class Display:
             self._out.write(_GAP)
         if is_thought:
             self._out.write(self._marks[0])
+
+
+class CompileProgress:
+    """Shows that MLX compiles kernels, behind the text that waits for them.
+
+    So it is on a CPU, once for every kernel. Where there is nothing to compile, or
+    standard error is no terminal, nothing is shown. A context: it watches meanwhile.
+
+    Args:
+        notes: Standard error.
+    """
+
+    def __init__(self, notes: TextIO) -> None:
+        self._notes = notes
+        self._marks = _marks(notes)
+        self._has_ended = threading.Event()
+        self._lock = threading.Lock()  # held by who writes to the terminal
+        self._is_shown = False
+        self._watching: threading.Thread | None = None
+
+    def __enter__(self) -> CompileProgress:
+        if self._notes.isatty() and os.environ.get("TERM") != "dumb":
+            self._watching = threading.Thread(target=self._watch, daemon=True)
+            self._watching.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._has_ended.set()
+        if self._watching is not None:
+            self._watching.join()
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """While something else is written."""
+        with self._lock:
+            self._hide()
+            yield
+
+    def _watch(self) -> None:
+        before, quiet = num_compiled(), 0
+        while not self._has_ended.wait(_BETWEEN_S):
+            number = num_compiled()
+            quiet = 0 if number > before else quiet + 1
+            before = number
+            with self._lock:
+                if not quiet:
+                    self._show(number)
+                elif quiet * _BETWEEN_S > _PATIENCE_S:
+                    self._hide()
+        with self._lock:
+            self._hide()
+
+    def _show(self, number: int) -> None:
+        is_first = 2 * num_kept() < _USUAL_KERNELS
+        usual = _USUAL_KERNELS - num_kept()
+        of_all = f" of about {usual}" if is_first and number < usual else ""
+        dim, plain = self._marks
+        text = f"[compiling kernels for this CPU, once: {number}{of_all}]"
+        self._write(_BEHIND.format(dim, text, plain))
+        self._is_shown = True
+
+    def _hide(self) -> None:
+        if self._is_shown:
+            self._write(_ERASE)
+            self._is_shown = False
+
+    def _write(self, text: str) -> None:
+        self._notes.write(text)
+        self._notes.flush()
 
 
 class PromptProgress:
@@ -132,3 +217,9 @@ class PromptProgress:
             while not self._has_ended.wait(_BETWEEN_S):
                 bar.n = self._num_read
                 bar.refresh()
+
+
+def _marks(out: TextIO) -> tuple[str, str]:
+    """What dims what stands between, on a terminal that can."""
+    has_colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return (_DIM, _PLAIN) if out.isatty() and has_colors else ("", "")

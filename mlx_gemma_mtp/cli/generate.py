@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.template_files import missing_template_note
+from ..cpu_kernels import compile_header
 from ..generation.chat_template import apply_chat_template
 from ..markup.answer import AnswerReader, marks_of
 from .arguments import EMBEDDED_PROMPT, configure_parser
@@ -37,7 +38,8 @@ from .flags import (
 )
 
 if TYPE_CHECKING:
-    from ..generation.text import GenerationResponse
+    from ..generation.response import GenerationResponse
+    from ..sampling.defaults import SamplingDefaults
     from .display import Display, PromptProgress
 
 DEFAULT_PROMPT = "hello"
@@ -60,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
-    set_up_log(sys.stderr, verbose=args.verbose)
+    set_up_log(sys.stderr, verbose=args.verbose is not False)
     checked = check(args)
     if args.stats_json not in (None, "-"):
         check_output_file("--stats-json", args.stats_json)
+    compile_header()  # meanwhile
     # Heavy imports wait until the arguments are known to be good.
     from ..generation.settings import (
         check_max_tokens,
@@ -72,53 +75,60 @@ def _run(args: argparse.Namespace) -> int:
     )
     from ..generation.text import stream_generate
     from ..pair.pair import pair_of
-    from .display import Display, PromptProgress
+    from .display import CompileProgress, Display, PromptProgress
 
     check_max_tokens(args.max_tokens)
     check_num_draft_tokens(args.num_draft_tokens)
     check_prefill_step_size(args.prefill_step_size)
     saved = open_cache_file(args)
     prompt = _read_prompt(args)
-    if args.model is None and args.verbose:
+    if args.model is None and args.verbose is not False:
         _note(EMBEDDED_NOTE)
     model, tokenizer = load_model(args, saved.tokenizer_config if saved else None)
     pair = pair_of(model)
     if saved:
         saved.check_layout(pair.rounds.target.layout)
     add_eos_tokens(tokenizer, args.extra_eos_token)
-    has_template = args.ignore_chat_template or tokenizer.has_chat_template
-    if args.verbose and not has_template:
-        _note(missing_template_note(tokenizer, "the prompt goes in as it is"))
     defaults = pair.sampling_defaults
-    if args.verbose:
-        for line in describe_sampling(args, defaults):
-            _note(line)
+    if args.verbose is not False:
+        _describe_settings(args, tokenizer, defaults)
     whole, opening = _apply_template(args, tokenizer, prompt, checked.template_config)
+    # None where there are none: the engine has a shorter way then.
+    processors = logits_processors(args, checked.logit_bias, pair.vocab_size) or None
+    reader = AnswerReader(marks_of(tokenizer), opening=opening)
     progress = PromptProgress(sys.stderr)
-    responses = stream_generate(
-        model,
-        tokenizer,
-        whole,
-        max_tokens=args.max_tokens,
-        num_draft_tokens=args.num_draft_tokens,
-        exactness=args.exactness,
-        **sampling_settings(args, defaults, tokenizer),
-        # None where there are none: the engine has a shorter way then.
-        logits_processors=logits_processors(args, checked.logit_bias, pair.vocab_size)
-        or None,
-        stop=args.stop,
-        prefill_step_size=args.prefill_step_size,
-        prompt_cache=saved.caches if saved else None,
-        prompt_progress_callback=progress.tell,
-    )
-    return _print_responses(
-        responses,
-        progress,
-        AnswerReader(marks_of(tokenizer), opening=opening),
-        Display(sys.stdout, shows_thoughts=args.show_thoughts),
-        verbose=args.verbose,
-        stats_json=args.stats_json,
-    )
+    with CompileProgress(sys.stderr) as compiling:
+        responses = stream_generate(
+            model,
+            tokenizer,
+            whole,
+            max_tokens=args.max_tokens,
+            num_draft_tokens=args.num_draft_tokens,
+            exactness=args.exactness,
+            **sampling_settings(args, defaults, tokenizer),
+            logits_processors=processors,
+            stop=args.stop,
+            prefill_step_size=args.prefill_step_size,
+            prompt_cache=saved.caches if saved else None,
+            prompt_progress_callback=progress.tell,
+        )
+        display = Display(
+            sys.stdout, shows_thoughts=args.show_thoughts, compiling=compiling
+        )
+        response, status = _print_responses(responses, progress, reader, display)
+    if response is not None:
+        _print_figures(response, display, args)
+    return status
+
+
+def _describe_settings(
+    args: argparse.Namespace, tokenizer: Any, defaults: SamplingDefaults
+) -> None:
+    """Say what the prompt goes through and how tokens are chosen."""
+    if not (args.ignore_chat_template or tokenizer.has_chat_template):
+        _note(missing_template_note(tokenizer, "the prompt goes in as it is"))
+    for line in describe_sampling(args, defaults):
+        _note(line)
 
 
 def _note(line: str) -> None:
@@ -166,15 +176,13 @@ def _apply_template(
 
 
 def _print_responses(
-    responses: Any,
-    progress: PromptProgress,
-    reader: AnswerReader,
-    display: Display,
-    *,
-    verbose: bool,
-    stats_json: str | None = None,
-) -> int:
-    """Print the text as it comes, then the figures, also after Control-C."""
+    responses: Any, progress: PromptProgress, reader: AnswerReader, display: Display
+) -> tuple[GenerationResponse | None, int]:
+    """Print the text as it comes, then what Control-C has left of it.
+
+    Returns:
+        The last response, and the exit status.
+    """
     response: GenerationResponse | None = None
     status = 0
     try:
@@ -189,16 +197,24 @@ def _print_responses(
             progress.end()
         display.show(reader.read("", is_last=True))
         display.end()
-    if response is not None and response.finish_reason == "length":
-        if not display.has_content:  # else the end shows by itself
-            _note(display.cut_off(response.generation_tokens))
-    if verbose and response is not None:
-        from ..generation.text import describe
+    return response, status
 
-        print(describe(response), file=sys.stderr)
-    if stats_json is not None and response is not None:
-        _write_stats(response, stats_json)
-    return status
+
+def _print_figures(
+    response: GenerationResponse, display: Display, args: argparse.Namespace
+) -> None:
+    """Print how the text has ended and how fast it came."""
+    from ..generation.figures import describe, summary
+
+    if response.finish_reason == "length" and not display.has_content:
+        # Else the end shows by itself.
+        _note(display.cut_off(response.generation_tokens))
+    if args.verbose:
+        _note(describe(response))
+    if args.verbose is not False:
+        _note(summary(response))
+    if args.stats_json is not None:
+        _write_stats(response, args.stats_json)
 
 
 def _write_stats(response: GenerationResponse, path: str) -> None:

@@ -12,13 +12,13 @@ of what is done with a sequence that has ended.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from ..cpu_kernels import clock
 from ..drafting.policy import DraftPolicy
 from ..sampling.acceptance import Accepted
 from .batch import Batch
@@ -196,7 +196,7 @@ class RoundPipeline:
         is_ready = count not in self._untraced.counts
         state = batch.take_state()
         num_shadow = self._queue_shadow(state, policy)
-        start = time.perf_counter()
+        start = clock()
         report, made = self._queue(state, batch.settings, count)
         self._in_flight.append(
             _InFlight(
@@ -204,7 +204,7 @@ class RoundPipeline:
                 tuple(batch.sequences),
                 count,
                 policy,
-                setup_s=None if is_ready else time.perf_counter() - start,
+                setup_s=None if is_ready else clock() - start,
                 num_shadow_drafts=num_shadow,
                 waiting=[*report.arrays, *made],
             )
@@ -241,11 +241,11 @@ class RoundPipeline:
             return
         built = self._in_flight[-1]
         arrays, built.waiting, built.is_early = built.waiting, [], is_early
-        start = time.perf_counter()
+        start = clock()
         with self._timer.queue():
             mx.async_eval(*arrays)
         if built.setup_s is not None:
-            built.setup_s += time.perf_counter() - start
+            built.setup_s += clock() - start
 
     def _queue_shadow(self, state: RoundState, policy: DraftPolicy) -> int:
         """Make drafts beside the next round, where they are asked for; how many."""

@@ -10,11 +10,11 @@ caller stalled the rounds says nothing of them; it has no time. Knows nothing of
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..cpu_kernels import clock
 from .stats import Phases
 
 # The host waited at least this share of an interval for the device: then the device
@@ -50,7 +50,7 @@ class RoundTimer:
         phases: Seconds so far, up to the last mark.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = clock) -> None:
         self.phases = Phases()
         self._clock = clock
         self._mark = clock()

@@ -6,10 +6,8 @@ Tokens come from the decoder; this file knows nothing of caches, kernels or file
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
 from typing import Any, Unpack
 
 import mlx.core as mx
@@ -17,105 +15,25 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..cache.mlx_lm_cache import holds_tokens
+from ..cpu_kernels import clock
 from ..engine.decoder import Decoder
 from ..engine.results import Emission, Progress
 from ..engine.sequence import Row
-from ..engine.stats import RoundStats
 from ..errors import RequestError
 from ..markup.answer import marks_of, plain
 from ..models.compatibility import check_fit
 from ..models.drafter import Drafter
 from ..pair.pair import Pair, pair_of
-from ..sampling.logprobs import whole_logprobs
 from .encoding import encode_text
+from .figures import describe
 from .requests import drafts_of, make_request
+from .response import GenerationResponse
 from .settings import GenerationSettings, Keywords, check_num_logprobs
 from .stop import StopStrings
 from .text_pieces import TextPieces
 from .tokens import make_decoder
 
 DEFAULT_MAX_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class GenerationResponse:
-    """One token of a generation: mlx-lm's fields, and what drafting did.
-
-    Attributes:
-        text: The next piece of text, perhaps empty.
-        marked_text: The same with control tokens told from text that spells them, for
-            ``AnswerReader``.
-        token: The token id.
-        from_draft: Whether the drafter had proposed the token.
-        prompt_tokens: Tokens in the prompt.
-        prompt_tps: Prompt tokens per second.
-        generation_tokens: Tokens generated so far.
-        generation_tps: Generated tokens per second, from the first token on.
-        peak_memory: Peak memory of MLX so far, in GB (10**9 bytes).
-        finish_reason: ``"stop"`` (end-of-sequence token or stop string),
-            ``"length"`` or None.
-        rounds: Rounds so far.
-        acceptance_length: Tokens per round so far, 1 + accepted / rounds.
-        acceptance_rate: Accepted over drafted so far, 0 to 1.
-        rule: The rule that judges the drafts, in words.
-        token_logprob: The token's log-probability; None where ``num_logprobs`` is.
-        top_logprobs: The ``num_logprobs`` most likely tokens with theirs, best first,
-            of equal ones the lowest id first; None where ``num_logprobs`` is.
-        drafter_memory: The drafter's weights among it, in GB.
-        stats: All counts so far and where the time went; shared by the responses of a
-            generation.
-    """
-
-    text: str
-    token: int
-    from_draft: bool
-    prompt_tokens: int
-    prompt_tps: float
-    generation_tokens: int
-    generation_tps: float
-    peak_memory: float
-    finish_reason: str | None
-    rounds: int
-    acceptance_length: float
-    acceptance_rate: float
-    rule: str
-    token_logprob: float | None
-    top_logprobs: list[tuple[int, float]] | None
-    drafter_memory: float
-    stats: RoundStats = field(repr=False)
-    marked_text: str = field(repr=False)
-    _logits: mx.array = field(repr=False)  # of the whole round, [1, K + 1, V]
-    _index: int = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures of the generation so far, as JSON takes them."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "prompt_tps": self.prompt_tps,
-            "generation_tokens": self.generation_tokens,
-            "generation_tps": self.generation_tps,
-            "finish_reason": self.finish_reason,
-            "peak_memory_gb": self.peak_memory,
-            "drafter_memory_gb": self.drafter_memory,
-            "drafter_memory_share": self._drafter_share,
-            **self.stats.to_dict(),
-        }
-
-    @property
-    def _drafter_share(self) -> float:
-        """The drafter's share of the peak memory, 0 to 1."""
-        return self.drafter_memory / self.peak_memory if self.peak_memory else 0.0
-
-    @property
-    def logprobs(self) -> mx.array:
-        """Log-probabilities of the target behind the token, [V].
-
-        After logits processors, before the temperature and filters, as mlx-lm's.
-        Computed when asked for, on a stream of their own: on the stream of the round
-        in flight the reader would wait for that round. A response that is kept keeps
-        the logits of its round, K + 1 rows.
-        """
-        return whole_logprobs(self._logits, 0, self._index)
 
 
 def stream_generate(
@@ -238,52 +156,6 @@ def generate(
     return "".join(pieces)
 
 
-def describe(response: GenerationResponse) -> str:
-    """The closing figures of a generation, a few lines of text."""
-    stats = response.stats
-    phases = stats.phases
-    lines = [
-        f"Prompt: {response.prompt_tokens} tokens, "
-        f"{response.prompt_tps:.3f} tokens-per-sec",
-        f"Generation: {response.generation_tokens} tokens, "
-        f"{response.generation_tps:.3f} tokens-per-sec",
-        *describe_rounds(stats),
-        f"Time: prefill {phases.prefill_s:.2f} s, rounds {phases.rounds_s:.2f} s, host "
-        f"{phases.host_s:.2f} s",
-        f"Peak memory: {response.peak_memory:.3f} GB, the drafter's weights "
-        f"{response.drafter_memory:.3f} GB",
-    ]
-    return "\n".join(lines)
-
-
-def describe_rounds(stats: RoundStats) -> list[str]:
-    """What rounds did, of one generation or of several: lines of text."""
-    return [
-        f"Rounds: {stats.rounds}, acceptance length {stats.acceptance_length:.2f} "
-        f"tokens per round, acceptance rate {stats.acceptance_rate:.1%} of "
-        f"{stats.drafted} drafted, rule: {stats.rule}",
-        _describe_drafts(stats),
-        f"Exactness: {stats.exactness}{_describe_difference(stats)}",
-    ]
-
-
-def _describe_drafts(stats: RoundStats) -> str:
-    """How many drafts rounds had and how far they came, or why there were none."""
-    if not stats.engaged:
-        return f"Drafts: none, {stats.why_not_engaged}"
-    rounds = ", ".join(
-        f"{count} with K = {k}" for k, count in sorted(stats.num_draft_tokens.items())
-    )
-    rates = ", ".join(f"{rate:.2f}" for rate in stats.acceptance_by_position)
-    return f"Drafts: rounds {rounds}; accepted by position {rates}"
-
-
-def _describe_difference(stats: RoundStats) -> str:
-    if not stats.max_difference:
-        return ""
-    return f"; largest difference that the probe saw: {stats.max_difference:.2g}"
-
-
 class _TextStream:
     """One generation on its way from tokens to responses."""
 
@@ -311,7 +183,7 @@ class _TextStream:
 
     def responses(self) -> Generator[GenerationResponse, None, None]:
         """Decode to the end: one response per token."""
-        self._start = time.perf_counter()
+        self._start = clock()
         if self._on_progress is not None:
             self._on_progress(0, self._prompt_tokens)
         run = self._decoder.run(self._report)
@@ -326,7 +198,7 @@ class _TextStream:
         for (emission,) in rounds:
             if not self._num_tokens:
                 self._prompt_tps = self._prompt_tokens / self._elapsed()
-                self._start = time.perf_counter()
+                self._start = clock()
             self._row = emission.row
             emission.check()
             yield from self._respond(emission)
@@ -384,11 +256,12 @@ class _TextStream:
             "rule": stats.rule,
             "stats": stats,
             "drafter_memory": self._drafter_memory,
+            "times_plain": self._pair.calibration.times_plain(stats),
         }
 
     def _elapsed(self) -> float:
         """Seconds since the phase began; never 0, so that rates stay finite."""
-        return max(time.perf_counter() - self._start, 1e-9)
+        return max(clock() - self._start, 1e-9)
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: Any, cache: Any) -> Any:

@@ -6,7 +6,6 @@ request.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from mlx_lm.generate import (
 )
 from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
 
+from ..cpu_kernels import clock
 from ..engine.capacity import DEFAULT_MAX_ROWS
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from ..engine.request import Request
@@ -296,7 +296,7 @@ class BatchGenerator:
 
     def _step(self) -> Step:
         """One step, counted."""
-        start = time.perf_counter()
+        start = clock()
         prefill_s = self._decoder.stats.phases.prefill_s
         step = self._decoder.step()
         prefill_s = self._decoder.stats.phases.prefill_s - prefill_s
@@ -309,7 +309,7 @@ class BatchGenerator:
         self._tally.why_none = self._decoder.stats.why_not_engaged
         if step.emissions:
             counters.generation_steps += 1
-            counters.decode_time += time.perf_counter() - start - prefill_s
+            counters.decode_time += clock() - start - prefill_s
         return step
 
     def _prompt_response(self, progress: Progress) -> Any:

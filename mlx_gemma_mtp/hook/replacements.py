@@ -28,8 +28,9 @@ from ..checkpoints.tokenizer import model_kind
 from ..constants import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
 from ..engine.stats import DraftTally
 from ..errors import CheckpointError, PairingError, RequestError
+from ..generation.response import GenerationResponse
 from ..generation.settings import check_num_draft_tokens
-from ..generation.text import GenerationResponse, stream_generate
+from ..generation.text import stream_generate
 from ..models.drafter import Drafter
 from ..models.target import text_model
 from ..pair.load import attach_drafter

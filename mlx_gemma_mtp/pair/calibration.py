@@ -16,6 +16,7 @@ from ..drafting.controller import AcceptanceModel, DraftLengthController, Prior
 from ..drafting.saved_numbers import numbers
 from ..engine.early_start import EarlyStart
 from ..engine.route import Route
+from ..engine.stats import RoundStats
 from ..exactness.compared import Compared
 from ..exactness.verdict import Verdict
 from ..store import Store
@@ -85,6 +86,37 @@ class Calibration:
                 )
                 self._controllers[key] = controller
             return self._controllers[key]
+
+    def times_plain(self, stats: RoundStats) -> float | None:
+        """How many times as fast as plain rounds the rounds of one row were.
+
+        By what rounds of each number of drafts take undisturbed: tracing is no part of
+        it.
+
+        Args:
+            stats: What the rounds did.
+
+        Returns:
+            None where plain rounds, or some of these, were never measured.
+        """
+        counts, num_tokens = stats.num_draft_tokens, stats.rounds + stats.accepted
+        if not stats.engaged:
+            return None
+        with self.lock:
+            for (rule, num_rows, min_rows), controller in self._controllers.items():
+                costs = controller.costs
+                if (rule, num_rows) != (stats.rule, 1):
+                    continue
+                if all(map(costs.has_measured, {0, *counts})):
+                    plain_s = costs.seconds(0) / self._fill_cost(min_rows)
+                    took_s = sum(n * costs.seconds(k) for k, n in counts.items())
+                    return num_tokens * plain_s / took_s
+        return None
+
+    def _fill_cost(self, min_rows: int) -> float:
+        """How much longer plain rounds take that are filled up."""
+        verdict = self.verdict(1)
+        return verdict.fill_cost if verdict is not None and min_rows > 1 else 1.0
 
     def early_start(self, num_rows: int) -> EarlyStart:
         """What decides when rounds of so many rows are started, in this process."""

@@ -23,6 +23,7 @@ from ..checkpoints.find_drafter import find_drafter
 from ..checkpoints.hub import fetch, local_path
 from ..checkpoints.tokenizer import chat_templates, eos_token_ids, load_tokenizer
 from ..checkpoints.weights import load_drafter, one_line, read_target
+from ..cpu_kernels import compile_header
 from ..errors import MTPError, PairingError, cut
 from ..models.compatibility import check_fit
 from ..models.drafter import Drafter
@@ -56,6 +57,7 @@ def load_pair(
             read.
         PairingError: A drafter that was named does not fit the target.
     """
+    compile_header()
     if target_path is None:
         target_path = embedded_pair_path()
     folder = fetch(target_path)
@@ -110,6 +112,7 @@ def load(
             read.
         PairingError: A drafter that was named does not fit the target.
     """
+    compile_header()
     folder = fetch(path_or_hf_repo, revision)
     checkpoint = open_checkpoint(folder)
     target = read_target(checkpoint, lazy=lazy)

@@ -15,7 +15,8 @@ import mlx.nn as nn
 from ..cli.tables import duration
 from ..errors import RequestError
 from ..generation.chat_template import apply_chat_template
-from ..generation.text import GenerationResponse, stream_generate
+from ..generation.response import GenerationResponse
+from ..generation.text import stream_generate
 from ..pair.load import load
 from ..pair.pair import Pair, pair_of
 from .exactness import describe

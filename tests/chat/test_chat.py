@@ -538,8 +538,8 @@ class TestCommands:
         session.num_draft_tokens = 3
         say(session, "def area(radius):")
         text = found.run("/stats")
-        assert "Generation: 12 tokens" in text
-        assert "tokens-per-sec" in text
+        assert "tokens per second" in text
+        assert "(12 tokens)" in text
         assert "rounds " in text
         assert "with K = 3; accepted by position" in text
         assert "rule: " in text
@@ -548,7 +548,7 @@ class TestCommands:
         say(session, "class Stack:")
         text = found.run(" /stats ")
         assert "All 2 answers:" in text
-        assert "Generation: 24 tokens" in text
+        assert "(24 tokens)" in text
         assert f"{session.last.num_cached} of them kept from before" in text
 
     def test_stats_after_every_answer(self, commands):

@@ -1,11 +1,13 @@
 """Thoughts on a screen, and left out where a program reads."""
 
 import io
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from mlx_gemma_mtp.cli import display
-from mlx_gemma_mtp.cli.display import Display, PromptProgress
+from mlx_gemma_mtp.cli.display import CompileProgress, Display, PromptProgress
 from mlx_gemma_mtp.markup.answer import CONTENT, REASONING, Part
 
 
@@ -108,3 +110,74 @@ def test_a_prompt_is_not_shown(impatient, monkeypatch, is_terminal, term, patien
         progress.tell(num_read, 100)
     progress.end()
     assert screen.getvalue() == ""
+
+
+@pytest.fixture
+def kernels(impatient, monkeypatch):
+    """How many kernels there were, and how many were compiled since: to be set."""
+    numbers = SimpleNamespace(before=0, now=0)
+    monkeypatch.setattr(display, "num_kept", lambda: numbers.before)
+    monkeypatch.setattr(display, "num_compiled", lambda: numbers.now)
+    return numbers
+
+
+def wait_for(screen, text):
+    while text not in screen.getvalue():
+        time.sleep(0.001)
+
+
+class TestCompiling:
+    def test_is_shown_behind_the_text_and_is_gone_then(self, kernels, monkeypatch):
+        monkeypatch.setattr(display, "_PATIENCE_S", 3600.0)
+        screen = Screen(True)
+        with CompileProgress(screen) as compiling:
+            shown = Display(screen, compiling=compiling)
+            shown.show([Part(CONTENT, "So")])
+            assert screen.getvalue() == "So"
+            kernels.now = 3
+            wait_for(screen, "3 of about 100]")
+            before = len(screen.getvalue())
+            shown.show([Part(CONTENT, " it is")])
+            # Nothing of it is left where text is written.
+            assert screen.getvalue()[before:] == "\033[K it is"
+            kernels.now = 120
+            wait_for(screen, ": 120]")
+        assert screen.getvalue().endswith("\033[K")
+
+    def test_goes_when_nothing_more_comes(self, kernels):
+        screen = Screen(True)
+        with CompileProgress(screen):
+            kernels.now = 1
+            wait_for(screen, "\033[?7h\033[K")
+
+    def test_says_nothing_of_all_where_some_were_there(self, kernels):
+        kernels.before = 70
+        screen = Screen(True)
+        with CompileProgress(screen):
+            kernels.now = 2
+            wait_for(screen, ": 2]")
+
+    def test_without_colors(self, kernels, monkeypatch):
+        monkeypatch.setenv("NO_COLOR", "1")
+        screen = Screen(True)
+        with CompileProgress(screen):
+            kernels.now = 1
+            wait_for(screen, "?7l[compiling kernels for this CPU, once: 1")
+
+    @pytest.mark.parametrize(
+        ("is_terminal", "term"), [(False, "xterm"), (True, "dumb")]
+    )
+    def test_is_not_shown(self, kernels, monkeypatch, is_terminal, term):
+        monkeypatch.setenv("TERM", term)
+        screen = Screen(is_terminal)
+        with CompileProgress(screen):
+            kernels.now = 9
+            time.sleep(0.02)
+        assert screen.getvalue() == ""
+
+    def test_is_not_shown_where_there_is_nothing(self, kernels):
+        screen = Screen(True)
+        kernels.now = 5  # before
+        with CompileProgress(screen):
+            time.sleep(0.02)
+        assert screen.getvalue() == ""

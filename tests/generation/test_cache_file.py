@@ -100,7 +100,7 @@ class TestText:
         assert cli.main(whole) == 0
         out, err = capsys.readouterr()
         assert out == expected
-        assert int(re.findall(r"Prompt: (\d+) tokens", err)[0]) > 15
+        assert int(re.findall(r"after a prompt of (\d+)", err)[0]) > 15
 
     def test_is_not_that_of_the_query_alone(self, run, folder, capsys):
         assert cli.main(["--model", folder, "-p", QUERY, *SETTINGS]) == 0

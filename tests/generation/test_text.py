@@ -23,7 +23,9 @@ from mlx_gemma_mtp.engine.stats import Phases, RoundStats
 from mlx_gemma_mtp.errors import PairingError, RequestError
 from mlx_gemma_mtp.generation import text as text_module
 from mlx_gemma_mtp.generation import tokens as tokens_module
-from mlx_gemma_mtp.generation.text import describe, generate, stream_generate
+from mlx_gemma_mtp.generation.figures import describe
+from mlx_gemma_mtp.generation.response import GenerationResponse
+from mlx_gemma_mtp.generation.text import generate, stream_generate
 from mlx_gemma_mtp.pair.load import load, load_pair
 from mlx_gemma_mtp.sampling import distribution as sampling
 from tests.tiny import (
@@ -158,11 +160,7 @@ class TestStream:
 
     def test_rates_are_tokens_over_seconds(self, script, monkeypatch):
         ticks = iter(range(100))  # every look at the clock takes a second
-
-        class Clock:
-            perf_counter = staticmethod(lambda: float(next(ticks)))
-
-        monkeypatch.setattr(text_module, "time", Clock)
+        monkeypatch.setattr(text_module, "clock", lambda: float(next(ticks)))
         first, second, third = script([[20], [21, 22]])
         # Looks: start 0, first token 1, start again 2, then one for each response.
         assert first.prompt_tps == second.prompt_tps == first.prompt_tokens / 1
@@ -172,7 +170,7 @@ class TestStream:
     def test_has_the_fields_of_mlx_lm(self):
         from mlx_lm.generate import GenerationResponse as Theirs
 
-        ours = {f.name for f in dataclasses.fields(text_module.GenerationResponse)}
+        ours = {f.name for f in dataclasses.fields(GenerationResponse)}
         assert {f.name for f in dataclasses.fields(Theirs)} <= ours | {"logprobs"}
 
     @pytest.mark.parametrize("settings", [{}, SAMPLED])

@@ -27,7 +27,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 import mlx_gemma_mtp
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
 from mlx_gemma_mtp.errors import HookError, PairingError, RequestError
-from mlx_gemma_mtp.generation.text import GenerationResponse
+from mlx_gemma_mtp.generation.response import GenerationResponse
 from mlx_gemma_mtp.generation.text import generate as generate_text
 from mlx_gemma_mtp.hook import install as hook
 from mlx_gemma_mtp.hook import replacements as hooked

@@ -25,7 +25,8 @@ from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.engine.state import Report
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation import tokens as tokens_module
-from mlx_gemma_mtp.generation.text import describe, stream_generate
+from mlx_gemma_mtp.generation.figures import describe
+from mlx_gemma_mtp.generation.text import stream_generate
 from mlx_gemma_mtp.generation.tokens import generate_tokens
 from mlx_gemma_mtp.pair.load import load
 from mlx_gemma_mtp.sampling.host import HostRow

@@ -1,0 +1,113 @@
+"""What is said of a generation, in words; and how many times as fast it was.
+
+Run: python -m pytest tests/generation/test_figures.py
+"""
+
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_gemma_mtp.drafting.controller import DEFAULT_PRIOR
+from mlx_gemma_mtp.engine.stats import RoundStats
+from mlx_gemma_mtp.exactness.verdict import Verdict
+from mlx_gemma_mtp.generation import figures
+from mlx_gemma_mtp.generation.figures import drafts, sameness, speed, summary
+from mlx_gemma_mtp.pair.calibration import Calibration
+from mlx_gemma_mtp.store import Store
+
+
+def response_of(stats, *, tokens=40, times=None):
+    return SimpleNamespace(
+        generation_tokens=tokens,
+        generation_tps=100 / 3,
+        prompt_tokens=7,
+        times_plain=times,
+        stats=stats,
+    )
+
+
+def stats_of(*rounds, **fields):
+    stats = RoundStats(**fields)
+    for drafted, accepted in rounds:
+        stats.add_round(drafted=drafted, accepted=accepted)
+    return stats
+
+
+DRAFTED = stats_of((4, 3), (4, 0), exactness="exact: logits proved byte-equal")
+
+
+@pytest.fixture(autouse=True)
+def took(monkeypatch):
+    """What compiling kernels took, to be set."""
+    found = [0.9]
+    monkeypatch.setattr(figures, "compile_seconds", lambda: found[0])
+    monkeypatch.setattr(figures, "num_compiled", lambda: 98)
+    return found
+
+
+def test_summary(took):
+    lines = [
+        "Speed: 33.3 tokens per second, 2.1 times plain decoding (40 tokens after a "
+        "prompt of 7)",
+        "Drafts: 2.50 tokens per round, 38% of 8 drafts accepted",
+        "Text: the same as by plain decoding; logits proved byte-equal",
+    ]
+    assert summary(response_of(DRAFTED, times=2.06)).splitlines() == lines
+    took[0] = 17.4
+    lines.append(
+        "Compiled: 98 kernels for this CPU in 17 s, once; the speed is without that"
+    )
+    assert summary(response_of(DRAFTED, times=2.06)).splitlines() == lines
+
+
+def test_what_is_not_known_is_not_said():
+    assert speed(response_of(DRAFTED)) == "33.3 tokens per second"
+    assert speed(response_of(DRAFTED, tokens=1)) == "one token tells none"
+    plain = stats_of((0, 0), why_plain="the model has no drafter")
+    assert drafts(plain) == "none: the model has no drafter"
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ("exact: plain decoding", "plain decoding"),
+        ("not exact: because", "may differ from plain decoding; because"),
+        ("plain decoding", "plain decoding"),
+    ],
+)
+def test_sameness(known, said):
+    assert sameness(RoundStats(exactness=known)) == said
+
+
+class TestTimesPlain:
+    @pytest.fixture
+    def calibration(self):
+        return Calibration(Store({}, None), lambda num_rows, context: DEFAULT_PRIOR)
+
+    def learn(self, calibration, seconds, *, min_rows=1):
+        controller = calibration.controller("greedy", num_rows=1, min_rows=min_rows)
+        for _ in range(50):
+            for k, took in seconds.items():
+                controller.costs.observe(k, took)
+
+    def test_by_what_rounds_take(self, calibration):
+        self.learn(calibration, {0: 0.010, 4: 0.020})
+        stats = stats_of((4, 3), (4, 4), (0, 0), rule="greedy")
+        # Ten tokens, which plain rounds would have made in 0.1 s, in 0.05 s.
+        assert calibration.times_plain(stats) == pytest.approx(2.0, rel=0.02)
+
+    def test_filled_rounds_are_slower_than_plain_decoding(self, calibration):
+        calibration.keep_verdict(1, Verdict({1: (), 2: (4,)}, 0.5, 1.25, 48, 1.0))
+        self.learn(calibration, {0: 0.010, 4: 0.020}, min_rows=2)
+        stats = stats_of((4, 4), rule="greedy")
+        assert calibration.times_plain(stats) == pytest.approx(2.0, rel=0.02)
+
+    @pytest.mark.parametrize("measured", [{}, {0: 0.01}, {4: 0.02}])
+    def test_is_not_guessed(self, calibration, measured):
+        self.learn(calibration, measured)
+        assert calibration.times_plain(stats_of((4, 4), rule="greedy")) is None
+
+    def test_says_nothing_of_other_rules_or_plain_decoding(self, calibration):
+        self.learn(calibration, {0: 0.010, 4: 0.020})
+        assert calibration.times_plain(stats_of((4, 4), rule="coupled")) is None
+        assert calibration.times_plain(stats_of((0, 0), rule="greedy")) is None
