@@ -14,6 +14,7 @@ import pytest
 from mlx_gemma_mtp.cli import generate
 from scripts.docs_tables import with_tables
 from tests.docs.pages import PAGES, ROOT, blocks, lines
+from tests.test_layout import BELOW
 from tests.tiny import uncompiled
 
 MAX_README_LINES = 250
@@ -98,6 +99,20 @@ def test_the_readme_names_every_folder():
     package = ROOT / "mlx_gemma_mtp"
     folders = {path.parent.name for path in package.glob("*/*.py")}
     assert named == folders | {"embedded"}
+
+
+def test_the_picture_of_the_folders_is_that_of_the_layout():
+    """In it each folder stands above those that it imports."""
+    picture = blocks("text", "docs/how-it-works.md")[0].splitlines()
+    heights = {
+        name: -number
+        for number, line in enumerate(picture)
+        for name in re.findall(r"\b(\w+)/", line)
+    }
+    assert set(heights) == set(BELOW)
+    for folder, below in BELOW.items():
+        for other in below - {"markup"}:
+            assert heights[folder] > heights[other], (folder, other)
 
 
 def test_requests_of_the_readme_are_those_of_the_servers_page():
