@@ -125,7 +125,8 @@ def test_the_walk_of_a_token_is_short_and_as_it_is(capsys):
     """A text is generated; each function of the walk is called."""
     page = PAGES["docs/how-it-works.md"]
     walk = page.partition("## One token through the folders")[2].partition("\n## ")[0]
-    steps = re.findall(r"^\| \d+ \| `([\w/]+\.py)` `([\w.]+)` \|", walk, re.MULTILINE)
+    step = r"^\| \d+ \| \[`([\w/]+\.py)`\]\(\S+\) `([\w.]+)` \|"
+    steps = re.findall(step, walk, re.MULTILINE)
     assert len(re.findall(r"^\| \d", walk, re.MULTILINE)) == len(steps)
     assert 5 < len({path for path, _ in steps}) <= MAX_WALK
     called = set()
