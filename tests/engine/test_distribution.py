@@ -17,7 +17,7 @@ from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.models.drafter import DraftOutput
 from mlx_gemma_mtp.models.target import Prefilled, TargetOutput
-from mlx_gemma_mtp.sampling import distribution as sampling
+from mlx_gemma_mtp.sampling import graph
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.sampling.test_distribution import chi_squared_bound
 from tests.scripted import ScriptedTarget
@@ -65,7 +65,7 @@ def draw(num_draft_tokens, **settings):
 def draw_whole(num_draft_tokens, **settings):
     """The same, where no row draws from a list."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "longest_list", lambda: 0)
+        patch.setattr(graph, "longest_list", lambda: 0)
         return draw_beside(num_draft_tokens, None, settings)
 
 

@@ -20,7 +20,7 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc
 
 from mlx_gemma_mtp.engine.traces import Traces
 from mlx_gemma_mtp.generation.tokens import generate_tokens
-from mlx_gemma_mtp.sampling import distribution as sampling
+from mlx_gemma_mtp.sampling import graph
 from mlx_gemma_mtp.sampling.candidates import most_likely
 from mlx_gemma_mtp.sampling.distribution import (
     choose_tokens,
@@ -444,7 +444,7 @@ def test_draws_at_the_edges(uniform, expected):
 @pytest.mark.parametrize("longest", [64, 1024])
 def test_rows_keep_their_own_settings(longest, monkeypatch):
     """A mixed batch draws for each row what the row draws alone."""
-    monkeypatch.setattr(sampling, "longest_list", lambda: longest)
+    monkeypatch.setattr(graph, "longest_list", lambda: longest)
     xtc: dict[str, Any] = {"xtc_probability": 0.7, "xtc_threshold": 0.02}
     params = [
         SamplingParams(),
