@@ -27,7 +27,7 @@ from mlx_gemma_mtp.generation.figures import describe
 from mlx_gemma_mtp.generation.response import GenerationResponse
 from mlx_gemma_mtp.generation.text import generate, stream_generate
 from mlx_gemma_mtp.pair.load import load, load_pair
-from mlx_gemma_mtp.sampling import distribution as sampling
+from mlx_gemma_mtp.sampling import distribution, graph
 from tests.tiny import (
     BOS,
     END_OF_TURN,
@@ -50,7 +50,8 @@ SAMPLED = {"temp": 2.0, "seed": 5}
 def _every_token_is_a_candidate():
     """A random pair agrees on 64 of 512 tokens too rarely to test what follows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "MAX_CANDIDATES", VOCAB_SIZE)
+        for module in (distribution, graph):
+            patch.setattr(module, "MAX_CANDIDATES", VOCAB_SIZE)
         yield
 
 

@@ -17,7 +17,7 @@ from mlx_gemma_mtp.generation import tokens as tokens_module
 from mlx_gemma_mtp.generation.tokens import draft_block, generate_tokens
 from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.pair.pair import Pair
-from mlx_gemma_mtp.sampling import distribution as sampling
+from mlx_gemma_mtp.sampling import distribution, graph
 from tests.tiny import (
     END_OF_TURN,
     EOS,
@@ -38,7 +38,8 @@ SAMPLED: dict[str, Any] = {"temp": 2.0, "seed": 3}
 def _every_token_is_a_candidate():
     """A random pair agrees on 64 of 512 tokens too rarely to test what follows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "MAX_CANDIDATES", VOCAB_SIZE)
+        for module in (distribution, graph):
+            patch.setattr(module, "MAX_CANDIDATES", VOCAB_SIZE)
         yield
 
 

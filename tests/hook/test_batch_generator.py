@@ -306,8 +306,8 @@ class TestMistakes:
         assert generator.insert([[1, 2]]) == [0]
 
     def test_memory_that_is_never_enough(self, pair):
-        generator = BatchGenerator(pair.target, max_kv_bytes=300_000)
-        with pytest.raises(RequestError, match=r"must fit into 0\.3 MB"):
+        generator = BatchGenerator(pair.target, max_kv_bytes=160_000)
+        with pytest.raises(RequestError, match=r"must fit into 0\.2 MB"):
             generator.insert([[1] * 5000], [5])
         # Many ask for a huge number of tokens where they want no limit.
         generator.insert([[1, 2]], [10**9])
