@@ -161,9 +161,8 @@ class TestPrograms:
         arguments = ["--model", folder, "-m", "7"]
         turns = "import \nfrom \nq\n"
         plain = run_python("mlx_lm", "chat", *arguments, input=turns)
-        found = run_python(
-            "mlx_gemma_mtp.hook.run", "mlx_lm.chat", *arguments, input=turns
-        )
+        command = ("mlx_gemma_mtp.hook.run", "mlx_lm.chat")
+        found = run_python(*command, *arguments, input=turns)
         assert (plain.returncode, found.returncode) == (0, 0), found.stderr
         assert told(found.stdout) == told(plain.stdout)
         assert len(told(plain.stdout)) > 200
