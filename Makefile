@@ -48,7 +48,7 @@ install: $(DEV_STAMP)
 	@:
 
 demo: $(RUN_STAMP)
-	@printf '%s\n' "$(PROMPT)" | $(BIN)/mlx_gemma_mtp.generate -p - -m 100 --temp 0.6 --top-k 40 --seed 1
+	@printf '%s\n' "$(PROMPT)" | $(BIN)/mlx_gemma_mtp.generate -p - -m 100 --num-draft-tokens 4 --temp 0.6 --top-k 40 --seed 1
 	@echo
 	@echo "Next:"
 	@echo "  $(BIN)/mlx_gemma_mtp.chat                  talk to the same pair"
