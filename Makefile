@@ -144,7 +144,7 @@ bench-setup: $(RUN_STAMP)
 	@$(PIP) -e '.[bench]'
 
 picture: bench-setup
-	@$(BIN)/python scripts/bench.py engines --engines mlx-lm plain draft mlx-vlm --num-draft-tokens 4 auto --max-tokens 64 --json build/speed.json $(ARGS)
+	@$(BIN)/python scripts/bench.py engines --engines mlx-lm plain draft mlx-vlm --num-draft-tokens 4 auto --max-tokens 128 --json build/speed.json $(ARGS)
 	@$(BIN)/python -m scripts.speed_picture build/speed.json
 
 train-drafter: $(RUN_STAMP)

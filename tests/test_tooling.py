@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_tooling.py
 """
 
+import ast
 import re
 import shlex
 import subprocess
@@ -36,6 +37,13 @@ def test_paths_in_the_makefile_exist():
         assert (ROOT / path).exists(), path
     for module in set(re.findall(r"-m (scripts\.[\w.]+)", MAKEFILE)):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+def test_tests_say_how_to_run_them():
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        said = set(re.findall(r"python -m pytest.* (tests/\S+\.py)", text))
+        assert said <= {path.relative_to(ROOT).as_posix()}, path
 
 
 def test_the_workflow_runs_the_steps_of_ci():

@@ -1,6 +1,6 @@
 """What the load hook replaces in mlx-lm, and what it relies on there.
 
-The tables are all that is known of mlx-lm's names; ``hook`` holds them against the
+The tables are all that is known of mlx-lm's names; ``install`` holds them against the
 installed version before it replaces anything. Knows no library.
 """
 

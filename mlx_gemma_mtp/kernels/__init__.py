@@ -1,5 +1,5 @@
 """Fused kernels of a decision, one per file; the plain operations are their reference.
 
 They are used where Metal (or CUDA) is the device; everywhere else the operations of
-``sampling``, ``acceptance`` and ``decision`` run.
+``distribution``, ``acceptance`` and ``decision`` run.
 """

@@ -4,7 +4,7 @@ A threadgroup decides a row of the batch, and each of its simdgroups one row of 
 verify block (two where there are nine), whose list of 64 best tokens it holds in
 registers, two to a lane:
 
-1. filters and temperature, as in sampling.py, and the list's probabilities;
+1. filters and temperature, as in distribution.py, and the list's probabilities;
 2. by block (acceptance.accept_block): a compare of every target token with every token
    that the drafter proposed, which gives p(x) and q(x) of the draft, and for each of
    the target's tokens what the drafter offers of it;

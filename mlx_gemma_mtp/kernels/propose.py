@@ -2,8 +2,8 @@
 
 One simdgroup per row, two neighbouring entries of the list per lane, so that sums over
 what stands before an entry are one prefix sum of the simdgroup. The filters act as in
-``sampling``: top-p (the entry that crosses it stays, and with it its equals), min-p and
-top-k, all before the temperature.
+``distribution``: top-p (the entry that crosses it stays, and with it its equals), min-p
+and top-k, all before the temperature.
 
 Prefix sums of a simdgroup are rounded in an order of their own, so they need not grow
 from entry to entry. The draw therefore looks only at entries with a weight, and takes
@@ -135,7 +135,7 @@ def propose(
 
     Returns:
         The drafts, int32 [B, 1], and the scores of the list as in
-        ``sampling.Distribution``, float32 [B, 1, 64].
+        ``distribution.Distribution``, float32 [B, 1, 64].
     """
     B = values.shape[0]
     tokens, scores = common.launch(

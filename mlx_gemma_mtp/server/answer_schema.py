@@ -1,4 +1,4 @@
-"""The bodies of answers: what ``formats`` makes, as ``/openapi.json`` describes it.
+"""The bodies of answers that ``openai_format`` makes, as ``/openapi.json`` tells.
 
 Nothing is checked against it while the server runs; tests do that.
 """

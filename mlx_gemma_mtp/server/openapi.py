@@ -62,7 +62,7 @@ _HEADERS = {
 }
 _OF_PATH = {"/v1/models/{name}": (404, 405), "/health": (405, 503)}
 _SCHEME = "bearer"
-_MAX_DIGITS = 11  # of a token id that is a name, as ``orders`` takes it
+_MAX_DIGITS = 11  # of a token id that is a name, as ``body_parser`` takes it
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _TOP_NEEDS_LOGPROBS = {
     "if": {

@@ -3,7 +3,7 @@
 A target whose keys are their tokens and positions looks at what its masks show it, and
 says a wrong token where that is not what a query may see.
 
-Run: python -m pytest tests/test_keys.py
+Run: python -m pytest tests/cache/test_keys.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """mlx-lm's prompt caches, in and out: the same objects serve every way of decoding.
 
-Run: python -m pytest tests/test_prompt_cache.py
+Run: python -m pytest tests/cache/test_mlx_lm_cache.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Slabs and masks against a simulation that tracks every key by name.
 
-Run: python -m pytest tests/test_cache.py
+Run: python -m pytest tests/cache/test_slabs.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a folder holds: whole ones are read, damaged ones told in one line.
 
-Run: python -m pytest tests/test_checkpoint.py
+Run: python -m pytest tests/checkpoints/test_checkpoint.py
 """
 
 import json

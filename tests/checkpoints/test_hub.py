@@ -1,6 +1,6 @@
 """Which drafter goes with which target; where checkpoints come from.
 
-Run: python -m pytest tests/test_pairing.py
+Run: python -m pytest tests/checkpoints/test_hub.py
 """
 
 import errno

@@ -1,6 +1,6 @@
 """What weights are packed by: QAT float ones load, other tools' formats are named.
 
-Run: python -m pytest tests/test_packing.py
+Run: python -m pytest tests/checkpoints/test_packing.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Formats: what MLX has, the shapes they give, and formats told from shapes.
 
-Run: python -m pytest tests/test_quantization.py
+Run: python -m pytest tests/checkpoints/test_quantization.py
 """
 
 from __future__ import annotations

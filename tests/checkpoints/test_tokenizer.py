@@ -1,6 +1,6 @@
 """Tokenizers with the chat templates and ends of a checkpoint, wherever they lie.
 
-Run: python -m pytest tests/test_tokenizer.py
+Run: python -m pytest tests/checkpoints/test_tokenizer.py
 """
 
 import codecs

@@ -1,6 +1,6 @@
 """AcceptanceModel on texts whose acceptance is known.
 
-Run: python -m pytest tests/test_acceptance_model.py
+Run: python -m pytest tests/drafting/test_acceptance_model.py
 """
 
 import random

@@ -1,7 +1,7 @@
 """DraftLengthController on simulated machines and texts, and its models alone.
 
-Run: python -m pytest tests/test_control.py
-     python -m pytest -m control tests/test_control.py   # every curve and process
+Run: python -m pytest tests/drafting/test_controller.py
+     python -m pytest -m control tests/drafting/test_controller.py  # every curve
 """
 
 import json

@@ -1,7 +1,7 @@
 """DraftLengthController over processes that begin and end, from good and bad states.
 
-Run: python -m pytest tests/test_control_processes.py
-     python -m pytest -m control tests/test_control_processes.py  # every curve
+Run: python -m pytest tests/drafting/test_controller_processes.py
+     python -m pytest -m control tests/drafting/test_controller_processes.py
 """
 
 import json

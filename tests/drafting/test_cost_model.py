@@ -1,6 +1,6 @@
 """CostModel on a machine whose round times are known, some of them stalled.
 
-Run: python -m pytest tests/test_cost_model.py
+Run: python -m pytest tests/drafting/test_cost_model.py
 """
 
 import math

@@ -1,6 +1,6 @@
 """The model of speed: its bytes, its order, its error, the priors made of it.
 
-Run: python -m pytest tests/test_roofline.py
+Run: python -m pytest tests/drafting/test_speed_model.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Slabs grow in time, and in exact decoding at places that no draft moves.
 
-Run: python -m pytest tests/test_room.py
+Run: python -m pytest tests/engine/test_capacity.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The queue of rounds: one read each, no copies of the cache, nothing left behind.
 
-Run: python -m pytest tests/test_decoder.py
+Run: python -m pytest tests/engine/test_decoder.py
 """
 
 from __future__ import annotations

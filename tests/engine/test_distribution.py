@@ -1,6 +1,6 @@
 """The whole engine draws from the target's distribution, drafts accepted or not.
 
-Run: python -m pytest tests/test_engine_distribution.py
+Run: python -m pytest tests/engine/test_distribution.py
 """
 
 from __future__ import annotations

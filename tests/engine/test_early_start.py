@@ -1,6 +1,6 @@
 """When rounds are started: measured, and of no influence on the text.
 
-Run: python -m pytest tests/test_early_start.py
+Run: python -m pytest tests/engine/test_early_start.py
 """
 
 from __future__ import annotations

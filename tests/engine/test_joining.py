@@ -1,6 +1,6 @@
 """Rows that join and leave a running decoder: the same text, nobody waits for long.
 
-Run: python -m pytest tests/test_joining.py
+Run: python -m pytest tests/engine/test_joining.py
 """
 
 from __future__ import annotations

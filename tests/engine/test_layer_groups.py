@@ -1,6 +1,6 @@
 """A chunk of a prompt is evaluated a few layers at a time.
 
-Run: python -m pytest tests/test_layer_groups.py
+Run: python -m pytest tests/engine/test_layer_groups.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Quantized pairs decode through the same rounds, the centroid head included.
 
-Run: python -m pytest tests/test_quantized.py
+Run: python -m pytest tests/engine/test_quantized.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Against transformers 5.22.2, float32, for tiny random pairs of all five families.
 
 tests/data/reference/make_reference.py says what each tensor is and how it was made.
-Run: python -m pytest tests/test_reference.py
+Run: python -m pytest tests/engine/test_reference.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The round against scripts: every outcome of drafting, and where a text ends.
 
-Run: python -m pytest tests/test_rounds.py
+Run: python -m pytest tests/engine/test_rounds.py
 """
 
 from __future__ import annotations

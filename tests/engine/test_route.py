@@ -1,6 +1,6 @@
 """What follows from a verdict.
 
-Run: python -m pytest tests/test_route.py
+Run: python -m pytest tests/engine/test_route.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Drafts made beside plain rounds tell what rounds with drafts would accept.
 
-Run: python -m pytest tests/test_shadows.py
+Run: python -m pytest tests/engine/test_shadows.py
 """
 
 from __future__ import annotations

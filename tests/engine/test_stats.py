@@ -1,6 +1,6 @@
 """RoundStats against tables counted by hand.
 
-Run: python -m pytest tests/test_stats.py
+Run: python -m pytest tests/engine/test_stats.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """Intervals between reads against hand-made clocks.
 
-Run: python -m pytest tests/test_timing.py
+Run: python -m pytest tests/engine/test_timing.py
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 That makes the text with drafting equal the text without it. Metal kernels may round
 one row differently from several; this file says nothing about them.
-Run: python -m pytest tests/test_exactness.py
+Run: python -m pytest tests/exactness/test_exactness.py
 """
 
 from __future__ import annotations

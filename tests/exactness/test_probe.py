@@ -1,7 +1,7 @@
 """The probe finds what was built in, and exact decoding keeps its promise (CPU).
 
 On Linux's CPU backend rows do not change bytes, so rounding that does is built into a
-layer here. Run: python -m pytest tests/test_probe.py
+layer here. Run: python -m pytest tests/exactness/test_probe.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """--prompt-cache-file: what mlx_lm.cache_prompt wrote in a process of its own is read.
 
-Run: python -m pytest tests/test_cache_file.py
+Run: python -m pytest tests/generation/test_cache_file.py
 """
 
 from __future__ import annotations

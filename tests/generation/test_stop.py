@@ -1,6 +1,6 @@
 """Stop strings: the same text is shown however it is cut into pieces.
 
-Run: python -m pytest tests/test_stop.py
+Run: python -m pytest tests/generation/test_stop.py
 """
 
 from itertools import pairwise

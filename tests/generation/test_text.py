@@ -1,6 +1,6 @@
 """Text in, text out: pieces, figures, ends, log-probabilities, drafters, mistakes.
 
-Run: python -m pytest tests/test_text.py
+Run: python -m pytest tests/generation/test_text.py
 """
 
 import dataclasses

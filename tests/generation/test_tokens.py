@@ -1,6 +1,6 @@
 """Token ids in, token ids out: shapes of results, budgets, ends, mistakes.
 
-Run: python -m pytest tests/test_tokens.py
+Run: python -m pytest tests/generation/test_tokens.py
 """
 
 from dataclasses import replace

@@ -5,7 +5,7 @@ number of the kernel may differ in its last bits and with it the token. Which pl
 these are is computed in float64 (``is_close_call``); they are left out, and must be
 few.
 
-Run: python -m pytest tests/test_kernels_decide.py
+Run: python -m pytest tests/kernels/test_decide.py
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Kernels that decide rounds on whole rows, against exact and plain operations.
 
-Run: python -m pytest tests/test_kernels_dense.py
+Run: python -m pytest tests/kernels/test_dense.py
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """The harness for Metal kernels: right on a right kernel, and it sees mistakes.
 
-Run: python -m pytest tests/test_metal_harness.py
+Run: python -m pytest tests/kernels/test_metal_harness.py
 """
 
 import importlib.util

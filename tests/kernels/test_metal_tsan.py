@@ -1,7 +1,7 @@
 """ThreadSanitizer on kernels: silent on a right one, and it sees hidden races.
 
 Run: make test-tsan
-     python -m pytest -m tsan tests/test_metal_tsan.py
+     python -m pytest -m tsan tests/kernels/test_metal_tsan.py
 """
 
 import re

@@ -9,7 +9,7 @@ Margins, in float64: the mass before an entry is 3e-6 away from top-p, a value 1
 away from min-p's floor, the two best noisy scores 1e-4 apart, and the draw 1e-5 away
 from the edges of a token's share. Rows below one are left out; few may be.
 
-Run: python -m pytest tests/test_kernels_propose.py
+Run: python -m pytest tests/kernels/test_propose.py
 """
 
 import sys

@@ -7,7 +7,7 @@ sum of exponentials              float64                           4e-6 relative
 values with a cap                float64 tanh                      2e-6 relative
 ids with a cap                   float64 tanh, by value at the id  2e-6 relative
 
-Run: python -m pytest tests/test_kernels_select.py
+Run: python -m pytest tests/kernels/test_select.py
 """
 
 import sys

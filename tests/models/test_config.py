@@ -1,6 +1,6 @@
 """Settings of checkpoints and requests: two layouts, defaults, every refusal.
 
-Run: python -m pytest tests/test_config.py
+Run: python -m pytest tests/models/test_config.py
 """
 
 import copy

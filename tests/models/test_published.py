@@ -2,7 +2,7 @@
 
 No weights: parameters of the models here are never evaluated.
 
-Run: python -m pytest tests/test_published.py
+Run: python -m pytest tests/models/test_published.py
 """
 
 import json

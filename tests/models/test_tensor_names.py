@@ -1,6 +1,6 @@
 """Tensors that text has no use for: which, by name alone, and why.
 
-Run: python -m pytest tests/test_tensor_names.py
+Run: python -m pytest tests/models/test_tensor_names.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The pair that ships with the package: it loads, decodes, and its drafts are used.
 
-Run: python -m pytest tests/test_embedded.py
+Run: python -m pytest tests/pair/test_embedded.py
 """
 
 from __future__ import annotations

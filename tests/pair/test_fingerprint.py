@@ -1,6 +1,6 @@
 """What was learnt holds for the weights and settings it was learnt of, and no others.
 
-Run: python -m pytest tests/test_fingerprint.py
+Run: python -m pytest tests/pair/test_fingerprint.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Loading: every family, layout and naming; quantized ones; misfits; drafters found.
 
-Run: python -m pytest tests/test_load.py
+Run: python -m pytest tests/pair/test_load.py
 """
 
 import dataclasses

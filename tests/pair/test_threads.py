@@ -1,6 +1,6 @@
 """Several threads on one pair, and what ends: texts, traces, weights, memory.
 
-Run: python -m pytest tests/test_threads.py; the long ones: make test-threads
+Run: python -m pytest tests/pair/test_threads.py; the long ones: make test-threads
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ are wrong.
 Exact means: every sequence of drafts is enumerated, and what the rule computes of each
 (the chance of each prefix, the weights of the token behind it) is added up.
 
-Run: python -m pytest tests/test_block_verification.py
+Run: python -m pytest tests/sampling/test_block_verification.py
 """
 
 from __future__ import annotations

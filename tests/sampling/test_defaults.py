@@ -1,6 +1,6 @@
 """Sampling settings of checkpoints: what the file means, and what it must not say.
 
-Run: python -m pytest tests/test_generation_defaults.py
+Run: python -m pytest tests/sampling/test_defaults.py
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Filters, noise and draws, against known answers, mlx-lm and exact probabilities.
 
-Run: python -m pytest tests/test_sampling.py
+Run: python -m pytest tests/sampling/test_distribution.py
 """
 
 from __future__ import annotations

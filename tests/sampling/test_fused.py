@@ -3,7 +3,7 @@
 Every launch runs in the harness, on the CPU. Near ties between floats could be decided
 differently; with the seeds here none is.
 
-Run: python -m pytest tests/test_fused.py
+Run: python -m pytest tests/sampling/test_fused.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Logits processors and samplers: called as in plain decoding, drafts or not.
 
-Run: python -m pytest tests/test_processing.py
+Run: python -m pytest tests/sampling/test_host.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Log-probabilities against numpy and the target run plainly.
 
-Run: python -m pytest tests/test_logprobs.py
+Run: python -m pytest tests/sampling/test_logprobs.py
 """
 
 from __future__ import annotations

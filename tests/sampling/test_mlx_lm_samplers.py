@@ -1,6 +1,6 @@
 """mlx-lm's samplers: settings read back, everything else refused.
 
-Run: python -m pytest tests/test_samplers.py
+Run: python -m pytest tests/sampling/test_mlx_lm_samplers.py
 """
 
 import functools

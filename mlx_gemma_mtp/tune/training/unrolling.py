@@ -112,7 +112,7 @@ class Cutter:
     ) -> SharedKV:
         """The keys that places see whose last tokens follow ``offset`` tokens or more.
 
-        Masks as in ``cache.draft_masks``, for a query per place.
+        Masks as in ``masks.draft_masks``, for a query per place.
         """
         kv = record.kv[layer_type]
         low = first_seen(self.layout, layer_type, offset)
