@@ -75,10 +75,12 @@ test-threads: $(DEV_STAMP)
 OLDEST := 0.32.0
 OLDEST_PLACE := build/mlx-lm-$(OLDEST)
 OLDEST_TESTS := tests/hook tests/cache/test_mlx_lm_cache.py tests/generation/test_cache_file.py
+# What stands on names of mlx-lm; ARGS="-k ''" takes all of these files.
+OLDEST_CASES := TestText or TestPromptCaches or TestBatches or TestNames or test_batch
 
 test-oldest: $(DEV_STAMP) $(OLDEST_PLACE)/mlx_lm
 	@PYTHONPATH=$(OLDEST_PLACE) $(BIN)/python -c 'import mlx_lm; assert mlx_lm.__version__ == "$(OLDEST)"'
-	@PYTHONPATH=$(OLDEST_PLACE) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(OLDEST_TESTS) $(ARGS)
+	@PYTHONPATH=$(OLDEST_PLACE) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(OLDEST_TESTS) -k '$(OLDEST_CASES)' $(ARGS)
 
 $(OLDEST_PLACE)/mlx_lm:
 	@$(PIP) --no-deps --target $(OLDEST_PLACE) mlx-lm==$(OLDEST)

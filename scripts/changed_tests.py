@@ -4,15 +4,16 @@
 
 What counts is what git sees: commits that main has not, the work tree, new files. A
 changed test is itself one. Of a changed module these are, in the folder of tests that
-mirrors its own: the tests named after it, and those that import it. Tests of the layout
-and of the tools always are.
+mirrors its own: the tests named after it, and those that import it; where there are
+none, the tests of the modules beside it that import it. Tests of the layout and of the
+tools always are.
 """
 
 from __future__ import annotations
 
 import ast
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -51,16 +52,25 @@ def chosen(changed: Iterable[str], root: Path) -> list[str]:
     return sorted(str(test.relative_to(root)) for test in found if test.is_file())
 
 
-def _of_module(path: Path, root: Path) -> Iterator[Path]:
+def _of_module(path: Path, root: Path) -> list[Path]:
+    """The tests of a module, or of the modules beside it that use it."""
     is_test = path.parts[0] == "tests"
     if is_test and path.name.startswith("test_"):
-        yield root / path
-        return
+        return [root / path]
     inside = path.parent.parts[1:] if is_test else _mirror(path)
-    module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-    for test in sorted((root / "tests").joinpath(*inside).glob("test_*.py")):
-        if test.stem == f"test_{path.stem}" or module in _imports(test):
-            yield test
+    tests = sorted((root / "tests").joinpath(*inside).glob("test_*.py"))
+    beside = {
+        _dotted(p.relative_to(root)): p for p in (root / path.parent).glob("*.py")
+    }
+    wanted, seen = {_dotted(path)}, {_dotted(path)}
+    while wanted:
+        names = {f"test_{name.rpartition('.')[2]}" for name in wanted}
+        found = [t for t in tests if t.stem in names or wanted & _imports(t, root)]
+        if found:
+            return found
+        users = {n for n, p in beside.items() if wanted & _imports(p, root)}
+        wanted, seen = users - seen, seen | users
+    return tests
 
 
 def _mirror(path: Path) -> tuple[str, ...]:
@@ -69,14 +79,21 @@ def _mirror(path: Path) -> tuple[str, ...]:
     return folders[1:2] if folders[:1] == (PACKAGE,) else folders[:1]
 
 
-def _imports(path: Path) -> set[str]:
+def _dotted(path: Path) -> str:
+    """A module's name, of its path from the root."""
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def _imports(path: Path, root: Path) -> set[str]:
     """What a file imports, as dotted names: modules, and names in modules."""
-    found = set()
+    found, parts = set(), path.relative_to(root).parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            base = parts[: len(parts) - node.level] if node.level else ()
+            module = ".".join([*base, *filter(None, [node.module])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return found
 
 

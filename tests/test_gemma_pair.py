@@ -11,18 +11,11 @@ import mlx_gemma_mtp
 from mlx_gemma_mtp.cli import generate as cli
 from tests.gemma import END_OF_TURN, VOCAB_SIZE
 from tests.gemma_pair import let_say
-from tests.tiny import uncompiled
 
-pytestmark = pytest.mark.gemma
+pytestmark = [pytest.mark.gemma, pytest.mark.usefixtures("plain_graphs")]
 ANSWER = "Hello 👩‍👩‍👧, 𓀀!\n\n    naïve"
 QUESTION = "Why is the sky blue?"
 PROMPT = f"<|turn>user\n{QUESTION}<turn|>\n<|turn>model\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -242,3 +242,39 @@ package.generate = types.ModuleType("mlx_gemma_mtp.generate")
 assert package.generate is function
 """
     assert run_python(package).stderr == ""
+
+
+LIMIT_LINES, LIMIT_FUNCTION, LIMIT_METHODS = 450, 60, 20
+CODE = sorted([*PACKAGE.rglob("*.py"), *CONVERT.glob("*.py")])
+
+
+def code_lines(node):
+    """Lines of a function, its docstring apart."""
+    first = node.body[0]
+    is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    docstring = first.end_lineno - first.lineno + 1 if is_text else 0
+    return node.end_lineno - node.lineno + 1 - docstring
+
+
+def test_modules_functions_and_classes_are_small():
+    found = []
+    for path in CODE:
+        name = path.relative_to(ROOT)
+        num_lines = len(path.read_text(encoding="utf-8").splitlines())
+        if num_lines > LIMIT_LINES:
+            found.append(f"{name}: {num_lines} lines")
+        for node in ast.walk(parse(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                if code_lines(node) > LIMIT_FUNCTION:
+                    found.append(f"{name}: {node.name} has {code_lines(node)} lines")
+            elif isinstance(node, ast.ClassDef) and path.parent.name == "engine":
+                methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+                if len(methods) > LIMIT_METHODS:
+                    found.append(f"{name}: {node.name} has {len(methods)} methods")
+    assert found == []
+
+
+def test_tests_mirror_the_folders():
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+    folders -= {"data", "docs", "metal", "__pycache__"}
+    assert folders == {*BELOW, "convert", "scripts"}

@@ -31,6 +31,13 @@ def test_every_target_is_in_the_help_and_is_phony():
     assert described <= TARGETS
 
 
+def test_paths_in_the_makefile_exist():
+    for path in set(re.findall(r"(?:tests|scripts)/[\w./]+", MAKEFILE)):
+        assert (ROOT / path).exists(), path
+    for module in set(re.findall(r"-m (scripts\.[\w.]+)", MAKEFILE)):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
 def test_the_workflow_runs_the_steps_of_ci():
     runs = re.findall(r"- run: (.*)$", WORKFLOW, re.MULTILINE)
     commands = [shlex.split(run) for run in runs]
@@ -69,6 +76,10 @@ class TestChangedTests:
             "tests/test_store.py": "from mlx_gemma_mtp import store",
             "tests/convert/test_plan.py": "from convert.plan import plan",
             "tests/docs/test_pages.py": "",
+            "mlx_gemma_mtp/engine/decoder.py": "from .queue import RequestQueue",
+            "mlx_gemma_mtp/engine/queue.py": "from . import results",
+            "mlx_gemma_mtp/engine/results.py": "",
+            "tests/pair/test_load.py": "",
         }
         for name, text in files.items():
             path = tmp_path / name
@@ -83,6 +94,11 @@ class TestChangedTests:
                 "mlx_gemma_mtp/engine/decoder.py",
                 ["tests/engine/test_decoder.py", "tests/engine/test_joining.py"],
             ),
+            (
+                "mlx_gemma_mtp/engine/results.py",
+                ["tests/engine/test_decoder.py", "tests/engine/test_joining.py"],
+            ),
+            ("mlx_gemma_mtp/pair/planning.py", ["tests/pair/test_load.py"]),
             ("mlx_gemma_mtp/tune/data/lines.py", ["tests/tune/test_fresh.py"]),
             ("mlx_gemma_mtp/store.py", ["tests/test_store.py"]),
             ("convert/plan.py", ["tests/convert/test_plan.py"]),

@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..cache.prompt import PrefillCache, insert_row, oldest_kept, take_row
 from ..cache.slabs import SlabLayout, resize
 from ..models.target import Prefilled
-from ..sampling.distribution import SamplingRule
+from ..sampling.graph import SamplingGraph
 from .capacity import BatchPolicy, Capacity
 from .sequence import Row
 from .state import (
@@ -59,7 +59,7 @@ class Batch:
         self._layout = layout
         self._expected: Sequence[Row] = ()
         self._first_positions: dict[Row, int] = {}
-        self._rule: SamplingRule | None = None
+        self._graph: SamplingGraph | None = None
         self._has_freed = False  # seats, since they were last counted
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class Batch:
         if self.state is not None:
             self.state = None
             mx.clear_cache()
-        self.sequences, self._first_positions, self._rule = [], {}, None
+        self.sequences, self._first_positions, self._graph = [], {}, None
         self.capacity.sequences = self._expected = ()
 
     def insert(self, sequence: Row, filled: Prefilled, last_token: int) -> None:
@@ -205,20 +205,22 @@ class Batch:
             num_logprobs=max((c for c in counts if c is not None), default=None),
             max_drafts=[s.request.max_draft_tokens for s in seated],
         )
-        # What costs little stays: as sequences come and go, few rules are traced.
-        rule = settings.rule if self._rule is None else settings.rule.joined(self._rule)
-        rule = replace(rule, has_host=any(s.request.is_host for s in self.live))
-        self._rule = rule
+        # What costs little stays: as sequences come and go, few graphs are traced.
+        graph = settings.graph
+        if self._graph is not None:
+            graph = graph.joined(self._graph)
+        graph = replace(graph, has_host=any(s.request.is_host for s in self.live))
+        self._graph = graph
         self.settings = replace(
             settings,
-            rule=rule,
+            graph=graph,
             is_active=mx.array([s is not None and s.is_live for s in self.sequences]),
             first_position=mx.array(
                 [self._first_positions[s] for s in seated], dtype=mx.int32
             ),
         )
         members = self._expected or self.live
-        self.rules = joined_rules(sorted({s.request.rule for s in members}))
+        self.rules = joined_rules(sorted({s.request.accept_rule for s in members}))
         self.capacity.sequences = self.live
 
     def _free_seat(self, sequence: Row, hidden: mx.array) -> int:

@@ -87,7 +87,6 @@ class Decoder:
         self._draft_policy = num_draft_tokens
         self._timer = RoundTimer()
         self.stats = RoundStats(
-            rule=joined_rules(r.rule for r in requests),
             exactness=route.state,
             why_plain=why_plain,
             probe_s=probe_s,
@@ -164,6 +163,8 @@ class Decoder:
         ]
         self._queue.append(entries)
         self.num_added += len(entries)
+        rules = (request.accept_rule for request in requests)
+        self.stats.rule = joined_rules([self.stats.rule, *rules])
         return [entry.sequence for entry in entries]
 
     def remove(self, sequence: Row) -> None:
@@ -334,8 +335,8 @@ class Decoder:
         if self._is_closed:
             return
         self._is_closed = True
-        self._rest()
         self._queue.clear()
+        self._rest()
         self._timer.stop()
         self._draft_policy.finish()
 
@@ -345,3 +346,5 @@ class Decoder:
             self._pipeline.rest()
         except Exception as error:
             logger.warning("a round that was not needed has failed", exc_info=error)
+        if not self._queue:
+            self._rounds.let_go()

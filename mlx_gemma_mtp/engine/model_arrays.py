@@ -44,6 +44,10 @@ class ModelArrays:
     def __init__(self, target: nn.Module, drafter: Drafter | None) -> None:
         self._modules = (text_model(target), drafter)
 
+    def of_target(self) -> ModelArrays:
+        """The arrays of the target alone."""
+        return ModelArrays(self._modules[0], None)
+
     def read(self) -> tuple[list[mx.array], object]:
         """All arrays, in a fixed order, and what a trace depends on beside them.
 

@@ -177,7 +177,7 @@ class RoundPipeline:
     @property
     def _can_look_ahead(self) -> bool:
         """Whether a round may be queued before the last one's report is read."""
-        return self._look_ahead and not self._batch.settings.rule.has_host
+        return self._look_ahead and not self._batch.settings.graph.has_host
 
     @property
     def _drafts_in_flight(self) -> list[int]:
@@ -226,7 +226,7 @@ class RoundPipeline:
         Where the host decides, it stands before its commit.
         """
         drafts = {"num_draft_tokens": count, "min_rows": self._route.min_rows}
-        if settings.rule.has_host:
+        if settings.graph.has_host:
             self._verified, report = self._rounds.verify(state, settings, **drafts)
             return report, self._verified.arrays
         self._batch.state, report = self._rounds.run(state, settings, **drafts)
@@ -251,7 +251,7 @@ class RoundPipeline:
         """Make drafts beside the next round, where they are asked for; how many."""
         count, settings = policy.num_shadow_drafts, self._batch.settings
         if count:
-            settings = replace(settings, rule=settings.rule.by_equality)
+            settings = replace(settings, graph=settings.graph.by_equality)
             try:
                 drafts = self._rounds.draft(state, settings, num_draft_tokens=count)
                 with self._timer.queue():
@@ -280,15 +280,15 @@ class RoundPipeline:
             [k for k in allowed if k <= most],
             not_ready=self._untraced.counts,
             tokens_left=max(limits) if len(limits) == len(left) else None,
-            can_shadow=can_shadow and not batch.settings.rule.has_host,
+            can_shadow=can_shadow and not batch.settings.graph.has_host,
         )
 
     def _read(self) -> list[Emission]:
         """Read the oldest report in flight, let the host decide, and count."""
         done = self._in_flight.popleft()
         with self._timer.wait():
-            values = done.report.read()
-        outcomes = outcomes_of(values, done.report, done.sequences)
+            decided = done.report.read()
+        outcomes = outcomes_of(decided, done.report, done.sequences)
         self._measure(done)
         if self._verified is not None:
             self._commit(self._verified, outcomes)
@@ -366,9 +366,9 @@ class _Untraced:
 
     def look(self, batch: Batch) -> None:
         """Ask about the rounds of a batch as it is now."""
-        rule, num_slots = batch.settings.rule, batch.num_slots
+        graph, num_slots = batch.settings.graph, batch.num_slots
         thread = threading.get_ident()  # every thread has traces of its own
-        key = (rule, num_slots, len(batch), thread)
+        key = (graph, num_slots, len(batch), thread)
         if self._key == key:
             return
         self._key = key
@@ -376,7 +376,7 @@ class _Untraced:
             count
             for count in self._route.allowed
             if not self._rounds.is_ready(
-                rule,
+                graph,
                 num_draft_tokens=count,
                 min_rows=self._route.min_rows,
                 num_rows=len(batch),

@@ -13,8 +13,8 @@ import mlx.core as mx
 
 from ..cache.mlx_lm_cache import read_prompt_cache
 from ..models.target import Prefilled
+from ..sampling.acceptance import Accepted
 from ..sampling.distribution import choose_tokens
-from ..sampling.logprobs import reported_logprobs
 from .batch import Batch
 from .extract import filled, with_cache
 from .prefill import Prefill, Reader
@@ -137,21 +137,23 @@ class PromptReader:
             is_host=[sequence.request.is_host],
             num_logprobs=sequence.request.num_logprobs,
         )
-        tokens = mx.zeros((1, 1), dtype=mx.int32)
-        if settings.rule.has_graph:
-            tokens = choose_tokens(
+        token = mx.zeros((1, 1), dtype=mx.int32)
+        if settings.graph.has_graph:
+            token = choose_tokens(
                 read_prompt.logits,
                 settings.sampling,
-                rule=settings.rule,
+                graph=settings.graph,
                 positions=mx.array([[sequence.offset]], dtype=mx.int32),
             )
-        logprobs = reported_logprobs(settings.rule, read_prompt.logits, tokens)
-        # Its report has the form of a round without drafts.
-        tokens = mx.concatenate([mx.zeros_like(tokens), tokens], axis=1)
-        report = Report(tokens, read_prompt.logits, logprobs)
+        report = Report.of(  # as of a round without drafts
+            mx.zeros((1, 0), dtype=mx.int32),
+            Accepted(mx.zeros((1,), dtype=mx.int32), token),
+            read_prompt.logits,
+            settings.graph,
+        )
         with self._timer.wait():
-            values = report.read()
-        (outcome,) = outcomes_of(values, report, (sequence,))
+            decided = report.read()
+        (outcome,) = outcomes_of(decided, report, (sequence,))
         return outcome
 
     def _begin(

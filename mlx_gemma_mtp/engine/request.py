@@ -61,7 +61,7 @@ class Request:
         return self.sampling.seed is not None and is_equal
 
     @property
-    def rule(self) -> str:
+    def accept_rule(self) -> str:
         """The rule that judges the drafts, in words."""
         host = ["processors"] if self.logits_processors else []
         host += ["custom sampler"] if self.sampler is not None else []

@@ -13,50 +13,27 @@ import mlx.core as mx
 
 from ..sampling.logprobs import TokenLogprobs, log_probabilities
 from .sequence import Row
-from .state import Report
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a round decided of one row.
-
-    Attributes:
-        num_accepted: Length of the accepted prefix of the drafts.
-        tokens: These and the token behind them.
-        logits: See ``Emission``.
-        logprobs: One entry per token; empty where nobody asks.
-        error: What a function of the row's own raised.
-    """
-
-    num_accepted: int
-    tokens: list[int]
-    logits: mx.array
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    error: Exception | None = None
+from .state import Outcome, Report
 
 
 def outcomes_of(
-    values: list[list[int]], report: Report, rows: Sequence[Row | None]
+    decided: Sequence[Outcome], report: Report, rows: Sequence[Row | None]
 ) -> list[Outcome]:
     """What was decided of every row; rows of the host's are decided here.
 
     Args:
-        values: The report's tokens, read.
+        decided: What the report says of each row.
         report: The report.
         rows: Who sat where.
     """
-    logprobs: list[list[TokenLogprobs]] = [[] for _ in values]
+    logprobs: list[list[TokenLogprobs]] = [[] for _ in decided]
     if report.logprobs is not None and any(_asks(row) for row in rows):
         logprobs = report.logprobs.listed()
     return [
-        _judge(row, i, report.logits, tokens[:-1])
+        _judge(row, i, outcome.logits, outcome.tokens[:-1])
         if row is not None and row.host is not None and row.is_live
-        else Outcome(
-            num_accepted, tokens[: num_accepted + 1], report.logits, logprobs[i]
-        )
-        for i, (row, (num_accepted, *tokens)) in enumerate(
-            zip(rows, values, strict=True)
-        )
+        else replace(outcome, logprobs=logprobs[i])
+        for i, (row, outcome) in enumerate(zip(rows, decided, strict=True))
     ]
 
 

@@ -25,8 +25,7 @@ from ..models.drafter import DraftOutput, SharedKV
 from ..models.target import Prefilled, Target, TargetOutput
 from ..sampling.acceptance import Accepted, Draft, accept_block, cut
 from ..sampling.decision import Verification, decide, joined, propose
-from ..sampling.distribution import SamplingRule
-from ..sampling.logprobs import reported_logprobs
+from ..sampling.graph import SamplingGraph
 from .model_arrays import ArraysChangedError, CompiledFunction, ModelArrays
 from .state import Report, RoundState, RowSettings, Verified
 from .traces import Traces
@@ -74,7 +73,7 @@ class DrafterLike(Protocol):
 
 
 _Models = tuple[TargetLike, DrafterLike | None]
-CompiledRound = Callable[..., tuple[Any, ...]]
+CompiledRound = Callable[..., dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class _Shape:
 
     num_draft_tokens: int
     min_rows: int
-    rule: SamplingRule
+    graph: SamplingGraph
 
 
 class Rounds:
@@ -114,8 +113,18 @@ class Rounds:
         self.use_compile = use_compile
         self._verification = verification
         self._arrays = arrays
-        self._model_arrays: list[mx.array] = []
+        self._model_arrays: list[mx.array] | None = None  # while something decodes
         self._traces: Traces[CompiledRound] = Traces() if traces is None else traces
+
+    def with_drafter(self, drafter: DrafterLike) -> Rounds:
+        """The same target with another drafter, whose rounds are traced anew."""
+        return Rounds(
+            self.target,
+            drafter,
+            verification=self._verification,
+            use_compile=self.use_compile,
+            arrays=None if self._arrays is None else self._arrays.of_target(),
+        )
 
     def refresh(self) -> list[mx.array]:
         """Let rounds follow weights that were exchanged, quantized or given adapters.
@@ -125,14 +134,23 @@ class Rounds:
         Returns:
             The models' arrays that rounds read from now on.
         """
-        if self._arrays is not None:
-            self._model_arrays, structure = self._arrays.read()
-            self._traces.fit(structure)
-        return self._model_arrays
+        if self._arrays is None:
+            return []
+        arrays, structure = self._arrays.read()
+        self._traces.fit(structure)
+        self._model_arrays = arrays
+        return arrays
+
+    def let_go(self) -> None:
+        """Keep no weights alive that the models drop; the next round reads them anew.
+
+        Rounds of others may go on meanwhile.
+        """
+        self._model_arrays = None
 
     def is_ready(
         self,
-        rule: SamplingRule,
+        graph: SamplingGraph,
         *,
         num_draft_tokens: int,
         min_rows: int,
@@ -140,7 +158,7 @@ class Rounds:
         capacity: int,
     ) -> bool:
         """Whether such a round has run before: the first one is traced and compiled."""
-        shape = _Shape(num_draft_tokens, min_rows, rule)
+        shape = _Shape(num_draft_tokens, min_rows, graph)
         return _key(shape, num_rows, capacity) in self._traces
 
     def run(
@@ -166,10 +184,10 @@ class Rounds:
         Returns:
             The new state and the round's report.
         """
-        assert not settings.rule.has_host  # see verify
-        shape = _Shape(num_draft_tokens, min_rows, settings.rule)
-        slabs, committed, report = self._call(shape, state, settings)
-        return RoundState(slabs, *committed), Report.of_arrays(report)
+        assert not settings.graph.has_host  # see verify
+        shape = _Shape(num_draft_tokens, min_rows, settings.graph)
+        found = self._call(shape, state, settings)
+        return RoundState(**found["state"]), Report.of_named(found["report"])
 
     def verify(
         self,
@@ -183,11 +201,11 @@ class Rounds:
 
         Arguments and what the caller must do are as for ``run``.
         """
-        assert settings.rule.has_host
-        shape = _Shape(num_draft_tokens, min_rows, settings.rule)
-        slabs, hidden, report = self._call(shape, state, settings)
-        verified = Verified(slabs, hidden, before=replace(state, slabs=[]))
-        return verified, Report.of_arrays(report)
+        assert settings.graph.has_host
+        shape = _Shape(num_draft_tokens, min_rows, settings.graph)
+        found = self._call(shape, state, settings)
+        verified = Verified(**found["verified"], before=replace(state, slabs=[]))
+        return verified, Report.of_named(found["report"])
 
     def commit(
         self, verified: Verified, settings: RowSettings, *, accepted: Accepted
@@ -199,10 +217,12 @@ class Rounds:
             settings: Each row's settings.
             accepted: What every row's rule has decided, the host's or the graph's.
         """
-        committed = _commit(
-            verified.before, verified.hidden, accepted, settings.is_active
+        return _committed(
+            replace(verified.before, slabs=verified.slabs),
+            verified.hidden,
+            accepted,
+            settings.is_active,
         )
-        return RoundState(verified.slabs, *committed)
 
     def draft(
         self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
@@ -220,10 +240,10 @@ class Rounds:
 
     def _call(
         self, shape: _Shape, state: RoundState, settings: RowSettings
-    ) -> tuple[Any, ...]:
+    ) -> dict[str, Any]:
         """Queue the round of a shape; it is traced where this thread has not run it.
 
-        It ends before the commit where the rule has rows that the host decides.
+        It ends before the commit where there are rows that the host decides.
         """
         num_rows, capacity = (
             state.last_token.shape[0],
@@ -235,15 +255,17 @@ class Rounds:
             self.refresh()
             compiled = self._traces.add(key, self._made(shape))
         while True:
-            model_arrays = self._model_arrays
+            held = self._model_arrays
+            model_arrays = self.refresh() if held is None else held
             try:
                 return compiled(
                     partial(self._bound, model_arrays),
                     model_arrays,
-                    *_arrays(state, settings),
+                    vars(state),
+                    settings.named,
                 )
             except ArraysChangedError:  # by another thread, since they were read
-                self.refresh()
+                self.let_go()
 
     def _made(self, shape: _Shape) -> CompiledRound:
         """The round of a shape, for this thread to call."""
@@ -258,7 +280,7 @@ class Rounds:
             return self.target, self.drafter
         assert isinstance(self.target, Target)
         lm, drafter = self._arrays.bound(arrays, inputs)
-        return self.target.over(lm), drafter
+        return self.target.over(lm), self.drafter if drafter is None else drafter
 
 
 def _key(shape: _Shape, num_rows: int, capacity: int) -> Hashable:
@@ -266,38 +288,23 @@ def _key(shape: _Shape, num_rows: int, capacity: int) -> Hashable:
     return shape, num_rows, capacity, str(mx.default_stream(mx.default_device()))
 
 
-def _arrays(state: RoundState, settings: RowSettings) -> tuple[Any, ...]:
-    """A round's inputs as plain arrays."""
-    return (
-        state.slabs,
-        state.last_token,
-        state.hidden,
-        state.offset,
-        settings.sampling,
-        settings.is_active,
-        settings.first_position,
-        settings.max_drafts,
-    )
-
-
-def _of_arrays(rule: SamplingRule, *arrays: Any) -> tuple[RoundState, RowSettings]:
-    """What ``_arrays`` took apart."""
-    return RoundState(*arrays[:4]), RowSettings(rule, *arrays[4:])
-
-
 def _round(
-    verification: Verification, shape: _Shape, models: _Models, *arrays: Any
-) -> tuple[Any, ...]:
-    """One round on plain arrays, as ``mx.compile`` takes and gives them.
+    verification: Verification,
+    shape: _Shape,
+    models: _Models,
+    state_arrays: dict[str, Any],
+    settings_arrays: dict[str, Any],
+) -> dict[str, Any]:
+    """One round on arrays by name, as ``mx.compile`` takes and gives them.
 
     Returns:
-        The written slabs, what was committed, the report's arrays; where the host has
-        rows to decide, the block's hidden states in place of what was committed.
+        The report, and the next state; where the host has rows to decide, what was
+        verified in its place.
     """
-    (target, drafter), rule = models, shape.rule
+    (target, drafter), graph = models, shape.graph
     num_draft_tokens = shape.num_draft_tokens
-    state, settings = _of_arrays(rule, *arrays)
-    offset = state.offset
+    state = RoundState(**state_arrays)
+    settings = RowSettings.of_named(graph, settings_arrays)
 
     # 1) draft
     draft = _draft(target, drafter, verification, state, settings, num_draft_tokens)
@@ -313,22 +320,21 @@ def _round(
         draft,
         output.logits,
         settings.sampling,
-        rule=rule,
-        offset=offset,
+        graph=graph,
+        offset=state.offset,
         verification=verification,
     )
-    if rule.has_max_drafts:
+    if graph.has_max_drafts:
         accepted = cut(draft.tokens, accepted, settings.max_drafts)
-
-    tokens = _report(draft.tokens, accepted)
-    logprobs = reported_logprobs(rule, output.logits, tokens[:, 1:])
-    report = [tokens, output.logits, *(logprobs.arrays if logprobs else [])]
-    if rule.has_host:
-        return output.slabs, output.hidden, report
+    report = Report.of(draft.tokens, accepted, output.logits, graph).named
+    if graph.has_host:
+        verified = {"slabs": output.slabs, "hidden": output.hidden}
+        return {"verified": verified, "report": report}
 
     # 4) commit
-    committed = _commit(state, output.hidden, accepted, settings.is_active)
-    return output.slabs, committed, report
+    written = replace(state, slabs=output.slabs)
+    committed = _committed(written, output.hidden, accepted, settings.is_active)
+    return {"state": vars(committed), "report": report}
 
 
 def _verify(
@@ -358,35 +364,26 @@ def _verify(
     )
 
 
-def _commit(
+def _committed(
     before: RoundState,
     hidden_rows: mx.array,  # [B, K + 1, H]
     accepted: Accepted,
     is_active: mx.array,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """The new last token, hidden state and offset.
+) -> RoundState:
+    """The state after a round, over the slabs that it has written.
 
     Everything past the new offset is as if it were never written.
     """
     new_hidden = mx.take_along_axis(
         hidden_rows, accepted.num_accepted[:, None, None], axis=1
     )
-    return (
+    offset = before.offset + accepted.num_accepted + 1
+    return RoundState(
+        before.slabs,
         mx.where(is_active[:, None], accepted.next_token, before.last_token),
         mx.where(is_active[:, None, None], new_hidden, before.hidden),
-        mx.where(is_active, before.offset + accepted.num_accepted + 1, before.offset),
+        mx.where(is_active, offset, before.offset),
     )
-
-
-def _report(draft_tokens: mx.array, accepted: Accepted) -> mx.array:
-    """The accepted drafts and the token behind them, int32 [B, K + 2]."""
-    num_accepted, next_token = accepted.num_accepted[:, None], accepted.next_token
-    if not draft_tokens.shape[1]:
-        return mx.concatenate([num_accepted, next_token], axis=1)
-    tokens = mx.concatenate([draft_tokens, next_token], axis=1)
-    is_draft = mx.arange(tokens.shape[1]) < num_accepted
-    tokens = mx.where(is_draft, tokens, next_token)
-    return mx.concatenate([num_accepted, tokens], axis=1)
 
 
 def _draft(
@@ -412,7 +409,7 @@ def _draft(
         draft = propose(
             output.logits,
             settings.sampling,
-            rule=settings.rule,
+            graph=settings.graph,
             offset=state.offset,
             step=step,
             token_ids=output.token_ids,

@@ -55,7 +55,7 @@ class Row:
                 num_unseen=num_cached - len(request.history),
             )
         row = cls(request, index, num_cached, num_cached + len(request.prompt), host)
-        row.stats.rule = request.rule
+        row.stats.rule = request.accept_rule
         if request.stop_sequences is not None:
             row._matcher = request.stop_sequences.matcher()
         return row

@@ -1,19 +1,26 @@
 """What goes into a round and what comes out of it.
 
-It knows nothing of models, and of rules only their settings.
+A compiled round takes and gives arrays by their names, which are those of the fields
+here. It knows nothing of models, and of sampling only its settings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import mlx.core as mx
 
 from ..constants import MAX_DRAFT_TOKENS
-from ..sampling.distribution import SamplingRule, sampling_rows, sampling_rule
-from ..sampling.logprobs import Logprobs
+from ..sampling.acceptance import Accepted
+from ..sampling.graph import (
+    SamplingArrays,
+    SamplingGraph,
+    sampling_arrays,
+    sampling_graph,
+)
+from ..sampling.logprobs import Logprobs, TokenLogprobs, reported_logprobs
 from ..sampling.params import SamplingParams
 
 
@@ -98,19 +105,32 @@ class RowSettings:
     """What the host sets for each row.
 
     Attributes:
-        rule: The part of the sampling settings that shapes the graph.
-        sampling: The numbers of ``sampling.sampling_rows``.
+        graph: The part of the sampling settings that shapes the graph.
+        sampling: Their numbers.
         is_active: False freezes a finished or empty row, bool [B].
         first_position: The oldest position that the row's rings hold keys for, int32
             [B].
         max_drafts: How many drafts the row accepts at most, int32 [B].
     """
 
-    rule: SamplingRule
-    sampling: dict[str, mx.array]
+    graph: SamplingGraph
+    sampling: SamplingArrays
     is_active: mx.array
     first_position: mx.array
     max_drafts: mx.array
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """All arrays by name."""
+        arrays = {**vars(self), "sampling": vars(self.sampling)}
+        del arrays["graph"]
+        return arrays
+
+    @classmethod
+    def of_named(cls, graph: SamplingGraph, arrays: Mapping[str, Any]) -> RowSettings:
+        """The settings whose arrays these are."""
+        sampling = SamplingArrays(**arrays["sampling"])
+        return cls(graph, **{**arrays, "sampling": sampling})
 
 
 def row_settings(
@@ -130,10 +150,10 @@ def row_settings(
         max_drafts: How many drafts each row accepts at most; ``()`` for any.
     """
     most = list(max_drafts) or [MAX_DRAFT_TOKENS] * len(params)
-    rule = sampling_rule(params, is_host=is_host, num_logprobs=num_logprobs)
+    graph = sampling_graph(params, is_host=is_host, num_logprobs=num_logprobs)
     return RowSettings(
-        rule=replace(rule, has_max_drafts=min(most) < MAX_DRAFT_TOKENS),
-        sampling=sampling_rows(params, is_host=is_host),
+        graph=replace(graph, has_max_drafts=min(most) < MAX_DRAFT_TOKENS),
+        sampling=sampling_arrays(params, is_host=is_host),
         is_active=mx.array([True] * len(params)),
         first_position=mx.array([0] * len(params), dtype=mx.int32),
         max_drafts=mx.array(most, dtype=mx.int32),
@@ -141,13 +161,32 @@ def row_settings(
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What a round decided of one row.
+
+    Attributes:
+        num_accepted: Length of the accepted prefix of the drafts.
+        tokens: These and the token behind them. Before the host has decided a row of
+            its own: all drafts and a 0.
+        logits: The target's of all rows, [B, K + 1, V]; see ``Emission``.
+        logprobs: One entry per token; empty where nobody asks.
+        error: What a function of the row's own raised.
+    """
+
+    num_accepted: int
+    tokens: list[int]
+    logits: mx.array
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
 class Report:
-    """What a round tells the host.
+    """What a round tells the host; how it is laid out is known here alone.
 
     Attributes:
         tokens: num_accepted, then K + 1 tokens, of which the first num_accepted + 1
-            are the round's, int32 [B, K + 2]. Of a row that the host decides K, then
-            the drafts and a 0.
+            are the round's, int32 [B, K + 2].
         logits: The target's logits behind those tokens, [B, K + 1, V].
         logprobs: Log-probabilities of those tokens; None where nobody asks, or where
             the host decides every row.
@@ -158,19 +197,55 @@ class Report:
     logprobs: Logprobs | None
 
     @classmethod
-    def of_arrays(cls, arrays: Sequence[mx.array]) -> Report:
-        """What a compiled round gives: tokens, logits, then log-probabilities."""
-        tokens, logits, *logprobs = arrays
-        return cls(tokens, logits, Logprobs.of_arrays(logprobs))
+    def of(
+        cls,
+        drafts: mx.array,
+        accepted: Accepted,
+        logits: mx.array,
+        graph: SamplingGraph,
+    ) -> Report:
+        """The report of a round.
 
-    def read(self) -> list[list[int]]:
-        """The tokens: the only place where a round's result reaches the host."""
-        return cast(list[list[int]], self.tokens.tolist())
+        Args:
+            drafts: Its drafts, int32 [B, K].
+            accepted: What was decided; of a row that the host decides all drafts.
+            logits: The target's, [B, K + 1, V].
+            graph: Of the rows.
+        """
+        num_accepted, next_token = accepted.num_accepted[:, None], accepted.next_token
+        tokens = next_token
+        if drafts.shape[1]:
+            tokens = mx.concatenate([drafts, next_token], axis=1)
+            is_draft = mx.arange(tokens.shape[1]) < num_accepted
+            tokens = mx.where(is_draft, tokens, next_token)
+        logprobs = reported_logprobs(graph, logits, tokens)
+        return cls(mx.concatenate([num_accepted, tokens], axis=1), logits, logprobs)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """All arrays by name."""
+        logprobs = {} if self.logprobs is None else self.logprobs.named
+        return {"tokens": self.tokens, "logits": self.logits, "logprobs": logprobs}
+
+    @classmethod
+    def of_named(cls, arrays: Mapping[str, Any]) -> Report:
+        """The report whose arrays these are."""
+        logprobs = Logprobs(**arrays["logprobs"]) if arrays["logprobs"] else None
+        return cls(arrays["tokens"], arrays["logits"], logprobs)
 
     @property
     def arrays(self) -> list[mx.array]:
         """What the host reads of every round."""
-        return [self.tokens, *(self.logprobs.arrays if self.logprobs else [])]
+        logprobs = {} if self.logprobs is None else self.logprobs.named
+        return [self.tokens, *logprobs.values()]
+
+    def read(self) -> list[Outcome]:
+        """Wait for it: the only place where a round's result reaches the host."""
+        rows = cast(list[list[int]], self.tokens.tolist())
+        return [
+            Outcome(num_accepted, tokens[: num_accepted + 1], self.logits)
+            for num_accepted, *tokens in rows
+        ]
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ text's.
 
 What it has compared is kept apart (compared.py): a probe whose time is over goes on
 from there another time, and gives its verdict when nothing is left to compare. It runs
-the target's own forward as rounds do, and knows nothing of drafters.
+rounds, those that decode, over tokens of its own, and knows nothing of drafters.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
@@ -24,7 +24,8 @@ import mlx.core as mx
 
 from ..cache.slabs import CAPACITY_BLOCK, SlabLayout, next_capacity
 from ..constants import ALL_DRAFTS, MAX_DRAFT_TOKENS
-from ..engine.rounds import TargetLike
+from ..engine.given_rounds import GivenRounds
+from ..engine.rounds import Rounds
 from .compared import Compared, Decoded
 from .verdict import PLAIN_ROWS, Verdict
 
@@ -39,10 +40,6 @@ _KEY_SCALE = 0.125  # scores of a few units, as a text's: no key takes all the w
 TIMING_PASSES = 2
 # What one comparison at least may take, in budgets; else a slow machine never has one.
 _MOST_BUDGETS = 2
-
-_Forward = Callable[
-    [mx.array, list[mx.array], mx.array], tuple[mx.array, mx.array, list[mx.array]]
-]
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,9 @@ class _Comparison:
 
 
 def probe(
-    target: TargetLike,
+    rounds: Rounds,
     *,
     num_rows: int = 1,
-    use_compile: bool = True,
     budget_s: float | None = None,
     compared: Compared | None = None,
     is_whole: bool = False,
@@ -92,9 +88,8 @@ def probe(
     """Compare plain rounds with blocks of every size.
 
     Args:
-        target: The target.
+        rounds: The engine whose target decodes.
         num_rows: Rows B of the batch.
-        use_compile: Whether forwards go through ``mx.compile``, as rounds do.
         budget_s: Stop where forwards would take longer, seconds; None for never. What
             tracing and compiling takes does not count. The first comparison may take
             twice as long.
@@ -105,7 +100,7 @@ def probe(
         What was found; None where something is still to be compared.
     """
     so_far = Compared() if compared is None else compared
-    return _Probe(target, num_rows, use_compile, budget_s, so_far, is_whole).verdict()
+    return _Probe(rounds, num_rows, budget_s, so_far, is_whole).verdict()
 
 
 def places(layout: SlabLayout) -> list[_Place]:
@@ -125,35 +120,33 @@ class _Probe:
 
     def __init__(
         self,
-        target: TargetLike,
+        rounds: Rounds,
         num_rows: int,
-        use_compile: bool,
         budget_s: float | None,
         compared: Compared,
         is_whole: bool,
     ) -> None:
-        self._target = target
+        self._layout = rounds.target.layout
+        self._rounds = GivenRounds(rounds, num_rows)
         self._num_rows = num_rows
         self._budget_s = math.inf if budget_s is None else budget_s
         self._compared = compared
         self._is_whole = is_whole
-        self._comparisons = list(_comparisons(target.layout))
+        self._comparisons = list(_comparisons(self._layout))
         self._missing = [c for c in self._comparisons if c.name not in compared.equal]
         self._has_compared = False
         self._spent_s = 0.0  # without tracing and compiling
         self._traced: set[tuple[int, int]] = set()
         self._row_s: float | None = None  # of a pass of one row, when it is traced
-        forward = _forward_of(target)
-        self._forward: _Forward = mx.compile(forward) if use_compile else forward
         size = (num_rows, 2 * _MARGIN)
         key = mx.random.key(0)
-        self._tokens = mx.random.randint(0, target.vocab_size, size, key=key)
+        self._tokens = mx.random.randint(0, rounds.target.vocab_size, size, key=key)
 
     def verdict(self) -> Verdict | None:
         """Compare what is missing; None where there was no time for all of it."""
         start = time.perf_counter()
         try:
-            for place in places(self._target.layout):
+            for place in places(self._layout):
                 if not self._compare(place):
                     return None
         finally:
@@ -271,28 +264,20 @@ class _Probe:
         done: int,
     ) -> tuple[Decoded, list[mx.array]]:
         """One verify forward over the tokens from number ``done`` on."""
-        num_tokens = num_drafts + 1
-        tokens = self._tokens[:, done : done + num_tokens]
-        if num_tokens < min_rows:
-            filling = mx.repeat(tokens[:, -1:], min_rows - num_tokens, axis=1)
-            tokens = mx.concatenate([tokens, filling], axis=1)
+        tokens = self._tokens[:, done : done + num_drafts + 1]
         # Rows of a batch stand at different places.
         offset = place.offset + done + mx.arange(self._num_rows)
-        logits, hidden, slabs = self._passed(tokens, slabs, offset)
-        block = Decoded(logits[:, :num_tokens], hidden[:, :num_tokens])
-        return block, slabs
-
-    def _passed(
-        self, tokens: mx.array, slabs: list[mx.array], offset: mx.array
-    ) -> tuple[mx.array, mx.array, list[mx.array]]:
-        """One forward pass, timed."""
         start = time.perf_counter()
-        found = self._forward(tokens, slabs, offset)
-        mx.eval(found)
+        found = self._rounds.run(tokens, slabs, offset=offset, min_rows=min_rows)
+        mx.eval(found.logits, found.hidden, found.slabs)
         passed = time.perf_counter() - start
+        self._count(passed, max(num_drafts + 1, min_rows), place.capacity)
+        return Decoded(found.logits, found.hidden), found.slabs
+
+    def _count(self, passed: float, num_rows: int, capacity: int) -> None:
+        """Count a forward pass that took so many seconds."""
         self._compared.num_passes += 1
-        num_rows = tokens.shape[1]
-        shape = (num_rows, self._target.layout.capacity(slabs))
+        shape = (num_rows, capacity)
         if shape not in self._traced:
             # Tracing and compiling are in it. Rows cost no more than each by itself.
             self._traced.add(shape)
@@ -300,11 +285,10 @@ class _Probe:
         elif num_rows == 1:
             self._row_s = passed
         self._spent_s += passed
-        return found
 
     def _random_slabs(self, place: _Place) -> list[mx.array]:
         """Slabs as if a text had filled them, the same ones whenever they are made."""
-        slabs = self._target.layout.allocate(self._num_rows, place.capacity)
+        slabs = self._layout.allocate(self._num_rows, place.capacity)
         key = mx.random.key(place.offset)
         for i, slab in enumerate(slabs):
             key, own = mx.random.split(key)
@@ -319,17 +303,3 @@ def _comparisons(layout: SlabLayout) -> Iterator[_Comparison]:
     for place in places(layout):
         for k in ALL_DRAFTS[1:]:
             yield _Comparison(place, k)
-
-
-def _forward_of(target: TargetLike) -> _Forward:
-    """The target's forward on plain arrays."""
-
-    def forward(
-        tokens: mx.array, slabs: list[mx.array], offset: mx.array
-    ) -> tuple[mx.array, mx.array, list[mx.array]]:
-        output = target.verify(
-            tokens, slabs, offset=offset, first_position=mx.zeros_like(offset)
-        )
-        return output.logits, output.hidden, output.slabs
-
-    return forward

@@ -68,7 +68,7 @@ def stream_generate(
             Before the first token it is left as it was.
         prompt_progress_callback: Called with the prompt's tokens that were read so far
             and all of them, 0 of them first.
-        settings: The other fields of ``GenerationSettings``.
+        settings: The other keywords, see ``generation.settings.GenerationSettings``.
 
     Yields:
         One response per token; the last one has a ``finish_reason``.

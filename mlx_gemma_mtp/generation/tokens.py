@@ -50,7 +50,7 @@ def generate_tokens(
         max_tokens: Tokens to emit for each prompt, 1 or more; -1 for no limit.
         eos_token_ids: Tokens that end a sequence, the ending one is still yielded;
             None for the checkpoint's, ``()`` for none.
-        settings: The other fields of ``GenerationSettings``.
+        settings: The other keywords, see ``generation.settings.GenerationSettings``.
 
     Yields:
         For one prompt token ids; for a list of prompts lists with one entry per
@@ -144,6 +144,7 @@ def make_decoder(
     prompt_caches: Sequence[Sequence[Any] | None] = (),
 ) -> Decoder:
     """A decoder of checked requests, planned for this machine; see ``make_plan``."""
+    pair.refresh()
     plan = make_plan(
         pair, requests, num_draft_tokens=num_draft_tokens, exactness=exactness
     )
@@ -189,6 +190,7 @@ def make_batch_decoder(
             raise RequestError(
                 f"{name} must be 1 or more: got {value!r}. Leave it out."
             )
+    pair.refresh()
     plan = make_batch_plan(pair, num_draft_tokens=drafts_of(pair, num_draft_tokens))
     return Decoder(
         pair.rounds,

@@ -80,6 +80,7 @@ class Pair:
         kept: What an earlier pair of the same two has left.
 
     Attributes:
+        rounds: The engine; see ``refresh`` for weights that change.
         prior: What the speed model expects of so many rows of so many tokens here.
         num_draft_tokens: Drafts per round that the drafter's checkpoint names, else 4;
             0 without a drafter. Requests that do not say let the controller choose.
@@ -109,7 +110,7 @@ class Pair:
         # Who keeps it, such as what was learnt, must not keep the target with it.
         self.prior = partial(_prior, family_of(vars(text_model(target).args)))
         self.kept = Kept() if kept is None else kept
-        self._rounds = Rounds(
+        self.rounds = Rounds(
             Target(target),
             drafter,
             arrays=ModelArrays(target, drafter),
@@ -117,22 +118,21 @@ class Pair:
         )
         if kept is None:
             self._evaluate()
-            self.kept.follow(self._rounds.refresh())
+            self.refresh()
+            self.rounds.let_go()
 
-    @property
-    def rounds(self) -> Rounds:
-        """The engine, with the weights as they are (adapters, quantization, training).
+    def refresh(self) -> None:
+        """Take the weights as they are: adapters, quantization, training.
 
-        What was learnt of other weights is forgotten here; of weights that were changed
-        in place it is not.
+        Once at the start of a generation, as it goes over all of them. What was learnt
+        of other weights is forgotten; of weights that were changed in place it is not.
         """
-        self.kept.follow(self._rounds.refresh())
-        return self._rounds
+        self.kept.follow(self.rounds.refresh())
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids the target knows."""
-        return self._rounds.target.vocab_size
+        return self.rounds.target.vocab_size
 
     @property
     def calibration(self) -> Calibration:

@@ -130,10 +130,9 @@ class _Planner:
         num_draft_tokens: int | None,
         exactness: str,
     ) -> None:
-        self._rounds = pair.rounds  # first: what was learnt goes with old weights
         self._pair = pair
         self._requests = requests
-        self._rule = joined_rules(sorted({r.rule for r in requests}))
+        self._rule = joined_rules(sorted({r.accept_rule for r in requests}))
         self._num_draft_tokens = num_draft_tokens
         self._exactness = exactness
         self._probe_s = 0.0
@@ -248,12 +247,11 @@ def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict 
     verdict = calibration.verdict(num_rows)
     if verdict is not None or (budget_s and calibration.has_given_up_probe(num_rows)):
         return verdict
-    rounds = pair.rounds  # walks over all weights: only where it is needed
     # Weights that were loaded lazily would be read anew in every pass.
     mx.eval(pair.target.parameters())
     with calibration.probing, pair.wired():
         return calibration.verdict(num_rows) or _probed(
-            rounds, calibration, num_rows, budget_s
+            pair.rounds, calibration, num_rows, budget_s
         )
 
 
@@ -268,9 +266,8 @@ def _probed(
     num_passes, verdict = compared.num_passes, None
     try:
         verdict = probe(
-            rounds.target,
+            rounds,
             num_rows=num_rows,
-            use_compile=rounds.use_compile,
             budget_s=budget_s,
             compared=compared,
         )

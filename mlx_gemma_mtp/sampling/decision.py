@@ -18,14 +18,13 @@ from . import fused
 from .acceptance import Accepted, Draft, Verdict, accept_block, accept_equal, chosen
 from .distribution import (
     Distribution,
-    Group,
-    SamplingRule,
     choose_tokens,
     couple,
     distribution,
     draw,
     proposal,
 )
+from .graph import Group, SamplingArrays, SamplingGraph
 from .noise import COIN, PROPOSAL, RESIDUAL, Stream, gumbel_noise, uniform_noise
 
 Verification = Callable[[Draft, Distribution, mx.array], Verdict]
@@ -33,9 +32,9 @@ Verification = Callable[[Draft, Distribution, mx.array], Verdict]
 
 def propose(
     logits: mx.array,
-    rows: dict[str, mx.array],
+    sampling: SamplingArrays,
     *,
-    rule: SamplingRule,
+    graph: SamplingGraph,
     offset: mx.array,
     step: int,
     token_ids: mx.array | None,
@@ -45,8 +44,8 @@ def propose(
 
     Args:
         logits: The drafter's scores of M candidates, [B, 1, M].
-        rows: The rows' settings, from ``sampling.sampling_rows``.
-        rule: The graph to build; must serve the rows.
+        sampling: The rows' settings.
+        graph: The graph to build; must serve the rows.
         offset: The newest token's position, int32 [B].
         step: Number of the draft step, 1 to K.
         token_ids: The candidates' ids [B, 1, M]; None where M is the vocabulary.
@@ -55,33 +54,33 @@ def propose(
     Returns:
         One draft for each row.
     """
-    if not rule.is_sampled:
+    if not graph.is_sampled:
         return Draft(_greedy(logits, token_ids), None)
-    group = rule.of_drafts
+    group = graph.of_drafts
     if verification is accept_block and fused.proposes(group):
         return fused.propose_one(
-            logits, rows, group=group, offset=offset, step=step, token_ids=token_ids
+            logits, sampling, group=group, offset=offset, step=step, token_ids=token_ids
         )
     positions = offset[:, None] + step
     source = proposal(
-        logits, rows, group=group, positions=positions, token_ids=token_ids
+        logits, sampling, group=group, positions=positions, token_ids=token_ids
     )
     token = drawn = None
     if group.has_coupled:
         token = mx.where(
-            rows["temp"].squeeze(-1) > 0,
-            couple(source, rows, positions=positions),
+            sampling.temp.squeeze(-1) > 0,
+            couple(source, sampling, positions=positions),
             source.token_ids[..., 0],  # the best one
         )
     if group.has_block:
-        uniform = uniform_noise(rows["seed"], positions, Stream(PROPOSAL, offset))
+        uniform = uniform_noise(sampling.seed, positions, Stream(PROPOSAL, offset))
         index = draw(source.probs, uniform)
         drawn = mx.take_along_axis(source.token_ids, index, axis=-1).squeeze(-1)
     if drawn is None:
         assert token is not None  # a row has one of the two rules
         return Draft(token, None)
     if token is not None:
-        drawn = mx.where(rows["is_block"][:, None], drawn, token)
+        drawn = mx.where(sampling.is_block[:, None], drawn, token)
     return Draft(drawn, source)
 
 
@@ -101,9 +100,9 @@ def joined(drafts: Sequence[Draft]) -> Draft:
 def decide(
     draft: Draft,
     logits: mx.array,
-    rows: dict[str, mx.array],
+    sampling: SamplingArrays,
     *,
-    rule: SamplingRule,
+    graph: SamplingGraph,
     offset: mx.array,
     verification: Verification,
 ) -> Accepted:
@@ -112,8 +111,8 @@ def decide(
     Args:
         draft: The block, K drafts for each row.
         logits: The target's, after any soft-cap, [B, K + 1, V].
-        rows: The rows' settings, from ``sampling.sampling_rows``.
-        rule: The graph to build; must serve the rows.
+        sampling: The rows' settings.
+        graph: The graph to build; must serve the rows.
         offset: The newest token's position, int32 [B].
         verification: The rule of rows that are not decided by equality.
 
@@ -122,65 +121,65 @@ def decide(
         decides all K and no token, 0.
     """
     accepted = None
-    if rule.has_graph:
-        accepted = _decide(draft, logits, rows, rule, offset, verification)
-    if not rule.has_host and accepted is not None:
+    if graph.has_graph:
+        accepted = _decide(draft, logits, sampling, graph, offset, verification)
+    if not graph.has_host and accepted is not None:
         return accepted
     everything = mx.full(offset.shape, draft.tokens.shape[1], dtype=mx.int32)
     nothing = mx.zeros((*offset.shape, 1), dtype=mx.int32)
     if accepted is None:
         return Accepted(everything, nothing)
-    return chosen(rows["is_host"], Accepted(everything, nothing), accepted)
+    return chosen(sampling.is_host, Accepted(everything, nothing), accepted)
 
 
 def _decide(
     draft: Draft,
     logits: mx.array,
-    rows: dict[str, mx.array],
-    rule: SamplingRule,
+    sampling: SamplingArrays,
+    graph: SamplingGraph,
     offset: mx.array,
     verification: Verification,
 ) -> Accepted:
     """Decide every row by the graph's rules."""
-    if not rule.is_sampled:
+    if not graph.is_sampled:
         return accept_equal(draft.tokens, mx.argmax(logits, axis=-1).astype(mx.int32))
     first, *others = (
-        _decide_group(draft, logits, rows, group, offset, verification)
-        for group in rule.groups
+        _decide_group(draft, logits, sampling, group, offset, verification)
+        for group in graph.groups
     )
     # Rows that draw from lists, and those that draw from the vocabulary beside them.
-    return chosen(rows["is_whole"], others[0], first) if others else first
+    return chosen(sampling.is_whole, others[0], first) if others else first
 
 
 def _decide_group(
     draft: Draft,
     logits: mx.array,
-    rows: dict[str, mx.array],
+    sampling: SamplingArrays,
     group: Group,
     offset: mx.array,
     verification: Verification,
 ) -> Accepted:
     """Decide the rows of a group; what comes out of other rows means nothing."""
     if verification is accept_block and fused.decides(group):
-        return fused.decide_all(draft, logits, rows, group=group, offset=offset)
+        return fused.decide_all(draft, logits, sampling, group=group, offset=offset)
     num_draft_tokens = draft.tokens.shape[1]
     positions = offset[:, None] + mx.arange(1, num_draft_tokens + 2)
     equal = None
     if group.has_coupled or draft.source is None:
-        rule = SamplingRule((group,))
-        tokens = choose_tokens(logits, rows, rule=rule, positions=positions)
+        graph = SamplingGraph((group,))
+        tokens = choose_tokens(logits, sampling, graph=graph, positions=positions)
         equal = accept_equal(draft.tokens, tokens)
     if draft.source is None or not group.has_block:
         assert equal is not None  # a row has one of the two rules
         return equal
-    verified = _verify(draft, logits, rows, group, offset, verification)
-    return verified if equal is None else chosen(rows["is_block"], verified, equal)
+    verified = _verify(draft, logits, sampling, group, offset, verification)
+    return verified if equal is None else chosen(sampling.is_block, verified, equal)
 
 
 def _verify(
     draft: Draft,
     logits: mx.array,
-    rows: dict[str, mx.array],
+    sampling: SamplingArrays,
     group: Group,
     offset: mx.array,
     verification: Verification,
@@ -188,12 +187,12 @@ def _verify(
     """Decide the rows whose drafts were drawn from a distribution."""
     num_draft_tokens = draft.tokens.shape[1]
     positions = offset[:, None] + mx.arange(1, num_draft_tokens + 2)
-    target = distribution(logits, rows, group=group, positions=positions)
-    coins = uniform_noise(rows["seed"], positions[:, :-1], Stream(COIN, offset))
+    target = distribution(logits, sampling, group=group, positions=positions)
+    coins = uniform_noise(sampling.seed, positions[:, :-1], Stream(COIN, offset))
     verdict = verification(draft, target, coins)
     # By token id: the draw is the same for a list and for the whole vocabulary.
     stream = Stream(RESIDUAL, offset)
-    noise = gumbel_noise(rows["seed"], offset[:, None], verdict.token_ids, stream)
+    noise = gumbel_noise(sampling.seed, offset[:, None], verdict.token_ids, stream)
     best = mx.argmax(mx.log(verdict.weights) + noise, axis=-1, keepdims=True)
     next_token = mx.take_along_axis(verdict.token_ids, best, axis=-1).squeeze(-1)
     return Accepted(verdict.num_accepted, next_token)

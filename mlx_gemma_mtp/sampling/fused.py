@@ -15,7 +15,8 @@ import mlx.core as mx
 from ..kernels import common, decide, judge, propose, resample, select, threshold
 from ..kernels.trial import works
 from .acceptance import Accepted, Draft, accept_equal
-from .distribution import Distribution, Group
+from .distribution import Distribution
+from .graph import Group, SamplingArrays
 
 
 def proposes(group: Group) -> bool:
@@ -37,7 +38,7 @@ def decides(group: Group) -> bool:
 
 def propose_one(
     logits: mx.array,
-    rows: dict[str, mx.array],
+    sampling: SamplingArrays,
     *,
     group: Group,
     offset: mx.array,
@@ -48,13 +49,13 @@ def propose_one(
 
     Args:
         logits: As of ``decision.propose``, and so are the others and the result.
-        rows: See there.
+        sampling: See there.
         group: What drafts are drawn by.
         offset: See there.
         step: See there.
         token_ids: See there.
     """
-    floats, words = row_numbers(rows, offset)
+    floats, words = row_numbers(sampling, offset)
     listed = None if token_ids is None else token_ids[:, 0]
     values, ids, stats = select.most_likely(logits[:, 0], token_ids=listed)
     tokens, scores = propose.propose(
@@ -70,13 +71,13 @@ def propose_one(
 def decide_all(
     draft: Draft,
     logits: mx.array,
-    rows: dict[str, mx.array],
+    sampling: SamplingArrays,
     *,
     group: Group,
     offset: mx.array,
 ) -> Accepted:
     """Decide the rows of a group; arguments and result as of ``decision.decide``."""
-    numbers = row_numbers(rows, offset)
+    numbers = row_numbers(sampling, offset)
     draft = _in_lists(draft)
     if group.list_size:
         return _by_list(draft, logits, numbers)
@@ -162,17 +163,17 @@ def _accepted(report: mx.array) -> Accepted:
 
 
 def row_numbers(
-    rows: dict[str, mx.array], offset: mx.array
+    sampling: SamplingArrays, offset: mx.array
 ) -> tuple[mx.array, mx.array]:
     """The rows' settings as the kernels take them, float32 and uint32 [B, 8]."""
     num_rows = offset.shape[0]
-    temp = rows["temp"][:, 0]
-    columns = [temp, rows["top_p"][:, 0], rows["min_p"][:, 0]]
+    temp = sampling.temp[:, 0]
+    columns = [temp, sampling.top_p[:, 0], sampling.min_p[:, 0]]
     room = mx.zeros((num_rows, common.ROW_FLOATS - len(columns)))
     floats = mx.concatenate([*columns, room], axis=1)
-    sampled = mx.where(rows["is_block"][:, None], common.BLOCK, common.COUPLED)
+    sampled = mx.where(sampling.is_block[:, None], common.BLOCK, common.COUPLED)
     mode = mx.where(temp > 0, sampled, common.GREEDY)
-    whole = [rows["seed"], mode, rows["top_k"][:, 0], offset[:, None]]
+    whole = [sampling.seed, mode, sampling.top_k[:, 0], offset[:, None]]
     words = [column.astype(mx.uint32) for column in whole]
     room = mx.zeros((num_rows, common.ROW_WORDS - 5), dtype=mx.uint32)
     return floats, mx.concatenate([*words, room], axis=1)

@@ -18,7 +18,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import RequestError
-from .distribution import choose_tokens, sampling_rows, sampling_rule
+from .distribution import choose_tokens
+from .graph import sampling_arrays, sampling_graph
 from .params import SamplingParams
 
 # mlx-lm's: (tokens [n], logits [1, V]) -> logits [1, V]
@@ -87,8 +88,8 @@ class HostRow:
         self._history = mx.array(list(prompt))
         self._processors = processors
         self._sampler = sampler
-        self._rule = sampling_rule([sampling])
-        self._rows = sampling_rows([sampling])
+        self._graph = sampling_graph([sampling])
+        self._sampling = sampling_arrays([sampling])
 
     def judge(
         self,
@@ -138,7 +139,7 @@ class HostRow:
             position = self._num_unseen + self._history.size
             positions = mx.array([[position]], dtype=mx.int32)
             chosen = choose_tokens(
-                logits[None], self._rows, rule=self._rule, positions=positions
+                logits[None], self._sampling, graph=self._graph, positions=positions
             )[0]
             largest = logits.max()
             mx.eval(chosen, largest)

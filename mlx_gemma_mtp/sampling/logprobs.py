@@ -8,7 +8,6 @@ This file knows nothing of models, caches or rounds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -16,7 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from .candidates import most_likely
-from .distribution import SamplingRule
+from .graph import SamplingGraph
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,12 @@ class Logprobs:
     """
 
     values: mx.array
-    token_ids: mx.array | None
+    token_ids: mx.array | None = None
 
     @property
-    def arrays(self) -> list[mx.array]:
-        """What has to be evaluated."""
-        return (
-            [self.values] if self.token_ids is None else [self.values, self.token_ids]
-        )
-
-    @classmethod
-    def of_arrays(cls, arrays: Sequence[mx.array]) -> Logprobs | None:
-        """What ``arrays`` came from; None of none."""
-        if not arrays:
-            return None
-        return cls(arrays[0], arrays[1] if len(arrays) > 1 else None)
+    def named(self) -> dict[str, mx.array]:
+        """All arrays by name."""
+        return {name: a for name, a in vars(self).items() if a is not None}
 
     def listed(self) -> list[list[TokenLogprobs]]:
         """Read it: for each row one entry per token."""
@@ -88,7 +78,7 @@ def log_probabilities(
     own = mx.take_along_axis(logits, tokens[..., None], axis=-1)
     count = min(num_logprobs, logits.shape[-1])
     if not count:
-        return Logprobs(own - mx.logsumexp(logits, axis=-1, keepdims=True), None)
+        return Logprobs(own - mx.logsumexp(logits, axis=-1, keepdims=True))
     best = most_likely(logits, count)
     values = mx.concatenate([own, best.logits], axis=-1) - best.log_mass
     return Logprobs(values, best.token_ids)
@@ -119,15 +109,15 @@ def _reading_stream() -> Any:
 
 
 def reported_logprobs(
-    rule: SamplingRule, logits: mx.array, tokens: mx.array
+    graph: SamplingGraph, logits: mx.array, tokens: mx.array
 ) -> Logprobs | None:
     """What a report says of a block; None where no row of the graph's asks.
 
     Args:
-        rule: The rows' rule.
+        graph: Of the rows.
         logits: What the tokens were chosen from, [B, L, V].
         tokens: The tokens, [B, L].
     """
-    if rule.num_logprobs is None or not rule.has_graph:
+    if graph.num_logprobs is None or not graph.has_graph:
         return None
-    return log_probabilities(logits, tokens, num_logprobs=rule.num_logprobs)
+    return log_probabilities(logits, tokens, num_logprobs=graph.num_logprobs)

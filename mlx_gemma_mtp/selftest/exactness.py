@@ -1,6 +1,6 @@
 """Section ``exactness``: do rounds with drafts give the bytes of plain decoding here?
 
-The probe of ``mlx_gemma_mtp.probe`` tells on the embedded pair, and on random weights
+The probe of ``exactness.probe`` tells on the embedded pair, and on random weights
 in the shapes of a published family. Kernels that round one row differently from several
 are no failure: exact decoding then takes other rounds, and the page says which. But
 where the probe says equal, greedy texts must be.
@@ -124,13 +124,7 @@ def examined(
         budget_s: Longest time for a probe, seconds; None for any.
         drafts: The numbers of drafts whose texts are compared, where proved.
     """
-    rounds = pair.rounds
-    verdict = probe(
-        rounds.target,
-        use_compile=rounds.use_compile,
-        budget_s=budget_s,
-        is_whole=True,
-    )
+    verdict = probe(pair.rounds, budget_s=budget_s, is_whole=True)
     if verdict is None:
         return SKIP, "skipped, the probe would take too long", {}
     route = exact_routes(verdict)[0]

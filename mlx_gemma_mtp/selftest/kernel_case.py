@@ -10,11 +10,12 @@ import numpy as np
 from ..sampling.acceptance import Draft, accept_block
 from ..sampling.acceptance import Verdict as AcceptVerdict
 from ..sampling.decision import joined, propose
-from ..sampling.distribution import (
-    Distribution,
-    SamplingRule,
-    sampling_rows,
-    sampling_rule,
+from ..sampling.distribution import Distribution
+from ..sampling.graph import (
+    SamplingArrays,
+    SamplingGraph,
+    sampling_arrays,
+    sampling_graph,
 )
 from ..sampling.params import SamplingParams
 
@@ -98,14 +99,14 @@ class Case:
     offset: mx.array
 
     @property
-    def rule(self) -> SamplingRule:
-        """The rule that serves all rows."""
-        return sampling_rule(self.params)
+    def graph(self) -> SamplingGraph:
+        """The graph that serves all rows."""
+        return sampling_graph(self.params)
 
     @property
-    def rows(self) -> dict[str, mx.array]:
+    def sampling(self) -> SamplingArrays:
         """The rows' numbers."""
-        return sampling_rows(self.params)
+        return sampling_arrays(self.params)
 
     @property
     def num_drafts(self) -> int:
@@ -127,8 +128,8 @@ class Case:
             steps.append(
                 propose(
                     logits,
-                    self.rows,
-                    rule=self.rule,
+                    self.sampling,
+                    graph=self.graph,
                     offset=self.offset,
                     step=i + 1,
                     token_ids=ids,

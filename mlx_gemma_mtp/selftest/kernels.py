@@ -140,8 +140,8 @@ def _compare_propose(case: Case, tallies: Tallies) -> None:
         ) -> tuple[np.ndarray, np.ndarray]:
             draft = propose(
                 logits,
-                case.rows,
-                rule=case.rule,
+                case.sampling,
+                graph=case.graph,
                 offset=case.offset,
                 step=i + 1,
                 token_ids=ids,
@@ -151,8 +151,8 @@ def _compare_propose(case: Case, tallies: Tallies) -> None:
 
         draft = fused.propose_one(
             logits,
-            case.rows,
-            group=case.rule.of_drafts,
+            case.sampling,
+            group=case.graph.of_drafts,
             offset=case.offset,
             step=i + 1,
             token_ids=ids,
@@ -185,9 +185,9 @@ def _proposed(
 
 def _compare_threshold(case: Case, tallies: Tallies) -> None:
     """What filters keep of whole rows, and the tokens that equality decides by."""
-    floats, words = fused.row_numbers(case.rows, case.offset)
-    rule = case.rule
-    (group,) = rule.groups
+    floats, words = fused.row_numbers(case.sampling, case.offset)
+    graph = case.graph
+    (group,) = graph.groups
     stats, tokens = threshold.threshold(
         case.logits,
         row_floats=floats,
@@ -199,10 +199,10 @@ def _compare_threshold(case: Case, tallies: Tallies) -> None:
     num_tokens = case.logits.shape[1]
     positions = case.offset[:, None] + mx.arange(1, num_tokens + 1)
     # A row that is judged by block has no token of its own, but the argmax.
-    is_block = np.array(case.rows["is_block"]) & (num_tokens > 1)
+    is_block = np.array(case.sampling.is_block) & (num_tokens > 1)
 
     def answer(logits: mx.array) -> np.ndarray:
-        chosen = choose_tokens(logits, case.rows, rule=rule, positions=positions)
+        chosen = choose_tokens(logits, case.sampling, graph=graph, positions=positions)
         best = np.array(mx.argmax(logits, axis=-1))
         return np.where(is_block[:, None], best, np.array(chosen))
 
@@ -252,22 +252,24 @@ def _is_kept_right(
 def _compare_decision(case: Case, tallies: Tallies) -> None:
     """Accepted lengths and last tokens."""
     draft = case.draft()
-    (group,) = case.rule.groups
+    (group,) = case.graph.groups
 
     def answer(logits: mx.array) -> np.ndarray:
         return _decided(
             decide(
                 draft,
                 logits,
-                case.rows,
-                rule=case.rule,
+                case.sampling,
+                graph=case.graph,
                 offset=case.offset,
                 verification=plainly,
             )
         )
 
     got = _decided(
-        fused.decide_all(draft, case.logits, case.rows, group=group, offset=case.offset)
+        fused.decide_all(
+            draft, case.logits, case.sampling, group=group, offset=case.offset
+        )
     )
     want = answer(case.logits)
     of_length = of_token = "decide"

@@ -206,15 +206,15 @@ class Reader:
         return cache
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data())
 @pytest.mark.parametrize("window", WINDOWS)
 def test_rows_that_come_and_go_see_their_keys(window, data):
     """Any arrivals, lengths and limits; caches taken at any time, given back later."""
     kinds = st.tuples(
         st.integers(0, 6),  # steps before it arrives
-        st.lists(st.integers(0, 95), min_size=1, max_size=70),
-        st.integers(1, 90),
+        st.lists(st.integers(0, 95), min_size=1, max_size=60),
+        st.integers(1, 60),
     )
     decoder = Decoder(
         rounds_of(window),
@@ -243,14 +243,14 @@ def test_rows_that_come_and_go_see_their_keys(window, data):
     check_drafts(rows)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data())
 @pytest.mark.parametrize("window", WINDOWS)
 def test_a_row_that_has_ended_keeps_its_keys(window, data):
     """Others go on for long; its caches can be taken at any time while they do."""
-    limits = data.draw(st.lists(st.integers(1, 80), min_size=1, max_size=3))
+    limits = data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=3))
     prompts = st.lists(st.integers(0, 95), min_size=1, max_size=50)
-    requests = [Request(data.draw(prompts), limit) for limit in [*limits, 100]]
+    requests = [Request(data.draw(prompts), limit) for limit in [*limits, 60]]
     when = data.draw(st.integers(2, 9))
     decoder = Decoder(
         rounds_of(window),
@@ -273,7 +273,7 @@ def test_a_row_that_has_ended_keeps_its_keys(window, data):
     check_drafts(list(rows.values()))
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     chunks=st.lists(st.sampled_from([1, 1, 2, 9, 41]), min_size=1, max_size=60),
     window=st.sampled_from(WINDOWS[:2]),

@@ -3,7 +3,7 @@
 Whether a cache was used again is seen by how many tokens the target reads, never by
 time.
 
-Run: python -m pytest tests/test_chat.py
+Run: python -m pytest tests/chat/test_chat.py
 """
 
 import ctypes

@@ -27,7 +27,9 @@ from mlx_gemma_mtp.checkpoints.weights import load_drafter, load_target
 from mlx_gemma_mtp.errors import CheckpointError
 from mlx_gemma_mtp.pair.load import load
 from mlx_gemma_mtp.pair.pair import pair_of
-from tests.tiny import REFERENCE, model_folder, uncompiled
+from tests.tiny import REFERENCE, model_folder
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 FLOAT = PartRequest(is_quantized=False)
 PROJECTION = "model.language_model.layers.1.mlp.up_proj"
@@ -55,12 +57,6 @@ STALE: dict[str, Callable[[dict[str, Any]], Any]] = {
         quantization_config="q4_0", compression_config={"bits": 4}
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -1,6 +1,6 @@
 """What all commands share: how they end, what they write, and what is text.
 
-Run: python -m pytest tests/test_command.py
+Run: python -m pytest tests/cli/test_command.py
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def test_libraries_are_quiet():
     """What transformers says where it is imported without PyTorch, for one."""
     code = """
 import io, os, sys
-from mlx_gemma_mtp.command import exit_status
+from mlx_gemma_mtp.cli.command import exit_status
 for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
     os.environ.pop(name, None)
 def run():

@@ -1,6 +1,6 @@
 """The command of commands: names, versions, flags of mlx-lm's that mean nothing here.
 
-Run: python -m pytest tests/test_command_line.py
+Run: python -m pytest tests/cli/test_command_line.py
 """
 
 from __future__ import annotations

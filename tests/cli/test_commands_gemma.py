@@ -1,6 +1,6 @@
 """What the commands do with answers of Gemma's: thoughts, marks, beginnings, <bos>.
 
-Run: python -m pytest tests/test_commands_gemma.py
+Run: python -m pytest tests/cli/test_commands_gemma.py
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """The command: what goes to which stream, exit statuses, mistakes, Control-C.
 
-Run: python -m pytest tests/test_cli.py
+Run: python -m pytest tests/cli/test_generate.py
 """
 
 import io

@@ -1,6 +1,6 @@
 """Tables as text.
 
-Run: python -m pytest tests/test_tables.py
+Run: python -m pytest tests/cli/test_tables.py
 """
 
 from __future__ import annotations

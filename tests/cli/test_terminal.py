@@ -1,6 +1,6 @@
 """Chat and generation in a real pseudo-terminal: pastes, Control-C, progress, history.
 
-Run: python -m pytest tests/test_terminal.py
+Run: python -m pytest tests/cli/test_terminal.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Whole conversions of tiny random pairs, held against mlx-lm and transformers.
 
-Run: python -m pytest tests/test_convert.py
+Run: python -m pytest tests/convert/test_convert.py
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ SAME_AS_MLX_LM = [
 # models there are none.
 CASES = [*SAME_AS_MLX_LM, (CENTROIDS, "nvfp4")]
 PROMPT = [2, 17, 300, 45, 99, 8, 120, 33, 71]
-TARGET_TOLERANCE = 5e-4  # tests/test_reference.py says how it was measured
+TARGET_TOLERANCE = 5e-4  # tests/engine/test_reference.py says how it was measured
 TARGET_ID, DRAFTER_ID = "google/gemma-4-E2B-it", "google/gemma-4-E2B-it-assistant"
 COMMIT, DRAFTER_COMMIT = "0123456789abcdef" * 2 + "01234567", "f" * 40
 WEIGHTS = "model.safetensors"
@@ -248,7 +248,7 @@ def test_both_loaders_open_other_bits(shop, mode):
     check_opens(shop.converted(EXPERTS, mode))
 
 
-# tests/test_quantized.py does so with 8 bits, for every family.
+# tests/engine/test_quantized.py does so with 8 bits, for every family.
 @pytest.mark.parametrize(
     ("family", "mode"),
     [

@@ -1,6 +1,6 @@
 """A conversion that cannot be: one line, status 1, and nothing has changed on the disk.
 
-Run: python -m pytest tests/test_convert_faults.py
+Run: python -m pytest tests/convert/test_faults.py
 """
 
 import errno

@@ -4,8 +4,8 @@ Headers, configs, indexes and settings are changed value by value and byte by by
 case may raise anything but an ``MTPError``, take long or take much memory, and what is
 converted must open.
 
-Run: python -m pytest tests/test_convert_fuzz.py
-     python -m pytest -m slow tests/test_convert_fuzz.py   # thousands of cases
+Run: python -m pytest tests/convert/test_fuzz.py
+     python -m pytest -m slow tests/convert/test_fuzz.py   # thousands of cases
 """
 
 import contextlib
@@ -44,7 +44,7 @@ from tests.tiny import REFERENCE, model_folder, uncompiled
 COMMAND = import_module("convert.__main__")
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
-NUM_CASES, NUM_MANY_CASES = 200, 4000
+NUM_CASES, NUM_MANY_CASES = 100, 4000
 NUM_VALUES = 4
 MAX_SECONDS = 20
 MAX_MEMORY_BYTES = 1 << 30
@@ -513,7 +513,7 @@ def run_many(num_cases):
 
 @pytest.mark.slow
 def test_thousands_of_damaged_files():
-    code = "from tests import test_convert_fuzz as fuzz; fuzz.run_many({})"
+    code = "from tests.convert import test_fuzz as fuzz; fuzz.run_many({})"
     result = subprocess.run(
         [sys.executable, "-c", code.format(NUM_MANY_CASES)],
         capture_output=True,

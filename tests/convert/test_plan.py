@@ -2,7 +2,7 @@
 
 No weights: what is compared are names, shapes and bytes.
 
-Run: python -m pytest tests/test_convert_plan.py
+Run: python -m pytest tests/convert/test_plan.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where converted parts come from, as far as it is known and true.
 
-Run: python -m pytest tests/test_convert_sources.py
+Run: python -m pytest tests/convert/test_sources.py
 """
 
 from __future__ import annotations

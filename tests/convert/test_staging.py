@@ -1,6 +1,6 @@
 """A folder that appears as a whole or not at all, whatever kills the run.
 
-Run: python -m pytest tests/test_convert_staging.py
+Run: python -m pytest tests/convert/test_staging.py
 """
 
 import errno

@@ -1,6 +1,6 @@
 """Tokenizers of converted pairs: copied, or made from a sentencepiece model.
 
-Run: python -m pytest tests/test_convert_tokenizer.py
+Run: python -m pytest tests/convert/test_tokenizer.py
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def over(function, cells):
 @pytest.mark.parametrize("costs", ["right", "drafts six times too dear", "all wrong"])
 @pytest.mark.parametrize("accepted", ACCEPTED)
 def test_drafting_comes_back_from_any_state(costs, accepted, tracing):
-    cell = (costs, accepted, "m3", "0.85", tracing, range(2))
+    cell = (costs, accepted, "m3", "0.85", tracing, range(1))
     assert recovery(cell) <= 400
 
 

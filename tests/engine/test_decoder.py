@@ -92,6 +92,7 @@ def test_the_round_has_no_other_way_to_the_host():
         "cache/slabs",
         "engine/batch",
         "engine/decoder",
+        "engine/given_rounds",
         "engine/pipeline",
         "engine/prefill",
         "engine/prompt_reader",
@@ -103,6 +104,7 @@ def test_the_round_has_no_other_way_to_the_host():
         "sampling/acceptance",
         "sampling/decision",
         "sampling/distribution",
+        "sampling/graph",
     ):
         path = PACKAGE / f"{name}.py"
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -182,11 +184,11 @@ def test_growing_does_not_hold_two_copies_of_everything():
 
 @pytest.mark.parametrize("num_draft_tokens", [0, 3])
 def test_text_does_not_change_where_the_slabs_grow(monkeypatch, num_draft_tokens):
-    pair = reference_pair("e4b")
-    expected = tokens_of(start(pair, 90, num_draft_tokens))
+    pair = reference_pair("e2b")
+    expected = tokens_of(start(pair, 70, num_draft_tokens))
     monkeypatch.setattr(capacity_module, "RESERVED_TOKENS", 8)
     monkeypatch.setattr(cache_module, "CAPACITY_BLOCK", 32)
-    decoder = start(pair, 90, num_draft_tokens)
+    decoder = start(pair, 70, num_draft_tokens)
     layout, capacities, tokens = pair.rounds.target.layout, set(), []
     for emissions in decoder.run():
         tokens += emissions[0].tokens
@@ -322,7 +324,7 @@ def test_a_warning_says_when_both_hardly_fit(monkeypatch, caplog):
 
 def test_other_threads_can_decode():
     """What a round captures is not tied to the thread that loaded it."""
-    pair = load_pair(REFERENCE / "e4b" / "target", REFERENCE / "e4b" / "drafter")
+    pair = load_pair(REFERENCE / "e2b" / "target", REFERENCE / "e2b" / "drafter")
 
     def decode():
         return [
@@ -349,7 +351,6 @@ def test_changed_weights_are_used(num_draft_tokens):
         )
 
     before = decode(changed)
-    assert changed.rounds is changed.rounds
     for pair in (changed, fresh):
         layer = pair.target.layers[0].mlp
         layer.down_proj.weight = -layer.down_proj.weight

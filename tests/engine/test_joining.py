@@ -22,7 +22,7 @@ from mlx_gemma_mtp.engine.timing import RoundTimer
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation.tokens import make_batch_decoder
 from mlx_gemma_mtp.pair.load import load_pair
-from mlx_gemma_mtp.sampling.distribution import sampling_rule
+from mlx_gemma_mtp.sampling.graph import sampling_graph
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.scripted import ChainDrafter, ChainTarget, successor
 from tests.tiny import reference_pair, uncompiled
@@ -649,35 +649,18 @@ def fails(*args, **kwargs):
     raise RuntimeError("no memory")
 
 
-class Chooser(DraftPolicy):
+class Told(DraftPolicy):
     """Always one draft; says for how many seats a round was that it is told of."""
 
-    def __init__(self, num_seats, tell):
+    def __init__(self, tell, num_seats=0):
         super().__init__(1)
-        self._num_seats, self._tell = num_seats, tell
+        self._tell, self._num_seats = tell, num_seats
 
-    def choose(self, allowed, *, not_ready, tokens_left, can_shadow=False):
-        return 1
+    def for_batch(self, num_seats, *, rule, context):
+        return Told(self._tell, num_seats)
 
     def observe(self, num_draft_tokens, accepted, seconds, *, num_shadow_drafts=0):
         self._tell(self._num_seats)
-
-    def observe_setup(self, seconds):
-        pass
-
-
-class Choosers(DraftPolicy):
-    """One for each number of seats."""
-
-    def __init__(self, tell):
-        super().__init__(1)
-        self._tell = tell
-
-    def for_batch(self, num_seats, *, rule, context):
-        return Chooser(num_seats, self._tell)
-
-    def finish(self):
-        pass
 
 
 class TestController:
@@ -694,8 +677,8 @@ class TestController:
             return run(state, *args, **kwargs)
 
         rounds.run = counted  # type: ignore[method-assign]
-        choosers = Choosers(lambda seats: told.append((seats, num_computed.pop(0))))
-        decoder = Decoder(rounds, num_draft_tokens=choosers)
+        policy = Told(lambda seats: told.append((seats, num_computed.pop(0))))
+        decoder = Decoder(rounds, num_draft_tokens=policy)
         for limit in (30, 4, 16):
             decoder.add(Request([GOOD], limit))
             for _ in range(3):
@@ -722,17 +705,17 @@ class TestController:
 
     def test_an_expensive_rule_goes_with_its_row(self):
         """Kernels, short lists and nobody's log-probabilities come back at once."""
-        lists = sampling_rule([SamplingParams(1.0, 0.9, 64, seed=1)])
+        lists = sampling_graph([SamplingParams(1.0, 0.9, 64, seed=1)])
         for other in (
             SamplingParams(1.0, seed=1),
             SamplingParams(1.0, top_k=2000, seed=1),
             SamplingParams(1.0, top_k=64, seed=1, xtc_probability=0.5),
             SamplingParams(),
         ):
-            rule = sampling_rule([other], num_logprobs=64)
-            assert lists.joined(rule) == lists
-            assert rule.joined(lists) == rule
-        block = sampling_rule([SamplingParams(1.0, top_k=5, reproducible=False)])
+            graph = sampling_graph([other], num_logprobs=64)
+            assert lists.joined(graph) == lists
+            assert graph.joined(lists) == graph
+        block = sampling_graph([SamplingParams(1.0, top_k=5, reproducible=False)])
         (both,) = lists.joined(block).groups
         assert both.has_block
         assert both.has_coupled

@@ -16,15 +16,11 @@ from mlx_gemma_mtp.cache.prompt import prefill_caches
 from mlx_gemma_mtp.generation.text import stream_generate
 from mlx_gemma_mtp.models import target as target_module
 from mlx_gemma_mtp.models.target import Target
-from tests.tiny import FAMILIES, reference_pair, tiny_tokenizer, uncompiled
+from tests.tiny import FAMILIES, reference_pair, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 PROMPT = list(range(7, 47))
-
-
-@pytest.fixture(autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 def evaluated(monkeypatch, target, tokens_of_layers):

@@ -57,15 +57,15 @@ def test_text_does_not_depend_on_drafting(pairs, settings):
             generate_tokens(
                 quantized,
                 PROMPT,
-                max_tokens=40,
+                max_tokens=20,
                 num_draft_tokens=num_draft_tokens,
                 eos_token_ids=(),
                 **settings,
             )
         )
-        for num_draft_tokens in (0, 1, 4)
+        for num_draft_tokens in (0, 4)
     ]
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == texts[1]
 
 
 def test_drafts_are_close_to_those_of_the_float_drafter(pairs):
@@ -92,7 +92,7 @@ def test_half_precision_decodes(dtype):
         texts = [
             list(
                 generate_tokens(
-                    pair, PROMPT, max_tokens=24, num_draft_tokens=k, eos_token_ids=()
+                    pair, PROMPT, max_tokens=12, num_draft_tokens=k, eos_token_ids=()
                 )
             )
             for k in (0, 4)

@@ -20,6 +20,8 @@ from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.embedded import PROMPTS
 from tests.scripted import ChainDrafter, ChainTarget
 
+pytestmark = pytest.mark.usefixtures("plain_graphs")
+
 DEPTH = 4
 SAMPLINGS = {
     "greedy": SamplingParams(),
@@ -61,7 +63,7 @@ class Watcher(DraftPolicy):
         self.shadows.append(list(accepted))
 
 
-def decoded(watcher, prompts, sampling, *, look_ahead=True, max_tokens=60):
+def decoded(watcher, prompts, sampling, *, look_ahead=True, max_tokens=36):
     requests = [Request(p, max_tokens, sampling) for p in prompts]
     decoder = Decoder(
         pair().rounds,
@@ -87,8 +89,10 @@ def test_shadows_say_what_rounds_accept(name, look_ahead):
     assert decoded(plain, prompts_of(1), sampling, look_ahead=look_ahead) == texts
     # A shadow per plain round, but for those whose last tokens never came.
     told = [count for shadow in plain.shadows for count in shadow]
-    assert len(told) >= len(texts[0]) - 2 * DEPTH
-    assert sum(told) > 20
+    count = len(texts[0]) - 2 * DEPTH
+    assert len(told) >= count
+    told = told[:count]
+    assert sum(told) > 12
     place = 0
     for (count,) in drafted.rounds:
         if place >= len(told):
@@ -111,16 +115,17 @@ def test_rows_that_end_or_take_few_drafts_say_nothing_wrong():
     first, second = prompts_of(2)
     requests = [
         Request(first, 7, sampling),
-        Request(second, 30, sampling, max_draft_tokens=DEPTH - 1),
-        Request(first, 30, sampling),
+        Request(second, 20, sampling, max_draft_tokens=DEPTH - 1),
+        Request(first, 20, sampling),
     ]
     decoder = Decoder(pair().rounds, requests, num_draft_tokens=watcher)
     for _ in decoder.run():
         pass
     alone = Watcher(0, DEPTH)
-    decoded(alone, prompts_of(1), sampling, max_tokens=30)
+    decoded(alone, prompts_of(1), sampling, max_tokens=20)
     told = [shadow[-1] for shadow in watcher.shadows if shadow]
-    assert told[: len(alone.shadows)] == [count for (count,) in alone.shadows]
+    said = [count for shadow in alone.shadows for count in shadow][: 20 - 2 * DEPTH]
+    assert told[: len(said)] == said
     assert max(map(len, watcher.shadows)) == 3  # its text is compared all the same
 
 

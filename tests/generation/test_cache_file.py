@@ -25,7 +25,8 @@ from mlx_gemma_mtp.generation.cache_file import read_cache_file
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load
 from tests.embedded import float32_pair
 from tests.hook.test_run import own_generate
-from tests.tiny import uncompiled
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 PROMPT = 'def area(radius):\n    """Area'
 QUERY = ' of a circle."""\n'
@@ -36,12 +37,6 @@ TEMPLATE = (
     "{{ m.content | trim }}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '# assistant\n' }}{% endif %}"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +81,7 @@ class TestText:
         expected = own_generate(own, capsys, monkeypatch)
         assert expected.strip()
         before = Path(file).read_bytes()
-        status, out, err = run(*arguments)
+        status, out, err = run(*arguments, "--verbose")
         assert (status, out) == (0, expected)
         assert "drafted, rule: greedy" in err
         assert Path(file).read_bytes() == before

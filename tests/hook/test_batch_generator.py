@@ -1,6 +1,6 @@
 """mlx-lm's interface to batches, over rows that draft.
 
-Run: python -m pytest tests/test_batch.py
+Run: python -m pytest tests/hook/test_batch_generator.py
 """
 
 from __future__ import annotations
@@ -20,22 +20,18 @@ from mlx_gemma_mtp.generation.tokens import generate_tokens
 from mlx_gemma_mtp.hook.batch_generator import BatchGenerator
 from mlx_gemma_mtp.pair import pair as pair_module
 from mlx_gemma_mtp.pair.load import load_pair
-from tests.tiny import reference_pair, uncompiled
+from tests.tiny import reference_pair
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 PROMPTS = [[2, 17, 300, 45], [2, 9], [2, *range(40, 75)], [2, 120, 121, 122, 123, 124]]
 
 
 @pytest.fixture(scope="module")
 def pair():
-    pair = reference_pair("e4b")
+    pair = reference_pair("12b")
     pair_module.attach(pair.target, pair)
     return pair
-
-
-@pytest.fixture(autouse=True)
-def _no_compiling():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture
@@ -109,7 +105,7 @@ def test_several_tokens_of_a_row_come_at_once_and_in_order():
     pair = load_pair()
     pair_module.attach(pair.target, pair)
     generator = BatchGenerator(pair.target, num_draft_tokens=3)
-    (uid,) = generator.insert([PROMPTS[0]], [40])
+    (uid,) = generator.insert([PROMPTS[0]], [24])
     most, tokens = 0, []
     while responses := generator.next_generated():
         assert {r.uid for r in responses} == {uid}
@@ -120,7 +116,7 @@ def test_several_tokens_of_a_row_come_at_once_and_in_order():
             assert mx.argmax(r.logprobs).item() == r.token
             assert mx.exp(r.logprobs).sum().item() == pytest.approx(1, abs=0.1)
     generator.close()
-    assert tokens == alone(pair, PROMPTS[0], 40)
+    assert tokens == alone(pair, PROMPTS[0], 24)
     assert most > 1
 
 
@@ -129,7 +125,7 @@ def test_samplers_processors_and_seeds_stay_in_the_batch(pair, generator):
     bias = {7: 100.0}
     uids = generator.insert(
         PROMPTS,
-        [20] * 4,
+        [10] * 4,
         samplers=[None, make_sampler(0.9, top_k=12), None, make_sampler(1.0)],
         logits_processors=[[], [], make_logits_processors(bias), []],
         seeds=[None, 11, None, 12],
@@ -140,11 +136,11 @@ def test_samplers_processors_and_seeds_stay_in_the_batch(pair, generator):
         for r in responses:
             tokens[r.uid].append(r.token)
     assert most == 4
-    assert tokens[uids[0]] == alone(pair, PROMPTS[0], 20)
-    expected = alone(pair, PROMPTS[1], 20, temp=0.9, top_k=12, seed=11)
+    assert tokens[uids[0]] == alone(pair, PROMPTS[0], 10)
+    expected = alone(pair, PROMPTS[1], 10, temp=0.9, top_k=12, seed=11)
     assert tokens[uids[1]] == expected
-    assert tokens[uids[2]] == [7] * 20
-    assert tokens[uids[3]] == alone(pair, PROMPTS[3], 20, temp=1.0, seed=12)
+    assert tokens[uids[2]] == [7] * 10
+    assert tokens[uids[3]] == alone(pair, PROMPTS[3], 10, temp=1.0, seed=12)
 
 
 def test_seeds_may_be_drawn(pair):
@@ -157,7 +153,7 @@ def test_seeds_may_be_drawn(pair):
             num_draft_tokens=num_draft_tokens,
             draw_seed=lambda sampler: next(seeds),
         )
-        generator.insert(PROMPTS[:2], [15, 15])
+        generator.insert(PROMPTS[:2], [9, 9])
         texts.append(collect(generator)[0])
         generator.close()
     assert texts[0] == texts[1]

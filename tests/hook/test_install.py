@@ -1,6 +1,6 @@
 """mlx-lm's own functions with a drafter: the same text, other models untouched.
 
-Run: python -m pytest tests/test_hook.py
+Run: python -m pytest tests/hook/test_install.py
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ generation: Any = sys.modules["mlx_lm.generate"]  # the attribute is a function
 
 
 # Inside the window of 32 tokens with every prompt.
-MAX_TOKENS = 16
+MAX_TOKENS = 12
 # What has been seen in the configs of float weights.
 STALE: list[Any] = [
     "q4_0",
@@ -144,7 +144,7 @@ def current():
 
 
 class TestText:
-    @pytest.mark.parametrize("prompt", PROMPTS)
+    @pytest.mark.parametrize("prompt", PROMPTS[:2])  # the others in batches
     def test_greedy_text_is_mlx_lms(self, plain, drafted, prompt):
         expected, found = both(plain, drafted, prompt)
         assert told(found) == told(expected)
@@ -167,7 +167,7 @@ class TestText:
     def test_past_the_window(self, drafted):
         """Where mlx-lm's own rounding differs, this package's plain text counts."""
         install()  # with as many drafts as are fastest
-        settings: Any = {"prompt": PROMPTS[0], "max_tokens": 60}
+        settings: Any = {"prompt": PROMPTS[0], "max_tokens": 40}
         expected = generate_text(*drafted, num_draft_tokens=0, **settings)
         assert mlx_lm.generate(*drafted, **settings) == expected
 
@@ -176,14 +176,14 @@ class TestText:
         ours = {*inspect.signature(GenerationResponse).parameters, "logprobs"}
         assert set(theirs) <= ours
 
-    @pytest.mark.parametrize("max_tokens", [MAX_TOKENS, -1])
-    def test_an_end_token(self, plain, drafted, tokenizer, max_tokens):
-        whole, _ = both(plain, drafted, PROMPTS[0])
+    def test_an_end_token(self, plain, drafted, tokenizer):
+        whole = hooked_responses(drafted, PROMPTS[0])
         tokenizer.eos_token_ids = [whole[7].token]
         drafted = (drafted[0], tokenizer)
-        expected, found = both(plain, drafted, PROMPTS[0], max_tokens=max_tokens)
-        assert told(found) == told(expected)
-        assert found[-1].finish_reason == "stop"
+        for max_tokens in (MAX_TOKENS, -1):
+            expected, found = both(plain, drafted, PROMPTS[0], max_tokens=max_tokens)
+            assert told(found) == told(expected)
+            assert found[-1].finish_reason == "stop"
 
     def test_a_tokenizer_of_transformers(self, plain, drafted):
         bare = plain[1]._tokenizer
@@ -462,7 +462,7 @@ class TestSeeds:
         assert found[1:] == found[:-1]
         (first, rule), (second, _) = found[0]
         assert rule == "coupled (seed)"
-        assert first != second  # the chance of one text twice is below 1e-6
+        assert first != second  # the chance of one text twice is below 1e-4
         mx.random.seed(4)
         assert self.sample(drafted)[0] != first
 
@@ -565,11 +565,18 @@ class TestLoad:
             mlx_lm.load(str(folder / "drafter"))
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.parametrize("given", [{}, {"model_config": {"mark": 1}}])
-    @pytest.mark.parametrize("stale", STALE)
-    @pytest.mark.parametrize("place", ["quantization_config", "quantization", "text"])
+    @pytest.mark.parametrize(
+        ("place", "stale", "given"),
+        [
+            *(("quantization_config", stale, {}) for stale in STALE),
+            ("quantization", STALE[0], {}),
+            ("quantization", STALE[4], {"model_config": {"mark": 1}}),
+            ("text", STALE[0], {"model_config": {"mark": 1}}),
+            ("text", STALE[4], {}),
+        ],
+    )
     def test_float_weights_whose_config_names_a_quantization(
-        self, folder, tmp_path, hooked_names, given, stale, place
+        self, folder, plain, tmp_path, hooked_names, given, stale, place
     ):
         """Quantization-aware trained ones are such, and merged ones."""
         copied = tmp_path / "qat"
@@ -580,16 +587,16 @@ class TestLoad:
         else:
             config[place] = stale
         (copied / "config.json").write_text(json.dumps(config))
-        self.check_float(folder, copied, given)
+        self.check_float(plain[0], copied, given)
 
     def test_float_weights_with_a_file_of_modelopt(
-        self, folder, tmp_path, hooked_names
+        self, folder, plain, tmp_path, hooked_names
     ):
         copied = tmp_path / "merged"
         shutil.copytree(folder, copied)
         said = {"quantization": {"quant_algo": "FP8"}}
         (copied / "hf_quant_config.json").write_text(json.dumps(said))
-        self.check_float(folder, copied, {})
+        self.check_float(plain[0], copied, {})
 
     def test_of_other_models_nothing_but_the_config_is_fetched(
         self, tmp_path, hooked_names, monkeypatch
@@ -610,11 +617,11 @@ class TestLoad:
         assert asked == [("warp/warp", "config.json", "v1")]
 
     @staticmethod
-    def check_float(folder, place, given):
+    def check_float(own_model, place, given):
         model, _, found = mlx_lm.load(str(place), return_config=True, **given)
         assert carries_drafter(model)
         assert given.get("model_config", {}).items() <= found.items()
-        expected = dict(tree_flatten(own("load")(str(folder))[0].parameters()))
+        expected = dict(tree_flatten(own_model.parameters()))
         loaded = dict(tree_flatten(model.parameters()))
         assert set(loaded) == set(expected)
         assert all(mx.array_equal(loaded[name], expected[name]) for name in loaded)

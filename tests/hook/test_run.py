@@ -1,6 +1,6 @@
 """mlx-lm's programs with drafters: the same output, and mistakes as one line.
 
-Run: python -m pytest tests/test_run.py
+Run: python -m pytest tests/hook/test_run.py
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import pytest
 
 from mlx_gemma_mtp.kernels import common
 from mlx_gemma_mtp.sampling import fused
-from mlx_gemma_mtp.sampling.distribution import sampling_rows, sampling_rule
+from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.metal.run import run_on_cpu
 
@@ -125,13 +125,13 @@ def test_nvidias_compiler_takes_every_body(
     monkeypatch.setattr(common, "backend", lambda: "cuda")
     monkeypatch.setattr(common, "launch", launch)
     params = [SamplingParams(1.0, seed=1, reproducible=reproducible, **settings)]
-    rule, rows = sampling_rule(params), sampling_rows(params)
+    graph, rows = sampling_graph(params), sampling_arrays(params)
     chance, offset = np.random.default_rng(0), mx.array([5])
     logits = mx.array(chance.normal(size=(1, 2, 9000)).astype(np.float32)).astype(dtype)
     ids = mx.arange(9000)[None, None] if has_ids else None
-    (group,) = rule.groups
+    (group,) = graph.groups
     draft = fused.propose_one(
-        logits[:, :1], rows, group=rule.of_drafts, offset=offset, step=1, token_ids=ids
+        logits[:, :1], rows, group=graph.of_drafts, offset=offset, step=1, token_ids=ids
     )
     accepted = fused.decide_all(draft, logits, rows, group=group, offset=offset)
     mx.eval(accepted.num_accepted)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 if sys.platform == "darwin":
     pytest.skip("MLX runs kernels on Metal itself here", allow_module_level=True)
 
-from mlx_gemma_mtp.engine.rounds import _report
+from mlx_gemma_mtp.engine.state import Report
 from mlx_gemma_mtp.kernels import common
 from mlx_gemma_mtp.kernels.judge import KERNEL as JUDGE
 from mlx_gemma_mtp.kernels.judge import judge
@@ -29,11 +29,8 @@ from mlx_gemma_mtp.kernels.threshold import KERNEL as THRESHOLD
 from mlx_gemma_mtp.kernels.threshold import threshold
 from mlx_gemma_mtp.sampling.acceptance import Draft, accept_block
 from mlx_gemma_mtp.sampling.decision import decide, joined, propose
-from mlx_gemma_mtp.sampling.distribution import (
-    choose_tokens,
-    sampling_rows,
-    sampling_rule,
-)
+from mlx_gemma_mtp.sampling.distribution import choose_tokens
+from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.noise import (
     COIN,
     RESIDUAL,
@@ -230,11 +227,11 @@ def check_threshold(logits, params, offset, *, softcap=0.0, flags=None, close=No
         plain = softcap * mx.tanh(plain / softcap)
     B, L, V = plain.shape
     close = close or Close()
-    rows, rule = sampling_rows(params), sampling_rule(params)
+    rows, graph = sampling_arrays(params), sampling_graph(params)
     positions = mx.array(offset)[:, None] + mx.arange(1, L + 1)
-    want_tokens = np.array(choose_tokens(plain, rows, rule=rule, positions=positions))
+    want_tokens = np.array(choose_tokens(plain, rows, graph=graph, positions=positions))
     every_id = mx.broadcast_to(mx.arange(V), plain.shape)
-    noise = np.array(gumbel_noise(rows["seed"], positions, every_id), np.float64)
+    noise = np.array(gumbel_noise(rows.seed, positions, every_id), np.float64)
     for b, i in np.ndindex(B, L):
         p, got = params[b], np.array(stats[b, i], np.float64)
         row = exact_row(floats(plain[b, i]), p)
@@ -398,21 +395,21 @@ class Block:
     def rows(self):
         return packed(self.params, self.offset)
 
-    def rule(self):
-        return sampling_rule(self.params)
+    def graph(self):
+        return sampling_graph(self.params)
 
 
 def random_block(rng, B, K, V, dtype, params, *, noise=0.7):
     """A block whose drafter is like the target, as far as ``noise`` lets it."""
     logits = random_logits(rng, (B, K + 1, V), dtype)
     offset = rng.integers(0, 99999, B)
-    rows, rule = sampling_rows(params), sampling_rule(params)
+    rows, graph = sampling_arrays(params), sampling_graph(params)
     likeness = floats(logits[:, :K]) + rng.normal(0, noise, (B, K, V))
     drafts = [
         propose(
             mx.array(likeness[:, i - 1 : i].astype(np.float32)),
             rows,
-            rule=rule,
+            graph=graph,
             offset=mx.array(offset),
             step=i,
             token_ids=None,
@@ -445,8 +442,8 @@ def equality_tokens(block):
     positions = mx.array(block.offset)[:, None] + mx.arange(1, L + 1)
     return choose_tokens(
         block.logits,
-        sampling_rows(block.params),
-        rule=block.rule(),
+        sampling_arrays(block.params),
+        graph=block.graph(),
         positions=positions,
     )
 
@@ -486,7 +483,7 @@ def exact_token(block, b, rows, q_rows, n, reach):
         return None, True
     offset = mx.array(block.offset[b : b + 1])
     numbers = gumbel_noise(
-        sampling_rows(block.params)["seed"][b : b + 1],
+        sampling_arrays(block.params).seed[b : b + 1],
         offset[:, None],
         mx.arange(V)[None, None],
         Stream(RESIDUAL, offset),
@@ -527,15 +524,17 @@ def check_block(block, stats, tokens, rows, close):
     accepted = decide(
         block.draft,
         block.logits.astype(mx.float32),
-        sampling_rows(block.params),
-        rule=block.rule(),
+        sampling_arrays(block.params),
+        graph=block.graph(),
         offset=offset,
         verification=accept_block,
     )
-    want = np.array(_report(block.draft.tokens, accepted))
+    want = np.array(
+        Report.of(block.draft.tokens, accepted, block.logits, block.graph()).tokens
+    )
     K = block.draft.tokens.shape[1]
     positions = offset[:, None] + mx.arange(1, K + 1)
-    seeds = sampling_rows(block.params)["seed"]
+    seeds = sampling_arrays(block.params).seed
     coins = np.array(uniform_noise(seeds, positions, Stream(COIN, offset)), np.float64)
     scores, ids = np.array(block.scores, np.float64), np.array(block.ids)
     drafts = np.array(block.draft.tokens)

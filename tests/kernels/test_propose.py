@@ -24,7 +24,7 @@ if sys.platform == "darwin":
 
 from mlx_gemma_mtp.kernels import common, propose
 from mlx_gemma_mtp.sampling import candidates, decision, noise
-from mlx_gemma_mtp.sampling import distribution as sampling
+from mlx_gemma_mtp.sampling import graph as graphs
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.metal.lint import lint
 from tests.metal.run import run_on_cpu, run_schedules
@@ -93,7 +93,7 @@ def kernel_inputs(params, logits, offset, token_ids):
     ids = mx.pad(best.token_ids[:, 0], room, constant_values=PAD_ID)
     largest = logits[:, 0].max(axis=-1, keepdims=True)
     mass = mx.exp(logits[:, 0] - largest).sum(axis=-1, keepdims=True)
-    rows = sampling.sampling_rows(params)
+    rows = graphs.sampling_arrays(params)
     mode = [
         common.GREEDY
         if p.temp <= 0
@@ -103,13 +103,13 @@ def kernel_inputs(params, logits, offset, token_ids):
         for p in params
     ]
     columns = [
-        *(rows["seed"][:, i] for i in range(2)),
+        *(rows.seed[:, i] for i in range(2)),
         mx.array(mode, dtype=mx.uint32),
-        rows["top_k"][:, 0, 0].astype(mx.uint32),
+        rows.top_k[:, 0, 0].astype(mx.uint32),
         offset.astype(mx.uint32),
         *[mx.zeros((B,), dtype=mx.uint32)] * 3,
     ]
-    floats = [rows[name][:, 0, 0] for name in ("temp", "top_p", "min_p")]
+    floats = [column[:, 0, 0] for column in (rows.temp, rows.top_p, rows.min_p)]
     row_floats = mx.stack([*floats, *[mx.zeros((B,))] * 5], axis=1)
     arrays = (values, ids, mx.concatenate([largest, mass], axis=1))
     return arrays, {"row_floats": row_floats, "row_words": mx.stack(columns, axis=1)}
@@ -122,11 +122,11 @@ class Margins:
         self.logits = np.array(logits, np.float64)[:, 0]
         self.want = want
         positions = offset[:, None] + step
-        rows = sampling.sampling_rows(params)
+        rows = graphs.sampling_arrays(params)
         stream = noise.Stream(noise.PROPOSAL, offset)
-        self.uniform = np.array(noise.uniform_noise(rows["seed"], positions, stream))
+        self.uniform = np.array(noise.uniform_noise(rows.seed, positions, stream))
         ids = want.source.token_ids
-        gumbel = noise.gumbel_noise(rows["seed"], positions, ids)
+        gumbel = noise.gumbel_noise(rows.seed, positions, ids)
         self.gumbel = np.array(gumbel, np.float64)[:, 0]
         self.scores = np.array(want.source.scores, np.float64)[:, 0]
 
@@ -157,11 +157,11 @@ def check(params, logits, *, token_ids=None, step=2, offset=None):
     """Compare with the plain operations; the share of rows that were left out."""
     B = len(params)
     offset = mx.arange(B, dtype=mx.int32) * 97 + 5 if offset is None else offset
-    rule = sampling.sampling_rule(params)
+    graph = graphs.sampling_graph(params)
     want = decision.propose(
         logits,
-        sampling.sampling_rows(params),
-        rule=rule,
+        graphs.sampling_arrays(params),
+        graph=graph,
         offset=offset,
         step=step,
         token_ids=token_ids,

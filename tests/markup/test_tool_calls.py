@@ -91,7 +91,7 @@ class TestTemplate:
     """What the template writes is read back."""
 
     @given(NAMES, ARGUMENTS, st.sampled_from(["null", "None"]))
-    @settings(max_examples=2000, deadline=None)
+    @settings(max_examples=500, deadline=None)
     def test_round_trip(self, name, arguments, none):
         (call,) = read_calls(call_of(name, arguments, none), Tools([]))
         assert (call.name, call.arguments) == (name, arguments)
@@ -265,7 +265,7 @@ class TestSchema:
 
 class TestSafety:
     @given(st.lists(st.sampled_from([*"{}[],:=\"' \\\nacl1-.fn", QUOTE, "call:f{"])))
-    @settings(max_examples=1000, deadline=None)
+    @settings(max_examples=300, deadline=None)
     def test_any_text_is_read_or_refused(self, pieces):
         text = "".join(pieces)
         for given_text in (text, f"call:f{{{text}}}"):

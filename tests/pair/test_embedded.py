@@ -75,10 +75,9 @@ def test_text_does_not_depend_on_drafting(pair, prompts, settings):
             )
         )
 
-    plain = [decode(prompt, 0) for prompt in prompts[:3]]
-    for num_draft_tokens in (2, 4, 8):
-        assert decode(prompts[0], num_draft_tokens) == plain[0]
-    rows = zip(*decode(prompts[:3], 4), strict=True)
+    plain = [decode(prompt, 0) for prompt in prompts[:2]]
+    assert decode(prompts[0], 4) == plain[0]
+    rows = zip(*decode(prompts[:2], 4), strict=True)
     assert [list(row) for row in rows] == plain
 
 

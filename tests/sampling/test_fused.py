@@ -24,14 +24,16 @@ from mlx_gemma_mtp.kernels import common, trial
 from mlx_gemma_mtp.sampling import fused
 from mlx_gemma_mtp.sampling.acceptance import accept_block
 from mlx_gemma_mtp.sampling.decision import decide, joined, propose
-from mlx_gemma_mtp.sampling.distribution import sampling_rows, sampling_rule
+from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.logprobs import log_probabilities
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.metal.run import run_on_cpu
-from tests.tiny import reference_pair, uncompiled
+from tests.tiny import reference_pair
 
 if sys.platform == "darwin":
     pytest.skip("MLX's own Metal runs here", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 PROMPTS = [[2, 17, 300, 45], [9]]
 SETTINGS: list[dict[str, Any]] = [
@@ -41,12 +43,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"top_p": 0.7},
     {"min_p": 0.05, "top_p": 0.95},
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _uncompiled():
-    with uncompiled():
-        yield
 
 
 @pytest.fixture
@@ -69,7 +65,7 @@ def decode(family, num_draft_tokens, **settings):
     stream = generate_tokens(
         reference_pair(family),
         PROMPTS if is_listed else PROMPTS[:1],
-        max_tokens=10 if is_listed else 5,
+        max_tokens=6 if is_listed else 3,
         num_draft_tokens=num_draft_tokens,
         eos_token_ids=(),
         **settings,
@@ -77,8 +73,18 @@ def decode(family, num_draft_tokens, **settings):
     return [list(row) for row in zip(*stream, strict=True)]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("reproducible", [True, False])
+@pytest.mark.parametrize(
+    ("reproducible", "settings"),
+    [
+        (True, SETTINGS[0]),
+        (False, SETTINGS[0]),
+        (False, SETTINGS[1]),
+        (True, SETTINGS[2]),
+        (False, SETTINGS[3]),
+        (True, SETTINGS[4]),
+    ],
+    ids=str,
+)
 def test_text_is_that_of_plain_operations(
     reproducible, settings, launches, monkeypatch
 ):
@@ -110,13 +116,13 @@ BESIDE_XTC = [*IN_TWO_WAYS[1:2], SamplingParams(1.0, seed=7, xtc_probability=0.5
 @pytest.mark.parametrize(
     ("params", "max_tokens", "kernels"),
     [
-        (BY_LISTS, 10, {"select", "propose", "decide"}),
+        (BY_LISTS, 6, {"select", "propose", "decide"}),
         (
             IN_TWO_WAYS,
-            5,
+            3,
             {"select", "propose", "decide", "threshold", "judge", "resample"},
         ),
-        (BESIDE_XTC, 5, {"select", "decide"}),
+        (BESIDE_XTC, 4, {"select", "decide"}),
     ],
 )
 def test_neighbours_change_nothing(params, max_tokens, kernels, launches):
@@ -132,7 +138,7 @@ def test_neighbours_change_nothing(params, max_tokens, kernels, launches):
                 found[emission.row.index] += emission.tokens
         return found
 
-    fused.decides(sampling_rule(params).groups[0])  # tries what is not tried yet
+    fused.decides(sampling_graph(params).groups[0])  # tries what is not tried yet
     launches.clear()
     together = text(*params)
     assert set(launches) == kernels
@@ -149,15 +155,15 @@ def test_neighbours_change_nothing(params, max_tokens, kernels, launches):
 def test_launches_of_a_decision(settings, expected, launches):
     """Never more than three; a row of more than 8,192 tokens is selected in two."""
     params = [SamplingParams(1.0, seed=1, reproducible=False, **settings)]
-    rule, rows = sampling_rule(params), sampling_rows(params)
-    (group,) = rule.groups
+    graph, rows = sampling_graph(params), sampling_arrays(params)
+    (group,) = graph.groups
     offset = mx.array([7])
     chance = np.random.default_rng(0)
     for vocab_size, num_steps in ((300, 0), (9000, 1)):
         logits = mx.array(chance.normal(size=(1, 2, vocab_size)).astype(np.float32))
         drafted = mx.array(chance.normal(size=(1, 1, vocab_size)).astype(np.float32))
         draft = fused.propose_one(
-            drafted, rows, group=rule.of_drafts, offset=offset, step=1, token_ids=None
+            drafted, rows, group=graph.of_drafts, offset=offset, step=1, token_ids=None
         )
         launches.clear()
         fused.decide_all(draft, logits, rows, group=group, offset=offset)
@@ -185,21 +191,21 @@ MANY, XTC = SamplingParams(1.0, top_k=65), SamplingParams(1.0, xtc_probability=0
     ],
 )
 def test_what_kernels_serve(params, is_served, launches):
-    rule = sampling_rule(params)
-    assert [fused.decides(group) for group in rule.groups] == is_served
-    assert not is_served or fused.proposes(rule.of_drafts) == (XTC not in params)
+    graph = sampling_graph(params)
+    assert [fused.decides(group) for group in graph.groups] == is_served
+    assert not is_served or fused.proposes(graph.of_drafts) == (XTC not in params)
 
 
 def decided(params, logits, drafted):
     """One draft of each row and what is decided of it."""
-    rule, rows = sampling_rule(params), sampling_rows(params)
+    graph, rows = sampling_graph(params), sampling_arrays(params)
     offset = mx.arange(5, 5 + len(params))
-    draft = propose(drafted, rows, rule=rule, offset=offset, step=1, token_ids=None)
+    draft = propose(drafted, rows, graph=graph, offset=offset, step=1, token_ids=None)
     accepted = decide(
         joined([draft]),
         logits,
         rows,
-        rule=rule,
+        graph=graph,
         offset=offset,
         verification=accept_block,
     )
@@ -257,8 +263,8 @@ def test_kernels_are_small_enough_for_every_chip(launches, monkeypatch):
 
     monkeypatch.setattr(common, "launch", launch)
     monkeypatch.setattr(trial, "_is_working", {})
-    assert all(fused.decides(group) for group in sampling_rule(IN_TWO_WAYS).groups)
-    assert fused.proposes(sampling_rule(IN_TWO_WAYS).of_drafts)
+    assert all(fused.decides(group) for group in sampling_graph(IN_TWO_WAYS).groups)
+    assert fused.proposes(sampling_graph(IN_TWO_WAYS).of_drafts)
     assert set(sizes) == set(TRIED)
     assert max(sizes.values()) <= 256
 
@@ -280,7 +286,7 @@ def test_no_row_of_the_vocabulary_is_sorted_on_a_gpu(params, launches):
     )
     text = io.StringIO()
     found = decided(params, logits, some_logits(len(params), 1))
-    mx.export_to_dot(text, *found, *logprobs.arrays)
+    mx.export_to_dot(text, *found, *logprobs.named.values())
     assert not re.findall("Sort|Partition", text.getvalue())
 
 

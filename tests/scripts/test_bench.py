@@ -1,6 +1,6 @@
 """The benchmark runs; what it measures is not judged here.
 
-Run: python -m pytest tests/test_bench.py
+Run: python -m pytest tests/scripts/test_bench.py
 """
 
 from __future__ import annotations

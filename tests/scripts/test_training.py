@@ -1,6 +1,6 @@
 """The scripts that train: the corpus, a drafter from nothing, the card.
 
-Run: python -m pytest tests/test_tune_scripts.py
+Run: python -m pytest tests/scripts/test_training.py
 """
 
 from __future__ import annotations

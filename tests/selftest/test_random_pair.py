@@ -1,6 +1,6 @@
 """Pairs of random weights: published shapes, cut layers, and that they decode.
 
-Run: python -m pytest tests/test_random_pair.py
+Run: python -m pytest tests/selftest/test_random_pair.py
 """
 
 from __future__ import annotations

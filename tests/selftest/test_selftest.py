@@ -1,6 +1,6 @@
 """The self-test: what it finds, what it says, and how it ends.
 
-Run: python -m pytest tests/test_selftest.py
+Run: python -m pytest tests/selftest/test_selftest.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Work before the row: what is refused unread, who waits for the tokenizer, and where.
 
-Run: python -m pytest tests/test_server_room.py
+Run: python -m pytest tests/server/test_before_the_row.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fields of requests: obeyed, refused with the reason, or without effect on the text.
 
-Run: python -m pytest tests/test_server_fields.py
+Run: python -m pytest tests/server/test_fields.py
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Fields are those of the OpenAPI description that the server gives of itself.
 
-Run: python -m pytest tests/test_server_fuzz.py
+Run: python -m pytest tests/server/test_fuzz.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The server of a pair of Gemma's ids, in this process, which says written answers.
 
-Run: python -m pytest tests/test_server_gemma.py
+Run: python -m pytest tests/server/test_gemma.py
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The server's HTTP side, around a decoder that follows a script.
 
-Run: python -m pytest tests/test_server_http.py
+Run: python -m pytest tests/server/test_http.py
 """
 
 from __future__ import annotations

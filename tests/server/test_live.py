@@ -1,6 +1,6 @@
 """The server as it is run: the command in a process, with the embedded pair.
 
-Run: python -m pytest tests/test_server_live.py
+Run: python -m pytest tests/server/test_live.py
 """
 
 from __future__ import annotations

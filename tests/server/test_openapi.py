@@ -2,7 +2,7 @@
 
 `make test-schema` lets schemathesis make requests of the description.
 
-Run: python -m pytest tests/test_server_openapi.py
+Run: python -m pytest tests/server/test_openapi.py
 """
 
 from __future__ import annotations

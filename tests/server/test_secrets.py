@@ -1,6 +1,6 @@
 """The server's key is nowhere but in the requests that bring it.
 
-Run: python -m pytest tests/test_server_secrets.py
+Run: python -m pytest tests/server/test_secrets.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Signals end a server at once, also while MLX computes in the main thread.
 
-Run: python -m pytest tests/test_server_signals.py
+Run: python -m pytest tests/server/test_signals.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Who is decoded next: turns between requests, whatever the number of their choices.
 
-Run: python -m pytest tests/test_server_turns.py
+Run: python -m pytest tests/server/test_turns.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The server's parts that need no server.
 
-Run: python -m pytest tests/test_server_units.py
+Run: python -m pytest tests/server/test_units.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The server's connections: heads, methods, names of requests, lines in the log.
 
-Run: python -m pytest tests/test_server_wire.py
+Run: python -m pytest tests/server/test_wire.py
 """
 
 from __future__ import annotations

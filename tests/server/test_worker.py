@@ -1,6 +1,6 @@
 """The engine's thread: who is decoded when, and who ends how.
 
-Run: python -m pytest tests/test_server_worker.py
+Run: python -m pytest tests/server/test_worker.py
 """
 
 from __future__ import annotations

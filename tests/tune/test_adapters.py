@@ -1,6 +1,6 @@
 """What of a drafter trains: everything, adapters, and what was quantized before.
 
-Run: python -m pytest tests/test_tune_adapters.py
+Run: python -m pytest tests/tune/test_adapters.py
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Training data: files to documents, and one line for everything that is none.
 
-Run: python -m pytest tests/test_tune_documents.py
+Run: python -m pytest tests/tune/test_documents.py
 """
 
 import io
 import json
 import sys
-from itertools import groupby, islice
+from itertools import groupby, islice, product
 from pathlib import Path
 
 import pytest
@@ -125,26 +125,26 @@ class TestPlainText:
         ]
         assert all(d.rest == [] and len(d.prompt) <= 16 for d in found)
 
-    @pytest.mark.parametrize("num_tokens", range(1, 45))
-    def test_the_end_is_cut_to_fit(self, tokenizer, write, num_tokens):
-        body = plain(tokenizer, CODE * 8)[:num_tokens]
-        path = write("code.py", tokenizer.decode(body))
-        assert plain(tokenizer, tokenizer.decode(body)) == body
-        if 1 + num_tokens < MIN_TOKENS:
-            assert "at least one text of 8 tokens" in fail(tokenizer, path)
-            return
-        (*_, last) = read(tokenizer, path)
-        assert 2 <= len(last.prompt) <= LENGTHS.prompt_tokens
-        assert MIN_REST <= len(last.rest) <= LENGTHS.max_tokens
+    def test_the_end_is_cut_to_fit(self, tokenizer, write):
+        for num_tokens in range(1, 45):
+            body = plain(tokenizer, CODE * 8)[:num_tokens]
+            path = write("code.py", tokenizer.decode(body))
+            assert plain(tokenizer, tokenizer.decode(body)) == body
+            if 1 + num_tokens < MIN_TOKENS:
+                assert "at least one text of 8 tokens" in fail(tokenizer, path)
+                continue
+            (*_, last) = read(tokenizer, path)
+            assert 2 <= len(last.prompt) <= LENGTHS.prompt_tokens, num_tokens
+            assert MIN_REST <= len(last.rest) <= LENGTHS.max_tokens, num_tokens
 
-    @pytest.mark.parametrize("num_tokens", range(35, 75))
-    def test_the_end_is_cut_to_fit_a_long_prompt(self, tokenizer, write, num_tokens):
+    def test_the_end_is_cut_to_fit_a_long_prompt(self, tokenizer, write):
         """What follows is never longer than asked for, so the prompt keeps the most."""
-        text = tokenizer.decode(plain(tokenizer, CODE * 8)[:num_tokens])
         lengths = Lengths(prompt_tokens=40, max_tokens=4, context=44)
-        (first, *_) = read(tokenizer, write("code.py", text), lengths=lengths)
-        assert len(first.prompt) == min(40, 1 + num_tokens - 4)
-        assert len(first.rest) == min(4, num_tokens + 1 - len(first.prompt))
+        for num_tokens in range(35, 75):
+            text = tokenizer.decode(plain(tokenizer, CODE * 8)[:num_tokens])
+            (first, *_) = read(tokenizer, write("code.py", text), lengths=lengths)
+            assert len(first.prompt) == min(40, 1 + num_tokens - 4), num_tokens
+            assert len(first.rest) == min(4, num_tokens + 1 - len(first.prompt))
 
     def test_a_text_that_has_its_bos(self, tokenizer, write):
         with_bos = read(tokenizer, write("one.txt", "<bos>" + CODE))
@@ -472,11 +472,11 @@ class TestMistakes:
         assert expected in message
         assert len(message) < len(str(path)) + 300
 
-    @pytest.mark.parametrize("depth", range(300, 1100, 25))
-    def test_nesting_up_to_the_limit(self, tokenizer, write, depth):
+    def test_nesting_up_to_the_limit(self, tokenizer, write):
         """What can be parsed may be too deep to be shown."""
-        path = write("a.jsonl", "[" * depth + "]" * depth)
-        assert "must be a JSON object" in fail(tokenizer, path)
+        for depth in range(300, 1100, 25):
+            path = write("a.jsonl", "[" * depth + "]" * depth)
+            assert "must be a JSON object" in fail(tokenizer, path), depth
 
     @pytest.mark.parametrize(
         ("record", "expected"),
@@ -619,14 +619,13 @@ class TestStreaming:
 
 
 class TestHoldingOut:
-    @pytest.mark.parametrize("every", [2, 3, 5, 10, 20, 50])
-    @pytest.mark.parametrize("period", [1, 2, 3, 5, 8, 10])
-    def test_kinds_that_take_turns_are_held_out_alike(self, every, period):
-        num = 2000 // period
-        for first in range(period):
-            sources = range(first, 2000, period)
-            held = sum(is_held_out(s, every=every) for s in sources)
-            assert abs(held - num / every) <= 4
+    def test_kinds_that_take_turns_are_held_out_alike(self):
+        for every, period in product([2, 3, 5, 10, 20, 50], [1, 2, 3, 5, 8, 10]):
+            num = 2000 // period
+            for first in range(period):
+                sources = range(first, 2000, period)
+                held = sum(is_held_out(s, every=every) for s in sources)
+                assert abs(held - num / every) <= 4, (every, period)
 
     @pytest.mark.parametrize("every", [2, 5, 10, 20, 50])
     def test_few_sources_have_one(self, every):

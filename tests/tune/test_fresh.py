@@ -1,6 +1,6 @@
 """Drafters that have learnt nothing yet: their shape, their weights, that they run.
 
-Run: python -m pytest tests/test_tune_fresh.py
+Run: python -m pytest tests/tune/test_fresh.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The report of a training: its arithmetic, its tables, its card, its plot.
 
-Run: python -m pytest tests/test_tune_report.py
+Run: python -m pytest tests/tune/test_report.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The folder of a trained drafter: that it loads, converts and tells its training.
 
-Run: python -m pytest tests/test_tune_result.py
+Run: python -m pytest tests/tune/test_result.py
 """
 
 from __future__ import annotations

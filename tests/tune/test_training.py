@@ -1,6 +1,6 @@
 """Training a drafter: records, unrolled steps, the loss, the loop.
 
-Run: python -m pytest tests/test_tune_training.py
+Run: python -m pytest tests/tune/test_training.py
 """
 
 from __future__ import annotations
@@ -28,12 +28,8 @@ from mlx_gemma_mtp.models.drafter import Drafter, DraftOutput
 from mlx_gemma_mtp.models.target import Target
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.sampling.acceptance import Draft, expected_lengths
-from mlx_gemma_mtp.sampling.distribution import (
-    Distribution,
-    distribution,
-    sampling_rows,
-    sampling_rule,
-)
+from mlx_gemma_mtp.sampling.distribution import Distribution, distribution
+from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.tune.recording.records import Record, Recorder, Records
 from mlx_gemma_mtp.tune.recording.texts import Text
@@ -128,8 +124,8 @@ def test_record_is_what_one_pass_gives(family):
     assert mx.allclose(record.hidden, hidden[0, start - 1 : -2], atol=1e-4)
     found = distribution(
         logits[None, start:-1],
-        sampling_rows([SAMPLED]),
-        group=sampling_rule([SAMPLED]).groups[0],
+        sampling_arrays([SAMPLED]),
+        group=sampling_graph([SAMPLED]).groups[0],
         positions=mx.zeros((1, record.num_places), dtype=mx.int32),
     )
     dense = mx.put_along_axis(
@@ -353,14 +349,19 @@ def test_gradients_are_those_of_finite_differences(family, monkeypatch):
 # The loop
 
 
+@cache
+def beginning_at(family: str, start: int) -> Record:
+    """The record of a text whose prompt is that long."""
+    recorder = Recorder(Target(float32_pair(family).target), GREEDY, step_size=64)
+    return recorder.record(replace(own_text(family), num_prompt_tokens=start))
+
+
 def material(folder: Path, family: str = "12b", count: int = 6) -> Material:
     """Records of the same text, each beginning elsewhere."""
-    records, text = Records(folder), own_text(family)
-    recorder = Recorder(Target(float32_pair(family).target), GREEDY, step_size=64)
+    records = Records(folder)
     names = [f"text-{i}" for i in range(count)]
     for i, name in enumerate(names):
-        start = len(PROMPT) + 4 * (i % 6)
-        records.write(name, recorder.record(replace(text, num_prompt_tokens=start)))
+        records.write(name, beginning_at(family, len(PROMPT) + 4 * (i % 6)))
     return Material(records, names[:-1], names[-1:])
 
 
@@ -427,11 +428,18 @@ def test_training_learns_and_keeps_the_best_weights(tmp_path, family):
     assert orderings(drafter) == ordering
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Trainer:
+    """All of a training, unbroken."""
+    own = trainer(tmp_path_factory.mktemp("whole"))
+    with tiny.uncompiled():
+        own.train()
+    return own
+
+
 @pytest.mark.parametrize("stop_at", [3, 6])
-def test_resumed_training_equals_an_unbroken_one(tmp_path, stop_at):
+def test_resumed_training_equals_an_unbroken_one(tmp_path, whole, stop_at):
     """Bit for bit, also where steps behind the last checkpoint were lost."""
-    whole = trainer(tmp_path / "whole")
-    whole.train()
 
     def stop(point: Point) -> None:
         if point.step == stop_at:
@@ -454,9 +462,7 @@ def test_resumed_training_equals_an_unbroken_one(tmp_path, stop_at):
     ]
 
 
-def test_interrupted_inside_a_step_it_resumes_before_it(tmp_path, monkeypatch):
-    whole = trainer(tmp_path / "whole")
-    whole.train()
+def test_interrupted_inside_a_step_it_resumes_before_it(tmp_path, whole, monkeypatch):
     broken = trainer(tmp_path / "broken", save_every=100)
     use, calls = broken._use, itertools.count()
 

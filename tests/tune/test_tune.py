@@ -1,6 +1,6 @@
 """The tune command: from data files to a drafter's folder.
 
-Run: python -m pytest tests/test_tune.py
+Run: python -m pytest tests/tune/test_tune.py
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
     return [*paths, *SMALL, *more]
 
 
+FEW_TEXTS = ("--num-texts", "4", "--num-held-out", "2")
 TRAINED = ("--keep-work", "--temp", "1")
 
 
@@ -169,7 +170,7 @@ def test_target_says_the_same_with_the_new_drafter(model, trained):
 def test_from_scratch_and_without_generating(model, data, tmp_path):
     output = tmp_path / "made"
     more = ("--from-scratch", "--no-generate", "--temp", "0.8", "--top-k", "20")
-    assert main(arguments(model, data, output, *more)) == 0
+    assert main(arguments(model, data, output, *more, *FEW_TEXTS)) == 0
     training = json.loads((output / "training.json").read_text())
     assert training["drafter"] is None
     assert training["settings"]["generate"] is False
@@ -181,7 +182,7 @@ def test_from_scratch_and_without_generating(model, data, tmp_path):
 def test_training_that_brings_nothing_keeps_the_drafter(model, data, tmp_path, capsys):
     output = tmp_path / "made"
     more = ("--learning-rate", "1e-12", "--judge-every", "100")
-    assert main(arguments(model, data, output, *more)) == 0
+    assert main(arguments(model, data, output, *more, *FEW_TEXTS)) == 0
     assert "no step was better" in capsys.readouterr().err
     training = json.loads((output / "training.json").read_text())
     # Steps behind the last measurement are measured.
@@ -193,7 +194,7 @@ def test_training_that_brings_nothing_keeps_the_drafter(model, data, tmp_path, c
 def test_adapters_leave_the_head_as_it_is(model, data, tmp_path):
     output = tmp_path / "made"
     more = ("--lora-rank", "2", "--temp", "1")
-    assert main(arguments(model, data, output, *more)) == 0
+    assert main(arguments(model, data, output, *more, *FEW_TEXTS)) == 0
     before, after = load_drafter(model / "drafter"), load_drafter(output)
     assert mx.array_equal(
         after.model.embed_tokens.weight, before.model.embed_tokens.weight
@@ -425,7 +426,7 @@ def test_another_target_at_the_same_place_is_noticed(data, trained, tmp_path, ca
 
 
 def test_loss_that_is_no_number_is_one_line(model, data, tmp_path, capsys):
-    more = ("--temp", "1", "--learning-rate", "1e30")
+    more = ("--temp", "1", "--learning-rate", "1e30", *FEW_TEXTS)
     assert main(arguments(model, data, tmp_path / "made", *more)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the loss must be a number")

@@ -23,7 +23,8 @@ from ...cache.slabs import SlabLayout
 from ...constants import SLIDING
 from ...models.target import Target
 from ...sampling.candidates import MAX_CANDIDATES, most_likely
-from ...sampling.distribution import distribution, sampling_rows, sampling_rule
+from ...sampling.distribution import distribution
+from ...sampling.graph import sampling_arrays, sampling_graph
 from ...sampling.params import SamplingParams
 from .arrays import not_writable, read_arrays, write_arrays
 from .texts import Text
@@ -101,8 +102,8 @@ class Recorder:
         self, target: Target, params: SamplingParams, *, step_size: int
     ) -> None:
         self._target = target
-        self._rule = sampling_rule([params])
-        self._rows = sampling_rows([params])
+        self._graph = sampling_graph([params])
+        self._sampling = sampling_arrays([params])
         self._step_size = step_size
 
     def record(self, text: Text) -> Record:
@@ -156,13 +157,13 @@ class Recorder:
     ) -> tuple[mx.array, mx.array, mx.array]:
         """The same of some rows, whose logits are in memory together."""
         logits = self._target.logits(hidden[None])
-        if not self._rule.is_sampled:
+        if not self._graph.is_sampled:
             best = mx.argmax(logits[0], axis=-1, keepdims=True).astype(mx.int32)
             is_next = best[:, 0] == next_tokens
             return best, mx.ones(best.shape), is_next.astype(mx.float32)
         positions = mx.arange(first, first + next_tokens.size)[None]
-        (group,) = self._rule.groups
-        found = distribution(logits, self._rows, group=group, positions=positions)
+        (group,) = self._graph.groups
+        found = distribution(logits, self._sampling, group=group, positions=positions)
         is_next = found.token_ids[0] == next_tokens[:, None]
         next_probs = mx.where(is_next, found.probs[0], 0).sum(axis=-1)
         count = min(MAX_CANDIDATES, found.scores.shape[-1])
