@@ -11,66 +11,23 @@ It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
 from ..cache.masks import draft_masks
-from ..cache.prompt import PrefillCache
-from ..cache.slabs import SlabLayout
-from ..models.drafter import DraftOutput, SharedKV
-from ..models.target import Prefilled, Target, TargetOutput
+from ..models.drafter import SharedKV
+from ..models.target import Target, TargetOutput
 from ..sampling.acceptance import Accepted, Draft, accept_block, cut
 from ..sampling.decision import Verification, decide, joined, propose
 from ..sampling.graph import SamplingGraph
 from .model_arrays import ArraysChangedError, CompiledFunction, ModelArrays
+from .model_types import DrafterLike, TargetLike
 from .state import Report, RoundState, RowSettings, Verified
 from .traces import Traces
-
-
-class TargetLike(Protocol):
-    """What a round asks of a target; see target.py for the shapes."""
-
-    layout: SlabLayout
-    vocab_size: int
-
-    def embed(self, tokens: mx.array) -> mx.array:
-        """Scaled embeddings of tokens."""
-
-    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
-        """Read a chunk of a prompt into caches."""
-
-    def verify(
-        self,
-        tokens: mx.array,
-        slabs: list[mx.array],
-        *,
-        offset: mx.array,
-        first_position: mx.array,
-    ) -> TargetOutput:
-        """Run a block of tokens over the slabs."""
-
-
-class DrafterLike(Protocol):
-    """What a round asks of a drafter; see drafter.py for the shapes."""
-
-    @property
-    def layer_types(self) -> tuple[str, ...]:
-        """The types of the drafter's layers."""
-
-    def __call__(
-        self,
-        embedding: mx.array,
-        hidden: mx.array,
-        shared_kv: Mapping[str, SharedKV],
-        *,
-        position: mx.array,
-    ) -> DraftOutput:
-        """Run one draft step."""
-
 
 _Models = tuple[TargetLike, DrafterLike | None]
 CompiledRound = Callable[..., dict[str, Any]]
@@ -250,13 +207,13 @@ class Rounds:
             self.target.layout.capacity(state.slabs),
         )
         key = _key(shape, num_rows, capacity)
+        model_arrays = self._model_arrays
+        if model_arrays is None or key not in self._traces:
+            model_arrays = self.refresh()  # before: traces of other layers go with it
         compiled = self._traces.get(key)
         if compiled is None:
-            self.refresh()
             compiled = self._traces.add(key, self._made(shape))
         while True:
-            held = self._model_arrays
-            model_arrays = self.refresh() if held is None else held
             try:
                 return compiled(
                     partial(self._bound, model_arrays),
@@ -265,7 +222,7 @@ class Rounds:
                     settings.named,
                 )
             except ArraysChangedError:  # by another thread, since they were read
-                self.let_go()
+                model_arrays = self.refresh()
 
     def _made(self, shape: _Shape) -> CompiledRound:
         """The round of a shape, for this thread to call."""

@@ -16,7 +16,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_gemma_mtp.cache.prompt import PrefillCache
-from mlx_gemma_mtp.engine.rounds import Rounds, TargetLike
+from mlx_gemma_mtp.engine.model_types import TargetLike
+from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.models.target import Prefilled, TargetOutput
 from mlx_gemma_mtp.sampling.noise import COIN, Stream, uniform_noise
 

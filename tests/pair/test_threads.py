@@ -256,6 +256,19 @@ class TestWeights:
         nn.quantize(model.layers[0].mlp, group_size=32, bits=4)
         assert decode(pair, 2) == plain(pair)
 
+    def test_numbers_that_change_between_two_texts_are_followed(self):
+        """Also where nobody says so: nothing is held behind a text's end."""
+        pair = new_pair()
+
+        def speak():
+            decoder = Decoder(pair.rounds, [Request(PROMPT, 10)], num_draft_tokens=2)
+            return [token for (e,) in decoder.run() for token in e.tokens]
+
+        assert speak() == plain(pair)
+        for layer in pair.target.language_model.model.layers:
+            layer.self_attn.scale *= 0.5
+        assert speak() == plain(pair)
+
     def test_modules_are_not_touched_while_they_are_traced(self):
         pair = new_pair()
         arrays = ModelArrays(pair.target, pair.drafter)
@@ -370,7 +383,7 @@ class TestMoving:
             while emissions := run_on(pools[turn % 2], next, run, None):
                 turn += 1
                 for emission in emissions:
-                    texts[emission.row.index] += emission.tokens
+                    texts[emission.sequence.index] += emission.tokens
         assert texts == [chain_text([4], limit) for limit in (3, 5, 20)]
 
     def test_a_batch(self, model):
