@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from pathlib import PurePosixPath
 
 import pytest
@@ -91,6 +92,14 @@ def test_make_commands_exist(page):
 
 def test_the_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) <= MAX_README_LINES
+
+
+def test_versions_of_python_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    lower, upper = re.findall(r"3\.(\d+)", project["project"]["requires-python"])
+    for page in ("README.md", "docs/contributing.md"):
+        found = re.findall(r"Python 3\.(\d+) to 3\.(\d+)", PAGES[page])
+        assert found == [(lower, str(int(upper) - 1))]
 
 
 def test_the_readme_names_every_folder():
