@@ -63,9 +63,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("figures", nargs="?", type=Path)
+    parser.add_argument("--note", help="a sentence on how it was measured")
     args = parser.parse_args()
     if args.figures is not None:
         found = summary(json.loads(args.figures.read_text(encoding="utf-8")))
+        found |= {"note": args.note} if args.note else {}
         RECORD.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     for name, colours in THEMES.items():
@@ -167,6 +169,8 @@ def _notes(record: Figures) -> list[str]:
     )
     if "Darwin" not in machine:
         what += " No Mac was measured."
+    if "note" in record:
+        what += f" {record['note']}"
     lines = textwrap.wrap(what, _NOTE_CHARACTERS)
     return lines + textwrap.wrap(machine, _NOTE_CHARACTERS)
 

@@ -3,13 +3,19 @@
 Run: python -m pytest tests/scripts/test_speed_picture.py
 """
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 
+import pytest
+
 from scripts.speed_picture import (
+    DOCS,
+    RECORD,
     SAMPLINGS,
     SHOWN,
     THEMES,
+    TIMES,
     picture,
     summary,
 )
@@ -19,6 +25,28 @@ TEXT = "{http://www.w3.org/2000/svg}text"
 
 def texts(svg):
     return [node.text for node in ElementTree.fromstring(svg).iter(TEXT)]
+
+
+@pytest.mark.parametrize("name", THEMES)
+def test_the_picture_is_that_of_the_record(name):
+    """Where it fails: python -m scripts.speed_picture."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    drawn = (DOCS / name).read_text(encoding="utf-8")
+    assert drawn == picture(record, THEMES[name])
+    assert len(drawn) < 8000
+    shown = texts(drawn)
+    for engines in record["speeds"].values():
+        assert list(engines) == list(SHOWN)
+        for engine, speed in engines.items():
+            figures = f"{speed['tokens_per_second']:.0f}"
+            if engine != "mlx-lm":
+                figures += f"   {speed['x_mlx_lm']:.1f} {TIMES} mlx-lm"
+            assert figures in shown
+    words = " ".join(shown)
+    for part in ("cores", "mlx ", "mlx-lm ", "mlx-vlm ", "mlx_gemma_mtp ", "Python "):
+        assert re.search(rf"{part}\b|\d {part}", words), part
+    assert re.search(r"MLX's .PU backend", words)
+    assert "/" not in words  # no path of a machine
 
 
 def cell(sampling, kind, rates, ratios):
