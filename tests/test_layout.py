@@ -36,7 +36,12 @@ BELOW: dict[str, set[str]] = {
 COMMANDS = ("hook", "chat", "server", "tune", "selftest")
 BELOW |= {command: set(BELOW) for command in COMMANDS}
 # What programs import and start: the face of the packages.
-FACES = {"__main__": {"cli"}, "generate": {"cli"}, "weights": {"checkpoints"}}
+FACES = {
+    "__main__": {"cli"},
+    "generate": {"cli"},
+    "run": {"hook"},
+    "weights": {"checkpoints"},
+}
 # The converter, which a checkout has beside the package.
 CONVERTER = {"checkpoints", "models", "cli", "generation", "cache", "markup"}
 # generate(verbose=True), when asked; --version.

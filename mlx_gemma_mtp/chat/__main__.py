@@ -86,7 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Load, then talk."""
     set_up_log(sys.stderr, verbose=args.verbose)
-    compile_header()  # meanwhile
     session = _make_session(args)
     # Imported late: nothing heavy before the arguments are known to be good.
     from .commands import Commands
@@ -117,6 +116,7 @@ def _run(args: argparse.Namespace) -> int:
 def _make_session(args: argparse.Namespace) -> Session:
     """Load what the flags name and make a session of it."""
     checked = check(args)
+    compile_header()  # meanwhile
     from ..generation.settings import (
         check_max_tokens,
         check_num_draft_tokens,

@@ -21,6 +21,7 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 _GAP = "\n\n"  # between a thought and what follows
 _PATIENCE_S = 1.0  # until someone wonders whether anything happens
 _BETWEEN_S = 0.25  # two drawings
+_QUIET_S = 4.0  # without a new kernel: a slow machine takes as long for one
 # For a terminal: the place is remembered, and what is too long is cut at the edge.
 _BEHIND = "\0337\033[?7l{}{}{}\033[K\0338\033[?7h"
 _ERASE = "\033[K"
@@ -142,7 +143,7 @@ class CompileProgress:
             with self._lock:
                 if not quiet:
                     self._show(number)
-                elif quiet * _BETWEEN_S > _PATIENCE_S:
+                elif quiet * _BETWEEN_S > _QUIET_S:
                     self._hide()
         with self._lock:
             self._hide()

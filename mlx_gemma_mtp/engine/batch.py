@@ -17,7 +17,7 @@ from ..cache.slabs import SlabLayout, resize
 from ..models.target import Prefilled
 from ..sampling.graph import SamplingGraph
 from .capacity import BatchPolicy, Capacity
-from .sequence import Row
+from .sequence import TokenSequence
 from .state import (
     RoundState,
     RowSettings,
@@ -52,13 +52,13 @@ class Batch:
 
     def __init__(self, layout: SlabLayout, policy: BatchPolicy) -> None:
         self.policy = policy
-        self.sequences: list[Row | None] = []
+        self.sequences: list[TokenSequence | None] = []
         self.state: RoundState | None = None
         self.rules = ""
         self.capacity = Capacity(policy)
         self._layout = layout
-        self._expected: Sequence[Row] = ()
-        self._first_positions: dict[Row, int] = {}
+        self._expected: Sequence[TokenSequence] = ()
+        self._first_positions: dict[TokenSequence, int] = {}
         self._graph: SamplingGraph | None = None
         self._has_freed = False  # seats, since they were last counted
 
@@ -66,7 +66,7 @@ class Batch:
         return len(self.sequences)
 
     @property
-    def live(self) -> list[Row]:
+    def live(self) -> list[TokenSequence]:
         """The sequences that have not ended."""
         return [s for s in self.sequences if s is not None and s.is_live]
 
@@ -83,7 +83,7 @@ class Batch:
             return 0
         return self._layout.num_bytes(len(self), self.num_slots)
 
-    def expect(self, sequences: Sequence[Row]) -> None:
+    def expect(self, sequences: Sequence[TokenSequence]) -> None:
         """These will sit here, and nobody else.
 
         There are slots for all of them from the start, and rounds are named by all of
@@ -109,7 +109,9 @@ class Batch:
         self.sequences, self._first_positions, self._graph = [], {}, None
         self.capacity.sequences = self._expected = ()
 
-    def insert(self, sequence: Row, filled: Prefilled, last_token: int) -> None:
+    def insert(
+        self, sequence: TokenSequence, filled: Prefilled, last_token: int
+    ) -> None:
         """Give a seat to a sequence whose prompt was read.
 
         Args:
@@ -173,7 +175,9 @@ class Batch:
             num_slots = self.capacity.grown(num_slots)
         return self._resize(num_seats, num_slots)
 
-    def extract(self, sequence: Row, num_tokens: int) -> Iterator[PrefillCache] | None:
+    def extract(
+        self, sequence: TokenSequence, num_tokens: int
+    ) -> Iterator[PrefillCache] | None:
         """Caches that hold a sequence's first tokens; None where it has no seat.
 
         Args:
@@ -223,7 +227,7 @@ class Batch:
         self.rules = joined_rules(sorted({s.request.accept_rule for s in members}))
         self.capacity.sequences = self.live
 
-    def _free_seat(self, sequence: Row, hidden: mx.array) -> int:
+    def _free_seat(self, sequence: TokenSequence, hidden: mx.array) -> int:
         """A seat for a sequence, and slots enough; there may be none yet of either."""
         self.capacity.sequences = [*self.live, sequence, *self._expected]
         if self.state is None:

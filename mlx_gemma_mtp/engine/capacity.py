@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..cache.slabs import SlabLayout, next_capacity, stepped_capacity
 from ..constants import MAX_DRAFT_TOKENS
-from .sequence import Row
+from .sequence import TokenSequence
 
 DEFAULT_MAX_ROWS = 32
 # Slabs for a request are reserved up to this many tokens ahead, so that an ordinary
@@ -112,7 +112,9 @@ class Capacity:
         sequences: The sequences; whoever lets some join and leave exchanges them.
     """
 
-    def __init__(self, policy: BatchPolicy, sequences: Sequence[Row] = ()) -> None:
+    def __init__(
+        self, policy: BatchPolicy, sequences: Sequence[TokenSequence] = ()
+    ) -> None:
         self.sequences = sequences
         self._policy = policy
 
@@ -176,7 +178,7 @@ class Capacity:
         return num_slots - _BLOCK
 
 
-def most_slots(sequences: Sequence[Row]) -> int | None:
+def most_slots(sequences: Sequence[TokenSequence]) -> int | None:
     """Most slots that joining sequences can need; None where one has no limit."""
     ends = [sequence.last_position for sequence in sequences]
     limits = [end for end in ends if end is not None]

@@ -24,10 +24,10 @@ from .prefill import DEFAULT_PREFILL_STEP_SIZE
 from .prompt_reader import PromptReader
 from .queue import RequestQueue
 from .request import Request
-from .results import Emission, Progress, Step, failure_of
+from .results import PromptProgress, SequenceOutput, StepOutput, failure_of
 from .rounds import Rounds
 from .route import ANY_ROUTE, Route
-from .sequence import Row
+from .sequence import TokenSequence
 from .stats import RoundStats, joined_rules
 from .timing import RoundTimer
 
@@ -121,7 +121,9 @@ class Decoder:
         )
         self._batch.expect(self._add(requests, prompt_caches or [None] * len(requests)))
 
-    def add(self, request: Request, prompt_cache: Sequence[Any] | None = None) -> Row:
+    def add(
+        self, request: Request, prompt_cache: Sequence[Any] | None = None
+    ) -> TokenSequence:
         """Let a request wait for its turn; see ``add_all``."""
         (sequence,) = self.add_all([request], [prompt_cache])
         return sequence
@@ -130,7 +132,7 @@ class Decoder:
         self,
         requests: Sequence[Request],
         prompt_caches: Sequence[Sequence[Any] | None],
-    ) -> list[Row]:
+    ) -> list[TokenSequence]:
         """Let requests wait for their turn: all of them, or none where one may not.
 
         Args:
@@ -153,7 +155,7 @@ class Decoder:
         self,
         requests: Sequence[Request],
         prompt_caches: Sequence[Sequence[Any] | None],
-    ) -> list[Row]:
+    ) -> list[TokenSequence]:
         """Let requests wait; see ``add_all``."""
         entries = [
             self._reader.entry(request, caches, self.num_added + i)
@@ -167,7 +169,7 @@ class Decoder:
         self.stats.rule = joined_rules([self.stats.rule, *rules])
         return [entry.sequence for entry in entries]
 
-    def remove(self, sequence: Row) -> None:
+    def remove(self, sequence: TokenSequence) -> None:
         """Send a sequence away, wherever it is; nothing happens if it has ended."""
         if not sequence.is_live:
             return
@@ -179,7 +181,7 @@ class Decoder:
 
     def extract(
         self,
-        sequence: Row,
+        sequence: TokenSequence,
         *,
         num_emitted: int | None = None,
         into: Sequence[Any] | None = None,
@@ -211,7 +213,7 @@ class Decoder:
             into=into,
         )
 
-    def tokens_of(self, sequence: Row) -> list[int]:
+    def tokens_of(self, sequence: TokenSequence) -> list[int]:
         """The tokens that a sequence's caches hold now, those before it included."""
         request, waiting = sequence.request, self._queue.find(sequence)
         num_read = len(request.prompt) if waiting is None else waiting.prefill.num_read
@@ -248,8 +250,8 @@ class Decoder:
         return self._queue.longest_text
 
     def run(
-        self, on_progress: Callable[[Progress], None] | None = None
-    ) -> Generator[list[Emission], None, None]:
+        self, on_progress: Callable[[PromptProgress], None] | None = None
+    ) -> Generator[list[SequenceOutput], None, None]:
         """Decode until every request has ended, and close.
 
         Where something raises, the decoder is left as it is, for its caches.
@@ -262,7 +264,7 @@ class Decoder:
             live.
         """
         try:
-            step = Step()
+            step = StepOutput()
             while self._queue:
                 num_told = len(step.progress)
                 self._reader.read(step, isolates=False)
@@ -270,18 +272,18 @@ class Decoder:
                     if on_progress is not None:
                         on_progress(progress)
             with self._timer.caller(is_idle=True):
-                yield step.emissions
+                yield step.outputs
             while self._batch.live:
-                step = Step()
+                step = StepOutput()
                 self._advance(step, isolates=False)
                 with self._timer.caller(is_idle=self._pipeline.is_empty):
-                    yield step.emissions
+                    yield step.outputs
         except GeneratorExit:
             self.close()
             raise
         self.close()
 
-    def step(self) -> Step:
+    def step(self) -> StepOutput:
         """Run one round of those that decode, then read a chunk of prompts.
 
         Where that fails, sequences end with an error: one whose prompt could not be
@@ -289,17 +291,17 @@ class Decoder:
         others go on, and so may new ones.
         """
         self._timer.add_caller(is_idle=self._pipeline.is_empty)
-        step = Step()
+        step = StepOutput()
         if not self._batch.live:
             self._rest()  # not before: until now caches could be taken
         try:
             self._advance(step, isolates=True)
         except Exception as error:  # noqa: BLE001 (whatever MLX raises: nobody may hang)
-            step.emissions += self._fail(error)
+            step.outputs += self._fail(error)
         self._timer.mark()
         return step
 
-    def _advance(self, step: Step, *, isolates: bool) -> None:
+    def _advance(self, step: StepOutput, *, isolates: bool) -> None:
         """One round, its ends, and a chunk of prompts; what is done is added.
 
         Args:
@@ -311,15 +313,15 @@ class Decoder:
             self._batch.free()
         if self._batch.live:
             outputs = self._pipeline.advance(is_awaited=bool(self._queue))
-            step.emissions += [
-                with_cache(output, partial(self.extract, output.row))
+            step.outputs += [
+                with_cache(output, partial(self.extract, output.sequence))
                 for output in outputs
             ]
             if any(output.finish_reason for output in outputs):
                 self._batch.free()
         self._reader.read(step, isolates=isolates)
 
-    def _fail(self, error: Exception) -> list[Emission]:
+    def _fail(self, error: Exception) -> list[SequenceOutput]:
         """End all that decode, or were about to, with an error."""
         logger.error("all sequences that decode have failed", exc_info=error)
         read = [entry.sequence for entry in self._queue if entry.prefill.is_done]

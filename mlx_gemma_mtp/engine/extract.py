@@ -14,8 +14,8 @@ from ..cache.prompt import PrefillCache
 from ..errors import RequestError
 from .batch import Batch
 from .prefill import Reader, read_on
-from .results import Emission
-from .sequence import Row
+from .results import SequenceOutput
+from .sequence import TokenSequence
 
 
 def filled(
@@ -43,7 +43,7 @@ def filled(
 def extracted(
     target: Reader,
     batch: Batch,
-    sequence: Row,
+    sequence: TokenSequence,
     *,
     num_written: int,
     num_emitted: int | None = None,
@@ -75,16 +75,16 @@ def extracted(
     return filled(target, caches, tokens[num_tokens - start :], into=into)
 
 
-def with_cache(output: Emission, make: Callable[[], list[Any]]) -> Emission:
+def with_cache(output: SequenceOutput, make: Callable[[], list[Any]]) -> SequenceOutput:
     """What a sequence emits, at its end with its caches where it keeps them.
 
     Where they cannot be made, it ends with that error, and no other sequence does.
     """
     is_end = output.finish_reason not in (None, "error")
-    if not (is_end and output.row.request.keeps_cache):
+    if not (is_end and output.sequence.request.keeps_cache):
         return output
     try:
         return replace(output, prompt_cache=make())
     except Exception as error:  # noqa: BLE001 (whatever MLX raises: others go on)
-        output.row.finish_reason = "error"
+        output.sequence.finish_reason = "error"
         return replace(output, finish_reason="error", error=error)

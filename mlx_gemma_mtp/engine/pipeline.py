@@ -23,10 +23,10 @@ from ..drafting.policy import DraftPolicy
 from ..sampling.acceptance import Accepted
 from .batch import Batch
 from .early_start import EarlyStart
-from .results import Emission, Outcome, emissions_of, outcomes_of
+from .results import Decision, SequenceOutput, decisions_of, outputs_of
 from .rounds import Rounds
 from .route import Route
-from .sequence import Row
+from .sequence import TokenSequence
 from .shadows import Shadows
 from .state import Report, RoundState, RowSettings, Verified
 from .stats import RoundStats
@@ -53,7 +53,7 @@ class _InFlight:
     """
 
     report: Report
-    sequences: tuple[Row | None, ...]
+    sequences: tuple[TokenSequence | None, ...]
     num_draft_tokens: int
     policy: DraftPolicy
     setup_s: float | None
@@ -108,12 +108,12 @@ class RoundPipeline:
         """Whether no round is in flight."""
         return not self._in_flight
 
-    def num_written(self, sequence: Row) -> int:
+    def num_written(self, sequence: TokenSequence) -> int:
         """How many of a sequence's tokens have keys and values in the batch's state."""
         # A round in flight has written the newest token of the one before.
         return sequence.offset + any(sequence in q.sequences for q in self._in_flight)
 
-    def advance(self, *, is_awaited: bool) -> list[Emission]:
+    def advance(self, *, is_awaited: bool) -> list[SequenceOutput]:
         """Queue rounds, one ahead where that can be, and read the oldest.
 
         Args:
@@ -283,17 +283,17 @@ class RoundPipeline:
             can_shadow=can_shadow and not batch.settings.graph.has_host,
         )
 
-    def _read(self) -> list[Emission]:
+    def _read(self) -> list[SequenceOutput]:
         """Read the oldest report in flight, let the host decide, and count."""
         done = self._in_flight.popleft()
         with self._timer.wait():
             decided = done.report.read()
-        outcomes = outcomes_of(decided, done.report, done.sequences)
+        decisions = decisions_of(decided, done.report, done.sequences)
         self._measure(done)
         if self._verified is not None:
-            self._commit(self._verified, outcomes)
-        self._learn(done, outcomes)
-        outputs = emissions_of(done.sequences, outcomes)
+            self._commit(self._verified, decisions)
+        self._learn(done, decisions)
+        outputs = outputs_of(done.sequences, decisions)
         self._shadows.compare()
         return outputs
 
@@ -309,32 +309,32 @@ class RoundPipeline:
         queued = done if last.waiting else last
         (queued if interval.is_queued else done).seconds = interval.seconds
 
-    def _commit(self, verified: Verified, outcomes: Sequence[Outcome]) -> None:
+    def _commit(self, verified: Verified, decisions: Sequence[Decision]) -> None:
         """End the round that waits for the host."""
         self._verified = None
         # One that has ended is not committed; its number only has to be one.
-        num_accepted = mx.array([o.num_accepted for o in outcomes], dtype=mx.int32)
+        num_accepted = mx.array([o.num_accepted for o in decisions], dtype=mx.int32)
         next_token = mx.array(
-            [(o.tokens or [0])[-1:] for o in outcomes], dtype=mx.int32
+            [(o.tokens or [0])[-1:] for o in decisions], dtype=mx.int32
         )
         self._batch.state = self._rounds.commit(
             verified, self._batch.settings, accepted=Accepted(num_accepted, next_token)
         )
         mx.async_eval(self._batch.state.arrays)  # another thread may go on
 
-    def _learn(self, done: _InFlight, outcomes: Sequence[Outcome]) -> None:
+    def _learn(self, done: _InFlight, decisions: Sequence[Decision]) -> None:
         """Count a round, and tell who chooses for the next ones how it went."""
         accepted = []
-        for sequence, outcome in zip(done.sequences, outcomes, strict=True):
-            if sequence is None or not sequence.is_live or outcome.error is not None:
+        for sequence, decision in zip(done.sequences, decisions, strict=True):
+            if sequence is None or not sequence.is_live or decision.error is not None:
                 continue
-            sequence.offset += outcome.num_accepted + 1
+            sequence.offset += decision.num_accepted + 1
             most = sequence.request.max_draft_tokens
             drafted = min(done.num_draft_tokens, most)
             for stats in (self._stats, sequence.stats):
-                stats.add_round(drafted=drafted, accepted=outcome.num_accepted)
+                stats.add_round(drafted=drafted, accepted=decision.num_accepted)
             if most >= done.num_draft_tokens:
-                accepted.append(outcome.num_accepted)
+                accepted.append(decision.num_accepted)
         done.policy.observe(
             done.num_draft_tokens,
             accepted,

@@ -21,15 +21,15 @@ from .prefill import Prefill, Reader
 from .queue import RequestQueue, Waiting
 from .request import Request
 from .results import (
-    Emission,
-    Outcome,
-    Progress,
-    Step,
-    emissions_of,
+    Decision,
+    PromptProgress,
+    SequenceOutput,
+    StepOutput,
+    decisions_of,
     failure_of,
-    outcomes_of,
+    outputs_of,
 )
-from .sequence import Row
+from .sequence import TokenSequence
 from .state import Report, row_settings
 from .timing import RoundTimer
 
@@ -81,13 +81,13 @@ class PromptReader:
         if prompt_cache is not None:
             caches = read_prompt_cache(self._target.layout, prompt_cache)
         num_cached = caches[0].offset if caches else 0
-        sequence = Row.of(request, index=index, num_cached=num_cached)
+        sequence = TokenSequence.of(request, index=index, num_cached=num_cached)
         return Waiting(
             sequence,
             Prefill(self._target, request.prompt, caches=caches, stops=request.pauses),
         )
 
-    def read(self, step: Step, *, isolates: bool) -> None:
+    def read(self, step: StepOutput, *, isolates: bool) -> None:
         """Read a chunk of the prompts that wait, as far as sequences are let in.
 
         Args:
@@ -95,33 +95,35 @@ class PromptReader:
             isolates: Whether a sequence whose prompt cannot be read ends by itself;
                 else what is raised goes on to the caller.
         """
-        paused: set[Row] = set()
+        paused: set[TokenSequence] = set()
         budget = self._step_size
         while budget > 0 and (entry := self._queue.next(self._batch.live, paused)):
             sequence, prefill = entry.sequence, entry.prefill
             before = prefill.num_read
             try:
-                outcome = self._read_chunk(entry, budget)
+                decision = self._read_chunk(entry, budget)
             except Exception as error:
                 if not isolates:
                     raise
                 self._queue.remove(sequence)
-                step.emissions.append(failure_of(sequence, error))
+                step.outputs.append(failure_of(sequence, error))
                 return
             size = prefill.num_read - before
             step.num_read += size
             budget -= max(size, _SMALLEST_CHUNK)
             is_paused = prefill.is_stopped and not prefill.is_done
             step.progress.append(
-                Progress(sequence, prefill.num_read, prefill.num_tokens, is_paused)
+                PromptProgress(
+                    sequence, prefill.num_read, prefill.num_tokens, is_paused
+                )
             )
-            if outcome is not None:
-                step.emissions.append(self._begin(sequence, prefill.filled, outcome))
+            if decision is not None:
+                step.outputs.append(self._begin(sequence, prefill.filled, decision))
                 self._queue.remove(sequence)
             elif is_paused:
                 paused.add(sequence)  # for the caller to take the caches
 
-    def _read_chunk(self, entry: Waiting, budget: int) -> Outcome | None:
+    def _read_chunk(self, entry: Waiting, budget: int) -> Decision | None:
         """Read a chunk of a prompt; its first token, where that was the last one."""
         self._timer.disturb()
         with self._timer.prefill():
@@ -130,7 +132,7 @@ class PromptReader:
             return None
         return self._first(entry.sequence, entry.prefill.filled)
 
-    def _first(self, sequence: Row, read_prompt: Prefilled) -> Outcome:
+    def _first(self, sequence: TokenSequence, read_prompt: Prefilled) -> Decision:
         """Choose the token behind a prompt."""
         settings = row_settings(
             [sequence.request.sampling],
@@ -153,18 +155,18 @@ class PromptReader:
         )
         with self._timer.wait():
             decided = report.read()
-        (outcome,) = outcomes_of(decided, report, (sequence,))
-        return outcome
+        (decision,) = decisions_of(decided, report, (sequence,))
+        return decision
 
     def _begin(
-        self, sequence: Row, read_prompt: Prefilled, outcome: Outcome
-    ) -> Emission:
+        self, sequence: TokenSequence, read_prompt: Prefilled, decision: Decision
+    ) -> SequenceOutput:
         """Give a seat to a sequence whose prompt was read, if it goes on."""
-        (output,) = emissions_of((sequence,), [outcome])
+        (output,) = outputs_of((sequence,), [decision])
         target, caches = self._target, read_prompt.caches
         output = with_cache(output, partial(filled, target, caches, sequence.emitted))
         if sequence.is_live or not self._batch.policy.may_shrink:
-            self._batch.insert(sequence, read_prompt, (outcome.tokens or [0])[-1])
+            self._batch.insert(sequence, read_prompt, (decision.tokens or [0])[-1])
             if not sequence.is_live:
                 self._batch.free()
         return output

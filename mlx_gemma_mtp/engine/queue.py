@@ -15,7 +15,7 @@ from ..cache.slabs import SlabLayout
 from ..errors import RequestError
 from .capacity import BatchPolicy, longest_text, most_slots
 from .prefill import Prefill
-from .sequence import Row
+from .sequence import TokenSequence
 
 # Prompts that are read side by side; each holds the caches of what was read of it.
 # Short ones hold next to nothing and are not counted.
@@ -29,7 +29,7 @@ MAX_PASSING = 4
 class Waiting:
     """A sequence whose prompt was not read to its end."""
 
-    sequence: Row
+    sequence: TokenSequence
     prefill: Prefill
 
     @property
@@ -83,11 +83,11 @@ class RequestQueue:
             self._check_fit(entry.sequence)
         self._outside.extend(entries)
 
-    def find(self, sequence: Row) -> Waiting | None:
+    def find(self, sequence: TokenSequence) -> Waiting | None:
         """A sequence's entry; None where it does not wait."""
         return next((entry for entry in self if entry.sequence is sequence), None)
 
-    def remove(self, sequence: Row) -> None:
+    def remove(self, sequence: TokenSequence) -> None:
         """Let a sequence wait no longer."""
         self._reading = deque(e for e in self._reading if e.sequence is not sequence)
         self._outside = deque(e for e in self._outside if e.sequence is not sequence)
@@ -97,7 +97,9 @@ class RequestQueue:
         self._reading.clear()
         self._outside.clear()
 
-    def next(self, seated: Sequence[Row], paused: Collection[Row]) -> Waiting | None:
+    def next(
+        self, seated: Sequence[TokenSequence], paused: Collection[TokenSequence]
+    ) -> Waiting | None:
         """Whose prompt is to be read next.
 
         Args:
@@ -119,7 +121,7 @@ class RequestQueue:
         self._reading.append(long)
         return long
 
-    def _let_in(self, seated: Sequence[Row]) -> None:
+    def _let_in(self, seated: Sequence[TokenSequence]) -> None:
         """Let those in for whom there is a seat and memory."""
         most = self._policy.max_sequences
         while (entry := self._next_outside()) is not None:
@@ -137,19 +139,19 @@ class RequestQueue:
         may = (e for e in self._outside if e.is_short or num_long < _MAX_READING)
         return next(may, None)
 
-    def _fits(self, sequences: Sequence[Row]) -> bool:
+    def _fits(self, sequences: Sequence[TokenSequence]) -> bool:
         """Whether sequences fit into memory together, however long they become."""
         most = self._policy.max_kv_bytes
         return most is None or self._most_bytes(sequences) <= most
 
-    def _most_bytes(self, sequences: Sequence[Row]) -> float:
+    def _most_bytes(self, sequences: Sequence[TokenSequence]) -> float:
         """The most memory that sequences can come to need together."""
         slots = most_slots(sequences)
         if slots is None:
             return float("inf")
         return self._layout.num_bytes(self._policy.seats(len(sequences)), slots)
 
-    def _check_fit(self, sequence: Row) -> None:
+    def _check_fit(self, sequence: TokenSequence) -> None:
         """Raise if a sequence does not fit into memory, even alone."""
         if self._fits([sequence]):
             return

@@ -1,6 +1,6 @@
-"""What a round decided of its rows, by the graph or by the host, and what rows emit.
+"""What a round decided of its sequences, and what they emit.
 
-It knows reports and rows: nothing of how rounds are run.
+It knows reports and sequences: nothing of how rounds are run.
 """
 
 from __future__ import annotations
@@ -12,97 +12,107 @@ from typing import Any
 import mlx.core as mx
 
 from ..sampling.logprobs import TokenLogprobs, log_probabilities
-from .sequence import Row
-from .state import Outcome, Report
+from .sequence import TokenSequence
+from .state import Decision, Report
 
 
-def outcomes_of(
-    decided: Sequence[Outcome], report: Report, rows: Sequence[Row | None]
-) -> list[Outcome]:
-    """What was decided of every row; rows of the host's are decided here.
+def decisions_of(
+    decided: Sequence[Decision],
+    report: Report,
+    sequences: Sequence[TokenSequence | None],
+) -> list[Decision]:
+    """What was decided of every sequence; sequences of the host's are decided here.
 
     Args:
-        decided: What the report says of each row.
+        decided: What the report says of each sequence.
         report: The report.
-        rows: Who sat where.
+        sequences: Who sat where.
     """
     logprobs: list[list[TokenLogprobs]] = [[] for _ in decided]
-    if report.logprobs is not None and any(_asks(row) for row in rows):
+    if report.logprobs is not None and any(_asks(sequence) for sequence in sequences):
         logprobs = report.logprobs.listed()
     return [
-        _judge(row, i, outcome.logits, outcome.tokens[:-1])
-        if row is not None and row.host is not None and row.is_live
-        else replace(outcome, logprobs=logprobs[i])
-        for i, (row, outcome) in enumerate(zip(rows, decided, strict=True))
+        _judge(sequence, i, decision.logits, decision.tokens[:-1])
+        if sequence is not None and sequence.host is not None and sequence.is_live
+        else replace(decision, logprobs=logprobs[i])
+        for i, (sequence, decision) in enumerate(zip(sequences, decided, strict=True))
     ]
 
 
-def emissions_of(
-    rows: Sequence[Row | None], outcomes: Sequence[Outcome]
-) -> list[Emission]:
-    """What the live rows emit, cut at their ends; they are told."""
+def outputs_of(
+    sequences: Sequence[TokenSequence | None], decisions: Sequence[Decision]
+) -> list[SequenceOutput]:
+    """What the live sequences emit, cut at their ends; they are told."""
     return [
-        _emission(row, place, outcome)
-        for place, (row, outcome) in enumerate(zip(rows, outcomes, strict=True))
-        if row is not None and row.is_live
+        _output(sequence, place, decision)
+        for place, (sequence, decision) in enumerate(
+            zip(sequences, decisions, strict=True)
+        )
+        if sequence is not None and sequence.is_live
     ]
 
 
-def failure_of(row: Row, error: Exception) -> Emission:
-    """The last emission of a row that cannot go on."""
-    row.finish_reason = "error"
-    return Emission(row, 0, [], 0, "error", mx.zeros((1, 1, 0)), error=error)
+def failure_of(sequence: TokenSequence, error: Exception) -> SequenceOutput:
+    """The last output of a sequence that cannot go on."""
+    sequence.finish_reason = "error"
+    return SequenceOutput(sequence, 0, [], 0, "error", mx.zeros((1, 1, 0)), error=error)
 
 
-def _emission(row: Row, place: int, outcome: Outcome) -> Emission:
-    """What one live row emits."""
-    if outcome.error is not None:
-        return failure_of(row, outcome.error)
-    taken = row.take(outcome.tokens)
-    count = row.request.num_logprobs
-    logprobs = [] if count is None else outcome.logprobs[: len(taken)]
-    return Emission(
-        row=row,
+def _output(sequence: TokenSequence, place: int, decision: Decision) -> SequenceOutput:
+    """What one live sequence emits."""
+    if decision.error is not None:
+        return failure_of(sequence, decision.error)
+    taken = sequence.take(decision.tokens)
+    count = sequence.request.num_logprobs
+    logprobs = [] if count is None else decision.logprobs[: len(taken)]
+    return SequenceOutput(
+        sequence=sequence,
         place=place,
         tokens=taken,
-        num_from_draft=min(outcome.num_accepted, len(taken)),
-        finish_reason=row.finish_reason,
-        logits=outcome.logits,
+        num_from_draft=min(decision.num_accepted, len(taken)),
+        finish_reason=sequence.finish_reason,
+        logits=decision.logits,
         logprobs=[replace(entry, top=entry.top[:count]) for entry in logprobs],
     )
 
 
-def _asks(row: Row | None) -> bool:
-    """Whether a row wants log-probabilities."""
-    return row is not None and row.is_live and row.request.num_logprobs is not None
+def _asks(sequence: TokenSequence | None) -> bool:
+    """Whether a sequence wants log-probabilities."""
+    return (
+        sequence is not None
+        and sequence.is_live
+        and sequence.request.num_logprobs is not None
+    )
 
 
-def _judge(row: Row, place: int, logits: mx.array, drafts: list[int]) -> Outcome:
-    """Let the host decide one row of the block's logits [B, K + 1, V]."""
+def _judge(
+    sequence: TokenSequence, place: int, logits: mx.array, drafts: list[int]
+) -> Decision:
+    """Let the host decide one sequence of the block's logits [B, K + 1, V]."""
     try:
-        judged = row.judge(logits[place], drafts)
+        judged = sequence.judge(logits[place], drafts)
     except Exception as error:  # noqa: BLE001 (a caller's function: any may come)
-        return Outcome(0, [], logits, error=error)
+        return Decision(0, [], logits, error=error)
     logprobs: list[TokenLogprobs] = []
-    count = row.request.num_logprobs
+    count = sequence.request.num_logprobs
     if count is not None:
         tokens = mx.array([judged.tokens], dtype=mx.int32)
         (logprobs,) = log_probabilities(
             judged.logits, tokens, num_logprobs=count
         ).listed()
-    # A view, so that [place, i] finds the row's own as in a round's logits.
+    # A view, so that [place, i] finds the sequence's own as in a round's logits.
     shape = (logits.shape[0], *judged.logits.shape[1:])
     logits = mx.broadcast_to(judged.logits, shape)
     mx.async_eval(logits)  # another thread may ask for log-probabilities
-    return Outcome(judged.num_accepted, judged.tokens, logits, logprobs)
+    return Decision(judged.num_accepted, judged.tokens, logits, logprobs)
 
 
 @dataclass(frozen=True)
-class Emission:
-    """What one round, or the prefill, emitted for one row.
+class SequenceOutput:
+    """What one round, or the prefill, emitted for one sequence.
 
     Attributes:
-        row: The row.
+        sequence: The sequence.
         place: Its index in ``logits``.
         tokens: The emitted tokens, at least one unless there is an error, cut at the
             end of the request.
@@ -112,15 +122,15 @@ class Emission:
         logits: The target's logits of the whole round: those behind ``tokens[i]`` are
             ``logits[place, i]``. Whole, because a slice made here would belong to the
             stream of the rounds, and its reader would wait for the one in flight.
-            Of a row that the host decides they are the processed ones.
+            Of a sequence that the host decides they are the processed ones.
             [B, K + 1, V]
-        logprobs: One entry per token; empty where the row does not ask.
-        prompt_cache: mlx-lm's caches of the row, which hold its prompt and all its
-            tokens; with the last emission of a request that keeps its cache.
-        error: What a processor or sampler of the row raised.
+        logprobs: One entry per token; empty where the sequence does not ask.
+        prompt_cache: mlx-lm's caches of the sequence, which hold its prompt and all its
+            tokens; with the last output of a request that keeps its cache.
+        error: What a processor or sampler of the sequence raised.
     """
 
-    row: Row
+    sequence: TokenSequence
     place: int
     tokens: list[int]
     num_from_draft: int
@@ -131,39 +141,39 @@ class Emission:
     error: Exception | None = None
 
     def check(self) -> None:
-        """Raise what a function of the row's own has raised."""
+        """Raise what a function of the sequence's own has raised."""
         if self.error is not None:
             raise self.error
 
 
 @dataclass(frozen=True)
-class Progress:
+class PromptProgress:
     """How far a prompt has been read.
 
     Attributes:
-        row: Whose prompt.
+        sequence: Whose prompt.
         num_read: Its tokens that were read so far.
         num_tokens: All of them.
         is_paused: Whether reading has come to one of the request's pauses: until the
-            next step the row's caches are those of this place.
+            next step the sequence's caches are those of this place.
     """
 
-    row: Row
+    sequence: TokenSequence
     num_read: int
     num_tokens: int
     is_paused: bool
 
 
 @dataclass
-class Step:
+class StepOutput:
     """What one step has done so far: at most a round and a chunk of prompts.
 
     Attributes:
-        emissions: What rows have emitted, in order.
+        outputs: What sequences have emitted, in order.
         progress: How far prompts have been read.
         num_read: Tokens of prompts that were read.
     """
 
-    emissions: list[Emission] = field(default_factory=list)
-    progress: list[Progress] = field(default_factory=list)
+    outputs: list[SequenceOutput] = field(default_factory=list)
+    progress: list[PromptProgress] = field(default_factory=list)
     num_read: int = 0

@@ -17,12 +17,12 @@ from .stats import RoundStats
 
 
 @dataclass(eq=False)
-class Row:
-    """The host's knowledge of one row.
+class TokenSequence:
+    """The host's knowledge of one sequence.
 
     Attributes:
         request: What was asked for, its sampling settled.
-        index: How many rows the decoder was given before.
+        index: How many sequences the decoder was given before.
         num_cached: Tokens that came in caches, before the prompt.
         offset: Tokens in the slabs, as of the last report read.
         host: Decides it, where the host does.
@@ -42,8 +42,10 @@ class Row:
     _matcher: Matcher | None = None
 
     @classmethod
-    def of(cls, request: Request, *, index: int = 0, num_cached: int = 0) -> Row:
-        """The row of a request."""
+    def of(
+        cls, request: Request, *, index: int = 0, num_cached: int = 0
+    ) -> TokenSequence:
+        """The sequence of a request."""
         request = _settled(request)
         host = None
         if request.is_host:
@@ -54,11 +56,13 @@ class Row:
                 sampling=request.sampling,
                 num_unseen=num_cached - len(request.history),
             )
-        row = cls(request, index, num_cached, num_cached + len(request.prompt), host)
-        row.stats.rule = request.accept_rule
+        sequence = cls(
+            request, index, num_cached, num_cached + len(request.prompt), host
+        )
+        sequence.stats.rule = request.accept_rule
         if request.stop_sequences is not None:
-            row._matcher = request.stop_sequences.matcher()
-        return row
+            sequence._matcher = request.stop_sequences.matcher()
+        return sequence
 
     @property
     def num_emitted(self) -> int:
@@ -84,7 +88,7 @@ class Row:
         return None if limit is None else limit - self.num_emitted
 
     def wants_more_than(self, num_tokens: int) -> bool:
-        """Whether the row is live and its budget exceeds ``num_tokens`` more."""
+        """Whether the sequence is live and its budget exceeds ``num_tokens`` more."""
         left = self.num_left
         return self.is_live and (left is None or left > num_tokens)
 
@@ -112,20 +116,20 @@ class Row:
 
 
 class _Ends:
-    """Where a row ends, asked of one token after the other.
+    """Where a sequence ends, asked of one token after the other.
 
     Args:
-        row: The row, as it is before the first of them.
+        sequence: The sequence, as it is before the first of them.
         matcher: Its place among its stop sequences; goes on with the tokens.
     """
 
-    def __init__(self, row: Row, matcher: Matcher | None) -> None:
-        self._request = row.request
-        self._left = row.num_left
+    def __init__(self, sequence: TokenSequence, matcher: Matcher | None) -> None:
+        self._request = sequence.request
+        self._left = sequence.num_left
         self._matcher = matcher
 
     def reason(self, token: int) -> str | None:
-        """Why the row ends with the next token; None where it does not."""
+        """Why the sequence ends with the next token; None where it does not."""
         if self._left is not None:
             self._left -= 1
         is_stop = self._matcher is not None and self._matcher.advance(token)

@@ -15,7 +15,7 @@ from typing import cast
 import mlx.core as mx
 
 from ..drafting.policy import DraftPolicy
-from .sequence import Row
+from .sequence import TokenSequence
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Shadow:
     """
 
     drafts: mx.array
-    sequences: tuple[Row | None, ...]
+    sequences: tuple[TokenSequence | None, ...]
     starts: tuple[int, ...]
     policy: DraftPolicy
 
@@ -72,9 +72,9 @@ class Shadows:
     def add(
         self,
         drafts: mx.array,
-        sequences: Sequence[Row | None],
+        sequences: Sequence[TokenSequence | None],
         *,
-        in_flight: Sequence[Sequence[Row | None]],
+        in_flight: Sequence[Sequence[TokenSequence | None]],
         policy: DraftPolicy,
     ) -> None:
         """Let drafts wait.

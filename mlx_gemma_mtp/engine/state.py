@@ -161,14 +161,14 @@ def row_settings(
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Decision:
     """What a round decided of one row.
 
     Attributes:
         num_accepted: Length of the accepted prefix of the drafts.
         tokens: These and the token behind them. Before the host has decided a row of
             its own: all drafts and a 0.
-        logits: The target's of all rows, [B, K + 1, V]; see ``Emission``.
+        logits: The target's of all rows, [B, K + 1, V]; see ``SequenceOutput``.
         logprobs: One entry per token; empty where nobody asks.
         error: What a function of the row's own raised.
     """
@@ -239,11 +239,11 @@ class Report:
         logprobs = {} if self.logprobs is None else self.logprobs.named
         return [self.tokens, *logprobs.values()]
 
-    def read(self) -> list[Outcome]:
+    def read(self) -> list[Decision]:
         """Wait for it: the only place where a round's result reaches the host."""
         rows = cast(list[list[int]], self.tokens.tolist())
         return [
-            Outcome(num_accepted, tokens[: num_accepted + 1], self.logits)
+            Decision(num_accepted, tokens[: num_accepted + 1], self.logits)
             for num_accepted, *tokens in rows
         ]
 

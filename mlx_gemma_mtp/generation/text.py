@@ -17,8 +17,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..cache.mlx_lm_cache import holds_tokens
 from ..cpu_kernels import clock
 from ..engine.decoder import Decoder
-from ..engine.results import Emission, Progress
-from ..engine.sequence import Row
+from ..engine.results import PromptProgress, SequenceOutput
+from ..engine.sequence import TokenSequence
 from ..errors import RequestError
 from ..markup.answer import marks_of, plain
 from ..models.compatibility import check_fit
@@ -179,7 +179,7 @@ class _TextStream:
         self._drafter_memory = pair.drafter_bytes / 1e9
         self._prompt_cache = prompt_cache
         self._on_progress = on_progress
-        self._row: Row | None = None
+        self._sequence: TokenSequence | None = None
 
     def responses(self) -> Generator[GenerationResponse, None, None]:
         """Decode to the end: one response per token."""
@@ -193,49 +193,51 @@ class _TextStream:
             finally:
                 self._keep_cache()
 
-    def _decode(self, rounds: Iterator[list[Emission]]) -> Iterator[GenerationResponse]:
-        """Respond to rounds up to the end; the decoder still has the row then."""
-        for (emission,) in rounds:
+    def _decode(
+        self, rounds: Iterator[list[SequenceOutput]]
+    ) -> Iterator[GenerationResponse]:
+        """Respond to rounds up to the end; the decoder still has the sequence then."""
+        for (output,) in rounds:
             if not self._num_tokens:
                 self._prompt_tps = self._prompt_tokens / self._elapsed()
                 self._start = clock()
-            self._row = emission.row
-            emission.check()
-            yield from self._respond(emission)
-            if self._pieces.is_stopped or emission.finish_reason is not None:
+            self._sequence = output.sequence
+            output.check()
+            yield from self._respond(output)
+            if self._pieces.is_stopped or output.finish_reason is not None:
                 return
 
-    def _report(self, progress: Progress) -> None:
+    def _report(self, progress: PromptProgress) -> None:
         """Tell how far the prompt was read."""
         if self._on_progress is not None:
             self._on_progress(progress.num_read, progress.num_tokens)
 
     def _keep_cache(self) -> None:
         """Let the caller's prompt cache hold the prompt and what was yielded."""
-        if self._prompt_cache is None or self._row is None or not self._num_tokens:
+        if self._prompt_cache is None or self._sequence is None or not self._num_tokens:
             return
         with suppress(RequestError):  # a round has failed: the cache stays as it was
             self._decoder.extract(
-                self._row, num_emitted=self._num_tokens, into=self._prompt_cache
+                self._sequence, num_emitted=self._num_tokens, into=self._prompt_cache
             )
 
-    def _respond(self, emission: Emission) -> Iterator[GenerationResponse]:
+    def _respond(self, output: SequenceOutput) -> Iterator[GenerationResponse]:
         """The responses of one round, up to a stop string."""
-        last = len(emission.tokens) - 1
-        for i, token in enumerate(emission.tokens):
-            reason = emission.finish_reason if i == last else None
+        last = len(output.tokens) - 1
+        for i, token in enumerate(output.tokens):
+            reason = output.finish_reason if i == last else None
             self._num_tokens += 1
             text = self._pieces.add(token, reason)
-            logprobs = emission.logprobs[i] if emission.logprobs else None
+            logprobs = output.logprobs[i] if output.logprobs else None
             yield GenerationResponse(
                 text=plain(text),
                 marked_text=text,
                 token=token,
-                from_draft=i < emission.num_from_draft,
+                from_draft=i < output.num_from_draft,
                 finish_reason="stop" if self._pieces.is_stopped else reason,
                 token_logprob=logprobs.token if logprobs else None,
                 top_logprobs=logprobs.top if logprobs else None,
-                _logits=emission.logits,
+                _logits=output.logits,
                 _index=i,
                 **self._figures(),
             )

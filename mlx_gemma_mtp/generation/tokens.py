@@ -206,9 +206,9 @@ def make_batch_decoder(
 def _single(pair: Pair, decoder: Decoder) -> Generator[int, None, None]:
     """Token ids of the only row."""
     with pair.wired(), closing(decoder), closing(decoder.run()) as rounds:
-        for (emission,) in rounds:
-            emission.check()
-            yield from emission.tokens
+        for (output,) in rounds:
+            output.check()
+            yield from output.tokens
 
 
 def _batch(
@@ -218,11 +218,11 @@ def _batch(
     queues: list[deque[int]] = [deque() for _ in range(num_rows)]
     is_live = [True] * num_rows
     with pair.wired(), closing(decoder), closing(decoder.run()) as rounds:
-        for emissions in rounds:
-            for emission in emissions:
-                emission.check()
-                queues[emission.row.index].extend(emission.tokens)
-                is_live[emission.row.index] = emission.finish_reason is None
+        for outputs in rounds:
+            for output in outputs:
+                output.check()
+                queues[output.sequence.index].extend(output.tokens)
+                is_live[output.sequence.index] = output.finish_reason is None
             while any(queues) and all(
                 queue or not live for queue, live in zip(queues, is_live, strict=True)
             ):

@@ -26,8 +26,8 @@ from ..cpu_kernels import clock
 from ..engine.capacity import DEFAULT_MAX_ROWS
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from ..engine.request import Request
-from ..engine.results import Emission, Progress, Step
-from ..engine.sequence import Row
+from ..engine.results import PromptProgress, SequenceOutput, StepOutput
+from ..engine.sequence import TokenSequence
 from ..engine.stats import DraftTally
 from ..errors import RequestError
 from ..generation.requests import make_request
@@ -94,7 +94,7 @@ class BatchGenerator:
         self.sampler = sampler
         self.logits_processors = list(logits_processors or ())
         self.stream = stream or generation_stream
-        self._rows: dict[int, Row] = {}
+        self._sequences: dict[int, TokenSequence] = {}
         self._resources = ExitStack()
         self._pair = pair_of(model)
         self._decoder = make_batch_decoder(
@@ -114,7 +114,7 @@ class BatchGenerator:
 
     def close(self) -> None:
         """End all requests and let go of what they hold."""
-        self._rows.clear()
+        self._sequences.clear()
         self._resources.close()
 
     def __del__(self) -> None:
@@ -197,9 +197,9 @@ class BatchGenerator:
             self._request(first + i, parts, {n: v[i] for n, v in options.items()})
             for i, parts in enumerate(segments)
         ]
-        rows = self._decoder.add_all(requests, options["caches"])
-        self._rows.update((row.index, row) for row in rows)
-        return [row.index for row in rows]
+        sequences = self._decoder.add_all(requests, options["caches"])
+        self._sequences.update((sequence.index, sequence) for sequence in sequences)
+        return [sequence.index for sequence in sequences]
 
     def next(self) -> tuple[list[Any], list[Any]]:
         """Run one round and read a chunk of prompts.
@@ -215,8 +215,8 @@ class BatchGenerator:
         if self._error is None:
             step = self._step()
             prompts = [self._prompt_response(p) for p in step.progress]
-            generated = [r for e in step.emissions for r in self._responses(e)]
-            errors = [e.error for e in step.emissions if e.error is not None]
+            generated = [r for e in step.outputs for r in self._responses(e)]
+            errors = [e.error for e in step.outputs if e.error is not None]
             self._error = errors[0] if errors else None
             if prompts or generated or self._error is None:
                 return prompts, generated
@@ -234,10 +234,12 @@ class BatchGenerator:
 
     def extract_cache(self, uids: Sequence[int]) -> dict[int, tuple[Any, list[int]]]:
         """The prompt caches of requests as they are now, and the tokens they hold."""
-        rows = [(uid, self._rows[uid]) for uid in uids if uid in self._rows]
+        sequences = [
+            (uid, self._sequences[uid]) for uid in uids if uid in self._sequences
+        ]
         return {
-            uid: (self._decoder.extract(row), self._decoder.tokens_of(row))
-            for uid, row in rows
+            uid: (self._decoder.extract(sequence), self._decoder.tokens_of(sequence))
+            for uid, sequence in sequences
         }
 
     def remove(
@@ -246,9 +248,9 @@ class BatchGenerator:
         """Send requests away; those that have ended already do not matter."""
         caches = self.extract_cache(uids) if return_prompt_caches else {}
         for uid in uids:
-            row = self._rows.pop(uid, None)
-            if row is not None:
-                self._decoder.remove(row)
+            sequence = self._sequences.pop(uid, None)
+            if sequence is not None:
+                self._decoder.remove(sequence)
         return caches
 
     @property
@@ -294,7 +296,7 @@ class BatchGenerator:
             keeps_cache=True,
         )
 
-    def _step(self) -> Step:
+    def _step(self) -> StepOutput:
         """One step, counted."""
         start = clock()
         prefill_s = self._decoder.stats.phases.prefill_s
@@ -303,42 +305,42 @@ class BatchGenerator:
         counters = self._counters
         counters.prompt_time += prefill_s
         counters.prompt_tokens += step.num_read
-        num_tokens = sum(len(e.tokens) for e in step.emissions)
+        num_tokens = sum(len(e.tokens) for e in step.outputs)
         counters.generation_tokens += num_tokens
-        self._tally.add(num_tokens, sum(e.num_from_draft for e in step.emissions))
+        self._tally.add(num_tokens, sum(e.num_from_draft for e in step.outputs))
         self._tally.why_none = self._decoder.stats.why_not_engaged
-        if step.emissions:
+        if step.outputs:
             counters.generation_steps += 1
             counters.decode_time += clock() - start - prefill_s
         return step
 
-    def _prompt_response(self, progress: Progress) -> Any:
+    def _prompt_response(self, progress: PromptProgress) -> Any:
         """mlx-lm's word for a chunk of a prompt that was read."""
         is_end = progress.num_read == progress.num_tokens
         return PromptProcessingBatch.Response(
-            uid=progress.row.index,
+            uid=progress.sequence.index,
             progress=(progress.num_read, progress.num_tokens),
             end_of_segment=progress.is_paused or is_end,
             end_of_prompt=is_end,
         )
 
-    def _responses(self, emission: Emission) -> Iterator[Any]:
+    def _responses(self, output: SequenceOutput) -> Iterator[Any]:
         """mlx-lm's word for each token."""
-        row = emission.row
-        is_end = emission.finish_reason is not None
+        sequence = output.sequence
+        is_end = output.finish_reason is not None
         if is_end:
-            self._rows.pop(row.index, None)
-        for i, token in enumerate(emission.tokens):
-            is_last = is_end and i == len(emission.tokens) - 1
+            self._sequences.pop(sequence.index, None)
+        for i, token in enumerate(output.tokens):
+            is_last = is_end and i == len(output.tokens) - 1
             yield _Response(
-                uid=row.index,
+                uid=sequence.index,
                 token=token,
-                logprobs=emission.logits,
-                place=emission.place,
+                logprobs=output.logits,
+                place=output.place,
                 index=i,
-                finish_reason=emission.finish_reason if is_last else None,
-                prompt_cache=emission.prompt_cache if is_last else None,
-                all_tokens=self._decoder.tokens_of(row) if is_last else None,
+                finish_reason=output.finish_reason if is_last else None,
+                prompt_cache=output.prompt_cache if is_last else None,
+                all_tokens=self._decoder.tokens_of(sequence) if is_last else None,
             )
 
 
@@ -348,7 +350,7 @@ class _Response(GenerationBatch.Response):
     Args:
         logprobs: The logits of its round, [B, K + 1, V].
         place: Which row of them.
-        index: Which token of the row.
+        index: Which token of the sequence.
         fields: mlx-lm's others.
     """
 

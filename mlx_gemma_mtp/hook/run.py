@@ -19,6 +19,7 @@ from ..cli.arguments import add_draft_arguments
 from ..cli.command import Parser, exit_status
 from ..cli.command_table import make_parser
 from ..constants import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
+from ..cpu_kernels import compile_header
 from ..errors import HookError, MTPError, RequestError, cut
 from ..models.text_config import check_model_type
 from .table import DECODING_PROGRAMS
@@ -67,6 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     if is_drafting:
         _check_drafter(args.draft_model)
         _check_cache(given)
+    compile_header()  # meanwhile
     _set_up_log()
     from .install import install, tally
 

@@ -124,8 +124,8 @@ def round_seconds(pair: Pair, num_draft_tokens: int) -> list[float]:
         [Request(list(_PROMPT), num_tokens)],
         num_draft_tokens=recorder,
     )
-    emissions = decoder.run()
-    for _, _ in zip(range(_NUM_ROUNDS + 1), emissions, strict=False):
+    outputs = decoder.run()
+    for _, _ in zip(range(_NUM_ROUNDS + 1), outputs, strict=False):
         pass
-    emissions.close()
+    outputs.close()
     return recorder.seconds

@@ -165,7 +165,7 @@ def greedy_text(pair: Pair, num_draft_tokens: int, route: Route) -> list[int]:
         num_draft_tokens=num_draft_tokens,
         route=route,
     )
-    return [token for (emission,) in decoder.run() for token in emission.tokens]
+    return [token for (output,) in decoder.run() for token in output.tokens]
 
 
 def _listed(drafts: Iterable[int]) -> str:

@@ -116,17 +116,17 @@ def _measure(
         num_draft_tokens=num_drafts,
         look_ahead=look_ahead,
     )
-    emissions = decoder.run()
+    outputs = decoder.run()
     for _ in range(_WARM_UP):
-        next(emissions)
+        next(outputs)
     mx.clear_cache()
     mx.reset_peak_memory()
     before, seconds = mx.get_active_memory(), []
     for _ in range(_NUM_ROUNDS):
         start = time.perf_counter()
-        next(emissions)
+        next(outputs)
         seconds.append(time.perf_counter() - start)
-    emissions.close()
+    outputs.close()
     slab = max(s.nbytes for s in target.layout.allocate(1, capacity))
     return {
         "capacity": capacity,

@@ -10,7 +10,7 @@ from ..markup.answer import Marks
 from .choice import Order, Piece
 
 if TYPE_CHECKING:
-    from ..engine.results import Emission
+    from ..engine.results import SequenceOutput
 
 
 class Transcript:
@@ -34,12 +34,12 @@ class Transcript:
         self.tokens: list[int] = []
         self.num_from_draft = 0
 
-    def take(self, emission: Emission) -> Piece:
+    def take(self, output: SequenceOutput) -> Piece:
         """The piece that a round's tokens make; ends with the text."""
         piece = Piece()
-        last = len(emission.tokens) - 1
-        for i, token in enumerate(emission.tokens):
-            piece.finish_reason = emission.finish_reason if i == last else None
+        last = len(output.tokens) - 1
+        for i, token in enumerate(output.tokens):
+            piece.finish_reason = output.finish_reason if i == last else None
             piece.text += self._pieces.add(token, piece.finish_reason)
             piece.tokens.append(token)
             if self._pieces.is_stopped:
@@ -47,6 +47,6 @@ class Transcript:
                 break
         self.tokens += piece.tokens
         count = len(piece.tokens)
-        piece.logprobs = emission.logprobs[:count]
-        self.num_from_draft += min(emission.num_from_draft, count)
+        piece.logprobs = output.logprobs[:count]
+        self.num_from_draft += min(output.num_from_draft, count)
         return piece

@@ -1,7 +1,7 @@
 """The engine's thread: orders in, steps of the decoder, pieces out.
 
 Between two steps messages are read, so a request that is let go of has no further
-round. Requests take rows in turn, however many choices they have. Nothing runs while
+round. Requests take seats in turn, however many choices they have. Nothing runs while
 there is nothing to decode. A request that fails fails alone; where the decoder itself
 fails, every request ends with an error and no new one is taken.
 """
@@ -27,14 +27,14 @@ from .turns import Turns, largest_share
 if TYPE_CHECKING:
     from ..cache.kept import KeptCaches
     from ..engine.request import Request
-    from ..engine.results import Emission, Progress, Step
-    from ..engine.sequence import Row
+    from ..engine.results import PromptProgress, SequenceOutput, StepOutput
+    from ..engine.sequence import TokenSequence
     from ..engine.stats import RoundStats
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
 
-# Orders that the decoder holds beyond its rows, so that a row that ends is followed at
-# once. The others wait here: what the caches know is looked up as late as possible.
+# Orders that the decoder holds beyond its seats, so that another follows at once where
+# one ends. The others wait here: what the caches know is looked up as late as possible.
 _AHEAD = 2
 # Prompts of one request that the decoder holds unread: half of those that one chunk may
 # have, so that another request's is read in the same one.
@@ -60,19 +60,23 @@ class DecoderLike(Protocol):
 
     @property
     def kv_bytes(self) -> int:
-        """Memory of the rows' caches."""
+        """Memory of the sequences' caches."""
 
-    def add(self, request: Request, prompt_cache: Sequence[Any] | None = None) -> Row:
+    def add(
+        self, request: Request, prompt_cache: Sequence[Any] | None = None
+    ) -> TokenSequence:
         """Let a request wait for its seat."""
 
-    def step(self) -> Step:
+    def step(self) -> StepOutput:
         """Run at most one round, and read at most one chunk of prompts."""
 
-    def remove(self, row: Row) -> None:
-        """Let go of a row."""
+    def remove(self, sequence: TokenSequence) -> None:
+        """Let go of a sequence."""
 
-    def extract(self, row: Row, *, num_emitted: int | None = None) -> Sequence[Any]:
-        """A row's caches as mlx-lm's."""
+    def extract(
+        self, sequence: TokenSequence, *, num_emitted: int | None = None
+    ) -> Sequence[Any]:
+        """A sequence's caches as mlx-lm's."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -83,12 +87,12 @@ class Means:
     """What the worker decodes with.
 
     Attributes:
-        decoder: The rows.
+        decoder: The sequences.
         make_request: Checks an order and makes a request of it.
         make_transcript: Begins an order's text.
         kept: Caches of earlier prompts; None where none are kept.
         max_rows: Rows of the decoder.
-        leaves_room: Whether memory is left for one more row beside so many orders'.
+        leaves_room: Whether memory is left for one more beside so many orders'.
         window: Tokens that sliding layers see; caches of fewer can be cut shorter.
         memory: Bytes that MLX uses, and the most it used.
     """
@@ -111,7 +115,7 @@ class _Task:
         job: What is to be done.
         request: The same for the decoder, with the whole prompt.
         transcript: Its text so far.
-        row: Its row, once it has one.
+        sequence: Its sequence, once it has one.
         num_cached: Tokens of the prompt that came in caches.
         last_at: When its last tokens came, seconds.
     """
@@ -119,7 +123,7 @@ class _Task:
     job: Job
     request: Request
     transcript: Transcript
-    row: Row | None = None
+    sequence: TokenSequence | None = None
     num_cached: int = 0
     last_at: float | None = None
 
@@ -146,7 +150,7 @@ class Worker:
             leaves_room=lambda tasks: means.leaves_room([t.job.order for t in tasks]),
         )
         self._tasks: dict[Job, _Task] = {}
-        self._by_row: dict[Row, _Task] = {}
+        self._by_sequence: dict[TokenSequence, _Task] = {}
         self._events: list[tuple[Job, Event]] = []
         self._has_news = False
         self._report = StepReport()
@@ -222,9 +226,9 @@ class Worker:
             self._drop(task)
 
     def _feed(self) -> None:
-        """Give waiting orders to the decoder, as many as it soon has rows for."""
+        """Give waiting orders to the decoder, as many as it soon has seats for."""
         most = self._means.max_rows + _AHEAD
-        while len(self._by_row) < most and (task := self._waiting.take()):
+        while len(self._by_sequence) < most and (task := self._waiting.take()):
             try:
                 self._begin(task)
             except Exception as error:  # noqa: BLE001 - as above
@@ -243,8 +247,8 @@ class Worker:
             history=tuple(prompt[:read]),
             pauses=tuple(place.num_tokens - read for place in self._places(task)),
         )
-        task.row = self._decoder.add(request, caches)
-        self._by_row[task.row] = task
+        task.sequence = self._decoder.add(request, caches)
+        self._by_sequence[task.sequence] = task
         self._report.num_prompt_tokens += len(prompt)
         self._report.num_cached_tokens += read
 
@@ -267,25 +271,25 @@ class Worker:
         for progress in step.progress:
             if progress.is_paused:
                 self._keep_prompt(progress)
-        for emission in step.emissions:
-            task = self._by_row[emission.row]
+        for output in step.outputs:
+            task = self._by_sequence[output.sequence]
             try:
-                self._take(task, emission, now)
+                self._take(task, output, now)
             except Exception as error:  # noqa: BLE001 - as above
                 self._fail(task, _failure_of(task.job, error))
 
-    def _take(self, task: _Task, emission: Emission, now: float) -> None:
-        """Tell a job what its row emitted."""
-        if emission.error is not None:
-            raise emission.error
-        piece = task.transcript.take(emission)
+    def _take(self, task: _Task, output: SequenceOutput, now: float) -> None:
+        """Tell a job what its sequence emitted."""
+        if output.error is not None:
+            raise output.error
+        piece = task.transcript.take(output)
         self._note_times(task, len(piece.tokens), now)
         if piece.finish_reason is not None:
-            assert task.row is not None
+            assert task.sequence is not None
             self._report.finished[piece.finish_reason] += 1
-            piece.tally = _tally(task, task.row)
+            piece.tally = _tally(task, task.sequence)
             self._keep_answer(task)
-            self._drop(task, is_ended=emission.finish_reason is not None)
+            self._drop(task, is_ended=output.finish_reason is not None)
         self._tell(task.job, piece)
 
     def _note_times(self, task: _Task, num_tokens: int, now: float) -> None:
@@ -297,9 +301,9 @@ class Worker:
             self._report.gaps.append((now - task.last_at, num_tokens))
         task.last_at = now
 
-    def _keep_prompt(self, progress: Progress) -> None:
+    def _keep_prompt(self, progress: PromptProgress) -> None:
         """Keep the caches of a prompt's beginning that was just read."""
-        task = self._by_row[progress.row]
+        task = self._by_sequence[progress.sequence]
         num_tokens = task.num_cached + progress.num_read
         kinds = {place.num_tokens: place.kind for place in task.job.order.places}
         self._keep(task, task.request.prompt[:num_tokens], kinds[num_tokens])
@@ -317,27 +321,27 @@ class Worker:
         """Keep caches; a request does not fail because of them."""
         if self._kept is None or not self._kept.is_worth(len(tokens)):
             return
-        assert task.row is not None
+        assert task.sequence is not None
         try:
-            caches = self._decoder.extract(task.row, **how)
+            caches = self._decoder.extract(task.sequence, **how)
             salt = task.job.order.cache_salt
             self._kept.keep(tokens, list(caches), kind=kind, salt=salt)
-        except RequestError:  # another row has its seat already
+        except RequestError:  # another sequence has its seat already
             logger.debug("%d tokens were not kept", len(tokens))
         except Exception as error:  # noqa: BLE001 - whatever it is
             text = "the caches of %d tokens could not be kept"
             task.job.context.run(logger.error, text, len(tokens), exc_info=error)
 
     def _drop(self, task: _Task, *, is_ended: bool = False) -> None:
-        """Forget a task; its row, if it has not ended, has no further round."""
+        """Forget a task; its sequence, if it has not ended, has no further round."""
         if self._tasks.pop(task.job, None) is None:
             return
         self._waiting.drop(task.job.reply, task)
-        if task.row is None:
+        if task.sequence is None:
             return
-        was_decoding = self._by_row.pop(task.row, None) is not None
+        was_decoding = self._by_sequence.pop(task.sequence, None) is not None
         if was_decoding and not is_ended and not self._is_broken:
-            self._decoder.remove(task.row)
+            self._decoder.remove(task.sequence)
 
     def _fail(self, task: _Task, failure: AnswerError) -> None:
         """End a task with an error."""
@@ -382,8 +386,8 @@ class Worker:
         report.drafting = stats.snapshot()
 
 
-def _tally(task: _Task, row: Row) -> Tally:
-    stats = row.stats
+def _tally(task: _Task, sequence: TokenSequence) -> Tally:
+    stats = sequence.stats
     return Tally(
         num_cached=task.num_cached,
         num_from_draft=task.transcript.num_from_draft,

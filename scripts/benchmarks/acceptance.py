@@ -83,7 +83,7 @@ def decode(
         decoder = Decoder(pair.rounds, requests, num_draft_tokens=num_draft_tokens)
         for emissions in decoder.run():
             for emission in emissions:
-                texts[start + emission.row.index] += emission.tokens
+                texts[start + emission.sequence.index] += emission.tokens
         total.merge(decoder.stats)
     return texts, total
 

@@ -260,7 +260,7 @@ def test_a_row_that_has_ended_keeps_its_keys(window, data):
     )
     rows: dict[int, Any] = {}
     for i, emissions in enumerate(decoder.run()):
-        rows |= {emission.row.index: emission.row for emission in emissions}
+        rows |= {emission.sequence.index: emission.sequence for emission in emissions}
         if i % when == 0:
             for row in rows.values():
                 for less in (0, 1):

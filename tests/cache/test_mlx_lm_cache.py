@@ -293,12 +293,12 @@ class TestRows:
         num_asked = 0
         while not decoder.is_idle:
             step = decoder.step()
-            for emission in step.emissions:
+            for emission in step.outputs:
                 if emission.finish_reason:
-                    ended[emission.row] = emission.prompt_cache
-                    if emission.row.num_emitted > 1:  # it had a seat
-                        count = emission.row.num_emitted - 1
-                        late = decoder.extract(emission.row, num_emitted=count)
+                    ended[emission.sequence] = emission.prompt_cache
+                    if emission.sequence.num_emitted > 1:  # it had a seat
+                        count = emission.sequence.num_emitted - 1
+                        late = decoder.extract(emission.sequence, num_emitted=count)
                         assert lengths(late) == {len(PROMPT) + count}
             row = rows[3]
             if row.is_live and row.num_emitted:
@@ -451,7 +451,7 @@ def test_keys_are_held_once_beside_the_callers(max_tokens, others):
     while ended is None:
         emissions = next(run)
         slabs = decoder.kv_bytes
-        ended = next((e.row for e in emissions if e.finish_reason), None)
+        ended = next((e.sequence for e in emissions if e.finish_reason), None)
     decoder.extract(ended, into=cache)
     run.close()
     assert mx.get_peak_memory() - before <= slabs + 1.8 * layer

@@ -75,6 +75,7 @@ def test_what_is_said_of_an_answer_without_an_end():
 def impatient(monkeypatch):
     """Nothing takes as little time as not to be shown, if a test waits for it."""
     monkeypatch.setattr(display, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(display, "_QUIET_S", 0.0)
     monkeypatch.setattr(display, "_BETWEEN_S", 0.001)
     monkeypatch.setenv("COLUMNS", "80")
 
@@ -128,7 +129,7 @@ def wait_for(screen, text):
 
 class TestCompiling:
     def test_is_shown_behind_the_text_and_is_gone_then(self, kernels, monkeypatch):
-        monkeypatch.setattr(display, "_PATIENCE_S", 3600.0)
+        monkeypatch.setattr(display, "_QUIET_S", 3600.0)
         screen = Screen(True)
         with CompileProgress(screen) as compiling:
             shown = Display(screen, compiling=compiling)

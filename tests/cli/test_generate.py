@@ -162,6 +162,19 @@ class TestOutput:
         assert (int(tokens), int(drafted)) == (NUM_TOKENS, 3 * int(rounds))
         assert 1 <= float(length) <= 5
 
+    def test_the_header_of_kernels_comes_first(self, run, monkeypatch):
+        """It is compiled while everything else is loaded."""
+        calls = []
+        monkeypatch.setattr(cli, "compile_header", lambda: calls.append("header"))
+
+        def load(*args, **settings):
+            calls.append("model")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(LOAD, "load", load)
+        assert run()[0] == 130
+        assert calls == ["header", "model"]
+
     def test_not_verbose(self, run, expected):
         assert run("--verbose", "False") == (0, expected + "\n", "")
 

@@ -253,10 +253,8 @@ def test_both_loaders_open_other_bits(shop, mode):
     ("family", "mode"),
     [
         (CENTROIDS, "nvfp4"),
-        (EXPERTS, "affine-3"),
         (EXPERTS, "affine-4"),
         ("12b", "mxfp4"),
-        ("12b", "nvfp4"),
         ("12b", "mxfp8"),
     ],
 )
@@ -533,10 +531,9 @@ def test_the_drafter_is_what_mlx_makes(shop, family, mode):
     [
         (1, 1, EXPERTS, "float"),  # a row at a time
         (1024, 3, EXPERTS, "affine-4"),
-        (3000, 8, EXPERTS, "mxfp4"),
         (5000, 2, EXPERTS, "affine-3"),
         (256, 8, "e4b", "affine-4"),
-        (3000, 1, "e4b", "mxfp8"),
+        (3000, 1, "12b", "mxfp8"),
     ],
 )
 def test_blocks_and_workers_make_no_difference(
@@ -1366,7 +1363,7 @@ def test_the_streamed_target_is_the_target(shop, family, mode):
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["12b", CENTROIDS, EXPERTS])
 def test_streamed_drafts_are_the_engines(shop, family):
     """On both sides of the drafter's window."""
     folder = shop.converted(family, "affine-4")

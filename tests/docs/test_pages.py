@@ -14,6 +14,7 @@ import pytest
 from mlx_gemma_mtp.cli import generate
 from scripts.docs_tables import with_tables
 from tests.docs.pages import PAGES, ROOT, blocks, lines
+from tests.test_layout import BELOW
 from tests.tiny import uncompiled
 
 MAX_README_LINES = 250
@@ -100,6 +101,20 @@ def test_the_readme_names_every_folder():
     assert named == folders | {"embedded"}
 
 
+def test_the_picture_of_the_folders_is_that_of_the_layout():
+    """In it each folder stands above those that it imports."""
+    picture = blocks("text", "docs/how-it-works.md")[0].splitlines()
+    heights = {
+        name: -number
+        for number, line in enumerate(picture)
+        for name in re.findall(r"\b(\w+)/", line)
+    }
+    assert set(heights) == set(BELOW)
+    for folder, below in BELOW.items():
+        for other in below - {"markup"}:
+            assert heights[folder] > heights[other], (folder, other)
+
+
 def test_requests_of_the_readme_are_those_of_the_servers_page():
     """tests/server/test_live.py makes those."""
     assert set(lines("sh", "README.md")) <= set(lines("sh", "docs/server.md"))
@@ -110,7 +125,8 @@ def test_the_walk_of_a_token_is_short_and_as_it_is(capsys):
     """A text is generated; each function of the walk is called."""
     page = PAGES["docs/how-it-works.md"]
     walk = page.partition("## One token through the folders")[2].partition("\n## ")[0]
-    steps = re.findall(r"^\| \d+ \| `([\w/]+\.py)` `([\w.]+)` \|", walk, re.MULTILINE)
+    step = r"^\| \d+ \| \[`([\w/]+\.py)`\]\(\S+\) `([\w.]+)` \|"
+    steps = re.findall(step, walk, re.MULTILINE)
     assert len(re.findall(r"^\| \d", walk, re.MULTILINE)) == len(steps)
     assert 5 < len({path for path, _ in steps}) <= MAX_WALK
     called = set()

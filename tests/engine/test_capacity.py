@@ -22,7 +22,7 @@ from mlx_gemma_mtp.engine.capacity import (
     OpenBatch,
 )
 from mlx_gemma_mtp.engine.request import Request
-from mlx_gemma_mtp.engine.sequence import Row
+from mlx_gemma_mtp.engine.sequence import TokenSequence
 from mlx_gemma_mtp.models.target import Prefilled
 
 ALL = tuple(range(9))
@@ -36,7 +36,7 @@ def rounds_of(count):
 
 
 def capacity_of(*rows, is_closed):
-    made = [Row.of(Request([1] * length, limit)) for length, limit in rows]
+    made = [TokenSequence.of(Request([1] * length, limit)) for length, limit in rows]
     return Capacity(ClosedBatch(len(made)) if is_closed else OpenBatch(), made), made
 
 
@@ -135,7 +135,7 @@ def test_shapes_of_a_long_day_are_few():
         if len(batch.live) < (8 if is_busy else 2) and rng.random() < 0.05:
             length = rng.choice([9, 90, 900, 3000] if is_busy else [9, 300])
             limit = rng.randint(1, 2000 if is_busy else 300)
-            insert(batch, layout, Row.of(Request([1] * length, limit)))
+            insert(batch, layout, TokenSequence.of(Request([1] * length, limit)))
         for row in batch.live:
             row.offset += rng.randint(1, 9)
             if row.offset >= (row.last_position or 0):

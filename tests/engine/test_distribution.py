@@ -88,7 +88,7 @@ def draw_beside(num_draft_tokens, beside, settings, *, use_compile=False):
     rows: list[list[int]] = [[] for _ in range(NUM_ROWS)]
     for emissions in decoder.run():
         for emission in emissions:
-            rows[emission.row.index] += emission.tokens
+            rows[emission.sequence.index] += emission.tokens
     return rows, decoder
 
 
@@ -222,7 +222,7 @@ def test_a_row_is_decided_alone():
         found: list[list[int]] = [[] for _ in rows]
         for emissions in Decoder(rounds, requests, num_draft_tokens=3).run():
             for emission in emissions:
-                found[emission.row.index] += emission.tokens
+                found[emission.sequence.index] += emission.tokens
         return found
 
     by_block = SamplingParams(1.0, seed=5, reproducible=False)

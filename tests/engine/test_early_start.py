@@ -66,9 +66,9 @@ def decoded(decoder):
     caches = {}
     for emissions in decoder.run():
         for emission in emissions:
-            texts.setdefault(emission.row.index, []).extend(emission.tokens)
+            texts.setdefault(emission.sequence.index, []).extend(emission.tokens)
             if emission.finish_reason:
-                caches[emission.row.index] = emission.prompt_cache
+                caches[emission.sequence.index] = emission.prompt_cache
     return texts, caches
 
 

@@ -70,8 +70,8 @@ def drain(decoder):
     while not decoder.is_idle:
         step = decoder.step()
         steps.append(step)
-        for emission in step.emissions:
-            found.setdefault(emission.row, []).extend(emission.tokens)
+        for emission in step.outputs:
+            found.setdefault(emission.sequence, []).extend(emission.tokens)
     return found, steps
 
 
@@ -148,9 +148,9 @@ class TestText:
 
 def take(decoder, found, to_cancel, cancelled):
     """One step; rows whose time has come are sent away after it."""
-    for emission in decoder.step().emissions:
-        assert emission.row not in cancelled
-        found.setdefault(emission.row, []).extend(emission.tokens)
+    for emission in decoder.step().outputs:
+        assert emission.sequence not in cancelled
+        found.setdefault(emission.sequence, []).extend(emission.tokens)
     for entry in to_cancel:
         entry[1] -= 1
         if entry[1] < 0 and entry[0].is_live:
@@ -198,8 +198,8 @@ def check_against_alone(pair, requests, rng, *, num_draft_tokens, **options):
     while waiting or not decoder.is_idle:
         if waiting and rng.random() < 0.5:
             logprobs[decoder.add(waiting.pop(0))] = []
-        for emission in decoder.step().emissions:
-            logprobs[emission.row] += emission.logprobs
+        for emission in decoder.step().outputs:
+            logprobs[emission.sequence] += emission.logprobs
         if rng.random() < 0.02 and decoder.num_live > 2:
             row = rng.choice([row for row in logprobs if row.is_live])
             decoder.remove(row)
@@ -279,9 +279,9 @@ class TestRows:
         good = decoder.add(Request([GOOD], 30))
         ends = {}
         while not decoder.is_idle:
-            for emission in decoder.step().emissions:
+            for emission in decoder.step().outputs:
                 if emission.finish_reason:
-                    ends[emission.row] = emission
+                    ends[emission.sequence] = emission
         assert ends[bad].finish_reason == "error"
         assert str(ends[bad].error) == "no more"
         assert bad.emitted == chain_text([GOOD], 30)[: len(bad.emitted)]
@@ -326,7 +326,7 @@ class TestQueue:
         for _ in range(6):
             decoder.add(Request([GOOD] * 3, 5))
         # Each costs what 256 tokens do, as the weights are read for each.
-        assert len(decoder.step().emissions) == 4
+        assert len(decoder.step().outputs) == 4
         assert len(decoder.step().progress) == 2
 
     def test_first_come_first_served_up_to_the_number_of_rows(self, chain):
@@ -335,7 +335,7 @@ class TestQueue:
         order = []
         while not decoder.is_idle:
             step = decoder.step()
-            order += [p.row for p in step.progress]
+            order += [p.sequence for p in step.progress]
             assert decoder.num_live <= 2
         assert order == rows
 
@@ -422,9 +422,9 @@ class TestQueue:
         row = decoder.add(Request([GOOD] * 3000, 1, keeps_cache=True))
         emissions = []
         while row.is_live:
-            emissions = decoder.step().emissions
+            emissions = decoder.step().outputs
             assert decoder.kv_bytes == before
-        caches = next(e.prompt_cache for e in emissions if e.row is row)
+        caches = next(e.prompt_cache for e in emissions if e.sequence is row)
         assert [cache.offset for cache in caches or ()] == [3001]
         drain(decoder)
         assert running.emitted == chain_text([GOOD], 30)
@@ -438,7 +438,7 @@ class TestQueue:
             decoder.add(Request([GOOD], 40, stop_sequences=stop))
         while decoder.num_live or decoder.num_waiting:
             step = decoder.step()
-            assert step.emissions or step.progress
+            assert step.outputs or step.progress
 
     def test_reading_pauses_where_asked(self, chain):
         decoder = Decoder(chain, num_draft_tokens=1)
@@ -462,7 +462,7 @@ class TestQueue:
         short = decoder.add(Request([BAD], 1))
         step = decoder.step()
         assert short.finish_reason == "length"
-        assert {progress.row for progress in step.progress} - {short} <= set(long)
+        assert {progress.sequence for progress in step.progress} - {short} <= set(long)
         assert len(step.progress) == 2  # and there was time for one of the others
         found, _ = drain(decoder)
         assert all(found[row] == chain_text([GOOD] * 4000, 1) for row in long)
@@ -481,7 +481,7 @@ class TestQueue:
     def test_no_more_than_eight_long_prompts_hold_memory(self, chain):
         decoder = Decoder(chain, num_draft_tokens=1, prefill_step_size=512)
         rows = [decoder.add(Request([GOOD] * 4000, 1)) for _ in range(12)]
-        seen = {p.row for _ in range(16) for p in decoder.step().progress}
+        seen = {p.sequence for _ in range(16) for p in decoder.step().progress}
         assert seen == set(rows[:8])
 
     def test_seats(self):
@@ -531,9 +531,9 @@ class TestFailures:
         ends = {}
         found: dict[Any, list[int]] = {running: [*running.emitted], later: []}
         while not decoder.is_idle:
-            for emission in decoder.step().emissions:
-                found.setdefault(emission.row, []).extend(emission.tokens)
-                ends[emission.row] = emission
+            for emission in decoder.step().outputs:
+                found.setdefault(emission.sequence, []).extend(emission.tokens)
+                ends[emission.sequence] = emission
         assert ends[bad].finish_reason == "error"
         assert str(ends[bad].error) == "no memory"
         assert found[running] == chain_text([GOOD], 30)
@@ -546,8 +546,10 @@ class TestFailures:
         decoder.step()
         run, rounds.run = rounds.run, fails  # type: ignore[method-assign]
         waits = decoder.add(Request([GOOD], 5))
-        emissions = decoder.step().emissions
-        assert {e.row for e in emissions if e.finish_reason == "error"} == set(rows)
+        emissions = decoder.step().outputs
+        assert {e.sequence for e in emissions if e.finish_reason == "error"} == set(
+            rows
+        )
         assert "have failed" in caplog.text
         assert decoder.kv_bytes == 0
         rounds.run = run  # type: ignore[method-assign]
@@ -561,8 +563,8 @@ class TestFailures:
         row = decoder.add(Request([GOOD], 30))
         with monkeypatch.context() as patched:
             patched.setattr(decoder._batch, "insert", fails)
-            emissions = decoder.step().emissions
-        ends = {e.row: e.finish_reason for e in emissions if e.finish_reason}
+            emissions = decoder.step().outputs
+        ends = {e.sequence: e.finish_reason for e in emissions if e.finish_reason}
         assert ends == {running: "error", row: "error"}
         assert decoder.is_idle
         assert decoder.kv_bytes == 0
@@ -583,9 +585,9 @@ class TestFailures:
         monkeypatch.setattr(decoder._batch, "extract", taken)
         ends = {}
         while not decoder.is_idle:
-            for emission in decoder.step().emissions:
+            for emission in decoder.step().outputs:
                 if emission.finish_reason:
-                    ends[emission.row] = emission
+                    ends[emission.sequence] = emission
         assert ends[bad].finish_reason == bad.finish_reason == "error"
         assert str(ends[bad].error) == "no memory"
         assert bad.emitted == chain_text([GOOD], 5)
@@ -618,8 +620,8 @@ class TestFailures:
         decoder.step()
         monkeypatch.setattr(decoder._batch, "free", fails)
         decoder.remove(gone)
-        (emission,) = decoder.step().emissions
-        assert (emission.row, emission.finish_reason) == (other, "error")
+        (emission,) = decoder.step().outputs
+        assert (emission.sequence, emission.finish_reason) == (other, "error")
         assert decoder.is_idle
 
     def test_what_was_emitted_before_a_failure_is_not_lost(self, chain, monkeypatch):
@@ -629,9 +631,14 @@ class TestFailures:
         decoder.step()
         decoder.add(Request([GOOD], 30))
         monkeypatch.setattr(decoder._batch, "insert", fails)
-        emissions = decoder.step().emissions
-        assert [e.finish_reason for e in emissions if e.row is ends_now] == ["length"]
-        assert [e.finish_reason for e in emissions if e.row is runs] == [None, "error"]
+        emissions = decoder.step().outputs
+        assert [e.finish_reason for e in emissions if e.sequence is ends_now] == [
+            "length"
+        ]
+        assert [e.finish_reason for e in emissions if e.sequence is runs] == [
+            None,
+            "error",
+        ]
 
 
 def rest_that_fails(decoder):

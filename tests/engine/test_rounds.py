@@ -48,7 +48,7 @@ def row_tokens(rounds, row=0):
         token
         for emissions in rounds
         for emission in emissions
-        if emission.row.index == row
+        if emission.sequence.index == row
         for token in emission.tokens
     ]
 
@@ -147,11 +147,13 @@ def test_rows_end_at_different_rounds():
     assert row_tokens(rounds, 1) == [*TEXT[:3], EOS]
     assert row_tokens(rounds, 2) == TEXT[::-1][:9]
     assert row_tokens(rounds, 3) == TEXT[:2]
-    ends = {e.row.index: i for i, r in enumerate(rounds) for e in r if e.finish_reason}
+    ends = {
+        e.sequence.index: i for i, r in enumerate(rounds) for e in r if e.finish_reason
+    }
     assert ends == {0: 6, 1: 1, 2: 8, 3: 1}
     # A row that has ended is never reported again.
     for row, end in ends.items():
-        assert all(e.row.index != row for r in rounds[end + 1 :] for e in r)
+        assert all(e.sequence.index != row for r in rounds[end + 1 :] for e in r)
 
 
 @given(data=st.data())

@@ -74,7 +74,7 @@ def decoded(watcher, prompts, sampling, *, look_ahead=True, max_tokens=36):
     texts: list[list[int]] = [[] for _ in prompts]
     for emissions in decoder.run():
         for emission in emissions:
-            texts[emission.row.index] += emission.tokens
+            texts[emission.sequence.index] += emission.tokens
     return texts
 
 

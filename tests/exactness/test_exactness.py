@@ -134,7 +134,7 @@ def test_a_row_does_not_depend_on_its_neighbours(single_steps):
     row_tokens, row_logits = [], []
     for emissions in decoder.run():
         for emission in emissions:
-            if emission.row.index == 1:
+            if emission.sequence.index == 1:
                 row_tokens += emission.tokens
                 row_logits.append(
                     np.array(emission.logits[emission.place, : len(emission.tokens)])

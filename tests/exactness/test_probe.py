@@ -534,7 +534,7 @@ def test_rows_that_share_slabs_have_them_reserved(by_capacity):
         for emissions in rounds:
             for e in emissions:
                 part = e.logits[e.place, : len(e.tokens)]
-                found[e.row.index] += [np.array(row).tobytes() for row in part]
+                found[e.sequence.index] += [np.array(row).tobytes() for row in part]
             if len(found[0]) > 50:
                 break
         rounds.close()

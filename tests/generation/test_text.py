@@ -17,8 +17,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
 from mlx_gemma_mtp.engine.request import Request
-from mlx_gemma_mtp.engine.results import Emission
-from mlx_gemma_mtp.engine.sequence import Row
+from mlx_gemma_mtp.engine.results import SequenceOutput
+from mlx_gemma_mtp.engine.sequence import TokenSequence
 from mlx_gemma_mtp.engine.stats import Phases, RoundStats
 from mlx_gemma_mtp.errors import PairingError, RequestError
 from mlx_gemma_mtp.generation import text as text_module
@@ -110,11 +110,13 @@ def script(monkeypatch, model, tokenizer):
                 pass
 
             def run(self, on_progress):
-                row = Row.of(Request([1], None))
+                row = TokenSequence.of(Request([1], None))
                 for block in blocks:
                     reason = finish if block is blocks[-1] else None
                     logits = mx.zeros((len(block), VOCAB_SIZE))
-                    yield [Emission(row, 0, block, len(block) - 1, reason, logits)]
+                    yield [
+                        SequenceOutput(row, 0, block, len(block) - 1, reason, logits)
+                    ]
 
         monkeypatch.setattr(tokens_module, "Decoder", Scripted)
         return responses(model, tokenizer, max_tokens=99, **settings)

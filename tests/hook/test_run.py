@@ -161,7 +161,8 @@ class TestPrograms:
         arguments = ["--model", folder, "-m", "7"]
         turns = "import \nfrom \nq\n"
         plain = run_python("mlx_lm", "chat", *arguments, input=turns)
-        found = run_python("mlx_gemma_mtp.run", "mlx_lm.chat", *arguments, input=turns)
+        command = ("mlx_gemma_mtp.hook.run", "mlx_lm.chat")
+        found = run_python(*command, *arguments, input=turns)
         assert (plain.returncode, found.returncode) == (0, 0), found.stderr
         assert told(found.stdout) == told(plain.stdout)
         assert len(told(plain.stdout)) > 200
@@ -290,7 +291,7 @@ class TestMistakes:
             raise raised
 
         monkeypatch.setattr("mlx_gemma_mtp.cli.command.drop_output", lambda _: None)
-        monkeypatch.setattr("mlx_gemma_mtp.hook.run.install", end)
+        monkeypatch.setattr("mlx_gemma_mtp.hook.install.install", end)
         assert run.main(["generate", "--model", "x"]) == status
 
     def test_the_programs_own_mistakes_are_its_own(self, capsys):

@@ -366,7 +366,7 @@ def text_of(K, has_block, has_coins):
 def test_reports_are_those_of_the_plain_operations(K):
     seen: dict[int, set[int]] = {}
     num_close = num_rows = 0
-    for seed in range(30):
+    for seed in range(36):
         case = random_case(seed, K)
         if (K, K > 0 and case.has_block, False) not in TEMPLATES:
             continue

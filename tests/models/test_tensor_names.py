@@ -5,6 +5,8 @@ Run: python -m pytest tests/test_tensor_names.py
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,19 +94,17 @@ def test_what_a_target_does_not_need(name, word):
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("part", ["k_proj", "v_proj", "k_norm", "v_norm"])
-@pytest.mark.parametrize("kind", ["weight", "scales", "biases"])
-def test_layers_with_others_kv(prefix, part, kind):
-    for layer, is_used in ((0, True), (14, True), (15, False), (34, False)):
+def test_layers_with_others_kv(prefix):
+    parts, kinds = ("k_proj", "v_proj", "k_norm", "v_norm"), ("weight", "scales")
+    for layer, part, kind in product((0, 14, 15, 34), parts, (*kinds, "biases")):
         found = reason(f"{prefix}layers.{layer}.self_attn.{part}.{kind}")
-        assert (found is None) is is_used
+        assert (found is None) is (layer < FIRST_SHARED)
         assert found is None or SHARED in found
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize(
-    "rest",
-    [
+def test_what_a_target_needs(prefix):
+    for rest in (
         "embed_tokens.weight",
         "embed_tokens_per_layer.weight",
         "norm.weight",
@@ -117,10 +117,8 @@ def test_layers_with_others_kv(prefix, part, kind):
         "layers.20.experts.gate_up_proj",
         "layers.20.router.per_expert_scale",
         "layers.20.per_layer_input_gate.weight",
-    ],
-)
-def test_what_a_target_needs(prefix, rest):
-    assert reason(f"{prefix}{rest}") is None
+    ):
+        assert reason(f"{prefix}{rest}") is None
 
 
 @pytest.mark.parametrize("is_text_only", [False, True])
@@ -171,19 +169,16 @@ def test_what_stands_in_front_of_parts():
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_a_drafters_tensors_have_one_place_under_every_prefix(prefix):
+    for name in (
         "model.layers.1.mlp.up_proj.weight",
         "model.norm.weight",
         "masked_embedding.token_ordering",
         "pre_projection.weight",
         "post_projection.scales",
-    ],
-)
-def test_a_drafters_tensors_have_one_place_under_every_prefix(prefix, name):
-    names = drafter_names([f"{prefix}{name}"])
-    assert names.parameters == {name: Share(f"{prefix}{name}")}
+    ):
+        names = drafter_names([f"{prefix}{name}"])
+        assert names.parameters == {name: Share(f"{prefix}{name}")}
 
 
 @pytest.mark.parametrize(

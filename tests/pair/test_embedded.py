@@ -68,7 +68,7 @@ def test_text_does_not_depend_on_drafting(pair, prompts, settings):
             generate_tokens(
                 pair,
                 prompt,
-                max_tokens=100,
+                max_tokens=64,
                 num_draft_tokens=num_draft_tokens,
                 eos_token_ids=(),
                 **settings,

@@ -383,7 +383,7 @@ class TestMoving:
             while emissions := run_on(pools[turn % 2], next, run, None):
                 turn += 1
                 for emission in emissions:
-                    texts[emission.row.index] += emission.tokens
+                    texts[emission.sequence.index] += emission.tokens
         assert texts == [chain_text([4], limit) for limit in (3, 5, 20)]
 
     def test_a_batch(self, model):

@@ -135,7 +135,7 @@ def test_neighbours_change_nothing(params, max_tokens, kernels, launches):
         rounds = Rounds(pair.rounds.target, pair.drafter)
         for emissions in Decoder(rounds, requests, num_draft_tokens=3).run():
             for emission in emissions:
-                found[emission.row.index] += emission.tokens
+                found[emission.sequence.index] += emission.tokens
         return found
 
     fused.decides(sampling_graph(params).groups[0])  # tries what is not tried yet

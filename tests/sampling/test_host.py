@@ -382,7 +382,7 @@ def emissions_by_row(rounds, requests, num_draft_tokens=3, **options):
     rows: list[list[Any]] = [[] for _ in requests]
     for emissions in decoder.run():
         for emission in emissions:
-            rows[emission.row.index].append(emission)
+            rows[emission.sequence.index].append(emission)
     return rows, decoder
 
 

@@ -51,7 +51,7 @@ def emissions_of(pair, requests, num_draft_tokens, num_logprobs):
     rows: list[list[Any]] = [[] for _ in requests]
     for emissions in decoder.run():
         for emission in emissions:
-            rows[emission.row.index].append(emission)
+            rows[emission.sequence.index].append(emission)
     return rows
 
 

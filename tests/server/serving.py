@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_gemma_mtp.engine.request import Request
-from mlx_gemma_mtp.engine.results import Emission, Progress, Step
-from mlx_gemma_mtp.engine.sequence import Row
+from mlx_gemma_mtp.engine.results import PromptProgress, SequenceOutput, StepOutput
+from mlx_gemma_mtp.engine.sequence import TokenSequence
 from mlx_gemma_mtp.engine.stats import RoundStats
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.markup.answer import Marks
@@ -92,16 +92,16 @@ class ScriptedDecoder:
         self.asked = 0
         self.allowed: threading.Semaphore | None = None
         self.added: list[tuple[Request, Any]] = []
-        self.removed: list[Row] = []
+        self.removed: list[TokenSequence] = []
         self.error: Exception | None = None
         self.row_errors: dict[tuple[int, ...], Exception] = {}
         self.is_closed = False
         self._script = script
         self._block = block
         self._max_rows = max_rows
-        self._waiting: list[Row] = []
-        self._live: list[Row] = []
-        self._num_read: dict[Row, int] = {}
+        self._waiting: list[TokenSequence] = []
+        self._live: list[TokenSequence] = []
+        self._num_read: dict[TokenSequence, int] = {}
 
     @property
     def is_idle(self) -> bool:
@@ -119,28 +119,30 @@ class ScriptedDecoder:
     def kv_bytes(self) -> int:
         return 1000 * len(self._live)
 
-    def add(self, request: Request, prompt_cache: Any = None) -> Row:
+    def add(self, request: Request, prompt_cache: Any = None) -> TokenSequence:
         self.added.append((request, prompt_cache))
         if request.max_tokens == 999:
             raise RequestError("max_tokens must fit: got 999. Ask for fewer.")
-        row = Row.of(request, num_cached=len(request.history))
+        row = TokenSequence.of(request, num_cached=len(request.history))
         self._waiting.append(row)
         return row
 
-    def remove(self, row: Row) -> None:
+    def remove(self, row: TokenSequence) -> None:
         self.removed.append(row)
         row.finish_reason = row.finish_reason or "removed"
         self._waiting = [r for r in self._waiting if r is not row]
         self._live = [r for r in self._live if r is not row]
 
-    def extract(self, row: Row, *, num_emitted: int | None = None) -> Sequence[Any]:
+    def extract(
+        self, row: TokenSequence, *, num_emitted: int | None = None
+    ) -> Sequence[Any]:
         tokens = [*row.request.history, *row.request.prompt[: self._num_read[row]]]
         return [ScriptedCache([*tokens, *row.emitted[:num_emitted]])]
 
     def close(self) -> None:
         self.is_closed = True
 
-    def step(self) -> Step:
+    def step(self) -> StepOutput:
         self.asked += 1
         if self.allowed is not None:
             assert self.allowed.acquire(timeout=WAIT_S)
@@ -150,9 +152,9 @@ class ScriptedDecoder:
         emissions = [self._emit(row) for row in list(self._live)]
         progress = self._read()
         self._live = [row for row in self._live if row.is_live]
-        return Step(emissions, progress)
+        return StepOutput(emissions, progress)
 
-    def _read(self) -> list[Progress]:
+    def _read(self) -> list[PromptProgress]:
         """Read one prompt up to its next pause."""
         if not self._waiting or len(self._live) >= self._max_rows:
             return []
@@ -163,9 +165,9 @@ class ScriptedDecoder:
         self._num_read[row] = ends[0]
         if ends[0] == length:
             self._live.append(self._waiting.pop(0))
-        return [Progress(row, ends[0], length, is_paused=len(ends) > 1)]
+        return [PromptProgress(row, ends[0], length, is_paused=len(ends) > 1)]
 
-    def _emit(self, row: Row) -> Emission:
+    def _emit(self, row: TokenSequence) -> SequenceOutput:
         prompt = (*row.request.history, *row.request.prompt)
         error = self.row_errors.get(prompt)
         answer = self._script(prompt)[row.num_emitted :][: self._block]
@@ -175,8 +177,8 @@ class ScriptedDecoder:
         for stats in (self.stats, row.stats):
             stats.add_round(drafted=self._block, accepted=max(len(taken) - 1, 0))
         count = row.request.num_logprobs
-        return Emission(
-            row=row,
+        return SequenceOutput(
+            sequence=row,
             place=0,
             tokens=taken,
             num_from_draft=max(len(taken) - 1, 0),

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.cache.kept import KeptCaches
-from mlx_gemma_mtp.engine.sequence import Row
+from mlx_gemma_mtp.engine.sequence import TokenSequence
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.server.arguments import parse
@@ -424,7 +424,7 @@ class TestEnds:
     def test_only_requests_that_need_it_are_decided_on_the_host(self, pair):
         assert not self.request(pair, stop_token_ids=frozenset([7])).is_host
         assert self.request(pair, min_tokens=1).is_host
-        row = Row.of(self.request(pair, min_tokens=1))
+        row = TokenSequence.of(self.request(pair, min_tokens=1))
         assert row.request.sampling == SamplingParams()
 
     def test_fields_reach_the_order(self):

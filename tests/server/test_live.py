@@ -69,15 +69,15 @@ def together(*asks):
 
 
 def test_greedy_text_is_that_of_stream_generate(client, model):
-    expected = text_of(generated(model, max_tokens=40))
+    expected = text_of(generated(model, max_tokens=24))
     for drafts in (0, 3, "auto"):
         speculative = {"num_draft_tokens": drafts}
-        body = client.complete(PROMPT, max_tokens=40, speculative=speculative).json()
+        body = client.complete(PROMPT, max_tokens=24, speculative=speculative).json()
         assert body["choices"][0]["text"] == expected
         details = body["usage"]["completion_tokens_details"]
         assert (details["accepted_prediction_tokens"] > 0) == (drafts != 0)
         assert (body["speculative"]["drafted"] > 0) == (drafts != 0)
-    chunks = client.stream(PROMPT, max_tokens=40)[:-1]
+    chunks = client.stream(PROMPT, max_tokens=24)[:-1]
     assert "".join(c["choices"][0]["text"] for c in chunks) == expected
 
 
@@ -152,12 +152,12 @@ def test_stop_strings_count_behind_the_fewest_tokens(client):
 
 
 def test_text_does_not_depend_on_what_the_clock_chooses(model):
-    expected = text_of(generated(model, max_tokens=40))
+    expected = text_of(generated(model, max_tokens=24))
     with running_command() as (client, _):
         for drafts in ("auto", 3):
             speculative = {"num_draft_tokens": drafts}
             assert (
-                client.text(PROMPT, max_tokens=40, speculative=speculative) == expected
+                client.text(PROMPT, max_tokens=24, speculative=speculative) == expected
             )
 
 
@@ -258,7 +258,7 @@ def test_instructions_are_read_once(client, model):
 
 
 def test_a_client_that_goes_away_leaves_the_others_alone(client):
-    alone = client.text(PROMPT, max_tokens=60)
+    alone = client.text(PROMPT, max_tokens=32)
 
     def leave():
         connection = client.connect()
@@ -267,7 +267,7 @@ def test_a_client_that_goes_away_leaves_the_others_alone(client):
         connection.getresponse().read1(10)
         connection.close()
 
-    asks = [leave, leave, lambda: client.text(PROMPT, max_tokens=60), leave]
+    asks = [leave, leave, lambda: client.text(PROMPT, max_tokens=32), leave]
     assert together(*asks)[2] == alone
     wait_until(lambda: client.get("/stats").json()["live"] == 0)
     metrics = client.get("/metrics").body.decode()
@@ -302,9 +302,9 @@ def test_lengths_are_the_models(client):
 
 def test_a_signal_lets_requests_finish():
     with running_command("--shutdown-timeout", "60") as (client, process):
-        text = client.text(PROMPT, max_tokens=400)
+        text = client.text(PROMPT, max_tokens=150)
         connection = client.connect()
-        body = {"prompt": PROMPT, "max_tokens": 400, "stream": True}
+        body = {"prompt": PROMPT, "max_tokens": 150, "stream": True}
         client.send(connection, "POST", "/v1/completions", body)
         answer = connection.getresponse()
         start = answer.read1(10)

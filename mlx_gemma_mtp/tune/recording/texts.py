@@ -70,9 +70,9 @@ def own_texts(
     decoder = Decoder(
         pair.rounds, requests, num_draft_tokens=0, prefill_step_size=step_size
     )
-    for emissions in decoder.run():
-        for emission in emissions:
-            written[emission.row.index] += emission.tokens
+    for outputs in decoder.run():
+        for output in outputs:
+            written[output.sequence.index] += output.tokens
     return [
         Text([*document.prompt, *tokens], len(document.prompt), document.kind)
         for document, tokens in zip(documents, written, strict=True)

@@ -74,9 +74,9 @@ def measure(
 def _counts(decoder: Decoder, num_rows: int) -> list[RoundStats]:
     """The counts of each row's rounds, after they were run."""
     counts = [RoundStats() for _ in range(num_rows)]
-    for emissions in decoder.run():
-        for emission in emissions:
-            counts[emission.row.index] = emission.row.stats
+    for outputs in decoder.run():
+        for output in outputs:
+            counts[output.sequence.index] = output.sequence.stats
     return counts
 
 
