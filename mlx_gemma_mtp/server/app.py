@@ -20,9 +20,9 @@ from .._version import __version__
 from . import metrics as metrics_module
 from .access import Gate, failure_response
 from .answer_parser import Dialogue
-from .body_parser import Orders
+from .body_parser import BodyParser
 from .bridge import Bridge
-from .choice import Order
+from .choice import Choice
 from .errors import AnswerError, bad_request
 from .json_body import UNREADABLE, JSONRoute
 from .lanes import LIMIT_S, Lanes
@@ -69,7 +69,7 @@ class Desk:
     Attributes:
         settings: The command's.
         bridge: The way to the engine.
-        orders: Makes orders.
+        body_parser: Makes choices.
         prompts: Makes prompts, in ``lanes``.
         dialogue: How answers are marked.
         vocabulary: The tokens' texts.
@@ -78,7 +78,7 @@ class Desk:
 
     settings: Settings
     bridge: Bridge
-    orders: Orders
+    body_parser: BodyParser
     prompts: Prompts
     dialogue: Dialogue
     vocabulary: Vocabulary
@@ -118,7 +118,7 @@ def make_app(desk: Desk) -> ASGIApp:
     offer = Offer(
         has_key=desk.settings.api_key is not None,
         has_tools=desk.prompts.has_tools,
-        vocab_size=desk.orders.vocab_size,
+        vocab_size=desk.body_parser.vocab_size,
         max_logprobs=desk.settings.limits.logprobs,
     )
     app = DescribedApp(
@@ -229,11 +229,11 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/chat/completions", summary="Answer a message")
     async def chat(request: Request, body: ChatBody) -> Response:
         arrived = time.perf_counter()
-        desk.orders.check(body)
+        desk.body_parser.check(body)
         desk.bridge.check_room(body.n or 1)
         messages = [message.plain() for message in body.messages]
         desk.prompts.check_messages(messages)
-        tools = desk.orders.tools_of(body, has_tools=desk.prompts.has_tools)
+        tools = desk.body_parser.tools_of(body, has_tools=desk.prompts.has_tools)
         prompt = await desk.prepared(
             request,
             body.n or 1,
@@ -242,14 +242,14 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
             lambda: desk.prompts.of_messages(
                 messages,
                 tools=tools,
-                template_args=desk.orders.template_args_of(body),
+                template_args=desk.body_parser.template_args_of(body),
                 continues_last=body.continue_final_message,
             ),
         )
-        orders = desk.orders.of_chat(body, prompt)
+        choices = desk.body_parser.of_chat(body, prompt)
         readers = desk.dialogue.readers(
             tools,
-            len(orders),
+            len(choices),
             opening=prompt.opening,
             has_numbers=bool(body.stream),
             max_calls=1 if body.parallel_tool_calls is False else None,
@@ -260,12 +260,12 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
             desk.vocabulary,
             has_logprobs=bool(body.logprobs),
         )
-        return await _answer(request, desk, body, orders, style, arrived)
+        return await _answer(request, desk, body, choices, style, arrived)
 
     @app.post("/v1/completions", summary="Continue a text")
     async def complete(request: Request, body: CompletionBody) -> Response:
         arrived = time.perf_counter()
-        desk.orders.check(body)
+        desk.body_parser.check(body)
         given = _listed(body.prompt)
         num_choices = len(given) * (body.n or 1)
         desk.bridge.check_room(num_choices)
@@ -276,13 +276,13 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
             len(await request.body()),
             lambda: _prompts(desk.prompts, given),
         )
-        orders = desk.orders.of_completion(body, prompts)
+        choices = desk.body_parser.of_completion(body, prompts)
         style = CompletionStyle(
             Envelope.of_completion(body.model or desk.settings.names[0]),
             desk.vocabulary,
             has_logprobs=body.logprobs is not None,
         )
-        return await _answer(request, desk, body, orders, style, arrived)
+        return await _answer(request, desk, body, choices, style, arrived)
 
 
 def _listed(given: Any) -> list[Any]:
@@ -302,12 +302,12 @@ async def _answer(
     request: Request,
     desk: Desk,
     body: ChatBody | CompletionBody,
-    orders: list[Order],
+    choices: list[Choice],
     style: Style,
     arrived: float,
 ) -> Response:
     """Let the engine work, and send what it makes."""
-    reply = Reply(orders, arrived)
+    reply = Reply(choices, arrived)
     answer = Answer(reply, style, num_choices=body.n or 1)
     desk.bridge.submit(reply)
 
@@ -348,7 +348,7 @@ def _add_model_routes(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/v1/models/{name:path}", summary="One model")
     async def model(name: str) -> Response:
-        desk.orders.check_model(name)
+        desk.body_parser.check_model(name)
         return JSONResponse(described(name))
 
 

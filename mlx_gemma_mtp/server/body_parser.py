@@ -1,4 +1,4 @@
-"""From the body of a request to orders, with everything that can be refused.
+"""From the body of a request to choices, with everything that can be refused.
 
 Knows nothing of HTTP, of the engine, or of how an answer is written.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from ..constants import MAX_DRAFT_TOKENS
 from ..generation.chat_template import THINKING
 from ..sampling.params import SamplingParams
-from .choice import Order
+from .choice import Choice
 from .errors import AnswerError, bad_request
 from .fields import Fields
 from .prompts import Prompt
@@ -23,8 +23,8 @@ _CONTEXT_SIZE = 20  # mlx-lm's
 _MAX_DIGITS = 12  # of a token id
 
 
-class Orders:
-    """Makes orders.
+class BodyParser:
+    """Makes choices.
 
     Args:
         limits: What may be asked for; ``model_len`` is known by now.
@@ -103,8 +103,8 @@ class Orders:
 
     def of_completion(
         self, body: CompletionBody, prompts: Sequence[Prompt]
-    ) -> list[Order]:
-        """The orders of prompts: the choices of the first one, then of the next."""
+    ) -> list[Choice]:
+        """Those of the first prompt, then of the next."""
         if body.best_of not in (None, 1, body.n):
             raise bad_request(
                 f"best_of must be n: got {body.best_of}. Every choice is answered.",
@@ -112,9 +112,9 @@ class Orders:
             )
         num_logprobs = self._num_logprobs(body.logprobs, "logprobs")
         return [
-            order
+            choice
             for prompt in prompts
-            for order in self._of(body, prompt, num_logprobs)
+            for choice in self._of(body, prompt, num_logprobs)
         ]
 
     def tools_of(self, body: ChatBody, *, has_tools: bool) -> list[dict[str, Any]]:
@@ -153,8 +153,8 @@ class Orders:
         thinking = {} if effort is None else {THINKING: effort.lower() != "none"}
         return {**thinking, **(body.chat_template_kwargs or {})}
 
-    def of_chat(self, body: ChatBody, prompt: Prompt) -> list[Order]:
-        """The orders of a conversation: one for each choice."""
+    def of_chat(self, body: ChatBody, prompt: Prompt) -> list[Choice]:
+        """Those of a conversation: as many as are asked for."""
         num_logprobs = None
         if body.logprobs:
             num_logprobs = self._num_logprobs(body.top_logprobs or 0, "top_logprobs")
@@ -171,7 +171,7 @@ class Orders:
         body: CompletionBody | ChatBody,
         prompt: Prompt,
         num_logprobs: int | None,
-    ) -> list[Order]:
+    ) -> list[Choice]:
         """The choices of one prompt."""
         self._check_tokens(prompt.tokens)
         max_tokens = self._max_tokens(len(prompt.tokens), self._asked_tokens(body))
@@ -186,7 +186,7 @@ class Orders:
         drafts = body.speculative.num_draft_tokens if body.speculative else None
         penalties = self._penalties(body)
         return [
-            Order(
+            Choice(
                 prompt=prompt.tokens,
                 max_tokens=max_tokens,
                 sampling=self._sampling_of(body, choice),

@@ -1,6 +1,6 @@
 """Between the event loop's thread and the engine's.
 
-Orders and cancellations go to the engine by a queue, and wake it; what a step of the
+Choices and cancellations go to the engine by a queue, and wake it; what a step of the
 engine gave comes back in one call into the event loop. Which requests are open, and
 whether new ones are taken, is known here.
 """

@@ -1,6 +1,6 @@
 """What one choice of an answer is to be, and what comes back of it.
 
-Orders go from the HTTP side to the engine's thread, pieces the other way. Both are
+Choices go from the HTTP side to the engine's thread, pieces the other way. Both are
 plain data: no arrays, no HTTP.
 """
 
@@ -32,7 +32,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Order:
+class Choice:
     """One sequence to decode.
 
     Attributes:
@@ -120,7 +120,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Accepted:
-    """An order was checked and waits for its row."""
+    """A choice was checked and waits for its row."""
 
 
 Event = Accepted | Piece | AnswerError

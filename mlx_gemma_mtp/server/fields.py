@@ -151,7 +151,7 @@ _WITHOUT_EFFECT = frozenset(
 
 
 class Fields:
-    """Looks at the fields that no order is made of."""
+    """Looks at the fields that no choice is made of."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()

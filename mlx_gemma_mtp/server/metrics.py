@@ -40,7 +40,7 @@ class StepReport:
         gaps: Seconds since a row's last tokens, and how many came now.
         finished: How many rows ended, by reason.
         num_live: Rows that decode or read their prompts.
-        num_waiting: Orders that wait.
+        num_waiting: Choices that wait.
         kv_bytes: Memory of the running rows' caches.
         prompt_cache_bytes: Memory of the kept ones.
         prompt_cache_size: Number of the kept ones.

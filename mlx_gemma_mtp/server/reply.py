@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 from contextvars import copy_context
 
-from .choice import Accepted, Event, Order, Piece
+from .choice import Accepted, Choice, Event, Piece
 from .errors import AnswerError
 
 # Tokens that may wait for a reader. A connection's own buffers hold thousands more.
@@ -20,10 +20,10 @@ _TOO_SLOW = "the answer was read too slowly. Read it as it comes, or do not stre
 
 
 class Job:
-    """One choice on its way: an order, and the reply that it belongs to.
+    """A choice on its way, with the reply that it belongs to.
 
     Args:
-        order: What to decode.
+        choice: What to decode.
         reply: Where its pieces go.
         index: The choice's number in the reply.
         arrived: When the request came, seconds of ``time.perf_counter``.
@@ -32,8 +32,10 @@ class Job:
         context: What is logged within names the request.
     """
 
-    def __init__(self, order: Order, reply: Reply, index: int, arrived: float) -> None:
-        self.order = order
+    def __init__(
+        self, choice: Choice, reply: Reply, index: int, arrived: float
+    ) -> None:
+        self.choice = choice
         self.reply = reply
         self.index = index
         self.arrived = arrived
@@ -44,7 +46,7 @@ class Reply:
     """The choices of one request.
 
     Args:
-        orders: One for each choice.
+        choices: All that were asked for.
         arrived: When the request came, seconds of ``time.perf_counter``.
 
     Attributes:
@@ -52,8 +54,8 @@ class Reply:
         failure: Why there is no more to come, if something went wrong.
     """
 
-    def __init__(self, orders: Sequence[Order], arrived: float) -> None:
-        self.jobs = [Job(order, self, i, arrived) for i, order in enumerate(orders)]
+    def __init__(self, choices: Sequence[Choice], arrived: float) -> None:
+        self.jobs = [Job(choice, self, i, arrived) for i, choice in enumerate(choices)]
         self.failure: AnswerError | None = None
         self._num_accepted = 0
         self._num_finished = 0

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from ..markup.answer import plain
 from . import openai_format as formats
 from .answer_parser import Reader
-from .choice import Order, Piece, Tally
+from .choice import Choice, Piece, Tally
 from .openai_format import Envelope
 from .reply import Reply
 from .vocabulary import Places, Vocabulary
@@ -192,9 +192,9 @@ class Answer:
     def _figures(self) -> dict[str, Any]:
         """What the answer took."""
         tallies = [self._tallies[i] for i in range(len(self._tallies))]
-        prompts: list[Order] = [job.order for job in self._reply.jobs]
+        prompts: list[Choice] = [job.choice for job in self._reply.jobs]
         num_prompt_tokens = sum(
-            len(order.prompt) for order in prompts[:: self._num_choices]
+            len(choice.prompt) for choice in prompts[:: self._num_choices]
         )
         return {
             "usage": formats.usage(

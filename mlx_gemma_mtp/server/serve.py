@@ -8,14 +8,14 @@ from dataclasses import replace
 from ..cli.arguments import EMBEDDED_PROMPT
 from .answer_parser import Dialogue
 from .app import Desk, make_app
-from .body_parser import Orders
+from .body_parser import BodyParser
 from .bridge import Bridge, Drain, Mailbox
 from .errors import SHUTTING_DOWN, AnswerError
 from .lanes import Lanes
 from .metrics import Metrics
 from .prompts import Prompts
 from .request_log import FORMAT, WithRequest
-from .served_model import Engine, load_engine
+from .served_model import ServedModel, load_served_model
 from .settings import Settings
 from .shutdown import Shutdown
 from .vocabulary import Vocabulary
@@ -46,7 +46,7 @@ def serve(settings: Settings) -> int:
     shutdown = Shutdown(settings.shutdown_timeout)
     opened = listen(settings)  # first: it fails sooner than a model loads
     with opened, shutdown.obeying():
-        engine = load_engine(settings)
+        engine = load_served_model(settings)
         mailbox = Mailbox()
         bridge = make_bridge(engine, mailbox)
         desk = make_desk(engine, bridge)
@@ -74,7 +74,7 @@ def serve(settings: Settings) -> int:
     return 0 if shutdown.is_asked_for and not bridge.is_broken else EXIT_FAILED
 
 
-def make_bridge(engine: Engine, mailbox: Mailbox) -> Bridge:
+def make_bridge(engine: ServedModel, mailbox: Mailbox) -> Bridge:
     """The bridge between an engine and its clients."""
     limits = engine.settings.limits
     metrics = Metrics(
@@ -89,13 +89,13 @@ def make_bridge(engine: Engine, mailbox: Mailbox) -> Bridge:
     return Bridge(mailbox, metrics, max_open=limits.rows + limits.waiting)
 
 
-def make_desk(engine: Engine, bridge: Bridge) -> Desk:
+def make_desk(engine: ServedModel, bridge: Bridge) -> Desk:
     """What the routes work with."""
     settings, tokenizer = engine.settings, engine.tokenizer
     return Desk(
         settings=settings,
         bridge=bridge,
-        orders=Orders(
+        body_parser=BodyParser(
             replace(settings.limits, model_len=engine.model_len),
             settings.names,
             sampling=engine.sampling,

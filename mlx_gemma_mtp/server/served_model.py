@@ -26,7 +26,7 @@ from ..pair.load import embedded_pair_path, load
 from ..pair.pair import Pair, pair_of
 from ..sampling.defaults import SamplingDefaults
 from ..sampling.host import without_early_end
-from .choice import Order
+from .choice import Choice
 from .prompts import MIN_TOKENS
 from .settings import Settings
 from .transcript import Transcript
@@ -39,7 +39,7 @@ _NO_TEMPLATE = "messages are refused, /v1/completions works (--chat-template nam
 
 
 @dataclass(frozen=True)
-class Engine:
+class ServedModel:
     """A model that is ready.
 
     Attributes:
@@ -69,7 +69,7 @@ class Engine:
     wired: Callable[[], AbstractContextManager[None]]
 
 
-def load_engine(settings: Settings) -> Engine:
+def load_served_model(settings: Settings) -> ServedModel:
     """Load the model that the settings name.
 
     Raises:
@@ -90,7 +90,7 @@ def load_engine(settings: Settings) -> Engine:
     return make_engine(settings, pair_of(model), tokenizer)
 
 
-def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> Engine:
+def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> ServedModel:
     """Make a loaded model ready.
 
     Raises:
@@ -110,17 +110,17 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> Engine:
     layout = pair.rounds.target.layout
     eos = frozenset(tokenizer.eos_token_ids)
     marks = marks_of(tokenizer)
-    return Engine(
+    return ServedModel(
         settings=settings,
         means=Means(
             decoder=decoder,
-            make_request=lambda order: request_of(pair, order, eos),
-            make_transcript=lambda order: Transcript(
-                tokenizer.detokenizer, order, marks
+            make_request=lambda choice: request_of(pair, choice, eos),
+            make_transcript=lambda choice: Transcript(
+                tokenizer.detokenizer, choice, marks
             ),
             kept=_kept(settings),
             max_rows=limits.rows,
-            leaves_room=lambda orders: leaves_room(layout, max_kv_bytes, orders),
+            leaves_room=lambda choices: leaves_room(layout, max_kv_bytes, choices),
             window=layout.window,
             memory=lambda: (mx.get_active_memory(), mx.get_peak_memory()),
         ),
@@ -136,13 +136,15 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> Engine:
     )
 
 
-def leaves_room(layout: SlabLayout, max_kv_bytes: int, orders: Sequence[Order]) -> bool:
-    """Whether one more row fits into memory beside those of some orders.
+def leaves_room(
+    layout: SlabLayout, max_kv_bytes: int, choices: Sequence[Choice]
+) -> bool:
+    """Whether one more row fits into memory beside those of some choices.
 
     A batch's rows all have the slots of the longest one.
     """
-    longest = max(len(order.prompt) + order.max_tokens for order in orders)
-    num_bytes = layout.num_bytes(seats_for(len(orders) + 1), slots_for(longest))
+    longest = max(len(choice.prompt) + choice.max_tokens for choice in choices)
+    num_bytes = layout.num_bytes(seats_for(len(choices) + 1), slots_for(longest))
     return num_bytes <= max_kv_bytes
 
 
@@ -171,26 +173,26 @@ def check_memory(settings: Settings, layout: SlabLayout) -> None:
         )
 
 
-def request_of(pair: Pair, order: Order, eos: frozenset[int]) -> Request:
+def request_of(pair: Pair, choice: Choice, eos: frozenset[int]) -> Request:
     """What the decoder is asked for; called in its thread.
 
     Raises:
-        RequestError: The order cannot be decoded.
+        RequestError: The choice cannot be decoded.
     """
-    processors = make_logits_processors(**order.penalties)
-    ends = eos | order.stop_token_ids
-    if order.min_tokens and ends:
-        length = len(order.prompt)
-        processors.append(without_early_end(length, order.min_tokens, ends))
+    processors = make_logits_processors(**choice.penalties)
+    ends = eos | choice.stop_token_ids
+    if choice.min_tokens and ends:
+        length = len(choice.prompt)
+        processors.append(without_early_end(length, choice.min_tokens, ends))
     return make_request(
         pair,
-        order.prompt,
-        max_tokens=order.max_tokens,
-        sampling=order.sampling,
-        eos=order.stop_token_ids if order.ignores_eos else ends,
+        choice.prompt,
+        max_tokens=choice.max_tokens,
+        sampling=choice.sampling,
+        eos=choice.stop_token_ids if choice.ignores_eos else ends,
         logits_processors=processors,
-        num_logprobs=order.num_logprobs,
-        max_draft_tokens=order.max_draft_tokens,
+        num_logprobs=choice.num_logprobs,
+        max_draft_tokens=choice.max_draft_tokens,
     )
 
 

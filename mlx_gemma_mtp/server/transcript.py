@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..generation.stop import StopStrings
 from ..generation.text_pieces import TextPieces
 from ..markup.answer import Marks
-from .choice import Order, Piece
+from .choice import Choice, Piece
 
 if TYPE_CHECKING:
     from ..engine.results import SequenceOutput
@@ -18,7 +18,7 @@ class Transcript:
 
     Args:
         detokenizer: mlx-lm's, fresh.
-        order: What the choice is to be.
+        choice: Whose text it is.
         marks: The control tokens that the text tells apart.
 
     Attributes:
@@ -26,10 +26,10 @@ class Transcript:
         num_from_draft: How many of the reported ones the drafter had proposed.
     """
 
-    def __init__(self, detokenizer: Any, order: Order, marks: Marks) -> None:
-        stops = StopStrings(order.stop)
+    def __init__(self, detokenizer: Any, choice: Choice, marks: Marks) -> None:
+        stops = StopStrings(choice.stop)
         self._pieces = TextPieces(
-            detokenizer, stops, marks, min_tokens=order.min_tokens
+            detokenizer, stops, marks, min_tokens=choice.min_tokens
         )
         self.tokens: list[int] = []
         self.num_from_draft = 0

@@ -1,4 +1,4 @@
-"""The engine's thread: orders in, steps of the decoder, pieces out.
+"""The engine's thread: choices in, steps of the decoder, pieces out.
 
 Between two steps messages are read, so a request that is let go of has no further
 round. Requests take seats in turn, however many choices they have. Nothing runs while
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import RequestError
 from .bridge import Bridge, Cancel, Drain, Mailbox, Message, Submit
-from .choice import Accepted, Event, Order, Place, Tally
+from .choice import Accepted, Choice, Event, Place, Tally
 from .errors import BROKEN, SHUTTING_DOWN, AnswerError
 from .metrics import StepReport
 from .reply import Job
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
 
-# Orders that the decoder holds beyond its seats, so that another follows at once where
+# Choices that the decoder holds beyond its seats, so that another follows at once where
 # one ends. The others wait here: what the caches know is looked up as late as possible.
 _AHEAD = 2
 # Prompts of one request that the decoder holds unread: half of those that one chunk may
@@ -88,21 +88,21 @@ class Means:
 
     Attributes:
         decoder: The sequences.
-        make_request: Checks an order and makes a request of it.
-        make_transcript: Begins an order's text.
+        make_request: Checks a choice and makes a request of it.
+        make_transcript: Begins a choice's text.
         kept: Caches of earlier prompts; None where none are kept.
         max_rows: Rows of the decoder.
-        leaves_room: Whether memory is left for one more beside so many orders'.
+        leaves_room: Whether memory is left for one more beside so many choices'.
         window: Tokens that sliding layers see; caches of fewer can be cut shorter.
         memory: Bytes that MLX uses, and the most it used.
     """
 
     decoder: DecoderLike
-    make_request: Callable[[Order], Request]
-    make_transcript: Callable[[Order], Transcript]
+    make_request: Callable[[Choice], Request]
+    make_transcript: Callable[[Choice], Transcript]
     kept: KeptCaches | None
     max_rows: int
-    leaves_room: Callable[[Sequence[Order]], bool]
+    leaves_room: Callable[[Sequence[Choice]], bool]
     window: int
     memory: Callable[[], tuple[int, int]]
 
@@ -147,7 +147,7 @@ class Worker:
         self._waiting: Turns[_Task] = Turns(
             largest_share(means.max_rows),
             most_new=_MAX_UNREAD,
-            leaves_room=lambda tasks: means.leaves_room([t.job.order for t in tasks]),
+            leaves_room=lambda tasks: means.leaves_room([t.job.choice for t in tasks]),
         )
         self._tasks: dict[Job, _Task] = {}
         self._by_sequence: dict[TokenSequence, _Task] = {}
@@ -204,15 +204,15 @@ class Worker:
         self._deadline = time.monotonic() + message.timeout_s
 
     def _submit(self, job: Job) -> None:
-        """Check an order and let it wait."""
+        """Check a choice and let it wait."""
         if self._is_broken:
             return self._tell(job, AnswerError(503, BROKEN))
         if self._deadline is not None:
             return self._tell(job, AnswerError(503, SHUTTING_DOWN))
         try:
-            request = self._means.make_request(job.order)
-            transcript = self._means.make_transcript(job.order)
-        except Exception as error:  # noqa: BLE001 - one order must not end the others
+            request = self._means.make_request(job.choice)
+            transcript = self._means.make_transcript(job.choice)
+        except Exception as error:  # noqa: BLE001 - one choice must not end the others
             return self._tell(job, _failure_of(job, error))
         task = _Task(job, request, transcript)
         self._tasks[job] = task
@@ -226,7 +226,7 @@ class Worker:
             self._drop(task)
 
     def _feed(self) -> None:
-        """Give waiting orders to the decoder, as many as it soon has seats for."""
+        """Give waiting choices to the decoder, as many as it soon has seats for."""
         most = self._means.max_rows + _AHEAD
         while len(self._by_sequence) < most and (task := self._waiting.take()):
             try:
@@ -238,7 +238,7 @@ class Worker:
         """Add a request to the decoder, with what the caches know of its prompt."""
         prompt, caches = task.request.prompt, None
         if self._kept is not None:
-            salt = task.job.order.cache_salt
+            salt = task.job.choice.cache_salt
             caches, task.num_cached = self._kept.find(prompt, salt=salt)
         read = task.num_cached
         request = replace(
@@ -257,11 +257,11 @@ class Worker:
 
         Nowhere if the answer's own can be cut down to any beginning later.
         """
-        order = task.job.order
-        is_short = len(order.prompt) + order.max_tokens <= self._means.window
+        choice = task.job.choice
+        is_short = len(choice.prompt) + choice.max_tokens <= self._means.window
         if self._kept is None or is_short:
             return []
-        return [place for place in order.places if place.num_tokens > task.num_cached]
+        return [place for place in choice.places if place.num_tokens > task.num_cached]
 
     def _step(self) -> None:
         """Run one step and take what it gave."""
@@ -305,7 +305,7 @@ class Worker:
         """Keep the caches of a prompt's beginning that was just read."""
         task = self._by_sequence[progress.sequence]
         num_tokens = task.num_cached + progress.num_read
-        kinds = {place.num_tokens: place.kind for place in task.job.order.places}
+        kinds = {place.num_tokens: place.kind for place in task.job.choice.places}
         self._keep(task, task.request.prompt[:num_tokens], kinds[num_tokens])
 
     def _keep_answer(self, task: _Task) -> None:
@@ -324,7 +324,7 @@ class Worker:
         assert task.sequence is not None
         try:
             caches = self._decoder.extract(task.sequence, **how)
-            salt = task.job.order.cache_salt
+            salt = task.job.choice.cache_salt
             self._kept.keep(tokens, list(caches), kind=kind, salt=salt)
         except RequestError:  # another sequence has its seat already
             logger.debug("%d tokens were not kept", len(tokens))

@@ -432,8 +432,8 @@ def test_random_weights_are_probed(monkeypatch):
     monkeypatch.setattr(exactness, "_FEW_TOKENS", 2048)
     probed = []
 
-    def probe(target, **settings):
-        probed.append((target.layout.dtype, settings["budget_s"]))
+    def probe(rounds, **settings):
+        probed.append((rounds.target.layout.dtype, settings["budget_s"]))
 
     monkeypatch.setattr(exactness, "probe", probe)
     result = exactness.look(reference_pair("12b"), "e2b", 1000.0)

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_gemma_mtp.server import prompts
 from mlx_gemma_mtp.server import serve as serving
 from mlx_gemma_mtp.server.arguments import parse
-from mlx_gemma_mtp.server.served_model import Engine
+from mlx_gemma_mtp.server.served_model import ServedModel
 from mlx_gemma_mtp.server.settings import Settings
 from tests.server.serving import ScriptedDecoder, echo, scripted_engine, scripted_means
 
@@ -47,7 +47,7 @@ def encode(tokenizer: Any, text: str, *, continues: bool = False) -> list[int]:
     raise AssertionError(tokenizer, text, continues)
 
 
-def load(settings: Settings) -> Engine:
+def load(settings: Settings) -> ServedModel:
     """An engine in place of a model's."""
     if sys.argv[1] == "load":
         compute()
@@ -58,5 +58,5 @@ def load(settings: Settings) -> Engine:
 
 if __name__ == "__main__":
     mx.set_default_device(mx.cpu)
-    serving.load_engine = load
+    serving.load_served_model = load
     raise SystemExit(serving.serve(parse(["--port", "0", *sys.argv[2:]])))

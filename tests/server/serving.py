@@ -28,10 +28,10 @@ from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.server.app import Desk, make_app
 from mlx_gemma_mtp.server.arguments import parse
 from mlx_gemma_mtp.server.bridge import Bridge, Drain, Mailbox
-from mlx_gemma_mtp.server.choice import Order
+from mlx_gemma_mtp.server.choice import Choice
 from mlx_gemma_mtp.server.errors import SHUTTING_DOWN, AnswerError
 from mlx_gemma_mtp.server.serve import make_bridge, make_desk
-from mlx_gemma_mtp.server.served_model import Engine, load_engine
+from mlx_gemma_mtp.server.served_model import ServedModel, load_served_model
 from mlx_gemma_mtp.server.settings import Settings
 from mlx_gemma_mtp.server.transcript import Transcript
 from mlx_gemma_mtp.server.web import Web, listen
@@ -210,15 +210,15 @@ def echo(prompt: Sequence[int]) -> list[int]:
     return list(prompt[1:] or prompt) * 2000
 
 
-def make_scripted_request(order: Order) -> Request:
+def make_scripted_request(choice: Choice) -> Request:
     """A request of an order, checked as little as the engine's own."""
     return Request(
-        prompt=list(order.prompt),
-        max_tokens=order.max_tokens,
+        prompt=list(choice.prompt),
+        max_tokens=choice.max_tokens,
         sampling=SamplingParams(),
         eos_token_ids=frozenset([EOS]),
-        num_logprobs=order.num_logprobs,
-        max_draft_tokens=order.max_draft_tokens,
+        num_logprobs=choice.num_logprobs,
+        max_draft_tokens=choice.max_draft_tokens,
     )
 
 
@@ -227,20 +227,20 @@ def scripted_means(decoder: ScriptedDecoder, **fields: Any) -> Means:
     means = Means(
         decoder=cast(Any, decoder),
         make_request=make_scripted_request,
-        make_transcript=lambda order: Transcript(
-            tokenizer().detokenizer, order, Marks(())
+        make_transcript=lambda choice: Transcript(
+            tokenizer().detokenizer, choice, Marks(())
         ),
         kept=None,
         max_rows=4,
-        leaves_room=lambda orders: True,
+        leaves_room=lambda choices: True,
         window=16,
         memory=lambda: (1, 2),
     )
     return replace(means, **fields)
 
 
-def scripted_engine(settings: Settings, means: Means) -> Engine:
-    return Engine(
+def scripted_engine(settings: Settings, means: Means) -> ServedModel:
+    return ServedModel(
         settings=settings,
         means=means,
         tokenizer=tokenizer(),
@@ -275,7 +275,7 @@ def working(means: Means, *arguments: str, starts: bool = True) -> Iterator[Part
 
 
 @contextlib.contextmanager
-def working_engine(engine: Engine, *, starts: bool = True) -> Iterator[Parts]:
+def working_engine(engine: ServedModel, *, starts: bool = True) -> Iterator[Parts]:
     """The parts of a server around an engine, without HTTP.
 
     Without ``starts`` the caller starts the thread; what was submitted until then is
@@ -312,7 +312,7 @@ def pair_server(folder: Path, *arguments: str) -> Iterator[tuple[Client, Parts]]
     """A server of a folder's pair, in this process, and a client for it."""
     settings = parse(["--port", "0", "--model", str(folder), *arguments])
     with (
-        working_engine(load_engine(settings)) as parts,
+        working_engine(load_served_model(settings)) as parts,
         answering(parts) as client,
     ):
         yield client, parts

@@ -19,8 +19,8 @@ from mlx_gemma_mtp.engine.sequence import TokenSequence
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.server.arguments import parse
-from mlx_gemma_mtp.server.body_parser import Orders
-from mlx_gemma_mtp.server.choice import Order
+from mlx_gemma_mtp.server.body_parser import BodyParser
+from mlx_gemma_mtp.server.choice import Choice
 from mlx_gemma_mtp.server.errors import AnswerError
 from mlx_gemma_mtp.server.fields import MAX_TOLD
 from mlx_gemma_mtp.server.prompts import MIN_TOKENS, Prompt
@@ -275,9 +275,9 @@ class TestParts:
         assert message.plain() == {"role": "assistant", "content": "No."}
 
 
-def orders(longest_alone=2**20, longest_shared=2**20, *arguments):
+def choices(longest_alone=2**20, longest_shared=2**20, *arguments):
     limits = parse(["--max-model-len", "1000", *arguments]).limits
-    return Orders(
+    return BodyParser(
         limits,
         ["m"],
         sampling={"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
@@ -292,8 +292,8 @@ def limit_of(made, num_prompt=100, **fields):
     """The most tokens of a conversation's answer."""
     messages = [{"role": "user", "content": "a"}]
     body = ChatBody.model_validate({"messages": messages, **fields})
-    (order,) = made.of_chat(body, Prompt([2] * num_prompt))
-    return order.max_tokens
+    (choice,) = made.of_chat(body, Prompt([2] * num_prompt))
+    return choice.max_tokens
 
 
 class TestMostTokens:
@@ -315,25 +315,27 @@ class TestMostTokens:
         ],
     )
     def test_cut_to_what_the_context_leaves(self, fields, limit):
-        assert limit_of(orders(), **fields) == limit
+        assert limit_of(choices(), **fields) == limit
         body = CompletionBody.model_validate({"prompt": "a", **fields})
-        (order,) = orders().of_completion(body, [Prompt([2] * 100)])
-        assert order.max_tokens == limit
+        (choice,) = choices().of_completion(body, [Prompt([2] * 100)])
+        assert choice.max_tokens == limit
 
     def test_a_prompt_that_leaves_no_room_is_refused(self):
         for fields in ({}, {"max_tokens": -1}, {"max_tokens": 1}):
-            assert limit_of(orders(), 999, **fields) == 1
+            assert limit_of(choices(), 999, **fields) == 1
             with pytest.raises(AnswerError, match="at most 1000 tokens") as error:
-                limit_of(orders(), 1000, **fields)
+                limit_of(choices(), 1000, **fields)
             assert error.value.code == "context_length_exceeded"
 
     def test_cut_to_what_memory_leaves(self):
-        made = orders(800, 200)
+        made = choices(800, 200)
         assert limit_of(made, max_tokens=-1) == 512  # as without a word
         assert limit_of(made, max_tokens=700) == 700
         assert limit_of(made, max_tokens=701) == 700
         assert limit_of(made, 600, max_tokens=None) == 200
-        assert limit_of(orders(800, 700), max_tokens=-1) == 600  # leaves some to others
+        assert (
+            limit_of(choices(800, 700), max_tokens=-1) == 600
+        )  # leaves some to others
         with pytest.raises(AnswerError, match="at most 800 tokens: got 800"):
             limit_of(made, 800)
 
@@ -349,13 +351,13 @@ class TestMostTokens:
         size = layout.num_bytes(4, 512)
         engine = make_engine(parse(["--max-kv-bytes", f"{size}"]), pair, tokenizer())
         assert layout.num_bytes(1, engine.longest_alone) <= size
-        made = orders(engine.longest_alone, engine.longest_shared, "--max-tokens", "9")
+        made = choices(engine.longest_alone, engine.longest_shared, "--max-tokens", "9")
         limit = limit_of(made, 5, max_tokens=-1)
         assert 9 < limit < limit_of(made, 5, max_tokens=10**9)
         decoder = engine.means.decoder
         with uncompiled():
             for _ in range(4):
-                decoder.add(request_of(pair, Order([2] * 5, limit), frozenset()))
+                decoder.add(request_of(pair, Choice([2] * 5, limit), frozenset()))
             for _ in range(5):
                 decoder.step()
         assert (decoder.num_live, decoder.num_waiting) == (4, 0)
@@ -411,7 +413,7 @@ class TestEnds:
     """What the decoder is asked for; the texts are in test_server_live."""
 
     def request(self, pair, **fields):
-        return request_of(pair, Order([2, 5], 9, **fields), frozenset([EOS]))
+        return request_of(pair, Choice([2, 5], 9, **fields), frozenset([EOS]))
 
     def test_tokens_that_end_a_text(self, pair):
         more = {"stop_token_ids": frozenset([7, 8])}
@@ -435,8 +437,8 @@ class TestEnds:
             "cache_salt": "x",
         }
         body = CompletionBody.model_validate({"prompt": "a", **fields})
-        (order,) = orders().of_completion(body, [Prompt([2])])
-        assert order.min_tokens == 3
-        assert order.stop_token_ids == {5}
-        assert order.ignores_eos
-        assert order.cache_salt == "x"
+        (choice,) = choices().of_completion(body, [Prompt([2])])
+        assert choice.min_tokens == 3
+        assert choice.stop_token_ids == {5}
+        assert choice.ignores_eos
+        assert choice.cache_salt == "x"

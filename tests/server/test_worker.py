@@ -12,7 +12,7 @@ import pytest
 
 from mlx_gemma_mtp.cache.kept import KeptCaches
 from mlx_gemma_mtp.server.bridge import Drain
-from mlx_gemma_mtp.server.choice import Order, Piece, Place
+from mlx_gemma_mtp.server.choice import Choice, Piece, Place
 from mlx_gemma_mtp.server.errors import AnswerError
 from mlx_gemma_mtp.server.prompts import MIN_TOKENS
 from mlx_gemma_mtp.server.reply import Reply
@@ -31,7 +31,7 @@ from tests.server.serving import (
 
 
 def order_of(text="a b c", max_tokens=8, **fields):
-    return Order([2, *tokens_of(text)], max_tokens, **fields)
+    return Choice([2, *tokens_of(text)], max_tokens, **fields)
 
 
 async def read(reply):
@@ -47,8 +47,8 @@ def text_of(pieces):
     return "".join(piece.text for piece in pieces)
 
 
-def answer_text(order, count):
-    return tokenizer().decode(echo(order.prompt)[:count])
+def answer_text(choice, count):
+    return tokenizer().decode(echo(choice.prompt)[:count])
 
 
 class Case:
@@ -59,8 +59,8 @@ class Case:
         self.bridge = parts.bridge
         self.decoder = decoder
 
-    def submit(self, *orders):
-        reply = Reply(orders, time.perf_counter())
+    def submit(self, *choices):
+        reply = Reply(choices, time.perf_counter())
         self.bridge.submit(reply)
         return reply
 
@@ -81,18 +81,18 @@ def run(test, *, decoder=None, starts=True, **fields):
 
 
 def test_a_text_comes_in_pieces_of_a_round():
-    order = order_of(max_tokens=8)
+    choice = order_of(max_tokens=8)
 
     async def test(case):
-        reply = case.submit(order)
+        reply = case.submit(choice)
         await reply.accepted()
         (pieces,) = await read(reply)
         return pieces
 
     pieces = run(test)
-    assert text_of(pieces) == answer_text(order, 8)
+    assert text_of(pieces) == answer_text(choice, 8)
     tokens = [token for piece in pieces for token in piece.tokens]
-    assert tokens == echo(order.prompt)[:8]
+    assert tokens == echo(choice.prompt)[:8]
     assert pieces[-1].finish_reason == "length"
     tally = pieces[-1].tally
     assert (tally.rounds, tally.drafted, tally.accepted) == (3, 9, 5)
@@ -100,14 +100,14 @@ def test_a_text_comes_in_pieces_of_a_round():
 
 
 def test_an_end_of_sequence_token_has_no_text():
-    order = order_of()
+    choice = order_of()
     decoder = ScriptedDecoder(lambda prompt: [*prompt[1:4], EOS, 9, 9])
 
     async def test(case):
-        return (await read(case.submit(order)))[0]
+        return (await read(case.submit(choice)))[0]
 
     pieces = run(test, decoder=decoder)
-    assert text_of(pieces) == tokenizer().decode(order.prompt[1:4])
+    assert text_of(pieces) == tokenizer().decode(choice.prompt[1:4])
     assert pieces[-1].tokens[-1] == EOS
     assert pieces[-1].finish_reason == "stop"
 
@@ -136,13 +136,17 @@ def test_a_stop_string_across_tokens_ends_the_row(block):
 
 
 def test_choices_of_one_reply_and_of_others_do_not_mix():
-    orders = [order_of(text, max_tokens=n) for text, n in (("a", 3), ("b c", 7))]
+    choices = [order_of(text, max_tokens=n) for text, n in (("a", 3), ("b c", 7))]
 
     async def test(case):
-        replies = [case.submit(*orders), case.submit(orders[1]), case.submit(*orders)]
+        replies = [
+            case.submit(*choices),
+            case.submit(choices[1]),
+            case.submit(*choices),
+        ]
         return [await read(reply) for reply in replies]
 
-    expected = [answer_text(order, order.max_tokens) for order in orders]
+    expected = [answer_text(choice, choice.max_tokens) for choice in choices]
     found = [[text_of(pieces) for pieces in reply] for reply in run(test)]
     assert found == [expected, expected[1:], expected]
 
@@ -222,10 +226,10 @@ def test_orders_are_given_to_the_decoder_as_it_has_rows_for_them():
 
 
 def test_an_order_that_cannot_be_decoded_fails_alone():
-    def make(order):
-        if order.max_tokens == 5:
+    def make(choice):
+        if choice.max_tokens == 5:
             raise KeyError("a bug")
-        return make_scripted_request(order)
+        return make_scripted_request(choice)
 
     async def test(case):
         too_long = case.submit(order_of(max_tokens=999))
@@ -359,18 +363,18 @@ class TestKeptCaches:
 
     prompt = (2, *range(100, 100 + 2 * MIN_TOKENS))
 
-    def order(self, *more, **fields):
+    def choice(self, *more, **fields):
         places = (Place(MIN_TOKENS, "system"), Place(len(self.prompt) - 1, "user"))
-        return Order([*self.prompt, *more], 6, places=places, **fields)
+        return Choice([*self.prompt, *more], 6, places=places, **fields)
 
-    def run(self, orders, **fields):
+    def run(self, choices, **fields):
         decoder = ScriptedDecoder(echo)
         kept = KeptCaches(max_size=10, max_bytes=10**9, min_tokens=MIN_TOKENS)
 
         async def test(case):
             found = []
-            for order in orders:
-                pieces = (await read(case.submit(order)))[0]
+            for choice in choices:
+                pieces = (await read(case.submit(choice)))[0]
                 wait_until(lambda: case.bridge.num_open == 0)
                 found.append((text_of(pieces), pieces[-1].tally.num_cached))
             return found
@@ -379,45 +383,47 @@ class TestKeptCaches:
         return found, decoder, kept
 
     def test_a_prompt_that_is_known_is_not_read_again(self):
-        order = self.order()
-        found, decoder, _ = self.run([order, order])
-        text = answer_text(order, 6)
-        assert found == [(text, 0), (text, len(order.prompt) - 1)]
+        choice = self.choice()
+        found, decoder, _ = self.run([choice, choice])
+        text = answer_text(choice, 6)
+        assert found == [(text, 0), (text, len(choice.prompt) - 1)]
         (first, no_caches), (second, caches) = decoder.added
         assert no_caches is None
-        assert first.pauses == (MIN_TOKENS, len(order.prompt) - 1)
+        assert first.pauses == (MIN_TOKENS, len(choice.prompt) - 1)
         assert second.pauses == ()
-        assert second.prompt == order.prompt[-1:]
-        assert second.history == tuple(order.prompt[:-1])
-        assert caches[0].tokens == order.prompt[:-1]
+        assert second.prompt == choice.prompt[-1:]
+        assert second.history == tuple(choice.prompt[:-1])
+        assert caches[0].tokens == choice.prompt[:-1]
 
     def test_a_conversation_goes_on_where_the_answer_ended(self):
-        first = self.order()
+        first = self.choice()
         answer = echo(first.prompt)[:6]
-        found, _, _ = self.run([first, self.order(*answer, 7)])
+        found, _, _ = self.run([first, self.choice(*answer, 7)])
         # All but the answer's last token, whose keys were not there.
         assert found[1][1] == len(first.prompt) + 5
 
     def test_the_instructions_are_kept_by_themselves(self):
         other = [*self.prompt[: MIN_TOKENS + 3], *range(500, 600)]
         place = Place(MIN_TOKENS, "system")
-        found, _, _ = self.run([self.order(), Order(other, 6, places=(place,))])
+        found, _, _ = self.run([self.choice(), Choice(other, 6, places=(place,))])
         assert found[1][1] == MIN_TOKENS
 
     def test_a_short_text_needs_no_pause(self):
-        _, decoder, kept = self.run([self.order()], window=1000)
+        _, decoder, kept = self.run([self.choice()], window=1000)
         assert decoder.added[0][0].pauses == ()
         assert len(kept) == 1  # the answer's, which can be cut
 
     def test_the_budget_is_kept(self):
         most = 10 * 3 * MIN_TOKENS
         kept = KeptCaches(max_size=10, max_bytes=most, min_tokens=MIN_TOKENS)
-        orders = [Order([2, *range(i, i + 2 * MIN_TOKENS)], 4) for i in range(100, 109)]
+        choices = [
+            Choice([2, *range(i, i + 2 * MIN_TOKENS)], 4) for i in range(100, 109)
+        ]
         decoder = ScriptedDecoder(echo)
 
         async def test(case):
-            for order in orders:
-                await read(case.submit(order))
+            for choice in choices:
+                await read(case.submit(choice))
 
         run(test, decoder=decoder, kept=kept)
         assert kept.num_bytes <= most
@@ -426,11 +432,11 @@ class TestKeptCaches:
     def test_caches_that_cannot_be_had_fail_nobody(self, monkeypatch):
         decoder = ScriptedDecoder(echo)
         monkeypatch.setattr(decoder, "extract", None)
-        order = self.order()
+        choice = self.choice()
         kept = KeptCaches(max_size=10, max_bytes=10**9, min_tokens=MIN_TOKENS)
 
         async def test(case):
-            return text_of((await read(case.submit(order)))[0])
+            return text_of((await read(case.submit(choice)))[0])
 
-        assert run(test, decoder=decoder, kept=kept) == answer_text(order, 6)
+        assert run(test, decoder=decoder, kept=kept) == answer_text(choice, 6)
         assert len(kept) == 0
