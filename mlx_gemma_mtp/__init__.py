@@ -64,7 +64,7 @@ _MODULE_OF = {
 
 
 class _Package(ModuleType):
-    """Keeps ``generate`` and ``load`` functions beside submodules of those names.
+    """Keeps the function ``generate`` beside the submodule of that name.
 
     Importing a submodule binds it in its package, which would hide the function.
     """

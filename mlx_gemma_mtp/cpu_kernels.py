@@ -31,7 +31,7 @@ _COMPILE = 'g++ "$@" -o "$0.$$" && mv -f "$0.$$" "$0" || rm -f "$0.$$"'
 _TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
 _WITH_CUDA = ("mlx-cuda-12", "mlx-cuda-13")  # there kernels are not g++'s
 
-_jobs: list[subprocess.Popen[bytes]] = []
+_jobs: dict[Path, subprocess.Popen[bytes]] = {}  # by what they make
 
 
 def folder() -> Path:
@@ -48,13 +48,18 @@ def compile_header() -> subprocess.Popen[bytes] | None:
     takes some two seconds and 50 MB of disk, once for a version of MLX.
 
     Returns:
-        The process; None where there is nothing to do, or g++ compiles no kernels.
+        The process that does it; None where there is nothing to do, g++ compiles no
+        kernels, or it has failed before.
     """
     include = _include_folder()
     made = folder() / f"{_HEADER}.gch"
-    if include is None or made.exists():
+    if include is None:
         return None
+    if made in _jobs:
+        return _jobs[made] if _jobs[made].poll() is None else None
     try:
+        if made.exists():
+            return None
         made.parent.mkdir(parents=True, exist_ok=True)
         flags = (*_FLAGS, "-I", str(include), "-x", "c++-header")
         job = subprocess.Popen(
@@ -64,9 +69,9 @@ def compile_header() -> subprocess.Popen[bytes] | None:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Control-C is not meant for it
         )
-    except OSError:  # nothing can be written there: MLX will say so
+    except OSError:  # nobody may look or write there: MLX will say so
         return None
-    _jobs.append(job)  # or it would be waited for where it is let go
+    _jobs[made] = job
     return job
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +84,24 @@ class TestHeader:
         file = tmp_path / "file"
         file.touch()
         monkeypatch.setenv("TMPDIR", str(file))
+        assert cpu_kernels.compile_header() is None
+
+    def test_a_folder_of_somebody_else_is_no_matter(self, tmp_path, monkeypatch):
+        def refused(path):
+            raise PermissionError(path)
+
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        monkeypatch.setattr(Path, "exists", refused)
+        monkeypatch.setattr(cpu_kernels, "_include_folder", lambda: tmp_path)
+        assert cpu_kernels.compile_header() is None
+
+    def test_one_that_fails_is_not_tried_again(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        monkeypatch.setattr(cpu_kernels, "_FLAGS", ("--no-such-flag",))
+        job = cpu_kernels.compile_header()
+        assert job is not None
+        assert cpu_kernels.compile_header() in (job, None)  # no second one beside it
+        job.wait()
         assert cpu_kernels.compile_header() is None
 
     def test_not_where_nothing_is_compiled(self, tmp_path, monkeypatch):

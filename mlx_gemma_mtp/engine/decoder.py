@@ -60,6 +60,7 @@ class Decoder:
     Attributes:
         stats: Counts of the rounds read so far.
         num_added: Requests that were added so far.
+        min_rows: Rows that the target reads at least in a round.
 
     Raises:
         RequestError: A prompt cache is not the target's.
@@ -94,6 +95,7 @@ class Decoder:
             phases=self._timer.phases,
         )
         self.num_added = 0
+        self.min_rows = route.min_rows
         self._is_closed = False
         self._has_freed = False
         layout = rounds.target.layout

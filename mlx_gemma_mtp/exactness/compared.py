@@ -19,6 +19,7 @@ from .verdict import PLAIN_ROWS
 _FORM = 2  # of the dictionary
 _MOST = 1e9  # of any of its numbers; more is damage
 _MOST_KEPT = 200  # of names and of times; a probe has some thirty
+_TIMES_KEPT = 50  # a slow machine's probe goes through many processes
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ class Compared:
             "form": _FORM,
             "equal": {name: list(rows) for name, rows in dict(self.equal).items()},
             "max_difference": self.max_difference,
-            "plain_s": {str(rows): list(times) for rows, times in self.plain_s.items()},
+            "plain_s": {
+                str(rows): times[-_TIMES_KEPT:] for rows, times in self.plain_s.items()
+            },
             "num_passes": self.num_passes,
             "seconds": self.seconds,
         }

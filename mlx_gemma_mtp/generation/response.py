@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,8 +37,6 @@ class GenerationResponse:
         top_logprobs: The ``num_logprobs`` most likely tokens with theirs, best first,
             of equal ones the lowest id first; None where ``num_logprobs`` is.
         drafter_memory: The drafter's weights among it, in GB.
-        times_plain: How many times as fast as plain decoding the rounds were, by what
-            was measured on this machine; None where that does not tell.
         stats: All counts so far and where the time went; shared by the responses of a
             generation.
     """
@@ -58,11 +57,11 @@ class GenerationResponse:
     token_logprob: float | None
     top_logprobs: list[tuple[int, float]] | None
     drafter_memory: float
-    times_plain: float | None
     stats: RoundStats = field(repr=False)
     marked_text: str = field(repr=False)
     _logits: mx.array = field(repr=False)  # of the whole round, [1, K + 1, V]
     _index: int = field(repr=False)
+    _times_plain: Callable[[RoundStats], float | None] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures of the generation so far, as JSON takes them."""
@@ -78,6 +77,15 @@ class GenerationResponse:
             "drafter_memory_share": self._drafter_share,
             **self.stats.to_dict(),
         }
+
+    @property
+    def times_plain(self) -> float | None:
+        """How many times as fast as plain decoding the rounds were.
+
+        By what was measured on this machine, when it is asked for; None where that does
+        not tell, as without drafts.
+        """
+        return self._times_plain(self.stats) if self.stats.engaged else None
 
     @property
     def _drafter_share(self) -> float:

@@ -19,6 +19,7 @@ from ..cpu_kernels import clock
 from ..engine.decoder import Decoder
 from ..engine.results import PromptProgress, SequenceOutput
 from ..engine.sequence import TokenSequence
+from ..engine.stats import RoundStats
 from ..errors import RequestError
 from ..markup.answer import marks_of, plain
 from ..models.compatibility import check_fit
@@ -258,8 +259,13 @@ class _TextStream:
             "rule": stats.rule,
             "stats": stats,
             "drafter_memory": self._drafter_memory,
-            "times_plain": self._pair.calibration.times_plain(stats),
+            "_times_plain": self._times_plain,
         }
+
+    def _times_plain(self, stats: RoundStats) -> float | None:
+        """See ``GenerationResponse.times_plain``."""
+        min_rows = self._decoder.min_rows
+        return self._pair.calibration.times_plain(stats, min_rows=min_rows)
 
     def _elapsed(self) -> float:
         """Seconds since the phase began; never 0, so that rates stay finite."""

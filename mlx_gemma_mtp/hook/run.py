@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     if is_drafting:
         _check_drafter(args.draft_model)
         _check_cache(given)
-    compile_header()  # meanwhile
+        compile_header()  # meanwhile
     _set_up_log()
     from .install import install, tally
 

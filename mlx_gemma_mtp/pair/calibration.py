@@ -87,7 +87,7 @@ class Calibration:
                 self._controllers[key] = controller
             return self._controllers[key]
 
-    def times_plain(self, stats: RoundStats) -> float | None:
+    def times_plain(self, stats: RoundStats, *, min_rows: int = 1) -> float | None:
         """How many times as fast as plain rounds the rounds of one row were.
 
         By what rounds of each number of drafts take undisturbed: tracing is no part of
@@ -95,6 +95,7 @@ class Calibration:
 
         Args:
             stats: What the rounds did.
+            min_rows: Rows that their target read at least.
 
         Returns:
             None where plain rounds, or some of these, were never measured.
@@ -103,15 +104,15 @@ class Calibration:
         if not stats.engaged:
             return None
         with self.lock:
-            for (rule, num_rows, min_rows), controller in self._controllers.items():
-                costs = controller.costs
-                if (rule, num_rows) != (stats.rule, 1):
-                    continue
-                if all(map(costs.has_measured, {0, *counts})):
-                    plain_s = costs.seconds(0) / self._fill_cost(min_rows)
-                    took_s = sum(n * costs.seconds(k) for k, n in counts.items())
-                    return num_tokens * plain_s / took_s
-        return None
+            controller = self._controllers.get((stats.rule, 1, min_rows))
+            if controller is None:
+                return None
+            costs = controller.costs
+            if not all(map(costs.has_measured, {0, *counts})):
+                return None
+            plain_s = costs.seconds(0) / self._fill_cost(min_rows)
+            took_s = sum(n * costs.seconds(k) for k, n in counts.items())
+            return num_tokens * plain_s / took_s
 
     def _fill_cost(self, min_rows: int) -> float:
         """How much longer plain rounds take that are filled up."""

@@ -29,7 +29,7 @@ from mlx_gemma_mtp.pair.pair import pair_of
 from mlx_gemma_mtp.selftest import sections
 from mlx_gemma_mtp.selftest.__main__ import main as selftest
 from mlx_gemma_mtp.server.arguments import parse
-from mlx_gemma_mtp.server.served_model import load_engine
+from mlx_gemma_mtp.server.served_model import load_served_model
 from mlx_gemma_mtp.tune import pipeline
 from mlx_gemma_mtp.tune.__main__ import parse as parse_tune
 from tests.tiny import (
@@ -407,16 +407,20 @@ class TestNoTemplate:
         assert "\n" not in note
 
     def test_the_server_says_it(self, model, caplog):
-        load_engine(parse(["--model", str(model)]))
+        load_served_model(parse(["--model", str(model)]))
         (said,) = [r for r in caplog.records if "no chat template" in r.getMessage()]
         assert said.levelno == logging.WARNING
         caplog.clear()
-        load_engine(parse(["--model", str(model), "--chat-template", "{{ messages }}"]))
+        load_served_model(
+            parse(["--model", str(model), "--chat-template", "{{ messages }}"])
+        )
         assert "no chat template" not in caplog.text
 
     def test_a_broken_template_ends_the_servers_start(self, model):
         with pytest.raises(CheckpointError, match="in line 1"):
-            load_engine(parse(["--model", str(model), "--chat-template", "{% if %}"]))
+            load_served_model(
+                parse(["--model", str(model), "--chat-template", "{% if %}"])
+            )
 
     def test_tuning_says_it(self, model, tmp_path, monkeypatch):
         lines = [json.dumps({"text": f"{n} the rain " * 40}) for n in range(32)]

@@ -6,6 +6,7 @@ layer here. Run: python -m pytest tests/exactness/test_probe.py
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.exactness import probe as probe_module
 from mlx_gemma_mtp.exactness.compared import Compared
 from mlx_gemma_mtp.exactness.probe import TIMING_PASSES, places, probe
+from mlx_gemma_mtp.exactness.verdict import PLAIN_ROWS
 from mlx_gemma_mtp.generation.tokens import make_decoder
 from mlx_gemma_mtp.models.target import Target
 from mlx_gemma_mtp.pair.load import load_pair
@@ -544,3 +546,13 @@ def test_rows_that_share_slabs_have_them_reserved(by_capacity):
     endless = rows(4, None)[1]
     assert not endless.engaged
     assert "share slabs" in endless.why_not_engaged
+
+
+def test_a_probe_of_many_processes_is_read_back():
+    """Each of them times plain rounds anew."""
+    compared = Compared(equal={"5 of 256, K = 1": (1, 2)}, plain_s={})
+    for _ in range(30):
+        for rows in PLAIN_ROWS:
+            compared.plain_s.setdefault(rows, []).extend([0.1] * 9)
+        compared = Compared.from_dict(json.loads(json.dumps(compared.to_dict())))
+    assert compared.equal == {"5 of 256, K = 1": (1, 2)}

@@ -100,7 +100,10 @@ class TestTimesPlain:
         calibration.keep_verdict(1, Verdict({1: (), 2: (4,)}, 0.5, 1.25, 48, 1.0))
         self.learn(calibration, {0: 0.010, 4: 0.020}, min_rows=2)
         stats = stats_of((4, 4), rule="greedy")
-        assert calibration.times_plain(stats) == pytest.approx(2.0, rel=0.02)
+        assert calibration.times_plain(stats, min_rows=2) == pytest.approx(2, rel=0.02)
+        # What filled rounds take says nothing of a text whose rounds were not filled.
+        self.learn(calibration, {0: 0.010, 4: 0.050})
+        assert calibration.times_plain(stats) == pytest.approx(1.0, rel=0.02)
 
     @pytest.mark.parametrize("measured", [{}, {0: 0.01}, {4: 0.02}])
     def test_is_not_guessed(self, calibration, measured):
