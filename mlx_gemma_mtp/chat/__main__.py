@@ -28,6 +28,7 @@ from ..cli.display import CompileProgress, Display, PromptProgress
 from ..cli.flags import (
     EMBEDDED_NOTE,
     add_eos_tokens,
+    check_lengths,
     describe_sampling,
     load_model,
     logits_processors,
@@ -117,18 +118,11 @@ def _make_session(args: argparse.Namespace) -> Session:
     """Load what the flags name and make a session of it."""
     checked = check(args)
     compile_header()  # meanwhile
-    from ..generation.settings import (
-        check_max_tokens,
-        check_num_draft_tokens,
-        check_prefill_step_size,
-    )
     from ..pair.pair import pair_of
     from .prompts import PlainPrompts, TemplatePrompts
     from .session import Session, Settings
 
-    check_max_tokens(args.max_tokens)
-    check_num_draft_tokens(args.num_draft_tokens)
-    check_prefill_step_size(args.prefill_step_size)
+    check_lengths(args)
     if args.model is None and args.verbose:
         _note(EMBEDDED_NOTE)
     model, tokenizer = load_model(args)

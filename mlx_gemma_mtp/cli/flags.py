@@ -50,6 +50,23 @@ def open_cache_file(args: argparse.Namespace) -> SavedPrompt | None:
     return saved
 
 
+def check_lengths(args: argparse.Namespace) -> None:
+    """Check the numbers of tokens: of the text, of a round's drafts, of a chunk.
+
+    Raises:
+        RequestError: One is outside its range.
+    """
+    from ..generation.settings import (
+        check_max_tokens,
+        check_num_draft_tokens,
+        check_prefill_step_size,
+    )
+
+    check_max_tokens(args.max_tokens)
+    check_num_draft_tokens(args.num_draft_tokens)
+    check_prefill_step_size(args.prefill_step_size)
+
+
 def load_model(
     args: argparse.Namespace, tokenizer_config: dict[str, Any] | None = None
 ) -> tuple[Any, Any]:

@@ -30,6 +30,7 @@ from .command import (
 from .flags import (
     EMBEDDED_NOTE,
     add_eos_tokens,
+    check_lengths,
     describe_sampling,
     load_model,
     logits_processors,
@@ -68,18 +69,11 @@ def _run(args: argparse.Namespace) -> int:
         check_output_file("--stats-json", args.stats_json)
     compile_header()  # meanwhile
     # Heavy imports wait until the arguments are known to be good.
-    from ..generation.settings import (
-        check_max_tokens,
-        check_num_draft_tokens,
-        check_prefill_step_size,
-    )
     from ..generation.text import stream_generate
     from ..pair.pair import pair_of
     from .display import CompileProgress, Display, PromptProgress
 
-    check_max_tokens(args.max_tokens)
-    check_num_draft_tokens(args.num_draft_tokens)
-    check_prefill_step_size(args.prefill_step_size)
+    check_lengths(args)
     saved = open_cache_file(args)
     prompt = _read_prompt(args)
     if args.model is None and args.verbose is not False:

@@ -87,7 +87,7 @@ class StopSequences(Protocol):
         """One at the beginning of a text."""
 
 
-def _settled(request: Request) -> Request:
+def settled(request: Request) -> Request:
     """The request with settings that its row can follow.
 
     A row that samples and brings no seed gets one of its own. Where the host decides,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from ..sampling.host import HostRow, Judged
-from .request import Matcher, Request, _settled
+from .request import Matcher, Request, settled
 from .stats import RoundStats
 
 
@@ -46,7 +46,7 @@ class TokenSequence:
         cls, request: Request, *, index: int = 0, num_cached: int = 0
     ) -> TokenSequence:
         """The sequence of a request."""
-        request = _settled(request)
+        request = settled(request)
         host = None
         if request.is_host:
             host = HostRow(

@@ -29,7 +29,6 @@ MAX_COLUMNS = 128 * 8192  # the lists of 128 blocks are a block themselves
 
 BLOCK = 8192
 _THREADS = common.MAX_THREADS
-_PAD_ID = 0x7FFFFFFF  # behind every token
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 _SOURCE = r"""

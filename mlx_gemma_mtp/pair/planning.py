@@ -94,13 +94,17 @@ def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
         pair: Target and drafter.
         num_draft_tokens: Checked K; None for the controllers' choice.
     """
-    if pair.drafter is None or num_draft_tokens == 0:
-        why_plain = "num_draft_tokens is 0"
-        if pair.drafter is None:
-            why_plain = pair.drafter_source or _NO_DRAFTER
+    if why_plain := _why_plain(pair, num_draft_tokens):
         return Plan(DraftPolicy(0), PLAIN, why_plain)
     route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
     return Plan(_draft_policy(pair, route, num_draft_tokens), route)
+
+
+def _why_plain(pair: Pair, num_draft_tokens: int | None) -> str:
+    """Why requests decode plainly whatever the machine does, in words."""
+    if pair.drafter is None:
+        return pair.drafter_source or _NO_DRAFTER
+    return "num_draft_tokens is 0" if num_draft_tokens == 0 else ""
 
 
 def _draft_policy(
@@ -139,7 +143,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         """Choose the route, then who chooses the drafts."""
-        why_plain = self._why_plain()
+        why_plain = _why_plain(self._pair, self._num_draft_tokens)
         route = self._route(is_plain=bool(why_plain))
         if self._pair.drafter is None:
             return Plan(DraftPolicy(0), route, why_plain, self._probe_s)
@@ -158,12 +162,6 @@ class _Planner:
     @property
     def _early_start(self) -> EarlyStart:
         return self._pair.calibration.early_start(len(self._requests))
-
-    def _why_plain(self) -> str:
-        """Why the requests decode plainly whatever the machine does, in words."""
-        if self._pair.drafter is None:
-            return self._pair.drafter_source or _NO_DRAFTER
-        return "num_draft_tokens is 0" if self._num_draft_tokens == 0 else ""
 
     def _route(self, *, is_plain: bool) -> Route:
         """How the rounds are run."""
