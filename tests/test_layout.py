@@ -20,15 +20,18 @@ PLAIN = {"_version", "constants", "cpu_kernels", "errors", "machine", "store"}
 # Which packages each package imports. All may import the modules above; nothing else.
 BELOW: dict[str, set[str]] = {
     "kernels": set(),
+    "matmuls": {"kernels"},
     "markup": set(),
     "cache": {"kernels"},
     "sampling": {"kernels"},
     "models": {"cache"},
     "drafting": {"models"},
     "checkpoints": {"models", "markup"},
-    "engine": {"cache", "models", "sampling", "drafting"},
+    "engine": {"cache", "models", "sampling", "drafting", "matmuls"},
     "exactness": {"engine", "cache", "drafting"},
-    "pair": set("exactness engine checkpoints drafting models sampling".split()),
+    "pair": set(
+        "exactness engine checkpoints drafting models sampling matmuls".split()
+    ),
     "generation": set("pair engine sampling models cache checkpoints markup".split()),
     "cli": set("generation pair engine sampling models checkpoints markup".split()),
 }

@@ -82,12 +82,30 @@ template <class T> __device__ inline T simd_prefix_exclusive_sum(T x) {
 template <class T> __device__ inline T simd_broadcast(T x, unsigned short lane) {
   return __shfl_sync(0xFFFFFFFFu, x, lane);
 }
+template <class T> __device__ inline T simd_shuffle_xor(T x, unsigned short mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, x, mask);
+}
+#define LOAD2(name, index) (((const uint2*)(name))[index])
+#define LOAD4(name, index) (((const uint4*)(name))[index])
+#define HALF_LOW(word) __low2float(as_type<__half2>(word))
+#define HALF_HIGH(word) __high2float(as_type<__half2>(word))
+#define BFLOAT_LOW(word) __uint_as_float((word) << 16)
+#define BFLOAT_HIGH(word) __uint_as_float((word) & 0xFFFF0000u)
 """
 
+# LOAD2, LOAD4: piece `index` of 8 or 16 bytes of an input, by one instruction;
+# the input must be aligned to them. HALF_, BFLOAT_: one of the two numbers in a word as
+# a float; a shift would cost M1 and M2 four cycles.
 _METAL = r"""
 #include <metal_simdgroup>
 #define HELPER inline
 #define BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
+#define LOAD2(name, index) (((const device uint2*)(name))[index])
+#define LOAD4(name, index) (((const device uint4*)(name))[index])
+#define HALF_LOW(word) float(as_type<half2>(word).x)
+#define HALF_HIGH(word) float(as_type<half2>(word).y)
+#define BFLOAT_LOW(word) as_type<float>(ushort2(0, as_type<ushort2>(word).x))
+#define BFLOAT_HIGH(word) as_type<float>((word) & 0xFFFF0000u)
 """
 
 # The numbers of noise.py, the order of sampling.most_likely, mlx-lm's soft-cap.

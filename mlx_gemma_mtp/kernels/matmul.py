@@ -1,0 +1,311 @@
+"""A few rows times a quantized or dense matrix: the weights are read once for all rows.
+
+y[m, n] = sum over k of x[m, k] * w[n, k], for 1 to 9 rows m. A simdgroup computes R
+outputs n of all M rows; its 32 lanes share out k. A step of a lane is a chunk, 8
+weights: it loads and converts 8 numbers of each row once and uses them R times, and
+dequantizes 8 weights of each output once and uses them M times.
+
+A quantized weight needs no conversion: its bits, or-ed into a half's, are the number
+1024 + q (4 bits: also 1024 + 16 q), and one fma makes s * q + b of it, with b - 1024 s
+computed once. That is off by 6e-5 of a quantization step at most.
+
+What a lane adds up, and how the lanes' sums are added, depends on (N, K) alone: a row
+has the same bits whatever M and R are. That is why plain decoding and verifying give
+the same text with it.
+
+The method is known from llama.cpp (pull request 29110: rows kept in registers over
+several outputs) and the half's bits from Kim et al. 2022, arXiv 2211.10017, section
+3.1. The text is unrolled with named scalars: arrays with indices may leave registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+
+from . import common
+from .common import Kernel
+
+MAX_ROWS = 9
+MAX_SUMS = 32  # M * R: sums of a lane
+COLUMNS = (2, 3, 4)  # R that kernels are made for
+CHUNK = 8  # weights of a lane's step
+INPUTS_UNIT = 64  # K is a multiple of it
+DENSE = 16  # bits of a weight that is not quantized
+GROUP_SIZES = (32, 64, 128)
+_SIMDGROUPS = 4  # of a threadgroup
+_THREADS = 32 * _SIMDGROUPS
+_DTYPES = {mx.bfloat16: "BFLOAT", mx.float16: "HALF"}
+
+# The 8 numbers of a chunk in the order in which they are added up, and of which word of
+# x (two numbers each) and which half of it each is: quantized weights come in pairs
+# that stand 16 bits apart.
+_ORDERS = {
+    4: (0, 4, 1, 5, 2, 6, 3, 7),
+    8: (0, 2, 1, 3, 4, 6, 5, 7),
+    DENSE: (0, 1, 2, 3, 4, 5, 6, 7),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the numbers of a product are stored.
+
+    Attributes:
+        bits: Of a weight: 4, 8, or 16 for one that is not quantized.
+        group_size: Weights that share a scale and a bias; 0 where there are none.
+        dtype: Of x, of y, and of scales and biases or dense weights.
+    """
+
+    bits: int
+    group_size: int
+    dtype: mx.Dtype
+
+    def __str__(self) -> str:
+        """A name for it, also of kernels."""
+        kind = str(self.dtype).rpartition(".")[2]
+        return f"{self.bits}bit_g{self.group_size}_{kind}" if self.group_size else kind
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there are kernels for it."""
+        return self in _FORMS
+
+
+_FORMS = tuple(
+    Form(bits, group_size, dtype)
+    for dtype in _DTYPES
+    for bits, group_size in (
+        (DENSE, 0),
+        *((bits, size) for bits in (4, 8) for size in GROUP_SIZES),
+    )
+)
+
+
+def parse_form(name: str) -> Form:
+    """The form of a name.
+
+    Raises:
+        ValueError: There is no such form.
+    """
+    for form in _FORMS:
+        if str(form) == name:
+            return form
+    raise ValueError(f"a form must be one of a kernel: got {name!r:.80}")
+
+
+def default_columns(num_rows: int) -> int:
+    """R for M rows: so many sums that registers suffice, modelled."""
+    if num_rows <= 6:
+        return 4
+    return 3 if num_rows <= 8 else 2
+
+
+def multiply(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array | None = None,
+    biases: mx.array | None = None,
+    *,
+    form: Form,
+    num_columns: int | None = None,
+) -> mx.array:
+    """Multiply a few rows by a matrix, as ``quantized_matmul`` or ``x @ weight.T``.
+
+    Args:
+        x: [..., K] of the form's type, 1 to 9 rows in all; K a multiple of 64.
+        weight: [N, K * bits / 32] uint32 as ``mx.quantize`` packs it, or [N, K].
+        scales: [N, K / group_size]; None for dense weights.
+        biases: [N, K / group_size]; None for dense weights.
+        form: How they are stored, one that is known.
+        num_columns: R, one of ``COLUMNS``; None for the default. It changes no bit.
+
+    Returns:
+        [..., N] of the form's type; sums are in float32.
+    """
+    num_outputs = weight.shape[0]
+    rows = x.reshape(-1, x.shape[-1])
+    num_rows = rows.shape[0]
+    columns = default_columns(num_rows) if num_columns is None else num_columns
+    inputs = [rows, weight]
+    if form.bits != DENSE:
+        assert scales is not None
+        assert biases is not None
+        inputs += [scales, biases]
+    num_groups = -(-num_outputs // (_SIMDGROUPS * columns))
+    (y,) = common.launch(
+        kernel(form, num_rows, columns),
+        inputs,
+        template=[("T", form.dtype)],
+        grid=(num_groups * _THREADS, 1, 1),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=[(num_rows, num_outputs)],
+        output_dtypes=[form.dtype],
+    )
+    return y.reshape(*x.shape[:-1], num_outputs)
+
+
+@cache
+def kernel(form: Form, num_rows: int, num_columns: int) -> Kernel:
+    """The kernel for M rows that computes R outputs at a time."""
+    assert form.is_known, form
+    assert 1 <= num_rows <= MAX_ROWS, num_rows
+    assert num_columns in COLUMNS, num_columns
+    assert num_rows * num_columns <= MAX_SUMS, (num_rows, num_columns)
+    names = ("x", "w") if form.bits == DENSE else ("x", "w", "scales", "biases")
+    return Kernel(
+        name=f"matmul_{form}_{num_rows}x{num_columns}",
+        input_names=names,
+        output_names=("y",),
+        source=_Text(form, num_rows, num_columns).source(),
+    )
+
+
+class _Text:
+    """Writes the body of one kernel.
+
+    Names: ``x{m}`` a row's chunk as words, ``x{m}_{i}`` its number i, ``a{m}_{r}`` the
+    sum of row m and output r.
+    """
+
+    def __init__(self, form: Form, num_rows: int, num_columns: int) -> None:
+        self._form = form
+        self._rows = range(num_rows)
+        self._columns = range(num_columns)
+        self._order = _ORDERS[form.bits]
+
+    def source(self) -> str:
+        """The body."""
+        lines = [
+            *self._start(),
+            "for (uint c = lane; c < chunks; c += 32u) {",
+            *(f"  {line}" for line in self._step()),
+            "}",
+            *self._reduction(),
+        ]
+        return "".join(f"  {line}\n" for line in lines)
+
+    def _start(self) -> list[str]:
+        """Where this simdgroup's outputs are."""
+        num_columns = len(self._columns)
+        chunks = {4: "uint(w_shape[1])", 8: "uint(w_shape[1]) / 2u"}
+        lines = [
+            "uint lane = thread_index_in_simdgroup;",
+            "uint outputs = uint(w_shape[0]);",
+            f"uint chunks = {chunks.get(self._form.bits, 'uint(w_shape[1]) / 8u')};",
+            f"uint first = (threadgroup_position_in_grid.x * {_SIMDGROUPS}u + "
+            f"simdgroup_index_in_threadgroup) * {num_columns}u;",
+            "if (first >= outputs) return;  // the whole simdgroup",
+        ]
+        if self._form.group_size:
+            lines += [f"uint groups = chunks / {self._form.group_size // CHUNK}u;"]
+        for r in self._columns:
+            lines += [f"uint n{r} = min(first + {r}u, outputs - 1u);"]
+        lines += [f"float a{m}_{r} = 0.0f;" for m in self._rows for r in self._columns]
+        return lines
+
+    def _step(self) -> list[str]:
+        """One chunk: loads first, then half a chunk at a time to spare registers."""
+        lines = [f"uint4 x{m} = LOAD4(x, {m}u * chunks + c);" for m in self._rows]
+        lines += self._loads()
+        for half in range(2):
+            places = self._order[4 * half : 4 * half + 4]
+            for m in self._rows:
+                lines += [
+                    f"float x{m}_{i} = {self._number(f'x{m}', i)};" for i in places
+                ]
+            for r in self._columns:
+                lines += self._weights(r, half, places)
+                lines += [
+                    f"a{m}_{r} = fma(w{r}_{i}, x{m}_{i}, a{m}_{r});"
+                    for i in places
+                    for m in self._rows
+                ]
+        return lines
+
+    def _loads(self) -> list[str]:
+        """The chunk's weights of every output, with scale and bias."""
+        load = {4: "uint p{r} = w[{at}];", 8: "uint2 p{r} = LOAD2(w, {at});"}
+        text = load.get(self._form.bits, "uint4 p{r} = LOAD4(w, {at});")
+        lines = [text.format(r=r, at=f"n{r} * chunks + c") for r in self._columns]
+        if not self._form.group_size:
+            return lines
+        lines += [f"uint g = c / {self._form.group_size // CHUNK}u;"]
+        for r in self._columns:
+            lines += [
+                f"float s{r} = float(scales[n{r} * groups + g]);",
+                f"float b{r} = float(biases[n{r} * groups + g]);",
+                f"float c{r} = fma(-1024.0f, s{r}, b{r});",
+            ]
+            if self._form.bits == 4:
+                lines += [
+                    f"float t{r} = s{r} * 0.0625f;",
+                    f"float d{r} = fma(-64.0f, s{r}, b{r});",
+                ]
+        return lines
+
+    def _weights(self, r: int, half: int, places: tuple[int, ...]) -> list[str]:
+        """Four weights of an output as floats."""
+        if self._form.bits == DENSE:
+            return [f"float w{r}_{i} = {self._number(f'p{r}', i)};" for i in places]
+        if self._form.bits == 4:
+            word = f"(p{r} >> 8)" if half else f"p{r}"
+            pairs = ((word, "0x000F000Fu", "s", "c"), (word, "0x00F000F0u", "t", "d"))
+        else:
+            word = f"p{r}.{'xy'[half]}"
+            mask = "0x00FF00FFu"
+            pairs = ((word, mask, "s", "c"), (f"({word} >> 8)", mask, "s", "c"))
+        lines = []
+        for number, (bits, mask, scale, bias) in enumerate(pairs):
+            name = f"h{r}_{2 * half + number}"
+            lines += [f"uint {name} = ({bits} & {mask}) | 0x64006400u;"]
+            for part, i in zip(("LOW", "HIGH"), places[2 * number :], strict=False):
+                value = f"fma(HALF_{part}({name}), {scale}{r}, {bias}{r})"
+                lines += [f"float w{r}_{i} = {value};"]
+        return lines
+
+    def _number(self, words: str, place: int) -> str:
+        """One number of a chunk of the form's type."""
+        part = "HIGH" if place % 2 else "LOW"
+        return f"{_DTYPES[self._form.dtype]}_{part}({words}.{'xyzw'[place // 2]})"
+
+    def _reduction(self) -> list[str]:
+        """The sums over lanes: every exchange halves what a lane has to add up.
+
+        Of two sums a lane keeps one and gives the other to its partner. Both add the
+        same two numbers, so the tree is the same for every sum and whatever M is.
+        """
+        sums = [f"a{m}_{r}" for m in self._rows for r in self._columns]
+        lines, counts = [], []
+        for level, step in enumerate((16, 8, 4, 2, 1)):
+            counts.append((step, len(sums)))
+            lines += [f"bool is_high_{step} = (lane & {step}u) != 0u;"]
+            kept = []
+            for pair in range(0, len(sums), 2):
+                name, (low, *high) = f"r{level}_{pair // 2}", sums[pair : pair + 2]
+                given = low
+                own = low
+                if high:
+                    own = f"(is_high_{step} ? {high[0]} : {low})"
+                    given = f"(is_high_{step} ? {low} : {high[0]})"
+                lines += [f"float {name} = {own} + simd_shuffle_xor({given}, {step}u);"]
+                kept.append(name)
+            sums = kept
+        lines += ["uint place = 0u;  // of the sum that this lane has", "uint wide;"]
+        lines += ["bool is_first = true;  // of the lanes that have it"]
+        for step, count in reversed(counts):
+            lines += [
+                f"wide = 2u * place + (is_high_{step} ? 1u : 0u);",
+                f"is_first = is_first && wide < {count}u;",
+                f"place = min(wide, {count - 1}u);",
+            ]
+        num_columns = len(self._columns)
+        lines += [
+            f"uint n = first + place % {num_columns}u;",
+            "if (is_first && n < outputs) {",
+            f"  y[place / {num_columns}u * outputs + n] = T({sums[0]});",
+            "}",
+        ]
+        return lines
