@@ -15,6 +15,11 @@ import numpy as np
 
 from mlx_gemma_mtp.kernels.matmul import DENSE, Form, multiply
 
+FORMS = [
+    Form(bits, size, dtype)
+    for dtype in (mx.bfloat16, mx.float16)
+    for bits, size in ((DENSE, 0), *((b, s) for b in (4, 8) for s in (32, 64, 128)))
+]
 LANES = 32
 SMALLEST = np.float32(2.0**-126)  # of what no GPU flushes to zero
 

@@ -26,17 +26,18 @@ if sys.platform == "darwin":
 
 from mlx_gemma_mtp.kernels import common, matmul
 from mlx_gemma_mtp.kernels.matmul import COLUMNS, DENSE, MAX_ROWS, MAX_SUMS, Form
-from tests.kernels.products import Product, as_float32, random_product, same_bits
+from tests.kernels.products import (
+    FORMS,
+    Product,
+    as_float32,
+    random_product,
+    same_bits,
+)
 from tests.metal.lint import lint
 from tests.metal.run import run_on_cpu, run_schedules
 from tests.metal.text import metal_text
 from tests.metal.tsan import run_under_tsan
 
-FORMS = [
-    Form(bits, size, dtype)
-    for dtype in (mx.bfloat16, mx.float16)
-    for bits, size in ((DENSE, 0), *((b, s) for b in (4, 8) for s in (32, 64, 128)))
-]
 PLAIN = Form(4, 64, mx.bfloat16)
 FEW_FORMS = [
     PLAIN,
