@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
+from ..errors import described
 from .choices import Choice, Choices, Shape
 from .judgement import (
     MARGIN,
@@ -245,7 +246,7 @@ class _Tuner:
             try:
                 is_right = self._machine.is_right(shape, num_rows, columns)
             except Exception as error:  # noqa: BLE001 - whatever Metal says
-                failure = _described(error)
+                failure = described(error)
                 continue
             if not is_right:
                 raise _BadError(f"wrong numbers for {num_rows} rows")
@@ -266,7 +267,7 @@ class _Tuner:
             try:
                 return self._machine.product_s(shape, num_rows, own, WINDOW_S)
             except Exception as error:  # noqa: BLE001 - whatever Metal says
-                self._failure = _described(error)
+                self._failure = described(error)
                 return math.inf
 
         stock, *own = self._compared([partial(window, r) for r in (None, *columns)])
@@ -389,7 +390,7 @@ class _Tuner:
         except Exception as error:
             if not choices:
                 raise
-            self._failure = _described(error)
+            self._failure = described(error)
             return math.inf
 
     # --------------------------------------------------------------------------- time
@@ -442,8 +443,3 @@ def _different(sides: Sequence[Choices], num_rows: int) -> list[Choices]:
         for x in sides
     )
     return list(sides) if first != second else [sides[0]]
-
-
-def _described(error: Exception) -> str:
-    """An error on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
