@@ -72,10 +72,10 @@ class Form:
     @property
     def is_known(self) -> bool:
         """Whether there are kernels for it."""
-        return self in _FORMS
+        return self in FORMS
 
 
-_FORMS = tuple(
+FORMS = tuple(
     Form(bits, group_size, dtype)
     for dtype in _DTYPES
     for bits, group_size in (
@@ -91,7 +91,7 @@ def parse_form(name: str) -> Form:
     Raises:
         ValueError: There is no such form.
     """
-    for form in _FORMS:
+    for form in FORMS:
         if str(form) == name:
             return form
     raise ValueError(f"a form must be one of a kernel: got {name!r:.80}")
