@@ -22,6 +22,7 @@
 #include <string>
 #include <vector>
 
+#include "counts.hpp"
 #include "fibers.hpp"
 #include "grid.hpp"
 #include "memory.hpp"
@@ -169,6 +170,7 @@ class Launch {
     current_->state = state;
     current_->operation = operation;
     current_->place = place;
+    count_call(operation);
     __tsan_switch_to_fiber(scheduler_tsan_, tsan_no_sync);
     swapcontext(&current_->context, &scheduler_);
   }
