@@ -91,11 +91,14 @@ template <class T> __device__ inline T simd_shuffle_xor(T x, unsigned short mask
 #define HALF_HIGH(word) __high2float(as_type<__half2>(word))
 #define BFLOAT_LOW(word) __uint_as_float((word) << 16)
 #define BFLOAT_HIGH(word) __uint_as_float((word) & 0xFFFF0000u)
+#define HALF_OF(value) float(value)
+#define BFLOAT_OF(value) float(value)
 """
 
-# LOAD2, LOAD4: piece `index` of 8 or 16 bytes of an input, by one instruction;
-# the input must be aligned to them. HALF_, BFLOAT_: one of the two numbers in a word as
-# a float; a shift would cost M1 and M2 four cycles.
+# LOAD2, LOAD4: piece `index` of 8 or 16 bytes of an input, by one instruction; the
+# input must be aligned to them. HALF_, BFLOAT_: one of the two numbers in a word as a
+# float; _OF: a number that stands alone. A bfloat is neither shifted nor converted:
+# either would cost M1 and M2 four cycles.
 _METAL = r"""
 #include <metal_simdgroup>
 #define HELPER inline
@@ -106,6 +109,8 @@ _METAL = r"""
 #define HALF_HIGH(word) float(as_type<half2>(word).y)
 #define BFLOAT_LOW(word) as_type<float>(ushort2(0, as_type<ushort2>(word).x))
 #define BFLOAT_HIGH(word) as_type<float>((word) & 0xFFFF0000u)
+#define HALF_OF(value) float(value)
+#define BFLOAT_OF(value) as_type<float>(ushort2(0, as_type<ushort>(value)))
 """
 
 # The numbers of noise.py, the order of sampling.most_likely, mlx-lm's soft-cap.

@@ -33,6 +33,9 @@ FLAGS = (
     # With fused multiply-add, which contract=True uses.
     *(["-march=x86-64-v3"] if platform.machine() == "x86_64" else []),
 )
+# An access that is not aligned to its type calls the runtime: it has that function of
+# the sanitizer's library, which stays out.
+KERNEL_FLAGS = ("-fsanitize=alignment", "-shared", "-Wl,--as-needed")
 CONTRACTED = ("-ffp-contract=fast", "-fexpensive-optimizations")  # -O1 alone has none
 # The runtime's accesses are not the kernel's: it is not instrumented, only told.
 TSAN_RUNTIME_FLAGS = ("-DSHIM_TSAN",)
@@ -96,7 +99,7 @@ def compile_kernel(
     flags = (*FLAGS, *(CONTRACTED if contract else ("-ffp-contract=off",)))
     path = _cached(
         source,
-        (*flags, *(TSAN_KERNEL_FLAGS if tsan else ()), *counts, "-shared"),
+        (*flags, *(TSAN_KERNEL_FLAGS if tsan else ()), *counts, *KERNEL_FLAGS),
         ".so",
         inputs=_runtime(tsan=tsan, is_counted=bool(counts)),
     )
@@ -130,7 +133,7 @@ def _cpp(
 
 def _without_metal_includes(text: str) -> str:
     """Without ``#include <metal_...>``: the shim has all of it in one header."""
-    return re.sub(r"(?m)^\s*#\s*include\s*<metal_\w+>", "", text)
+    return re.sub(r"(?m)^[ \t]*#[ \t]*include\s*<metal_\w+>", "", text)
 
 
 def _with_storage(text: str) -> str:

@@ -191,6 +191,14 @@ class Launch {
     return threadgroup_arrays_.emplace_back(name, line, size).data;
   }
 
+  // Stops the launch; `place` is of the access. Never returns.
+  void stop(const std::string& what, const void* address, const std::string& place) {
+    std::string thread = " (thread " + std::to_string(current_->index) + ")";
+    fail(what + " at " + place + ": " + described(address) + thread);
+    wait(State::returned, "stop", Place());
+    abort();
+  }
+
   // --- called by signal handlers
 
   bool is_in_fiber() const { return current_ != nullptr; }
@@ -346,19 +354,23 @@ class Launch {
       return "the launch must end within " + std::to_string(time_limit_s_) +
              " s of processor time: a loop does not end, or waits for another" + thread;
     }
-    for (auto* arrays : {&buffers_, &threadgroup_arrays_}) {
-      for (const GuardedMemory& array : *arrays) {
-        if (!array.contains(fault_)) continue;
-        return "memory fault: " + array.described() + " at byte " +
-               std::to_string(fault_ - array.data) + " of " +
-               std::to_string(array.size) + thread;
-      }
-    }
     char* stack = stacks_ + fiber.index * stack_bytes;
     if (fault_ >= stack && fault_ < stack + page_bytes) {
       return "the stack of a thread must be at most 256 KiB" + thread;
     }
-    return "memory fault: an address outside every array" + thread;
+    return "memory fault: " + described(fault_) + thread;
+  }
+
+  std::string described(const void* address) const {
+    const char* byte = static_cast<const char*>(address);
+    for (auto* arrays : {&buffers_, &threadgroup_arrays_}) {
+      for (const GuardedMemory& array : *arrays) {
+        if (!array.contains(byte)) continue;
+        return array.described() + " at byte " + std::to_string(byte - array.data) +
+               " of " + std::to_string(array.size);
+      }
+    }
+    return "an address outside every array";
   }
 
   void check_padding(const std::deque<GuardedMemory>& arrays) {
@@ -517,6 +529,22 @@ float with_noise(float result, float argument) {
   mixed ^= mixed >> 31;
   int ulps = static_cast<int>(mixed % (2 * noise_ulps + 1)) - noise_ulps;
   return std::bit_cast<float>(std::bit_cast<int32_t>(result) + ulps);
+}
+
+// What g++ has a kernel call where an address is no multiple of what its type needs.
+struct AccessPlace {
+  const char* file;
+  uint line;
+  uint column;
+  const void* type;
+  uint8_t log2_alignment;
+};
+extern "C" void __ubsan_handle_type_mismatch_v1(
+    const AccessPlace* access, const void* address) {
+  launch->stop(
+      "an address must be a multiple of " +
+          std::to_string(1u << access->log2_alignment),
+      address, std::string(access->file) + ":" + std::to_string(access->line));
 }
 
 // -------------------------------------------------------------- the host's side
