@@ -1,8 +1,8 @@
 """What the matmul of few rows reads, writes and issues: each figure is derived.
 
 Per simdgroup, of R outputs of all M rows: every weight once, every number of x once.
-K is as in the models, N three threadgroups and a ragged end, whose outputs the last
-simdgroup repeats.
+K is as in the models, N three threadgroups and a ragged end, which is why the last
+simdgroup repeats an output of the one before it.
 
 Run: python -m pytest tests/kernels/test_matmul_counts.py
      python -m pytest -m slow tests/kernels/test_matmul_counts.py    all forms, a head
@@ -98,7 +98,9 @@ class Product:
         width = self.form.bits  # bytes of a chunk
         starts = np.arange(0, self.num_chunks, LANES)
         ends = np.minimum(starts + LANES, self.num_chunks)
-        outputs = np.minimum(np.arange(self.num_columns), self.N - 1)[:, None]
+        # The last simdgroup has the last R outputs.
+        bases = np.minimum(np.arange(self.num_simdgroups) * self.R, self.N - self.R)
+        outputs = (bases[:, None] + np.arange(self.R)).reshape(-1, 1)
         first = (outputs * self.num_chunks + starts) * width // LINE_BYTES
         last = ((outputs * self.num_chunks + ends) * width - 1) // LINE_BYTES
         return last - first + 1
@@ -140,23 +142,20 @@ def check_arithmetic(counts, product):
     constants = {4: 2, 8: 1, DENSE: 0}[form.bits]
     making = 0 if form.bits == DENSE else num_weights + constants * steps
     assert operations.pop("fma") == num_weights * M + making
-    assert operations.pop("multiply") == (steps if form.bits == 4 else 0)
-    num_halves = num_weights if form.group_size else 0
-    if form.group_size:
-        num_halves += 2 * steps  # scale and bias
-    numbers = num_weights // product.R * M
-    numbers += num_weights if form.bits == DENSE else 0
-    if form.dtype == mx.float16:
-        num_halves += numbers
+    # Numbers of the form's type: half of those in words stand high, half low.
+    in_words = num_weights // product.R * M + (num_weights if making == 0 else 0)
+    alone = 2 * steps if form.group_size else 0  # scales and biases
+    num_quantized = num_weights if form.group_size else 0
+    is_bfloat = form.dtype == mx.bfloat16
+    num_halves = num_quantized + (0 if is_bfloat else in_words + alone)
     assert operations.pop("from_short") == num_halves
     assert operations.pop("to_short") == product.N * M
-    assert operations.pop("pack") == (numbers // 2 if form.dtype == mx.bfloat16 else 0)
+    assert operations.pop("pack") == (in_words // 2 + alone if is_bfloat else 0)
     exchanged = exchanges(M * product.R)
     # Which of two sums a lane keeps, at five levels.
     logic = 5 * LANES * product.num_simdgroups
-    logic += numbers // 2 if form.dtype == mx.bfloat16 else 0
-    logic += num_weights if form.group_size else 0
-    assert operations.pop("logic") == logic
+    logic += in_words // 2 if is_bfloat else 0
+    assert operations.pop("logic") == logic + num_quantized
     assert operations.pop("shift") <= num_weights // 4  # what is alike counts twice
     lanes = LANES * product.num_simdgroups
     assert operations.pop("add") == exchanged * lanes
@@ -238,7 +237,7 @@ def test_counts_of_a_head(monkeypatch):
 # ------------------------------------------------------------------------ mistakes
 
 CHANGES = {
-    "weights twice": ("uint p0 = w[", "uint p0 = w[n0 * chunks + c] & w["),
+    "weights twice": ("uint p0 = w_row0[at]", "uint p0 = w_row0[at] & w_row0[at]"),
     "a conversion": ("float w1_0 = fma(HALF_LOW(h1_0)", "float w1_0 = fma(float(h1_0)"),
     "a barrier": ("bool is_high_16", "BARRIER();\n  bool is_high_16"),
     "a lane's chunks beside each other": (
@@ -246,20 +245,20 @@ CHANGES = {
         "for (uint c = lane * (chunks / 32u); c < (lane + 1u) * (chunks / 32u); c++)",
     ),
     "x in halves": (
-        "uint4 x0 = LOAD4(x, 0u * chunks + c);",
-        "uint4 x0 = uint4(LOAD2(x, 2u * c), LOAD2(x, 2u * c + 1u));",
+        "LOAD4(x_row0, c)",
+        "uint4(LOAD2(x_row0, 2u * c), LOAD2(x_row0, 2u * c + 1u))",
     ),
     "x again for an output": (
-        "uint p1 =",
-        "x0 = LOAD4(x, 0u * chunks + c);\n    uint p1 =",
+        "float c1 =",
+        "x0 = LOAD4(x_row0, c);\n    float c1 =",
     ),
     "a weight again for a row": (
         "a1_0 = fma(w0_0,",
         "a1_0 = fma(fma(HALF_LOW(h0_0), s0, c0),",
     ),
-    "outputs twice": ("if (is_first && n < outputs)", "if (n < outputs)"),
-    "a function": ("float b0 = float(", "float b0 = log(exp(0.0f)) + float("),
-    "a scale of another group": ("scales[n0 * groups + g]", "scales[n0 * groups]"),
+    "outputs twice": ("if (is_first && ", "if ("),
+    "a function": ("float c0 = fma(", "float c0 = log(exp(0.0f)) + fma("),
+    "one scale for a row": ("scales_row0[g]", "scales_row0[base * groups]"),
 }
 
 
