@@ -17,28 +17,24 @@ if sys.platform == "darwin":
     pytest.skip("MLX runs kernels on Metal itself here", allow_module_level=True)
 
 from mlx_gemma_mtp.kernels import common
-from mlx_gemma_mtp.kernels.decide import decide
-from mlx_gemma_mtp.kernels.judge import judge
-from mlx_gemma_mtp.kernels.propose import propose
-from mlx_gemma_mtp.kernels.resample import resample
-from mlx_gemma_mtp.kernels.select import BLOCK, most_likely
-from mlx_gemma_mtp.kernels.threshold import threshold
+from mlx_gemma_mtp.kernels.select import BLOCK
+from tests.kernels.launches import (
+    LANES,
+    distinct,
+    lists,
+    replacing,
+    run_decide,
+    run_judge,
+    run_propose,
+    run_resample,
+    run_select,
+    run_threshold,
+)
 from tests.metal.count import count_on_cpu
-from tests.metal.counted import CountedLaunches
 from tests.metal.toy import TOY, arguments, example_logits
 
 LIST = common.LIST
 THREADS = common.MAX_THREADS
-LANES = 32
-OFF = 2**31 - 1  # top_k
-
-
-def counted(monkeypatch, function, *args, change=None, **settings):
-    """Call a function of a kernel; what its launches did."""
-    launches = CountedLaunches(change=change)
-    monkeypatch.setattr(common, "launch", launches)
-    function(*args, **settings)
-    return launches.counts
 
 
 def check_loads(counts, name, count, *, unique, width=4):
@@ -60,49 +56,11 @@ def check_outputs_written_once(counts, *names):
         assert (stores.num_bytes, stores.unique_bytes) == (written, written), name
 
 
-def rows_of(modes, *, top_p=2.0, min_p=0.0):
-    """row_floats and row_words of rows in these modes."""
-    B = len(modes)
-    floats = np.zeros((B, common.ROW_FLOATS), np.float32)
-    floats[:, :3] = (1.0, top_p, min_p)
-    words = np.zeros((B, common.ROW_WORDS), np.uint32)
-    words[:, 0] = np.arange(B) + 7
-    words[:, 2] = modes
-    words[:, 3] = OFF
-    words[:, 4] = 100
-    return {"row_floats": mx.array(floats), "row_words": mx.array(words)}
-
-
 def check_settings(counts, num_threads, floats, words):
     """Each thread reads what it needs of its row's settings, and nothing else does."""
     B = counts.sizes["row_words"] // (4 * common.ROW_WORDS)
     check_loads(counts, "row_floats", num_threads * floats, unique=B * floats)
     check_loads(counts, "row_words", num_threads * words, unique=B * words)
-
-
-def distinct(*shape, seed=0, dtype=mx.float32):
-    """Numbers of which no two are equal, in no order; of 16 bits few are."""
-    size = int(np.prod(shape))
-    rng = np.random.default_rng(seed)
-    return mx.array(
-        (rng.permutation(size).reshape(shape) / size * 16 - 8).astype(np.float32)
-    ).astype(dtype)
-
-
-def lists(*shape, seed=0):
-    """Lists [..., 64] of scores, descending, and ids of a vocabulary of 1000."""
-    rng = np.random.default_rng(seed)
-    scores = -np.sort(rng.exponential(size=(*shape, LIST)).astype(np.float32))
-    ids = [rng.choice(1000, LIST, replace=False) for _ in range(int(np.prod(shape)))]
-    return (
-        mx.array(-np.sort(-scores)),
-        mx.array(np.reshape(ids, (*shape, LIST)).astype(np.int32)),
-    )
-
-
-def whole_row_stats(B, L):
-    """Of rows of which everything is kept."""
-    return mx.array(np.tile(np.array([8, -np.inf, 9, 9], np.float32), (B, L, 1)))
 
 
 # ------------------------------------------------------------------------ counting
@@ -158,13 +116,11 @@ def check_select(counts, R, M, *, dtype, num_blocks, num_reaching, has_ids):
 
 @pytest.mark.parametrize("has_ids", [False, True])
 @pytest.mark.parametrize("M", [3000, 20000])
-def test_select(monkeypatch, M, has_ids):
+def test_select(M, has_ids):
     R, num_blocks = 2, -(-M // BLOCK)
     logits = distinct(R, M)
     ids = mx.broadcast_to(mx.arange(M, dtype=mx.int32)[::-1], (R, M))
-    first, *merge = counted(
-        monkeypatch, most_likely, logits, token_ids=ids if has_ids else None
-    )
+    first, *merge = run_select(logits, ids if has_ids else None)
     check_select(
         first, R, M, dtype=mx.float32, num_blocks=num_blocks,
         num_reaching=reaching(logits), has_ids=has_ids,
@@ -181,11 +137,9 @@ def test_select(monkeypatch, M, has_ids):
         check_loads(counts, "numbers", stats, unique=stats)
 
 
-def test_select_of_short_floats_converts_each_once(monkeypatch):
+def test_select_of_short_floats_converts_each_once():
     R, M = 1, 9000
-    first, _ = counted(
-        monkeypatch, most_likely, distinct(R, M, dtype=mx.bfloat16), softcap=30.0
-    )
+    first, _ = run_select(distinct(R, M, dtype=mx.bfloat16), softcap=30.0)
     check_loads(first, "logits", R * M, unique=R * M, width=2)
     assert first.operations["from_short"] == R * M
 
@@ -193,12 +147,9 @@ def test_select_of_short_floats_converts_each_once(monkeypatch):
 # ------------------------------------------------------------------ propose, decide
 
 
-def test_propose(monkeypatch):
-    B = 3
-    values, ids = lists(B)
-    stats = mx.array(np.full((B, 2), 2.0, np.float32))
-    rows = rows_of([common.GREEDY, common.COUPLED, common.BLOCK])
-    (counts,) = counted(monkeypatch, propose, values, ids, stats, **rows, step=1)
+def test_propose():
+    modes = [common.GREEDY, common.COUPLED, common.BLOCK]
+    counts, B = run_propose(modes), len(modes)
     # Every entry once; besides, all lanes the best, and one the token.
     check_loads(counts, "values", B * (LIST + LANES), unique=B * LIST)
     check_loads(counts, "ids", B * (LIST + 1), unique=B * LIST)
@@ -210,17 +161,9 @@ def test_propose(monkeypatch):
 
 
 @pytest.mark.parametrize("K", [1, 4, 8])
-def test_decide(monkeypatch, K):
+def test_decide(K):
     modes = [common.BLOCK, common.COUPLED]
-    B, L = len(modes), K + 1
-    values, ids = lists(B, L)
-    scores, draft_ids = lists(B, K, seed=1)
-    stats = mx.array(np.full((B, L, 2), 2.0, np.float32))
-    drafts = draft_ids[..., 0]
-    (counts,) = counted(
-        monkeypatch, decide, values, ids, stats, drafts, scores, draft_ids,
-        **rows_of(modes),
-    )  # fmt: skip
+    counts, B, L = run_decide(modes, K), len(modes), K + 1
     num_threads = B * LANES * min(L, 8)
     assert counts.num_threads == num_threads
     check_loads(counts, "values", B * L * LIST, unique=B * L * LIST)
@@ -244,17 +187,8 @@ def test_decide(monkeypatch, K):
 # ------------------------------------------------------ threshold, judge, resample
 
 
+TWO_ROWS = (2, 3001)
 REDUCTIONS = 6  # of threshold, each with two barriers
-
-
-def run_threshold(monkeypatch, V, *, dtype=mx.bfloat16, top_p=2.0, L=2, change=None):
-    B = 1
-    (counts,) = counted(
-        monkeypatch, threshold, distinct(B, L, V, dtype=dtype),
-        **rows_of([common.COUPLED] * B, top_p=top_p),
-        has_top_p=top_p < 1, has_min_p=False, has_coupled=True, change=change,
-    )  # fmt: skip
-    return B * L, counts
 
 
 def check_threshold(counts, R, V, *, num_passes, width):
@@ -267,38 +201,23 @@ def check_threshold(counts, R, V, *, num_passes, width):
     check_settings(counts, R * THREADS, 3, 4)
 
 
-def test_threshold_reads_rows_three_times(monkeypatch):
-    V = 5001
-    R, counts = run_threshold(monkeypatch, V)
-    check_threshold(counts, R, V, num_passes=3, width=2)
+def test_threshold_reads_rows_three_times():
+    check_threshold(run_threshold(*TWO_ROWS), *TWO_ROWS, num_passes=3, width=2)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(mx.bfloat16, 16), (mx.float32, 32)])
-def test_top_p_takes_three_bits_a_pass(monkeypatch, dtype, bits):
+def test_top_p_takes_three_bits_a_pass(dtype, bits):
     V = 5001
-    _, counts = run_threshold(monkeypatch, V, dtype=dtype, top_p=0.9, L=1)
+    counts = run_threshold(1, V, dtype=dtype, top_p=0.9)
     num_passes = counts.loads["logits"].count // V
     check_threshold(counts, 1, V, num_passes=num_passes, width=dtype.size)
     assert 1 <= num_passes - 3 <= -(-bits // 3)
 
 
-def run_judge(monkeypatch, modes, K, V, *, change=None):
-    B = len(modes)
-    scores, ids = lists(B, K)
-    logits = distinct(B, K + 1, V)
-    tokens = mx.zeros((B, K + 1), dtype=mx.int32)
-    stats = whole_row_stats(B, K + 1)
-    (counts,) = counted(
-        monkeypatch, judge, logits, stats, tokens, ids[..., 0], scores, ids,
-        **rows_of(modes), change=change,
-    )  # fmt: skip
-    return ids, counts
-
-
-def test_judge(monkeypatch):
+def test_judge():
     modes, K, V = [common.BLOCK, common.COUPLED, common.BLOCK], 4, 700
-    ids, counts = run_judge(monkeypatch, modes, K, V)
-    B, is_block = len(modes), np.array(modes) == common.BLOCK
+    counts, B = run_judge(modes, K, V), len(modes)
+    is_block, ids = np.array(modes) == common.BLOCK, lists(B, K)[1]
     # Of the vocabulary only the drafter's candidates, of ids below V, are looked at.
     num_gathered = int((np.array(ids)[is_block] < V).sum())
     assert 0 < num_gathered < is_block.sum() * K * LIST
@@ -310,20 +229,6 @@ def test_judge(monkeypatch):
     check_settings(counts, B * LANES, 1, 4)
     check_outputs_written_once(counts, "report", "reach")
     check_calls(counts, simd_sum=4 * K)
-
-
-def run_resample(monkeypatch, modes, accepted, K, V, *, change=None):
-    B = len(modes)
-    scores, ids = lists(B, K)
-    report = np.zeros((B, K + 2), np.int32)
-    report[:, 0] = accepted
-    stats = whole_row_stats(B, K + 1)
-    (counts,) = counted(
-        monkeypatch, resample, mx.array(report), mx.ones((B,)),
-        distinct(B, K + 1, V, dtype=mx.bfloat16), stats, scores, ids,
-        **rows_of(modes), change=change,
-    )  # fmt: skip
-    return counts
 
 
 def check_resample(counts, modes, accepted, K, V):
@@ -346,67 +251,55 @@ def check_resample(counts, modes, accepted, K, V):
 RESAMPLED = ([common.BLOCK, common.COUPLED, common.BLOCK], [2, 1, 4], 4, 3001)
 
 
-def test_resample(monkeypatch):
-    check_resample(run_resample(monkeypatch, *RESAMPLED), *RESAMPLED)
+def test_resample():
+    check_resample(run_resample(*RESAMPLED), *RESAMPLED)
 
 
 # ------------------------------------------------------------------------ mistakes
 
 
-def replacing(old, new):
-    def change(source):
-        assert old in source
-        return source.replace(old, new, 1)
-
-    return change
-
-
 ONE_PASS = "    float own_sum = 0.0f;\n"
+AGAIN = (
+    "    for (uint i = thread_id; i < V; i += 256u) "
+    "own_sum += 0.0f * float(logits[start + i]);\n"
+)
 
 
 @pytest.mark.parametrize(
-    ("run", "check", "change"),
+    "change",
+    [
+        pytest.param((ONE_PASS, ONE_PASS + AGAIN), id="a pass more"),
+        pytest.param((ONE_PASS, f"    BARRIER();\n{ONE_PASS}"), id="a barrier more"),
+    ],
+)
+def test_mistakes_of_threshold_are_seen(change):
+    counts = run_threshold(*TWO_ROWS, change=replacing(*change))
+    with pytest.raises(AssertionError):
+        check_threshold(counts, *TWO_ROWS, num_passes=3, width=2)
+
+
+@pytest.mark.parametrize(
+    "change",
     [
         pytest.param(
-            lambda patch, change: run_threshold(patch, 3001, change=change)[1],
-            lambda counts: check_threshold(counts, 2, 3001, num_passes=3, width=2),
-            replacing(
-                ONE_PASS,
-                f"{ONE_PASS}    for (uint i = thread_id; i < V; i += 256u) "
-                "own_sum += 0.0f * float(logits[start + i]);\n",
-            ),
-            id="a pass more",
-        ),
-        pytest.param(
-            lambda patch, change: run_threshold(patch, 3001, change=change)[1],
-            lambda counts: check_threshold(counts, 2, 3001, num_passes=3, width=2),
-            replacing(ONE_PASS, f"    BARRIER();\n{ONE_PASS}"),
-            id="a barrier more",
-        ),
-        pytest.param(
-            lambda patch, change: run_resample(patch, *RESAMPLED, change=change),
-            lambda counts: check_resample(counts, *RESAMPLED),
-            replacing("uint end = is_block ? V : 0u;", "uint end = V;"),
+            ("uint end = is_block ? V : 0u;", "uint end = V;"),
             id="rows that nobody draws from are read",
         ),
         pytest.param(
-            lambda patch, change: run_resample(patch, *RESAMPLED, change=change),
-            lambda counts: check_resample(counts, *RESAMPLED),
-            replacing("i = thread_id; i < K + 2u", "i = lane; i < K + 2u"),
+            ("i = thread_id; i < K + 2u", "i = lane; i < K + 2u"),
             id="tokens are written by every simdgroup",
-        ),
-        pytest.param(
-            lambda patch, change: run_judge(
-                patch, [common.COUPLED], 2, 700, change=change
-            )[1],
-            lambda counts: check_loads(counts, "logits", 0, unique=0),
-            replacing("if (is_block && id_a < V)", "if (id_a < V)"),
-            id="equality looks at probabilities",
         ),
     ],
 )
-def test_mistakes_are_seen(monkeypatch, run, check, change):
-    check(run(monkeypatch, None))
-    counts = run(monkeypatch, change)
+def test_mistakes_of_resample_are_seen(change):
+    counts = run_resample(*RESAMPLED, change=replacing(*change))
     with pytest.raises(AssertionError):
-        check(counts)
+        check_resample(counts, *RESAMPLED)
+
+
+def test_judge_that_looks_at_logits_for_equality_is_seen():
+    change = replacing("if (is_block && id_a < V)", "if (id_a < V)")
+    right, wrong = (
+        run_judge([common.COUPLED], 2, 700, change=how) for how in (None, change)
+    )
+    assert right.loads["logits"].count == 0 < wrong.loads["logits"].count

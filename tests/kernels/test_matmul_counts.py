@@ -9,17 +9,13 @@ Run: python -m pytest tests/kernels/test_matmul_counts.py
 """
 
 import sys
-from dataclasses import dataclass
-from functools import cached_property
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 if sys.platform == "darwin":
     pytest.skip("MLX runs kernels on Metal itself here", allow_module_level=True)
 
-from mlx_gemma_mtp.kernels import common
 from mlx_gemma_mtp.kernels.matmul import (
     CHUNK,
     DENSE,
@@ -27,14 +23,11 @@ from mlx_gemma_mtp.kernels.matmul import (
     MAX_ROWS,
     Form,
     default_columns,
-    multiply,
 )
-from tests.kernels.test_counts import check_outputs_written_once, replacing
+from tests.kernels.launches import LANES, SIMDGROUPS, Product, replacing
+from tests.kernels.test_counts import check_outputs_written_once
 from tests.metal import launch as metal_launch
-from tests.metal.count import LINE_BYTES
-from tests.metal.counted import CountedLaunches
 
-LANES, SIMDGROUPS = 32, 4
 G64 = Form(4, 64, mx.bfloat16)
 FORMS = [
     Form(bits, size, dtype)
@@ -44,66 +37,6 @@ FORMS = [
         *((bits, size) for bits in (4, 8) for size in GROUP_SIZES),
     )
 ]
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product of M rows by a matrix [N, K], R outputs to a simdgroup."""
-
-    form: Form
-    M: int
-    R: int
-    N: int
-    K: int
-
-    @classmethod
-    def ragged(cls, form, M, R=None, K=1536):
-        """Of three whole threadgroups and a simdgroup that lacks an output."""
-        R = R or default_columns(M)
-        return cls(form, M, R, (3 * SIMDGROUPS + 1) * R - 1, K)
-
-    def run(self, monkeypatch, **how):
-        """What a launch of it does."""
-        launches = CountedLaunches(has_words=True, **how)
-        monkeypatch.setattr(common, "launch", launches)
-        mx.random.seed(0)
-        x = mx.random.normal((self.M, self.K)).astype(self.form.dtype)
-        matrix = mx.random.normal((self.N, self.K)).astype(self.form.dtype)
-        bits, group_size = self.form.bits, self.form.group_size
-        arrays: tuple[mx.array, ...] = (matrix,)
-        if group_size:
-            arrays = mx.quantize(matrix, group_size=group_size, bits=bits)
-        multiply(x, *arrays, form=self.form, num_columns=self.R)
-        (counts,) = launches.counts
-        return counts
-
-    @property
-    def num_simdgroups(self):
-        """Those that have an output."""
-        return -(-self.N // self.R)
-
-    @property
-    def num_columns(self):
-        """Outputs that are computed; the last one more than once."""
-        return self.num_simdgroups * self.R
-
-    @property
-    def num_chunks(self):
-        """Of a row, each a lane's step."""
-        return self.K // CHUNK
-
-    @cached_property
-    def lines_of_weights(self):
-        """Lines of 128 bytes that the loads touch, a simdgroup's load at a time."""
-        width = self.form.bits  # bytes of a chunk
-        starts = np.arange(0, self.num_chunks, LANES)
-        ends = np.minimum(starts + LANES, self.num_chunks)
-        # The last simdgroup has the last R outputs.
-        bases = np.minimum(np.arange(self.num_simdgroups) * self.R, self.N - self.R)
-        outputs = (bases[:, None] + np.arange(self.R)).reshape(-1, 1)
-        first = (outputs * self.num_chunks + starts) * width // LINE_BYTES
-        last = ((outputs * self.num_chunks + ends) * width - 1) // LINE_BYTES
-        return last - first + 1
 
 
 def check_reads(counts, product):
@@ -190,14 +123,14 @@ def check(counts, product):
     ],
     ids=str,
 )
-def test_counts(monkeypatch, product):
-    check(product.run(monkeypatch), product)
+def test_counts(product):
+    check(product.run(), product)
 
 
-def test_floor_where_outputs_fill_simdgroups(monkeypatch):
+def test_floor_where_outputs_fill_simdgroups():
     """The figures as such: 31B's width, whole outputs, rows that are whole lines."""
     product = Product(G64, 5, 4, 48, 5376)
-    counts = product.run(monkeypatch)
+    counts = product.run()
     weights = counts.loads["w"]
     assert weights.num_bytes == weights.unique_bytes == 48 * 5376 // 2
     assert weights.lines == weights.instructions  # each a line
@@ -219,11 +152,11 @@ def test_lines_of_a_load(bits, lines):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_counts_of_all(monkeypatch, form):
+def test_counts_of_all(form):
     for M in range(1, MAX_ROWS + 1):
         for R in {default_columns(M), 2}:
             product = Product.ragged(form, M, R, K=704 if M % 2 else 2560)
-            check(product.run(monkeypatch), product)
+            check(product.run(), product)
 
 
 @pytest.mark.slow
@@ -231,7 +164,7 @@ def test_counts_of_a_head(monkeypatch):
     """E2B's tied head."""
     monkeypatch.setattr(metal_launch, "TIME_LIMIT_S", 600)
     product = Product(G64, 2, 4, 262144, 1536)
-    check(product.run(monkeypatch), product)
+    check(product.run(), product)
 
 
 # ------------------------------------------------------------------------ mistakes
@@ -263,16 +196,14 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_mistakes_are_seen(monkeypatch, change):
+def test_mistakes_are_seen(change):
     # Whole simdgroups and steps, so that most of these give the same product.
     product = Product(G64, 2, 2, 3 * SIMDGROUPS * 2, 1536)
-    counts = product.run(
-        monkeypatch, change=replacing(*CHANGES[change]), is_checked=False
-    )
+    counts = product.run(change=replacing(*CHANGES[change]), is_checked=False)
     with pytest.raises(AssertionError):
         check(counts, product)
 
 
-def test_the_product_of_the_mistakes_is_none(monkeypatch):
+def test_the_product_of_the_mistakes_is_none():
     product = Product(G64, 2, 2, 3 * SIMDGROUPS * 2, 1536)
-    check(product.run(monkeypatch), product)
+    check(product.run(), product)
