@@ -95,7 +95,7 @@ def counted(
 # ---------------------------------------------------------------------- examples
 
 
-def rows_of(modes: Sequence[int], *, top_p: float = 2.0) -> dict[str, mx.array]:
+def rows_of(modes: Sequence[int], *, top_p: float = 2.0) -> dict[str, Any]:
     """row_floats and row_words of rows in these modes."""
     B = len(modes)
     floats = np.zeros((B, common.ROW_FLOATS), np.float32)

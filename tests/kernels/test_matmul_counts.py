@@ -8,6 +8,7 @@ Run: python -m pytest tests/kernels/test_matmul_counts.py
      python -m pytest -m slow tests/kernels/test_matmul_counts.py    all forms, a head
 """
 
+import json
 import sys
 
 import mlx.core as mx
@@ -24,6 +25,8 @@ from mlx_gemma_mtp.kernels.matmul import (
     Form,
     default_columns,
 )
+from scripts.count_kernels import all_counts, product_counts
+from scripts.kernel_tables import RECORD
 from tests.kernels.launches import LANES, SIMDGROUPS, Product, replacing
 from tests.kernels.test_counts import check_outputs_written_once
 from tests.metal import launch as metal_launch
@@ -147,7 +150,19 @@ def test_lines_of_a_load(bits, lines):
     assert (product.lines_of_weights == lines).all()
 
 
+@pytest.mark.parametrize("M", [1, 5])
+def test_the_page_is_current(M):
+    """Where it fails: make counts."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert product_counts(G64, M) == record["matmul"][str(G64)][M - 1]
+
+
 # ---------------------------------------------------------------------------- slow
+
+
+@pytest.mark.slow
+def test_all_of_the_page_is_current():
+    assert all_counts() == json.loads(RECORD.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
