@@ -37,6 +37,10 @@ class RequestError(MTPError, ValueError):
     """A request with a setting outside its range."""
 
 
+class KernelError(MTPError):
+    """A round that failed, and took its request's caches with it."""
+
+
 class DataError(MTPError):
     """Training data that cannot be read or used."""
 

@@ -121,7 +121,20 @@ class RoundPipeline:
 
         Returns:
             What the live sequences emit.
+
+        Raises:
+            KernelError: A round failed; see ``Rounds.failure_of``.
         """
+        try:
+            return self._advance(is_awaited=is_awaited)
+        except RuntimeError as error:
+            failure = self._rounds.failure_of(error)
+            if failure is error:
+                raise
+            raise failure from error
+
+    def _advance(self, *, is_awaited: bool) -> list[SequenceOutput]:
+        """Queue rounds and read the oldest."""
         self._skip_unwanted()
         while self._can_queue() and self._wants_another():
             is_first = self.is_empty

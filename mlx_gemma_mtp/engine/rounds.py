@@ -19,6 +19,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..cache.masks import draft_masks
+from ..errors import KernelError
+from ..matmuls.choices import STOCK, Choices
 from ..models.drafter import SharedKV
 from ..models.target import Target, TargetOutput
 from ..sampling.acceptance import Accepted, Draft, accept_block, cut
@@ -53,6 +55,7 @@ class Rounds:
         arrays: The arrays of both, which compiled rounds then read anew every time;
             None for models whose arrays never change.
         traces: Where compiled rounds are kept: for engines that differ in nothing.
+        on_failure: Told why a round failed whose matrices a kernel may have multiplied.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Rounds:
         use_compile: bool = True,
         arrays: ModelArrays | None = None,
         traces: Traces[CompiledRound] | None = None,
+        on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -72,6 +76,7 @@ class Rounds:
         self._arrays = arrays
         self._model_arrays: list[mx.array] | None = None  # while something decodes
         self._traces: Traces[CompiledRound] = Traces() if traces is None else traces
+        self._on_failure = on_failure
 
     def with_drafter(self, drafter: DrafterLike) -> Rounds:
         """The same target with another drafter, whose rounds are traced anew."""
@@ -97,6 +102,38 @@ class Rounds:
         self._traces.fit(structure)
         self._model_arrays = arrays
         return arrays
+
+    @property
+    def choices(self) -> Choices:
+        """Which matrices the kernel of few rows multiplies."""
+        return STOCK if self._arrays is None else self._arrays.choices
+
+    def use(self, choices: Choices) -> None:
+        """Multiply from now on as these say; rounds are traced anew where they differ.
+
+        Engines whose arrays never change multiply by MLX alone.
+        """
+        if self._arrays is not None and choices != self.choices:
+            self._arrays = self._arrays.using(choices)
+            self._model_arrays = None
+
+    def failure_of(self, error: RuntimeError) -> Exception:
+        """What to raise for what MLX raised in a round, which has lost its slabs.
+
+        Where a kernel of few rows was in the round it may be the reason: MLX takes its
+        place from now on.
+        """
+        # What a machine without memory does tells nothing of kernels.
+        if not self.choices or "memory" in str(error).lower():
+            return error
+        self.use(STOCK)
+        reason = " ".join(str(error).split())
+        if self._on_failure is not None:
+            self._on_failure(reason)
+        return KernelError(
+            "a round must run: a kernel of this package may have failed on this "
+            f"machine: {reason:.200}. Ask again: MLX's own kernels take its place."
+        )
 
     def let_go(self) -> None:
         """Keep no weights alive that the models drop; the next round reads them anew.
@@ -185,14 +222,11 @@ class Rounds:
         self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
     ) -> mx.array:
         """Only the drafts of the round that would follow, int32 [B, K]."""
-        draft = _draft(
-            self.target,
-            self.drafter,
-            self._verification,
-            state,
-            settings,
-            num_draft_tokens,
-        )
+        models: _Models = self.target, self.drafter
+        if self.choices:  # as the round would
+            arrays = self._model_arrays or self.refresh()
+            models = self._bound(arrays, arrays)
+        draft = _draft(*models, self._verification, state, settings, num_draft_tokens)
         return draft.tokens
 
     def _call(
@@ -229,11 +263,11 @@ class Rounds:
         function = partial(_round, self._verification, shape)
         if self.use_compile:
             return CompiledFunction(function)
-        return lambda bind, _, *arrays: function(bind([]), *arrays)
+        return lambda bind, models, *arrays: function(bind(models), *arrays)
 
     def _bound(self, arrays: list[mx.array], inputs: list[mx.array]) -> _Models:
         """The models, with a compiled round's inputs in place of their arrays."""
-        if self._arrays is None or not inputs:
+        if self._arrays is None:
             return self.target, self.drafter
         assert isinstance(self.target, Target)
         lm, drafter = self._arrays.bound(arrays, inputs)

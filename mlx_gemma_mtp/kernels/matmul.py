@@ -32,8 +32,7 @@ from .common import Kernel
 MAX_ROWS = 9
 MAX_SUMS = 32  # M * R: sums of a lane
 COLUMNS = (2, 3, 4)  # R that kernels are made for
-CHUNK = 8  # weights of a lane's step
-INPUTS_UNIT = 64  # K is a multiple of it
+CHUNK = 8  # weights of a lane's step; K is a multiple of it
 DENSE = 16  # bits of a weight that is not quantized
 GROUP_SIZES = (32, 64, 128)
 _SIMDGROUPS = 4  # of a threadgroup
@@ -117,7 +116,7 @@ def multiply(
     """Multiply a few rows by a matrix, as ``quantized_matmul`` or ``x @ weight.T``.
 
     Args:
-        x: [..., K] of the form's type, 1 to 9 rows in all; K a multiple of 64.
+        x: [..., K] of the form's type, 1 to 9 rows in all; K a multiple of 8.
         weight: [N, K * bits / 32] uint32 as ``mx.quantize`` packs it, or [N, K].
         scales: [N, K / group_size]; None for dense weights.
         biases: [N, K / group_size]; None for dense weights.

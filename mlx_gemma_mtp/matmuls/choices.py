@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..kernels.matmul import (
+    CHUNK,
     COLUMNS,
-    INPUTS_UNIT,
     MAX_ROWS,
     MAX_SUMS,
     Form,
@@ -46,7 +46,7 @@ class Shape:
     @property
     def is_known(self) -> bool:
         """Whether the kernel multiplies it."""
-        return self.form.is_known and self.num_inputs % INPUTS_UNIT == 0
+        return self.form.is_known and self.num_inputs % CHUNK == 0
 
     @property
     def num_bytes(self) -> int:

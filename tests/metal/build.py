@@ -8,7 +8,6 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,12 +70,13 @@ class Library:
     buffer_names: tuple[str, ...]
 
 
+@cache
 def compile_kernel(
     text: str,
     *,
     contract: bool = False,
     tsan: bool = False,
-    counts: Sequence[str] = (),
+    counts: tuple[str, ...] = (),
 ) -> Library:
     """Compile Metal text, or take what an earlier call compiled.
 
@@ -168,9 +168,11 @@ def _argument(parameter: str, *, is_counted: bool) -> str:
 def _runtime(*, tsan: bool, is_counted: bool) -> tuple[Path, ...]:
     """The compiled runtime, one for all kernels."""
     extra = TSAN_RUNTIME_FLAGS if tsan else COUNTS_FLAGS if is_counted else ()
+    # Its fibers jump between stacks, which a fortified longjmp takes for a mistake.
+    flags = (*FLAGS, "-U_FORTIFY_SOURCE", *extra, "-c")
     names = ("runtime.cpp", "counts.cpp") if is_counted else ("runtime.cpp",)
     return tuple(
-        _cached((SHIM / name).read_text(encoding="utf-8"), (*FLAGS, *extra, "-c"), ".o")
+        _cached((SHIM / name).read_text(encoding="utf-8"), flags, ".o")
         for name in names
     )
 

@@ -128,7 +128,7 @@ def make_launch(
     output_dtypes: Sequence[mx.Dtype],
     contract: bool = False,
     tsan: bool = False,
-    counts: Sequence[str] = (),
+    counts: tuple[str, ...] = (),
 ) -> tuple[Launch, str]:
     """A compiled kernel with its arrays, and its Metal text."""
     text = metal_text(
