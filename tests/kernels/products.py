@@ -15,6 +15,11 @@ import numpy as np
 
 from mlx_gemma_mtp.kernels.matmul import DENSE, Form, multiply
 
+FORMS = [
+    Form(bits, size, dtype)
+    for dtype in (mx.bfloat16, mx.float16)
+    for bits, size in ((DENSE, 0), *((b, s) for b in (4, 8) for s in (32, 64, 128)))
+]
 LANES = 32
 SMALLEST = np.float32(2.0**-126)  # of what no GPU flushes to zero
 
@@ -151,18 +156,41 @@ class Product:
 def random_product(
     form: Form, num_rows: int, num_outputs: int, num_inputs: int, seed: int = 0
 ) -> Product:
-    """Rows and a matrix of random numbers, scales of both signs among them."""
+    """Rows and a matrix of random numbers, scales of both signs among them.
+
+    The second half of a row takes back what the first one adds, for four outputs of
+    eight: what is left of their product is all rounding, and shows in which order it
+    was. What the halves leave over does not count there.
+    """
     rng = np.random.default_rng(seed)
-    x = _of_type(rng.normal(size=(num_rows, num_inputs)), form)
+    unit = max(form.group_size, 8)
+    half = num_inputs // (2 * unit) * unit
+    x = rng.normal(size=(num_rows, num_inputs))
+    x[:, half : 2 * half] = -x[:, :half]
+    x = _of_type(x, form)
     if form.bits == DENSE:
-        w = _of_type(rng.normal(size=(num_outputs, num_inputs)) / 20, form)
-        return Product(form, x, w)
+        w = rng.normal(size=(num_outputs, num_inputs)) / 20
+        return Product(form, x, _of_type(_mirrored(w, half), form))
     shape = (num_outputs, num_inputs * form.bits // 32)
     words = rng.integers(0, 2**32, shape, dtype=np.uint32)
     groups = (num_outputs, num_inputs // form.group_size)
-    scales = _of_type(rng.normal(size=groups) / 2**form.bits, form)
-    biases = _of_type(rng.normal(size=groups) / 2, form)
-    return Product(form, x, words, scales, biases)
+    scales, biases = rng.normal(size=(2, *groups))
+    num_groups = half // form.group_size
+    return Product(
+        form,
+        x,
+        _mirrored(words, half * form.bits // 32),
+        _of_type(_mirrored(scales / 2**form.bits, num_groups), form),
+        _of_type(_mirrored(biases / 2, num_groups), form),
+    )
+
+
+def _mirrored(values: np.ndarray, half: int) -> np.ndarray:
+    """With the same in both halves of four rows of eight, and nothing after them."""
+    rows = np.arange(len(values)) % 8 < 4
+    values[rows, half : 2 * half] = values[rows, :half]
+    values[rows, 2 * half :] = 0
+    return values
 
 
 def _of_type(values: np.ndarray, form: Form) -> np.ndarray:

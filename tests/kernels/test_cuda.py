@@ -17,10 +17,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.kernels import common
+from mlx_gemma_mtp.kernels import common, matmul
 from mlx_gemma_mtp.sampling import fused
 from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.params import SamplingParams
+from tests.kernels.products import FORMS, random_product
 from tests.metal.run import run_on_cpu
 
 pytestmark = pytest.mark.cuda
@@ -138,3 +139,17 @@ def test_nvidias_compiler_takes_every_body(
     assert len(texts) > 3
     for text in texts.values():
         assert compile_errors(text) == ""
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_nvidias_compiler_takes_every_matmul(form, monkeypatch):
+    texts = []
+
+    def launch(kernel, inputs, *, template, output_shapes, output_dtypes, **_):
+        texts.append(cuda_text(kernel, inputs, template, output_dtypes))
+        return [mx.zeros(output_shapes[0], dtype=output_dtypes[0])]
+
+    monkeypatch.setattr(common, "launch", launch)
+    for num_rows in range(1, matmul.MAX_ROWS + 1):
+        random_product(form, num_rows, 8, 128).run()
+    assert [compile_errors(text) for text in texts] == [""] * matmul.MAX_ROWS
