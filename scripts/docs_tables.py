@@ -40,7 +40,7 @@ def _flags(command: str) -> Mapping[_Key, str]:
         if action.dest not in ("help", "version"):  # which all have
             text = _help(action)
             default = _DEFAULT.search(text)
-            names = action.option_strings or [action.dest]
+            names = action.option_strings or [str(action.metavar or action.dest)]
             key = ", ".join(f"`{name}`" for name in names), _DEFAULT.sub("", text)
             found[key] = default[1] if default else ""
     return found

@@ -27,7 +27,7 @@ from .choices import Choice, Choices, Shape
 
 # Another set of candidates, or another way to judge them, gets another number.
 _CANDIDATES = 1
-_SECTIONS = ("choices", "bad", "passes")
+_SECTIONS = ("choices", "gains", "bad", "passes")
 _MOST_PASSES = 16  # sets of shapes whose passes are kept
 _MAX_REASON = 200  # characters
 
@@ -65,15 +65,30 @@ class Kept:
 
     def is_decided(self, shape: Shape) -> bool:
         """Whether it is known what multiplies a shape, be it MLX."""
-        if self.is_bad(shape):
-            return True
-        found = self._found["choices"].get(str(shape), math.nan)
-        return found is None or bool(self.choices([shape]))
+        found, name = self._found["choices"], str(shape)
+        is_stock = name in found and found[name] is None
+        return is_stock or self.is_bad(shape) or bool(self.choices([shape]))
 
-    def keep(self, shape: Shape, choice: Choice | None) -> None:
-        """Keep what multiplies a shape; None for MLX."""
+    def keep(
+        self,
+        shape: Shape,
+        choice: Choice | None,
+        gains: Mapping[int, float] | None = None,
+    ) -> None:
+        """Keep what multiplies a shape.
+
+        Args:
+            shape: The shape.
+            choice: The kernel's; None for MLX.
+            gains: MLX's time over the kernel's, by rows, where it was measured.
+        """
         value = None if choice is None else choice.to_dict()
         self._change("choices", {str(shape): value})
+        self._change("gains", {str(shape): _named(gains or {})})
+
+    def gains(self, shape: Shape) -> dict[int, float]:
+        """MLX's time over the kernel's, by rows; empty where nobody measured it."""
+        return _by_rows(self._found["gains"].get(str(shape)))
 
     def mark_bad(self, shapes: Iterable[Shape], reason: str) -> None:
         """MLX multiplies these from now on: a kernel failed, or was wrong."""
@@ -90,17 +105,11 @@ class Kept:
             Seconds by the number of rows, 1, 2, 3, 5 and 9; None where it was not
             measured with the choices that hold now.
         """
-        found = self._found["passes"].get(self._name_of(shapes))
-        if not isinstance(found, dict) or not found:
-            return None
-        if not all(name.isdecimal() and _is_time(s) for name, s in found.items()):
-            return None
-        return {int(name): float(s) for name, s in found.items()}
+        return _by_rows(self._found["passes"].get(self._name_of(shapes))) or None
 
     def keep_passes(self, shapes: set[Shape], seconds: Mapping[int, float]) -> None:
         """Keep what a pass with the present choices takes, see ``pass_seconds``."""
-        named = {str(num_rows): float(s) for num_rows, s in seconds.items()}
-        self._change("passes", {self._name_of(shapes): named})
+        self._change("passes", {self._name_of(shapes): _named(seconds)})
 
     def _name_of(self, shapes: set[Shape]) -> str:
         """What a set of shapes is called, with what multiplies each."""
@@ -160,5 +169,17 @@ def _kernels_digest() -> str:
     return found.hexdigest()
 
 
-def _is_time(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value) and value > 0
+def _named(by_rows: Mapping[int, float]) -> dict[str, float]:
+    """Numbers by rows, as JSON takes them."""
+    return {str(num_rows): float(number) for num_rows, number in by_rows.items()}
+
+
+def _by_rows(found: object) -> dict[int, float]:
+    """What ``_named`` gave; empty where it gave something else."""
+    if not isinstance(found, dict):
+        return {}
+    for name, number in found.items():
+        is_number = isinstance(number, float) and math.isfinite(number) and number > 0
+        if not (name.isdecimal() and is_number):
+            return {}
+    return {int(name): number for name, number in found.items()}
