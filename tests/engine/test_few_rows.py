@@ -34,7 +34,7 @@ OFFSET = 5
 @pytest.fixture
 def launches(monkeypatch):
     """Kernels run in the harness; how often each was launched."""
-    counts = Counter()
+    counts: Counter[str] = Counter()
 
     def launch(kernel, inputs, **settings):
         counts[kernel.name] += 1
@@ -48,6 +48,7 @@ def half_pair(family):
     """A random pair in bfloat16, quantized as far as its small layers can be."""
     folder = REFERENCE / family
     made = load_pair(folder / "target", folder / "drafter")
+    assert made.drafter is not None
     for module in (made.target, made.drafter):
         module.set_dtype(mx.bfloat16)
         nn.quantize(
