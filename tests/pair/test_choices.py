@@ -11,11 +11,13 @@ import mlx.nn as nn
 import pytest
 
 from mlx_gemma_mtp.drafting.speed_model import MLX_ALONE
+from mlx_gemma_mtp.errors import KernelError
 from mlx_gemma_mtp.kernels import common
 from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices
 from mlx_gemma_mtp.matmuls.kept import Kept as Decisions
 from mlx_gemma_mtp.pair import pair as pair_module
 from mlx_gemma_mtp.pair.pair import Pair, pair_of
+from mlx_gemma_mtp.pair.planning import verdict_of
 from tests.engine.test_few_rows import every_matrix, half_pair
 
 
@@ -68,11 +70,8 @@ def test_what_was_learnt_is_kept_apart(decided, monkeypatch):
 
 def test_kernel_that_failed_is_bad_for_later_processes(decided, tmp_path):
     pair = half_pair("12b")
-    assert (
-        pair.rounds.failure_of(RuntimeError("no such pipeline"))
-        .args[0]
-        .startswith("a round must run")
-    )
+    with pytest.raises(KernelError, match="no such pipeline"), pair.rounds.watched():
+        raise RuntimeError("no such pipeline")
     assert pair.rounds.choices == STOCK
     assert pair.kept.matmuls == MLX_ALONE
     assert all(Decisions(tmp_path).is_bad(shape) for shape in decided[-1])
@@ -80,6 +79,19 @@ def test_kernel_that_failed_is_bad_for_later_processes(decided, tmp_path):
     pair.refresh()
     assert pair.rounds.choices == STOCK
     assert not decided
+
+
+@pytest.mark.usefixtures("plain_graphs")
+def test_kernel_that_fails_in_the_probe_gives_way(decided, monkeypatch):
+    pair = half_pair("12b")
+
+    def fail(*_, **__):
+        raise RuntimeError("too many threads")
+
+    monkeypatch.setattr(common, "launch", fail)
+    with pytest.raises(KernelError, match="too many threads"):
+        verdict_of(pair, 1, budget_s=20)
+    assert pair.kept.choices == pair.rounds.choices == STOCK
 
 
 def test_measured_passes_are_the_prior(decided, tmp_path, monkeypatch):
