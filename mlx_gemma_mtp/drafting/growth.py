@@ -70,7 +70,7 @@ class Constants:
         tiles, limit = 1.0, matrix_limit(chip)
         if rows >= limit:
             rows, tiles = limit, float(math.ceil(rows / _MATRIX_TILE))
-        bent = _bend(rows / self.balance) / _bend(1 / self.balance)
+        bent = bend(rows / self.balance) / bend(1 / self.balance)
         return tiles * (bent + self.reread * (rows - 1))
 
     def fixed_s(self, num_layers: int) -> float:
@@ -101,7 +101,7 @@ class WithKernel(Constants):
         """
         available = slots_per_weight(chip, bits, self.efficiency)
         few = min(rows, MAX_KERNEL_ROWS)
-        grown = _bend(self.slots(few) / available) / _bend(self.slots(1) / available)
+        grown = bend(self.slots(few) / available) / bend(self.slots(1) / available)
         return grown if few == rows else max(grown, super().growth(rows, chip, bits))
 
 
@@ -117,7 +117,7 @@ def slots_per_weight(chip: Chip, bits: int, efficiency: float) -> float:
     return _USABLE[chip.generation] * chip.slots_per_s * weight_s
 
 
-def _bend(load: float) -> float:
+def bend(load: float) -> float:
     """The larger of reading (1) and arithmetic (load), rounded off."""
     return float((1 + load**_SHARPNESS) ** (1 / _SHARPNESS))
 

@@ -123,27 +123,18 @@ class RoundPipeline:
             What the live sequences emit.
 
         Raises:
-            KernelError: A round failed; see ``Rounds.failure_of``.
+            KernelError: A round failed; see ``Rounds.watched``.
         """
-        try:
-            return self._advance(is_awaited=is_awaited)
-        except RuntimeError as error:
-            failure = self._rounds.failure_of(error)
-            if failure is error:
-                raise
-            raise failure from error
-
-    def _advance(self, *, is_awaited: bool) -> list[SequenceOutput]:
-        """Queue rounds and read the oldest."""
         self._skip_unwanted()
-        while self._can_queue() and self._wants_another():
-            is_first = self.is_empty
-            self._build(is_awaited=is_awaited)
-            if is_first or self._early_start.is_early:
-                self._start(is_early=not is_first)
-        outputs = self._read()
-        if self._batch.live:  # else what is in flight is dropped
-            self._start(is_early=False)
+        with self._rounds.watched():
+            while self._can_queue() and self._wants_another():
+                is_first = self.is_empty
+                self._build(is_awaited=is_awaited)
+                if is_first or self._early_start.is_early:
+                    self._start(is_early=not is_first)
+            outputs = self._read()
+            if self._batch.live:  # else what is in flight is dropped
+                self._start(is_early=False)
         return outputs
 
     def drop(self) -> None:

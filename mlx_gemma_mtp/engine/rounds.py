@@ -11,7 +11,8 @@ It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..cache.masks import draft_masks
-from ..errors import KernelError
+from ..errors import KernelError, described
 from ..matmuls.choices import STOCK, Choices
 from ..models.drafter import SharedKV
 from ..models.target import Target, TargetOutput
@@ -117,23 +118,30 @@ class Rounds:
             self._arrays = self._arrays.using(choices)
             self._model_arrays = None
 
-    def failure_of(self, error: RuntimeError) -> Exception:
-        """What to raise for what MLX raised in a round, which has lost its slabs.
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around what evaluates rounds.
 
-        Where a kernel of few rows was in the round it may be the reason: MLX takes its
-        place from now on.
+        One that fails has lost its slabs. A kernel of few rows in it may be the reason:
+        MLX takes its place from now on.
+
+        Raises:
+            KernelError: So it was.
         """
-        # What a machine without memory does tells nothing of kernels.
-        if not self.choices or "memory" in str(error).lower():
-            return error
-        self.use(STOCK)
-        reason = " ".join(str(error).split())
-        if self._on_failure is not None:
-            self._on_failure(reason)
-        return KernelError(
-            "a round must run: a kernel of this package may have failed on this "
-            f"machine: {reason:.200}. Ask again: MLX's own kernels take its place."
-        )
+        try:
+            yield
+        except RuntimeError as error:
+            # What a machine without memory does tells nothing of kernels.
+            if not self.choices or "memory" in str(error).lower():
+                raise
+            self.use(STOCK)
+            reason = described(error)
+            if self._on_failure is not None:
+                self._on_failure(reason)
+            raise KernelError(
+                "a round must run: a kernel of this package may have failed on this "
+                f"machine: {reason:.200}. Ask again: MLX's own take its place."
+            ) from error
 
     def let_go(self) -> None:
         """Keep no weights alive that the models drop; the next round reads them anew.

@@ -16,12 +16,15 @@ This file knows nothing of what the kernels compute.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
+
+VARIABLE = "MLX_GEMMA_MTP_KERNELS"
 
 MAX_THREADS = 256  # of a threadgroup
 MIN_ELEMENTS = 8  # of an input; Metal passes fewer in another address space
@@ -220,13 +223,22 @@ def padded(array: mx.array) -> mx.array:
     return mx.pad(flat, (0, max(0, MIN_ELEMENTS - flat.size)))
 
 
-def backend() -> str:
-    """Where kernels run: ``"metal"``, ``"cuda"``, or ``"ops"`` for plain operations."""
+def gpu() -> str | None:
+    """What runs MLX's own operations: ``"metal"``, ``"cuda"``, None for the CPU."""
     if mx.default_device() != mx.gpu:
-        return "ops"
+        return None
     if mx.metal.is_available():
         return "metal"
-    return "cuda" if mx.cuda.is_available() else "ops"
+    return "cuda" if mx.cuda.is_available() else None
+
+
+def backend() -> str:
+    """Where kernels run: ``"metal"``, ``"cuda"``, or ``"ops"`` for plain operations.
+
+    The variable ``MLX_GEMMA_MTP_KERNELS`` set to ``off`` leaves all to MLX.
+    """
+    is_off = os.environ.get(VARIABLE, "").strip().lower() == "off"
+    return "ops" if is_off else gpu() or "ops"
 
 
 def launch(

@@ -19,11 +19,14 @@ from ..machine import describe_machine, mlx_settings, system_version
 _NUM_PLACES = 64  # elements of each array that are looked at
 
 
-def learnt_key(arrays: Sequence[tuple[str, mx.array]]) -> dict[str, Any]:
+def learnt_key(
+    arrays: Sequence[tuple[str, mx.array]], *, matmuls: str = ""
+) -> dict[str, Any]:
     """What must be equal for something learnt to hold, JSON values.
 
     Args:
         arrays: The arrays of target and drafter with their names.
+        matmuls: What tells apart the choices of what multiplies them; empty for MLX.
     """
     info = mx.device_info()
     device = [str(info[key]) for key in ("device_name", "architecture") if key in info]
@@ -32,6 +35,7 @@ def learnt_key(arrays: Sequence[tuple[str, mx.array]]) -> dict[str, Any]:
         "system": system_version(),
         "settings": mlx_settings(),
         "pair": fingerprint(arrays),
+        **({"matmuls": matmuls} if matmuls else {}),
     }
 
 

@@ -34,7 +34,7 @@ OFFSET = 5
 @pytest.fixture
 def launches(monkeypatch):
     """Kernels run in the harness; how often each was launched."""
-    counts = Counter()
+    counts: Counter[str] = Counter()
 
     def launch(kernel, inputs, **settings):
         counts[kernel.name] += 1
@@ -48,6 +48,7 @@ def half_pair(family):
     """A random pair in bfloat16, quantized as far as its small layers can be."""
     folder = REFERENCE / family
     made = load_pair(folder / "target", folder / "drafter")
+    assert made.drafter is not None
     for module in (made.target, made.drafter):
         module.set_dtype(mx.bfloat16)
         nn.quantize(
@@ -68,6 +69,12 @@ def every_matrix(pair, first_row=1):
     """The kernel for all matrices that it multiplies."""
     shapes = shapes_of([pair.target, pair.drafter])
     return Choices({shape: Choice(first_row) for shape in shapes})
+
+
+def use(pair, choices):
+    """Let a pair multiply by these, as if they had been decided."""
+    pair.kept.choices = choices
+    pair.rounds.use(choices)
 
 
 def logits(pair, *sizes):
@@ -95,11 +102,11 @@ def test_blocks_give_the_bytes_of_plain_rounds_and_the_logits_of_mlx(family, lau
     pair = half_pair(family)
     by_mlx = logits(pair, 2)
     assert not launches
-    pair.rounds.use(every_matrix(pair))
+    use(pair, every_matrix(pair))
     by_kernel = logits(pair, 2)
     assert {name.rpartition("_")[2] for name in launches} == {"2x4"}
     assert mx.array_equal(by_kernel, logits(pair, 1, 1))
-    pair.rounds.use(STOCK)
+    use(pair, STOCK)
     pair.target.set_dtype(mx.float32)
     pair.refresh()
     truth = logits(pair, 2)
@@ -110,7 +117,7 @@ def test_blocks_give_the_bytes_of_plain_rounds_and_the_logits_of_mlx(family, lau
 
 def test_text_is_the_same_for_every_number_of_drafts(launches):
     pair = half_pair("26b-a4b")
-    pair.rounds.use(every_matrix(pair))
+    use(pair, every_matrix(pair))
 
     def text(num_draft_tokens):
         return [
@@ -133,14 +140,14 @@ def test_text_is_the_same_for_every_number_of_drafts(launches):
 def test_plain_rounds_stay_mlx_where_the_kernel_begins_with_two_rows(launches):
     pair = half_pair("26b-a4b")
     by_mlx = logits(pair, 1)
-    pair.rounds.use(every_matrix(pair, first_row=2))
+    use(pair, every_matrix(pair, first_row=2))
     assert mx.array_equal(logits(pair, 1), by_mlx)
     assert not launches
 
 
 def test_choices_follow_layers_that_are_exchanged(launches):
     pair = half_pair("26b-a4b")
-    pair.rounds.use(every_matrix(pair))
+    use(pair, every_matrix(pair))
     layers = [type(layer) for _, layer in pair.target.named_modules()]
     logits(pair, 1)
     num_launches = launches.total()
@@ -149,7 +156,7 @@ def test_choices_follow_layers_that_are_exchanged(launches):
     num_outputs = attention.q_proj.weight.shape[0]
     attention.q_proj = nn.Linear(64, num_outputs, bias=False)  # of no chosen shape
     attention.q_proj.set_dtype(mx.bfloat16)
-    pair.refresh()
+    pair.rounds.refresh()
     logits(pair, 1)
     assert launches.total() == 2 * num_launches - 1
 
@@ -158,9 +165,7 @@ def test_choices_follow_layers_that_are_exchanged(launches):
 def test_kernel_that_fails_in_a_round_gives_way(message, launches, monkeypatch):
     pair = half_pair("26b-a4b")
     choices = every_matrix(pair)
-    pair.rounds.use(choices)
-    told = []
-    pair.rounds._on_failure = told.append
+    use(pair, choices)
 
     def fail(*_, **__):
         raise RuntimeError(message)
@@ -181,13 +186,11 @@ def test_kernel_that_fails_in_a_round_gives_way(message, launches, monkeypatch):
         if "memory" in message:  # tells nothing of the kernel
             with pytest.raises(RuntimeError, match=message):
                 text()
-            assert pair.rounds.choices == choices
-            assert not told
+            assert pair.kept.choices == pair.rounds.choices == choices
             return
         with pytest.raises(KernelError, match=f"{message}. Ask again"):
             text()
-        assert pair.rounds.choices == STOCK
-        assert told == [message]
+        assert pair.kept.choices == pair.rounds.choices == STOCK
         assert len(text()) == 2  # MLX multiplies now
 
 
@@ -195,7 +198,7 @@ def test_kernel_that_fails_in_a_round_gives_way(message, launches, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_probe_finds_all_bytes_equal(family, launches):
     pair = half_pair(family)
-    pair.rounds.use(every_matrix(pair))
+    use(pair, every_matrix(pair))
     verdict = probe(pair.rounds)
     assert verdict is not None
     assert verdict.equal == {1: tuple(range(1, 9)), 2: tuple(range(1, 9))}

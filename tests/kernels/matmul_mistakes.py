@@ -55,36 +55,36 @@ class Mistake:
 WRONG = (
     Mistake("nibbles taken from four bits higher", "(p0 >> 8)", "(p0 >> 4)"),
     Mistake("a mask that misses a bit", "0x000F000Fu", "0x000F0007u"),
-    Mistake("two masks exchanged", "(p1 & 0x000F000Fu)", "(p1 & 0x00F000F0u)"),
     Mistake("bits beside another power of two", "0x54005400u", "0x64006400u"),
+    Mistake("halves of a bfloat word exchanged", "BFLOAT_LOW(x1", "BFLOAT_HIGH(x1"),
+    Mistake("weights in the order of x", "BFLOAT_LOW(x0.z)", "BFLOAT_LOW(x0.y)"),
+    Mistake("groups twice as long", "lane / 8u", "lane / 16u"),
+    Mistake("a step of the tree left out", "T(r4_0)", "T(r3_0)"),
+    Mistake(
+        "terms from the last to the first",
+        "uint c = lane; c < chunks; c += 32u",
+        "uint c = lane + (chunks - 1u - lane) / 32u * 32u; c < chunks; c -= 32u",
+        form=WHOLE,
+    ),
+    Mistake("two masks exchanged", "(p1 & 0x000F000Fu)", "(p1 & 0x00F000F0u)"),
     Mistake("bytes of the wrong word", "p0.x >> 8", "p0.y >> 8", form=EIGHT),
     Mistake(
         "halves of a pair exchanged", "w0_0 = fma(HALF_LOW", "w0_0 = fma(HALF_HIGH"
     ),
-    Mistake("halves of a bfloat word exchanged", "BFLOAT_LOW(x1", "BFLOAT_HIGH(x1"),
-    Mistake("weights in the order of x", "BFLOAT_LOW(x0.z)", "BFLOAT_LOW(x0.y)"),
     Mistake("a dense word twice", "(p0.y)", "(p0.x)", form=WHOLE),
     Mistake("a bfloat read as a half", "HALF_LOW", "BFLOAT_LOW", form=HALVES),
     Mistake("the constant of a bias left out", "fma(-1024.0f, s0, b0)", "b0"),
     Mistake("the constant of the other bits", "fma(-64.0f,", "fma(-1024.0f,"),
     Mistake("scales of another output", "scales_row1[g]", "scales_row0[g]"),
-    Mistake("groups twice as long", "lane / 8u", "lane / 16u"),
     Mistake("groups that stand still", "g += 4u;", ""),
     Mistake("rows of x too near", "x + 8u * chunks", "x + 4u * chunks * 2u - 8u"),
     Mistake("steps that overlap", "c += 32u", "c += 31u"),
     Mistake("a step too few", "c < chunks", "c + 32u < chunks"),
     Mistake("one row's sum in another's place", "x2_0, a2_0)", "x1_0, a2_0)"),
     Mistake("a step of the tree twice", "(r2_0, 2u)", "(r2_0, 4u)"),
-    Mistake("a step of the tree left out", "T(r4_0)", "T(r3_0)"),
     Mistake("what is kept is given", "(is_high_16 ? a0_0 : a0_1)", "a0_1"),
     Mistake(
         "outputs and rows exchanged", "place / 2u * outputs + n", "n * 3u + place / 2u"
-    ),
-    Mistake(
-        "terms from the last to the first",
-        "uint c = lane; c < chunks; c += 32u",
-        "uint c = lane + (chunks - 1u - lane) / 32u * 32u; c < chunks; c -= 32u",
-        form=WHOLE,
     ),
 )
 
@@ -95,18 +95,6 @@ STOPPING = (
         "min(first, max(outputs, 2u) - 2u)",
         "first",
         r"memory fault: buffer '(w|scales|biases)' at byte \d+",
-    ),
-    Mistake(
-        "groups that begin with the outputs to store",
-        "base * groups",
-        "first * groups",
-        r"memory fault: buffer '(scales|biases)' at byte \d+",
-    ),
-    Mistake(
-        "weights that begin with the outputs to store",
-        "base * chunks",
-        "first * chunks",
-        r"memory fault: buffer 'w' at byte \d+",
     ),
     Mistake(
         "a row too many where outputs are few",
@@ -136,16 +124,28 @@ STOPPING = (
         inputs=64,
     ),
     Mistake(
-        "some lanes exchange",
-        "float r4_0 = r3_0 +",
-        "float r4_0 = r3_0;\n  if (is_high_2) r4_0 = r3_0 +",
-        r"divergent simd_shuffle_xor",
-    ),
-    Mistake(
         "a row of x that begins within a piece",
         "x + 8u * chunks",
         "x + 8u * chunks - 4u",
         r"an address must be a multiple of 16 at line \d+ `uint4 x1 = LOAD4",
+    ),
+    Mistake(
+        "groups that begin with the outputs to store",
+        "base * groups",
+        "first * groups",
+        r"memory fault: buffer '(scales|biases)' at byte \d+",
+    ),
+    Mistake(
+        "weights that begin with the outputs to store",
+        "base * chunks",
+        "first * chunks",
+        r"memory fault: buffer 'w' at byte \d+",
+    ),
+    Mistake(
+        "some lanes exchange",
+        "float r4_0 = r3_0 +",
+        "float r4_0 = r3_0;\n  if (is_high_2) r4_0 = r3_0 +",
+        r"divergent simd_shuffle_xor",
     ),
 )
 

@@ -1,11 +1,11 @@
 """Mistakes in the text of the kernel of a few rows: the tests find each of them.
 
 Run: python -m pytest tests/kernels/test_matmul_mistakes.py
+     python -m pytest -m slow tests/kernels/test_matmul_mistakes.py    the others
 """
 
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -17,7 +17,6 @@ from mlx_gemma_mtp.kernels import common
 from tests.kernels import matmul_mistakes as mistakes
 from tests.kernels.matmul_mistakes import COLUMNS, ROWS
 from tests.kernels.products import random_product, same_bits
-from tests.metal.build import compile_kernel
 from tests.metal.lint import lint
 from tests.metal.run import MetalError, run_on_cpu, run_schedules
 from tests.metal.text import metal_text
@@ -32,8 +31,17 @@ ALL = (
 )
 
 
-def by_name(cases):
-    return pytest.mark.parametrize("mistake", cases, ids=[m.name for m in cases])
+def by_name(cases, most=99):
+    """A test for each case; those after ``most`` are slow."""
+    return pytest.mark.parametrize(
+        "mistake",
+        [
+            pytest.param(
+                case, id=case.name, marks=[pytest.mark.slow] * (number >= most)
+            )
+            for number, case in enumerate(cases)
+        ],
+    )
 
 
 class AnsweredError(Exception):
@@ -69,33 +77,24 @@ def look_at(mistake, look):
     return answers[0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled():
-    """Compile the texts on all cores before the first test needs them."""
-    cases = [*mistakes.WRONG, *mistakes.STOPPING, *mistakes.LEFT_TO_THE_COMPILER]
-    texts = [look_at(case, metal_text) for case in cases]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(compile_kernel, texts))
-
-
 def test_names_are_unique():
     names = [mistake.name for mistake in ALL]
     assert len(names) == len(set(names)) >= 12
 
 
-@by_name(mistakes.WRONG)
+@by_name(mistakes.WRONG, most=8)
 def test_bits_are_wrong(mistake):
     y, want = run_with(mistake, run_on_cpu)
     assert not same_bits(y, want)
 
 
-@by_name(mistakes.STOPPING)
+@by_name(mistakes.STOPPING, most=6)
 def test_the_launch_stops(mistake):
     with pytest.raises(MetalError, match=mistake.error):
         run_with(mistake, run_schedules)
 
 
-@by_name(mistakes.LEFT_TO_THE_COMPILER)
+@by_name(mistakes.LEFT_TO_THE_COMPILER, most=1)
 def test_contraction_changes_bits(mistake):
     split, want = run_with(mistake, run_on_cpu)
     assert not same_bits(split, want)

@@ -4,6 +4,7 @@ Run: python -m pytest tests/matmuls/test_modules.py
 """
 
 import sys
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,9 +44,8 @@ class Model(nn.Module):
         self.per_layer = nn.Embedding(40, 64)
         self.dense = nn.Linear(64, 24)
         self.packed = nn.QuantizedLinear(64, 24, group_size=32, bits=4)
-        self.adapted = LoRALinear.from_base(
-            nn.QuantizedLinear(64, 24, bias=False, group_size=64, bits=8)
-        )
+        inner: Any = nn.QuantizedLinear(64, 24, bias=False, group_size=64, bits=8)
+        self.adapted = LoRALinear.from_base(inner)
         self.adapted.lora_b = mx.random.normal(self.adapted.lora_b.shape) / 50
         self.other_mode = nn.QuantizedLinear(64, 24, mode="mxfp4")
         self.set_dtype(mx.bfloat16)

@@ -23,6 +23,7 @@
 #include <string>
 #include <vector>
 
+#include "counts.hpp"
 #include "fibers.hpp"
 #include "grid.hpp"
 #include "memory.hpp"
@@ -196,6 +197,7 @@ class Launch {
     current_->state = state;
     current_->operation = operation;
     current_->place = place;
+    count_call(operation);
     __tsan_switch_to_fiber(scheduler_tsan_, tsan_no_sync);
     switch_fibers(current_->point, scheduler_);
   }
