@@ -92,6 +92,7 @@ class Decoder:
             why_plain=why_plain,
             probe_s=probe_s,
             max_difference=route.max_difference,
+            matmuls=rounds.choices.named,
             phases=self._timer.phases,
         )
         self.num_added = 0

@@ -139,6 +139,11 @@ class Choices:
         return bool(self.by_shape)
 
     @property
+    def named(self) -> dict[str, int]:
+        """The fewest rows that the kernel takes of each, by the shapes' names."""
+        return {str(s): choice.first_row for s, choice in self.by_shape.items()}
+
+    @property
     def digest(self) -> str:
         """A text that differs for other choices; empty where MLX multiplies all."""
         if not self:

@@ -259,7 +259,6 @@ class _Tuner:
         self, shape: Shape, num_rows: int, columns: Sequence[int]
     ) -> tuple[int, Duel]:
         """The best R for so many rows, against MLX."""
-        self._need(_DUEL_S)
 
         def window(own: int | None) -> float:
             if own is None:

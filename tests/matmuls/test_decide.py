@@ -74,11 +74,15 @@ def times(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["ops", "cuda"])
-def test_mlx_multiplies_where_there_is_no_metal(backend, monkeypatch, on, tmp_path):
+def test_mlx_multiplies_where_there_is_no_metal(
+    backend, monkeypatch, on, kernel, tmp_path
+):
     on(M1)
     monkeypatch.setattr(common, "backend", lambda: backend)
     Kept(tmp_path).keep(SMALL, Choice())
     assert decide(SHAPES, folder=tmp_path) == STOCK
+    assert kernel.calls == []
+    assert Kept(tmp_path).choices(SHAPES)  # it holds where there is Metal
 
 
 def test_shapes_that_no_kernel_multiplies_are_mlx(on, kernel, tmp_path):
@@ -171,13 +175,15 @@ def test_a_kernel_that_raises_in_the_check_is_bad(on, kernel, tmp_path, caplog):
     assert message.endswith("RuntimeError: no such library")
 
 
-def test_what_was_tuned_holds(on, kernel, tmp_path):
+def test_what_was_tuned_holds(on, kernel, tmp_path, caplog):
     on(M1)
     kept = Kept(tmp_path)
     kept.keep(SMALL, Choice(1))
     kept.keep(LARGE, None)
     kept.mark_bad([PLAIN], "raised")
-    assert decide(SHAPES, folder=tmp_path) == Choices({SMALL: Choice(1)})
+    with caplog.at_level(logging.DEBUG, "mlx_gemma_mtp"):
+        assert decide(SHAPES, folder=tmp_path) == Choices({SMALL: Choice(1)})
+    assert caplog.messages == []
 
 
 def test_only_new_shapes_are_checked(on, kernel, times, tmp_path):
@@ -213,10 +219,10 @@ def test_a_kernel_that_raises_alone_is_bad_with_its_shapes(
 ):
     on(M5)
     other = (4, 2, 2, 2, 2, 2, 2, 2, 2)
-    kept = Kept(tmp_path)
-    for shape, choice in ((SMALL, Choice()), (LARGE, Choice(2, other))):
-        kept.keep(shape, choice)
-    kept.keep(PLAIN, Choice())
+    alike = Shape(70, 128, SMALL.form)
+    chosen = {SMALL: Choice(), alike: Choice(1), LARGE: Choice(2, other)}
+    for shape, choice in (chosen | {PLAIN: Choice()}).items():
+        Kept(tmp_path).keep(shape, choice)
 
     def fails(form, num_rows, columns):
         if (form.bits, num_rows, columns) == (4, 6, 4):
@@ -224,11 +230,12 @@ def test_a_kernel_that_raises_alone_is_bad_with_its_shapes(
 
     kernel.fails = fails
     with caplog.at_level(logging.WARNING, "mlx_gemma_mtp"):
-        found = decide(SHAPES, folder=tmp_path)
+        found = decide({**SHAPES, alike: 1}, folder=tmp_path)
     assert set(found.by_shape) == {LARGE, PLAIN}
     (message,) = caplog.messages
     assert "'matmul_4bit_g64_bfloat16_6x4' does not run here" in message
     assert Kept(tmp_path).is_bad(SMALL)
+    assert Kept(tmp_path).is_bad(alike)
 
 
 def test_nothing_on_disk_is_decided_once_in_a_process(on, kernel, times):

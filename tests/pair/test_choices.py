@@ -11,6 +11,7 @@ import mlx.nn as nn
 import pytest
 
 from mlx_gemma_mtp.drafting.speed_model import MLX_ALONE
+from mlx_gemma_mtp.engine.decoder import Decoder
 from mlx_gemma_mtp.errors import KernelError
 from mlx_gemma_mtp.kernels import common
 from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices
@@ -57,6 +58,13 @@ def test_is_decided_once_for_the_same_weights(decided):
     pair.refresh()
     assert len(decided) == 2
     assert decided[1] != shapes
+
+
+def test_statistics_say_what_the_kernel_multiplies(decided):
+    pair = half_pair("12b")
+    named = {str(shape): 2 for shape in decided[-1]}
+    assert Decoder(pair.rounds, num_draft_tokens=0).stats.matmuls == named
+    assert "96x256 4bit_g32_bfloat16" in named
 
 
 def test_what_was_learnt_is_kept_apart(decided, monkeypatch):
