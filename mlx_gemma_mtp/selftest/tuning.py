@@ -35,6 +35,8 @@ def why_not() -> str:
     """Why there is nothing to tune on this device, in words; empty where there is."""
     if common.backend() == "metal":
         return ""
+    if common.gpu() == "metal":
+        return f"{common.VARIABLE} is off, MLX multiplies"
     return f"kernels for few rows run on Metal alone: got {mx.default_device()}"
 
 
