@@ -66,6 +66,8 @@ def look(
     """
     start = time.perf_counter()
     shapes, kept = _shapes(pair), Kept(folder)
+    if not shapes:
+        return Result("tune", SKIP, "the kernel multiplies no matrix of this pair")
     tried = {s: count for s, count in shapes.items() if not kept.is_bad(s)}
     with pair.wired():
         passes = Passes(pair)

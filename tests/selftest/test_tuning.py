@@ -206,6 +206,13 @@ def test_nothing_faster_is_said(found):
     assert look().sentence == "MLX is as fast for 3 shapes"
 
 
+def test_a_pair_without_such_matrices_is_said():
+    pair = reference_pair()  # of float32
+    result = tuning.look(pair, 9.0, cache_folder(), lambda line: None)
+    assert result.status == SKIP
+    assert result.sentence == "the kernel multiplies no matrix of this pair"
+
+
 def test_what_failed_is_bad(found):
     found.append(decided({SMALL: None}, bad={SMALL: "RuntimeError: no"}))
     result = look()
