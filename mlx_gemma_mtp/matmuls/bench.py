@@ -230,9 +230,9 @@ def _band(shape: Shape) -> tuple[list[mx.array], mx.array]:
     words = mx.random.split(keys[0], _BAND * num_words).flatten()[: _BAND * num_words]
     groups = (_BAND, width // form.group_size)
     highest = 2**form.bits - 1
-    step = math.sqrt(12 / (highest * (highest + 2) * width))
-    scales = step * mx.random.uniform(0.5, 1.5, groups, key=keys[1])
-    middle = mx.random.uniform(0.4, 0.6, groups, key=keys[2]) * highest
+    step = 0.99 * math.sqrt(12 / (highest * (highest + 2) * width))
+    scales = step * mx.random.uniform(0.8, 1.2, groups, key=keys[1])
+    middle = mx.random.uniform(0.45, 0.55, groups, key=keys[2]) * highest
     scales, biases = (a.astype(form.dtype) for a in (scales, -scales * middle))
     weight = words.reshape(_BAND, num_words)
     exact = mx.dequantize(

@@ -46,6 +46,7 @@ WINDOW_S = 0.4
 NUM_WINDOWS = 5
 WARM_UP_S = 1.0
 _CONTEXT_SHARE = 0.35  # of the budget, for whole passes
+_LEAST_SHARE = 0.01  # of the bytes, for a shape that passes are timed without
 _CAUTION = 1.2  # passes may slow down while they are timed
 _CHECK_S = 2.0  # making a matrix and checking numbers: assumed
 _DUEL_S = 3 * NUM_WINDOWS * WINDOW_S
@@ -56,15 +57,12 @@ class Machine(Protocol):
 
     def clock(self) -> float:
         """Seconds since some moment."""
-        ...
 
     def disturbed(self) -> str:
         """Why timings are not to be relied on now, in words; empty where they are."""
-        ...
 
     def is_right(self, shape: Shape, num_rows: int, columns: int) -> bool:
         """Whether the kernel's numbers are right; raises what MLX raises."""
-        ...
 
     def product_s(
         self, shape: Shape, num_rows: int, columns: int | None, window_s: float
@@ -73,11 +71,9 @@ class Machine(Protocol):
 
         R is None for MLX's own; raises what MLX raises.
         """
-        ...
 
     def pass_s(self, choices: Choices, num_rows: int, window_s: float) -> float:
         """What a pass of the target takes, by passes of so many seconds, or one."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -162,8 +158,9 @@ class _Tuner:
         budget_s: float,
         progress: Callable[[str], None],
     ) -> None:
+        self._counts = shapes
         # Where time ends, the largest ones are done.
-        self._shapes = sorted(shapes, key=lambda s: -shapes[s] * s.num_bytes)
+        self._shapes = sorted(shapes, key=lambda s: -self._num_bytes([s]))
         self._machine = machine
         self._progress = progress
         self._start = machine.clock()
@@ -336,14 +333,22 @@ class _Tuner:
             rest = {s: c for s, c in tried.items() if group_of(s) != group}
             if not rest:
                 break
+            # What has next to no share is not seen, if it does not raise.
+            share = 1 - self._num_bytes(rest) / self._num_bytes(tried)
+            if share < _LEAST_SHARE and not self._failure:
+                continue
             self._progress(f"whole passes without {group}")
             duels = self._pass_duels(tried, rest, _USUAL_ROWS)
-            if gain(duels) <= widest(duels) or not gain(duels) > 0:
+            if not gain(duels) > widest(duels):
                 continue
             if math.isinf(duels[_USUAL_ROWS[0]].stock.seconds):
                 self._mark_bad(set(tried) - set(rest))
             tried = rest
         return tried
+
+    def _num_bytes(self, shapes: Iterable[Shape]) -> float:
+        """Bytes of all matrices of some shapes."""
+        return float(sum(self._counts[s] * s.num_bytes for s in shapes))
 
     def _mark_bad(self, shapes: Iterable[Shape]) -> None:
         """Note that a pass with the kernel for these failed."""
@@ -375,11 +380,9 @@ class _Tuner:
         self._need(needed_s)
         self._warm_up(runs[rows[0]][0])
         duels = {}
-        for num_rows in rows:
-            stock, *own = self._compared(
-                [partial(run, WINDOW_S) for run in runs[num_rows]]
-            )
-            duels[num_rows] = Duel(stock, *(own or [stock]))
+        for m in rows:
+            stock, *own = self._compared([partial(run, WINDOW_S) for run in runs[m]])
+            duels[m] = Duel(stock, *(own or [stock]))
         return duels
 
     def _pass_window(self, choices: Choices, num_rows: int, window_s: float) -> float:

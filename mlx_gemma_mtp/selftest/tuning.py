@@ -35,6 +35,8 @@ def why_not() -> str:
     """Why there is nothing to tune on this device, in words; empty where there is."""
     if common.backend() == "metal":
         return ""
+    if common.gpu() == "metal":
+        return f"{common.VARIABLE} is off, MLX multiplies"
     return f"kernels for few rows run on Metal alone: got {mx.default_device()}"
 
 
@@ -64,6 +66,8 @@ def look(
     """
     start = time.perf_counter()
     shapes, kept = _shapes(pair), Kept(folder)
+    if not shapes:
+        return Result("tune", SKIP, "the kernel multiplies no matrix of this pair")
     tried = {s: count for s, count in shapes.items() if not kept.is_bad(s)}
     with pair.wired():
         passes = Passes(pair)

@@ -426,6 +426,20 @@ def test_a_shape_that_loses_in_passes_is_dropped():
     assert found.bad == {}
 
 
+def test_passes_are_not_timed_without_what_has_no_share():
+    lines: list[str] = []
+    tune(SHAPES, Simulated(fast()), budget_s=600, progress=lines.append)
+    assert f"whole passes without {LARGE}" in lines
+    assert PLAIN.num_bytes * SHAPES[PLAIN] < 0.01 * sum(
+        shape.num_bytes * count for shape, count in SHAPES.items()
+    )
+    assert f"whole passes without {PLAIN}" not in lines
+    truths = fast()
+    truths[PLAIN] = replace(truths[PLAIN], raises_in_context=True)
+    found = tuned(Simulated(truths))
+    assert set(found.bad) == {PLAIN}  # it is looked for where something raises
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_form_that_loses_in_passes_is_dropped(seed):
     """Each of its shapes loses too little to be seen by itself."""
