@@ -154,7 +154,7 @@ def test_a_word_of_all_kernels_is_in_the_key(monkeypatch):
     before = module._kernels_digest()
     matmul.kernel.cache_clear()
     module._kernels_digest.cache_clear()
-    assert "LOAD4" in common._METAL
+    assert "LOAD4" in common.METAL
     make = common.Kernel
     monkeypatch.setattr(matmul, "Kernel", lambda **k: make(**k, header="other"))
     try:
