@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..cache.masks import draft_masks
-from ..errors import KernelError, MTPError, described
+from ..errors import KernelError, MTPError, described, is_of_others
 from ..matmuls.choices import STOCK, Choices
 from ..models.drafter import SharedKV
 from ..models.target import Target, TargetOutput
@@ -35,10 +35,6 @@ from .traces import Traces
 
 _Models = tuple[TargetLike, DrafterLike | None]
 CompiledRound = Callable[..., dict[str, Any]]
-
-# Words of MLX's allocators and of Metal's watchdog that tell nothing of kernels, such as
-# "Resource limit exceeded" of malloc, "GPU Timeout", "Innocent Victim".
-_OF_OTHERS = ("malloc", "memory", "allocat", "timeout", "interactivity", "victim")
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ class Rounds:
         try:
             yield
         except (RuntimeError, ValueError) as error:  # MLX's, of kernels and launches
-            if not self.choices or isinstance(error, MTPError) or _is_of_others(error):
+            if not self.choices or isinstance(error, MTPError) or is_of_others(error):
                 raise
             self.use(STOCK)
             if self._on_failure is not None:
@@ -294,12 +290,6 @@ class Rounds:
         assert isinstance(self.target, Target)
         lm, drafter = self._arrays.bound(arrays, inputs)
         return self.target.over(lm), self.drafter if drafter is None else drafter
-
-
-def _is_of_others(error: Exception) -> bool:
-    """Whether an error tells nothing of kernels: no memory, or a GPU that was taken."""
-    text = str(error).lower()
-    return any(word in text for word in _OF_OTHERS)
 
 
 def _round(

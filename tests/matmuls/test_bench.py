@@ -76,6 +76,34 @@ def test_copies_are_all_there_and_differ():
     assert sum(a.nbytes for copy in matrix.copies for a in copy) >= 9 * LARGE.num_bytes
 
 
+def test_a_large_matrix_is_held_once():
+    """A head has gigabytes, and the model is there too."""
+    band = mx.random.normal((bench._BAND, 1024)).astype(mx.bfloat16)
+    mx.eval(band)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    matrix = bench.filled(band, 5000)
+    assert mx.get_peak_memory() - before < 1.1 * matrix.nbytes
+    assert mx.array_equal(matrix, mx.tile(band, (20, 1))[:5000])
+
+
+def test_only_the_kernel_runs_in_what_checks_it(kernel, monkeypatch):
+    """What MLX itself has to make or to multiply is there before."""
+    products = Products(copy_bytes=1)
+    products.prepare(SMALL)
+    assert kernel.calls == []
+
+    def fails(*_, **__):
+        raise RuntimeError("[malloc] Unable to allocate 8 bytes.")
+
+    monkeypatch.setattr(bench, "filled", fails)
+    monkeypatch.setattr(mx, "quantized_matmul", fails)
+    assert products.is_right(SMALL, 3, 4)
+    with pytest.raises(RuntimeError, match="allocate"):
+        products.prepare(LARGE)
+
+
 @pytest.mark.parametrize("shape", ALL, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_a_chain_depends_on_all_of_it(shape, num_rows):
