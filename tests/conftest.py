@@ -72,7 +72,11 @@ def plain_graphs():
 @pytest.fixture(scope="session")
 def gemma_tokenizer_folder(tmp_path_factory):
     """A folder with Gemma's tokenizer and no chat template, not to be written to."""
-    return gemma.write_tokenizer(tmp_path_factory.mktemp("gemma") / "tokenizer")
+    folder = gemma.write_tokenizer(tmp_path_factory.mktemp("gemma") / "tokenizer")
+    # As pairs have it: what is loaded for them is the same then.
+    (folder / "config.json").write_text('{"model_type": "gemma4"}')
+    with gemma.read_once(folder):
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -92,13 +96,13 @@ def gemma_tokenizer(gemma_tokenizer_folder):
 
 
 @pytest.fixture(scope="session")
-def gemma_pair_folder(tmp_path_factory):
+def gemma_pair_folder(tmp_path_factory, gemma_tokenizer_folder):
     """The folder of a random pair with a form's chat template, by the form's name.
 
     What lies in it is shared and not to be written to.
     """
     place = tmp_path_factory.mktemp("gemma-pair")
-    shared = gemma_pair.write_pair(place / "shared")
+    shared = gemma_pair.write_pair(place / "shared", gemma_tokenizer_folder)
 
     def pair_folder(form):
         folder = place / form

@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.pair.load import load_tokenizer
-from mlx_gemma_mtp.server.prompts import Prompts
 from mlx_gemma_mtp.server.schema import ChatBody
 from mlx_gemma_mtp.server.vocabulary import Places
 from tests.gemma import FORMS
 from tests.gemma_pair import let_say
-from tests.server.serving import pair_server
+from tests.server.serving import pair_server, prompts_of
 
 pytestmark = [pytest.mark.gemma, pytest.mark.usefixtures("plain_graphs")]
 
@@ -339,7 +338,7 @@ def prompt_of(tokenizer, messages):
     """The prompt of a request's messages."""
     body = ChatBody.model_validate({"messages": messages})
     told = [message.plain() for message in body.messages]
-    return tokenizer.decode(Prompts(tokenizer, {}).of_messages(told).tokens)
+    return tokenizer.decode(prompts_of(tokenizer).of_messages(told).tokens)
 
 
 def prompt_with(tokenizer, arguments):
