@@ -1,6 +1,7 @@
 """What every test runs under: no network, the CPU, examples that repeat."""
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -30,12 +31,18 @@ if "PYTEST_XDIST_WORKER" not in os.environ and (job := compile_header()):
 
 atexit.register(shutil.rmtree, os.environ["MLX_GEMMA_MTP_CACHE"], ignore_errors=True)
 
-# A machine that stood still for a moment is no reason to give a probe up.
-planning._PROBE_BUDGET_S = 1e9
+# A probe takes a second for each pair; tests/exactness has what it finds.
+planning._PROBE_BUDGET_S = 1e-9
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_finish():
+    """Modules and tests stay: no garbage collection has to look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +74,12 @@ def plain_graphs():
     """Nothing is compiled: for modules whose subject stands above the rounds."""
     with tiny.uncompiled():
         yield
+
+
+@pytest.fixture
+def probes(monkeypatch):
+    """Pairs are probed before they draft, also those of which it was given up."""
+    monkeypatch.setattr(planning, "_PROBE_BUDGET_S", None)
 
 
 @pytest.fixture(scope="session")

@@ -246,13 +246,16 @@ def read_once(folder: Path) -> Iterator[None]:
     load = mlx_lm.utils.load_tokenizer
     loaded: dict[str, Any] = {}
 
-    def load_once(place: Path, settings: Any = None, eos_ids: Any = None) -> Any:
-        is_file = (Path(place) / file.name).resolve() == file
-        if not is_file or "chat_template" not in (settings or {}):  # it lies there
-            return load(place, settings, eos_ids)
-        key = str((sorted(settings.items()), sorted(eos_ids or ())))
+    def load_once(
+        model_path: Path, tokenizer_config_extra: Any = None, eos_token_ids: Any = None
+    ) -> Any:
+        settings, ids = tokenizer_config_extra or {}, eos_token_ids
+        is_it = (Path(model_path) / file.name).resolve() == file
+        if not is_it or "chat_template" not in settings:  # which may lie there
+            return load(model_path, tokenizer_config_extra, ids)
+        key = str((sorted(settings.items()), sorted(ids or ())))
         if key not in loaded:
-            loaded[key] = load(place, settings, eos_ids)
+            loaded[key] = load(model_path, settings, ids)
         found = copy.copy(loaded[key])
         found._tokenizer = copy.copy(found._tokenizer)
         found.eos_token_ids = loaded[key].eos_token_ids
