@@ -36,8 +36,8 @@ from .traces import Traces
 _Models = tuple[TargetLike, DrafterLike | None]
 CompiledRound = Callable[..., dict[str, Any]]
 
-# Words of MLX's allocators and of Metal's watchdog that tell nothing of kernels, such as
-# "Resource limit exceeded" of malloc, "GPU Timeout", "Innocent Victim".
+# Words of MLX's allocators and of Metal's watchdog, which tell nothing of kernels: such
+# as "GPU Timeout", "Innocent Victim".
 _OF_OTHERS = ("malloc", "memory", "allocat", "timeout", "interactivity", "victim")
 
 
