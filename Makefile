@@ -14,6 +14,7 @@
 # make test-schema   requests that schemathesis makes of /openapi.json; installs it
 # make wheel-check   the wheel, installed where there is no checkout
 # make docs          writes the tables of docs/ that the code knows
+# make counts        counts what the kernels read and issue, for docs/kernels.md (Linux)
 # make load          200 clients against the server, and against mlx-lm's (15 minutes)
 # make bench         measures the embedded pair (ARGS='engines graph' chooses sections)
 # make bench-setup   installs what bench can also compare with and plot: mlx-vlm, matplotlib
@@ -38,7 +39,7 @@ CLIENTS_STAMP := $(VENV)/clients.stamp
 CLIENT_TESTS := tests/server/test_openai_client.py tests/server/test_page.py
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
-.PHONY: all install demo check test test-oldest test-threads test-mlx-lm test-slow test-control test-cuda test-tsan test-gemma test-clients test-schema docs load lint format type bench bench-setup picture train-drafter tune-proof wheel-check clean
+.PHONY: all install demo check test test-oldest test-threads test-mlx-lm test-slow test-control test-cuda test-tsan test-gemma test-clients test-schema docs counts load lint format type bench bench-setup picture train-drafter tune-proof wheel-check clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -120,6 +121,10 @@ test-schema: $(DEV_STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m schema tests/server/test_openapi.py $(ARGS)
 
 docs: $(DEV_STAMP)
+	@$(BIN)/python -m scripts.docs_tables
+
+counts: $(DEV_STAMP)
+	@$(BIN)/python -m scripts.count_kernels
 	@$(BIN)/python -m scripts.docs_tables
 
 load: $(DEV_STAMP)

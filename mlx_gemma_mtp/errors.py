@@ -37,6 +37,10 @@ class RequestError(MTPError, ValueError):
     """A request with a setting outside its range."""
 
 
+class KernelError(MTPError):
+    """A round that failed, and took its request's caches with it."""
+
+
 class DataError(MTPError):
     """Training data that cannot be read or used."""
 
@@ -64,3 +68,11 @@ def cut(text: object) -> str:
     """A text of any length for a message, such as a path: its beginning and its end."""
     whole = str(text)
     return whole if len(whole) <= 240 else f"{whole[:100]}...{whole[-137:]}"
+
+
+def described(error: BaseException) -> str:
+    """Somebody else's error on one line: what it is and the beginning of what it says.
+
+    A compiler says far more, and over many lines.
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,4 +1,4 @@
-"""What a figure was measured on, in words: hardware and versions.
+"""What a figure was measured on: hardware, versions, settings.
 
 Standard library only, so that a process stays small that measures others.
 """
@@ -8,7 +8,28 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
+
+# The variables by which MLX 0.32 lets its users choose kernels, numbers or speed, from
+# its sources. No others are looked at: what they hold is nobody's business.
+MLX_SETTINGS = (
+    "MLX_BFS_MAX_WIDTH",
+    "MLX_CUDA_GRAPH_CACHE_SIZE",
+    "MLX_CUDA_SDPA_CACHE_SIZE",
+    "MLX_CUDA_USE_CUDNN_SDPA",
+    "MLX_DISABLE_COMPILE",
+    "MLX_ENABLE_TF32",
+    "MLX_MAX_MB_PER_BUFFER",
+    "MLX_MAX_OPS_PER_BUFFER",
+    "MLX_METAL_FAST_SYNCH",
+    "MLX_METAL_GPU_ARCH",
+    "MLX_RESIDENCY_SET_MAX_PCT",
+    "MLX_SDPA_BLOCKS",
+    "MLX_USE_CUDA_GRAPHS",
+)
+
+_ARCHITECTURE = re.compile(r"applegpu_g(\d+)([a-z])")
 
 
 def describe_machine(*details: str) -> str:
@@ -40,3 +61,26 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.machine()
+
+
+def system_version() -> str:
+    """Return the system's version: macOS's own, elsewhere the kernel's."""
+    return platform.mac_ver()[0] or platform.release()
+
+
+def mlx_settings() -> dict[str, str]:
+    """Return the variables of ``MLX_SETTINGS`` that are set."""
+    return {name: os.environ[name] for name in MLX_SETTINGS if name in os.environ}
+
+
+def apple_gpu(architecture: str | None) -> tuple[int, str] | None:
+    """Return generation and size of a GPU of Apple's; None for any other.
+
+    Args:
+        architecture: ``mx.device_info()["architecture"]``, such as "applegpu_g15s".
+
+    Returns:
+        The generation (13 is M1, 14 M2, and so on) and the letter of the size.
+    """
+    match = _ARCHITECTURE.fullmatch(architecture or "")
+    return None if match is None else (int(match[1]), match[2])

@@ -21,7 +21,7 @@ from convert.quantize import RULES
 from mlx_gemma_mtp.chat.commands import COMMANDS as CHAT_COMMANDS
 from mlx_gemma_mtp.cli.command_table import COMMANDS
 from mlx_gemma_mtp.hook.table import REPLACED
-from scripts import roofline
+from scripts import kernel_tables, roofline
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -40,7 +40,7 @@ def _flags(command: str) -> Mapping[_Key, str]:
         if action.dest not in ("help", "version"):  # which all have
             text = _help(action)
             default = _DEFAULT.search(text)
-            names = action.option_strings or [action.dest]
+            names = action.option_strings or [str(action.metavar or action.dest)]
             key = ", ".join(f"`{name}`" for name in names), _DEFAULT.sub("", text)
             found[key] = default[1] if default else ""
     return found
@@ -120,6 +120,9 @@ TABLES: Mapping[str, Callable[[], Iterator[str]]] = {
     "replaced": _replaced,
     "rules": _rules,
     "speed-model": _speed_model,
+    "kernel-bytes": kernel_tables.bytes_lines,
+    "kernel-slots": kernel_tables.slots_lines,
+    "kernel-costs": kernel_tables.costs_lines,
 }
 
 

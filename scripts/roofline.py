@@ -14,30 +14,33 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma_mtp.drafting.speed_model import (
+from mlx_gemma_mtp.drafting.chips import CHIPS, Chip
+from mlx_gemma_mtp.drafting.growth import (
     BEFORE_M3,
-    CHIPS,
     M3_M4,
     M5,
-    Chip,
+    MAX_KERNEL_ROWS,
     Constants,
+    cautious_slots,
     constants_of,
-    experts_read,
-    matrix_limit,
-    model,
+    with_kernel,
 )
-from mlx_gemma_mtp.models.families import FAMILIES
+from mlx_gemma_mtp.drafting.speed_model import Model, experts_read, model
+from mlx_gemma_mtp.kernels.matmul import default_columns
+from mlx_gemma_mtp.models.families import FAMILIES, Family
 
 SPEEDS = Path(__file__).parent / "data" / "published_speeds.json"
 SHOWN = (
     *("M1 Max", "M2 Ultra", "M3 Max", "M3 Ultra", "M4", "M4 Pro", "M4 Max"),
     *("M5", "M5 Max"),
 )
+GROWTH_SHOWN = ("M1 Max", "M2 Ultra", "M3 Max", "M4 Max", "M5 Max")
 ACCEPTANCES = (0.60, 0.75, 0.85)
 USES = {  # of published figures
     "fit": "the constants were fitted to",
@@ -56,7 +59,7 @@ class FirstEstimate(Constants):
 
     table: tuple[float, ...] = ()
 
-    def growth(self, rows: int, limit: int) -> float:
+    def growth(self, rows: int, chip: Chip, bits: int = 4) -> float:
         """Cost of several rows over one; past the table as steep as at its end."""
         past = max(rows - len(self.table), 0)
         slope = self.table[-1] - self.table[-2]
@@ -76,6 +79,24 @@ def first_estimate(chip: Chip) -> Constants:
     }
     table = next(t for before, t in tables.items() if chip.generation < before)
     return FirstEstimate(0.8, 0.0, table=table)
+
+
+def designed_slots(rows: int) -> float:
+    """Instructions for each weight that the kernel is written to need.
+
+    One multiply-add for each row, 2.9 to make a number of a weight, and the conversions
+    of rows, each used for R outputs.
+    """
+    return 2.9 + rows * (1 + 1 / default_columns(rows))
+
+
+# What multiplies few rows, and the constants then.
+MLX, DESIGNED, CAUTIOUS = "MLX", "kernel as designed", "kernel, cautiously"
+MULTIPLIERS: dict[str, ConstantsOf] = {
+    MLX: constants_of,
+    DESIGNED: lambda chip: with_kernel(constants_of(chip), designed_slots),
+    CAUTIOUS: lambda chip: with_kernel(constants_of(chip), cautious_slots),
+}
 
 
 def configure_parser() -> argparse.ArgumentParser:
@@ -103,7 +124,7 @@ def modelled(row: Published, constants: ConstantsOf = constants_of) -> float:
     """What the model says instead of a published figure, in the same unit."""
     chip = CHIPS[row["chip"]]
     if row["kind"] == "growth":
-        return constants(chip).growth(row["rows"], matrix_limit(chip))
+        return constants(chip).growth(row["rows"], chip)
     if row["kind"] == "experts":
         return experts_read(row["rows"], row["active"], row["experts"])
     settings = {name: row[name] for name in SPEED_SETTINGS if name in row}
@@ -161,38 +182,51 @@ def check_lines(rows: list[Published]) -> Iterator[str]:
 
 
 def speeds(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The modelled speed of each family on each chip."""
-    settings = {name: getattr(args, name) for name in SPEED_SETTINGS}
-    for chip in SHOWN:
-        for family in FAMILIES.values():
-            speed = model(CHIPS[chip], family, **settings)
-            drafting = {}
-            for acceptance in ACCEPTANCES:
-                k = speed.best_draft_tokens(acceptance)
-                drafting[f"{acceptance:.2f}"] = {
-                    "num_draft_tokens": k,
-                    "tokens_per_second": speed.tokens_per_second(k, acceptance),
-                    "speedup": speed.speedup(acceptance),
-                }
-            yield {
-                "chip": chip,
-                "family": family.name,
-                "plain_tokens_per_second": speed.tokens_per_second(0, 0.0),
-                "relative_cost": [speed.relative_cost(k) for k in range(9)],
-                "acceptance": drafting,
+    """The modelled speed of each family on each chip, by what multiplies few rows."""
+    for (name, constants), chip, family in product(
+        MULTIPLIERS.items(), SHOWN, FAMILIES.values()
+    ):
+        speed = asked_model(args, chip, family, constants)
+        drafting = {}
+        for acceptance in ACCEPTANCES:
+            k = speed.best_draft_tokens(acceptance)
+            drafting[f"{acceptance:.2f}"] = {
+                "num_draft_tokens": k,
+                "tokens_per_second": speed.tokens_per_second(k, acceptance),
+                "speedup": speed.speedup(acceptance),
             }
+        yield {
+            "multiplier": name,
+            "chip": chip,
+            "family": family.name,
+            "plain_tokens_per_second": speed.tokens_per_second(0, 0.0),
+            "relative_cost": [speed.relative_cost(k) for k in range(9)],
+            "acceptance": drafting,
+        }
+
+
+def asked_model(
+    args: argparse.Namespace, chip: str, family: Family, constants: ConstantsOf
+) -> Model:
+    """The model of a family on a chip with the settings that were asked for."""
+    settings = {name: getattr(args, name) for name in SPEED_SETTINGS}
+    return model(CHIPS[chip], family, constants=constants(CHIPS[chip]), **settings)
 
 
 def speed_lines(args: argparse.Namespace) -> Iterator[str]:
-    """The table in plain text."""
+    """The tables in plain text."""
     bits = args.draft_bits or "converter's"
     yield (
         f"Modelled, not measured: {args.bits}-bit target, {bits} bits of the drafter, "
         f"batch {args.batch_size}, context {args.context}"
     )
     heads = "".join(f"{f'acceptance {a:.2f}':>24}" for a in ACCEPTANCES)
-    yield f"{'chip':10}{'family':9}{'plain tok/s':>12}{heads}"
+    multiplier = ""
     for found in speeds(args):
+        if found["multiplier"] != multiplier:
+            multiplier = found["multiplier"]
+            yield f"few rows by: {multiplier}"
+            yield f"{'chip':10}{'family':9}{'plain tok/s':>12}{heads}"
         cells = "".join(
             f"{c['tokens_per_second']:11.1f} K={c['num_draft_tokens']}"
             f"{c['speedup']:8.2f}x "
@@ -217,7 +251,7 @@ def constants_in_words(constants: Constants) -> str:
 
 
 def markdown_lines(rows: list[Published], args: argparse.Namespace) -> Iterator[str]:
-    """What docs/speed-model.md has: constants, the check, the table."""
+    """What docs/speed-model.md has: constants, the check, the tables."""
     for name, constants in (("M1, M2", BEFORE_M3), ("M3, M4", M3_M4), ("M5", M5)):
         yield f"- {name}: {constants_in_words(constants)}"
     yield ""
@@ -228,19 +262,62 @@ def markdown_lines(rows: list[Published], args: argparse.Namespace) -> Iterator[
         before = summary(part, first_estimate)
         yield f"| {words} | {len(part)} | {before} | {summary(part)} |"
     yield ""
-    names = [name.upper() for name in FAMILIES]
-    yield f"| modelled, not measured | {' | '.join(names)} |"
-    yield "|---" * (len(names) + 1) + "|"
-    cells: dict[str, list[str]] = {}
-    for found in speeds(args):
-        drafting = " · ".join(
-            f"{c['speedup']:.1f}x ({c['num_draft_tokens']})"
-            for c in found["acceptance"].values()
+    yield from growth_table(args.bits)
+    yield ""
+    yield from speed_table(args)
+
+
+def growth_table(bits: int) -> Iterator[str]:
+    """What M rows cost over one, by MLX and by the kernel."""
+    counts = range(2, MAX_KERNEL_ROWS + 1)
+    yield from table(f"modelled, not measured: {bits} bits", map(str, counts))
+    for chip in map(CHIPS.__getitem__, GROWTH_SHOWN):
+        by = {
+            name: [f"{of(chip).growth(rows, chip, bits):.2f}" for rows in counts]
+            for name, of in MULTIPLIERS.items()
+        }
+        pairs = zip(by[DESIGNED], by[CAUTIOUS], strict=True)
+        yield row_of(f"{chip.name}: MLX", by[MLX])
+        yield row_of("kernel", (f"{first} ({last})" for first, last in pairs))
+
+
+def speed_table(args: argparse.Namespace) -> Iterator[str]:
+    """The speed of each family on each chip, with MLX alone and with the kernel."""
+    found = {(f["multiplier"], f["chip"], f["family"]): f for f in speeds(args)}
+    sizes = [family.size for family in FAMILIES.values()]
+    yield from table("modelled, not measured", sizes)
+    for chip in SHOWN:
+        stock = [found[MLX, chip, family] for family in FAMILIES]
+        plain = (f"{f['plain_tokens_per_second']:.0f}: {cell(f)}" for f in stock)
+        yield row_of(f"{chip}: MLX", plain)
+        for name in (DESIGNED, CAUTIOUS):
+            ours = [found[name, chip, family] for family in FAMILIES]
+            yield row_of(name, map(cell, ours, stock))
+
+
+def cell(found: dict[str, Any], stock: dict[str, Any] | None = None) -> str:
+    """Speed-ups and best K; "=" where MLX alone is as fast."""
+    parts = []
+    for acceptance, c in found["acceptance"].items():
+        is_faster = (
+            not stock or c["speedup"] > stock["acceptance"][acceptance]["speedup"]
         )
-        plain = f"{found['plain_tokens_per_second']:.0f}"
-        cells.setdefault(found["chip"], []).append(f"{plain}: {drafting}")
-    for chip, row in cells.items():
-        yield f"| {chip} | {' | '.join(row)} |"
+        parts.append(
+            f"{c['speedup']:.1f}x ({c['num_draft_tokens']})" if is_faster else "="
+        )
+    return " · ".join(parts) if set(parts) != {"="} else "="
+
+
+def table(corner: str, heads: Iterable[str]) -> Iterator[str]:
+    """The first two lines of a table."""
+    columns = list(heads)
+    yield row_of(corner, columns)
+    yield "|---" * (len(columns) + 1) + "|"
+
+
+def row_of(first: str, cells: Iterable[str]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join((first, *cells))} |"
 
 
 def fitted_constants(rows: list[Published]) -> list[Constants]:

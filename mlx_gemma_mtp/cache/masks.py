@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..constants import FULL, SLIDING
-from ..kernels.common import backend
+from ..kernels.common import gpu
 from .slabs import SlabLayout
 
 # What Metal's fused attention with an array as its mask takes: these sizes of a head,
@@ -121,7 +121,7 @@ def over_heads(mask: mx.array, keys: mx.array, *, num_heads: int) -> mx.array:
         and num_queries <= _MAX_FUSED_QUERIES
         and num_queries * num_heads <= _MAX_FUSED_ROWS * num_kv_heads
     )
-    if num_rows == 1 or not is_fused or backend() != "metal":
+    if num_rows == 1 or not is_fused or gpu() != "metal":
         return mask
     shape = (num_rows, num_heads, num_queries, num_slots)
     return mx.contiguous(mx.broadcast_to(mask, shape))

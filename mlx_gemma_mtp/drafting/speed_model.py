@@ -6,15 +6,14 @@ A pass of the target over M rows (K + 1 for each of B sequences to verify) takes
     + layers * layer_s
 
 and a draft step the same with the drafter's bytes, B rows and 4 layers. A round is a
-pass and K steps. c(M) is what M rows cost over one, U(M) the experts that M rows choose
-over those of one. `Constants` holds what was fitted to published figures;
-`scripts/roofline.py` prints how far the model is from them.
+pass and K steps. c(M) is what M rows cost over one (growth.py), U(M) the experts that M
+rows choose over those of one. `Constants` holds what was fitted to published figures;
+`scripts/roofline.py` prints how far the model is from them. Where whole passes were
+measured, the shape of what they took stands for c(M) and U(M).
 
 Bytes are counted of matrices; norms, scales and scalars are left out (under 0.1 %). A
 table of which a token gathers one row, as of per-layer embeddings, is not read by a
 pass: only the rows are, which is nothing. The tied embedding is read whole, as head.
-Bandwidths are those that Apple publishes for the full GPU of each chip (M3 Max with 40
-GPU cores, M4 Max and M5 Max with 40).
 
 Not in the model: attention whose cost grows with rows (heads of 512 in long contexts),
 heat, and time that the host takes.
@@ -25,9 +24,8 @@ K = num_draft_tokens, 0 to 8, never counts the bonus token. Times are in seconds
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ..constants import FULL, MAX_DRAFT_TOKENS, SLIDING
 from ..models.families import (
@@ -39,86 +37,15 @@ from ..models.families import (
     VOCAB_SIZE,
     Family,
 )
+from .chips import Chip, chip_of
 from .controller import DEFAULT_PRIOR, Prior
+from .growth import Constants, bits_per_weight, constants_of, with_kernel
 
 TYPICAL_FAMILY = "12b"
 # Share of the new experts under independent routing that rows have in common: assumed.
 EXPERT_DISCOUNT = 0.25
-_MATRIX_TILE = 32  # rows that the matrix kernel multiplies at the cost of one
-_SHARPNESS = 3  # of the bend between reading weights and arithmetic on rows
 _KV_BYTES = 2  # bfloat16
 _ROWS_OF_CENTROID_HEAD = NUM_CENTROIDS + 32 * 128  # and the tokens of the 32 best
-
-_ARCHITECTURE = re.compile(r"applegpu_g(\d+)([a-z])")
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One chip.
-
-    Attributes:
-        name: As Apple writes it, such as "M3 Ultra".
-        generation: Of the GPU: 13 is M1, 14 M2, 15 M3, 16 M4, 17 M5.
-        bandwidth: Of the memory, bytes a second.
-    """
-
-    name: str
-    generation: int
-    bandwidth: float
-
-    @property
-    def is_ultra(self) -> bool:
-        """Whether two dies make one chip: MLX has limits of its own for them."""
-        return self.name.endswith("Ultra")
-
-
-CHIPS = {
-    name: Chip(name, generation, gigabytes * 1e9)
-    for name, generation, gigabytes in (
-        ("M1", 13, 68.3),
-        ("M1 Pro", 13, 200.0),
-        ("M1 Max", 13, 400.0),
-        ("M1 Ultra", 13, 800.0),
-        ("M2", 14, 100.0),
-        ("M2 Pro", 14, 200.0),
-        ("M2 Max", 14, 400.0),
-        ("M2 Ultra", 14, 800.0),
-        ("M3", 15, 100.0),
-        ("M3 Pro", 15, 150.0),
-        ("M3 Max", 15, 400.0),
-        ("M3 Ultra", 15, 819.0),
-        ("M4", 16, 120.0),
-        ("M4 Pro", 16, 273.0),
-        ("M4 Max", 16, 546.0),
-        ("M5", 17, 153.6),
-        ("M5 Pro", 17, 307.0),
-        ("M5 Max", 17, 614.0),
-    )
-}
-
-# The letter that ends MLX's name of a GPU; a generation without an Ultra gets its Max.
-_SIZES = {"p": "", "g": "", "s": " Max", "d": " Ultra"}
-
-
-def chip_of(architecture: str | None) -> Chip | None:
-    """Return the chip that an architecture is of, None if it is of no known one.
-
-    Several chips share a name (g: base and Pro); the one returned stands for them.
-
-    Args:
-        architecture: ``mx.device_info()["architecture"]``, such as "applegpu_g15s".
-    """
-    match = _ARCHITECTURE.fullmatch(architecture or "")
-    if match is None or match[2] not in _SIZES:
-        return None
-    model = f"M{int(match[1]) - 12}"
-    chip = CHIPS.get(model + _SIZES[match[2]])
-    return chip or CHIPS.get(f"{model} Max")
-
-
-def bits_per_weight(bits: int) -> float:
-    """Bits a weight takes with its share of scale and bias (groups of 64), or 16."""
-    return bits + 32 / 64 if bits < 16 else 16.0
 
 
 def dense_weights(family: Family) -> int:
@@ -200,66 +127,6 @@ def _kv_bytes(family: Family, layer_types: Sequence[str], context: int) -> int:
 
 
 @dataclass(frozen=True)
-class Constants:
-    """What was fitted for GPUs of some generations.
-
-    Attributes:
-        efficiency: Share of the published bandwidth that is reached.
-        layer_s: Fixed cost of a layer, whatever its size.
-        balance: Rows whose arithmetic takes as long as reading the weights once;
-            infinite where only reading counts.
-        reread: Share of the weights' reading that every row after the first repeats.
-    """
-
-    efficiency: float
-    layer_s: float
-    balance: float = math.inf
-    reread: float = 0.0
-
-    def growth(self, rows: int, limit: int) -> float:
-        """Cost of a pass's weights for several rows over that for one, at least 1.
-
-        Args:
-            rows: Rows of the pass, 1 or more.
-            limit: Rows from which the matrix kernel runs. MLX switches where that costs
-                the same, so the cost then stays for a tile and grows by the tile.
-        """
-        tiles = 1.0
-        if rows >= limit:
-            rows, tiles = limit, float(math.ceil(rows / _MATRIX_TILE))
-        bent = self._bend(rows) / self._bend(1)
-        return tiles * (bent + self.reread * (rows - 1))
-
-    def fixed_s(self, num_layers: int) -> float:
-        """Time of a forward that does not depend on bytes."""
-        return num_layers * self.layer_s
-
-    def _bend(self, rows: int) -> float:
-        """The larger of reading (1) and arithmetic (rows / balance), rounded off."""
-        return float((1 + (rows / self.balance) ** _SHARPNESS) ** (1 / _SHARPNESS))
-
-
-# Before M3, MLX reads affine weights again for every row; since, once for up to 5 rows.
-BEFORE_M3 = Constants(efficiency=0.55, layer_s=0.29e-3, reread=0.88)
-M3_M4 = Constants(efficiency=0.90, layer_s=0.136e-3, balance=3.1)
-M5 = Constants(efficiency=0.90, layer_s=0.136e-3, balance=3.8)
-
-
-def constants_of(chip: Chip) -> Constants:
-    """Return the constants of the chip's GPU generation."""
-    if chip.generation < 15:
-        return BEFORE_M3
-    return M3_M4 if chip.generation < 17 else M5
-
-
-def matrix_limit(chip: Chip) -> int:
-    """Rows from which MLX multiplies large quantized matrices by its matrix kernel."""
-    if chip.is_ultra:
-        return 12
-    return 6 if chip.generation < 15 else 13
-
-
-@dataclass(frozen=True)
 class Model:
     """A family on a chip, with what decides its speed.
 
@@ -287,23 +154,26 @@ class Model:
         Args:
             rows_each: Rows of every sequence: K + 1 to verify K drafts.
         """
-        family = self.family
-        rows = rows_each * self.batch_size
-        weights = dense_weights(family) * self._growth(rows)
-        text = family.target_text
+        kept = self.batch_size * kv_bytes(self.family, self.context)
+        return self.rows_s(rows_each * self.batch_size) + self._read_s(kept)
+
+    def rows_s(self, rows: int) -> float:
+        """Time of one forward of the target over so many rows, but for their K/V."""
+        family, text = self.family, self.family.target_text
+        weights = dense_weights(family) * self._growth(rows, self.bits)
         if text["num_experts"]:
             union = experts_read(rows, text["top_k_experts"], text["num_experts"])
             weights += expert_weights(family) * union
-        num_bytes = weights * bits_per_weight(self.bits) / 8
-        num_bytes += self.batch_size * kv_bytes(family, self.context)
-        return self._forward_s(num_bytes, len(family.layer_types))
+        read_s = self._read_s(weights * bits_per_weight(self.bits) / 8)
+        return read_s + self.constants.fixed_s(len(family.layer_types))
 
     def step_s(self) -> float:
         """Time of one draft step."""
-        weights = draft_weights(self.family) * self._growth(self.batch_size)
+        growth = self._growth(self.batch_size, self.draft_bits)
+        weights = draft_weights(self.family) * growth
         num_bytes = weights * bits_per_weight(self.draft_bits) / 8
         num_bytes += self.batch_size * draft_kv_bytes(self.family, self.context)
-        return self._forward_s(num_bytes, len(DRAFTER_LAYERS))
+        return self._read_s(num_bytes) + self.constants.fixed_s(len(DRAFTER_LAYERS))
 
     def round_s(self, num_draft_tokens: int) -> float:
         """Time of a round with K drafts; K = 0 is plain decoding's."""
@@ -330,12 +200,43 @@ class Model:
         best = self.best_draft_tokens(acceptance)
         return acceptance_length(best, acceptance) / self.relative_cost(best)
 
-    def _growth(self, rows: int) -> float:
-        return self.constants.growth(rows, matrix_limit(self.chip))
+    def _growth(self, rows: int, bits: int) -> float:
+        return self.constants.growth(rows, self.chip, bits)
 
-    def _forward_s(self, num_bytes: float, num_layers: int) -> float:
-        bandwidth = self.chip.bandwidth * self.constants.efficiency
-        return num_bytes / bandwidth + self.constants.fixed_s(num_layers)
+    def _read_s(self, num_bytes: float) -> float:
+        return num_bytes / (self.chip.bandwidth * self.constants.efficiency)
+
+
+@dataclass(frozen=True)
+class MeasuredModel(Model):
+    """A model whose passes grow with rows as they were measured to.
+
+    How long the first row takes stays modelled, so that draft steps, which nobody
+    measured, keep their share.
+
+    Attributes:
+        pass_seconds: Seconds of a pass by rows, those of 1 among them.
+    """
+
+    pass_seconds: Mapping[int, float] = field(kw_only=True)
+
+    def rows_s(self, rows: int) -> float:
+        """Time of one forward of the target over so many rows, but for their K/V.
+
+        More rows than were measured take what they are modelled to, but no less.
+        """
+        took_s, most = self.pass_seconds, max(self.pass_seconds)
+        shape = _between(took_s, min(rows, most)) / took_s[1]
+        measured_s = super().rows_s(1) * shape
+        return measured_s if rows <= most else max(measured_s, super().rows_s(rows))
+
+
+def _between(points: Mapping[int, float], place: int) -> float:
+    """The value at a place, on the straight line between the points around it."""
+    low = max(point for point in points if point <= place)
+    high = min(point for point in points if point >= place)
+    share = (place - low) / (high - low) if high > low else 0.0
+    return points[low] + share * (points[high] - points[low])
 
 
 def experts_read(rows: int, active: int, experts: int) -> float:
@@ -393,14 +294,48 @@ def model(
     return Model(chip, family, constants, bits, draft_bits, batch_size, context)
 
 
+@dataclass(frozen=True)
+class Matmuls:
+    """What is known here of the matrix products of few rows.
+
+    Attributes:
+        has_kernel: Whether the package's kernel multiplies 2 to 9 rows, MLX all others.
+        pass_seconds: Seconds of a pass of the target by rows, those of 1 among them, as
+            measured with what multiplies now; empty where nothing was measured.
+
+    Raises:
+        ValueError: Not such seconds.
+    """
+
+    has_kernel: bool = False
+    pass_seconds: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        took_s = self.pass_seconds
+        are_seconds = all(0 < s < math.inf for s in took_s.values())
+        if took_s and not (min(took_s) == 1 and are_seconds):
+            raise ValueError(
+                f"pass_seconds must be seconds of 1 row and more: got {took_s}. "
+                "Measure again."
+            )
+
+
+MLX_ALONE = Matmuls()
+
+
 def prior(
     architecture: str | None,
     family: str | None,
     *,
     batch_size: int = 1,
     context: int = 0,
+    matmuls: Matmuls = MLX_ALONE,
 ) -> Prior:
-    """Return what to expect of a machine before it has run: modelled, not measured.
+    """Return what to expect of a machine before it has run its rounds.
+
+    It is modelled. Where passes were measured their growth with rows is measured, and
+    draft steps stay modelled; where the kernel multiplies and was not measured, it is
+    modelled cautiously.
 
     Args:
         architecture: MLX's name of the GPU, ``mx.device_info()["architecture"]``. One
@@ -408,11 +343,20 @@ def prior(
         family: One of ``FAMILIES``; None, or another, for a typical dense one.
         batch_size: Sequences decoded together.
         context: Tokens in the cache of each.
+        matmuls: What multiplies few rows. Costs learnt with others are no start for
+            these: see ``CostModel.resume``.
     """
     chip = chip_of(architecture)
     if chip is None:
         return DEFAULT_PRIOR
     shapes = FAMILIES.get(family or "", FAMILIES[TYPICAL_FAMILY])
-    modelled = model(chip, shapes, batch_size=batch_size, context=context)
+    constants = constants_of(chip)
+    if matmuls.has_kernel:
+        constants = with_kernel(constants)
+    modelled = model(
+        chip, shapes, batch_size=batch_size, context=context, constants=constants
+    )
+    if matmuls.pass_seconds:
+        modelled = MeasuredModel(**vars(modelled), pass_seconds=matmuls.pass_seconds)
     costs = (modelled.relative_cost(k) for k in range(MAX_DRAFT_TOKENS + 1))
     return Prior(tuple(costs), shapes.acceptance)

@@ -82,7 +82,7 @@ class Decoder:
         max_kv_bytes: int | None = None,
         prompt_caches: Sequence[Sequence[Any] | None] = (),
     ) -> None:
-        self._rounds = rounds
+        self._rounds = rounds = rounds.own()
         if isinstance(num_draft_tokens, int):
             num_draft_tokens = DraftPolicy(num_draft_tokens)
         self._draft_policy = num_draft_tokens
@@ -92,6 +92,7 @@ class Decoder:
             why_plain=why_plain,
             probe_s=probe_s,
             max_difference=route.max_difference,
+            matmuls=rounds.choices.named,
             phases=self._timer.phases,
         )
         self.num_added = 0

@@ -19,6 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gemma4_text
 
+from ..matmuls.choices import STOCK, Choices
+from ..matmuls.modules import few_rows
 from ..models.drafter import Drafter
 from ..models.target import text_model
 
@@ -36,23 +38,36 @@ class ModelArrays:
     Args:
         target: mlx-lm's model object of a Gemma 4 target.
         drafter: The drafter; None where there is none.
+        choices: Which of their matrices the kernel of few rows multiplies.
+
+    Attributes:
+        choices: The same.
 
     Raises:
         PairingError: ``target`` is not a Gemma 4 of mlx-lm.
     """
 
-    def __init__(self, target: nn.Module, drafter: Drafter | None) -> None:
+    def __init__(
+        self, target: nn.Module, drafter: Drafter | None, choices: Choices = STOCK
+    ) -> None:
         self._modules = (text_model(target), drafter)
+        self.choices = choices
 
     def of_target(self) -> ModelArrays:
         """The arrays of the target alone."""
-        return ModelArrays(self._modules[0], None)
+        return ModelArrays(self._modules[0], None, self.choices)
+
+    def using(self, choices: Choices) -> ModelArrays:
+        """The same arrays, multiplied as other choices say."""
+        target, drafter = self._modules
+        return ModelArrays(target, drafter, choices)
 
     def read(self) -> tuple[list[mx.array], object]:
         """All arrays, in a fixed order, and what a trace depends on beside them.
 
         That is the modules' classes and plain numbers, and the arrays' shapes and
-        types: it differs once layers were quantized or have got adapters.
+        types: it differs once layers were quantized or have got adapters. The choices
+        are no part of it.
         """
         arrays: list[mx.array] = []
         structure: list[object] = []
@@ -72,7 +87,9 @@ class ModelArrays:
             ArraysChangedError: The modules hold other arrays by now.
         """
         rest = iter(zip(arrays, inputs, strict=True))
-        copied: tuple[gemma4_text.Model, Drafter | None] = _copied(self._modules, rest)
+        copied: tuple[gemma4_text.Model, Drafter | None] = _copied(
+            self._modules, rest, self.choices
+        )
         if next(rest, None) is not None:
             raise ArraysChangedError
         return copied
@@ -162,7 +179,9 @@ def _read(value: object, arrays: list[mx.array], structure: list[object]) -> Non
         structure.append(value)
 
 
-def _copied(value: Any, rest: Iterator[tuple[mx.array, mx.array]]) -> Any:
+def _copied(
+    value: Any, rest: Iterator[tuple[mx.array, mx.array]], choices: Choices
+) -> Any:
     """A tree with other arrays; what is neither array, module nor container stays."""
     if isinstance(value, mx.array):
         array, stand_in = next(rest, (None, None))
@@ -174,8 +193,10 @@ def _copied(value: Any, rest: Iterator[tuple[mx.array, mx.array]]) -> Any:
         if isinstance(value, nn.Module):
             vars(copy).update(vars(value))
         for key, item in list(value.items()):
-            dict.__setitem__(copy, key, _copied(item, rest))
+            dict.__setitem__(copy, key, _copied(item, rest, choices))
+        if choices and isinstance(value, nn.Module):
+            few_rows(cast(nn.Module, copy), choices)
         return copy
     if type(value) in _SEQUENCES:
-        return type(value)(_copied(item, rest) for item in value)
+        return type(value)(_copied(item, rest, choices) for item in value)
     return value

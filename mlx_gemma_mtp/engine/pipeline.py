@@ -121,16 +121,20 @@ class RoundPipeline:
 
         Returns:
             What the live sequences emit.
+
+        Raises:
+            KernelError: A round failed; see ``Rounds.watched``.
         """
         self._skip_unwanted()
-        while self._can_queue() and self._wants_another():
-            is_first = self.is_empty
-            self._build(is_awaited=is_awaited)
-            if is_first or self._early_start.is_early:
-                self._start(is_early=not is_first)
-        outputs = self._read()
-        if self._batch.live:  # else what is in flight is dropped
-            self._start(is_early=False)
+        with self._rounds.watched():
+            while self._can_queue() and self._wants_another():
+                is_first = self.is_empty
+                self._build(is_awaited=is_awaited)
+                if is_first or self._early_start.is_early:
+                    self._start(is_early=not is_first)
+            outputs = self._read()
+            if self._batch.live:  # else what is in flight is dropped
+                self._start(is_early=False)
         return outputs
 
     def drop(self) -> None:

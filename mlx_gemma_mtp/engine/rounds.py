@@ -11,7 +11,9 @@ It knows nothing of text, tokenizers, files or of when to stop: see decoder.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +21,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..cache.masks import draft_masks
+from ..errors import KernelError, MTPError, described
+from ..matmuls.choices import STOCK, Choices
 from ..models.drafter import SharedKV
 from ..models.target import Target, TargetOutput
 from ..sampling.acceptance import Accepted, Draft, accept_block, cut
@@ -31,6 +35,10 @@ from .traces import Traces
 
 _Models = tuple[TargetLike, DrafterLike | None]
 CompiledRound = Callable[..., dict[str, Any]]
+
+# Words of MLX's allocators and of Metal's watchdog, which tell nothing of kernels: such
+# as "GPU Timeout", "Innocent Victim".
+_OF_OTHERS = ("malloc", "memory", "allocat", "timeout", "interactivity", "victim")
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Rounds:
         arrays: The arrays of both, which compiled rounds then read anew every time;
             None for models whose arrays never change.
         traces: Where compiled rounds are kept: for engines that differ in nothing.
+        on_failure: Called where a round with a kernel of few rows has failed.
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class Rounds:
         use_compile: bool = True,
         arrays: ModelArrays | None = None,
         traces: Traces[CompiledRound] | None = None,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -72,6 +82,7 @@ class Rounds:
         self._arrays = arrays
         self._model_arrays: list[mx.array] | None = None  # while something decodes
         self._traces: Traces[CompiledRound] = Traces() if traces is None else traces
+        self._on_failure = on_failure
 
     def with_drafter(self, drafter: DrafterLike) -> Rounds:
         """The same target with another drafter, whose rounds are traced anew."""
@@ -98,6 +109,49 @@ class Rounds:
         self._model_arrays = arrays
         return arrays
 
+    @property
+    def choices(self) -> Choices:
+        """Which matrices the kernel of few rows multiplies."""
+        return STOCK if self._arrays is None else self._arrays.choices
+
+    def use(self, choices: Choices) -> None:
+        """Multiply from now on as these say.
+
+        Engines whose arrays never change multiply by MLX alone.
+        """
+        if self._arrays is not None and choices != self.choices:
+            self._arrays = self._arrays.using(choices)
+            self._model_arrays = None
+
+    def own(self) -> Rounds:
+        """These rounds for one decoder: ``use`` by others does not change its bytes."""
+        own = copy(self)
+        self.let_go()
+        return own
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around what evaluates rounds.
+
+        One that fails has lost its slabs. A kernel of few rows in it may be the reason:
+        MLX takes its place from now on.
+
+        Raises:
+            KernelError: So it was.
+        """
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # MLX's, of kernels and launches
+            if not self.choices or isinstance(error, MTPError) or _is_of_others(error):
+                raise
+            self.use(STOCK)
+            if self._on_failure is not None:
+                self._on_failure()
+            raise KernelError(
+                "a round must run: a kernel of this package may have failed on this "
+                f"machine: {described(error)}. Ask again: MLX's own take its place."
+            ) from error
+
     def let_go(self) -> None:
         """Keep no weights alive that the models drop; the next round reads them anew.
 
@@ -116,7 +170,7 @@ class Rounds:
     ) -> bool:
         """Whether such a round has run before: the first one is traced and compiled."""
         shape = _Shape(num_draft_tokens, min_rows, graph)
-        return _key(shape, num_rows, capacity) in self._traces
+        return self._key(shape, num_rows, capacity) in self._traces
 
     def run(
         self,
@@ -185,14 +239,11 @@ class Rounds:
         self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
     ) -> mx.array:
         """Only the drafts of the round that would follow, int32 [B, K]."""
-        draft = _draft(
-            self.target,
-            self.drafter,
-            self._verification,
-            state,
-            settings,
-            num_draft_tokens,
-        )
+        models: _Models = self.target, self.drafter
+        if self.choices:  # as the round would
+            arrays = self._model_arrays or self.refresh()
+            models = self._bound(arrays, arrays)
+        draft = _draft(*models, self._verification, state, settings, num_draft_tokens)
         return draft.tokens
 
     def _call(
@@ -206,7 +257,7 @@ class Rounds:
             state.last_token.shape[0],
             self.target.layout.capacity(state.slabs),
         )
-        key = _key(shape, num_rows, capacity)
+        key = self._key(shape, num_rows, capacity)
         model_arrays = self._model_arrays
         if model_arrays is None or key not in self._traces:
             model_arrays = self.refresh()  # before: traces of other layers go with it
@@ -224,25 +275,31 @@ class Rounds:
             except ArraysChangedError:  # by another thread, since they were read
                 model_arrays = self.refresh()
 
+    def _key(self, shape: _Shape, num_rows: int, capacity: int) -> Hashable:
+        """What a trace depends on; MLX traces anew for every stream."""
+        stream = str(mx.default_stream(mx.default_device()))
+        return shape, num_rows, capacity, self.choices.digest, stream
+
     def _made(self, shape: _Shape) -> CompiledRound:
         """The round of a shape, for this thread to call."""
         function = partial(_round, self._verification, shape)
         if self.use_compile:
             return CompiledFunction(function)
-        return lambda bind, _, *arrays: function(bind([]), *arrays)
+        return lambda bind, models, *arrays: function(bind(models), *arrays)
 
     def _bound(self, arrays: list[mx.array], inputs: list[mx.array]) -> _Models:
         """The models, with a compiled round's inputs in place of their arrays."""
-        if self._arrays is None or not inputs:
+        if self._arrays is None:
             return self.target, self.drafter
         assert isinstance(self.target, Target)
         lm, drafter = self._arrays.bound(arrays, inputs)
         return self.target.over(lm), self.drafter if drafter is None else drafter
 
 
-def _key(shape: _Shape, num_rows: int, capacity: int) -> Hashable:
-    """What a trace depends on; MLX traces anew for every stream."""
-    return shape, num_rows, capacity, str(mx.default_stream(mx.default_device()))
+def _is_of_others(error: Exception) -> bool:
+    """Whether an error tells nothing of kernels: no memory, or a GPU that was taken."""
+    text = str(error).lower()
+    return any(word in text for word in _OF_OTHERS)
 
 
 def _round(

@@ -49,6 +49,8 @@ class RoundStats:
             between a plain round and another one; None where it has not run to its end.
         why_plain: Why no round may have drafts, in words; empty where they may.
         probe_s: What the exactness probe took for this request, if it ran, seconds.
+        matmuls: The matrices, by size and form, that the package's kernel multiplies,
+            each with the fewest rows that it takes; MLX multiplies all others.
         phases: Where the time went.
     """
 
@@ -64,6 +66,7 @@ class RoundStats:
     max_difference: float | None = None
     why_plain: str = ""
     probe_s: float = 0.0
+    matmuls: dict[str, int] = field(default_factory=dict)
     phases: Phases = field(default_factory=Phases)
 
     def add_round(self, *, drafted: int, accepted: int) -> None:
@@ -98,6 +101,7 @@ class RoundStats:
         self.exactness = _both(self.exactness, other.exactness)
         self.why_plain = _both(self.why_plain, other.why_plain)
         self.probe_s += other.probe_s
+        self.matmuls = self.matmuls | other.matmuls
         for name, seconds in asdict(other.phases).items():
             setattr(self.phases, name, getattr(self.phases, name) + seconds)
         self.accepted_at += other.accepted_at
@@ -155,6 +159,7 @@ class RoundStats:
             "exactness": self.exactness,
             "max_difference": self.max_difference,
             "probe_s": self.probe_s,
+            "matmuls": dict(self.matmuls),
             **asdict(self.phases),
         }
 

@@ -115,6 +115,18 @@ def places(layout: SlabLayout) -> list[_Place]:
     ]
 
 
+def random_slabs(layout: SlabLayout, num_rows: int, place: _Place) -> list[mx.array]:
+    """Slabs as if a text had filled them, the same ones whenever they are made."""
+    slabs = layout.allocate(num_rows, place.capacity)
+    key = mx.random.key(place.offset)
+    for i, slab in enumerate(slabs):
+        key, own = mx.random.split(key)
+        scale = _KEY_SCALE if i % 2 == 0 else 1.0
+        slabs[i] = mx.random.normal(slab.shape, slab.dtype, scale=scale, key=own)
+        mx.eval(slabs[i])  # one by one: their making needs room too
+    return slabs
+
+
 class _Probe:
     """One run of the probe."""
 
@@ -181,7 +193,7 @@ class _Probe:
         missing = [c for c in self._missing if c.place == place]
         if not missing:
             return True
-        slabs = self._random_slabs(place)
+        slabs = random_slabs(self._layout, self._num_rows, place)
         if self._row_s is None and not self._begin(slabs, place):
             return False
         if not self._has_plain(slabs, place):
@@ -285,17 +297,6 @@ class _Probe:
         elif num_rows == 1:
             self._row_s = passed
         self._spent_s += passed
-
-    def _random_slabs(self, place: _Place) -> list[mx.array]:
-        """Slabs as if a text had filled them, the same ones whenever they are made."""
-        slabs = self._layout.allocate(self._num_rows, place.capacity)
-        key = mx.random.key(place.offset)
-        for i, slab in enumerate(slabs):
-            key, own = mx.random.split(key)
-            scale = _KEY_SCALE if i % 2 == 0 else 1.0
-            slabs[i] = mx.random.normal(slab.shape, slab.dtype, scale=scale, key=own)
-            mx.eval(slabs[i])  # one by one: their making needs room too
-        return slabs
 
 
 def _comparisons(layout: SlabLayout) -> Iterator[_Comparison]:

@@ -16,12 +16,15 @@ This file knows nothing of what the kernels compute.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
+
+VARIABLE = "MLX_GEMMA_MTP_KERNELS"
 
 MAX_THREADS = 256  # of a threadgroup
 MIN_ELEMENTS = 8  # of an input; Metal passes fewer in another address space
@@ -91,12 +94,15 @@ template <class T> __device__ inline T simd_shuffle_xor(T x, unsigned short mask
 #define HALF_HIGH(word) __high2float(as_type<__half2>(word))
 #define BFLOAT_LOW(word) __uint_as_float((word) << 16)
 #define BFLOAT_HIGH(word) __uint_as_float((word) & 0xFFFF0000u)
+#define HALF_OF(value) float(value)
+#define BFLOAT_OF(value) float(value)
 """
 
-# LOAD2, LOAD4: piece `index` of 8 or 16 bytes of an input, by one instruction;
-# the input must be aligned to them. HALF_, BFLOAT_: one of the two numbers in a word as
-# a float; a shift would cost M1 and M2 four cycles.
-_METAL = r"""
+# LOAD2, LOAD4: piece `index` of 8 or 16 bytes of an input, by one instruction; the
+# input must be aligned to them. HALF_, BFLOAT_: one of the two numbers in a word as a
+# float; _OF: a number that stands alone. A bfloat is neither shifted nor converted:
+# either would cost M1 and M2 four cycles.
+METAL = r"""
 #include <metal_simdgroup>
 #define HELPER inline
 #define BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
@@ -106,6 +112,8 @@ _METAL = r"""
 #define HALF_HIGH(word) float(as_type<half2>(word).y)
 #define BFLOAT_LOW(word) as_type<float>(ushort2(0, as_type<ushort2>(word).x))
 #define BFLOAT_HIGH(word) as_type<float>((word) & 0xFFFF0000u)
+#define HALF_OF(value) float(value)
+#define BFLOAT_OF(value) as_type<float>(ushort2(0, as_type<ushort>(value)))
 """
 
 # The numbers of noise.py, the order of sampling.most_likely, mlx-lm's soft-cap.
@@ -201,7 +209,7 @@ class Kernel:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     source: str
-    header: str = _METAL + _SHARED
+    header: str = METAL + _SHARED
 
     @property
     def cuda_header(self) -> str:
@@ -215,13 +223,22 @@ def padded(array: mx.array) -> mx.array:
     return mx.pad(flat, (0, max(0, MIN_ELEMENTS - flat.size)))
 
 
-def backend() -> str:
-    """Where kernels run: ``"metal"``, ``"cuda"``, or ``"ops"`` for plain operations."""
+def gpu() -> str | None:
+    """What runs MLX's own operations: ``"metal"``, ``"cuda"``, None for the CPU."""
     if mx.default_device() != mx.gpu:
-        return "ops"
+        return None
     if mx.metal.is_available():
         return "metal"
-    return "cuda" if mx.cuda.is_available() else "ops"
+    return "cuda" if mx.cuda.is_available() else None
+
+
+def backend() -> str:
+    """Where kernels run: ``"metal"``, ``"cuda"``, or ``"ops"`` for plain operations.
+
+    The variable ``MLX_GEMMA_MTP_KERNELS`` set to ``off`` leaves all to MLX.
+    """
+    is_off = os.environ.get(VARIABLE, "").strip().lower() == "off"
+    return "ops" if is_off else gpu() or "ops"
 
 
 def launch(

@@ -6,8 +6,9 @@ weights: it loads and converts 8 numbers of each row once and uses them R times,
 dequantizes 8 weights of each output once and uses them M times.
 
 A quantized weight needs no conversion: its bits, or-ed into a half's, are the number
-1024 + q (4 bits: also 1024 + 16 q), and one fma makes s * q + b of it, with b - 1024 s
-computed once. That is off by 6e-5 of a quantization step at most.
+1024 + q (4 bits: also 64 + q, where they stand four higher), and one fma makes
+s * q + b of it, with b - 1024 s computed once. That is off by 6e-5 of a quantization
+step at most.
 
 What a lane adds up, and how the lanes' sums are added, depends on (N, K) alone: a row
 has the same bits whatever M and R are. That is why plain decoding and verifying give
@@ -31,12 +32,12 @@ from .common import Kernel
 MAX_ROWS = 9
 MAX_SUMS = 32  # M * R: sums of a lane
 COLUMNS = (2, 3, 4)  # R that kernels are made for
-CHUNK = 8  # weights of a lane's step
-INPUTS_UNIT = 64  # K is a multiple of it
+CHUNK = 8  # weights of a lane's step; K is a multiple of it
 DENSE = 16  # bits of a weight that is not quantized
 GROUP_SIZES = (32, 64, 128)
 _SIMDGROUPS = 4  # of a threadgroup
 _THREADS = 32 * _SIMDGROUPS
+_FULL_ROWS = 4  # so many multiply-adds beside each other leave no gap, modelled
 _DTYPES = {mx.bfloat16: "BFLOAT", mx.float16: "HALF"}
 
 # The 8 numbers of a chunk in the order in which they are added up, and of which word of
@@ -71,10 +72,10 @@ class Form:
     @property
     def is_known(self) -> bool:
         """Whether there are kernels for it."""
-        return self in _FORMS
+        return self in FORMS
 
 
-_FORMS = tuple(
+FORMS = tuple(
     Form(bits, group_size, dtype)
     for dtype in _DTYPES
     for bits, group_size in (
@@ -90,7 +91,7 @@ def parse_form(name: str) -> Form:
     Raises:
         ValueError: There is no such form.
     """
-    for form in _FORMS:
+    for form in FORMS:
         if str(form) == name:
             return form
     raise ValueError(f"a form must be one of a kernel: got {name!r:.80}")
@@ -115,7 +116,7 @@ def multiply(
     """Multiply a few rows by a matrix, as ``quantized_matmul`` or ``x @ weight.T``.
 
     Args:
-        x: [..., K] of the form's type, 1 to 9 rows in all; K a multiple of 64.
+        x: [..., K] of the form's type, 1 to 9 rows in all; K a multiple of 8.
         weight: [N, K * bits / 32] uint32 as ``mx.quantize`` packs it, or [N, K].
         scales: [N, K / group_size]; None for dense weights.
         biases: [N, K / group_size]; None for dense weights.
@@ -160,14 +161,16 @@ def kernel(form: Form, num_rows: int, num_columns: int) -> Kernel:
         input_names=names,
         output_names=("y",),
         source=_Text(form, num_rows, num_columns).source(),
+        header=common.METAL,
     )
 
 
 class _Text:
     """Writes the body of one kernel.
 
-    Names: ``x{m}`` a row's chunk as words, ``x{m}_{i}`` its number i, ``a{m}_{r}`` the
-    sum of row m and output r.
+    Names: ``x{m}`` a row's chunk as words, ``x{m}_{i}`` its number i, ``p{r}`` an
+    output's chunk as words, ``w{r}_{i}`` its weight i, ``a{m}_{r}`` the sum of row m
+    and output r; ``x_row{m}``, ``w_row{r}`` ... where the rows of arrays begin.
     """
 
     def __init__(self, form: Form, num_rows: int, num_columns: int) -> None:
@@ -188,81 +191,134 @@ class _Text:
         return "".join(f"  {line}\n" for line in lines)
 
     def _start(self) -> list[str]:
-        """Where this simdgroup's outputs are."""
+        """Where this simdgroup's outputs are.
+
+        The last simdgroup begins early enough to have R outputs, and stores its own.
+        So every lane reads at one index of R arrays that begin a row apart: where they
+        begin depends on no thread, and costs neither registers nor additions.
+        """
         num_columns = len(self._columns)
-        chunks = {4: "uint(w_shape[1])", 8: "uint(w_shape[1]) / 2u"}
         lines = [
             "uint lane = thread_index_in_simdgroup;",
             "uint outputs = uint(w_shape[0]);",
-            f"uint chunks = {chunks.get(self._form.bits, 'uint(w_shape[1]) / 8u')};",
+            "uint words = uint(w_shape[1]);",
+            f"uint chunks = words{self._over(self._words_per_chunk)};",
             f"uint first = (threadgroup_position_in_grid.x * {_SIMDGROUPS}u + "
             f"simdgroup_index_in_threadgroup) * {num_columns}u;",
             "if (first >= outputs) return;  // the whole simdgroup",
+            f"uint base = min(first, max(outputs, {num_columns}u) - {num_columns}u);",
+            "uint start = base * chunks;",
         ]
+        lines += [f"auto x_row{m} = x + {m * CHUNK}u * chunks;" for m in self._rows]
+        lines += self._row_starts("w", "words")
         if self._form.group_size:
-            lines += [f"uint groups = chunks / {self._form.group_size // CHUNK}u;"]
-        for r in self._columns:
-            lines += [f"uint n{r} = min(first + {r}u, outputs - 1u);"]
+            per_group = self._form.group_size // CHUNK
+            lines += [
+                f"uint groups = chunks / {per_group}u;",
+                f"uint g = base * groups + lane / {per_group}u;",
+                *self._row_starts("scales", "groups"),
+                *self._row_starts("biases", "groups"),
+            ]
         lines += [f"float a{m}_{r} = 0.0f;" for m in self._rows for r in self._columns]
         return lines
 
+    @property
+    def _words_per_chunk(self) -> int:
+        """Elements of w in a chunk."""
+        return CHUNK if self._form.bits == DENSE else CHUNK * self._form.bits // 32
+
+    @staticmethod
+    def _over(divisor: int) -> str:
+        return f" / {divisor}u" if divisor > 1 else ""
+
+    def _row_starts(self, name: str, length: str) -> list[str]:
+        """Where rows begin; of fewer than R outputs the last one stands for others."""
+        return [
+            f"auto {name}_row{r} = {name} + min({r}u, outputs - 1u) * {length};"
+            for r in self._columns
+        ]
+
     def _step(self) -> list[str]:
-        """One chunk: loads first, then half a chunk at a time to spare registers."""
-        lines = [f"uint4 x{m} = LOAD4(x, {m}u * chunks + c);" for m in self._rows]
-        lines += self._loads()
+        """One chunk: what comes from memory is asked for first, rows are cached.
+
+        Half a chunk is computed at a time, to spare registers.
+        """
+        lines = ["uint at = start + c;", *self._loads()]
+        lines += [f"uint4 x{m} = LOAD4(x_row{m}, c);" for m in self._rows]
+        lines += self._constants()
         for half in range(2):
             places = self._order[4 * half : 4 * half + 4]
             for m in self._rows:
                 lines += [
                     f"float x{m}_{i} = {self._number(f'x{m}', i)};" for i in places
                 ]
-            for r in self._columns:
-                lines += self._weights(r, half, places)
+            for columns in self._turns():
+                for r in columns:
+                    lines += self._weights(r, half, places)
                 lines += [
                     f"a{m}_{r} = fma(w{r}_{i}, x{m}_{i}, a{m}_{r});"
                     for i in places
+                    for r in columns
                     for m in self._rows
                 ]
         return lines
 
+    def _turns(self) -> list[range]:
+        """The outputs that are computed at a time.
+
+        A multiply-add waits for the one before it on the same sum: few rows leave a
+        gap there that other outputs fill, many need the registers.
+        """
+        if len(self._rows) < _FULL_ROWS:
+            return [self._columns]
+        return [range(r, r + 1) for r in self._columns]
+
     def _loads(self) -> list[str]:
         """The chunk's weights of every output, with scale and bias."""
-        load = {4: "uint p{r} = w[{at}];", 8: "uint2 p{r} = LOAD2(w, {at});"}
-        text = load.get(self._form.bits, "uint4 p{r} = LOAD4(w, {at});")
-        lines = [text.format(r=r, at=f"n{r} * chunks + c") for r in self._columns]
-        if not self._form.group_size:
-            return lines
-        lines += [f"uint g = c / {self._form.group_size // CHUNK}u;"]
-        for r in self._columns:
-            lines += [
-                f"float s{r} = float(scales[n{r} * groups + g]);",
-                f"float b{r} = float(biases[n{r} * groups + g]);",
-                f"float c{r} = fma(-1024.0f, s{r}, b{r});",
-            ]
-            if self._form.bits == 4:
+        load = {4: "uint p{r} = w_row{r}[at];", 8: "uint2 p{r} = LOAD2(w_row{r}, at);"}
+        text = load.get(self._form.bits, "uint4 p{r} = LOAD4(w_row{r}, at);")
+        lines = [text.format(r=r) for r in self._columns]
+        if self._form.group_size:
+            number = _DTYPES[self._form.dtype]
+            for r in self._columns:
                 lines += [
-                    f"float t{r} = s{r} * 0.0625f;",
-                    f"float d{r} = fma(-64.0f, s{r}, b{r});",
+                    f"float s{r} = {number}_OF(scales_row{r}[g]);",
+                    f"float b{r} = {number}_OF(biases_row{r}[g]);",
                 ]
+            lines += [f"g += {32 * CHUNK // self._form.group_size}u;"]
+        return lines
+
+    def _constants(self) -> list[str]:
+        """What makes a weight of a half's bits, for every output."""
+        lines = []
+        if self._form.group_size:
+            for r in self._columns:
+                lines += [f"float c{r} = fma(-1024.0f, s{r}, b{r});"]
+                if self._form.bits == 4:
+                    lines += [f"float d{r} = fma(-64.0f, s{r}, b{r});"]
         return lines
 
     def _weights(self, r: int, half: int, places: tuple[int, ...]) -> list[str]:
         """Four weights of an output as floats."""
         if self._form.bits == DENSE:
             return [f"float w{r}_{i} = {self._number(f'p{r}', i)};" for i in places]
+        lines = []
         if self._form.bits == 4:
-            word = f"(p{r} >> 8)" if half else f"p{r}"
-            pairs = ((word, "0x000F000Fu", "s", "c"), (word, "0x00F000F0u", "t", "d"))
+            word = f"p{r}"
+            if half:
+                word = f"q{r}"
+                lines += [f"uint {word} = p{r} >> 8;"]
+            low, high = (word, "0x000F000Fu"), (word, "0x00F000F0u")
+            pairs = ((*low, "0x64006400u", "c"), (*high, "0x54005400u", "d"))
         else:
             word = f"p{r}.{'xy'[half]}"
-            mask = "0x00FF00FFu"
-            pairs = ((word, mask, "s", "c"), (f"({word} >> 8)", mask, "s", "c"))
-        lines = []
-        for number, (bits, mask, scale, bias) in enumerate(pairs):
+            rest = ("0x00FF00FFu", "0x64006400u", "c")
+            pairs = ((word, *rest), (f"({word} >> 8)", *rest))
+        for number, (bits, mask, power, bias) in enumerate(pairs):
             name = f"h{r}_{2 * half + number}"
-            lines += [f"uint {name} = ({bits} & {mask}) | 0x64006400u;"]
+            lines += [f"uint {name} = ({bits} & {mask}) | {power};"]
             for part, i in zip(("LOW", "HIGH"), places[2 * number :], strict=False):
-                value = f"fma(HALF_{part}({name}), {scale}{r}, {bias}{r})"
+                value = f"fma(HALF_{part}({name}), s{r}, {bias}{r})"
                 lines += [f"float w{r}_{i} = {value};"]
         return lines
 
@@ -293,7 +349,11 @@ class _Text:
                 lines += [f"float {name} = {own} + simd_shuffle_xor({given}, {step}u);"]
                 kept.append(name)
             sums = kept
-        lines += ["uint place = 0u;  // of the sum that this lane has", "uint wide;"]
+        return [*lines, *self._store(sums[0], counts)]
+
+    def _store(self, total: str, counts: list[tuple[int, int]]) -> list[str]:
+        """One lane of those that have a sum stores it, if the output is its own."""
+        lines = ["uint place = 0u;  // of the sum that this lane has", "uint wide;"]
         lines += ["bool is_first = true;  // of the lanes that have it"]
         for step, count in reversed(counts):
             lines += [
@@ -303,9 +363,9 @@ class _Text:
             ]
         num_columns = len(self._columns)
         lines += [
-            f"uint n = first + place % {num_columns}u;",
-            "if (is_first && n < outputs) {",
-            f"  y[place / {num_columns}u * outputs + n] = T({sums[0]});",
+            f"uint n = base + place % {num_columns}u;",
+            "if (is_first && n >= first && n < outputs) {",
+            f"  y[place / {num_columns}u * outputs + n] = T({total});",
             "}",
         ]
         return lines

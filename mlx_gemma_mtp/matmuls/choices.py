@@ -14,11 +14,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..kernels.matmul import (
+    CHUNK,
     COLUMNS,
-    INPUTS_UNIT,
     MAX_ROWS,
     MAX_SUMS,
     Form,
@@ -46,7 +47,7 @@ class Shape:
     @property
     def is_known(self) -> bool:
         """Whether the kernel multiplies it."""
-        return self.form.is_known and self.num_inputs % INPUTS_UNIT == 0
+        return self.form.is_known and self.num_inputs % CHUNK == 0
 
     @property
     def num_bytes(self) -> int:
@@ -139,6 +140,11 @@ class Choices:
         return bool(self.by_shape)
 
     @property
+    def named(self) -> dict[str, int]:
+        """The fewest rows that the kernel takes of each, by the shapes' names."""
+        return {str(s): choice.first_row for s, choice in self.by_shape.items()}
+
+    @cached_property
     def digest(self) -> str:
         """A text that differs for other choices; empty where MLX multiplies all."""
         if not self:

@@ -7,8 +7,6 @@ learnt, nor where it is kept.
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -16,41 +14,28 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..machine import describe_machine
+from ..machine import describe_machine, mlx_settings, system_version
 
-# The variables by which MLX 0.32 lets its users choose kernels, numbers or speed, from
-# its sources. No others are looked at: what they hold is nobody's business.
-MLX_SETTINGS = (
-    "MLX_BFS_MAX_WIDTH",
-    "MLX_CUDA_GRAPH_CACHE_SIZE",
-    "MLX_CUDA_SDPA_CACHE_SIZE",
-    "MLX_CUDA_USE_CUDNN_SDPA",
-    "MLX_DISABLE_COMPILE",
-    "MLX_ENABLE_TF32",
-    "MLX_MAX_MB_PER_BUFFER",
-    "MLX_MAX_OPS_PER_BUFFER",
-    "MLX_METAL_FAST_SYNCH",
-    "MLX_METAL_GPU_ARCH",
-    "MLX_RESIDENCY_SET_MAX_PCT",
-    "MLX_SDPA_BLOCKS",
-    "MLX_USE_CUDA_GRAPHS",
-)
 _NUM_PLACES = 64  # elements of each array that are looked at
 
 
-def learnt_key(arrays: Sequence[tuple[str, mx.array]]) -> dict[str, Any]:
+def learnt_key(
+    arrays: Sequence[tuple[str, mx.array]], *, matmuls: str = ""
+) -> dict[str, Any]:
     """What must be equal for something learnt to hold, JSON values.
 
     Args:
         arrays: The arrays of target and drafter with their names.
+        matmuls: What tells apart the choices of what multiplies them; empty for MLX.
     """
     info = mx.device_info()
     device = [str(info[key]) for key in ("device_name", "architecture") if key in info]
     return {
         "machine": describe_machine(str(mx.default_device()), *device),
-        "system": platform.mac_ver()[0] or platform.release(),
-        "settings": {n: os.environ[n] for n in MLX_SETTINGS if n in os.environ},
+        "system": system_version(),
+        "settings": mlx_settings(),
         "pair": fingerprint(arrays),
+        **({"matmuls": matmuls} if matmuls else {}),
     }
 
 

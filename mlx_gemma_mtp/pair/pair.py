@@ -7,7 +7,7 @@ The pair can travel inside the target's model object, which is how a model loade
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from operator import is_
@@ -20,10 +20,16 @@ from mlx.utils import tree_flatten
 
 from ..constants import MAX_DRAFT_TOKENS
 from ..drafting.controller import Prior
-from ..drafting.speed_model import prior
+from ..drafting.speed_model import MLX_ALONE, Matmuls, prior
 from ..engine.model_arrays import ModelArrays
 from ..engine.rounds import CompiledRound, Rounds
 from ..engine.traces import Traces
+from ..kernels.common import backend
+from ..matmuls.choices import STOCK, Choices, Shape
+from ..matmuls.decide import blame, decide
+from ..matmuls.kept import Kept as Decisions
+from ..matmuls.kept import kernels_digest
+from ..matmuls.modules import shapes_of
 from ..models.drafter import Drafter
 from ..models.families import family_of
 from ..models.target import Target, text_model
@@ -49,11 +55,17 @@ class Kept:
     Attributes:
         traces: The compiled rounds of every thread.
         calibration: What was learnt of the weights; None before anything was asked.
+        choices: Which matrices the kernel of few rows multiplies; None before that was
+            decided.
+        matmuls: What is known of their speed.
     """
 
     def __init__(self) -> None:
         self.traces: Traces[CompiledRound] = Traces()
         self.calibration: Calibration | None = None
+        self.choices: Choices | None = None
+        self.matmuls = MLX_ALONE
+        self._decided_on = ""
         self._learnt_of: list[ReferenceType[mx.array]] = []
 
     def follow(self, weights: Sequence[mx.array]) -> None:
@@ -61,8 +73,38 @@ class Kept:
         known = [reference() for reference in self._learnt_of]
         is_same = len(known) == len(weights) and all(map(is_, known, weights))
         if not is_same:
-            self.calibration = None
+            self.calibration = self.choices = None
             self._learnt_of = [ref(array) for array in weights]
+
+    def choose(self, models: Sequence[nn.Module]) -> Choices:
+        """What multiplies on the present device; a check may run to decide it."""
+        if self.choices is not None and self._decided_on == backend():
+            return self.choices
+        self._decided_on = backend()
+        folder, shapes = cache_folder(), shapes_of(models)
+        choices = decide(shapes, folder=folder)
+        took_s = Decisions(folder).pass_seconds(set(shapes)) if choices else None
+        self.matmuls = Matmuls(_has_most(choices, shapes), took_s or {})
+        if self.choices not in (None, choices):
+            self.calibration = None
+        self.choices = choices
+        return choices
+
+    def give_up_kernel(self) -> None:
+        """Let MLX multiply, as a round with the kernel failed.
+
+        In later processes too, where the kernel fails again by itself.
+        """
+        if self.choices:
+            blame(self.choices, folder=cache_folder())
+        self.choices, self.matmuls, self.calibration = STOCK, MLX_ALONE, None
+
+
+def _has_most(choices: Choices, shapes: Mapping[Shape, int]) -> bool:
+    """Whether the kernel multiplies most bytes of a pair."""
+    num_bytes = {shape: count * shape.num_bytes for shape, count in shapes.items()}
+    chosen = sum(num_bytes[shape] for shape in choices.by_shape if shape in num_bytes)
+    return 2 * chosen > sum(num_bytes.values())
 
 
 class Pair:
@@ -81,7 +123,6 @@ class Pair:
 
     Attributes:
         rounds: The engine; see ``refresh`` for weights that change.
-        prior: What the speed model expects of so many rows of so many tokens here.
         num_draft_tokens: Drafts per round that the drafter's checkpoint names, else 4;
             0 without a drafter. Requests that do not say let the controller choose.
 
@@ -107,14 +148,13 @@ class Pair:
         self.target_source = target_source
         self.drafter_source = drafter_source
         self.num_draft_tokens = _num_draft_tokens(drafter)
-        # Who keeps it, such as what was learnt, must not keep the target with it.
-        self.prior = partial(_prior, family_of(vars(text_model(target).args)))
         self.kept = Kept() if kept is None else kept
         self.rounds = Rounds(
             Target(target),
             drafter,
-            arrays=ModelArrays(target, drafter),
+            arrays=ModelArrays(target, drafter, self.kept.choices or STOCK),
             traces=self.kept.traces,
+            on_failure=self.kept.give_up_kernel,
         )
         if kept is None:
             self._evaluate()
@@ -126,8 +166,17 @@ class Pair:
 
         Once at the start of a generation, as it goes over all of them. What was learnt
         of other weights is forgotten; of weights that were changed in place it is not.
+        What multiplies them is decided where it was not, before anything is traced.
         """
         self.kept.follow(self.rounds.refresh())
+        self.rounds.use(self.kept.choose(self._modules()))
+
+    @property
+    def prior(self) -> Callable[[int, int], Prior]:
+        """What the speed model expects of so many rows of so many tokens here."""
+        # Who keeps it, such as what was learnt, must not keep the target with it.
+        family = family_of(vars(text_model(self.target).args))
+        return partial(_prior, family, self.kept.matmuls)
 
     @property
     def vocab_size(self) -> int:
@@ -139,7 +188,9 @@ class Pair:
         """What the pair has learnt on this machine."""
         found = self.kept.calibration
         if found is None:
-            key = learnt_key(named_arrays(self._modules()))
+            choices = self.rounds.choices
+            matmuls = f"{choices.digest} {kernels_digest()}" if choices else ""
+            key = learnt_key(named_arrays(self._modules()), matmuls=matmuls)
             found = Calibration(Store(key, cache_folder()), self.prior)
             # Another thread may forget it at once, with the weights.
             self.kept.calibration = found
@@ -203,7 +254,7 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _prior(family: str | None, num_rows: int, context: int) -> Prior:
+def _prior(family: str | None, matmuls: Matmuls, num_rows: int, context: int) -> Prior:
     """What the speed model expects of a family on this machine."""
     is_gpu = mx.default_device() == mx.gpu
     return prior(
@@ -211,6 +262,7 @@ def _prior(family: str | None, num_rows: int, context: int) -> Prior:
         family,
         batch_size=num_rows,
         context=context,
+        matmuls=matmuls,
     )
 
 

@@ -240,6 +240,7 @@ def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict 
 
     Raises:
         RuntimeError: It does not fit in memory, where there is no budget.
+        KernelError: A kernel may have failed; MLX has taken its place.
     """
     calibration = pair.calibration
     verdict = calibration.verdict(num_rows)
@@ -263,12 +264,13 @@ def _probed(
     compared = calibration.compared(num_rows)
     num_passes, verdict = compared.num_passes, None
     try:
-        verdict = probe(
-            rounds,
-            num_rows=num_rows,
-            budget_s=budget_s,
-            compared=compared,
-        )
+        with rounds.watched():
+            verdict = probe(
+                rounds,
+                num_rows=num_rows,
+                budget_s=budget_s,
+                compared=compared,
+            )
     except RuntimeError as error:  # what MLX raises where memory is short
         if budget_s is None:
             raise

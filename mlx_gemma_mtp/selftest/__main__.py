@@ -2,7 +2,8 @@
 
 The page goes to standard output, progress to standard error. A mistake of the user's is
 one line and exit status 1; where something failed that must hold it is 2. With
-``forget`` nothing is tested: what was learnt on this machine is deleted.
+``forget`` nothing is tested: what was learnt on this machine is deleted. With ``tune``
+the kernels for few rows are timed, and what multiplies is chosen and kept.
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ from .names import MODEL, SECTIONS
 EXIT_FAILED = 2
 _NO_TEMPLATE = "the section on it gives it plain text"
 DEFAULT_SECONDS = 120.0
+TUNE_SECONDS = 900.0
+_FORGET, _TUNE = "forget", "tune"
 
 
 def configure_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = make_parser("selftest", epilog="Nothing is downloaded without --model.")
     parser.add_argument(
-        "forget",
+        "instead",
         nargs="?",
-        choices=("forget",),
-        metavar="forget",
-        help="forget what was learnt of pairs on this machine, and test nothing",
+        choices=(_FORGET, _TUNE),
+        metavar="forget/tune",
+        help="test nothing: forget what was learnt on this machine, or tune, which "
+        "chooses by time what multiplies few rows, for --model or random weights",
     )
     parser.add_argument("--model", help="folder or Hub id of a target to test as well")
     parser.add_argument(
@@ -57,9 +61,8 @@ def configure_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=DEFAULT_SECONDS,
-        help="time for all sections, roughly; what does not fit is left out "
-        "(default: %(default)g)",
+        help="time for all of it, roughly; what does not fit is left out (default: "
+        f"{DEFAULT_SECONDS:g}; tune: {TUNE_SECONDS:g})",
     )
     parser.add_argument(
         "--json", metavar="FILE", help="write everything that was measured here"
@@ -85,9 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Check, load, run, print."""
     _check(args)
-    if args.forget:
+    if args.instead == _FORGET:
         print(_forget(), flush=True)
         return 0
+    if args.instead == _TUNE:
+        return _tune(args)
     # Heavy imports wait until the arguments are known to be good.
     from .model import open_model
     from .page import TITLE, section, to_json, verdict
@@ -104,13 +109,39 @@ def _run(args: argparse.Namespace) -> int:
             _note(missing_template_note(loaded.tokenizer, _NO_TEMPLATE))
     print(TITLE, flush=True)
     results = []
-    for result in run(Options(names, args.seconds, args.family, loaded), _running):
+    seconds = args.seconds or DEFAULT_SECONDS
+    for result in run(Options(names, seconds, args.family, loaded), _running):
         print(section(result), flush=True)
         results.append(result)
     if args.json is not None:
         write_file("--json", args.json, to_json(results))
     print(verdict(results), flush=True)
     return EXIT_FAILED if any(r.status == FAIL for r in results) else 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    """Choose what multiplies few rows; the exit status."""
+    from . import machine, matmuls, tuning
+    from .model import open_model
+    from .page import section, to_json
+    from .random_pair import random_pair
+    from .result import FAIL
+
+    if reason := tuning.why_not():
+        print(f"nothing to tune: {reason}", flush=True)
+        return 0
+    logging.getLogger("mlx_gemma_mtp").setLevel(logging.ERROR)
+    if args.model is None:
+        pair = random_pair(args.family or matmuls.default_family(), bits=4)
+    else:
+        pair = open_model(args.model, args.draft_model).pair
+    seconds = args.seconds or TUNE_SECONDS
+    print(f"{pair.target_source}: {tuning.plan(pair, seconds)}", flush=True)
+    result = tuning.look(pair, seconds, cache_folder(), _note)
+    print(section(result), flush=True)
+    if args.json is not None:
+        write_file("--json", args.json, to_json([machine.look(0.0), result]))
+    return EXIT_FAILED if result.status == FAIL else 0
 
 
 def _forget() -> str:
@@ -140,12 +171,14 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         MTPError: There is one.
     """
-    alone = configure_parser().parse_args(["forget"])
-    if args.forget and args != alone:
+    alone = configure_parser().parse_args([_FORGET])
+    if args.instead == _FORGET and args != alone:
         raise RequestError(
             "forget must stand alone: got options with it. Leave them out."
         )
-    if not (math.isfinite(args.seconds) and args.seconds > 0):
+    if args.instead == _TUNE and args.section:
+        raise RequestError("tune must have no --section: got one. Leave it out.")
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
         raise RequestError(
             f"--seconds must be above 0: got {args.seconds}. {DEFAULT_SECONDS:g} is "
             "enough for everything."

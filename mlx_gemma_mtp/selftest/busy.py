@@ -1,4 +1,4 @@
-"""Whether other programs disturb what is timed here.
+"""Whether other programs, heat or an empty battery disturb what is timed here.
 
 A load average would not tell: the self-test is most of it. So a thread that only counts
 is timed: what it did not run for, others did. And what is timed again and again on a
@@ -7,6 +7,8 @@ quiet machine takes as long every time.
 
 from __future__ import annotations
 
+import re
+import subprocess
 import time
 from collections.abc import Sequence
 from statistics import median, quantiles
@@ -16,6 +18,18 @@ _NUM_SPINS = 3
 _MOST_TAKEN = 0.15  # of a thread's time, by others
 _MOST_SPREAD = 0.3  # half of all timings lie that far apart, over their median
 _LEAST_TIMINGS = 4
+# What macOS says of a machine that is slower than it could be: a command, what to find
+# in its answer, and what that means.
+_SIGNS = (
+    (("pmset", "-g"), r"\b(lowpowermode|powermode)\s+1\b", "low power mode is on"),
+    (("pmset", "-g", "therm"), r"CPU_Speed_Limit\s*=\s*\d{1,2}\b", "heat slows it"),
+    (
+        ("notifyutil", "-g", "com.apple.system.thermalpressurelevel"),
+        r"thermalpressurelevel\s+[1-9]",
+        "it is hot",
+    ),
+)
+_ANSWER_S = 5.0
 
 
 def taken_share() -> float:
@@ -53,6 +67,24 @@ def caution(taken: float, spread: float | None) -> str:
     if spread is not None and spread > _MOST_SPREAD:
         reasons.append(f"timings of the same thing lie {spread:.0%} apart")
     return " and ".join(reasons)
+
+
+def disturbed() -> str:
+    """Why nothing should be timed now, in words; empty where all is quiet."""
+    found = [meaning for command, sign, meaning in _SIGNS if _says(command, sign)]
+    found += [caution(taken_share(), None)]
+    return " and ".join(filter(None, found))
+
+
+def _says(command: Sequence[str], sign: str) -> bool:
+    """Whether a command's answer has a sign; a system without it has none."""
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_ANSWER_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return re.search(sign, answer.stdout) is not None
 
 
 def _taken() -> float:

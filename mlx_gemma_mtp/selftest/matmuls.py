@@ -18,6 +18,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..cli.tables import duration
+from ..kernels.matmul import DENSE, Form
+from ..matmuls.bench import COPY_BYTES, filled
+from ..matmuls.choices import Shape
 from .busy import spread
 from .machine import is_on_cpu, memory_bytes
 from .random_pair import skeletons
@@ -29,7 +32,6 @@ FORMS = ("4-bit", "bfloat16")
 # The largest family that leaves a laptop room beside it, by memory in GB.
 _FAMILIES = ((64, "31b"), (24, "12b"), (16, "e4b"))
 _SMALLEST = "e2b"
-_BUSY_BYTES = 256_000_000  # of the copies that take turns
 _MAX_COPIES = 32
 _MAX_SHARE = 0.2  # of memory, for one matrix with its copies
 _COPY_BYTES = 256_000_000
@@ -202,6 +204,13 @@ def matrix_shapes(family: str) -> tuple[Counter[tuple[int, int]], dict[Any, str]
     return counts, names
 
 
+def known_shapes(family: str) -> list[Shape]:
+    """The same shapes, in the forms that are timed here, as kernels know them."""
+    forms = Form(BITS, GROUP_SIZE, mx.bfloat16), Form(DENSE, 0, mx.bfloat16)
+    sizes = matrix_shapes(family)[0]
+    return [Shape(*size, form) for form in forms for size in sizes]
+
+
 def _num_bytes(shape: tuple[int, int], form: str) -> int:
     """Bytes of a matrix, with its scales."""
     bits = BITS + 32 / GROUP_SIZE if form == "4-bit" else 16
@@ -239,7 +248,7 @@ def time_matrix(
     num_copies = 1
     if not is_on_cpu():
         room = int(_MAX_SHARE * memory_bytes() // num_bytes)
-        num_copies = max(1, min(_MAX_COPIES, _BUSY_BYTES // num_bytes, room))
+        num_copies = max(1, min(_MAX_COPIES, COPY_BYTES // num_bytes, room))
     multiply = _multiplier(shape, form, num_copies)
     begun = time.perf_counter()
     _timed(multiply, 1)  # what is built once is built here
@@ -268,7 +277,7 @@ def _multiplier(
         words = (num_outputs, num_inputs * BITS // 32)
         groups = (num_outputs, num_inputs // GROUP_SIZE)
         bits = mx.random.randint(0, 2**31 - 1, (_BAND, words[1])).astype(mx.uint32)
-        packed = [_filled(bits, num_outputs) for _ in range(num_copies)]
+        packed = [filled(bits, num_outputs) for _ in range(num_copies)]
         scales, biases = mx.full(groups, 0.01, dtype), mx.full(groups, -0.08, dtype)
         mx.eval(scales, biases)
         return lambda rows: [
@@ -278,16 +287,8 @@ def _multiplier(
             for w in packed
         ]
     band = mx.random.normal((_BAND, num_inputs)).astype(dtype)
-    dense = [_filled(band, num_outputs) for _ in range(num_copies)]
+    dense = [filled(band, num_outputs) for _ in range(num_copies)]
     return lambda rows: [inputs[:rows] @ w.T for w in dense]
-
-
-def _filled(band: mx.array, num_outputs: int) -> mx.array:
-    """A matrix of repetitions of a band: random numbers for all would take long."""
-    repeats = -(-num_outputs // band.shape[0])
-    matrix = mx.contiguous(mx.tile(band, (repeats, 1))[:num_outputs])
-    mx.eval(matrix)
-    return matrix
 
 
 def _timed(multiply: Callable[[int], list[mx.array]], rows: int) -> float:

@@ -17,10 +17,12 @@ from ..errors import RequestError
 from ..generation.chat_template import apply_chat_template
 from ..generation.response import GenerationResponse
 from ..generation.text import stream_generate
+from ..matmuls.modules import shapes_of
 from ..pair.load import load
 from ..pair.pair import Pair, pair_of
 from .exactness import describe
 from .result import FAIL, PASS, Result
+from .tuning import what_runs_of
 
 PROMPT = "Write a short story about a lighthouse keeper who finds a letter."
 MAX_TOKENS = 64
@@ -99,7 +101,7 @@ def look(loaded: Loaded, allowance_s: float) -> Result:
     stats = drafted.last.stats
     verdict = pair.calibration.verdict(1)
     plain = speeds["0"]
-    lines = (
+    lines: tuple[str, ...] = (
         f"{pair.drafter_source}; loaded in {duration(loaded.seconds)}, peak memory "
         f"{drafted.last.peak_memory:.2f} GB",
         f"exactness: {describe(verdict) if verdict else 'not probed'}; exact text: "
@@ -122,6 +124,9 @@ def look(loaded: Loaded, allowance_s: float) -> Result:
         "drafting": drafted.last.to_dict(),
         "auto": exact[_AUTO].last.to_dict(),
     }
+    shapes = shapes_of([pair.target, pair.drafter])
+    where, few_rows = what_runs_of(shapes)
+    lines, figures = (*lines, *where), figures | few_rows
     if differing:
         named = ", ".join(f"K = {k}" for k in differing)
         sentence = f"exact greedy text with {named} differs from plain decoding's"

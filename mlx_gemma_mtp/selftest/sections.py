@@ -17,7 +17,17 @@ from ..cli.tables import duration
 from ..drafting.controller import Prior
 from ..pair.load import load_pair
 from ..pair.pair import Pair
-from . import busy, costs, exactness, kernels, machine, matmuls, model, slabs
+from . import (
+    busy,
+    costs,
+    exactness,
+    kernels,
+    machine,
+    matmuls,
+    model,
+    slabs,
+    tuning,
+)
 from .names import MACHINE, MODEL, SECTIONS
 from .result import FAIL, SKIP, Result
 
@@ -146,7 +156,12 @@ class _Run:
 
     def _rows(self, allowance_s: float) -> Result:
         result, self._timed = matmuls.look(self._family, allowance_s)
-        return result
+        lines, figures = tuning.what_runs_of(matmuls.known_shapes(self._family))
+        return replace(
+            result,
+            lines=(*result.lines, *lines),
+            figures={**result.figures, **figures},
+        )
 
     def _costs(self, allowance_s: float) -> Result:
         return costs.look(self._pair, self._prior, self._timed, allowance_s)

@@ -219,7 +219,7 @@ class TestOverHeads:
 
     @pytest.fixture(autouse=True)
     def _metal(self, monkeypatch):
-        monkeypatch.setattr(cache_module, "backend", lambda: "metal")
+        monkeypatch.setattr(cache_module, "gpu", lambda: "metal")
 
     @given(
         num_rows=st.integers(1, 3),
@@ -250,7 +250,7 @@ class TestOverHeads:
     def test_elsewhere_nothing_is_done(self, monkeypatch):
         mask, keys = mx.ones((2, 1, 3, 20)) > 0, mx.zeros((2, 2, 20, 256))
         for name in ("ops", "cuda"):
-            monkeypatch.setattr(cache_module, "backend", lambda name=name: name)
+            monkeypatch.setattr(cache_module, "gpu", lambda name=name: name)
             assert over_heads(mask, keys, num_heads=4) is mask
 
     @pytest.mark.parametrize("family", ["e2b", "31b"])
@@ -267,7 +267,7 @@ class TestOverHeads:
                     seen.add(options["mask"].shape[:2])
                 return attend(*arrays, **options)
 
-            monkeypatch.setattr(cache_module, "backend", lambda name=name: name)
+            monkeypatch.setattr(cache_module, "gpu", lambda name=name: name)
             monkeypatch.setattr(gemma4_text, "scaled_dot_product_attention", recorded)
             rounds = Rounds(pair.rounds.target, pair.drafter, use_compile=False)
             requests = [Request([2, 17, 300], 30), Request([2, 5], 20)]

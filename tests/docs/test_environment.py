@@ -10,7 +10,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from mlx_gemma_mtp.pair.fingerprint import MLX_SETTINGS
+from mlx_gemma_mtp.machine import MLX_SETTINGS
 from tests.docs.pages import PAGES, ROOT
 
 PAGE = PAGES["docs/environment.md"]

@@ -12,6 +12,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -20,22 +21,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp.drafting.chips import CHIPS
 from mlx_gemma_mtp.drafting.controller import DEFAULT_PRIOR
+from mlx_gemma_mtp.drafting.growth import constants_of, with_kernel
 from mlx_gemma_mtp.drafting.speed_model import (
-    CHIPS,
+    Matmuls,
+    MeasuredModel,
     acceptance_length,
-    chip_of,
-    constants_of,
     dense_weights,
     draft_weights,
     expert_weights,
     experts_read,
     kv_bytes,
-    matrix_limit,
     model,
     prior,
 )
 from mlx_gemma_mtp.models.families import FAMILIES, family_of
+from tests.drafting.test_chips import UNKNOWN
 from tests.published import published, without_shared_kv
 
 ROOT = Path(__file__).parents[2]
@@ -52,25 +54,25 @@ REPOSITORIES = {
 }
 MACHINES = [f"applegpu_g{n}{letter}" for n in range(13, 18) for letter in "pgsd"]
 ROUNDING = 1 + 1e-12
-UNKNOWN = [
-    None,
-    "",
-    "x86_64",
-    "arm64",
-    "sm_90",
-    "applegpu_g18s",
-    "applegpu_g15",
-    "g15s",
-]
+KERNEL = Matmuls(has_kernel=True)
+TOOK_S = {1: 0.030, 3: 0.036, 5: 0.045, 9: 0.060}
+
+
+def some_model(chip, family, *, has_kernel, **settings):
+    constants = constants_of(chip)
+    constants = with_kernel(constants) if has_kernel else constants
+    return model(chip, family, constants=constants, **settings)
+
 
 chips = st.sampled_from(list(CHIPS.values()))
 families = st.sampled_from(list(FAMILIES.values()))
 acceptances = st.floats(0, 1)
 counts = st.integers(0, 8)
 speeds = st.builds(
-    model,
+    some_model,
     chips,
     families,
+    has_kernel=st.booleans(),
     bits=st.sampled_from([4, 6, 8, 16]),
     draft_bits=st.sampled_from([None, 4, 16]),
     batch_size=st.integers(1, 16),
@@ -190,19 +192,6 @@ def test_best_number_of_drafts_is_never_slower_than_none(speed, acceptance):
     assert speed.speedup(acceptance) >= 1
 
 
-@given(chips, st.integers(1, 300))
-def test_growth_is_between_one_pass_and_one_a_row(chip, rows):
-    growth = constants_of(chip).growth(rows, matrix_limit(chip))
-    assert 1 <= growth <= rows
-    assert growth <= constants_of(chip).growth(rows + 1, matrix_limit(chip))
-
-
-def test_rows_past_the_limit_cost_a_tile():
-    chip = CHIPS["M1 Max"]
-    growths = [constants_of(chip).growth(rows, 6) for rows in (5, 6, 32, 33)]
-    assert growths[0] < growths[1] == growths[2] == growths[3] / 2
-
-
 def test_experts_read():
     assert experts_read(1, 8, 128) == 1
     assert experts_read(10_000, 8, 128) == pytest.approx(1 + 0.75 * 15)
@@ -215,27 +204,13 @@ def test_acceptance_length():
         assert acceptance_length(k, 0.6) == pytest.approx((1 - 0.6 ** (k + 1)) / 0.4)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "name"),
-    [
-        ("applegpu_g13g", "M1"),
-        ("applegpu_g14d", "M2 Ultra"),
-        ("applegpu_g15s", "M3 Max"),
-        ("applegpu_g16p", "M4"),
-        ("applegpu_g17d", "M5 Max"),
-        *((architecture, None) for architecture in UNKNOWN),
-    ],
-)
-def test_chip_of_an_architecture(architecture, name):
-    chip = chip_of(architecture)
-    assert (chip.name if chip else None) == name
-
-
+@pytest.mark.parametrize("matmuls", [Matmuls(), KERNEL, Matmuls(pass_seconds=TOOK_S)])
 @pytest.mark.parametrize("family", [*FAMILIES, None, "another"])
-def test_priors(family):
+def test_priors(family, matmuls):
     sizes = ((1, 0), (8, 30_000))
     for machine, (batch_size, context) in product(MACHINES, sizes):
-        expected = prior(machine, family, batch_size=batch_size, context=context)
+        settings = {"batch_size": batch_size, "context": context}
+        expected = prior(machine, family, **settings, matmuls=matmuls)
         costs = expected.relative_cost
         assert len(costs) == 9
         assert costs[0] == 1.0
@@ -246,19 +221,70 @@ def test_priors(family):
 @pytest.mark.parametrize("machine", UNKNOWN)
 @pytest.mark.parametrize("family", ["31b", None])
 def test_unknown_machines_get_the_default(machine, family):
-    assert prior(machine, family, batch_size=3, context=99) == DEFAULT_PRIOR
+    for matmuls in (Matmuls(), KERNEL, Matmuls(pass_seconds=TOOK_S)):
+        found = prior(machine, family, batch_size=3, context=99, matmuls=matmuls)
+        assert found == DEFAULT_PRIOR
+
+
+def best_drafts(machine, family, matmuls):
+    costs = prior(machine, family, matmuls=matmuls).relative_cost
+    lengths = [acceptance_length(k, 0.6) for k in range(9)]
+    return max(range(9), key=lambda k: lengths[k] / costs[k])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_m5_drafts_more_than_m1(family):
-    def best(machine):
-        costs = prior(machine, family).relative_cost
-        lengths = [acceptance_length(k, 0.6) for k in range(9)]
-        return max(range(9), key=lambda k: lengths[k] / costs[k])
-
     for letter in "gsd":
-        assert best(f"applegpu_g13{letter}") <= 2
-    assert best("applegpu_g17s") > best("applegpu_g13s")
+        assert best_drafts(f"applegpu_g13{letter}", family, Matmuls()) <= 2
+    m5, m1 = (best_drafts(f"applegpu_g{n}s", family, Matmuls()) for n in (17, 13))
+    assert m5 > m1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "machine", [f"applegpu_g{n}{x}" for n in (13, 14) for x in "gs"]
+)
+def test_before_m3_the_kernel_makes_every_round_cheaper(machine, family):
+    stock = prior(machine, family).relative_cost
+    ours = prior(machine, family, matmuls=KERNEL).relative_cost
+    assert all(a < b for a, b in zip(ours[1:], stock[1:], strict=True))
+    dense = family != "26b-a4b"  # whose experts the kernel does not multiply
+    few = best_drafts(machine, family, Matmuls())
+    assert best_drafts(machine, family, KERNEL) >= few + dense
+
+
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_measured_passes_stand_for_modelled_ones(has_kernel):
+    matmuls = Matmuls(has_kernel=has_kernel, pass_seconds=TOOK_S)
+    found = prior("applegpu_g13s", "31b", matmuls=matmuls).relative_cost
+    modelled = model(CHIPS["M1 Max"], FAMILIES["31b"])
+    step = modelled.step_s() / modelled.pass_s(1)
+    passes = [30, 33, 36, 40.5, 45, 48.75, 52.5, 56.25, 60]  # ms, straight between
+    expected = [took / 30 + k * step for k, took in enumerate(passes)]
+    assert found == pytest.approx(expected)
+
+
+@given(speeds, st.floats(1e-3, 1e3), st.sampled_from([(1, 9), tuple(range(1, 10))]))
+def test_passes_measured_as_modelled_change_nothing(speed, times, counts):
+    took_s = {rows: times * speed.rows_s(rows) for rows in counts}
+    measured = MeasuredModel(**vars(speed), pass_seconds=took_s)
+    for rows in {*counts, *range(10, 80, 7)}:
+        assert measured.rows_s(rows) == pytest.approx(speed.rows_s(rows))
+    assert measured.step_s() == speed.step_s()
+
+
+def test_more_rows_than_were_measured_take_no_less():
+    speed = model(CHIPS["M3 Max"], FAMILIES["31b"])
+    slow = MeasuredModel(**vars(speed), pass_seconds={1: 1.0, 9: 100.0})
+    assert slow.rows_s(10) == slow.rows_s(9) > speed.rows_s(10)
+
+
+@pytest.mark.parametrize(
+    "took_s", [{3: 1.0}, {1: 0.0}, {1: 1.0, 3: -1.0}, {1: math.nan}, {0: 1.0, 1: 1.0}]
+)
+def test_seconds_that_are_none_are_refused(took_s):
+    with pytest.raises(ValueError, match="pass_seconds must be"):
+        Matmuls(pass_seconds=took_s)
 
 
 def test_the_page_has_what_the_script_prints(tmp_path):
@@ -298,6 +324,11 @@ def test_figures_and_the_error_stated(tmp_path):
                 assert f"{row['value']:.2f}x" in PAGE
                 assert f"{row['modelled']:.2f}x" in PAGE
     assert all(row["relative_cost"][0] == 1.0 for row in figures["modelled"])
+    plain = defaultdict(set)
+    for row in figures["modelled"]:
+        assert row["multiplier"] in printed
+        plain[row["chip"], row["family"]].add(row["plain_tokens_per_second"])
+    assert {len(speeds) for speeds in plain.values()} == {1}  # whatever multiplies
 
 
 def test_settings_of_the_script(tmp_path):

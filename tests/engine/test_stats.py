@@ -83,6 +83,7 @@ def test_merged():
     one.exactness, two.exactness = "exact", "exact"
     one.traced, two.traced = 1, 2
     two.max_difference = 0.25
+    one.matmuls, two.matmuls = {"2x8 bfloat16": 2}, {"4x8 bfloat16": 1}
     one.phases, two.phases = Phases(1.0, 2.0, 3.0), Phases(0.5, 0.25, 0.125)
     one.merge(two)
     assert (one.rounds, one.drafted, one.accepted) == (3, 8, 6)
@@ -90,6 +91,8 @@ def test_merged():
     one.merge(RoundStats(max_difference=0.5))
     assert one.max_difference == 0.5
     assert one.phases == Phases(1.5, 2.25, 3.125)
+    found = json.loads(json.dumps(one.to_dict()))["matmuls"]
+    assert found == {"2x8 bfloat16": 2, "4x8 bfloat16": 1}
 
 
 def test_as_json():

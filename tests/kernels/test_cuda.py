@@ -9,6 +9,7 @@ Run: make test-cuda
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,14 +18,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.kernels import common
+from mlx_gemma_mtp.kernels import common, matmul
 from mlx_gemma_mtp.sampling import fused
 from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.params import SamplingParams
+from tests.kernels.products import FORMS, random_product
 from tests.metal.run import run_on_cpu
 
 pytestmark = pytest.mark.cuda
 
+MAX_REGISTERS = 128  # of a lane, on Apple's GPUs
 TYPES = {
     mx.float32: "float",
     mx.float16: "__half",
@@ -79,8 +82,8 @@ def cuda_text(kernel, inputs, template, output_dtypes):
     )
 
 
-def compile_errors(text):
-    """What NVRTC says; empty when it takes the text."""
+def compiled(text):
+    """What NVRTC says, and whether it takes the text."""
     library = ctypes.CDLL(str(folder("cuda_nvrtc") / "lib" / "libnvrtc.so.12"))
     program = ctypes.c_void_p()
     created = library.nvrtcCreateProgram(
@@ -88,8 +91,13 @@ def compile_errors(text):
     )
     assert created == 0
     include = f"--include-path={folder('cuda_runtime') / 'include'}"
-    options = [b"--gpu-architecture=compute_90", b"--std=c++17", include.encode()]
-    found = library.nvrtcCompileProgram(
+    options = [
+        b"--gpu-architecture=sm_90",
+        b"--std=c++17",
+        b"--ptxas-options=-v",
+        include.encode(),
+    ]
+    failed = library.nvrtcCompileProgram(
         program, len(options), (ctypes.c_char_p * len(options))(*options)
     )
     size = ctypes.c_size_t()
@@ -97,7 +105,7 @@ def compile_errors(text):
     log = ctypes.create_string_buffer(size.value)
     library.nvrtcGetProgramLog(program, log)
     library.nvrtcDestroyProgram(ctypes.byref(program))
-    return log.value.decode() if found else ""
+    return log.value.decode(), not failed
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="the harness is not for Macs")
@@ -137,4 +145,25 @@ def test_nvidias_compiler_takes_every_body(
     mx.eval(accepted.num_accepted)
     assert len(texts) > 3
     for text in texts.values():
-        assert compile_errors(text) == ""
+        said, is_taken = compiled(text)
+        assert is_taken, said
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_nvidias_compiler_takes_every_matmul(form, monkeypatch):
+    """And finds registers for it: as many as Apple's GPUs have, without spills."""
+    texts = []
+
+    def launch(kernel, inputs, *, template, output_shapes, output_dtypes, **_):
+        texts.append(cuda_text(kernel, inputs, template, output_dtypes))
+        return [mx.zeros(output_shapes[0], dtype=output_dtypes[0])]
+
+    monkeypatch.setattr(common, "launch", launch)
+    for num_rows in range(1, matmul.MAX_ROWS + 1):
+        random_product(form, num_rows, 8, 128).run()
+    for text in texts:
+        said, is_taken = compiled(text)
+        assert is_taken, said
+        assert " 0 bytes spill stores" in said
+        (registers,) = re.findall(r"Used (\d+) registers", said)
+        assert int(registers) <= MAX_REGISTERS

@@ -32,10 +32,15 @@ FLAGS = (
     # With fused multiply-add, which contract=True uses.
     *(["-march=x86-64-v3"] if platform.machine() == "x86_64" else []),
 )
+# An access that is not aligned to its type calls the runtime: it has that function of
+# the sanitizer's library, which stays out.
+KERNEL_FLAGS = ("-fsanitize=alignment", "-shared", "-Wl,--as-needed")
 CONTRACTED = ("-ffp-contract=fast", "-fexpensive-optimizations")  # -O1 alone has none
 # The runtime's accesses are not the kernel's: it is not instrumented, only told.
 TSAN_RUNTIME_FLAGS = ("-DSHIM_TSAN",)
 TSAN_KERNEL_FLAGS = ("-fsanitize=thread", "-g")
+COUNTS_FLAGS = ("-DSHIM_COUNTS",)
+WORDS_FLAGS = (*COUNTS_FLAGS, "-DSHIM_COUNTS_WORDS")
 
 # One declaration of threadgroup storage: type, name, [sizes]. Pointers and references
 # to such storage do not match.
@@ -52,6 +57,8 @@ INSTANCE = re.compile(
 BUFFER = re.compile(
     r"(const )?(device|constant) (.+?)([*&]) (\w+) \[\[buffer\((\d+)\)\]\]"
 )
+# Every pointer to a buffer: of the signature, of a cast, or of the body's own.
+DEVICE_POINTER = re.compile(r"\b(const\s+)?device\s+([A-Za-z_][\w:]*)\s*\*")
 ATTRIBUTE = re.compile(r"uint3? \w+ \[\[(\w+)\]\]")
 
 
@@ -63,13 +70,22 @@ class Library:
     buffer_names: tuple[str, ...]
 
 
-def compile_kernel(text: str, *, contract: bool = False, tsan: bool = False) -> Library:
+@cache
+def compile_kernel(
+    text: str,
+    *,
+    contract: bool = False,
+    tsan: bool = False,
+    counts: tuple[str, ...] = (),
+) -> Library:
     """Compile Metal text, or take what an earlier call compiled.
 
     Args:
         text: What MLX printed.
         contract: Fuse multiplications and additions, as Metal's compiler may.
         tsan: Build for ThreadSanitizer.
+        counts: ``COUNTS_FLAGS`` to count what the kernel does, ``WORDS_FLAGS`` to count
+            its words' logic too; empty to count nothing.
 
     Raises:
         MetalError: The text does not compile.
@@ -79,31 +95,37 @@ def compile_kernel(text: str, *, contract: bool = False, tsan: bool = False) -> 
         raise MetalError("the text must hold a kernel as MLX prints it: got none")
     parameters = [line.strip() for line in signature[2].split(",\n")]
     buffers = [match for match in map(BUFFER.match, parameters) if match]
-    source = _cpp(text, signature[1], parameters)
+    source = _cpp(text, signature[1], parameters, is_counted=bool(counts))
     flags = (*FLAGS, *(CONTRACTED if contract else ("-ffp-contract=off",)))
     path = _cached(
         source,
-        (*flags, *(TSAN_KERNEL_FLAGS if tsan else ()), "-shared"),
+        (*flags, *(TSAN_KERNEL_FLAGS if tsan else ()), *counts, *KERNEL_FLAGS),
         ".so",
-        inputs=(_runtime(tsan=tsan),),
+        inputs=_runtime(tsan=tsan, is_counted=bool(counts)),
     )
     return Library(path, tuple(match[5] for match in buffers))
 
 
-def _cpp(text: str, kernel_name: str, parameters: list[str]) -> str:
+def _cpp(
+    text: str, kernel_name: str, parameters: list[str], *, is_counted: bool
+) -> str:
     """The C++ of a kernel: shim, MLX's headers, the text, and a call of the kernel."""
     instance = INSTANCE.search(text)
     called = instance[1] if instance else kernel_name
     body = text[: instance.start()] if instance else text
+    arguments = [_argument(each, is_counted=is_counted) for each in parameters]
+    if is_counted:
+        body = DEVICE_POINTER.sub(r"shim::Pointer<\1\2>", body)
     return "\n".join(
         [
             '#include "shim.hpp"',
             _without_metal_includes(mlx_headers()),
+            '#include "counting.hpp"' if is_counted else "",
             '#line 1 "kernel"',
             _with_storage(_without_metal_includes(body)),
             '#line 1 "call"',
             "void shim::run_thread(const shim::Thread& thread_) {",
-            f"  {called}({', '.join(map(_argument, parameters))});",
+            f"  {called}({', '.join(arguments)});",
             "}",
         ]
     )
@@ -111,7 +133,7 @@ def _cpp(text: str, kernel_name: str, parameters: list[str]) -> str:
 
 def _without_metal_includes(text: str) -> str:
     """Without ``#include <metal_...>``: the shim has all of it in one header."""
-    return re.sub(r"(?m)^\s*#\s*include\s*<metal_\w+>", "", text)
+    return re.sub(r"(?m)^[ \t]*#[ \t]*include\s*<metal_\w+>", "", text)
 
 
 def _with_storage(text: str) -> str:
@@ -127,11 +149,14 @@ def _with_storage(text: str) -> str:
     return text
 
 
-def _argument(parameter: str) -> str:
+def _argument(parameter: str, *, is_counted: bool) -> str:
     """What the call passes for one parameter of the kernel."""
     buffer = BUFFER.match(parameter)
     if buffer:
         pointer = f"({buffer[3]}*)thread_.buffers[{buffer[6]}]"
+        if is_counted and buffer[2] == "device":
+            counted = f"shim::Pointer<{buffer[1] or ''}{buffer[3]}>"
+            return f"{counted}({pointer}, {buffer[6]}, thread_)"
         return f"*{pointer}" if buffer[4] == "&" else pointer
     attribute = ATTRIBUTE.match(parameter)
     if attribute is None:
@@ -140,11 +165,16 @@ def _argument(parameter: str) -> str:
 
 
 @cache
-def _runtime(*, tsan: bool) -> Path:
+def _runtime(*, tsan: bool, is_counted: bool) -> tuple[Path, ...]:
     """The compiled runtime, one for all kernels."""
-    source = (SHIM / "runtime.cpp").read_text(encoding="utf-8")
-    extra = TSAN_RUNTIME_FLAGS if tsan else ()
-    return _cached(source, (*FLAGS, *extra, "-c"), ".o")
+    extra = TSAN_RUNTIME_FLAGS if tsan else COUNTS_FLAGS if is_counted else ()
+    # Its fibers jump between stacks, which a fortified longjmp takes for a mistake.
+    flags = (*FLAGS, "-U_FORTIFY_SOURCE", *extra, "-c")
+    names = ("runtime.cpp", "counts.cpp") if is_counted else ("runtime.cpp",)
+    return tuple(
+        _cached((SHIM / name).read_text(encoding="utf-8"), flags, ".o")
+        for name in names
+    )
 
 
 def _cached(

@@ -29,10 +29,18 @@ typedef __bf16 bfloat;
 #define NAN __builtin_nanf("")
 #define MAXFLOAT __FLT_MAX__
 
-#define VECTORS(type)                                    \
+// make_: what lint.py turns the constructors of vectors into; clang has none of them.
+#define VECTORS(type)                                       \
   typedef type type##2 __attribute__((ext_vector_type(2))); \
   typedef type type##3 __attribute__((ext_vector_type(3))); \
-  typedef type type##4 __attribute__((ext_vector_type(4)));
+  typedef type type##4 __attribute__((ext_vector_type(4))); \
+  type##2 make_##type##2(type);                             \
+  type##2 make_##type##2(type, type);                       \
+  type##3 make_##type##3(type);                             \
+  type##3 make_##type##3(type, type, type);                 \
+  type##4 make_##type##4(type);                             \
+  type##4 make_##type##4(type, type, type, type);           \
+  type##4 make_##type##4(type##2, type##2);
 VECTORS(uchar)
 VECTORS(ushort)
 VECTORS(int)

@@ -35,6 +35,11 @@ POINTER = re.compile(
     r"|u?int\d+_t|b?float16_t|(?:float|half|u?int|ushort)[234]|T|U)"
     r"\s*(?:\*|&(?!&))\s*(?:const\s+)?(?P<name>\w+)\s*[=,);\[]"
 )
+# A cast to a pointer. In clang it may change the address space, in Metal it may not: of
+# `(type)(pointer)` the lint makes a cast of C++ that may not either.
+CAST = re.compile(r"\(\s*(?P<type>(?:\w+\s+)*\w+\s*\*)\s*\)")
+# A vector made of its parts, as lint.hpp declares it.
+VECTOR = re.compile(r"\b((?:float|half|u?int|ushort|uchar)[234])\(")
 ADDRESS_SPACE = re.compile(r"\b(device|constant|threadgroup|thread)\b")
 
 
@@ -56,11 +61,20 @@ def _non_ascii(text: str) -> list[str]:
 def _without_address_space(text: str) -> list[str]:
     code = COMMENT.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
     return [
-        f"line {number}: pointer or reference without address space: {match['name']}"
+        f"line {number}: pointer or reference without address space: {name}"
         for number, line in enumerate(code.split("\n"), 1)
+        for name in _names_without_address_space(line)
+    ]
+
+
+def _names_without_address_space(line: str) -> list[str]:
+    declared = [
+        match["name"]
         for match in POINTER.finditer(line)
         if _declares(match) and not ADDRESS_SPACE.search(match["before"])
     ]
+    casts = [match["type"] for match in CAST.finditer(line)]
+    return declared + [cast for cast in casts if not ADDRESS_SPACE.search(cast)]
 
 
 def _declares(match: re.Match[str]) -> bool:
@@ -76,7 +90,9 @@ def _index() -> cindex.Index:
 def _clang_findings(text: str) -> list[str]:
     # In C++ only static variables may have an address space of their own.
     text = STORAGE.sub(r"static threadgroup \1 \2\3;", text)
-    text = re.sub(r"(?m)^\s*#\s*include\s*<metal_\w+>", "", text)
+    text = re.sub(CAST.pattern + r"(?=\()", r"reinterpret_cast<\g<type>>", text)
+    text = VECTOR.sub(r"make_\1(", text)
+    text = re.sub(r"(?m)^[ \t]*#[ \t]*include\s*<metal_\w+>", "", text)
     # The attribute of an explicit instantiation, which clang does not allow there.
     text = re.sub(r"template \[\[host_name\(.*?\)\]\] \[\[kernel\]\]", "template", text)
     source = f'#include "lint.hpp"\n#line 1 "kernel"\n{text}'

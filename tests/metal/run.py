@@ -82,7 +82,7 @@ def run_on_cpu(
         raise MetalError(quote_lines(str(error), text)) from None
     arrays = {buffer.name: buffer.array for buffer in launch.buffers}
     return [
-        _to_mlx(arrays[name], dtype)
+        to_mlx(arrays[name], dtype)
         for name, dtype in zip(kernel.output_names, output_dtypes, strict=True)
     ]
 
@@ -109,7 +109,7 @@ def run_schedules(
     for seed in other_seeds:
         outputs = run_on_cpu(kernel, inputs, **launch, seed=seed)
         for name, a, b in zip(kernel.output_names, first, outputs, strict=True):
-            if _to_numpy(a).tobytes() != _to_numpy(b).tobytes():
+            if to_numpy(a).tobytes() != to_numpy(b).tobytes():
                 raise ScheduleError(
                     f"output {name!r} must not depend on the order of threads: "
                     f"seeds {first_seed} and {seed} differ"
@@ -128,6 +128,7 @@ def make_launch(
     output_dtypes: Sequence[mx.Dtype],
     contract: bool = False,
     tsan: bool = False,
+    counts: tuple[str, ...] = (),
 ) -> tuple[Launch, str]:
     """A compiled kernel with its arrays, and its Metal text."""
     text = metal_text(
@@ -139,7 +140,7 @@ def make_launch(
         output_shapes=output_shapes,
         output_dtypes=output_dtypes,
     )
-    library = compile_kernel(text, contract=contract, tsan=tsan)
+    library = compile_kernel(text, contract=contract, tsan=tsan, counts=counts)
     named_inputs = dict(zip(kernel.input_names, inputs, strict=True))
     shapes = dict(zip(kernel.output_names, output_shapes, strict=True))
     dtypes = dict(zip(kernel.output_names, output_dtypes, strict=True))
@@ -148,7 +149,7 @@ def make_launch(
         if name in shapes:
             array: np.ndarray = np.empty(shapes[name], NUMPY_DTYPES[dtypes[name]])
         elif name in named_inputs:
-            array = _to_numpy(named_inputs[name])
+            array = to_numpy(named_inputs[name])
         else:
             array = _metadata(name, named_inputs)
         buffers.append(Buffer(name, array, is_output=name in shapes))
@@ -178,13 +179,13 @@ def _metadata(name: str, inputs: dict[str, mx.array]) -> np.ndarray:
     return np.array(strides, np.int64)
 
 
-def _to_numpy(array: mx.array) -> np.ndarray:
+def to_numpy(array: mx.array) -> np.ndarray:
     """The bytes of an array in row order; bfloat16 as its bits."""
     if array.dtype == mx.bfloat16:
         array = mx.contiguous(array).view(mx.uint16)
     return np.ascontiguousarray(np.array(array))
 
 
-def _to_mlx(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
+def to_mlx(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
     result = mx.array(array)
     return result.view(mx.bfloat16) if dtype == mx.bfloat16 else result

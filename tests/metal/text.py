@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +42,7 @@ Template = Sequence[tuple[str, mx.Dtype | int | bool]]
 MLX_HEADERS = ("bf16.h", "defines.h", "utils.h")
 
 _stdout_lock = threading.Lock()
+_texts: dict[object, str] = {}  # what was printed, by all that it depends on
 
 
 def metal_text(
@@ -57,6 +59,29 @@ def metal_text(
 
     MLX's own headers (``mlx_headers``) stand before it on a Mac.
     """
+    names = (tuple(kernel.input_names), tuple(kernel.output_names))
+    key = (
+        *(kernel.name, kernel.source, kernel.header, *names),
+        *(tuple((array.shape, array.dtype) for array in inputs), tuple(template)),
+        *(grid, threadgroup, tuple(map(tuple, output_shapes)), tuple(output_dtypes)),
+    )
+    if key not in _texts:
+        _texts[key] = _printed_text(
+            kernel,
+            inputs,
+            template=template,
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=output_shapes,
+            output_dtypes=output_dtypes,
+        )
+    return _texts[key]
+
+
+def _printed_text(
+    kernel: Kernel, inputs: list[mx.array], *, template: Template, **sizes: Any
+) -> str:
+    """What MLX prints of a kernel."""
     call: Any = mx.fast.metal_kernel(
         name=kernel.name,
         input_names=list(kernel.input_names),
@@ -69,11 +94,8 @@ def metal_text(
         return call(
             inputs=list(arrays),
             template=list(template),
-            grid=grid,
-            threadgroup=threadgroup,
-            output_shapes=list(output_shapes),
-            output_dtypes=list(output_dtypes),
             verbose=True,
+            **sizes,
         )
 
     printed = _printed_by_export(launch, inputs)
@@ -96,6 +118,7 @@ def _printed_by_export(function: Callable[..., object], arrays: list[mx.array]) 
         return printed.read_text(encoding="utf-8")
 
 
+@cache
 def mlx_headers() -> str:
     """The text of MLX's headers, without their includes of each other."""
     folder = Path(next(iter(mlx.__path__)), "include/mlx/backend/metal/kernels")

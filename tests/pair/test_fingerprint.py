@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.checkpoints.weights import load_target
-from mlx_gemma_mtp.pair.fingerprint import MLX_SETTINGS, fingerprint, learnt_key
+from mlx_gemma_mtp.machine import MLX_SETTINGS
+from mlx_gemma_mtp.pair.fingerprint import fingerprint, learnt_key
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair, named_arrays
 from tests.tiny import REFERENCE

@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 from mlx_gemma_mtp.cli.arguments import configure_parser
 from mlx_gemma_mtp.cli.tables import one_line
 from mlx_gemma_mtp.drafting.acceptance_model import tokens_per_round
+from mlx_gemma_mtp.drafting.chips import CHIPS
 from mlx_gemma_mtp.drafting.controller import DEFAULT_PRIOR, Prior
-from mlx_gemma_mtp.drafting.speed_model import CHIPS, model
+from mlx_gemma_mtp.drafting.speed_model import model
 from mlx_gemma_mtp.errors import OutputError
 from mlx_gemma_mtp.machine import describe_machine
 from mlx_gemma_mtp.models.families import FAMILIES

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...constants import MAX_DRAFT_TOKENS
+from ...drafting.chips import CHIPS
 from ...drafting.controller import DEFAULT_PRIOR, Prior
-from ...drafting.speed_model import CHIPS, Model, default_draft_bits, model
+from ...drafting.speed_model import Model, default_draft_bits, model
 from ...models.families import FAMILIES
 
 EXAMPLES = ("M1 Max", "M3 Max", "M4 Max", "M5 Max")

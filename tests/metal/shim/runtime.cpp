@@ -10,6 +10,7 @@
 // or -1), arrays lie against pages that no one may touch, and a barrier or simd function
 // that some threads do not reach stops the launch with its place in the text.
 #include <pthread.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/time.h>
@@ -22,6 +23,7 @@
 #include <string>
 #include <vector>
 
+#include "counts.hpp"
 #include "fibers.hpp"
 #include "grid.hpp"
 #include "memory.hpp"
@@ -72,10 +74,34 @@ std::vector<uint> shuffled(uint first, uint end, Random& random) {
   return order;
 }
 
-enum class State { ready, in_simdgroup, in_threadgroup, returned };
+// Where a fiber, or the scheduler, has left off. swapcontext asks the system for the
+// signal mask every time, which takes most of a launch; ThreadSanitizer knows only that.
+struct Point {
+  ucontext_t context;
+  jmp_buf registers;
+};
+
+[[gnu::noinline]] void switch_fibers(Point& from, Point& to) {
+  if constexpr (tsan) {
+    swapcontext(&from.context, &to.context);
+  } else if (!_setjmp(from.registers)) {
+    _longjmp(to.registers, 1);
+  }
+}
+
+// The same, to a fiber that has not begun.
+[[gnu::noinline]] void switch_to_start(Point& from, Point& to) {
+  if constexpr (tsan) {
+    swapcontext(&from.context, &to.context);
+  } else if (!_setjmp(from.registers)) {
+    setcontext(&to.context);
+  }
+}
+
+enum class State { fresh, ready, in_simdgroup, in_threadgroup, returned };
 
 struct Fiber {
-  ucontext_t context;
+  Point point;
   void* tsan_fiber;
   State state;
   uint index;
@@ -84,6 +110,7 @@ struct Fiber {
   Place place;
   Value given;
 
+  bool can_run() const { return state == State::fresh || state == State::ready; }
   std::string where() const {
     return std::string(operation) + " at " + place.file_name() + ":" +
            std::to_string(place.line()) + " (thread " + std::to_string(index) + ")";
@@ -142,6 +169,7 @@ class Launch {
 
   // Runs the grid; an empty text, or what went wrong.
   std::string run() {
+    pthread_sigmask(SIG_SETMASK, nullptr, &signal_mask_);
     scheduler_tsan_ = __tsan_get_current_fiber();
     for (uint group : shuffled(0, volume(grid_.num_threadgroups), random_)) {
       run_threadgroup(group);
@@ -169,8 +197,9 @@ class Launch {
     current_->state = state;
     current_->operation = operation;
     current_->place = place;
+    count_call(operation);
     __tsan_switch_to_fiber(scheduler_tsan_, tsan_no_sync);
-    swapcontext(&current_->context, &scheduler_);
+    switch_fibers(current_->point, scheduler_);
   }
 
   const Exchange& exchanged() { return exchanges_[current_->simdgroup]; }
@@ -189,6 +218,14 @@ class Launch {
     return threadgroup_arrays_.emplace_back(name, line, size).data;
   }
 
+  // Stops the launch; `place` is of the access. Never returns.
+  void stop(const std::string& what, const void* address, const std::string& place) {
+    std::string thread = " (thread " + std::to_string(current_->index) + ")";
+    fail(what + " at " + place + ": " + described(address) + thread);
+    wait(State::returned, "stop", Place());
+    abort();
+  }
+
   // --- called by signal handlers
 
   bool is_in_fiber() const { return current_ != nullptr; }
@@ -197,8 +234,8 @@ class Launch {
   [[noreturn]] void abandon_fiber(int signal, const void* address) {
     signal_ = signal;
     fault_ = static_cast<const char*>(address);
-    setcontext(&scheduler_);
-    abort();
+    pthread_sigmask(SIG_SETMASK, &signal_mask_, nullptr);
+    _longjmp(scheduler_.registers, 1);
   }
 
  private:
@@ -225,14 +262,15 @@ class Launch {
 
   void begin_fiber(uint index) {
     Fiber& fiber = fibers_[index];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks_ + index * stack_bytes;
-    fiber.context.uc_stack.ss_size = stack_bytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, start_fiber, 0);
+    ucontext_t& start = fiber.point.context;
+    getcontext(&start);
+    start.uc_stack.ss_sp = stacks_ + index * stack_bytes;
+    start.uc_stack.ss_size = stack_bytes;
+    start.uc_link = nullptr;
+    makecontext(&start, start_fiber, 0);
     fiber.tsan_fiber = __tsan_create_fiber(0);
     tsan_fibers_.push_back(fiber.tsan_fiber);
-    fiber.state = State::ready;
+    fiber.state = State::fresh;
     fiber.index = index;
     fiber.simdgroup = index / lanes_per_simdgroup;
   }
@@ -276,7 +314,7 @@ class Launch {
     uint end = std::min(first + lanes_per_simdgroup, num_threads_);
     bool moved = false;
     for (uint i : shuffled(first, end, random_)) {
-      if (fibers_[i].state != State::ready) continue;
+      if (!fibers_[i].can_run()) continue;
       resume(fibers_[i]);
       moved = true;
       if (!error_.empty()) return true;
@@ -287,7 +325,11 @@ class Launch {
   void resume(Fiber& fiber) {
     current_ = &fiber;
     __tsan_switch_to_fiber(fiber.tsan_fiber, tsan_no_sync);
-    swapcontext(&scheduler_, &fiber.context);
+    if (fiber.state == State::fresh) {
+      switch_to_start(scheduler_, fiber.point);
+    } else {
+      switch_fibers(scheduler_, fiber.point);
+    }
     current_ = nullptr;
     if (fiber.state == State::returned) num_running_--;
     if (signal_) fail(describe_signal(fiber));
@@ -344,19 +386,23 @@ class Launch {
       return "the launch must end within " + std::to_string(time_limit_s_) +
              " s of processor time: a loop does not end, or waits for another" + thread;
     }
-    for (auto* arrays : {&buffers_, &threadgroup_arrays_}) {
-      for (const GuardedMemory& array : *arrays) {
-        if (!array.contains(fault_)) continue;
-        return "memory fault: " + array.described() + " at byte " +
-               std::to_string(fault_ - array.data) + " of " +
-               std::to_string(array.size) + thread;
-      }
-    }
     char* stack = stacks_ + fiber.index * stack_bytes;
     if (fault_ >= stack && fault_ < stack + page_bytes) {
       return "the stack of a thread must be at most 256 KiB" + thread;
     }
-    return "memory fault: an address outside every array" + thread;
+    return "memory fault: " + described(fault_) + thread;
+  }
+
+  std::string described(const void* address) const {
+    const char* byte = static_cast<const char*>(address);
+    for (auto* arrays : {&buffers_, &threadgroup_arrays_}) {
+      for (const GuardedMemory& array : *arrays) {
+        if (!array.contains(byte)) continue;
+        return array.described() + " at byte " + std::to_string(byte - array.data) +
+               " of " + std::to_string(array.size);
+      }
+    }
+    return "an address outside every array";
   }
 
   void check_padding(const std::deque<GuardedMemory>& arrays) {
@@ -390,7 +436,8 @@ class Launch {
   std::vector<Exchange> exchanges_;
   char* stacks_ = nullptr;
   size_t stacks_size_ = 0;
-  ucontext_t scheduler_;
+  Point scheduler_;
+  sigset_t signal_mask_;
   Fiber* volatile current_ = nullptr;
 
   // Addresses by which ThreadSanitizer knows who waited for whom.
@@ -515,6 +562,22 @@ float with_noise(float result, float argument) {
   mixed ^= mixed >> 31;
   int ulps = static_cast<int>(mixed % (2 * noise_ulps + 1)) - noise_ulps;
   return std::bit_cast<float>(std::bit_cast<int32_t>(result) + ulps);
+}
+
+// What g++ has a kernel call where an address is no multiple of what its type needs.
+struct AccessPlace {
+  const char* file;
+  uint line;
+  uint column;
+  const void* type;
+  uint8_t log2_alignment;
+};
+extern "C" void __ubsan_handle_type_mismatch_v1(
+    const AccessPlace* access, const void* address) {
+  launch->stop(
+      "an address must be a multiple of " +
+          std::to_string(1u << access->log2_alignment),
+      address, std::string(access->file) + ":" + std::to_string(access->line));
 }
 
 // -------------------------------------------------------------- the host's side
