@@ -152,5 +152,5 @@ def test_table_with_another_head_is_no_matrix():
 
 def test_biases_of_another_type_than_scales_are_mlxs(launches):
     packed = Model().packed
-    packed.biases = packed.biases.astype(mx.float32)
+    packed["biases"] = packed["biases"].astype(mx.float32)
     assert not shape_of(packed).is_known

@@ -116,9 +116,12 @@ def test_kernel_text_is_part_of_what_was_learnt(decided, monkeypatch):
     pair.calibration.give_up_probe(1)
     pair.calibration.save()
     keys = []
-    monkeypatch.setattr(
-        pair_module, "learnt_key", lambda _, *, matmuls: keys.append(matmuls) or {}
-    )
+
+    def learnt_key(_, *, matmuls):
+        keys.append(matmuls)
+        return {}
+
+    monkeypatch.setattr(pair_module, "learnt_key", learnt_key)
     for digest in ("a", "b"):
         monkeypatch.setattr(pair_module, "kernels_digest", lambda text=digest: text)
         pair.kept.calibration = None
