@@ -36,6 +36,7 @@ from .traces import Traces
 _Models = tuple[TargetLike, DrafterLike | None]
 CompiledRound = Callable[..., dict[str, Any]]
 
+
 @dataclass(frozen=True)
 class _Shape:
     """What shapes the graph of a round, beside the shapes of its arrays."""
