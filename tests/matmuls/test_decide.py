@@ -368,7 +368,8 @@ def test_only_what_fails_again_is_blamed(on, kernel, tmp_path, caplog):
     chosen = {SMALL: Choice(), LARGE: Choice(), PLAIN: Choice(1), EIGHT_BIT: Choice()}
     for shape, choice in chosen.items():
         Kept(tmp_path).keep(shape, choice)
-    choices = decide(chosen, folder=tmp_path)
+    counts = dict.fromkeys(chosen, 1)
+    choices = decide(counts, folder=tmp_path)
     assert set(choices.by_shape) == set(chosen)
     blame(choices, folder=tmp_path)  # the round had failed for want of memory
     assert not any(map(Kept(tmp_path).is_bad, chosen))
@@ -384,7 +385,7 @@ def test_only_what_fails_again_is_blamed(on, kernel, tmp_path, caplog):
     kept = Kept(tmp_path)
     assert {shape for shape in chosen if kept.is_bad(shape)} == {PLAIN, EIGHT_BIT}
     assert len(caplog.messages) == 2
-    assert set(decide(chosen, folder=tmp_path).by_shape) == {SMALL, LARGE}
+    assert set(decide(counts, folder=tmp_path).by_shape) == {SMALL, LARGE}
 
 
 def test_nothing_on_disk_is_decided_once_in_a_process(on, kernel, times):

@@ -571,7 +571,8 @@ def test_short_memory_leaves_a_shape_undecided(place):
 def test_short_memory_in_passes_ends_it():
     found = tuned(Simulated(fast(), no_memory={(SMALL, "pass")}))
     assert found.reason.startswith("RuntimeError: [malloc] Unable")
-    assert found.decided == found.bad == {}
+    assert not found.decided
+    assert not found.bad
 
 
 # ------------------------------------------------------------------------- whole passes

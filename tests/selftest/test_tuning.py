@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections import Counter
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mlx_gemma_mtp.engine.given_rounds import GivenRounds
 from mlx_gemma_mtp.kernels import common, matmul
-from mlx_gemma_mtp.matmuls import bench, modules, windows
+from mlx_gemma_mtp.matmuls import bench, modules, tuner, windows
 from mlx_gemma_mtp.matmuls import kept as kept_module
-from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices
+from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices, Shape
 from mlx_gemma_mtp.matmuls.kept import Kept
 from mlx_gemma_mtp.matmuls.tuned import Tuned
 from mlx_gemma_mtp.selftest import __main__ as command
@@ -24,6 +26,7 @@ from mlx_gemma_mtp.selftest.result import FAIL, INFO, SKIP
 from mlx_gemma_mtp.store import FOLDER_VARIABLE, cache_folder
 from tests.engine.test_few_rows import every_matrix, half_pair
 from tests.matmuls.matrices import LARGE, PLAIN, SMALL, StandIn
+from tests.matmuls.test_tuner import Simulated, Truth
 from tests.tiny import reference_pair
 
 pytestmark = pytest.mark.usefixtures("plain_graphs")
@@ -123,7 +126,8 @@ def test_all_of_it(metal, tmp_path, capsys):
     assert kept.pass_seconds(set(SHAPES))
 
 
-def test_a_wrong_kernel_fails_and_is_never_tried_again(metal, capsys):
+def test_a_wrong_kernel_fails_and_is_never_tried_again(metal, monkeypatch, capsys):
+    monkeypatch.setattr(tuner, "PASS_ROWS", (1, 5))
     metal.change = lambda y, *_: y * 1.5
     assert command.main(["tune"]) == command.EXIT_FAILED
     out, _ = capsys.readouterr()
@@ -199,6 +203,65 @@ def test_passes_with_other_choices_are_not_kept(found):
     kept = Kept(cache_folder())
     assert kept.choices(SHAPES) == Choices({SMALL: Choice(), PLAIN: Choice(2)})
     assert kept.pass_seconds(set(SHAPES)) is None
+
+
+def test_why_something_is_undecided_is_said(found):
+    reasons = {LARGE: "not timed: RuntimeError: [malloc] no", PLAIN: "no time left"}
+    found.append(decided({SMALL: None}, reasons=reasons))
+    result = look()
+    assert result.sentence.endswith("; 2 undecided, not timed, no time left")
+    assert f"{LARGE}: MLX, not timed: RuntimeError: [malloc] no" in result.lines
+    assert not Kept(cache_folder()).is_decided(LARGE)
+
+
+def test_what_was_found_without_passes_is_kept(found):
+    """Of the drafter, say."""
+    found.append(Tuned(decided={SMALL: Choice()}))
+    assert look().sentence == "the kernel for 1 of 1 shapes"
+    assert Kept(cache_folder()).choices(SHAPES) == Choices({SMALL: Choice()})
+
+
+def test_passes_are_the_targets(monkeypatch):
+    """What only the drafter has is tuned, and in no pass."""
+    pair = half_pair("e2b")
+    told: list[tuple[set[Shape], set[Shape]]] = []
+
+    def tune(shapes, machine, *, in_passes, **rest):
+        told.append((set(shapes), set(in_passes)))
+        return Tuned("enough")
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    tuning.look(pair, 9.0, None, lambda line: None)
+    ((shapes, in_passes),) = told
+    assert in_passes == set(modules.shapes_of([pair.target]))
+    assert shapes - in_passes
+    assert shapes - in_passes < set(modules.shapes_of([pair.drafter]))
+
+
+def test_the_usual_time_suffices():
+    """For the family that has most shapes, on a quiet machine."""
+
+    def counted(model) -> Counter[Shape]:
+        layers = [layer for _, layer in model.named_modules()]
+        return Counter(
+            Shape(*layer["weight"].shape, SMALL.form)
+            for layer in layers
+            if isinstance(layer, nn.Linear)
+        )
+
+    target, drafter = map(counted, random_pair.skeletons("e2b"))
+    assert drafter.keys() - target.keys()
+    shapes = target + drafter
+    truths = {shape: Truth(shape.num_bytes / 300e9, growth=0.06) for shape in shapes}
+    found = tuner.tune(
+        shapes,
+        Simulated(truths, counts=target),
+        in_passes=target,
+        budget_s=command.TUNE_SECONDS,
+        progress=lambda line: None,
+    )
+    assert set(found.choices.by_shape) == set(shapes)
+    assert tuner.expected_s(len(shapes), len(target)) < command.TUNE_SECONDS
 
 
 def test_nothing_faster_is_said(found):
