@@ -177,13 +177,13 @@ def rows_of(stand_in):
 def test_exact_text_is_the_same_for_every_number_of_drafts(first_row, multiply):
     pair = half_pair("26b-a4b")
     use(pair, every_matrix(pair, first_row))
-    plain = exact_texts(pair, [PROMPT], 0, 12)
+    plain = exact_texts(pair, [PROMPT], 0, 8)
     # Plain rounds are filled up to two rows where one row alone is MLX's.
     expected = {1: ALL, 2: ALL} if first_row == 1 else {1: (), 2: ALL}
     assert pair.calibration.verdict(1).equal == expected
     assert rows_of(multiply) == set(range(first_row, 10))
     for num_drafts in (1, 2, 3, 5, 8, "auto"):
-        assert exact_texts(pair, [PROMPT], num_drafts, 12) == plain
+        assert exact_texts(pair, [PROMPT], num_drafts, 8) == plain
 
 
 @pytest.mark.parametrize("first_row", [1, 2])
@@ -191,10 +191,10 @@ def test_exact_texts_of_a_batch_are_the_same(first_row, multiply):
     """More drafts than two are more than nine rows, which stay MLX's."""
     pair = half_pair("12b")
     use(pair, every_matrix(pair, first_row))
-    plain = exact_texts(pair, PROMPTS, 0, 8)
+    plain = exact_texts(pair, PROMPTS, 0, 6)
     assert pair.calibration.verdict(3).equal == {1: (1, 2), 2: (1, 2)}
     for num_drafts in (1, 2, 3, 5, "auto"):
-        assert exact_texts(pair, PROMPTS, num_drafts, 8) == plain
+        assert exact_texts(pair, PROMPTS, num_drafts, 6) == plain
     assert {3, 6, 9} <= rows_of(multiply) <= {*range(first_row, 10)}
 
 
