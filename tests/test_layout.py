@@ -30,7 +30,7 @@ BELOW: dict[str, set[str]] = {
     "engine": {"cache", "models", "sampling", "drafting", "matmuls"},
     "exactness": {"engine", "cache", "drafting"},
     "pair": set(
-        "exactness engine checkpoints drafting models sampling matmuls".split()
+        "exactness engine checkpoints drafting models sampling matmuls kernels".split()
     ),
     "generation": set("pair engine sampling models cache checkpoints markup".split()),
     "cli": set("generation pair engine sampling models checkpoints markup".split()),

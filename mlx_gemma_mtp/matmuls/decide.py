@@ -161,3 +161,10 @@ def _warn(what: str, reason: str, name: str = "matmul") -> None:
         what,
         reason,
     )
+
+
+def blame(choices: Choices, *, folder: Path | None) -> None:
+    """Run kernels alone again, as a round with them failed; mark bad what fails."""
+    with _lock:
+        _ran.clear()
+        _runs_alone(choices, Kept(folder))

@@ -148,7 +148,7 @@ def kept_key() -> dict[str, Any]:
     names = ("architecture", "device_name", "memory_size")
     return {
         "matmuls": _CANDIDATES,
-        "kernels": _kernels_digest(),
+        "kernels": kernels_digest(),
         "gpu": [str(info.get(name, "")) for name in names],
         "system": [system_version(), platform.release()],
         "mlx": importlib.metadata.version("mlx"),
@@ -157,7 +157,7 @@ def kept_key() -> dict[str, Any]:
 
 
 @cache
-def _kernels_digest() -> str:
+def kernels_digest() -> str:
     """A text that differs for kernels of other texts."""
     found = hashlib.sha256()
     for form in FORMS:

@@ -134,9 +134,9 @@ def test_another_key_is_another_decision(change, monkeypatch, tmp_path):
 
 
 def test_another_text_of_one_kernel_is_another_decision(monkeypatch):
-    before = module._kernels_digest()
-    module._kernels_digest.cache_clear()
-    assert module._kernels_digest() == before
+    before = module.kernels_digest()
+    module.kernels_digest.cache_clear()
+    assert module.kernels_digest() == before
     make = matmul.kernel
 
     def other(form, num_rows, columns):
@@ -145,23 +145,23 @@ def test_another_text_of_one_kernel_is_another_decision(monkeypatch):
         return replace(found, source=found.source + " ") if is_one else found
 
     monkeypatch.setattr(module, "kernel", other)
-    module._kernels_digest.cache_clear()
-    assert module._kernels_digest() != before
-    module._kernels_digest.cache_clear()
+    module.kernels_digest.cache_clear()
+    assert module.kernels_digest() != before
+    module.kernels_digest.cache_clear()
 
 
 def test_a_word_of_all_kernels_is_in_the_key(monkeypatch):
-    before = module._kernels_digest()
+    before = module.kernels_digest()
     matmul.kernel.cache_clear()
-    module._kernels_digest.cache_clear()
-    assert "LOAD4" in common._METAL
+    module.kernels_digest.cache_clear()
+    assert "LOAD4" in common.METAL
     make = common.Kernel
     monkeypatch.setattr(matmul, "Kernel", lambda **k: make(**k, header="other"))
     try:
-        assert module._kernels_digest() != before
+        assert module.kernels_digest() != before
     finally:
         matmul.kernel.cache_clear()
-        module._kernels_digest.cache_clear()
+        module.kernels_digest.cache_clear()
 
 
 NONSENSE: list[object] = [
