@@ -236,7 +236,7 @@ def any_machine(seed: int) -> Simulated:
             in_context=draw.choice((1.0, 1.0, 1.05, 1.2, 2.0)),
             cliffs=dict.fromkeys(some(0.1), draw.choice((1.1, 1.5, 10))),
             cliffs_in_context=dict.fromkeys(
-                (m for m, _ in some(0.05)), draw.choice((1.1, 1.5, 10))
+                (m for m, _ in some(0.2)), draw.choice((1.1, 1.5, 10))
             ),
             wrong=some(0.05),
             raises=some(0.1),
