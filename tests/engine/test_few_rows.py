@@ -175,8 +175,12 @@ def rows_of(stand_in):
 
 
 @pytest.mark.parametrize("first_row", [1, 2])
-def test_exact_text_is_the_same_for_every_number_of_drafts(first_row, multiply):
-    pair = half_pair("26b-a4b")
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f != "12b")) for f in FAMILIES],
+)
+def test_exact_text_is_the_same_for_every_number_of_drafts(family, first_row, multiply):
+    pair = half_pair(family)
     use(pair, every_matrix(pair, first_row))
     plain = exact_texts(pair, [PROMPT], 0, 8)
     # Plain rounds are filled up to two rows where one row alone is MLX's.
@@ -187,7 +191,7 @@ def test_exact_text_is_the_same_for_every_number_of_drafts(first_row, multiply):
         assert exact_texts(pair, [PROMPT], num_drafts, 8) == plain
 
 
-@pytest.mark.parametrize("first_row", [1, 2])
+@pytest.mark.parametrize("first_row", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_exact_texts_of_a_batch_are_the_same(first_row, multiply):
     """More drafts than two are more than nine rows, which stay MLX's."""
     pair = half_pair("12b")

@@ -540,8 +540,9 @@ class TestFailures:
         assert found[later] == chain_text([BAD], 5)
 
     def test_a_round_that_fails(self, chain, caplog):
-        rounds = Rounds(ChainTarget(), ChainDrafter(), use_compile=False)
-        decoder = Decoder(rounds, num_draft_tokens=1)
+        chain = Rounds(ChainTarget(), ChainDrafter(), use_compile=False)
+        decoder = Decoder(chain, num_draft_tokens=1)
+        rounds = decoder._rounds
         rows = [decoder.add(Request([GOOD], 30)) for _ in range(2)]
         decoder.step()
         run, rounds.run = rounds.run, fails  # type: ignore[method-assign]
