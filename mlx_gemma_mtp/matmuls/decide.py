@@ -35,7 +35,7 @@ logger = logging.getLogger("mlx_gemma_mtp")
 _REREADING = (13, 14)  # GPUs whose MLX reads affine weights for every row: M1 and M2
 # The check: which forms, of which matrix, for how long. One number of rows is timed
 # well, as what is won is judged by it; others only so that no cliff is missed.
-_NUM_CHECKED = 2  # forms in one process
+_NUM_CHECKED = 1  # forms at a time: a first use may cost a second
 _MOST_BYTES = 64_000_000  # of the matrix that is timed; copies of a small one have more
 _ROWS = 3
 _WINDOW_S, _NUM_WINDOWS = 0.04, 3
@@ -92,7 +92,7 @@ def _rereads() -> bool:
 def _check_forms(shapes: Mapping[Shape, int], kept: Kept) -> None:
     """Give the kernel quantized shapes that nobody has timed, where it is faster.
 
-    Forms with more bytes come first; those that are left come with the next process.
+    Forms with more bytes come first; those that are left come next time.
     """
     by_form: dict[Form, dict[Shape, int]] = {}
     for shape, count in shapes.items():
