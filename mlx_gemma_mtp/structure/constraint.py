@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import RequestError, shorten
 from .library import limits, llguidance
-from .places import place_of
+from .schemas import closed, depth_of, place_of
 
 MAX_LENGTH = 262_144  # characters of a schema, a grammar, or all texts of a choice
 MAX_REGEX = 16_384  # characters
@@ -200,7 +200,9 @@ def _schema_of(schema: Any) -> Mapping[str, Any]:
         RequestError: It is none.
     """
     made = getattr(schema, "model_json_schema", None)
-    found = made() if isinstance(schema, type) and callable(made) else schema
+    if isinstance(schema, type) and callable(made):
+        return closed(made())  # pydantic drops other keys, unless it says so
+    found = schema
     if isinstance(found, str):
         _check_size("schema", len(found), MAX_LENGTH, "characters")
         try:
@@ -230,25 +232,12 @@ def _text_of(schema: Mapping[str, Any]) -> str:
             f"schema must hold what JSON has: got {shorten(schema)}, {error}. Change "
             "it."
         ) from error
-    depth = _depth(given, MAX_DEPTH)
-    if depth > MAX_DEPTH:
+    if depth_of(given, MAX_DEPTH) > MAX_DEPTH:
         raise RequestError(
             f"schema must be nested at most {MAX_DEPTH} deep: got more. Use $defs and "
             "$ref."
         )
     return text
-
-
-def _depth(value: Any, most: int) -> int:
-    """How deeply a value is nested, up to one more than ``most``."""
-    depth, level = 0, [value]
-    while level and depth <= most:
-        inner: list[Any] = []
-        for each in level:
-            inner += each.values() if isinstance(each, Mapping) else ()
-            inner += each if isinstance(each, (list, tuple)) else ()
-        level, depth = inner, depth + 1
-    return depth
 
 
 def _grammar_of(schema: str, *, strict: bool) -> str:

@@ -1,7 +1,6 @@
-"""Where in a JSON schema something is wrong.
+"""JSON schemas as trees: how deep they are, where something is wrong, closed objects.
 
-llguidance says what is wrong and not where: the parts of the schema are compiled alone
-until the smallest one with the same error is found. Knows nothing of llguidance.
+Knows nothing of llguidance.
 """
 
 from __future__ import annotations
@@ -15,12 +14,49 @@ _VALUES = ("const", "enum", "default", "examples")  # no schemas are in them
 _MOST = 400  # parts to compile
 
 
+def depth_of(value: Any, most: int) -> int:
+    """How deeply a value is nested, up to one more than ``most``."""
+    depth, level = 0, [value]
+    while level and depth <= most:
+        inner: list[Any] = []
+        for each in level:
+            inner += each.values() if isinstance(each, Mapping) else ()
+            inner += each if isinstance(each, (list, tuple)) else ()
+        level, depth = inner, depth + 1
+    return depth
+
+
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema in which objects that name their keys have no others.
+
+    Those that say themselves whether they have others stay as they are.
+    """
+    found: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _VALUES:
+            found[key] = value
+        elif key in _NAMED and isinstance(value, Mapping):
+            found[key] = {name: _closed(inner) for name, inner in value.items()}
+        else:
+            is_list = isinstance(value, (list, tuple))
+            found[key] = [_closed(v) for v in value] if is_list else _closed(value)
+    if "properties" in found:
+        found.setdefault("additionalProperties", False)
+    return found
+
+
+def _closed(value: Any) -> Any:
+    return closed(value) if isinstance(value, Mapping) else value
+
+
 def place_of(
     schema: Mapping[str, Any],
     error: str,
     error_of: Callable[[Mapping[str, Any]], str],
 ) -> str:
     """The JSON pointer of the smallest part that has an error, as ``#/a/b``.
+
+    A compiler that says what is wrong and not where gets the parts one by one.
 
     Args:
         schema: A schema that has the error.
