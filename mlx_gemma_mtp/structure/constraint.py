@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RequestError, shorten
+from .chains import rules_reach, schema_reach
 from .library import limits, llguidance
 from .schemas import closed, depth_of, place_of
 
@@ -20,11 +21,13 @@ MAX_LENGTH = 262_144  # characters of a schema, a grammar, or all texts of a cho
 MAX_REGEX = 16_384  # characters
 MAX_DEPTH = 80  # of nested objects and lists; llguidance reads no more than 120
 MAX_TEXTS = 4_096  # of a choice
+MAX_REACH = 1_000  # levels or rules that lead to each other: llguidance recurses
 
 _OPTIONS = "x-guidance"  # llguidance's key for its settings: not for clients
 _UNKNOWN = re.compile(r"Unimplemented keys: \[(.*)\]")
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 _REGEX_ERROR = re.compile(r"^error: (.*)$", re.MULTILINE)
+_JSON_PART = re.compile(r"%json\s*(?={)")
 _CARET = re.compile(r"regex parse error:\n {4}(.*)\n {4}( *)\^")
 
 
@@ -56,6 +59,7 @@ def json_schema(schema: Any, *, strict: bool = True) -> Constraint:
     found = _schema_of(schema)
     text = _text_of(found)
     _check_size("schema", len(text), MAX_LENGTH, "characters")
+    _check_schema_reach("schema", json.loads(text))
     error = _error_of(_grammar_of(text, strict=strict))
     if error:
         raise _schema_error(found, error, strict=strict)
@@ -125,6 +129,7 @@ def grammar(lark: str) -> Constraint:
     """
     _check_text("grammar", lark)
     _check_size("grammar", len(lark), MAX_LENGTH, "characters")
+    _check_reach(lark)
     return Constraint("grammar", _checked_lark("grammar", lark))
 
 
@@ -319,4 +324,36 @@ def _check_size(what: str, size: int, most: int, unit: str) -> None:
     if size > most:
         raise RequestError(
             f"{what} must have at most {most} {unit}: got {size}. Make it smaller."
+        )
+
+
+def _check_reach(lark: str) -> None:
+    """Check how long a chain of a grammar's rules is, and the schemas in it.
+
+    Raises:
+        RequestError: It is too long.
+    """
+    if rules_reach(lark) > MAX_REACH:
+        raise RequestError(
+            f"grammar must have at most {MAX_REACH} rules that lead to each other: got "
+            "more. Use fewer rules."
+        )
+    for match in _JSON_PART.finditer(lark):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(lark, match.end())
+        except (ValueError, RecursionError):
+            continue  # llguidance does not read it either, and says where
+        _check_schema_reach("a schema of the grammar", schema)
+
+
+def _check_schema_reach(what: str, schema: Mapping[str, Any]) -> None:
+    """Check how deep a schema is where its references are followed.
+
+    Raises:
+        RequestError: It is too deep.
+    """
+    if schema_reach(schema) > MAX_REACH:
+        raise RequestError(
+            f"{what} must be at most {MAX_REACH} levels deep with references followed: "
+            "got more. Use fewer definitions that lead to each other."
         )
