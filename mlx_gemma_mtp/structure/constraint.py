@@ -112,8 +112,9 @@ def choice(texts: Sequence[str]) -> Constraint:
     _check_size("choice", sum(map(len, texts)), MAX_LENGTH, "characters")
     for text in texts:
         _check_text("choice", text)
-    words = (json.dumps(text, ensure_ascii=False) for text in texts)
-    return Constraint("choice", _checked_lark("choice", f"start: {' | '.join(words)}"))
+    # One terminal: its texts cost the parser nothing.
+    lark = f"start: TEXT\nTEXT: {' | '.join(map(_quoted, texts))}"
+    return Constraint("choice", _checked_lark("choice", lark))
 
 
 def grammar(lark: str) -> Constraint:
@@ -200,6 +201,11 @@ def _checked_lark(what: str, lark: str) -> str:
     if error:
         raise refusal(what, error)
     return made
+
+
+def _quoted(text: str) -> str:
+    """A text as Lark has it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _schema_of(schema: Any) -> Mapping[str, Any]:

@@ -45,13 +45,25 @@ class BoundConstraint:
         self.constraint = constraint
         self._eos = frozenset(made.eos_tokens)
         self._thoughts = Thoughts.of(tokenizer)
-        self._matcher = llguidance().LLMatcher(
-            made, constraint.grammar, limits=limits(), log_level=0
-        )
-        if self._matcher.is_error():
-            raise refusal(constraint.what, self._matcher.get_error())
+        self._tokenizer = made
         # Also shows what cannot be seen of the grammar alone.
         self.row((), self._eos).block(())
+
+    def _matcher(self) -> Any:
+        """A new matcher.
+
+        One matcher's copies share its lexer: where one row reaches the lexer's limits,
+        the others would fail too.
+
+        Raises:
+            RequestError: The constraint cannot be compiled.
+        """
+        matcher = llguidance().LLMatcher(
+            self._tokenizer, self.constraint.grammar, limits=limits(), log_level=0
+        )
+        if matcher.is_error():
+            raise refusal(self.constraint.what, matcher.get_error())
+        return matcher
 
     def row(self, prompt: Sequence[int], ends: Collection[int]) -> RowMasks:
         """The masks of a row, before its first token.
@@ -61,7 +73,7 @@ class BoundConstraint:
             ends: The tokens that end it.
         """
         return RowMasks(
-            self._matcher.deep_copy(),
+            self._matcher(),
             what=self.constraint.what,
             phase=self._thoughts.behind(prompt),
             thoughts=self._thoughts,
@@ -120,7 +132,8 @@ class RowMasks:
         """Follow a token that the mask has allowed and that does not end the row.
 
         Raises:
-            RequestError: The mask does not allow it.
+            RequestError: The mask does not allow it, or the matcher has reached its
+                limits.
         """
         if not self._follow(token):
             raise RequestError(
@@ -155,10 +168,16 @@ class RowMasks:
         return np.stack(masks)
 
     def _follow(self, token: int) -> bool:
-        """Go on by a token; False, and nothing has changed, if it is not allowed."""
+        """Go on by a token; False, and nothing has changed, if it is not allowed.
+
+        Raises:
+            RequestError: The matcher has reached its limits.
+        """
         before, after = self._phase, self._thoughts.behind_token(self._phase, token)
         is_answer = before is not Phase.THOUGHT and after is Phase.ANSWER
         if is_answer and not self._matcher.try_consume_tokens([token]):
+            if self._matcher.is_error():
+                raise self._failure()
             return False
         self._num_consumed += is_answer
         self._phase = after
@@ -181,11 +200,14 @@ class RowMasks:
 
     def _check(self, words: Words) -> None:
         """Raise where the matcher has failed, or leaves nothing to choose."""
-        if words.any() and not self._matcher.is_error():
-            return
+        if not words.any() or self._matcher.is_error():
+            raise self._failure()
+
+    def _failure(self) -> RequestError:
+        """What says that nothing goes on, and why."""
         error = self._matcher.get_error()
         reason = error and not error.startswith(_NO_WAY) and f", {reason_of(error)}"
-        raise RequestError(
+        return RequestError(
             f"{self._what} must leave a token that goes on: got none behind "
             f"{self._num_consumed} tokens of the answer{reason or ''}. Make it simpler."
         )

@@ -252,6 +252,9 @@ class TestOthers:
         assert "choice must be text" in message(choice, ["\ud800"])
         assert choice(("a", "b")).what == "choice"
 
+    def test_choices_have_any_characters(self):
+        choice([chr(i) for i in range(1024)])
+
     def test_asked(self):
         assert asked() is None
         assert asked(regex="a") == regex("a")

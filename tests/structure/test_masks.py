@@ -26,6 +26,7 @@ from mlx_gemma_mtp.sampling.host import HostRow
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.structure import masks as masks_module
 from mlx_gemma_mtp.structure.constraint import (
+    MAX_TEXTS,
     choice,
     grammar,
     json_object,
@@ -214,6 +215,76 @@ class TestMasks:
         monkeypatch.setattr(masks_module, "limits", lambda: few)
         with pytest.raises(RequestError, match="leave a token that goes on"):
             BoundConstraint(grammar('start: ("a" | "b" | start "c")+'), tiny())
+
+    def test_the_largest_choice_can_be_written(self):
+        texts = [f"{i:04}" for i in range(MAX_TEXTS)]
+        bound = BoundConstraint(choice(texts), tiny())
+        chance, found = np.random.default_rng(0), set[str]()
+        for _ in range(8):
+            row, text = bound.row(PROMPT, ENDS), ""
+            while not row.is_complete:
+                tokens = allowed(row.block(())[0])
+                token = int(chance.choice(sorted(tokens)))
+                row.advance(token)
+                text += pieces()[token]
+            found.add(text)
+        assert found <= set(texts)
+        assert len(found) > 4
+
+    def test_a_text_that_begins_another_is_one(self):
+        texts = ["s", "st", "stt", "tt"]
+        row, text = row_of(choice(texts)), ""
+        for letter in "stt":
+            assert allowed(row.block(())[0]) == expected(texts, text)
+            row.advance(tiny().get_vocab()[letter])
+            text += letter
+        assert allowed(row.block(())[0]) == ENDS
+
+    def test_a_row_goes_through_many_rules(self):
+        """One of 600 optional keys has four of them."""
+        keys = {f"p{i}": {"type": "null"} for i in range(600)}
+        schema = {"type": "object", "properties": keys, "additionalProperties": False}
+        row = row_of(json_schema(schema))
+        for token in tiny().encode('{"p7":null,"p598":null', add_special_tokens=False):
+            assert token in allowed(row.block(())[0])
+            row.advance(token)
+
+    def test_a_row_that_reaches_its_limits_says_so(self, monkeypatch):
+        """Also behind a token that the mask allows."""
+        import llguidance
+
+        few = llguidance.LLParserLimits(max_items_in_row=100, verbose_errors=False)
+        monkeypatch.setattr(masks_module, "limits", lambda: few)
+        keys = {f"p{i}": {"type": "null"} for i in range(60)}
+        schema = {"type": "object", "properties": keys, "additionalProperties": False}
+        brace = tiny().get_vocab()["{"]
+        for step in (lambda row: row.advance(brace), lambda row: row.block([brace])):
+            row = row_of(json_schema(schema))
+            assert brace in allowed(row.block(())[0])
+            with pytest.raises(RequestError, match=r"got none .* row has 239 "):
+                step(row)
+
+    def test_a_row_at_its_limits_leaves_others_alone(self, monkeypatch):
+        import llguidance
+
+        few = llguidance.LLParserLimits(max_lexer_states=60, verbose_errors=False)
+        monkeypatch.setattr(masks_module, "limits", lambda: few)
+        bound = BoundConstraint(regex("[ab]*a[ab]{9}"), tiny())
+        row, other = bound.row(PROMPT, ENDS), bound.row(PROMPT, ENDS)
+        ids = [tiny().get_vocab()[letter] for letter in "ab"]
+        chance = np.random.default_rng(0)
+
+        def write():
+            for i in chance.integers(0, 2, 2000).tolist():
+                row.block(())
+                row.advance(ids[i])
+
+        with pytest.raises(RequestError, match="leave a token that goes on"):
+            write()
+        for fresh in (other, bound.row(PROMPT, ENDS)):
+            fresh.block(())
+            fresh.advance(ids[0])
+            assert allowed(fresh.block(())[0]) >= set(ids)
 
 
 class TestLaw:
