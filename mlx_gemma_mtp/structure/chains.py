@@ -70,6 +70,12 @@ def longest(weights: Mapping[Any, int], inner: Mapping[Any, Sequence[Any]]) -> i
     return totals[root]
 
 
+def literals(lark: str) -> list[str]:
+    """The texts and expressions of a grammar, as they are written."""
+    found = _OTHER.findall(lark)
+    return [each for each in found if each[0] != "#" and not each.startswith("//")]
+
+
 def rules_reach(lark: str) -> int:
     """How many rules and terminals of a grammar lead one to the next, at most."""
     text = _OTHER.sub(" ", lark)

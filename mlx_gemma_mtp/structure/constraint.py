@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RequestError, shorten
-from .chains import rules_reach, schema_reach
+from .chains import literals, rules_reach, schema_reach
 from .library import limits, llguidance
 from .schemas import closed, depth_of, place_of
 
 MAX_LENGTH = 262_144  # characters of a schema, a grammar, or all texts of a choice
-MAX_REGEX = 16_384  # characters
+MAX_REGEX = 16_384  # characters; also of each text in a choice or a grammar
 MAX_DEPTH = 80  # of nested objects and lists; llguidance reads no more than 120
 MAX_TEXTS = 4_096  # of a choice
 MAX_REACH = 1_000  # levels or rules that lead to each other: llguidance recurses
@@ -112,6 +112,7 @@ def choice(texts: Sequence[str]) -> Constraint:
     _check_size("choice", sum(map(len, texts)), MAX_LENGTH, "characters")
     for text in texts:
         _check_text("choice", text)
+        _check_size("a text of the choice", len(text), MAX_REGEX, "characters")
     # One terminal: its texts cost the parser nothing.
     lark = f"start: TEXT\nTEXT: {' | '.join(map(_quoted, texts))}"
     return Constraint("choice", _checked_lark("choice", lark))
@@ -130,6 +131,8 @@ def grammar(lark: str) -> Constraint:
     """
     _check_text("grammar", lark)
     _check_size("grammar", len(lark), MAX_LENGTH, "characters")
+    longest = max(map(len, literals(lark)), default=0)
+    _check_size("a text of the grammar", longest, MAX_REGEX, "characters")
     _check_reach(lark)
     return Constraint("grammar", _checked_lark("grammar", lark))
 

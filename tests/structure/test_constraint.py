@@ -252,6 +252,14 @@ class TestOthers:
         assert "choice must be text" in message(choice, ["\ud800"])
         assert choice(("a", "b")).what == "choice"
 
+    def test_texts_are_bounded(self):
+        """Masks of a very long one take long."""
+        long = "a" * (MAX_REGEX + 1)
+        assert "a text of the choice must have at most" in message(choice, [long])
+        for lark in (f'start: "{long}"', f"start: /{long}/"):
+            assert "a text of the grammar must have at most" in message(grammar, lark)
+        grammar(f'start: "a" // {long}')
+
     def test_choices_have_any_characters(self):
         choice([chr(i) for i in range(1024)])
 
