@@ -15,10 +15,10 @@ from typing import Any
 from ..errors import RequestError, shorten
 from .chains import literals, rules_reach, schema_reach
 from .library import limits, llguidance
-from .schemas import closed, depth_of, place_of
+from .schemas import closed, depth_of, longest_text, place_of
 
 MAX_LENGTH = 262_144  # characters of a schema, a grammar, or all texts of a choice
-MAX_REGEX = 16_384  # characters; also of each text in a choice or a grammar
+MAX_REGEX = 16_384  # characters; also of each text in another form
 MAX_DEPTH = 80  # of nested objects and lists; llguidance reads no more than 120
 MAX_TEXTS = 4_096  # of a choice
 MAX_REACH = 1_000  # levels or rules that lead to each other: llguidance recurses
@@ -27,6 +27,7 @@ _OPTIONS = "x-guidance"  # llguidance's key for its settings: not for clients
 _UNKNOWN = re.compile(r"Unimplemented keys: \[(.*)\]")
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 _REGEX_ERROR = re.compile(r"^error: (.*)$", re.MULTILINE)
+_TEXT_PLACE = re.compile(r" at line \d+ column \d+$")
 _JSON_PART = re.compile(r"%json\s*(?={)")
 _CARET = re.compile(r"regex parse error:\n {4}(.*)\n {4}( *)\^")
 
@@ -59,11 +60,13 @@ def json_schema(schema: Any, *, strict: bool = True) -> Constraint:
     found = _schema_of(schema)
     text = _text_of(found)
     _check_size("schema", len(text), MAX_LENGTH, "characters")
-    _check_schema_reach("schema", json.loads(text))
-    error = _error_of(_grammar_of(text, strict=strict))
+    read = json.loads(text)
+    _check_size("a text of the schema", longest_text(read), MAX_REGEX, "characters")
+    _check_schema_reach("schema", read)
+    made, error = _compiled(text, strict=strict)
     if error:
         raise _schema_error(found, error, strict=strict)
-    return Constraint("schema", _grammar_of(text, strict=strict))
+    return Constraint("schema", made)
 
 
 def json_object() -> Constraint:
@@ -258,12 +261,8 @@ def _text_of(schema: Mapping[str, Any]) -> str:
     return text
 
 
-def _grammar_of(schema: str, *, strict: bool) -> str:
-    """llguidance's grammar of a schema's text.
-
-    Raises:
-        RequestError: It cannot read the text.
-    """
+def _compiled(schema: str, *, strict: bool) -> tuple[str, str]:
+    """llguidance's grammar of a schema's text, and what it says against it."""
     options = {
         "whitespace_flexible": False,  # then more tokens are forced
         "lenient": not strict,
@@ -272,9 +271,9 @@ def _grammar_of(schema: str, *, strict: bool) -> str:
     matcher = llguidance().LLMatcher
     try:
         made: str = matcher.grammar_from_json_schema(schema, overrides=options)
-    except ValueError as error:
-        raise refusal("schema", str(error)) from error
-    return made
+    except ValueError as error:  # the place is one of the text's, not the client's
+        return "", _TEXT_PLACE.sub("", str(error))
+    return made, _error_of(made)
 
 
 def _schema_error(
@@ -283,7 +282,7 @@ def _schema_error(
     """What is wrong with a schema, and where."""
 
     def error_of(part: Mapping[str, Any]) -> str:
-        return _error_of(_grammar_of(_text_of(part), strict=strict))
+        return _compiled(_text_of(part), strict=strict)[1]
 
     place = place_of(schema, error, error_of)
     advice = "Leave it out" if _UNKNOWN.search(error) else "Change it there"

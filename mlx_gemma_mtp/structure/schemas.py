@@ -11,6 +11,7 @@ from typing import Any
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _DEFINITIONS = ("$defs", "definitions")
 _VALUES = ("const", "enum", "default", "examples")  # no schemas are in them
+_NOTES = ("title", "description", "$comment", "default", "examples")
 _MOST = 400  # parts to compile
 
 
@@ -24,6 +25,25 @@ def depth_of(value: Any, most: int) -> int:
             inner += each if isinstance(each, (list, tuple)) else ()
         level, depth = inner, depth + 1
     return depth
+
+
+def longest_text(value: Any) -> int:
+    """The length of the longest text in a schema that is no note on it."""
+    longest, stack = 0, [value]
+    while stack:
+        each = stack.pop()
+        if isinstance(each, str):
+            longest = max(longest, len(each))
+        elif isinstance(each, Mapping):
+            stack += each
+            stack += (
+                inner
+                for key, inner in each.items()
+                if key not in _NOTES or not isinstance(inner, str)
+            )
+        elif isinstance(each, (list, tuple)):
+            stack += each
+    return longest
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,10 @@ class TestSchemas:
         )
 
     def test_numbers_beyond_all_are_refused(self):
-        assert "number out of range" in message(json_schema, {"minimum": 10**400})
+        schema = {"properties": {"a": {"minimum": 10**400}}}
+        assert "got number out of range at #/properties/a. Change it there." in message(
+            json_schema, schema
+        )
 
     def test_sizes_are_bounded(self):
         assert f"at most {MAX_LENGTH} characters" in message(
@@ -259,6 +262,9 @@ class TestOthers:
         for lark in (f'start: "{long}"', f"start: /{long}/"):
             assert "a text of the grammar must have at most" in message(grammar, lark)
         grammar(f'start: "a" // {long}')
+        for schema in ({"const": long}, {"items": {"enum": [long]}}, {"pattern": long}):
+            assert "a text of the schema must have" in message(json_schema, schema)
+        json_schema({"description": long})
 
     def test_choices_have_any_characters(self):
         choice([chr(i) for i in range(1024)])
