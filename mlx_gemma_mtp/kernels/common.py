@@ -102,7 +102,7 @@ template <class T> __device__ inline T simd_shuffle_xor(T x, unsigned short mask
 # input must be aligned to them. HALF_, BFLOAT_: one of the two numbers in a word as a
 # float; _OF: a number that stands alone. A bfloat is neither shifted nor converted:
 # either would cost M1 and M2 four cycles.
-METAL = r"""
+_METAL = r"""
 #include <metal_simdgroup>
 #define HELPER inline
 #define BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
@@ -202,19 +202,24 @@ class Kernel:
         input_names: Names of the inputs in the source.
         output_names: Names of the outputs in the source.
         source: The body.
-        header: What stands before it on Metal.
+        helpers: What it calls, in the words of both dialects.
     """
 
     name: str
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     source: str
-    header: str = METAL + _SHARED
+    helpers: str = _SHARED
+
+    @property
+    def header(self) -> str:
+        """What stands before the body on Metal."""
+        return _METAL + self.helpers
 
     @property
     def cuda_header(self) -> str:
         """What stands before the body on CUDA."""
-        return _CUDA + _SHARED
+        return _CUDA + self.helpers
 
 
 def padded(array: mx.array) -> mx.array:

@@ -161,7 +161,7 @@ def kernel(form: Form, num_rows: int, num_columns: int) -> Kernel:
         input_names=names,
         output_names=("y",),
         source=_Text(form, num_rows, num_columns).source(),
-        header=common.METAL,
+        helpers="",
     )
 
 

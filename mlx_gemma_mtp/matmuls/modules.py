@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -45,44 +45,43 @@ class _FewRows:
         )
 
 
-class FewRowsLinear(_FewRows, nn.Linear):
+class _FewRowsLayer(_FewRows):
+    """What a layer and a quantized one have in common."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., K] times the matrix, and the bias if there is one: [..., N]."""
+        layer: Any = self
+        mlx: Any = super()
+        product = self._product(x)
+        if product is None:
+            return cast(mx.array, mlx.__call__(x))
+        return product + layer["bias"] if "bias" in layer else product
+
+
+class _FewRowsTable(_FewRows):
+    """What a table of embeddings that is the head too and a quantized one share."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """The logits [..., N] of hidden states [..., K]."""
+        mlx: Any = super()
+        product = self._product(x)
+        return cast(mx.array, mlx.as_linear(x)) if product is None else product
+
+
+class FewRowsLinear(_FewRowsLayer, nn.Linear):
     """A dense layer."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """x [..., K] times the matrix, and the bias if there is one: [..., N]."""
-        product = self._product(x)
-        if product is None:
-            return super().__call__(x)
-        return product + self["bias"] if "bias" in self else product
 
-
-class FewRowsQuantizedLinear(_FewRows, nn.QuantizedLinear):
+class FewRowsQuantizedLinear(_FewRowsLayer, nn.QuantizedLinear):
     """A quantized layer."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """x [..., K] times the matrix, and the bias if there is one: [..., N]."""
-        product = self._product(x)
-        if product is None:
-            return super().__call__(x)
-        return product + self["bias"] if "bias" in self else product
 
-
-class FewRowsEmbedding(_FewRows, nn.Embedding):
+class FewRowsEmbedding(_FewRowsTable, nn.Embedding):
     """A dense table of embeddings that is the head too."""
 
-    def as_linear(self, x: mx.array) -> mx.array:
-        """The logits [..., N] of hidden states [..., K]."""
-        product = self._product(x)
-        return super().as_linear(x) if product is None else product
 
-
-class FewRowsQuantizedEmbedding(_FewRows, nn.QuantizedEmbedding):
+class FewRowsQuantizedEmbedding(_FewRowsTable, nn.QuantizedEmbedding):
     """A quantized table of embeddings that is the head too."""
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """The logits [..., N] of hidden states [..., K]."""
-        product = self._product(x)
-        return super().as_linear(x) if product is None else product
 
 
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
