@@ -6,7 +6,7 @@ Knows nothing of HTTP, of the engine, or of how an answer is written.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..constants import MAX_DRAFT_TOKENS
 from ..generation.chat_template import THINKING
@@ -17,6 +17,9 @@ from .fields import Fields
 from .prompts import Prompt
 from .schema import NO_LIMIT, ChatBody, CompletionBody
 from .settings import DEFAULT_MODEL, Limits
+
+if TYPE_CHECKING:
+    from ..engine.request import RowConstraint
 
 _NUM_SEEDS = 2**64
 _CONTEXT_SIZE = 20  # mlx-lm's
@@ -71,13 +74,6 @@ class BodyParser:
             self._fields.check_chat(extra, messages)
         else:
             self._fields.check_completion(extra)
-        form = body.response_format.type if body.response_format else "text"
-        if form != "text":
-            raise bad_request(
-                f"response_format must be text: got {form[:40]!r}. Ask for the form in "
-                "a message, and check the answer.",
-                "response_format",
-            )
         for token in body.stop_token_ids or ():
             self._check_id("stop_token_ids", token)
 
@@ -102,7 +98,10 @@ class BodyParser:
         return self._vocab_size
 
     def of_completion(
-        self, body: CompletionBody, prompts: Sequence[Prompt]
+        self,
+        body: CompletionBody,
+        prompts: Sequence[Prompt],
+        constraint: RowConstraint | None = None,
     ) -> list[Choice]:
         """Those of the first prompt, then of the next."""
         if body.best_of not in (None, 1, body.n):
@@ -114,7 +113,7 @@ class BodyParser:
         return [
             choice
             for prompt in prompts
-            for choice in self._of(body, prompt, num_logprobs)
+            for choice in self._of(body, prompt, num_logprobs, constraint)
         ]
 
     def tools_of(self, body: ChatBody, *, has_tools: bool) -> list[dict[str, Any]]:
@@ -153,7 +152,9 @@ class BodyParser:
         thinking = {} if effort is None else {THINKING: effort.lower() != "none"}
         return {**thinking, **(body.chat_template_kwargs or {})}
 
-    def of_chat(self, body: ChatBody, prompt: Prompt) -> list[Choice]:
+    def of_chat(
+        self, body: ChatBody, prompt: Prompt, constraint: RowConstraint | None = None
+    ) -> list[Choice]:
         """Those of a conversation: as many as are asked for."""
         num_logprobs = None
         if body.logprobs:
@@ -164,13 +165,14 @@ class BodyParser:
                 "top_logprobs.",
                 "top_logprobs",
             )
-        return self._of(body, prompt, num_logprobs)
+        return self._of(body, prompt, num_logprobs, constraint)
 
     def _of(
         self,
         body: CompletionBody | ChatBody,
         prompt: Prompt,
         num_logprobs: int | None,
+        constraint: RowConstraint | None,
     ) -> list[Choice]:
         """The choices of one prompt."""
         self._check_tokens(prompt.tokens)
@@ -201,6 +203,7 @@ class BodyParser:
                 stop_token_ids=frozenset(body.stop_token_ids or ()),
                 ignores_eos=bool(body.ignore_eos),
                 cache_salt=body.cache_salt,
+                constraint=constraint,
             )
             for choice in range(body.n or 1)
         ]

@@ -71,6 +71,14 @@ _TOP_NEEDS_LOGPROBS = {
     },
     "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
 }
+_FORMS = ("json", "regex", "choice", "grammar")  # of vLLM's field
+_SCHEMA_IS_THERE = {
+    "if": {"properties": {"type": {"const": "json_schema"}}, "required": ["type"]},
+    "then": {
+        "properties": {"json_schema": {"type": "object"}},
+        "required": ["json_schema"],
+    },
+}
 _NO_TOOLS = {
     "anyOf": [
         {"properties": {"tools": {"maxItems": 0}}},
@@ -169,7 +177,11 @@ def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
         for name, (reason, harmless) in refused.items():
             values = {"enum": [None, *harmless]}
             body["properties"][name] = {"description": f"Refused: {reason}.", **values}
-    schemas["ResponseFormat"]["properties"]["type"]["const"] = "text"
+    schemas["ResponseFormat"].update(_SCHEMA_IS_THERE)
+    schemas["StructuredOutputs"]["oneOf"] = [
+        *(_with(name, {"not": {"type": "null"}}) for name in _FORMS),
+        _with("json_object", {"const": True}),
+    ]
     fields = chat["properties"]
     fields["tool_choice"]["enum"] = ["auto", "none", "", {}, None]
     names = {"not": {"enum": sorted(RESERVED)}}
@@ -177,6 +189,11 @@ def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
     chat["allOf"] = (
         [_TOP_NEEDS_LOGPROBS] if offer.has_tools else [_TOP_NEEDS_LOGPROBS, _NO_TOOLS]
     )
+
+
+def _with(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """Objects with a field that follows a schema."""
+    return {"properties": {name: schema}, "required": [name]}
 
 
 def _numbers_to(largest: int) -> str:

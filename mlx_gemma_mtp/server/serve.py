@@ -11,6 +11,7 @@ from .app import Desk, make_app
 from .body_parser import BodyParser
 from .bridge import Bridge, Drain, Mailbox
 from .errors import SHUTTING_DOWN, AnswerError
+from .forms import Forms
 from .lanes import Lanes
 from .metrics import Metrics
 from .prompts import Prompts
@@ -112,6 +113,7 @@ def make_desk(engine: ServedModel, bridge: Bridge) -> Desk:
         ),
         dialogue=Dialogue(tokenizer),
         vocabulary=Vocabulary(tokenizer),
+        forms=Forms(tokenizer),
         lanes=Lanes(),
     )
 
