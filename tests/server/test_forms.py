@@ -484,6 +484,18 @@ class TestThoughts:
         assert message["reasoning"] == 'Is it {"a": 2}?'
         assert re.fullmatch("[0-9]{3}", message["content"])
 
+    def test_are_free_behind_a_kept_prompt(self, thinker, monkeypatch, gemma_tokenizer):
+        """The row is told the whole prompt, also what caches hold of it."""
+        let_say(monkeypatch, gemma_tokenizer("july-e2b"), f"{THOUGHT}{ANSWER}<turn|>")
+        asked = {"structured_outputs": {"json": {"const": {"a": 1}}}, "max_tokens": 80}
+        for is_kept in (False, True):
+            answer = thinker.chat("a b " * 60, reasoning_effort="high", **asked).json()
+            message = answer["choices"][0]["message"]
+            assert message["reasoning"] == 'Is it {"a": 2}?'
+            assert message["content"] == ANSWER
+            cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+            assert (cached > 0) is is_kept
+
     def test_none_comes_where_none_is_asked_for(
         self, thinker, monkeypatch, gemma_tokenizer
     ):

@@ -10,9 +10,10 @@ import inspect
 import json
 import re
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import BaseModel, Field
 
 from mlx_gemma_mtp.server.fields import Fields
 from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
@@ -24,6 +25,7 @@ KEY = "sesame"
 MODEL = "embedded"
 CODE = "def area(radius):\n"
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 24}
+LONG: dict[str, Any] = {**GREEDY, "max_tokens": 200}
 PLAIN = {"speculative": {"num_draft_tokens": 0}}
 # Repeated text is what the embedded pair goes on with.
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
@@ -36,6 +38,18 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
     },
 }
+
+
+class Side(BaseModel):
+    """A part of what an answer is to be."""
+
+    width: Annotated[int, Field(ge=0, le=9)]
+    is_open: bool
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    given = {"name": "answer", "strict": True, "schema": schema}
+    return {"type": "json_schema", "json_schema": given}
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +278,54 @@ class TestChat:
         assert none.choices[0].message.tool_calls is None
 
 
+class Box(BaseModel):
+    """What an answer is to be."""
+
+    colour: Literal["red", "green", "blue"]
+    sides: Annotated[list[Side], Field(max_length=3)]
+    note: Annotated[str, Field(max_length=8)] | None
+
+
+class TestForms:
+    @pytest.mark.parametrize("number", [0, 4, "auto"])
+    def test_a_class_of_pydantic(self, client, number):
+        found = client.chat.completions.parse(
+            messages=said(CODE),
+            response_format=Box,
+            **{**LONG, "temperature": 1, "seed": 3},
+            extra_body={"speculative": {"num_draft_tokens": number}},
+        )
+        (choice,) = found.choices
+        assert choice.finish_reason == "stop"
+        assert isinstance(choice.message.parsed, Box)
+        assert choice.message.parsed == Box.model_validate_json(choice.message.content)
+
+    def test_a_stream_of_one(self, client):
+        asked = {"messages": said(CODE), "response_format": Box, **LONG}
+        whole = client.chat.completions.parse(**asked)
+        with client.chat.completions.stream(**asked) as stream:
+            kinds = {event.type for event in stream}
+            final = stream.get_final_completion()
+        assert "content.delta" in kinds
+        assert final.choices[0].message.parsed == whole.choices[0].message.parsed
+
+    def test_one_that_is_cut_off(self, client, openai):
+        with pytest.raises(openai.LengthFinishReasonError):
+            client.chat.completions.parse(
+                messages=said(CODE), response_format=Box, **{**GREEDY, "max_tokens": 3}
+            )
+
+    def test_vllms_forms(self, client):
+        for create, prompt in (
+            (client.completions.create, {"prompt": CODE}),
+            (client.chat.completions.create, {"messages": said(CODE)}),
+        ):
+            form = {"structured_outputs": {"choice": ["yes", "no"]}}
+            (choice,) = create(**prompt, **GREEDY, extra_body=form).choices
+            text = choice.text if "prompt" in prompt else choice.message.content
+            assert text in ("yes", "no")
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "name", "words"),
@@ -282,9 +344,14 @@ class TestErrors:
             ({"logit_bias": {"x": 1}}, "BadRequestError", "logit_bias"),
             ({"tools": [TOOL], "tool_choice": "required"}, "BadRequestError", "tool"),
             (
-                {"response_format": {"type": "json_object"}},
+                {"response_format": {"type": "xml"}},
                 "BadRequestError",
                 "response_format",
+            ),
+            (
+                {"response_format": schema_format({"not": {}})},
+                "BadRequestError",
+                "the keyword not at #",
             ),
             (
                 {"extra_body": {"speculative": {"num_draft_tokens": 9}}},
