@@ -58,7 +58,7 @@ class Forms:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._lock = threading.Lock()
-        self._ready: Future[None] | None = None
+        self._ready: Future[str] | None = None  # what is wrong, if something is
 
     def compiled(self, form: Form) -> BoundConstraint:
         """A form that rows can follow; called beside the event loop's thread.
@@ -68,12 +68,14 @@ class Forms:
         """
         try:
             constraint = form.make()
-            self._prepare().result()
+            reason = self._prepare().result()
+            if reason:
+                raise form.refused(reason)
             return BoundConstraint(constraint, self.tokenizer)
         except RequestError as error:
             raise form.refused(str(error)) from error
 
-    def _prepare(self) -> Future[None]:
+    def _prepare(self) -> Future[str]:
         """Let the tokenizer be built for grammars, once.
 
         In a thread that nobody stops: a client that goes away meanwhile would let the
@@ -172,11 +174,13 @@ def _of_structured_outputs(asked: StructuredOutputs | None) -> Form | None:
     return found[0]
 
 
-def _build(tokenizer: Any, ready: Future[None]) -> None:
+def _build(tokenizer: Any, ready: Future[str]) -> None:
     """Build what grammars need of a tokenizer."""
     try:
         grammar_tokenizer(tokenizer)
+    except RequestError as error:
+        ready.set_result(str(error))
     except BaseException as error:  # noqa: BLE001 - it is told to who waits
         ready.set_exception(error)
     else:
-        ready.set_result(None)
+        ready.set_result("")

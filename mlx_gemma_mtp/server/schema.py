@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from ..cli.checks import MAX_BIAS
 from ..constants import MAX_DRAFT_TOKENS
 from ..markup.tool_calls import MAX_DEPTH
+from ..structure.constraint import MAX_TEXTS
 from .json_body import refuse_constant
 
 T = TypeVar("T")
@@ -152,7 +153,13 @@ class StructuredOutputs(_Body):
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
+    choice: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True),
+        ]
+        | None
+    ) = None
     grammar: str | None = None
     json_object: bool | None = None
     disable_fallback: bool | None = None

@@ -19,10 +19,10 @@ from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.server import forms as forms_module
 from mlx_gemma_mtp.server import lanes as lanes_module
 from mlx_gemma_mtp.server.errors import AnswerError
-from mlx_gemma_mtp.server.forms import form_of
+from mlx_gemma_mtp.server.forms import Form, Forms, form_of
 from mlx_gemma_mtp.server.schema import ChatBody
 from mlx_gemma_mtp.structure import masks as masks_module
-from mlx_gemma_mtp.structure.constraint import MAX_LENGTH, MAX_TEXTS
+from mlx_gemma_mtp.structure.constraint import MAX_LENGTH, MAX_TEXTS, json_object
 from tests.gemma_pair import let_say
 from tests.server.serving import (
     CHAT_TEMPLATE,
@@ -326,13 +326,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "an empty choice": (
         {"structured_outputs": {"choice": ["a", ""]}},
-        "structured_outputs.choice",
-        "none empty",
+        "structured_outputs.choice.1",
+        "at least 1 character",
     ),
     "too many choices": (
         {"structured_outputs": {"choice": ["a"] * (MAX_TEXTS + 1)}},
         "structured_outputs.choice",
-        f"at most {MAX_TEXTS} texts",
+        f"at most {MAX_TEXTS} items",
     ),
     "JSON text that is none": (
         {"structured_outputs": {"json": "{"}},
@@ -384,6 +384,13 @@ class TestRefused:
         assert response.status == 400
         assert "Install mlx_gemma_mtp[structure]." in response.message
 
+    def test_where_the_tokenizer_cannot_be_read(self):
+        forms = Forms(object())
+        for _ in range(2):
+            with pytest.raises(AnswerError, match="Use a checkpoint with") as refused:
+                forms.compiled(Form("response_format", json_object))
+            assert refused.value.status == 400
+
     @pytest.mark.parametrize("stream", [False, True])
     def test_where_no_token_goes_on(self, client, monkeypatch, stream):
         """Only the row that has come there ends."""
@@ -406,6 +413,40 @@ class TestRefused:
         error = json.loads(last)["error"]
         assert "must leave a token that goes on" in error["message"]
         assert response.status == (200 if stream else 400)
+
+
+class TestDescription:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def described(cls, client):
+        return client.get("/openapi.json").json()
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            *({"response_format": {"type": kind}} for kind in ("text", "json_object")),
+            {"response_format": {"type": "json_object", "json_schema": None}},
+            json_format({"const": 1}),
+            *({"structured_outputs": {"choice": ["a"], "json": x}} for x in (None, {})),
+            *({"structured_outputs": {"json_object": x}} for x in (True, False)),
+            {"structured_outputs": {"regex": "a", "disable_any_whitespace": True}},
+            *(
+                fields
+                for fields, place, _ in MISTAKES.values()
+                # Its own words say what is wrong with these, not the description.
+                if not place.endswith((".schema", ".regex", ".grammar", ".json"))
+                and fields.keys() != {"structured_outputs", "response_format"}
+            ),
+        ],
+        ids=str,
+    )
+    def test_takes_what_the_server_takes(self, client, described, fields):
+        ((name, value),) = fields.items()
+        kind = {"response_format": "ResponseFormat"}.get(name, "StructuredOutputs")
+        reference = {"$ref": f"#/components/schemas/{kind}", **described}
+        is_valid = jsonschema.Draft202012Validator(reference).is_valid(value)
+        response = client.complete(max_tokens=1, **fields)
+        assert is_valid == (response.status == 200), response.body
 
 
 class TestCompiling:
