@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RequestError
 from .grammar import Grammar, Item, rule_item, text_item
 from .patterns import FORMATS, UnknownPatternError, literal, whole
+from .ranges import at_least, at_most
 from .schema_parts import (
     Node,
     Part,
@@ -188,7 +190,13 @@ class SchemaGrammar:
         is_open = lower == bounds.get(LOWER[1]) or upper == bounds.get(UPPER[1])
         if lower > upper or (lower == upper and is_open):
             return []
-        return [[_json_number({"type": "number", **bounds})]]
+        ranges = [
+            (at_least if word in LOWER else at_most)(
+                bound, is_open=word.startswith("exclusive")
+            )
+            for word, bound in bounds.items()
+        ]
+        return [[self._grammar.terminal(" & ".join(f"/{text}/" for text in ranges))]]
 
     def _integer(self, bounds: Mapping[str, Any], step: int | None) -> _Alternatives:
         lower = max(
@@ -210,7 +218,7 @@ class SchemaGrammar:
             return []
         if not limits:
             return [[self._grammar.terminal(_INTEGER)]]
-        return [[_json_number({"type": "integer", **limits})]]
+        return [[_json_integer(limits)]]
 
     def _array(self, node: Node) -> _Alternatives:
         least = max(counts_of(node, "minItems"), default=0)
@@ -235,9 +243,9 @@ class SchemaGrammar:
     def _object(self, node: Node) -> _Alternatives:
         needed = {name for part in node for name in listed(part, "required")}
         declared = needed.union(*(mapping_of(part, "properties") for part in node))
+        _check_keys(declared, node)
         entries = []
         for key in sorted(declared, key=_order):
-            _check_key(key, declared, node)
             items = [text_item(f"{key}:"), self._value(property_of(node, key))]
             entries.append((items, key in needed))
         least = max(counts_of(node, "minProperties"), default=0)
@@ -318,12 +326,14 @@ def _check_text(text: str, part: Part) -> None:
         raise lacking(part.place, "a text", text, f"{QUOTE} ends a text")
 
 
-def _check_key(key: str, declared: Iterable[str], node: Node) -> None:
+def _check_keys(declared: set[str], node: Node) -> None:
     """Raise for a key that cannot be read back behind a call's brace or comma."""
-    longer = any(other.startswith(f"{key}:") for other in declared)
-    if longer or QUOTE in key:
-        why = "another name begins with it" if longer else f"{QUOTE} is a mark"
-        raise lacking(node[0].place, "properties", key, why)
+    for key in declared:
+        beginnings = (key[: mark.start()] for mark in re.finditer(":", key))
+        shorter = next((b for b in beginnings if b in declared), None)
+        if QUOTE in key or shorter is not None:
+            why = f"{shorter!r} begins it" if QUOTE not in key else f"it has {QUOTE}"
+            raise lacking(node[0].place, "properties", key, why)
 
 
 def _order(key: str) -> tuple[str, str]:
@@ -347,10 +357,10 @@ def _repeated(item: Item, least: float, most: float) -> Item:
     return Item(f'("," {item.text}){bounds}', item.rule, is_optional=least <= 0)
 
 
-def _json_number(schema: Mapping[str, Any]) -> Item:
-    """A number with bounds, which the engine writes as JSON does."""
-    options = {"x-guidance": {"whitespace_flexible": False}}
-    return Item(f"%json {json.dumps({**schema, **options})}")
+def _json_integer(limits: Mapping[str, Any]) -> Item:
+    """An integer with bounds, which the engine writes as JSON does."""
+    options = {"type": "integer", "x-guidance": {"whitespace_flexible": False}}
+    return Item(f"%json {json.dumps({**limits, **options})}")
 
 
 def _expressions(node: Node) -> list[str]:

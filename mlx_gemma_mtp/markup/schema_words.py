@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .ranges import LARGEST_BOUND
 from .schema_parts import Node, Part, lacking, listed
 
 LOWER = ("minimum", "exclusiveMinimum")
@@ -113,8 +114,9 @@ def bounds_of(node: Node) -> dict[str, Any]:
     found = {}
     for word in (*LOWER, *UPPER):
         for part, value in given_of(node, word):
-            if not _is_number(value):
-                raise lacking(part.place, word, value, "it must be a number")
+            if not _is_number(value) or abs(value) > LARGEST_BOUND:
+                why = f"it must be a number up to {LARGEST_BOUND:.0e}"
+                raise lacking(part.place, word, value, why)
             pick = max if word in LOWER else min
             found[word] = pick(found.get(word, value), value)
     return found

@@ -32,17 +32,20 @@ def tool_grammar(
     choice: str = REQUIRED,
     name: str | None = None,
     is_parallel: bool = True,
+    has_thoughts: bool = True,
 ) -> str:
     """The grammar of an answer.
 
     Args:
         tools: Tools as OpenAI's API has them.
         marks: The tokens of the control tokens' texts; those of calls are needed.
-        choice: ``REQUIRED``: thoughts, then one call or more and nothing else.
-            ``AUTO``: any text, thoughts and calls; arguments of tools that are
-            ``strict`` follow their schema.
+        choice: ``REQUIRED``: one call or more and nothing else. ``AUTO``: any text,
+            thoughts and calls; arguments of tools that are ``strict`` follow their
+            schema.
         name: The only tool that may be called, where calls are required, and once.
         is_parallel: Whether there may be more than one call.
+        has_thoughts: Whether thoughts may stand before required calls. Who masks tokens
+            may let thoughts pass unseen.
 
     Returns:
         A grammar in llguidance's dialect of Lark. It does not end the turn.
@@ -51,7 +54,13 @@ def tool_grammar(
         RequestError: A schema has a keyword that answers cannot be held to, or no
             tool has the name.
     """
-    return _Answer(tools, marks).text(choice, name, is_parallel=is_parallel)
+    answer = _Answer(tools, marks)
+    is_auto = choice == AUTO and name is None
+    call = answer.call(name, holds_all=not is_auto)
+    if is_auto:
+        return answer.free(call, is_parallel=is_parallel)
+    is_parallel = is_parallel and name is None
+    return answer.forced(call, is_parallel=is_parallel, has_thoughts=has_thoughts)
 
 
 class _Answer:
@@ -65,10 +74,10 @@ class _Answer:
         self._grammar = Grammar()
         self._text = self._grammar.terminal(_TEXT)
 
-    def text(self, choice: str, name: str | None, *, is_parallel: bool) -> str:
-        is_auto = choice == AUTO and name is None
+    def call(self, name: str | None, *, holds_all: bool) -> Item:
+        """One call; of strict tools alone the schema holds, or of all."""
         calls = [
-            self._call(index, is_held=not is_auto or self._is_strict(index))
+            self._call(index, is_held=holds_all or self._is_strict(index))
             for index, tool in enumerate(self._tools)
             if name is None or tool["function"]["name"] == name
         ]
@@ -77,30 +86,25 @@ class _Answer:
                 f"tool_choice must name one of the tools: got {shorten(name)}. "
                 "Name a tool of the request."
             )
-        call = rule_item(self._grammar.rule(*calls))
-        return self._grammar.text(
-            self._free(call, is_parallel=is_parallel)
-            if is_auto
-            else self._forced(call, is_parallel=is_parallel and name is None)
-        )
+        return rule_item(self._grammar.rule(*calls))
 
-    def _forced(self, call: Item, *, is_parallel: bool) -> str:
-        """Thoughts, and calls."""
-        calls = _starred(call, "+") if is_parallel else call
-        return self._grammar.rule([*self._thoughts(), calls])
+    def forced(self, call: Item, *, is_parallel: bool, has_thoughts: bool) -> str:
+        """The grammar of calls, behind thoughts."""
+        calls = _repeated(call, "+") if is_parallel else call
+        thoughts = [_repeated(t, "*") for t in self._thought() if has_thoughts]
+        return self._grammar.text(self._grammar.rule([*thoughts, calls]))
 
-    def _free(self, call: Item, *, is_parallel: bool) -> str:
-        """Text with thoughts and calls in it."""
+    def free(self, call: Item, *, is_parallel: bool) -> str:
+        """The grammar of text with thoughts and calls in it."""
         parts = [[self._text], [self._marks[QUOTE]], *([t] for t in self._thought())]
         text = rule_item(self._grammar.rule(*parts))
         if is_parallel:
-            both = self._grammar.rule([text], [call])
-            return self._grammar.rule([_starred(rule_item(both), "*")])
-        some = _starred(text, "*")
-        return self._grammar.rule([some], [some, call, some])
-
-    def _thoughts(self) -> list[Item]:
-        return [_starred(thought, "*") for thought in self._thought()]
+            both = rule_item(self._grammar.rule([text], [call]))
+            start = self._grammar.rule([_repeated(both, "*")])
+        else:
+            some = _repeated(text, "*")
+            start = self._grammar.rule([some], [some, call, some])
+        return self._grammar.text(start)
 
     def _thought(self) -> list[Item]:
         """A thought, where the model has marks for it."""
@@ -109,7 +113,7 @@ class _Answer:
         marks = [self._marks[m] for m in _IN_THOUGHTS if m in self._marks]
         inside = rule_item(self._grammar.rule([self._text], *([m] for m in marks)))
         start, end = self._marks[THOUGHT_START], self._marks[THOUGHT_END]
-        return [rule_item(self._grammar.rule([start, _starred(inside, "*"), end]))]
+        return [rule_item(self._grammar.rule([start, _repeated(inside, "*"), end]))]
 
     def _is_strict(self, index: int) -> bool:
         return self._tools[index]["function"].get("strict") is True
@@ -127,6 +131,6 @@ class _Answer:
         return [self._marks[CALL_START], opening, arguments, self._marks[CALL_END]]
 
 
-def _starred(item: Item, mark: str) -> Item:
+def _repeated(item: Item, mark: str) -> Item:
     """A repeated item."""
     return Item(f"{item.text}{mark}", item.rule)

@@ -13,7 +13,7 @@ PATTERNS = {  # and how to make a text of each
     r"^(north|south|é|日本)$": lambda r: r.choice(["north", "south", "é", "日本"]),
     r"b+": lambda r: f"a{'b' * r.randint(1, 3)} c",
     r"^[\w.]+@[\w.]+?$|^/": lambda r: r.choice(["me.too@b.c", "/a/b"]),
-    r"^[^,{}]*\/$": lambda r: f"x y{r.randint(0, 9)}/",
+    r"^[^\[\],{}]*\/$": lambda r: f"x y{r.randint(0, 9)}/",
 }
 FORMATS = {
     "date": "2024-02-28",
@@ -28,7 +28,7 @@ FORMATS = {
     "uri": "https://example.org/a?b=c",
 }
 NAMES = [
-    *("a", "b", "A", "path", "path_to", "max-items", "$ref", "ä", "日本", "a b"),
+    *("a", "b", "Z", "path", "path_to", "max-items", "$ref", "ä", "日本", "a b"),
     *("Content-Type", "x:y", "type", "enum", "properties", "0", "true", "call"),
 ]
 LETTERS = string.ascii_letters + string.digits + " _-.,:;{}[]()<>|\"'\\/\n\té日😀"
@@ -75,7 +75,10 @@ class Generator:
         match self.r.randint(0, 5):
             case 0:
                 least = self.r.randint(0, 4)
-                schema |= {"minLength": least, "maxLength": least + self.r.randint(0, 9)}
+                schema |= {
+                    "minLength": least,
+                    "maxLength": least + self.r.randint(0, 9),
+                }
             case 1:
                 schema["pattern"] = self.r.choice(list(PATTERNS))
             case 2:
@@ -129,11 +132,25 @@ class Generator:
         return {"type": self.r.sample(kinds, self.r.randint(1, 3))}
 
     def enum(self, depth=0):
-        values = ["a", "b c", "é😀", "", 1, -2.5, True, False, None, [1, "x"], {"k": [None]}]
+        values = [
+            "a",
+            "b c",
+            "é😀",
+            "",
+            1,
+            -2.5,
+            True,
+            False,
+            None,
+            [1, "x"],
+            {"k": [None]},
+        ]
         return {"enum": self.r.sample(values, self.r.randint(1, 6))}
 
     def const(self, depth=0):
-        return {"const": self.r.choice(["only", 7, None, False, {"b": 1, "a": "x"}, []])}
+        return {
+            "const": self.r.choice(["only", 7, None, False, {"b": 1, "a": "x"}, []])
+        }
 
     def array(self, depth):
         schema = {"type": "array", "items": self.schema(depth)}
