@@ -32,8 +32,13 @@ BELOW: dict[str, set[str]] = {
     "pair": set(
         "exactness engine checkpoints drafting models sampling matmuls".split()
     ),
-    "generation": set("pair engine sampling models cache checkpoints markup".split()),
-    "cli": set("generation pair engine sampling models checkpoints markup".split()),
+    "structure": {"sampling", "markup"},
+    "generation": set(
+        "structure pair engine sampling models cache checkpoints markup".split()
+    ),
+    "cli": set(
+        "generation structure pair engine sampling models checkpoints markup".split()
+    ),
 }
 # The commands import all of these, and never each other.
 COMMANDS = ("hook", "chat", "server", "tune", "selftest")
@@ -60,6 +65,7 @@ PRINTING = {
     )
 }
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "sentencepiece"}
+HEAVY |= {"llguidance"}
 
 
 def parse(path):

@@ -145,6 +145,16 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
     add_length_arguments(group, DEFAULT_MAX_TOKENS)
     group.add_argument(
+        "--schema",
+        metavar="FILE",
+        help="write JSON that the JSON schema in FILE accepts",
+    )
+    group.add_argument(
+        "--regex",
+        metavar="TEXT",
+        help="write text that this regular expression matches as a whole",
+    )
+    group.add_argument(
         "--stats-json",
         metavar="FILE",
         help="write the closing figures here as JSON; - for standard error",

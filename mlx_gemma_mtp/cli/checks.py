@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..constants import AUTO
@@ -15,6 +16,7 @@ from ..errors import RequestError, shorten
 from ..generation.chat_template import THINKING
 from ..sampling.defaults import GIVEN
 from ..sampling.params import SamplingParams
+from ..structure.constraint import asked
 from .command import check_utf8
 
 # Largest bias or penalty: far beyond any logit (Gemma 4 caps them at 30), and finite in
@@ -66,6 +68,41 @@ def check(args: argparse.Namespace) -> Checked:
         _template_config(args.chat_template_config, args.thinking),
         _logit_bias(args.logit_bias),
     )
+
+
+def given_form(args: argparse.Namespace) -> dict[str, str]:
+    """What the text must be, as --schema or --regex says.
+
+    Returns:
+        A keyword for ``stream_generate``, or none.
+
+    Raises:
+        RequestError: Both are given, the file cannot be read, or what is given cannot
+            be compiled.
+    """
+    found = {}
+    if args.schema is not None:
+        found["schema"] = _file_text("--schema", args.schema)
+    if args.regex is not None:
+        check_utf8("--regex", args.regex)
+        found["regex"] = args.regex
+    asked(**found)
+    return found
+
+
+def _file_text(flag: str, path: str) -> str:
+    """The text of a file that a flag names.
+
+    Raises:
+        RequestError: It cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{flag} must be a file that can be read: got {shorten(path)}: {error}. "
+            "Name another one."
+        ) from error
 
 
 def _check_texts(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from ..cpu_kernels import compile_header
 from ..generation.chat_template import apply_chat_template
 from ..markup.answer import AnswerReader, marks_of
 from .arguments import EMBEDDED_PROMPT, configure_parser
-from .checks import check
+from .checks import check, given_form
 from .command import (
     EXIT_INTERRUPTED,
     check_output_file,
@@ -65,6 +65,7 @@ def _run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
     set_up_log(sys.stderr, verbose=args.verbose is not False)
     checked = check(args)
+    form = given_form(args)
     if args.stats_json not in (None, "-"):
         check_output_file("--stats-json", args.stats_json)
     compile_header()  # meanwhile
@@ -102,6 +103,7 @@ def _run(args: argparse.Namespace) -> int:
             **sampling_settings(args, defaults, tokenizer),
             logits_processors=processors,
             stop=args.stop,
+            **form,
             prefill_step_size=args.prefill_step_size,
             prompt_cache=saved.caches if saved else None,
             prompt_progress_callback=progress.tell,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -22,6 +23,8 @@ class Request:
         eos_token_ids: Tokens that end the sequence; the one that does is emitted.
         logits_processors: Called as mlx-lm does, with the histories of plain decoding.
             The row is then decided by equality, ``reproducible`` or not.
+        constraint: What the text must be; it bans tokens behind the processors, which
+            counts as one of them.
         sampler: Chooses the tokens in place of ``sampling``; mlx-lm's signature.
         num_logprobs: How many of the most likely tokens come with each token's
             log-probability; None for no log-probabilities.
@@ -39,6 +42,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     eos_token_ids: frozenset[int] = frozenset()
     logits_processors: tuple[LogitsProcessor, ...] = ()
+    constraint: RowConstraint | None = None
     sampler: Sampler | None = None
     num_logprobs: int | None = None
     max_draft_tokens: int = MAX_DRAFT_TOKENS
@@ -50,7 +54,8 @@ class Request:
     @property
     def is_host(self) -> bool:
         """Whether the host decides the row."""
-        return bool(self.logits_processors) or self.sampler is not None
+        is_free = not self.logits_processors and self.constraint is None
+        return not is_free or self.sampler is not None
 
     @property
     def has_one_text(self) -> bool:
@@ -64,6 +69,7 @@ class Request:
     def accept_rule(self) -> str:
         """The rule that judges the drafts, in words."""
         host = ["processors"] if self.logits_processors else []
+        host += ["constraint"] if self.constraint is not None else []
         host += ["custom sampler"] if self.sampler is not None else []
         if host:
             return f"accept-if-equal: {', '.join(host)}"
@@ -71,6 +77,20 @@ class Request:
             return "greedy"
         is_coupled = self.sampling.reproducible and self.sampling.seed is not None
         return "coupled (seed)" if is_coupled else "block verification"
+
+
+class RowConstraint(Protocol):
+    """What a text must be; ``structure`` makes them."""
+
+    def processor(
+        self, prompt: Sequence[int], ends: Collection[int]
+    ) -> LogitsProcessor:
+        """What bans tokens from one row's logits.
+
+        Args:
+            prompt: All tokens that it sees as the history of its first call.
+            ends: The tokens that end the row.
+        """
 
 
 class Matcher(Protocol):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from ..sampling.host import HostRow, Judged
+from ..sampling.host import HostRow, Judged, LogitsProcessor
 from .request import Matcher, Request, settled
 from .stats import RoundStats
 
@@ -49,9 +49,10 @@ class TokenSequence:
         request = settled(request)
         host = None
         if request.is_host:
+            prompt = [*request.history, *request.prompt]
             host = HostRow(
-                [*request.history, *request.prompt],
-                processors=request.logits_processors,
+                prompt,
+                processors=_processors(request, prompt),
                 sampler=request.sampler,
                 sampling=request.sampling,
                 num_unseen=num_cached - len(request.history),
@@ -113,6 +114,14 @@ class TokenSequence:
             drafts[: self.request.max_draft_tokens],
             is_end=lambda token: ends.reason(token) is not None,
         )
+
+
+def _processors(request: Request, prompt: Sequence[int]) -> list[LogitsProcessor]:
+    """What changes the logits of a row, in order."""
+    found = list(request.logits_processors)
+    if request.constraint is not None:
+        found.append(request.constraint.processor(prompt, request.eos_token_ids))
+    return found
 
 
 class _Ends:

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..engine.request import Request
+from ..engine.request import Request, RowConstraint
 from ..errors import RequestError
 from ..pair.pair import Pair
 from ..sampling.host import LogitsProcessor, Sampler
@@ -26,6 +26,7 @@ def make_request(
     eos: frozenset[int],
     logits_processors: Sequence[LogitsProcessor] | None = None,
     sampler: Sampler | None = None,
+    constraint: RowConstraint | None = None,
     **options: Any,
 ) -> Request:
     """Check a prompt and make a request of it and of checked settings.
@@ -38,14 +39,21 @@ def make_request(
         eos: Tokens that end the sequence.
         logits_processors: See ``GenerationSettings``.
         sampler: See ``GenerationSettings``.
+        constraint: What the text must be; None for anything.
         options: Further fields of ``Request``, checked.
 
     Raises:
         RequestError: The prompt is empty or holds an id that the target does not know;
-            processors or sampler are no functions; a sampler beside other settings.
+            processors or sampler are no functions; a sampler beside other settings; a
+            constraint without a token that ends the text.
     """
     if sampler is not None:
         sampling, sampler = _resolve_sampler(sampler, sampling)
+    if constraint is not None and not eos:
+        raise RequestError(
+            "text with a given form must have a token that ends it: got none. Name one "
+            "in eos_token_ids."
+        )
     return Request(
         prompt=check_prompt(pair, prompt),
         max_tokens=None if max_tokens == NO_LIMIT else max_tokens,
@@ -53,6 +61,7 @@ def make_request(
         eos_token_ids=eos,
         logits_processors=_check_processors(logits_processors),
         sampler=sampler,
+        constraint=constraint,
         **options,
     )
 

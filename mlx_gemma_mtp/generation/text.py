@@ -25,6 +25,8 @@ from ..markup.answer import marks_of, plain
 from ..models.compatibility import check_fit
 from ..models.drafter import Drafter
 from ..pair.pair import Pair, pair_of
+from ..structure.constraint import asked
+from ..structure.masks import BoundConstraint
 from .encoding import encode_text
 from .figures import describe
 from .requests import drafts_of, make_request
@@ -48,6 +50,9 @@ def stream_generate(
     stop: str | Sequence[str] | None = (),
     prompt_cache: Sequence[Any] | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    schema: Any = None,
+    regex: str | None = None,
+    grammar: str | None = None,
     **settings: Unpack[Keywords],
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text from a prompt, a token at a time.
@@ -69,17 +74,25 @@ def stream_generate(
             Before the first token it is left as it was.
         prompt_progress_callback: Called with the prompt's tokens that were read so far
             and all of them, 0 of them first.
+        schema: A JSON schema that the text follows: an object, its text, or a class of
+            pydantic's. What is made has no white space between its parts. A thought
+            that the prompt opens or asks for may come first; it is free.
+        regex: A regular expression that the text matches as a whole.
+        grammar: A grammar that the text follows, in llguidance's form of Lark. At most
+            one of the three is given; they take the extra ``structure``.
         settings: The other keywords, see ``generation.settings.GenerationSettings``.
 
     Yields:
         One response per token; the last one has a ``finish_reason``.
 
     Raises:
-        RequestError: A setting or a token id is outside its range; while tokens are
-            made: a processor or sampler returned something of another shape.
+        RequestError: A setting or a token id is outside its range, or no text can be
+            forced to follow what is given; while tokens are made: a processor or
+            sampler returned something of another shape.
         PairingError: ``draft_model`` does not fit the model.
     """
     chosen = GenerationSettings(max_tokens, **settings)
+    constraint = asked(schema=schema, regex=regex, grammar=grammar)
     check_num_logprobs(num_logprobs)
     if draft_model is not None:
         check_fit(model, draft_model)
@@ -96,6 +109,7 @@ def stream_generate(
         logits_processors=chosen.logits_processors,
         sampler=chosen.sampler,
         num_logprobs=num_logprobs,
+        constraint=constraint and BoundConstraint(constraint, tokenizer),
     )
     decoder = make_decoder(
         pair,

@@ -27,12 +27,15 @@ THOUGHT_START = "<|channel>"
 THOUGHT_END = "<channel|>"
 CALL_START = "<|tool_call>"
 CALL_END = "<tool_call|>"
+TURN_START = "<|turn>"
 TURN_END = "<turn|>"
+THINK = "<|think|>"  # in a prompt: asks for thoughts
+RESULT_END = "<tool_response|>"
 # Without <mask> and <unk>, which rule nothing: <mask> is a word of SVG.
 _MARKS = (
     *("<|tool>", "<tool|>", CALL_START, CALL_END, "<|tool_response>"),
-    *("<tool_response|>", QUOTE, "<|think|>", THOUGHT_START, THOUGHT_END),
-    *("<|turn>", TURN_END, "<|image>", "<|image|>", "<image|>", "<|audio>"),
+    *(RESULT_END, QUOTE, THINK, THOUGHT_START, THOUGHT_END),
+    *(TURN_START, TURN_END, "<|image>", "<|image|>", "<image|>", "<|audio>"),
     *("<|audio|>", "<audio|>", "<|video|>", "<pad>", "<bos>", "<eos>"),
 )
 _LABEL = "thought"
