@@ -24,6 +24,7 @@ from .body_parser import BodyParser
 from .bridge import Bridge
 from .choice import Choice
 from .errors import AnswerError, bad_request
+from .forced_calls import ForcedCalls
 from .json_body import UNREADABLE, JSONRoute
 from .lanes import LIMIT_S, Lanes
 from .openai_format import Envelope, dumps
@@ -72,6 +73,7 @@ class Desk:
         body_parser: Makes choices.
         prompts: Makes prompts, in ``lanes``.
         dialogue: How answers are marked.
+        forced_calls: Holds answers to calls of tools.
         vocabulary: The tokens' texts.
         lanes: The tokenizer's threads.
     """
@@ -81,6 +83,7 @@ class Desk:
     body_parser: BodyParser
     prompts: Prompts
     dialogue: Dialogue
+    forced_calls: ForcedCalls
     vocabulary: Vocabulary
     lanes: Lanes
 
@@ -118,6 +121,7 @@ def make_app(desk: Desk) -> ASGIApp:
     offer = Offer(
         has_key=desk.settings.api_key is not None,
         has_tools=desk.prompts.has_tools,
+        forces_calls=desk.prompts.has_tools and desk.forced_calls.are_possible,
         vocab_size=desk.body_parser.vocab_size,
         max_logprobs=desk.settings.limits.logprobs,
     )
@@ -234,19 +238,22 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
         messages = [message.plain() for message in body.messages]
         desk.prompts.check_messages(messages)
         tools = desk.body_parser.tools_of(body, has_tools=desk.prompts.has_tools)
-        prompt = await desk.prepared(
+        prompt, constraint = await desk.prepared(
             request,
             body.n or 1,
             # Templates look back and forth from each message.
             len(await request.body()) + len(messages) ** 2,
-            lambda: desk.prompts.of_messages(
-                messages,
-                tools=tools,
-                template_args=desk.body_parser.template_args_of(body),
-                continues_last=body.continue_final_message,
+            lambda: (
+                desk.prompts.of_messages(
+                    messages,
+                    tools=tools,
+                    template_args=desk.body_parser.template_args_of(body),
+                    continues_last=body.continue_final_message,
+                ),
+                desk.forced_calls.of(body, tools),
             ),
         )
-        choices = desk.body_parser.of_chat(body, prompt)
+        choices = desk.body_parser.of_chat(body, prompt, constraint)
         readers = desk.dialogue.readers(
             tools,
             len(choices),

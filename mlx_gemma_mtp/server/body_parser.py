@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..constants import MAX_DRAFT_TOKENS
+from ..engine.request import RowConstraint
 from ..generation.chat_template import THINKING
 from ..sampling.params import SamplingParams
 from .choice import Choice
 from .errors import AnswerError, bad_request
 from .fields import Fields
+from .forced_calls import NONE, ToolChoice
 from .prompts import Prompt
 from .schema import NO_LIMIT, ChatBody, CompletionBody
 from .settings import DEFAULT_MODEL, Limits
@@ -125,16 +127,10 @@ class BodyParser:
             has_tools: Whether the chat template has tools.
 
         Raises:
-            AnswerError: Something else than calls as the model likes is asked for.
+            AnswerError: There is no such choice, or the template calls no tools.
         """
-        choice = body.tool_choice or "auto"
-        if choice not in ("auto", "none"):
-            raise bad_request(
-                f"tool_choice must be auto or none: got {choice!r:.60}. A call cannot "
-                "be forced.",
-                "tool_choice",
-            )
-        if not body.tools or choice == "none":
+        choice = ToolChoice.of(body)
+        if not body.tools or choice.kind == NONE:
             return []
         if not has_tools:
             raise bad_request(
@@ -153,8 +149,19 @@ class BodyParser:
         thinking = {} if effort is None else {THINKING: effort.lower() != "none"}
         return {**thinking, **(body.chat_template_kwargs or {})}
 
-    def of_chat(self, body: ChatBody, prompt: Prompt) -> list[Choice]:
-        """Those of a conversation: as many as are asked for."""
+    def of_chat(
+        self,
+        body: ChatBody,
+        prompt: Prompt,
+        constraint: RowConstraint | None = None,
+    ) -> list[Choice]:
+        """Those of a conversation: as many as are asked for.
+
+        Args:
+            body: The request.
+            prompt: The conversation.
+            constraint: What the answers must be; None for anything.
+        """
         num_logprobs = None
         if body.logprobs:
             num_logprobs = self._num_logprobs(body.top_logprobs or 0, "top_logprobs")
@@ -164,13 +171,14 @@ class BodyParser:
                 "top_logprobs.",
                 "top_logprobs",
             )
-        return self._of(body, prompt, num_logprobs)
+        return self._of(body, prompt, num_logprobs, constraint)
 
     def _of(
         self,
         body: CompletionBody | ChatBody,
         prompt: Prompt,
         num_logprobs: int | None,
+        constraint: RowConstraint | None = None,
     ) -> list[Choice]:
         """The choices of one prompt."""
         self._check_tokens(prompt.tokens)
@@ -201,6 +209,7 @@ class BodyParser:
                 stop_token_ids=frozenset(body.stop_token_ids or ()),
                 ignores_eos=bool(body.ignore_eos),
                 cache_salt=body.cache_salt,
+                constraint=constraint,
             )
             for choice in range(body.n or 1)
         ]

@@ -193,6 +193,7 @@ def request_of(pair: Pair, choice: Choice, eos: frozenset[int]) -> Request:
         logits_processors=processors,
         num_logprobs=choice.num_logprobs,
         max_draft_tokens=choice.max_draft_tokens,
+        constraint=choice.constraint,
     )
 
 
