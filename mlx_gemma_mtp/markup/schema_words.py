@@ -111,7 +111,7 @@ def counts_of(node: Node, word: str) -> list[int]:
 
 def bounds_of(node: Node) -> dict[str, Any]:
     """The closest bounds of a number, by their keywords."""
-    found = {}
+    found: dict[str, Any] = {}
     for word in (*LOWER, *UPPER):
         for part, value in given_of(node, word):
             if not _is_number(value) or abs(value) > LARGEST_BOUND:

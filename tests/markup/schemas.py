@@ -6,6 +6,7 @@ to, and are small. Of grammars and of how values are written it knows nothing.
 
 import random
 import string
+from typing import Any
 
 PATTERNS = {  # and how to make a text of each
     r"^[a-z]+$": lambda r: text(r, string.ascii_lowercase, 1, 6),
@@ -71,7 +72,7 @@ class Generator:
         return self.r.choice([*simple, *(nested if depth else [])])(depth - 1)
 
     def string(self, depth=0):
-        schema = {"type": "string"}
+        schema: dict[str, Any] = {"type": "string"}
         match self.r.randint(0, 5):
             case 0:
                 least = self.r.randint(0, 4)
@@ -88,7 +89,7 @@ class Generator:
         return schema
 
     def integer(self, depth=0):
-        schema = {"type": "integer"}
+        schema: dict[str, Any] = {"type": "integer"}
         if self.r.random() < 0.6:
             least = self.r.randint(-2000, 2000)
             most = least + self.r.randint(0, 3000)
@@ -105,7 +106,7 @@ class Generator:
         return schema
 
     def number(self, depth=0):
-        schema = {"type": "number"}
+        schema: dict[str, Any] = {"type": "number"}
         if self.r.random() < 0.5:
             least = self.r.randint(-20, 20) / 4
             most = least + self.r.randint(1, 100) / 8
@@ -153,7 +154,7 @@ class Generator:
         }
 
     def array(self, depth):
-        schema = {"type": "array", "items": self.schema(depth)}
+        schema: dict[str, Any] = {"type": "array", "items": self.schema(depth)}
         if self.r.random() < 0.6:
             schema["minItems"] = self.r.randint(0, 2)
         if self.r.random() < 0.6:
@@ -162,7 +163,7 @@ class Generator:
 
     def tuple(self, depth):
         first = [self.schema(depth) for _ in range(self.r.randint(1, 3))]
-        schema = {"type": "array", "prefixItems": first}
+        schema: dict[str, Any] = {"type": "array", "prefixItems": first}
         schema["items"] = self.r.choice([False, self.schema(depth)])
         if self.r.random() < 0.5:
             schema["minItems"] = self.r.randint(0, len(first))
@@ -171,7 +172,7 @@ class Generator:
     def object(self, depth):
         names = self.r.sample(NAMES, self.r.randint(0, 4))
         properties = {name: self.schema(depth) for name in names}
-        schema = {"type": "object", "properties": properties}
+        schema: dict[str, Any] = {"type": "object", "properties": properties}
         if names and self.r.random() < 0.8:
             schema["required"] = self.r.sample(names, self.r.randint(0, len(names)))
         if self.r.random() < 0.6:
@@ -184,7 +185,10 @@ class Generator:
         return schema
 
     def map(self, depth):
-        schema = {"type": "object", "additionalProperties": self.schema(depth)}
+        schema: dict[str, Any] = {
+            "type": "object",
+            "additionalProperties": self.schema(depth),
+        }
         if self.r.random() < 0.4:
             schema["minProperties"] = self.r.randint(0, 2)
         if self.r.random() < 0.4:

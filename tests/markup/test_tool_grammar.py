@@ -46,7 +46,8 @@ class Vocabulary:
         ids = {text: token for token, text in enumerate(texts)} | MARKS
         # What brings a text to its end soonest, first.
         self.closing = [*EOS_IDS, *(ids[mark] for mark in CLOSING)]
-        self.key_ends = [ids[":"], ids["/"]]  # and what a pattern ends with
+        # What a key, a pattern or a format is not complete without.
+        self.missing = [ids[character] for character in ":/b@"]
         self.ends = np.isin(np.arange(VOCAB_SIZE), [*self.closing, ids[","]])
 
     def matcher(self, grammar):
@@ -73,7 +74,8 @@ class Vocabulary:
         choose = random.Random(seed)
         encode = self.tokenizer.encode
         keys = [encode(f"{key}:", add_special_tokens=False) for key in keys]
-        matcher, found = self.matcher(grammar), []
+        matcher = self.matcher(grammar)
+        found: list[int] = []
         while not matcher.is_stopped():
             assert len(found) < _MOST_TOKENS
             is_long = len(found) > _LONG
@@ -93,8 +95,8 @@ class Vocabulary:
         closing = [token for token in self.closing if allowed[token]]
         if closing and choose.random() < 0.8:
             return closing[:1]
-        key_ends = [[token] for token in self.key_ends if allowed[token]]
-        return choose.choice([*key_ends, []])
+        missing = [[token] for token in self.missing if allowed[token]]
+        return choose.choice([*missing, []])
 
     def _choice(self, choose, matcher):
         allowed = _allowed(matcher)
@@ -112,7 +114,7 @@ class Vocabulary:
         """The parts of an answer."""
         reader = AnswerReader(self.marks, Tools(tools))
         text = "".join(
-            SPECIAL[run[0]] if is_mark else spelled(self.tokenizer.decode(run))
+            SPECIAL[run[0]] if is_mark else spelled(str(self.tokenizer.decode(run)))
             for is_mark, run in _runs(tokens)
         )
         parts = reader.read(text, is_last=True)
@@ -137,7 +139,7 @@ def needed(schema):
 
 def _runs(tokens):
     """Marks one by one, and the tokens between them."""
-    run = []
+    run: list[int] = []
     for token in tokens:
         if token in SPECIAL:
             yield from [(False, run)] if run else []

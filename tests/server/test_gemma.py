@@ -6,6 +6,7 @@ Run: python -m pytest tests/server/test_gemma.py
 import contextlib
 import functools
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -472,7 +473,7 @@ def test_places_behind_half_a_character():
 class TestForcedCalls:
     """What the random pair cannot say by itself, it must say."""
 
-    TOOLS = (
+    TOOLS: tuple[dict[str, Any], ...] = (
         {
             "type": "function",
             "function": {
@@ -547,10 +548,8 @@ class TestForcedCalls:
         self, monkeypatch, server, gemma_tokenizer
     ):
         """The pair says text, then begins a call; the rest is not its own choice."""
-        strict = {
-            "type": "function",
-            "function": {**self.TOOLS[0]["function"], "strict": True},
-        }
+        function: dict[str, Any] = {**self.TOOLS[0]["function"], "strict": True}
+        strict = {"type": "function", "function": function}
         begun = "Hm.<|tool_call>call:vote{weight:"
         tokenizer = gemma_tokenizer("july-12b")
         for tools, is_held in (([strict], True), ([self.TOOLS[0]], False)):
@@ -583,6 +582,8 @@ class TestForcedCalls:
         odd = {"type": "function", "function": {"name": "f", "parameters": parameters}}
         response = self.ask(server, tools=[odd], tool_choice="required")
         assert response.status == 400
-        assert "not: {} at /tools/0/function/parameters/properties/a" in response.message
+        assert (
+            "not: {} at /tools/0/function/parameters/properties/a" in response.message
+        )
         assert response.json()["error"]["param"] == "tools"
         assert self.ask(server, tools=[odd], max_tokens=3).status == 200
