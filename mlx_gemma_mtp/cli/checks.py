@@ -70,7 +70,7 @@ def check(args: argparse.Namespace) -> Checked:
     )
 
 
-def given_form(args: argparse.Namespace) -> dict[str, str]:
+def given_form(args: argparse.Namespace) -> dict[str, Any]:
     """What the text must be, as --schema or --regex says.
 
     Returns:

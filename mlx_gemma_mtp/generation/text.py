@@ -92,7 +92,7 @@ def stream_generate(
         PairingError: ``draft_model`` does not fit the model.
     """
     chosen = GenerationSettings(max_tokens, **settings)
-    constraint = asked(schema=schema, regex=regex, grammar=grammar)
+    asked_for = asked(schema=schema, regex=regex, grammar=grammar)
     check_num_logprobs(num_logprobs)
     if draft_model is not None:
         check_fit(model, draft_model)
@@ -109,7 +109,7 @@ def stream_generate(
         logits_processors=chosen.logits_processors,
         sampler=chosen.sampler,
         num_logprobs=num_logprobs,
-        constraint=constraint and BoundConstraint(constraint, tokenizer),
+        constraint=BoundConstraint(asked_for, tokenizer) if asked_for else None,
     )
     decoder = make_decoder(
         pair,

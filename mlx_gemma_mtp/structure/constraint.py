@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,7 +177,11 @@ def reason_of(error: str) -> str:
     return f"{text.rstrip('.')}{place}"
 
 
-_MAKERS = {"schema": json_schema, "regex": regex, "grammar": grammar}
+_MAKERS: Mapping[str, Callable[[Any], Constraint]] = {
+    "schema": json_schema,
+    "regex": regex,
+    "grammar": grammar,
+}
 
 
 def _checked_lark(what: str, lark: str) -> str:

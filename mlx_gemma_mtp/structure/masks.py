@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -204,7 +204,7 @@ class _Processor:
         self._num_seen = num_seen
 
     def __call__(self, history: mx.array, logits: mx.array) -> mx.array:
-        for token in history[self._num_seen :].tolist():  # type: ignore[union-attr]
+        for token in cast(list[int], history[self._num_seen :].tolist()):
             self._masks.advance(token)
         self._num_seen = history.size
         if self._masks.is_complete:  # no ban of others keeps the end away

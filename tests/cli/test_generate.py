@@ -821,3 +821,38 @@ class TestProcess:
         assert process.returncode == 141, err
         assert len(err.splitlines()) == 1  # which drafter was chosen
         assert err.startswith("drafter ")
+
+
+class TestForms:
+    """--schema and --regex."""
+
+    def test_schema_comes_from_a_file(self, run, tmp_path):
+        file = tmp_path / "schema.json"
+        file.write_text('{"enum": ["in", "on"]}', encoding="utf-8")
+        status, out, _ = run("--schema", file, *SAMPLED)
+        assert status == 0
+        assert out in ('"in"\n', '"on"\n')
+
+    def test_regex(self, run):
+        status, out, _ = run("--regex", "(rain|sun)!", *SAMPLED)
+        assert status == 0
+        assert out in ("rain!\n", "sun!\n")
+
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            (("--regex", "("), "regex must be one that can be compiled: got '('"),
+            (("--schema", "/no/file"), "--schema must be a file that can be read"),
+            (("--schema", ROOT), "--schema must be a file that can be read"),
+            (("--schema", __file__), "schema must be a JSON schema, an object: got"),
+            (("--schema", ROOT / "tests/gemma.py", "--regex", "a"), "one given form"),
+        ],
+    )
+    def test_mistakes_are_said_before_a_model_is_loaded(
+        self, run, args, said, monkeypatch
+    ):
+        monkeypatch.setattr(LOAD, "load", None)
+        status, out, err = run(*args)
+        assert (status, out) == (1, "")
+        assert said in err
+        assert err.count("\n") == 1

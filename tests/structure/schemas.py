@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 
-def obj(required: bool = True, **properties: Any) -> dict[str, Any]:
-    """A closed object."""
+def obj(**properties: Any) -> dict[str, Any]:
+    """A closed object with all of its keys."""
     return {
         "type": "object",
         "properties": properties,
-        "required": list(properties) if required else [],
+        "required": list(properties),
         "additionalProperties": False,
     }
 
@@ -53,8 +53,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "typed enum": {"type": "string", "enum": ["on", "off"]},
     # objects
     "closed object": obj(name=SHORT, age=DIGIT),
-    "optional keys": obj(required=False, a=DIGIT, b=DIGIT, c=DIGIT),
-    "one required": {**obj(required=False, a=DIGIT, b=SHORT), "required": ["b"]},
+    "optional keys": {**obj(a=DIGIT, b=DIGIT, c=DIGIT), "required": []},
+    "one required": {**obj(a=DIGIT, b=SHORT), "required": ["b"]},
     "key with a space": obj(**{"first name": SHORT, "last name": SHORT}),
     "key with quotes": obj(**{'say "hi"': DIGIT, "back\\slash": DIGIT}),
     "nested": obj(a=obj(b=obj(c=obj(d=DIGIT)))),

@@ -27,6 +27,7 @@ PROMPT = "x = "
 MAX_TOKENS = 120
 # Of the texts of a pair, how many have ended by then at least.
 LEAST_ENDED = 0.8
+STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,9 @@ def embedded():
 
 
 @pytest.fixture(scope="module")
-def gemma(gemma_pair_folder):
-    return load(gemma_pair_folder("july-e2b"))
+def gemma(gemma_pair_folder, gemma_tokenizer):
+    """The tokenizer that other tests have too: llguidance takes seconds to read one."""
+    return load(gemma_pair_folder("july-e2b"))[0], gemma_tokenizer("july-e2b")
 
 
 def written(pair, prompt=PROMPT, **settings):
@@ -60,11 +62,8 @@ def followed(pair, name, seed):
     assert again == text
     has_ended = responses[-1].finish_reason == "stop"
     if has_ended:
-        value = json.loads(text)
-        jsonschema.Draft202012Validator(schema).validate(value)
-        compact = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-        if "\\" not in text and "." not in text:
-            assert text == compact
+        jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+        assert not re.search(r"\s", STRING.sub("", text))
     else:
         assert responses[-1].finish_reason == "length"
     return has_ended
@@ -85,7 +84,7 @@ class TestSchemas:
     @pytest.mark.parametrize("pair", ["embedded", "gemma"])
     def test_all_are_followed(self, pair, request):
         loaded = request.getfixturevalue(pair)
-        ended = [followed(loaded, name, seed) for name in SCHEMAS for seed in range(2)]
+        ended = [followed(loaded, name, seed=1) for name in SCHEMAS]
         assert sum(ended) >= LEAST_ENDED * len(ended)
 
 
@@ -218,8 +217,7 @@ class TestThoughts:
         text, _ = written(gemma, SILENT, regex="[ab]{3}", seed=1)
         assert re.fullmatch("[ab]{3}", text)
 
-    @pytest.mark.parametrize("num_draft_tokens", [0, 4])
-    def test_an_open_thought_is_free(self, gemma, num_draft_tokens):
+    def test_an_open_thought_is_free(self, gemma):
         """It ends when a processor says so: the answer follows."""
         opened = f"{THINKING}<|channel>thought\n"
 
@@ -236,7 +234,7 @@ class TestThoughts:
             regex="[ab]{3}",
             seed=1,
             logits_processors=[ending],
-            num_draft_tokens=num_draft_tokens,
+            num_draft_tokens=4,
         )
         assert found[5] == END_OF_CHANNEL
         assert not set(found[:5]) & {END_OF_CHANNEL, *EOS_IDS}

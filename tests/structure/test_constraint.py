@@ -1,0 +1,286 @@
+"""Constraints: what is compiled, and what the mistakes in the others say.
+
+Run: python -m pytest tests/structure/test_constraint.py
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from mlx_gemma_mtp.errors import RequestError
+from mlx_gemma_mtp.structure.constraint import (
+    MAX_DEPTH,
+    MAX_LENGTH,
+    MAX_REGEX,
+    MAX_TEXTS,
+    asked,
+    choice,
+    grammar,
+    json_object,
+    json_schema,
+    reason_of,
+    regex,
+)
+from mlx_gemma_mtp.structure.schemas import closed, depth_of, place_of
+from tests.structure.schemas import SCHEMAS
+
+
+def message(make, *args, **settings):
+    with pytest.raises(RequestError) as caught:
+        make(*args, **settings)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert len(text) < 600
+    return text
+
+
+def nested(depth):
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(depth - 1):
+        schema = {"items": schema}
+    return schema
+
+
+class TestSchemas:
+    @pytest.mark.parametrize("name", SCHEMAS)
+    def test_is_compiled(self, name):
+        assert json_schema(SCHEMAS[name]).what == "schema"
+
+    @pytest.mark.parametrize(
+        ("schema", "said"),
+        [
+            ({"not": {}}, "got the keyword not at #. Leave it out."),
+            (
+                {"properties": {"a/b": {"items": {"uniqueItems": True}}}},
+                "got the keyword uniqueItems at #/properties/a~1b/items. Leave it out.",
+            ),
+            (
+                {"anyOf": [{"type": "null"}, {"if": {}, "then": {}}]},
+                "got the keyword if, then at #/anyOf/1. Leave it out.",
+            ),
+            (
+                {
+                    "$defs": {"a": {"type": "list"}},
+                    "properties": {"x": {"$ref": "#/$defs/a"}},
+                },
+                "got Invalid type: list at #/$defs/a. Change it there.",
+            ),
+            (
+                {"$ref": "#/$defs/none"},
+                "got Pointer '/$defs/none' does not exist at #. Change it there.",
+            ),
+            (
+                {"properties": {"p": {"type": "string", "pattern": "(a"}}},
+                "got unclosed group at #/properties/p. Change it there.",
+            ),
+            (
+                {"items": {"type": "string", "format": "colour"}},
+                "got Unknown format: colour at #/items. Change it there.",
+            ),
+            (
+                {
+                    "type": "object",
+                    "properties": {"a": {}, "b": {"enum": []}},
+                    "required": ["b"],
+                },
+                "got Unsatisfiable schema: required property 'b' is unsatisfiable at "
+                "#. Change it there.",
+            ),
+            (
+                {"type": "integer", "minimum": 5, "maximum": 3},
+                "got Unsatisfiable schema: minimum (5) is greater than maximum (3) at "
+                "#. Change it there.",
+            ),
+        ],
+    )
+    def test_the_place_is_named(self, schema, said):
+        start = "schema must be one that text can be forced to follow: "
+        assert message(json_schema, schema) == start + said
+
+    def test_what_is_not_strict_leaves_keywords_out(self):
+        schema = {"type": "string", "not": {"const": "a"}}
+        assert "the keyword not at #" in message(json_schema, schema)
+        json_schema(schema, strict=False)
+        json_schema({"oneOf": [{"type": "integer"}, {"type": "number"}]}, strict=False)
+
+    def test_llguidance_takes_no_settings_of_clients(self):
+        """White space and keywords that are left out are not the client's to choose."""
+        free = {"x-guidance": {"lenient": True}, "not": {}}
+        assert "the keyword not at #" in message(json_schema, free)
+        other = {"x-guidance": {"whitespace_pattern": " +"}, "type": "null"}
+        assert json_schema(other) == json_schema({"type": "null"})
+
+    @pytest.mark.parametrize("schema", [3, "[1]", "{", [{}], True, None, int])
+    def test_something_else_is_refused(self, schema):
+        assert "schema must be a JSON schema, an object: got" in message(
+            json_schema, schema
+        )
+
+    @pytest.mark.parametrize("value", [float("nan"), {1, 2}, "\ud800", b"x"], ids=type)
+    def test_what_json_has_not_is_refused(self, value):
+        assert "schema must hold what JSON has" in message(
+            json_schema, {"const": value}
+        )
+
+    def test_numbers_beyond_all_are_refused(self):
+        assert "number out of range" in message(json_schema, {"minimum": 10**400})
+
+    def test_sizes_are_bounded(self):
+        assert f"at most {MAX_LENGTH} characters" in message(
+            json_schema, {"description": "x" * MAX_LENGTH}
+        )
+        assert f"at most {MAX_LENGTH} characters" in message(
+            json_schema, " " * (MAX_LENGTH + 1)
+        )
+        json_schema(nested(MAX_DEPTH - 1))
+        deep = f"nested at most {MAX_DEPTH} deep"
+        assert deep in message(json_schema, nested(MAX_DEPTH))
+        assert "what JSON has" in message(json_schema, nested(100_000))
+
+    def test_a_schema_that_holds_itself_is_refused(self):
+        schema: dict[str, Any] = {}
+        schema["items"] = schema
+        assert "what JSON has" in message(json_schema, schema)
+
+    def test_any_object(self):
+        assert json_object() == json_schema({"type": "object"})
+
+    def test_objects_of_classes_have_no_other_keys(self):
+        class Inner(BaseModel):
+            n: int
+
+        class Outer(BaseModel):
+            inner: Inner
+            properties: dict[str, int]
+
+        class Free(BaseModel):
+            model_config = ConfigDict(extra="allow")
+            n: int
+
+        made = Outer.model_json_schema()
+        assert json_schema(Outer) == json_schema(closed(made))
+        found = closed(made)
+        assert found["additionalProperties"] is False
+        assert found["$defs"]["Inner"]["additionalProperties"] is False
+        assert found["properties"]["properties"] == made["properties"]["properties"]
+        assert set(found["properties"]) == set(made["properties"])
+        assert json_schema(Free) == json_schema(Free.model_json_schema())
+
+
+class TestTrees:
+    def test_depth(self):
+        values: list[Any] = [1, [], [1], {"a": [{}]}]
+        assert [depth_of(v, 9) for v in values] == [1, 1, 2, 3]
+        assert depth_of(nested(1000), 9) == 10
+
+    def test_values_are_no_schemas(self):
+        """What stands in an enum or a default has no error of its own."""
+        schema = {"default": {"bad": 1}, "enum": [{"bad": 1}], "items": {"bad": 1}}
+
+        def error_of(part):
+            return "bad" if "bad" in str(part) else ""
+
+        assert place_of(schema, "bad", error_of) == "#/items"
+        value: dict[str, Any] = {"const": {"properties": {}}}
+        assert closed(value) == value
+
+    def test_search_ends(self):
+        schema = {"properties": {f"p{i}": {"type": "null"} for i in range(10_000)}}
+        calls = []
+
+        def error_of(part):
+            calls.append(part)
+            return ""
+
+        assert place_of(schema, "bad", error_of) == "#"
+        assert len(calls) < 1000
+
+
+class TestOthers:
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("(a", "got '(a', unclosed group at character 1. Change it there."),
+            ("ab(?=c)", "look-ahead and look-behind, is not supported at character 3"),
+            ("é[z-a]", "at character 3. Change it there."),
+            ("a/b(", "got 'a/b(', unclosed group"),
+        ],
+    )
+    def test_regex_names_the_character(self, text, said):
+        assert said in message(regex, text)
+
+    @pytest.mark.parametrize("text", [3, None, b"a", "\ud800"])
+    def test_regex_is_text(self, text):
+        assert "regex must be text" in message(regex, text)
+
+    def test_regex_is_bounded(self):
+        assert f"at most {MAX_REGEX} characters" in message(regex, "a" * 20_000)
+        message(regex, "(" * 5000 + ")" * 5000)
+
+    @pytest.mark.parametrize(
+        ("lark", "said"),
+        [
+            ("start: thing", 'unknown name: "thing" at line 1, column 8'),
+            ('start: "a"\nb: (', "at line 2, column 5"),
+            ("start: " + "(" * 100_000, "too deeply nested"),
+            ("", "must be one that can be compiled"),
+        ],
+    )
+    def test_grammar_names_the_place(self, lark, said):
+        text = message(grammar, lark)
+        assert text.startswith("grammar must be one that can be compiled: got ")
+        assert said in text
+
+    def test_grammar_is_bounded(self):
+        assert f"at most {MAX_LENGTH} characters" in message(
+            grammar, "#" * (MAX_LENGTH + 1)
+        )
+        assert "grammar must be text" in message(grammar, 5)
+
+    @pytest.mark.parametrize("texts", ["abc", [], [""], ["a", 3], None, {"a"}])
+    def test_choice_is_a_list(self, texts):
+        assert "choice must be a list of texts, none empty" in message(choice, texts)
+
+    def test_choice_is_bounded(self):
+        many = [str(i) for i in range(MAX_TEXTS + 1)]
+        assert f"at most {MAX_TEXTS} texts" in message(choice, many)
+        assert "choice must be text" in message(choice, ["\ud800"])
+        assert choice(("a", "b")).what == "choice"
+
+    def test_asked(self):
+        assert asked() is None
+        assert asked(regex="a") == regex("a")
+        assert asked(schema={}) == json_schema({})
+        assert asked(grammar='start: "a"') == grammar('start: "a"')
+        assert "got regex and grammar" in message(asked, regex="a", grammar="b")
+
+    def test_messages_without_a_place(self):
+        assert reason_of("") == "an error without a reason"
+        assert reason_of("schema too large") == "schema too large"
+
+    def test_equal_ones_are_equal(self):
+        assert json_schema({"type": "null"}) == json_schema('{"type": "null"}')
+        assert len({regex("a"), regex("a"), regex("b")}) == 2
+        assert "start" not in repr(regex("a"))
+
+
+def test_without_the_extra_a_line_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *rest, **more):
+        if name.partition(".")[0] == "llguidance":
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.delitem(sys.modules, "llguidance", raising=False)
+    monkeypatch.setattr(builtins, "__import__", missing)
+    for make in (json_object, lambda: regex("a"), lambda: grammar("a")):
+        assert message(make) == (
+            "llguidance must be installed for text with a given form: got no such "
+            "package. Install mlx_gemma_mtp[structure]."
+        )

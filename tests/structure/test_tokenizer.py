@@ -1,0 +1,102 @@
+"""llguidance's tokenizer: every token as text has it, built once, by any thread.
+
+Run: python -m pytest tests/structure/test_tokenizer.py
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_gemma_mtp.errors import RequestError
+from mlx_gemma_mtp.structure import tokenizer as tokenizer_module
+from mlx_gemma_mtp.structure.tokenizer import grammar_tokenizer
+from tests.gemma import EOS_IDS, VOCAB_SIZE
+from tests.tiny import EOS, tiny_tokenizer
+
+
+def wrapped():
+    return TokenizerWrapper(tiny_tokenizer(), eos_token_ids=[EOS])
+
+
+def test_tokens_are_gemmas_own(gemma_tokenizer):
+    tokenizer = gemma_tokenizer("july-e2b")
+    made = grammar_tokenizer(tokenizer)
+    assert made.vocab_size == VOCAB_SIZE
+    assert set(made.eos_tokens) == set(EOS_IDS)
+    for text in ('{"größe": [1, "日本 €"]}', "  two  spaces\n\n\ttab", "\u0416"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert made.tokenize_str(text) == ids
+        assert made.decode_bytes(ids) == text.encode()
+    assert made.is_special_token(tokenizer.convert_tokens_to_ids("<|channel>"))
+    assert not made.is_special_token(tokenizer.convert_tokens_to_ids("<unused9>"))
+
+
+def test_is_built_once_for_a_tokenizer(monkeypatch):
+    built = []
+    build = tokenizer_module._build
+
+    def counted(*args):
+        built.append(args)
+        return build(*args)
+
+    monkeypatch.setattr(tokenizer_module, "_build", counted)
+    one, other = tiny_tokenizer(), wrapped()
+    wrappers = [TokenizerWrapper(one, eos_token_ids=[EOS]) for _ in range(4)]
+    together = Barrier(8)
+
+    def make(i):
+        together.wait()
+        return grammar_tokenizer(wrappers[i % 4])
+
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(make, range(8)))
+    assert len(set(map(id, made))) == 1
+    assert grammar_tokenizer(other) is not made[0]
+    assert len(built) == 2
+
+
+def test_is_let_go_with_the_tokenizer():
+    import gc
+
+    tokenizer = wrapped()
+    grammar_tokenizer(tokenizer)
+    before = len(tokenizer_module._entries)
+    del tokenizer
+    gc.collect()
+    assert len(tokenizer_module._entries) < before
+
+
+def test_a_mistake_is_none_for_the_next_call():
+    tokenizer = wrapped()
+    tokenizer.eos_token_ids = set()
+    with pytest.raises(RequestError, match="must have a token that ends it"):
+        grammar_tokenizer(tokenizer)
+    tokenizer.eos_token_ids = {EOS}
+    assert grammar_tokenizer(tokenizer).eos_tokens == [EOS]
+
+
+def test_the_tokenizer_stays_as_it_is():
+    tokenizer = wrapped()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    grammar_tokenizer(tokenizer)
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 4
+
+
+def test_other_kinds_are_refused():
+    with pytest.raises(RequestError, match=r"Use a checkpoint with tokenizer\.json"):
+        grammar_tokenizer(object())
+
+
+def test_what_llguidance_cannot_read_is_said(monkeypatch):
+    import llguidance
+
+    def failing(*args, **settings):
+        raise ValueError("no decoder")
+
+    monkeypatch.setattr(llguidance, "LLTokenizer", failing)
+    with pytest.raises(RequestError, match="that llguidance can read: got no decoder"):
+        grammar_tokenizer(wrapped())
