@@ -208,9 +208,19 @@ def _class(part: str) -> str:
         end = _end_of_part(inside, at) if inside[at] == "\\" else at + 1
         one = inside[at:end]
         is_range = one == "-" and 0 < at < len(inside) - 1
-        if one[0] == "\\":
+        if one[1:] in _CLASSES:
+            found += _inner(one)
+        elif one[0] == "\\":
             found += _escape(one)
         else:
             found += one if is_range else _character(one)
         at = end
     return f"[{'^' * is_negated}{found}]"
+
+
+def _inner(part: str) -> str:
+    """A class inside another one."""
+    name = part[1:]
+    if name.isupper():
+        raise UnknownPatternError(f"{part!r} stands in a class")
+    return _CLASSES[name][1:-1]

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from .._version import __version__
+from ..structure.masks import BoundConstraint
 from . import metrics as metrics_module
 from .access import Gate, failure_response
 from .answer_parser import Dialogue
@@ -243,15 +244,7 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
             body.n or 1,
             # Templates look back and forth from each message.
             len(await request.body()) + len(messages) ** 2,
-            lambda: (
-                desk.prompts.of_messages(
-                    messages,
-                    tools=tools,
-                    template_args=desk.body_parser.template_args_of(body),
-                    continues_last=body.continue_final_message,
-                ),
-                desk.forced_calls.of(body, tools),
-            ),
+            lambda: _asked(desk, body, messages, tools),
         )
         choices = desk.body_parser.of_chat(body, prompt, constraint)
         readers = desk.dialogue.readers(
@@ -290,6 +283,19 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
             has_logprobs=body.logprobs is not None,
         )
         return await _answer(request, desk, body, choices, style, arrived)
+
+
+def _asked(
+    desk: Desk, body: ChatBody, messages: list[Any], tools: list[dict[str, Any]]
+) -> tuple[Prompt, BoundConstraint | None]:
+    """The prompt of a conversation, and what its answers must be."""
+    prompt = desk.prompts.of_messages(
+        messages,
+        tools=tools,
+        template_args=desk.body_parser.template_args_of(body),
+        continues_last=body.continue_final_message,
+    )
+    return prompt, desk.forced_calls.of(body, tools)
 
 
 def _listed(given: Any) -> list[Any]:

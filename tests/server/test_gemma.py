@@ -8,6 +8,7 @@ import functools
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -587,3 +588,20 @@ class TestForcedCalls:
         )
         assert response.json()["error"]["param"] == "tools"
         assert self.ask(server, tools=[odd], max_tokens=3).status == 200
+
+    def test_it_is_described(self, server):
+        described = server("july-12b").get("/openapi.json").json()
+        bodies = described["components"]["schemas"]
+        schema = {
+            "$ref": "#/components/schemas/ChatBody",
+            "components": {"schemas": bodies},
+        }
+        check = jsonschema.Draft202012Validator(schema)
+        named = {"type": "function", "function": {"name": "vote"}}
+        for choice in ("required", named):
+            body = {"messages": QUESTION, "tool_choice": choice}
+            assert check.is_valid({**body, "tools": list(self.TOOLS)})
+            assert not check.is_valid(body)
+        for choice in ("any", {"type": "function"}):
+            body = {"messages": QUESTION, "tool_choice": choice}
+            assert not check.is_valid({**body, "tools": list(self.TOOLS)})
