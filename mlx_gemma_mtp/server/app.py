@@ -25,6 +25,7 @@ from .body_parser import BodyParser
 from .bridge import Bridge
 from .choice import Choice
 from .errors import AnswerError, bad_request
+from .forced_calls import ForcedCalls
 from .forms import Form, Forms, form_of
 from .json_body import UNREADABLE, JSONRoute
 from .lanes import LIMIT_S, Lanes
@@ -74,6 +75,7 @@ class Desk:
         body_parser: Makes choices.
         prompts: Makes prompts, in ``lanes``.
         dialogue: How answers are marked.
+        forced_calls: Finds which calls an answer must have.
         vocabulary: The tokens' texts.
         forms: Compiles what answers must be, in ``lanes``.
         lanes: The threads of both.
@@ -84,6 +86,7 @@ class Desk:
     body_parser: BodyParser
     prompts: Prompts
     dialogue: Dialogue
+    forced_calls: ForcedCalls
     vocabulary: Vocabulary
     forms: Forms
     lanes: Lanes
@@ -150,6 +153,7 @@ def make_app(desk: Desk) -> ASGIApp:
     offer = Offer(
         has_key=desk.settings.api_key is not None,
         has_tools=desk.prompts.has_tools,
+        forces_calls=desk.prompts.has_tools and desk.forced_calls.are_possible,
         vocab_size=desk.body_parser.vocab_size,
         max_logprobs=desk.settings.limits.logprobs,
     )
@@ -267,7 +271,7 @@ def _add_chat_routes(app: FastAPI, desk: Desk) -> None:
         messages = [message.plain() for message in body.messages]
         desk.prompts.check_messages(messages)
         tools = desk.body_parser.tools_of(body, has_tools=desk.prompts.has_tools)
-        form = form_of(body, has_tools=bool(tools))
+        form = form_of(body, has_tools=bool(tools)) or desk.forced_calls.of(body, tools)
         prompt, constraint = await desk.prepared(
             request,
             body.n or 1,

@@ -6,20 +6,19 @@ Knows nothing of HTTP, of the engine, or of how an answer is written.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..constants import MAX_DRAFT_TOKENS
+from ..engine.request import RowConstraint
 from ..generation.chat_template import THINKING
 from ..sampling.params import SamplingParams
 from .choice import Choice
 from .errors import AnswerError, bad_request
 from .fields import Fields
+from .forced_calls import NONE, ToolChoice
 from .prompts import Prompt
 from .schema import NO_LIMIT, ChatBody, CompletionBody
 from .settings import DEFAULT_MODEL, Limits
-
-if TYPE_CHECKING:
-    from ..engine.request import RowConstraint
 
 _NUM_SEEDS = 2**64
 _CONTEXT_SIZE = 20  # mlx-lm's
@@ -124,16 +123,10 @@ class BodyParser:
             has_tools: Whether the chat template has tools.
 
         Raises:
-            AnswerError: Something else than calls as the model likes is asked for.
+            AnswerError: There is no such choice, or the template calls no tools.
         """
-        choice = body.tool_choice or "auto"
-        if choice not in ("auto", "none"):
-            raise bad_request(
-                f"tool_choice must be auto or none: got {choice!r:.60}. A call cannot "
-                "be forced.",
-                "tool_choice",
-            )
-        if not body.tools or choice == "none":
+        choice = ToolChoice.of(body)
+        if not body.tools or choice.kind == NONE:
             return []
         if not has_tools:
             raise bad_request(
@@ -153,9 +146,18 @@ class BodyParser:
         return {**thinking, **(body.chat_template_kwargs or {})}
 
     def of_chat(
-        self, body: ChatBody, prompt: Prompt, constraint: RowConstraint | None = None
+        self,
+        body: ChatBody,
+        prompt: Prompt,
+        constraint: RowConstraint | None = None,
     ) -> list[Choice]:
-        """Those of a conversation: as many as are asked for."""
+        """Those of a conversation: as many as are asked for.
+
+        Args:
+            body: The request.
+            prompt: The conversation.
+            constraint: What the answers must be; None for anything.
+        """
         num_logprobs = None
         if body.logprobs:
             num_logprobs = self._num_logprobs(body.top_logprobs or 0, "top_logprobs")

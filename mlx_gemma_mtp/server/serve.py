@@ -11,6 +11,7 @@ from .app import Desk, make_app
 from .body_parser import BodyParser
 from .bridge import Bridge, Drain, Mailbox
 from .errors import SHUTTING_DOWN, AnswerError
+from .forced_calls import ForcedCalls
 from .forms import Forms
 from .lanes import Lanes
 from .metrics import Metrics
@@ -112,6 +113,7 @@ def make_desk(engine: ServedModel, bridge: Bridge) -> Desk:
             limit=min(engine.model_len, engine.longest_alone),
         ),
         dialogue=Dialogue(tokenizer),
+        forced_calls=ForcedCalls(tokenizer),
         vocabulary=Vocabulary(tokenizer),
         forms=Forms(tokenizer),
         lanes=Lanes(),

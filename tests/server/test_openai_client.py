@@ -17,6 +17,8 @@ from pydantic import BaseModel, Field
 
 from mlx_gemma_mtp.server.fields import Fields
 from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
+from tests.gemma import FORMS
+from tests.gemma_pair import write_pair
 from tests.server.served import CHAT_TEMPLATE, ROOT, served
 
 pytestmark = pytest.mark.clients
@@ -324,6 +326,75 @@ class TestForms:
             (choice,) = create(**prompt, **GREEDY, extra_body=form).choices
             text = choice.text if "prompt" in prompt else choice.message.content
             assert text in ("yes", "no")
+
+
+class Vote(BaseModel):
+    """A vote."""
+
+    answer: Literal["yes", "no"]
+    weight: Annotated[int, Field(ge=1, le=3)]
+    rival: Annotated[str, Field(max_length=4)] | None
+
+
+@pytest.fixture(scope="module")
+def pair_client(openai, tmp_path_factory):
+    """A client of a random pair of Gemma's tokens."""
+    folder = tmp_path_factory.mktemp("gemma")
+    pair = write_pair(folder / "pair", FORMS["july-12b"])
+    arguments = ("--model", str(pair), "--served-model-name", "pair")
+    with (
+        served(folder, *arguments) as address,
+        openai.OpenAI(
+            base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120
+        ) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def vote_request(openai):
+    """A request with a tool that the client has made of a class."""
+    return {
+        "model": "pair",
+        "messages": said("Vote."),
+        "tools": [openai.pydantic_function_tool(Vote, name="vote")],
+        "parallel_tool_calls": False,
+        "reasoning_effort": "none",
+        "max_tokens": 99,
+        "seed": 1,
+    }
+
+
+class TestForcedTools:
+    """A random pair writes what it must, and nothing of its own."""
+
+    @pytest.mark.parametrize(
+        "choice", ["required", {"type": "function", "function": {"name": "vote"}}]
+    )
+    def test_arguments_are_of_the_class(self, pair_client, vote_request, choice):
+        create = pair_client.chat.completions.parse
+        found = create(**vote_request, tool_choice=choice).choices[0]
+        assert found.finish_reason == "tool_calls"
+        (call,) = found.message.tool_calls
+        assert call.function.name == "vote"
+        assert isinstance(call.function.parsed_arguments, Vote)
+
+    def test_a_stream(self, pair_client, vote_request):
+        create = pair_client.chat.completions.stream
+        with create(**vote_request, tool_choice="required") as stream:
+            kinds = {event.type for event in stream}
+            found = stream.get_final_completion().choices[0].message
+        assert "tool_calls.function.arguments.delta" in kinds
+        (call,) = found.tool_calls
+        assert isinstance(call.function.parsed_arguments, Vote)
+
+    def test_a_keyword_that_cannot_be_held_to(self, pair_client, openai, vote_request):
+        parameters = {"type": "object", "properties": {"a": {"not": {}}}}
+        odd = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        request = {**vote_request, "tools": [odd], "tool_choice": "required"}
+        with pytest.raises(openai.BadRequestError, match="/properties/a") as error:
+            pair_client.chat.completions.create(**request)
+        assert error.value.param == "tools"
 
 
 class TestErrors:
