@@ -426,8 +426,10 @@ class TestDescription:
             *({"response_format": {"type": kind}} for kind in ("text", "json_object")),
             {"response_format": {"type": "json_object", "json_schema": None}},
             json_format({"const": 1}),
-            *({"structured_outputs": {"choice": ["a"], "json": x}} for x in (None, {})),
-            *({"structured_outputs": {"json_object": x}} for x in (True, False)),
+            {"structured_outputs": {"choice": ["a"], "json": None}},
+            {"structured_outputs": {"choice": ["a"], "json": {}}},
+            {"structured_outputs": {"json_object": True}},
+            {"structured_outputs": {"json_object": False}},
             {"structured_outputs": {"regex": "a", "disable_any_whitespace": True}},
             *(
                 fields
