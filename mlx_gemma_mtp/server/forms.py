@@ -113,8 +113,6 @@ def form_of(body: ChatBody | CompletionBody, *, has_tools: bool = False) -> Form
             _STRUCTURED_OUTPUTS,
         )
     (form,) = found
-    if body.ignore_eos:
-        raise form.refused("it must stand without ignore_eos: got both. Leave it out.")
     if has_tools:
         raise form.refused(
             "it must stand without tools that may be called: got both. Leave out one "

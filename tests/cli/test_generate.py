@@ -300,6 +300,8 @@ class TestOutput:
             "--no-draft",
             "--no-reproducible",
             "--exactness",
+            "--regex",
+            "--schema",
             "--stats-json",
             "--stop",
             "--revision",
