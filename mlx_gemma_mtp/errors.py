@@ -6,6 +6,9 @@ as its one line of text and exits with status 1; a traceback would only hide it.
 
 from typing import Any
 
+# Words of MLX's allocators and of Metal's watchdog, such as "Resource limit exceeded"
+# of malloc, "GPU Timeout", "Innocent Victim".
+_OF_OTHERS = ("malloc", "memory", "allocat", "timeout", "interactivity", "victim")
 _MOST = 1000  # characters of a message: what is longer holds somebody's whole input
 
 
@@ -76,3 +79,9 @@ def described(error: BaseException) -> str:
     A compiler says far more, and over many lines.
     """
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def is_of_others(error: BaseException) -> bool:
+    """Whether an error of MLX tells nothing of kernels: no memory, or a taken GPU."""
+    text = str(error).lower()
+    return any(word in text for word in _OF_OTHERS)

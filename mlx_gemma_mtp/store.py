@@ -8,6 +8,7 @@ nothing of what is kept.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -101,6 +102,24 @@ class Store:
             os.utime(path)  # it is in use
         values = found.get("values")
         return values if isinstance(values, dict) else {}
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Around reading, changing and writing: other processes wait meanwhile.
+
+        Where a folder cannot be locked they do not, and the last one's values stay.
+        """
+        descriptor = None
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self._folder, os.O_RDONLY)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)  # which unlocks it
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Replace the values; readers see the old file or the new one, never a part."""

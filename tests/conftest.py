@@ -1,6 +1,7 @@
 """What every test runs under: no network, the CPU, examples that repeat."""
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -30,12 +31,18 @@ if "PYTEST_XDIST_WORKER" not in os.environ and (job := compile_header()):
 
 atexit.register(shutil.rmtree, os.environ["MLX_GEMMA_MTP_CACHE"], ignore_errors=True)
 
-# A machine that stood still for a moment is no reason to give a probe up.
-planning._PROBE_BUDGET_S = 1e9
+# A probe takes a second for each pair; tests/exactness has what it finds.
+planning._PROBE_BUDGET_S = 1e-9
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_finish():
+    """Modules and tests stay: no garbage collection has to look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +76,20 @@ def plain_graphs():
         yield
 
 
+@pytest.fixture
+def probes(monkeypatch):
+    """Pairs are probed before they draft, also those of which it was given up."""
+    monkeypatch.setattr(planning, "_PROBE_BUDGET_S", None)
+
+
 @pytest.fixture(scope="session")
 def gemma_tokenizer_folder(tmp_path_factory):
     """A folder with Gemma's tokenizer and no chat template, not to be written to."""
-    return gemma.write_tokenizer(tmp_path_factory.mktemp("gemma") / "tokenizer")
+    folder = gemma.write_tokenizer(tmp_path_factory.mktemp("gemma") / "tokenizer")
+    # As pairs have it: what is loaded for them is the same then.
+    (folder / "config.json").write_text('{"model_type": "gemma4"}')
+    with gemma.read_once(folder):
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -92,13 +109,13 @@ def gemma_tokenizer(gemma_tokenizer_folder):
 
 
 @pytest.fixture(scope="session")
-def gemma_pair_folder(tmp_path_factory):
+def gemma_pair_folder(tmp_path_factory, gemma_tokenizer_folder):
     """The folder of a random pair with a form's chat template, by the form's name.
 
     What lies in it is shared and not to be written to.
     """
     place = tmp_path_factory.mktemp("gemma-pair")
-    shared = gemma_pair.write_pair(place / "shared")
+    shared = gemma_pair.write_pair(place / "shared", gemma_tokenizer_folder)
 
     def pair_folder(form):
         folder = place / form

@@ -8,14 +8,18 @@ source. Nothing here is downloaded; of decoding it knows nothing.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import mlx_lm.utils
 from jinja2 import Environment
 from tokenizers import Tokenizer, models, trainers
 
@@ -226,6 +230,42 @@ def write_tokenizer(
     if form is not None:
         form.write_template(folder)
     return folder
+
+
+@contextmanager
+def read_once(folder: Path) -> Iterator[None]:
+    """Let mlx-lm load a folder's tokenizer once for the same settings.
+
+    To read 262144 pieces takes a second and more. Who loads them again, also by a link
+    to tokenizer.json, gets a copy of what was loaded.
+
+    Args:
+        folder: The folder.
+    """
+    file = (folder / "tokenizer.json").resolve()
+    load = mlx_lm.utils.load_tokenizer
+    loaded: dict[str, Any] = {}
+
+    def load_once(
+        model_path: Path, tokenizer_config_extra: Any = None, eos_token_ids: Any = None
+    ) -> Any:
+        settings, ids = tokenizer_config_extra or {}, eos_token_ids
+        is_it = (Path(model_path) / file.name).resolve() == file
+        if not is_it or "chat_template" not in settings:  # which may lie there
+            return load(model_path, tokenizer_config_extra, ids)
+        key = str((sorted(settings.items()), sorted(ids or ())))
+        if key not in loaded:
+            loaded[key] = load(model_path, settings, ids)
+        found = copy.copy(loaded[key])
+        found._tokenizer = copy.copy(found._tokenizer)
+        found.eos_token_ids = loaded[key].eos_token_ids
+        return found
+
+    mlx_lm.utils.load_tokenizer = load_once
+    try:
+        yield
+    finally:
+        mlx_lm.utils.load_tokenizer = load
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mlx_gemma_mtp.generation import requests
 from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.models.drafter_config import DrafterConfig
 from mlx_gemma_mtp.models.text_config import text_config
-from tests.gemma import GENERATION_CONFIG, VOCAB_SIZE, Form, write_tokenizer
+from tests.gemma import GENERATION_CONFIG, VOCAB_SIZE
 from tests.tiny import REFERENCE
 
 _HIDDEN_SIZE = 32
@@ -29,19 +29,22 @@ _SOURCE = "the tests' own pair"
 _NEVER = -1e4  # the logit of a token that is not the answer's next
 
 
-def write_pair(folder: Path, form: Form | None = None) -> Path:
+def write_pair(folder: Path, tokenizer: Path) -> Path:
     """Write a random target of all of Gemma's ids and, in drafter/, its drafter.
 
-    They have the published names and types and nearly no size: 35 MB.
+    They have the published names and types and nearly no size: 35 MB. There is no chat
+    template.
 
     Args:
-        folder: Where to; made if it is not there.
-        form: Whose chat template; None for none.
+        folder: Where to; made.
+        tokenizer: A folder with its tokenizer, to which links are made.
 
     Returns:
         The folder.
     """
-    write_tokenizer(folder, form)
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).symlink_to(tokenizer / name)
     target = json.loads((REFERENCE / "12b" / "target" / "config.json").read_text())
     drafter = json.loads((REFERENCE / "12b" / "drafter" / "config.json").read_text())
     sizes = {"hidden_size": _HIDDEN_SIZE, "vocab_size": VOCAB_SIZE}

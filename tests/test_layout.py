@@ -30,7 +30,7 @@ BELOW: dict[str, set[str]] = {
     "engine": {"cache", "models", "sampling", "drafting", "matmuls"},
     "exactness": {"engine", "cache", "drafting"},
     "pair": set(
-        "exactness engine checkpoints drafting models sampling matmuls".split()
+        "exactness engine checkpoints drafting models sampling matmuls kernels".split()
     ),
     "structure": {"sampling", "markup"},
     "generation": set(

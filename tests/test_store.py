@@ -356,6 +356,49 @@ def test_what_others_wrote_is_not_erased(tmp_path):
     assert again.controller("greedy", num_rows=2, min_rows=1).credit.seconds is not None
 
 
+def test_what_others_are_about_to_write_is_waited_for(tmp_path):
+    calibration, other = calibration_of(tmp_path), Store(KEY, tmp_path)
+    thread = threading.Thread(target=calibration.keep_verdict, args=(1, VERDICT))
+    with other.locked():
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        other.write({"verdicts": {"2": VERDICT.to_dict()}})
+    thread.join()
+    again = calibration_of(tmp_path)
+    assert again.verdict(1) == again.verdict(2) == VERDICT
+
+
+COUNTING = """
+import pathlib, sys
+from mlx_gemma_mtp.store import Store
+store = Store({"a": 1}, pathlib.Path(sys.argv[1]))
+for _ in range(100):
+    with store.locked():
+        store.write({"count": store.read().get("count", 0) + 1})
+"""
+
+
+def test_processes_that_count_lose_nothing(tmp_path):
+    command = [sys.executable, "-c", COUNTING, tmp_path / "new"]
+    processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert Store({"a": 1}, tmp_path / "new").read() == {"count": 200}
+
+
+def test_a_folder_that_cannot_be_locked_is_used_without(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(store_module.fcntl, "flock", flock)
+    store = Store(KEY, tmp_path)
+    with store.locked():
+        store.write({"a": 1})
+    assert store.read() == {"a": 1}
+    with Store(KEY, None).locked():
+        pass
+
+
 def test_threads_may_learn_and_save(tmp_path):
     calibration = calibration_of(tmp_path)
 

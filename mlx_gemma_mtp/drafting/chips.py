@@ -6,10 +6,10 @@ Bandwidths and GPU cores are those that Apple publishes for the full GPU of each
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-_ARCHITECTURE = re.compile(r"applegpu_g(\d+)([a-z])")
+from ..machine import apple_gpu
+
 _LANES = 128  # of a GPU core
 
 # Of the GPU, by generation, Hz. M1 and M2 are from philipturner/metal-benchmarks; the
@@ -80,9 +80,9 @@ def chip_of(architecture: str | None) -> Chip | None:
     Args:
         architecture: ``mx.device_info()["architecture"]``, such as "applegpu_g15s".
     """
-    match = _ARCHITECTURE.fullmatch(architecture or "")
-    if match is None or match[2] not in _SIZES:
+    generation, size = apple_gpu(architecture) or (0, "")
+    if size not in _SIZES:
         return None
-    model = f"M{int(match[1]) - 12}"
-    chip = CHIPS.get(model + _SIZES[match[2]])
+    model = f"M{generation - 12}"
+    chip = CHIPS.get(model + _SIZES[size])
     return chip or CHIPS.get(f"{model} Max")

@@ -82,7 +82,7 @@ class Decoder:
         max_kv_bytes: int | None = None,
         prompt_caches: Sequence[Sequence[Any] | None] = (),
     ) -> None:
-        self._rounds = rounds
+        self._rounds = rounds = rounds.own()
         if isinstance(num_draft_tokens, int):
             num_draft_tokens = DraftPolicy(num_draft_tokens)
         self._draft_policy = num_draft_tokens

@@ -65,11 +65,12 @@ class ModelArrays:
     def read(self) -> tuple[list[mx.array], object]:
         """All arrays, in a fixed order, and what a trace depends on beside them.
 
-        That is the modules' classes and plain numbers, the arrays' shapes and types,
-        and the choices: it differs once layers were quantized or have got adapters.
+        That is the modules' classes and plain numbers, and the arrays' shapes and
+        types: it differs once layers were quantized or have got adapters. The choices
+        are no part of it.
         """
         arrays: list[mx.array] = []
-        structure: list[object] = [self.choices.digest]
+        structure: list[object] = []
         _read(self._modules, arrays, structure)
         return arrays, tuple(structure)
 

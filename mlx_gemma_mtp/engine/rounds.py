@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..cache.masks import draft_masks
-from ..errors import KernelError, described
+from ..errors import KernelError, MTPError, described, is_of_others
 from ..matmuls.choices import STOCK, Choices
 from ..models.drafter import SharedKV
 from ..models.target import Target, TargetOutput
@@ -56,7 +57,7 @@ class Rounds:
         arrays: The arrays of both, which compiled rounds then read anew every time;
             None for models whose arrays never change.
         traces: Where compiled rounds are kept: for engines that differ in nothing.
-        on_failure: Told why a round failed whose matrices a kernel may have multiplied.
+        on_failure: Called where a round with a kernel of few rows has failed.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Rounds:
         use_compile: bool = True,
         arrays: ModelArrays | None = None,
         traces: Traces[CompiledRound] | None = None,
-        on_failure: Callable[[str], None] | None = None,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -110,13 +111,19 @@ class Rounds:
         return STOCK if self._arrays is None else self._arrays.choices
 
     def use(self, choices: Choices) -> None:
-        """Multiply from now on as these say; rounds are traced anew where they differ.
+        """Multiply from now on as these say.
 
         Engines whose arrays never change multiply by MLX alone.
         """
         if self._arrays is not None and choices != self.choices:
             self._arrays = self._arrays.using(choices)
             self._model_arrays = None
+
+    def own(self) -> Rounds:
+        """These rounds for one decoder: ``use`` by others does not change its bytes."""
+        own = copy(self)
+        self.let_go()
+        return own
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -130,17 +137,15 @@ class Rounds:
         """
         try:
             yield
-        except RuntimeError as error:
-            # What a machine without memory does tells nothing of kernels.
-            if not self.choices or "memory" in str(error).lower():
+        except (RuntimeError, ValueError) as error:  # MLX's, of kernels and launches
+            if not self.choices or isinstance(error, MTPError) or is_of_others(error):
                 raise
             self.use(STOCK)
-            reason = described(error)
             if self._on_failure is not None:
-                self._on_failure(reason)
+                self._on_failure()
             raise KernelError(
                 "a round must run: a kernel of this package may have failed on this "
-                f"machine: {reason:.200}. Ask again: MLX's own take its place."
+                f"machine: {described(error)}. Ask again: MLX's own take its place."
             ) from error
 
     def let_go(self) -> None:
@@ -161,7 +166,7 @@ class Rounds:
     ) -> bool:
         """Whether such a round has run before: the first one is traced and compiled."""
         shape = _Shape(num_draft_tokens, min_rows, graph)
-        return _key(shape, num_rows, capacity) in self._traces
+        return self._key(shape, num_rows, capacity) in self._traces
 
     def run(
         self,
@@ -248,7 +253,7 @@ class Rounds:
             state.last_token.shape[0],
             self.target.layout.capacity(state.slabs),
         )
-        key = _key(shape, num_rows, capacity)
+        key = self._key(shape, num_rows, capacity)
         model_arrays = self._model_arrays
         if model_arrays is None or key not in self._traces:
             model_arrays = self.refresh()  # before: traces of other layers go with it
@@ -266,6 +271,11 @@ class Rounds:
             except ArraysChangedError:  # by another thread, since they were read
                 model_arrays = self.refresh()
 
+    def _key(self, shape: _Shape, num_rows: int, capacity: int) -> Hashable:
+        """What a trace depends on; MLX traces anew for every stream."""
+        stream = str(mx.default_stream(mx.default_device()))
+        return shape, num_rows, capacity, self.choices.digest, stream
+
     def _made(self, shape: _Shape) -> CompiledRound:
         """The round of a shape, for this thread to call."""
         function = partial(_round, self._verification, shape)
@@ -280,11 +290,6 @@ class Rounds:
         assert isinstance(self.target, Target)
         lm, drafter = self._arrays.bound(arrays, inputs)
         return self.target.over(lm), self.drafter if drafter is None else drafter
-
-
-def _key(shape: _Shape, num_rows: int, capacity: int) -> Hashable:
-    """What a trace depends on; MLX traces anew for every stream."""
-    return shape, num_rows, capacity, str(mx.default_stream(mx.default_device()))
 
 
 def _round(

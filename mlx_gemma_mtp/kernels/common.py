@@ -102,7 +102,7 @@ template <class T> __device__ inline T simd_shuffle_xor(T x, unsigned short mask
 # input must be aligned to them. HALF_, BFLOAT_: one of the two numbers in a word as a
 # float; _OF: a number that stands alone. A bfloat is neither shifted nor converted:
 # either would cost M1 and M2 four cycles.
-_METAL = r"""
+METAL = r"""
 #include <metal_simdgroup>
 #define HELPER inline
 #define BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
@@ -209,7 +209,7 @@ class Kernel:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     source: str
-    header: str = _METAL + _SHARED
+    header: str = METAL + _SHARED
 
     @property
     def cuda_header(self) -> str:

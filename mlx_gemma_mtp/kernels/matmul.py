@@ -161,6 +161,7 @@ def kernel(form: Form, num_rows: int, num_columns: int) -> Kernel:
         input_names=names,
         output_names=("y",),
         source=_Text(form, num_rows, num_columns).source(),
+        header=common.METAL,
     )
 
 
@@ -301,15 +302,18 @@ class _Text:
         """Four weights of an output as floats."""
         if self._form.bits == DENSE:
             return [f"float w{r}_{i} = {self._number(f'p{r}', i)};" for i in places]
+        lines = []
         if self._form.bits == 4:
-            word = f"(p{r} >> 8)" if half else f"p{r}"
+            word = f"p{r}"
+            if half:
+                word = f"q{r}"
+                lines += [f"uint {word} = p{r} >> 8;"]
             low, high = (word, "0x000F000Fu"), (word, "0x00F000F0u")
             pairs = ((*low, "0x64006400u", "c"), (*high, "0x54005400u", "d"))
         else:
             word = f"p{r}.{'xy'[half]}"
             rest = ("0x00FF00FFu", "0x64006400u", "c")
             pairs = ((word, *rest), (f"({word} >> 8)", *rest))
-        lines = []
         for number, (bits, mask, power, bias) in enumerate(pairs):
             name = f"h{r}_{2 * half + number}"
             lines += [f"uint {name} = ({bits} & {mask}) | {power};"]

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..kernels.matmul import (
@@ -143,7 +144,7 @@ class Choices:
         """The fewest rows that the kernel takes of each, by the shapes' names."""
         return {str(s): choice.first_row for s, choice in self.by_shape.items()}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A text that differs for other choices; empty where MLX multiplies all."""
         if not self:

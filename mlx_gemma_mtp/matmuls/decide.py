@@ -1,9 +1,12 @@
 """Which matrices of a pair the kernel multiplies in this process.
 
 What was kept for this machine holds. Where nothing was, MLX multiplies; on M1 and M2,
-whose MLX reads a matrix again for every row, a check of under a second may give the
-kernel all matrices from two rows on. Every kernel that a round may then hold has run
-alone once: one that fails inside a round would take the round's caches with it.
+whose MLX reads a quantized matrix again for every row, a check of about a second times
+one matrix of a form. The kernel may then have all of that form from two rows on. What
+is not quantized waits for the tuner.
+
+Every kernel that a round may then hold has run alone once, and was right: one that
+fails inside a round would take the round's caches with it.
 
 This file knows nothing of modules or of rounds.
 """
@@ -12,13 +15,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
 
 import mlx.core as mx
 
-from ..errors import described
+from ..errors import described, is_of_others
 from ..kernels import common, matmul
 from ..kernels.matmul import DENSE, MAX_ROWS, Form, default_columns
 from ..machine import apple_gpu
@@ -30,14 +33,18 @@ from .kept import Kept
 logger = logging.getLogger("mlx_gemma_mtp")
 
 _REREADING = (13, 14)  # GPUs whose MLX reads affine weights for every row: M1 and M2
-# The check: how many rows, of which matrices, and for how long.
-_ROWS = 3
-_NUM_CHECKED = 2
+# The check: which forms, of which matrix, for how long. One number of rows is timed
+# well, as what is won is judged by it; others only so that no cliff is missed.
+_NUM_CHECKED = 2  # forms in one process
 _MOST_BYTES = 64_000_000  # of the matrix that is timed; copies of a small one have more
-_WINDOW_S, _NUM_WINDOWS = 0.05, 3
+_ROWS = 3
+_WINDOW_S, _NUM_WINDOWS = 0.04, 3
+_CLIFF_WINDOW_S = 0.01
+
+_Pipeline = tuple[Form, int, int]  # form, M, R
 
 _lock = threading.Lock()
-_ran: set[tuple[Form, int, int]] = set()  # in this process
+_ran: set[_Pipeline] = set()  # in this process
 
 
 def decide(shapes: Mapping[Shape, int], *, folder: Path | None) -> Choices:
@@ -52,112 +59,170 @@ def decide(shapes: Mapping[Shape, int], *, folder: Path | None) -> Choices:
         return STOCK
     with _lock:
         kept = Kept(folder)
-        new = {s: count for s, count in known.items() if not kept.is_decided(s)}
-        if new and _rereads():
-            _check(new, kept)
-        while not _runs_alone(kept.choices(known), kept):
-            pass
-        return kept.choices(known)
+        if _rereads():
+            _check_forms(known, kept)
+        return _that_run(kept.choices(known), kept)
+
+
+def blame(choices: Choices, *, folder: Path | None) -> None:
+    """Find out which kernels made a round fail: each runs alone again.
+
+    What fails, or is wrong, is MLX's from now on. A round may also have failed for want
+    of memory, or by other programs: then nothing is.
+
+    Args:
+        choices: What the round multiplied by.
+        folder: Where decisions are kept; None for nowhere.
+    """
+    with _lock:
+        for shape, choice in choices.by_shape.items():
+            _ran.difference_update(_pipelines(shape, choice))
+        _that_run(choices, Kept(folder))
 
 
 def _rereads() -> bool:
-    """Whether MLX reads a matrix again for every row on this GPU."""
+    """Whether MLX reads a quantized matrix again for every row on this GPU."""
     gpu = apple_gpu(str(mx.device_info().get("architecture")))
     return gpu is not None and gpu[0] in _REREADING
 
 
-def _check(shapes: Mapping[Shape, int], kept: Kept) -> None:
-    """Give the kernel shapes that nobody has timed, if it is right and faster."""
-    choice: Choice | None = Choice(first_row=2)
-    try:
-        if not _is_right(shapes):
-            kept.mark_bad(shapes, "wrong numbers in the first check")
-            _warn("is wrong here", "numbers differ from MLX's")
-            return
-        if not _is_faster(shapes):
-            choice = None
-    except Exception as error:  # noqa: BLE001 - whatever Metal and its compiler say
-        kept.mark_bad(shapes, described(error))
-        _warn("does not run here", described(error))
-        return
-    for shape in shapes:
-        kept.keep(shape, choice)
+# ------------------------------------------------------------------- the first check
 
 
-def _is_right(shapes: Mapping[Shape, int]) -> bool:
-    """Whether the kernel is right for the smallest shapes, of several forms if any."""
-    products = Products(copy_bytes=1)
-    by_size = sorted(shapes, key=lambda shape: shape.num_bytes)
-    smallest = {shape.form: shape for shape in reversed(by_size)}
-    checked = dict.fromkeys([*smallest.values(), *by_size])
-    return all(
-        products.is_right(shape, _ROWS, default_columns(_ROWS))
-        for shape in list(checked)[:_NUM_CHECKED]
-    )
+def _check_forms(shapes: Mapping[Shape, int], kept: Kept) -> None:
+    """Give the kernel quantized shapes that nobody has timed, where it is faster.
 
-
-def _is_faster(shapes: Mapping[Shape, int]) -> bool:
-    """Whether the kernel is faster for the shape that takes most time, if not huge."""
-    small = [shape for shape in shapes if shape.num_bytes <= _MOST_BYTES]
-    shape = max(
-        small or [min(shapes, key=lambda shape: shape.num_bytes)],
-        key=lambda shape: shapes[shape] * shape.num_bytes,
-    )
-    products = Products(copy_bytes=_MOST_BYTES)
-    sides = (None, default_columns(_ROWS))
-    taken: dict[int | None, list[float]] = {side: [] for side in sides}
-    for turn in range(1 + _NUM_WINDOWS):
-        for side in sides[:: -1 if turn % 2 else 1]:
-            found = products.product_s(shape, _ROWS, side, _WINDOW_S)
-            if turn:  # the first is for the clocks to rise
-                taken[side].append(found)
-    stock_s, own_s = (median(taken[side]) for side in sides)
-    return own_s < (1 - MARGIN) * stock_s
-
-
-def _runs_alone(choices: Choices, kept: Kept) -> bool:
-    """Run every kernel that rounds may hold, alone; whether all of them did.
-
-    The first that fails is marked bad, with its shapes.
+    Forms with more bytes come first; those that are left come with the next process.
     """
-    users: dict[tuple[Form, int, int], list[Shape]] = {}
-    for shape, choice in choices.by_shape.items():
-        for num_rows in range(choice.first_row, MAX_ROWS + 1):
-            pipeline = shape.form, num_rows, choice.columns[num_rows - 1]
-            users.setdefault(pipeline, []).append(shape)
-    for pipeline, its_shapes in users.items():
-        if pipeline in _ran:
-            continue
-        try:
-            _run(min(its_shapes, key=lambda shape: shape.num_bytes), *pipeline[1:])
-        except Exception as error:  # noqa: BLE001 - whatever Metal and its compiler say
-            kept.mark_bad(its_shapes, described(error))
-            name = matmul.kernel(*pipeline).name
-            _warn("does not run here", described(error), name)
-            return False
-        _ran.add(pipeline)
+    by_form: dict[Form, dict[Shape, int]] = {}
+    for shape, count in shapes.items():
+        if shape.form.bits != DENSE and not kept.is_decided(shape):
+            num_bytes = by_form.setdefault(shape.form, {})
+            num_bytes[shape] = count * shape.num_bytes
+    largest = sorted(by_form.values(), key=lambda each: -sum(each.values()))
+    for num_bytes in largest[:_NUM_CHECKED]:
+        _check(num_bytes, kept)
+
+
+def _check(num_bytes: Mapping[Shape, int], kept: Kept) -> None:
+    """Time one matrix of a form and keep what is found for all of its shapes.
+
+    Args:
+        num_bytes: Of all matrices of each shape.
+        kept: Where it is kept.
+    """
+    small = [shape for shape in num_bytes if shape.num_bytes <= _MOST_BYTES]
+    shape = max(
+        small or [min(num_bytes, key=lambda shape: shape.num_bytes)],
+        key=lambda shape: num_bytes[shape],
+    )
+    products, choice = Products(copy_bytes=_MOST_BYTES), Choice(first_row=2)
+    for pipeline in _pipelines(shape, choice):
+        if (reason := _failure(products, shape, pipeline)) is not None:
+            _give_up(pipeline, reason, num_bytes, kept)
+            return
+    try:
+        is_faster = _is_faster(products, shape)
+    except Exception as error:  # noqa: BLE001 - whatever Metal says
+        reason = "" if is_of_others(error) else described(error)
+        _give_up((shape.form, _ROWS, default_columns(_ROWS)), reason, num_bytes, kept)
+        return
+    for alike in num_bytes:
+        kept.keep(alike, choice if is_faster else None)
+
+
+def _is_faster(products: Products, shape: Shape) -> bool:
+    """Whether the kernel is faster for three rows, and for no others slower."""
+    stock_s, own_s = _times(products, shape, _ROWS, _WINDOW_S, 1 + _NUM_WINDOWS)
+    if own_s >= (1 - MARGIN) * stock_s:
+        return False
+    for num_rows in range(2, MAX_ROWS + 1):
+        if num_rows != _ROWS:
+            stock_s, own_s = _times(products, shape, num_rows, _CLIFF_WINDOW_S, 1)
+            if own_s > stock_s:
+                return False
     return True
 
 
-def _run(shape: Shape, num_rows: int, columns: int) -> None:
-    """Multiply zeros."""
-    form = shape.form
-    x = mx.zeros((num_rows, shape.num_inputs), form.dtype)
-    if form.bits == DENSE:
-        arrays = [mx.zeros((shape.num_outputs, shape.num_inputs), form.dtype)]
-    else:
-        words = shape.num_inputs * form.bits // 32
-        groups = (shape.num_outputs, shape.num_inputs // form.group_size)
-        scales = mx.zeros(groups, form.dtype)
-        arrays = [mx.zeros((shape.num_outputs, words), mx.uint32), scales, scales]
-    mx.eval(matmul.multiply(x, *arrays, form=form, num_columns=columns))
+def _times(
+    products: Products, shape: Shape, num_rows: int, window_s: float, num_windows: int
+) -> tuple[float, float]:
+    """What MLX and the kernel take in turn, seconds.
+
+    The first of several windows is for the clocks to rise.
+    """
+    sides = (None, default_columns(num_rows))
+    taken: dict[int | None, list[float]] = {side: [] for side in sides}
+    for turn in range(num_windows):
+        for side in sides[:: -1 if turn % 2 else 1]:
+            found = products.product_s(shape, num_rows, side, window_s)
+            taken[side].append(found)
+    stock_s, own_s = (median(taken[side][1:] or taken[side]) for side in sides)
+    return stock_s, own_s
 
 
-def _warn(what: str, reason: str, name: str = "matmul") -> None:
-    """Say why MLX multiplies."""
+# ------------------------------------------------------------------- kernels alone
+
+
+def _that_run(choices: Choices, kept: Kept) -> Choices:
+    """Those choices whose kernels have all run alone in this process, and were right.
+
+    Each runs with the smallest matrix that it multiplies. Shapes of what fails are bad.
+    """
+    left = dict(choices.by_shape)
+    products = Products(copy_bytes=1)
+    for shape in sorted(left, key=lambda shape: shape.num_bytes):
+        every = [] if shape not in left else _pipelines(shape, left[shape])
+        new = [pipeline for pipeline in every if pipeline not in _ran]
+        # The first has most rows: those of the others must have the same bits.
+        for pipeline in dict.fromkeys([*every[:1], *new]) if new else ():
+            if (reason := _failure(products, shape, pipeline)) is not None:
+                users = [s for s in left if pipeline in _pipelines(s, left[s])]
+                _give_up(pipeline, reason, users, kept)
+                for user in users:
+                    del left[user]
+                break
+            _ran.add(pipeline)
+    return Choices(left)
+
+
+def _pipelines(shape: Shape, choice: Choice) -> list[_Pipeline]:
+    """The kernels that rounds may hold for a shape, most rows first."""
+    rows = range(MAX_ROWS, choice.first_row - 1, -1)
+    return [(shape.form, num_rows, choice.columns[num_rows - 1]) for num_rows in rows]
+
+
+def _failure(products: Products, shape: Shape, pipeline: _Pipeline) -> str | None:
+    """Why a kernel is not to be used, by running it alone; None where it is right.
+
+    Returns:
+        A reason that is empty where nothing is known of the kernel itself.
+    """
+    _, num_rows, columns = pipeline
+    try:
+        products.prepare(shape)
+    except Exception:  # noqa: BLE001 - MLX's own: no memory for it
+        return ""
+    try:
+        if products.is_right(shape, num_rows, columns):
+            return None
+    except Exception as error:  # noqa: BLE001 - whatever Metal and its compiler say
+        return "" if is_of_others(error) else described(error)
+    return f"wrong numbers for {num_rows} rows"
+
+
+def _give_up(
+    pipeline: _Pipeline, reason: str, users: Iterable[Shape], kept: Kept
+) -> None:
+    """Leave shapes to MLX: in this process, or for good where the reason is known."""
+    name = matmul.kernel(*pipeline).name
+    if not reason:
+        logger.info("kernel %r cannot be tried now, MLX's own takes its place", name)
+        return
+    kept.mark_bad(users, reason)
     logger.warning(
-        "kernel %r %s, MLX's own takes its place, which may be slower: %s",
+        "kernel %r does not run here, MLX's own takes its place, which may be slower: "
+        "%s",
         name,
-        what,
         reason,
     )

@@ -1,9 +1,9 @@
 """When the kernel is faster than MLX: from timings to choices.
 
-What is chosen is not slower, in this sense: for every number of rows that was timed and
-that the kernel takes, what it lost and the spread together are at most 3 %; and over
-the rounds to expect, ``ROW_SHARES``, it gained more than the spread (alone: and more
-than 3 %). The spread is how far timings of the same thing lie apart.
+What is chosen is not slower, in this sense: for every number of rows that the kernel
+takes, 1 to 9, what it lost and the spread together are at most 3 %; and over the rounds
+to expect, ``ROW_SHARES``, it gained more than the spread (alone: and more than 3 %).
+The spread is how far timings of the same thing lie apart.
 
 Plain decoding is in it. A plain round has one row. Exact decoding fills it up to two as
 long as MLX rounds one row differently, whatever is chosen here: it then takes the time
@@ -12,6 +12,10 @@ MLX, with two rows among them? Then ``first_row`` may be 2, and unfilled plain r
 stay MLX's own. Does it also lose nothing with one row, or less than it saves where
 filling ends with it (then all rows have one arithmetic), half of the plain rounds
 taken to be filled, and never more than the 3 %? Then ``first_row`` is 1.
+
+A matrix that only a drafter has is in no plain round: most of its steps have one row,
+whatever is filled. There ``first_row`` is 1 only where one row gained more than the
+spread and 3 %.
 
 This file knows nothing of how things are timed.
 """
@@ -23,11 +27,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from ..kernels.matmul import MAX_ROWS, default_columns
+from ..kernels.matmul import default_columns
 
 # Rounds to expect by their rows, shares of 1: assumed. Those of one row are plain and
 # unfilled; of two plain and filled, or of one draft; others have two drafts or more.
-ROW_SHARES = {1: 0.1, 2: 0.1, 3: 0.3, 5: 0.4, 9: 0.1}
+ROW_SHARES = {
+    **{1: 0.1, 2: 0.1, 3: 0.25, 4: 0.1, 5: 0.25},
+    **{6: 0.05, 7: 0.05, 8: 0.05, 9: 0.05},
+}
 FILLED_SHARE = 0.5  # of plain rounds, where filling may end: assumed
 MARGIN = 0.03
 
@@ -36,21 +43,6 @@ def candidate_columns(num_rows: int) -> tuple[int, int]:
     """The R that are timed for M rows: the default, and another."""
     default = default_columns(num_rows)
     return default, 3 if default == 2 else 2
-
-
-def filled_in(columns: Mapping[int, int]) -> tuple[int, ...]:
-    """R for M = 1 to 9: the default, as far as it lies between those that were timed.
-
-    Args:
-        columns: R by M, for 1 and 9 and some between.
-    """
-    found = []
-    for num_rows in range(1, MAX_ROWS + 1):
-        below = columns[max(m for m in columns if m <= num_rows)]
-        above = columns[min(m for m in columns if m >= num_rows)]
-        low, high = sorted((below, above))
-        found.append(min(max(default_columns(num_rows), low), high))
-    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -116,3 +108,9 @@ def choose_first_row(duels: Mapping[int, Duel]) -> int:
     unfilled = (1 - FILLED_SHARE) * one.stock.seconds
     plain_s = unfilled + FILLED_SHARE * two.own.seconds
     return 1 if not one.loses and one.own.seconds <= plain_s else 2
+
+
+def drafter_first_row(duels: Mapping[int, Duel]) -> int:
+    """The same for a matrix that only a drafter has."""
+    one = {1: duels[1]}
+    return 1 if gain(one) > max(MARGIN, widest(one)) else 2

@@ -102,8 +102,8 @@ class Kept:
         """What a pass of a target takes that has exactly these shapes, seconds.
 
         Returns:
-            Seconds by the number of rows, 1, 2, 3, 5 and 9; None where it was not
-            measured with the choices that hold now.
+            Seconds by the number of rows, 1 to 9; None where it was not measured with
+            the choices that hold now.
         """
         return _by_rows(self._found["passes"].get(self._name_of(shapes))) or None
 
@@ -118,7 +118,7 @@ class Kept:
 
     def _change(self, section: str, values: Mapping[str, Any]) -> None:
         """Write some values, beside what others have written meanwhile."""
-        with _lock:
+        with _lock, self._store.locked():
             found = self._read()
             for name, value in values.items():
                 found[section].pop(name, None)
@@ -148,7 +148,7 @@ def kept_key() -> dict[str, Any]:
     names = ("architecture", "device_name", "memory_size")
     return {
         "matmuls": _CANDIDATES,
-        "kernels": _kernels_digest(),
+        "kernels": kernels_digest(),
         "gpu": [str(info.get(name, "")) for name in names],
         "system": [system_version(), platform.release()],
         "mlx": importlib.metadata.version("mlx"),
@@ -157,7 +157,7 @@ def kept_key() -> dict[str, Any]:
 
 
 @cache
-def _kernels_digest() -> str:
+def kernels_digest() -> str:
     """A text that differs for kernels of other texts."""
     found = hashlib.sha256()
     for form in FORMS:

@@ -19,7 +19,8 @@ import mlx.nn as nn
 from ..kernels.matmul import DENSE, Form, multiply
 from .choices import Choice, Choices, Shape
 
-_HEAD = "embed_tokens"  # the table that is the head too
+_TABLE = "embed_tokens"  # is the head too, but for models that have another
+_OTHER_HEADS = {"lm_head", "masked_embedding"}
 
 
 class _FewRows:
@@ -116,10 +117,10 @@ def shape_of(layer: nn.Module) -> Shape:
     num_outputs, width = fields["weight"].shape
     if not isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return Shape(num_outputs, width, Form(DENSE, 0, fields["weight"].dtype))
-    is_affine = layer.mode == "affine"
-    form = Form(
-        layer.bits if is_affine else 0, layer.group_size, fields["scales"].dtype
-    )
+    scales, biases = fields["scales"], fields.get("biases")
+    is_affine = layer.mode == "affine" and biases is not None
+    is_affine = is_affine and scales.dtype == biases.dtype
+    form = Form(layer.bits if is_affine else 0, layer.group_size, scales.dtype)
     return Shape(num_outputs, width * 32 // layer.bits, form)
 
 
@@ -130,9 +131,12 @@ def shapes_of(models: Iterable[nn.Module | None]) -> Counter[Shape]:
     """
     found: Counter[Shape] = Counter()
     for model in models:
-        for path, layer in [] if model is None else model.named_modules():
-            is_table = isinstance(layer, nn.Embedding | nn.QuantizedEmbedding)
-            if is_table and path.rpartition(".")[2] != _HEAD:
+        layers = [] if model is None else model.named_modules()
+        paths = {path: set(path.split(".")) for path, _ in layers}
+        has_other_head = any(parts & _OTHER_HEADS for parts in paths.values())
+        for path, layer in layers:
+            is_head = _TABLE in paths[path] and not has_other_head
+            if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding) and not is_head:
                 continue
             if type(layer) in _KINDS and (shape := shape_of(layer)).is_known:
                 found[shape] += 1

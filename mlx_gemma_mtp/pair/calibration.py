@@ -199,7 +199,7 @@ class Calibration:
 
     def save(self) -> None:
         """Write what this process knows to the store, beside what others do."""
-        with self.lock:
+        with self.lock, self._store.locked():
             kept = _sections(self._store.read())
             for key, controller in self._controllers.items():
                 kept["controllers"][_name(key)] = controller.to_dict()

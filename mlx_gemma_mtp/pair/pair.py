@@ -7,7 +7,7 @@ The pair can travel inside the target's model object, which is how a model loade
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from operator import is_
@@ -24,9 +24,11 @@ from ..drafting.speed_model import MLX_ALONE, Matmuls, prior
 from ..engine.model_arrays import ModelArrays
 from ..engine.rounds import CompiledRound, Rounds
 from ..engine.traces import Traces
-from ..matmuls.choices import STOCK, Choices
-from ..matmuls.decide import decide
+from ..kernels.common import backend
+from ..matmuls.choices import STOCK, Choices, Shape
+from ..matmuls.decide import blame, decide
 from ..matmuls.kept import Kept as Decisions
+from ..matmuls.kept import kernels_digest
 from ..matmuls.modules import shapes_of
 from ..models.drafter import Drafter
 from ..models.families import family_of
@@ -63,6 +65,7 @@ class Kept:
         self.calibration: Calibration | None = None
         self.choices: Choices | None = None
         self.matmuls = MLX_ALONE
+        self._decided_on = ""
         self._learnt_of: list[ReferenceType[mx.array]] = []
 
     def follow(self, weights: Sequence[mx.array]) -> None:
@@ -74,21 +77,34 @@ class Kept:
             self._learnt_of = [ref(array) for array in weights]
 
     def choose(self, models: Sequence[nn.Module]) -> Choices:
-        """What multiplies; a check may run where that was not decided."""
-        if self.choices is not None:
+        """What multiplies on the present device; a check may run to decide it."""
+        if self.choices is not None and self._decided_on == backend():
             return self.choices
+        self._decided_on = backend()
         folder, shapes = cache_folder(), shapes_of(models)
         choices = decide(shapes, folder=folder)
         took_s = Decisions(folder).pass_seconds(set(shapes)) if choices else None
-        self.matmuls = Matmuls(bool(choices), took_s or {})
+        self.matmuls = Matmuls(_has_most(choices, shapes), took_s or {})
+        if self.choices not in (None, choices):
+            self.calibration = None
         self.choices = choices
         return choices
 
-    def give_up_kernel(self, reason: str) -> None:
-        """Let MLX multiply, in later processes too: a round with the kernel failed."""
+    def give_up_kernel(self) -> None:
+        """Let MLX multiply, as a round with the kernel failed.
+
+        In later processes too, where the kernel fails again by itself.
+        """
         if self.choices:
-            Decisions(cache_folder()).mark_bad(self.choices.by_shape, reason)
+            blame(self.choices, folder=cache_folder())
         self.choices, self.matmuls, self.calibration = STOCK, MLX_ALONE, None
+
+
+def _has_most(choices: Choices, shapes: Mapping[Shape, int]) -> bool:
+    """Whether the kernel multiplies most bytes of a pair."""
+    num_bytes = {shape: count * shape.num_bytes for shape, count in shapes.items()}
+    chosen = sum(num_bytes[shape] for shape in choices.by_shape if shape in num_bytes)
+    return 2 * chosen > sum(num_bytes.values())
 
 
 class Pair:
@@ -172,8 +188,9 @@ class Pair:
         """What the pair has learnt on this machine."""
         found = self.kept.calibration
         if found is None:
-            digest = self.rounds.choices.digest
-            key = learnt_key(named_arrays(self._modules()), matmuls=digest)
+            choices = self.rounds.choices
+            matmuls = f"{choices.digest} {kernels_digest()}" if choices else ""
+            key = learnt_key(named_arrays(self._modules()), matmuls=matmuls)
             found = Calibration(Store(key, cache_folder()), self.prior)
             # Another thread may forget it at once, with the weights.
             self.kept.calibration = found

@@ -1,8 +1,9 @@
-"""Whether other programs, heat or an empty battery disturb what is timed here.
+"""Whether other programs, heat or low power mode disturb what is timed here.
 
 A load average would not tell: the self-test is most of it. So a thread that only counts
 is timed: what it did not run for, others did. And what is timed again and again on a
-quiet machine takes as long every time.
+quiet machine takes as long every time. Others that keep the GPU busy, and no processor,
+show by that alone.
 """
 
 from __future__ import annotations

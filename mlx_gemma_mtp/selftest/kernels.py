@@ -4,7 +4,7 @@ Whole numbers must be the same: tokens, ids and accepted lengths. Where a row di
 the plain operations decide it again over logits that are moved by as little as rounding
 may move them (equal ones alike, so that ties stay ties): if they then come to the
 kernel's answer the row was a close call; of those there may be few. Sums may be off by
-rounding.
+rounding. What the matmul must give, products.py says.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import mlx.core as mx
 import numpy as np
 
 from ..kernels import common, select, threshold
+from ..kernels.matmul import FORMS, Form
 from ..sampling import fused
 from ..sampling.acceptance import Accepted
 from ..sampling.candidates import sorted_best
 from ..sampling.decision import decide, propose
 from ..sampling.distribution import Distribution, choose_tokens
 from .kernel_case import SHAPES, Case, Shape, make_case, plainly
+from .products import compare_forms
 from .result import FAIL, PASS, SKIP, Result
-from .tally import NAMES, Tallies, Tally
+from .tally import DECIDING, MATMUL, Tallies, Tally
 
 SUM = 2e-5  # of a sum of exponentials, relative
 MASS = 5e-6  # of a share of the whole
@@ -35,14 +37,20 @@ NOISE = 2e-5  # what logits are moved by to find close calls
 _NUM_MOVES = 16
 _FREQUENCY = 97.0  # of the wave that moves logits
 _MANY_TOKENS = 20000  # of a vocabulary that two cases of each rule are enough for
+_MATMUL_SHARE = 0.4  # of the time: it has most texts to compile
 
 
-def look(allowance_s: float, shapes: Sequence[Shape] = SHAPES) -> Result:
-    """Compare all kernels, shape by shape while there is time.
+def look(
+    allowance_s: float,
+    shapes: Sequence[Shape] = SHAPES,
+    forms: Sequence[Form] = FORMS,
+) -> Result:
+    """Compare all kernels, form by form and shape by shape while there is time.
 
     Args:
-        allowance_s: No shape is begun that would end later, seconds.
-        shapes: The shapes to compare.
+        allowance_s: No form and no shape is begun that would end later, seconds.
+        shapes: The shapes of decisions to compare.
+        forms: The forms of matrices to compare.
     """
     if common.backend() == "ops":
         return Result(
@@ -51,7 +59,26 @@ def look(allowance_s: float, shapes: Sequence[Shape] = SHAPES) -> Result:
             "kernels need a GPU; without one plain operations decide rounds",
         )
     start = time.perf_counter()
-    tallies, pace = Tallies(), 0.0
+    tallies = Tallies({name: Tally() for name in DECIDING})
+    figures: dict[str, Any] = {"backend": common.backend()}
+    places = []
+    if common.backend() == "metal":  # elsewhere MLX multiplies
+        tallies.of = {MATMUL: Tally(), **tallies.of}
+        done = compare_forms(_MATMUL_SHARE * allowance_s, tallies, forms)
+        figures["forms"] = done
+        places.append(f"{len(done)} of {len(forms)} forms")
+    left_s = allowance_s - (time.perf_counter() - start)
+    done = _compare_shapes(left_s, tallies, shapes)
+    figures["shapes"] = done
+    places.append(f"{len(done)} of {len(shapes)} shapes")
+    return _result(tallies, " and ".join(places), figures)
+
+
+def _compare_shapes(
+    allowance_s: float, tallies: Tallies, shapes: Sequence[Shape]
+) -> list[str]:
+    """Compare decisions while there is time, the first in any case; their names."""
+    start, pace = time.perf_counter(), 0.0
     done: list[str] = []
     for shape in shapes:
         begun = time.perf_counter()
@@ -61,7 +88,7 @@ def look(allowance_s: float, shapes: Sequence[Shape] = SHAPES) -> Result:
         done.append(str(shape))
         # By the first one, the largest: what is small takes longer for its size.
         pace = pace or (time.perf_counter() - begun) / shape.size
-    return _result(tallies, done, len(shapes))
+    return done
 
 
 def compare(shape: Shape, tallies: Tallies) -> None:
@@ -78,23 +105,27 @@ def compare(shape: Shape, tallies: Tallies) -> None:
                     tallies.fail(name, error)
 
 
-def _result(tallies: Tallies, done: list[str], num_shapes: int) -> Result:
-    """What the tallies come to."""
+def _result(tallies: Tallies, places: str, figures: dict[str, Any]) -> Result:
+    """What the tallies come to.
+
+    Args:
+        tallies: Of all kernels that were compared.
+        places: On what, in words.
+        figures: What is told of it besides.
+    """
     wrong = [name for name, tally in tallies.of.items() if not tally.is_right]
     lines = []
     for name, tally in tallies.of.items():
         lines.append(f"{name:<10} {'wrong' if name in wrong else 'equal':<6} {tally}")
-    figures: dict[str, Any] = {
-        "backend": common.backend(),
-        "shapes": done,
+    figures = figures | {
         "kernels": {name: asdict(tally) for name, tally in tallies.of.items()},
         "tolerances": {"sum": SUM, "mass": MASS, "score": SCORE, "moved_by": NOISE},
     }
-    where = f"on {len(done)} of {num_shapes} shapes ({common.backend()})"
+    where = f"on {places} ({figures['backend']})"
     if wrong:
         sentence = f"{', '.join(wrong)} differ from plain operations {where}"
         return Result("kernels", FAIL, sentence, tuple(lines), figures)
-    sentence = f"all {len(NAMES)} kernels decide as plain operations do {where}"
+    sentence = f"all {len(tallies.of)} kernels give what plain operations give {where}"
     return Result("kernels", PASS, sentence, tuple(lines), figures)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-NAMES = ("select", "propose", "decide", "threshold", "judge", "resample")
+MATMUL = "matmul"
+DECIDING = ("select", "propose", "decide", "threshold", "judge", "resample")
+NAMES = (MATMUL, *DECIDING)
 
 MAX_CLOSE = 0.05  # share of a kernel's rows that may be close calls
 _MAX_MESSAGE = 160
@@ -30,11 +32,13 @@ class Tally:
     first_wrong: str = ""
     error: str = ""
 
-    def add(self, place: str, *, is_wrong: bool, is_close: bool = False) -> None:
-        """Count a row."""
-        self.rows += 1
-        self.close += is_close
-        self.wrong += is_wrong
+    def add(
+        self, place: str, *, is_wrong: bool, is_close: bool = False, num_rows: int = 1
+    ) -> None:
+        """Count a row, or several that are judged as one."""
+        self.rows += num_rows
+        self.close += num_rows * is_close
+        self.wrong += num_rows * is_wrong
         if is_wrong and not self.first_wrong:
             self.first_wrong = place
 
@@ -59,16 +63,20 @@ class Tally:
 
 @dataclass
 class Tallies:
-    """The tallies of all kernels, and where the comparison stands."""
+    """The tallies of the kernels that are compared, and where the comparison stands."""
 
     of: dict[str, Tally] = field(
         default_factory=lambda: {name: Tally() for name in NAMES}
     )
     place: str = ""
 
-    def add(self, name: str, *, is_wrong: bool, is_close: bool = False) -> None:
-        """Count a row of a kernel."""
-        self.of[name].add(self.place, is_wrong=is_wrong, is_close=is_close)
+    def add(
+        self, name: str, *, is_wrong: bool, is_close: bool = False, num_rows: int = 1
+    ) -> None:
+        """Count a row of a kernel, or several that are judged as one."""
+        self.of[name].add(
+            self.place, is_wrong=is_wrong, is_close=is_close, num_rows=num_rows
+        )
 
     def fail(self, name: str, error: Exception) -> None:
         """Note that a kernel could not be run."""

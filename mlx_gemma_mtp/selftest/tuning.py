@@ -22,7 +22,8 @@ from ..matmuls.bench import Bench
 from ..matmuls.choices import STOCK, Choices, Shape
 from ..matmuls.kept import Kept
 from ..matmuls.modules import shapes_of
-from ..matmuls.tuner import Tuned, expected_s, tune
+from ..matmuls.tuned import Tuned
+from ..matmuls.tuner import expected_s, tune
 from ..pair.pair import Pair
 from ..store import cache_folder
 from .busy import disturbed
@@ -35,13 +36,15 @@ def why_not() -> str:
     """Why there is nothing to tune on this device, in words; empty where there is."""
     if common.backend() == "metal":
         return ""
+    if common.gpu() == "metal":
+        return f"{common.VARIABLE} is off, MLX multiplies"
     return f"kernels for few rows run on Metal alone: got {mx.default_device()}"
 
 
 def plan(pair: Pair, budget_s: float) -> str:
     """What tuning will do, and how long it may take."""
     num_shapes = len(_shapes(pair))
-    likely = min(expected_s(num_shapes), budget_s)
+    likely = min(expected_s(num_shapes, len(_in_passes(pair))), budget_s)
     return (
         f"times {num_shapes} shapes of matrices, 1 to {MAX_ROWS} rows each, by MLX and "
         f"by this package's kernel, then whole passes: about {duration(likely)}, "
@@ -64,11 +67,19 @@ def look(
     """
     start = time.perf_counter()
     shapes, kept = _shapes(pair), Kept(folder)
+    if not shapes:
+        return Result("tune", SKIP, "the kernel multiplies no matrix of this pair")
     tried = {s: count for s, count in shapes.items() if not kept.is_bad(s)}
     with pair.wired():
         passes = Passes(pair)
         machine = Bench(passes.run, disturbed)
-        found = tune(tried, machine, budget_s=budget_s, progress=progress)
+        found = tune(
+            tried,
+            machine,
+            in_passes=_in_passes(pair),
+            budget_s=budget_s,
+            progress=progress,
+        )
     keep(found, set(shapes), kept)
     lines, figures = what_runs(shapes, kept)
     figures |= {
@@ -178,6 +189,11 @@ def _shapes(pair: Pair) -> Mapping[Shape, int]:
     return shapes_of([pair.target, pair.drafter])
 
 
+def _in_passes(pair: Pair) -> Mapping[Shape, int]:
+    """Those of the target, which passes are of."""
+    return shapes_of([pair.target])
+
+
 def _judged(found: Tuned) -> tuple[str, str]:
     """Status and sentence."""
     if found.reason:
@@ -185,16 +201,17 @@ def _judged(found: Tuned) -> tuple[str, str]:
     if found.bad:
         where = ", ".join(map(str, found.bad))
         return FAIL, f"a kernel failed here, MLX takes its place: {where}"
-    undecided = len(found.reasons.keys() - found.decided.keys())
-    rest = f"; {undecided} undecided, no time left" if undecided else ""
+    undecided = [r for shape, r in found.reasons.items() if shape not in found.decided]
+    why = ", ".join(dict.fromkeys(reason.partition(":")[0] for reason in undecided))
+    rest = f"; {len(undecided)} undecided, {why}" if undecided else ""
     if not found.choices:
         return INFO, f"MLX is as fast for {len(found.decided)} shapes{rest}"
-    gained = found.stock_passes[_SHOWN_ROWS] / found.passes[_SHOWN_ROWS]
     num_chosen = len(found.choices.by_shape)
-    return INFO, (
-        f"the kernel for {num_chosen} of {len(found.decided)} shapes; passes of "
-        f"{_SHOWN_ROWS} rows are {gained:.2f} times as fast{rest}"
-    )
+    sentence = f"the kernel for {num_chosen} of {len(found.decided)} shapes"
+    if found.passes:
+        gained = found.stock_passes[_SHOWN_ROWS] / found.passes[_SHOWN_ROWS]
+        sentence += f"; passes of {_SHOWN_ROWS} rows are {gained:.2f} times as fast"
+    return INFO, sentence + rest
 
 
 def _gained(kept: Kept | None, choices: Choices) -> str:

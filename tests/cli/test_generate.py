@@ -221,6 +221,7 @@ class TestOutput:
         found = run("--stats-json", name)
         assert_one_line(found, "--stats-json must be a file that can be written")
 
+    @pytest.mark.usefixtures("probes")
     @pytest.mark.parametrize("exactness", ["auto", "exact", "fast"])
     def test_exactness(self, run, expected, exactness):
         args = ("--exactness", exactness, "--num-draft-tokens", "3")
@@ -299,6 +300,8 @@ class TestOutput:
             "--no-draft",
             "--no-reproducible",
             "--exactness",
+            "--regex",
+            "--schema",
             "--stats-json",
             "--stop",
             "--revision",

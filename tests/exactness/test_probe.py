@@ -27,6 +27,7 @@ from mlx_gemma_mtp.exactness.probe import TIMING_PASSES, places, probe
 from mlx_gemma_mtp.exactness.verdict import PLAIN_ROWS
 from mlx_gemma_mtp.generation.tokens import make_decoder
 from mlx_gemma_mtp.models.target import Target
+from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.pair.planning import make_plan
@@ -38,12 +39,27 @@ pytestmark = pytest.mark.usefixtures("plain_graphs")
 PROMPT = [2, 17, 300, 45, 99, *range(60, 80)]
 ALL = tuple(range(1, 9))
 NUM_TOKENS = 24  # the window is 16 and the ring 34: both wrap
+MANY_SLOTS = probe_module._MANY_SLOTS
 
 
 @pytest.fixture(autouse=True)
 def _fresh_cache(monkeypatch, tmp_path):
     """Pairs with something built in have the fingerprint of those without."""
     monkeypatch.setenv("MLX_GEMMA_MTP_CACHE", str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def _few_slots(monkeypatch):
+    """What is built in here shows over few slots too, for half of the time."""
+    monkeypatch.setattr(probe_module, "_MANY_SLOTS", 0)
+    # A machine that stood still for a moment is no reason to give a probe up.
+    monkeypatch.setattr(planning, "_PROBE_BUDGET_S", 1e9)
+
+
+@pytest.fixture
+def many_slots(monkeypatch):
+    """As many as users' probes have."""
+    monkeypatch.setattr(probe_module, "_MANY_SLOTS", MANY_SLOTS)
 
 
 class RoundedByRows(nn.Module):
@@ -110,6 +126,7 @@ def largest_difference(pair: Pair) -> float:
     return verdict.max_difference
 
 
+@pytest.mark.usefixtures("many_slots")
 def test_every_number_of_drafts_is_exact_here():
     verdict = probe(reference_pair("e2b").rounds)
     assert verdict is not None
@@ -227,6 +244,7 @@ def test_damage_is_nothing_that_was_compared(damage):
         Compared.from_dict({**whole.to_dict(), **damage})
 
 
+@pytest.mark.usefixtures("many_slots")
 def test_places_cover_the_wrap_and_the_growth():
     layout = reference_pair("12b").rounds.target.layout
     start, wrap, grown = places(layout)

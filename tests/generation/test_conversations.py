@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from mlx_gemma_mtp.markup.tool_calls import QUOTE
 from mlx_gemma_mtp.server.answer_parser import Dialogue
-from mlx_gemma_mtp.server.prompts import Prompts
 from tests.gemma import FORMS
 from tests.markup.test_tool_calls import ARGUMENTS, call_of
+from tests.server.serving import prompts_of
 
 pytestmark = pytest.mark.gemma
 
@@ -85,7 +85,7 @@ class Turn:
         self.tokenizer = tokenizer
         self.form = form = FORMS[tokenizer.form_name]
         self.answer = thought_of(thought) + content + calls_of(calls, form)
-        prompts, args = Prompts(tokenizer, {}), {"enable_thinking": thinking}
+        prompts, args = prompts_of(tokenizer), {"enable_thinking": thinking}
         before = prompts.of_messages(messages, tools=TOOLS, template_args=args)
         reader = Dialogue(tokenizer).readers(TOOLS, 1, opening=before.opening)[0]
         self.delta = reader.read(self.answer, is_last=True)
@@ -186,7 +186,7 @@ class TestRoundTrip:
         form = FORMS[tokenizer.form_name]
         call = Turn(tokenizer, [user("Go")], True, "Hm", "", [(WEATHER, {"a": "x"})])
         messages = [user("Go"), call.reply, {**RESULT, "tool_call_id": "0"}]
-        prompts, args = Prompts(tokenizer, {}), {"enable_thinking": True}
+        prompts, args = prompts_of(tokenizer), {"enable_thinking": True}
         prompt = prompts.of_messages(messages, tools=TOOLS, template_args=args)
         assert prompt.is_reasoning is form.opens_thought_behind_result
         answer = "Now I know.\n<channel|>Done"
@@ -209,7 +209,7 @@ class TestRoundTrip:
             {"role": "tool", "tool_call_id": "1", "content": "two"},
             {"role": "tool", "tool_call_id": "?", "name": "other", "content": "one"},
         ]
-        prompts = Prompts(tokenizer, {})
+        prompts = prompts_of(tokenizer)
         form = FORMS[tokenizer.form_name]
         results = "".join(
             f"<|tool_response>response:{name}{{value:{QUOTE}{text}{QUOTE}}}"
@@ -244,7 +244,7 @@ class TestRoundTrip:
             ],
         }[place]
         for thinking in (True, False):
-            prompt = Prompts(tokenizer, {}).of_messages(
+            prompt = prompts_of(tokenizer).of_messages(
                 messages, tools=TOOLS, template_args={"enable_thinking": thinking}
             )
             form = FORMS[tokenizer.form_name]

@@ -26,6 +26,7 @@ from mlx_gemma_mtp.generation import tokens as tokens_module
 from mlx_gemma_mtp.generation.figures import describe
 from mlx_gemma_mtp.generation.response import GenerationResponse
 from mlx_gemma_mtp.generation.text import generate, stream_generate
+from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.load import load, load_pair
 from mlx_gemma_mtp.sampling import distribution, graph
 from tests.tiny import (
@@ -81,8 +82,10 @@ def plain(model, loaded):
 
 @pytest.fixture(scope="module")
 def drafted(model, loaded):
-    """Sampled responses of which many were drafted."""
-    return responses(model, loaded[1], max_tokens=40, num_draft_tokens=4, **SAMPLED)
+    """Sampled responses of which many were drafted, behind a probe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_PROBE_BUDGET_S", None)
+        return responses(model, loaded[1], max_tokens=40, num_draft_tokens=4, **SAMPLED)
 
 
 @pytest.fixture(scope="module")
@@ -468,6 +471,7 @@ class TestGenerate:
         assert generate(model, tokenizer, PROMPT, max_tokens=24) == joined(plain)
         assert capsys.readouterr() == ("", "")
 
+    @pytest.mark.usefixtures("probes")
     def test_verbose(self, model, tokenizer, plain, capsys):
         text = generate(model, tokenizer, PROMPT, max_tokens=24, verbose=True)
         out, err = capsys.readouterr()

@@ -53,7 +53,7 @@ class Mistake:
 
 # The launch ends, and bits are wrong.
 WRONG = (
-    Mistake("nibbles taken from four bits higher", "(p0 >> 8)", "(p0 >> 4)"),
+    Mistake("nibbles taken from four bits higher", "p0 >> 8", "p0 >> 4"),
     Mistake("a mask that misses a bit", "0x000F000Fu", "0x000F0007u"),
     Mistake("bits beside another power of two", "0x54005400u", "0x64006400u"),
     Mistake("halves of a bfloat word exchanged", "BFLOAT_LOW(x1", "BFLOAT_HIGH(x1"),

@@ -92,7 +92,8 @@ def check_arithmetic(counts, product):
     logic = 5 * LANES * product.num_simdgroups
     logic += in_words // 2 if is_bfloat else 0
     assert operations.pop("logic") == logic + num_quantized
-    assert operations.pop("shift") <= num_weights // 4  # what is alike counts twice
+    shifts = num_weights // (8 if form.bits == 4 else 4) if form.group_size else 0
+    assert operations.pop("shift") == shifts
     lanes = LANES * product.num_simdgroups
     assert operations.pop("add") == exchanged * lanes
     assert counts.calls == {"simd_shuffle_xor": exchanged * lanes}  # and no barrier

@@ -40,6 +40,7 @@ class StandIn:
         num_columns: int | None = None,
     ) -> mx.array:
         assert num_columns is not None
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])
         pipeline = form, len(x), num_columns
         self.calls.append(pipeline)
         self.fails(*pipeline)
@@ -55,4 +56,4 @@ class StandIn:
         # Row by row: the CPU's sums depend on how many there are.
         rows = [row[None] @ weight.T for row in x.astype(mx.float32)]
         y = mx.concatenate(rows).astype(form.dtype)
-        return self.change(y, *pipeline)
+        return self.change(y, *pipeline).reshape(*shape[:-1], -1)

@@ -64,7 +64,7 @@ def test_the_truth_is_the_product_in_float64(shape):
     inputs = np.array(matrix.inputs.astype(mx.float32)).astype(np.float64)
     truth = inputs @ exact.T
     assert np.abs(np.array(matrix.truth) - truth).max() < 1e-5
-    assert 0.7 < truth.std() < 1.4
+    assert 0.8 < truth.std() < 1.25
 
 
 def test_copies_are_all_there_and_differ():
@@ -74,6 +74,34 @@ def test_copies_are_all_there_and_differ():
         assert [a.shape for a in first] == [a.shape for a in second]
         assert not mx.array_equal(first[0], second[0])
     assert sum(a.nbytes for copy in matrix.copies for a in copy) >= 9 * LARGE.num_bytes
+
+
+def test_a_large_matrix_is_held_once():
+    """A head has gigabytes, and the model is there too."""
+    band = mx.random.normal((bench._BAND, 1024)).astype(mx.bfloat16)
+    mx.eval(band)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    matrix = bench.filled(band, 5000)
+    assert mx.get_peak_memory() - before < 1.1 * matrix.nbytes
+    assert mx.array_equal(matrix, mx.tile(band, (20, 1))[:5000])
+
+
+def test_only_the_kernel_runs_in_what_checks_it(kernel, monkeypatch):
+    """What MLX itself has to make or to multiply is there before."""
+    products = Products(copy_bytes=1)
+    products.prepare(SMALL)
+    assert kernel.calls == []
+
+    def fails(*_, **__):
+        raise RuntimeError("[malloc] Unable to allocate 8 bytes.")
+
+    monkeypatch.setattr(bench, "filled", fails)
+    monkeypatch.setattr(mx, "quantized_matmul", fails)
+    assert products.is_right(SMALL, 3, 4)
+    with pytest.raises(RuntimeError, match="allocate"):
+        products.prepare(LARGE)
 
 
 @pytest.mark.parametrize("shape", ALL, ids=str)
@@ -105,6 +133,15 @@ def test_a_chain_depends_on_all_of_it(shape, num_rows):
     )
     empty = matrix.no_product(own, matrix.copies[0])
     assert empty.shape == (num_rows, shape.num_outputs)
+
+
+@pytest.mark.parametrize("shape", ALL, ids=str)
+def test_numbers_of_a_long_chain_keep_their_size(shape):
+    matrix = _Matrix(shape, 5 * shape.num_bytes)
+    product = partial(bench._product, shape=shape, columns=None)
+    x = matrix.chain(product, 3, 60).astype(mx.float32)
+    size = float(np.sqrt(np.mean(np.array(x) ** 2)))
+    assert 0.05 < size < 20
 
 
 # ----------------------------------------------------------------------------- the time
@@ -170,7 +207,7 @@ def test_right_numbers_are_right(shape, kernel):
 
 
 WRONG = {
-    "one number off": lambda y, *_: y + 0.1 * (mx.arange(y.size) == 7).reshape(y.shape),
+    "one number off": lambda y, *_: y + 0.5 * (mx.arange(y.size) == 7).reshape(y.shape),
     "all a little off": lambda y, *_: y * 1.03,
     "a number missing": lambda y, *_: y * (mx.arange(y.shape[1]) != y.shape[1] - 1),
     "rows exchanged": lambda y, *_: y[::-1],
@@ -214,13 +251,14 @@ def test_the_tuner_takes_this_machine(kernel, monkeypatch):
     """All of it, with windows of no time."""
     passes: list[tuple[Choices, int]] = []
     lines: list[str] = []
-    monkeypatch.setattr("mlx_gemma_mtp.matmuls.tuner.WINDOW_S", 0.0)
-    monkeypatch.setattr("mlx_gemma_mtp.matmuls.tuner.WARM_UP_S", 0.0)
+    monkeypatch.setattr("mlx_gemma_mtp.matmuls.windows.WINDOW_S", 0.0)
+    monkeypatch.setattr("mlx_gemma_mtp.matmuls.windows.WARM_UP_S", 0.0)
     machine = Bench(lambda *a: passes.append(a), lambda: "", copy_bytes=1)
-    found = tune({SMALL: 2}, machine, budget_s=600, progress=lines.append)
+    shapes = {SMALL: 2}
+    found = tune(shapes, machine, in_passes=shapes, budget_s=600, progress=lines.append)
     assert set(found.decided) == {SMALL}
     assert found.bad == {}
-    assert {num_rows for _, num_rows in passes} == {1, 2, 3, 5, 9}
+    assert {num_rows for _, num_rows in passes} == set(range(1, 10))
     assert {(m, r) for _, m, r in kernel.calls} >= {(5, 4), (5, 2), (9, 2), (9, 3)}
 
 

@@ -115,6 +115,21 @@ def test_several_may_write(monkeypatch, tmp_path):
     assert set(Kept(tmp_path).choices(shapes).by_shape) == set(shapes)
 
 
+def test_another_process_writes_first_or_last(tmp_path):
+    """One that has read and not yet written is waited for: nothing bad is forgotten."""
+    other = Store(module.kept_key(), tmp_path)
+    kept = Kept(tmp_path)
+    thread = threading.Thread(target=kept.mark_bad, args=([SMALL], "raised"))
+    with other.locked():
+        found = other.read()
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        other.write({**found, "bad": {str(LARGE): "raised"}})
+    thread.join()
+    assert all(map(Kept(tmp_path).is_bad, (SMALL, LARGE)))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -134,9 +149,9 @@ def test_another_key_is_another_decision(change, monkeypatch, tmp_path):
 
 
 def test_another_text_of_one_kernel_is_another_decision(monkeypatch):
-    before = module._kernels_digest()
-    module._kernels_digest.cache_clear()
-    assert module._kernels_digest() == before
+    before = module.kernels_digest()
+    module.kernels_digest.cache_clear()
+    assert module.kernels_digest() == before
     make = matmul.kernel
 
     def other(form, num_rows, columns):
@@ -145,23 +160,23 @@ def test_another_text_of_one_kernel_is_another_decision(monkeypatch):
         return replace(found, source=found.source + " ") if is_one else found
 
     monkeypatch.setattr(module, "kernel", other)
-    module._kernels_digest.cache_clear()
-    assert module._kernels_digest() != before
-    module._kernels_digest.cache_clear()
+    module.kernels_digest.cache_clear()
+    assert module.kernels_digest() != before
+    module.kernels_digest.cache_clear()
 
 
 def test_a_word_of_all_kernels_is_in_the_key(monkeypatch):
-    before = module._kernels_digest()
+    before = module.kernels_digest()
     matmul.kernel.cache_clear()
-    module._kernels_digest.cache_clear()
-    assert "LOAD4" in common._METAL
+    module.kernels_digest.cache_clear()
+    assert "LOAD4" in common.METAL
     make = common.Kernel
-    monkeypatch.setattr(matmul, "Kernel", lambda **k: make(**k, header="other"))
+    monkeypatch.setattr(matmul, "Kernel", lambda **k: make(**{**k, "header": "?"}))
     try:
-        assert module._kernels_digest() != before
+        assert module.kernels_digest() != before
     finally:
         matmul.kernel.cache_clear()
-        module._kernels_digest.cache_clear()
+        module.kernels_digest.cache_clear()
 
 
 NONSENSE: list[object] = [

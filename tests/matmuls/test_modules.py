@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 from mlx_gemma_mtp.kernels import common
 from mlx_gemma_mtp.kernels.matmul import Form
@@ -137,3 +137,20 @@ def test_shapes_are_counted():
         Shape(24, 64, Form(8, 64, bfloat16)): 1,
     }
     assert shapes_of([taking(model)]) == {}
+
+
+def test_table_with_another_head_is_no_matrix():
+    model = Model()
+    before = shapes_of([model])
+    model.lm_head = nn.Linear(64, 40)
+    model.lm_head.set_dtype(mx.bfloat16)
+    assert shapes_of([model]) == before  # one in place of the other
+    model.embed_tokens = LoRAEmbedding.from_base(model.embed_tokens)
+    del model["lm_head"]
+    assert shapes_of([model]) == before
+
+
+def test_biases_of_another_type_than_scales_are_mlxs(launches):
+    packed = Model().packed
+    packed["biases"] = packed["biases"].astype(mx.float32)
+    assert not shape_of(packed).is_known

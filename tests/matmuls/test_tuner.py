@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import pytest
 
 from mlx_gemma_mtp.kernels.matmul import DENSE, MAX_ROWS, Form, default_columns
-from mlx_gemma_mtp.matmuls import tuner
-from mlx_gemma_mtp.matmuls.choices import Choice, Choices, Shape
+from mlx_gemma_mtp.matmuls.choices import Choices, Shape
 from mlx_gemma_mtp.matmuls.judgement import (
-    MARGIN,
     ROW_SHARES,
     Duel,
     Timing,
     candidate_columns,
     choose_first_row,
-    filled_in,
+    drafter_first_row,
 )
-from mlx_gemma_mtp.matmuls.tuner import PASS_ROWS, WINDOW_S, Tuned, expected_s, tune
+from mlx_gemma_mtp.matmuls.tuned import Tuned
+from mlx_gemma_mtp.matmuls.tuner import PASS_ROWS, expected_s, tune
+from mlx_gemma_mtp.matmuls.windows import NUM_WINDOWS, WINDOW_S
 
 FOUR_BIT = Form(4, 64, mx.bfloat16)
 EIGHT_BIT = Form(8, 64, mx.bfloat16)
@@ -48,6 +49,9 @@ class Truth:
         growth: What each further row adds to the kernel's, over its one row.
         other: The time of another R than the default, over the default's.
         in_context: The kernel's time in a pass, over what it takes alone.
+        cliffs: The (M, R) with which registers do not suffice, and what the kernel
+            then takes, over what it would.
+        cliffs_in_context: The same in passes alone, by M.
         wrong: The (M, R) with wrong numbers.
         raises: The (M, R) that raise when they run.
         raises_timed: Whether it raises only after some windows.
@@ -60,6 +64,8 @@ class Truth:
     growth: float = 0.1
     other: float = 1.1
     in_context: float = 1.0
+    cliffs: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    cliffs_in_context: Mapping[int, float] = field(default_factory=dict)
     wrong: frozenset[tuple[int, int]] = frozenset()
     raises: frozenset[tuple[int, int]] = frozenset()
     raises_timed: bool = False
@@ -70,7 +76,12 @@ class Truth:
 
     def kernel(self, num_rows: int, columns: int) -> float:
         own = self.stock_s / self.speed * (1 + self.growth * (num_rows - 1))
-        return own * (1 if columns == default_columns(num_rows) else self.other)
+        own *= 1 if columns == default_columns(num_rows) else self.other
+        return own * self.cliffs.get((num_rows, columns), 1)
+
+    def in_pass(self, num_rows: int, columns: int) -> float:
+        own = self.kernel(num_rows, columns) * self.in_context
+        return own * self.cliffs_in_context.get(num_rows, 1)
 
 
 @dataclass
@@ -87,6 +98,8 @@ class Simulated:
         disturbed_from: From when on others disturb it, seconds.
         fixed_s: What a pass takes beside its matrices, seconds.
         counts: How many matrices of each shape a pass has.
+        no_memory: The shapes and places (prepare, is_right, MLX, kernel, pass) where
+            memory ends.
     """
 
     truths: dict[Shape, Truth]
@@ -98,6 +111,7 @@ class Simulated:
     disturbed_from: float = float("inf")
     fixed_s: float = 2e-3
     counts: dict[Shape, int] = field(default_factory=lambda: SHAPES)
+    no_memory: set[tuple[Shape, str]] = field(default_factory=set)
     now: float = 0.0
     traced: set[object] = field(default_factory=set)
     ran: list[tuple[Shape, int, int]] = field(default_factory=list)
@@ -113,8 +127,17 @@ class Simulated:
         self.now += 0.2
         return "others work" if self.now >= self.disturbed_from else ""
 
+    def prepare(self, shape: Shape) -> None:
+        self.now += 0.2
+        self._allocate(shape, "prepare")
+
+    def _allocate(self, shape: Shape, place: str) -> None:
+        if (shape, place) in self.no_memory:
+            raise RuntimeError("[malloc] Unable to allocate 2818572288 bytes.")
+
     def is_right(self, shape: Shape, num_rows: int, columns: int) -> bool:
         self.now += 0.05
+        self._allocate(shape, "is_right")
         self._run(shape, num_rows, columns)
         return (num_rows, columns) not in self.truths[shape].wrong
 
@@ -122,6 +145,7 @@ class Simulated:
         self, shape: Shape, num_rows: int, columns: int | None, window_s: float
     ) -> float:
         truth = self.truths[shape]
+        self._allocate(shape, "MLX" if columns is None else "kernel")
         if columns is None:
             return self._window(truth.stock(num_rows), window_s)
         self._run(shape, num_rows, columns)
@@ -135,21 +159,23 @@ class Simulated:
             self.traced.add(kind)
             self.now += 0.5
         for shape, choice in choices.by_shape.items():
+            assert shape in self.counts  # the pass holds it
+            self._allocate(shape, "pass")
             if choice.takes(num_rows) and self.truths[shape].raises_in_context:
                 self.now += 0.01
-                raise RuntimeError("no more\nmemory")
+                raise RuntimeError("no such\nlibrary")
         return self._window(self.pass_truth(choices, num_rows), window_s)
 
     def pass_truth(self, choices: Choices, num_rows: int) -> float:
         """What a pass takes in truth."""
         total = self.fixed_s
-        for shape, truth in self.truths.items():
-            choice = choices.by_shape.get(shape)
+        for shape, count in self.counts.items():
+            truth, choice = self.truths[shape], choices.by_shape.get(shape)
             if choice is None or not choice.takes(num_rows):
-                total += self.counts[shape] * truth.stock(num_rows)
+                total += count * truth.stock(num_rows)
             else:
-                own_s = truth.kernel(num_rows, choice.columns[num_rows - 1])
-                total += self.counts[shape] * own_s * truth.in_context
+                own_s = truth.in_pass(num_rows, choice.columns[num_rows - 1])
+                total += count * own_s
         return total
 
     def _run(self, shape: Shape, num_rows: int, columns: int) -> None:
@@ -170,8 +196,19 @@ class Simulated:
         return seconds
 
 
-def tuned(machine: Simulated, budget_s: float = 600.0) -> Tuned:
-    return tune(SHAPES, machine, budget_s=budget_s, progress=lambda line: None)
+def tuned(
+    machine: Simulated,
+    budget_s: float = 600.0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Tuned:
+    shapes = {shape: SHAPES.get(shape, 9) for shape in machine.truths}
+    return tune(
+        shapes,
+        machine,
+        in_passes=machine.counts,
+        budget_s=budget_s,
+        progress=progress,
+    )
 
 
 def all_of(**truth) -> dict[Shape, Truth]:
@@ -182,7 +219,7 @@ def all_of(**truth) -> dict[Shape, Truth]:
 def any_machine(seed: int) -> Simulated:
     """Some machine: kernels are fast, slow, wrong or raise, and its clock is any."""
     draw = random.Random(seed)
-    pipelines = [(m, r) for m in ROW_SHARES for r in candidate_columns(m)]
+    pipelines = [(m, r) for m in ALL_ROWS for r in candidate_columns(m)]
 
     def some(chance: float) -> frozenset[tuple[int, int]]:
         if draw.random() > chance:
@@ -197,10 +234,14 @@ def any_machine(seed: int) -> Simulated:
             growth=draw.choice((0.03, 0.1, 0.2, 0.4)),
             other=draw.uniform(0.8, 1.3),
             in_context=draw.choice((1.0, 1.0, 1.05, 1.2, 2.0)),
-            wrong=some(0.1),
-            raises=some(0.15),
+            cliffs=dict.fromkeys(some(0.1), draw.choice((1.1, 1.5, 10))),
+            cliffs_in_context=dict.fromkeys(
+                (m for m, _ in some(0.05)), draw.choice((1.1, 1.5, 10))
+            ),
+            wrong=some(0.05),
+            raises=some(0.1),
             raises_timed=draw.random() < 0.05,
-            raises_in_context=draw.random() < 0.1,
+            raises_in_context=draw.random() < 0.05,
         )
         for shape in SHAPES
     }
@@ -213,6 +254,13 @@ def any_machine(seed: int) -> Simulated:
         steps=draw.random() < 0.5,
         disturbed_from=draw.choice((*[float("inf")] * 9, draw.uniform(0, 200))),
         fixed_s=draw.choice((1e-4, 2e-3, 2e-2)),
+        counts={s: n for s, n in SHAPES.items() if s == LARGE or draw.random() < 0.8},
+        no_memory={
+            (shape, place)
+            for shape in SHAPES
+            for place in ("prepare", "is_right", "MLX", "kernel", "pass")
+            if draw.random() < 0.005
+        },
     )
 
 
@@ -233,26 +281,29 @@ def test_it_never_keeps_a_wrong_or_slower_kernel_and_keeps_its_time():
     num_kept = 0
     for seed in range(1000):
         machine = any_machine(seed)
-        budget_s = random.Random(seed).choice((10, 60, 300, 900))
+        budget_s = random.Random(seed).choice((10, 150, 300, 900))
         found = tuned(machine, budget_s)
         # One window, or one check, may be under way when time is over.
         assert machine.now <= budget_s + 2, seed
         num_kept += bool(found.choices)
-        for num_rows in ROW_SHARES:
+        for num_rows in ALL_ROWS:
             stock_s = machine.pass_truth(Choices(), num_rows)
             own_s = machine.pass_truth(found.choices, num_rows)
-            assert own_s <= (1 + MARGIN) * stock_s, (seed, num_rows)
+            assert own_s <= 1.03 * stock_s, (seed, num_rows)
         assert mix(machine, found.choices) <= mix(machine, Choices()), seed
         for shape, choice in found.choices.by_shape.items():
             truth = machine.truths[shape]
-            for num_rows in filter(choice.takes, ROW_SHARES):
+            for num_rows in filter(choice.takes, ALL_ROWS):
                 pipeline = num_rows, choice.columns[num_rows - 1]
                 assert pipeline not in truth.wrong | truth.raises, seed
                 own_s, stock_s = truth.kernel(*pipeline), truth.stock(num_rows)
-                assert own_s <= (1 + MARGIN) * stock_s, (seed, shape, num_rows)
+                assert own_s <= 1.03 * stock_s, (seed, shape, num_rows)
         for shape in found.bad:
             assert found.decided.get(shape) is None
-    assert num_kept > 100
+            truth = machine.truths[shape]
+            raises = truth.raises_timed or truth.raises_in_context
+            assert truth.wrong or truth.raises or raises, seed
+    assert num_kept > 120
 
 
 def test_no_pipeline_is_in_a_pass_that_has_not_run_alone():
@@ -289,7 +340,8 @@ def test_it_takes_what_is_truly_faster_on_quiet_machines(seed):
 def test_it_takes_about_as_long_as_it_says():
     machine = Simulated(fast())
     tuned(machine)
-    assert 0.5 * expected_s(len(SHAPES)) < machine.now < 1.2 * expected_s(len(SHAPES))
+    expected = expected_s(len(SHAPES), len(SHAPES))
+    assert 0.6 * expected < machine.now < 1.2 * expected
 
 
 # ------------------------------------------------------------------- the first row
@@ -328,25 +380,115 @@ def test_a_loss_of_one_row_is_weighed_against_what_filling_costs():
     assert first_row(1.02, 1.5, spread=0.02) == 2  # it may be above the margin
 
 
-def test_columns_between_measured_rows():
-    defaults = tuple(map(default_columns, ALL_ROWS))
-    assert filled_in({m: default_columns(m) for m in ROW_SHARES}) == defaults
-    assert filled_in({1: 4, 2: 4, 3: 2, 5: 2, 9: 2}) == (4, 4, *[2] * 7)
-    assert filled_in({1: 4, 2: 2, 3: 4, 5: 2, 9: 3}) == (4, 2, 4, 4, 2, 3, 3, 3, 3)
-    for columns in ({1: 2, 2: 4, 3: 2, 5: 4, 9: 3}, {1: 4, 2: 4, 3: 4, 5: 4, 9: 3}):
-        Choice(columns=filled_in(columns))  # all of them are kernels
+# --------------------------------------------------------- what only the drafter has
+
+
+DRAFTER = Shape(1024, 256, FOUR_BIT)
+
+
+def with_drafter(**truth) -> dict[Shape, Truth]:
+    """Fast kernels, and one for a matrix that only the drafter has."""
+    own = {"stock_growth": 0.5, "growth": 0.05, **truth}
+    return {**fast(), DRAFTER: Truth(DRAFTER.num_bytes / 200e9, **own)}
+
+
+def test_passes_are_never_timed_without_what_they_do_not_have():
+    machine = Simulated(with_drafter(in_context=9.0, raises_in_context=True))
+    lines: list[str] = []
+    found = tuned(machine, progress=lines.append)  # the machine refuses it in passes
+    assert set(found.choices.by_shape) == {*SHAPES, DRAFTER}
+    assert f"whole passes without {LARGE}" in lines
+    assert f"whole passes without {DRAFTER}" not in lines
+
+
+@pytest.mark.parametrize(
+    ("speed", "first_row"), [(1.1, 1), (1.02, 2), (1.0, 2), (0.98, 2), (0.9, 2)]
+)
+def test_steps_of_a_drafter_get_the_kernel_where_they_win(speed, first_row):
+    """There a plain round saves nothing that would make up for a loss."""
+    machine = Simulated(with_drafter(speed=speed), noise=0.001)
+    found = tuned(machine)
+    assert found.choices.by_shape[DRAFTER].first_row == first_row
+
+
+def test_a_loss_in_passes_of_one_row_is_not_the_drafters():
+    truths = with_drafter(speed=1.1)
+    for shape in SHAPES:
+        truths[shape] = replace(truths[shape], cliffs_in_context={1: 1.2})
+    found = tuned(Simulated(truths, noise=0.001))
+    rows = {shape: c.first_row for shape, c in found.choices.by_shape.items()}
+    assert rows == {**dict.fromkeys(SHAPES, 2), DRAFTER: 1}
+
+
+def test_what_only_the_drafter_has_needs_no_time_for_passes():
+    found = tuned(Simulated(with_drafter(), fixed_s=30.0), 400)
+    assert set(found.choices.by_shape) == {DRAFTER}
+    assert found.reasons[LARGE] == "no time left for whole passes"
+
+
+def test_one_row_of_a_drafter_must_gain_more_than_its_spread():
+    def first(one_own: float, spread: float) -> int:
+        timings = Timing(1.0, 0.0), Timing(one_own, spread)
+        return drafter_first_row({1: Duel(*timings)})
+
+    assert first(0.95, 0.0) == first(0.95, 0.049) == 1
+    assert first(0.975, 0.0) == first(0.95, 0.051) == 2
+
+
+# -------------------------------------------------------------------------- cliffs
+
+
+@pytest.mark.parametrize("num_rows", ALL_ROWS)
+def test_another_r_is_taken_where_registers_do_not_suffice(num_rows):
+    default, other = candidate_columns(num_rows)
+    truths = fast(other=1.05)
+    truths[LARGE] = replace(truths[LARGE], cliffs={(num_rows, default): 10})
+    choice = tuned(Simulated(truths)).choices.by_shape[LARGE]
+    expected = list(map(default_columns, ALL_ROWS))
+    expected[num_rows - 1] = other
+    assert choice.columns == tuple(expected)
+
+
+@pytest.mark.parametrize("num_rows", ALL_ROWS)
+def test_a_cliff_with_every_r_drops_a_shape(num_rows):
+    truths = fast()
+    cliffs = {(num_rows, columns): 10.0 for columns in candidate_columns(num_rows)}
+    truths[LARGE] = replace(truths[LARGE], cliffs=cliffs)
+    found = tuned(Simulated(truths))
+    if num_rows == 1:
+        assert found.choices.by_shape[LARGE].first_row == 2
+    else:
+        assert found.decided[LARGE] is None
+        assert f"for {num_rows} rows" in found.reasons[LARGE]
+    assert set(found.choices.by_shape) >= set(SHAPES) - {LARGE}
+
+
+@pytest.mark.parametrize("num_rows", ALL_ROWS)
+@pytest.mark.parametrize("shape", [LARGE, WIDE], ids=str)
+def test_a_cliff_in_passes_drops_the_shape(shape, num_rows):
+    truths = fast()
+    truths[shape] = replace(truths[shape], cliffs_in_context={num_rows: 20.0})
+    found = tuned(Simulated(truths))
+    if num_rows == 1:
+        rows = {choice.first_row for choice in found.choices.by_shape.values()}
+        assert rows == {2}
+    else:
+        assert set(found.choices.by_shape) == set(SHAPES) - {shape}
 
 
 # ----------------------------------------------------------- what is not right, or slow
 
 
-def test_a_wrong_kernel_is_bad_and_never_timed():
+@pytest.mark.parametrize("num_rows", ALL_ROWS)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_wrong_kernel_is_bad_and_never_timed(num_rows, place):
     truths = fast()
-    truths[LARGE] = replace(truths[LARGE], wrong=frozenset({(3, 2)}))
+    pipeline = num_rows, candidate_columns(num_rows)[place]
+    truths[LARGE] = replace(truths[LARGE], wrong=frozenset({pipeline}))
     machine = Simulated(truths)
     found = tuned(machine)
     assert found.decided[LARGE] is None
-    assert found.bad == {LARGE: "wrong numbers for 3 rows"}
+    assert found.bad == {LARGE: f"wrong numbers for {num_rows} rows"}
     assert LARGE not in found.gains
     assert set(found.choices.by_shape) == set(SHAPES) - {LARGE}
 
@@ -393,6 +535,45 @@ def test_timings_that_lie_apart_are_no_gain():
     assert all("lie apart" in reason for reason in found.reasons.values())
 
 
+def test_a_candidate_whose_timings_lie_apart_leaves_the_other():
+    machine = Simulated(fast(other=1.02))
+    times = machine.product_s
+    restless = iter((1.0, 1.04) * 10000)
+
+    def product_s(shape, num_rows, columns, window_s):
+        found = times(shape, num_rows, columns, window_s)
+        is_restless = columns == default_columns(num_rows) and shape == LARGE
+        return found * (next(restless) if is_restless else 1)
+
+    machine.product_s = product_s  # type: ignore[method-assign]
+    choice = tuned(machine).choices.by_shape[LARGE]
+    assert choice.columns == (*[2] * 8, 3)
+
+
+def test_the_median_of_all_windows_counts():
+    timing = Timing.of([2.0, 1.0, 9.0, 2.5, 1.5])
+    assert timing == Timing(2.0, 4.0)
+    assert Timing.of([1.0, float("inf"), 1.0]) == Timing(float("inf"), 0.0)
+
+
+# -------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("place", ["prepare", "is_right", "MLX", "kernel"])
+def test_short_memory_leaves_a_shape_undecided(place):
+    machine = Simulated(fast(), no_memory={(LARGE, place)})
+    found = tuned(machine)
+    assert found.bad == {}
+    assert set(found.decided) == set(SHAPES) - {LARGE}
+    assert found.reasons[LARGE].startswith("not timed: RuntimeError: [malloc] Unable")
+
+
+def test_short_memory_in_passes_ends_it():
+    found = tuned(Simulated(fast(), no_memory={(SMALL, "pass")}))
+    assert found.reason.startswith("RuntimeError: [malloc] Unable")
+    assert found.decided == found.bad == {}
+
+
 # ------------------------------------------------------------------------- whole passes
 
 
@@ -406,6 +587,20 @@ def test_a_shape_that_loses_in_passes_is_dropped():
     assert found.bad == {}
 
 
+def test_passes_are_not_timed_without_what_has_no_share():
+    lines: list[str] = []
+    tuned(Simulated(fast()), progress=lines.append)
+    assert f"whole passes without {LARGE}" in lines
+    assert PLAIN.num_bytes * SHAPES[PLAIN] < 0.01 * sum(
+        shape.num_bytes * count for shape, count in SHAPES.items()
+    )
+    assert f"whole passes without {PLAIN}" not in lines
+    truths = fast()
+    truths[PLAIN] = replace(truths[PLAIN], raises_in_context=True)
+    found = tuned(Simulated(truths))
+    assert set(found.bad) == {PLAIN}  # it is looked for where something raises
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_form_that_loses_in_passes_is_dropped(seed):
     """Each of its shapes loses too little to be seen by itself."""
@@ -417,7 +612,7 @@ def test_a_form_that_loses_in_passes_is_dropped(seed):
     truths[WIDE] = Truth(WIDE.num_bytes / 200e9, growth=0.5, speed=2.0)
     few[WIDE] = 1
     machine = Simulated(truths, seed, noise=0.005, counts=few, fixed_s=2e-5)
-    found = tune(few, machine, budget_s=900, progress=lambda line: None)
+    found = tuned(machine, 900)
     assert set(found.choices.by_shape) == {WIDE}
 
 
@@ -432,13 +627,23 @@ def test_a_kernel_that_raises_in_passes_is_found():
     truths = fast()
     truths[SMALL] = replace(truths[SMALL], raises_in_context=True)
     found = tuned(Simulated(truths))
-    assert found.bad == {SMALL: "RuntimeError: no more memory"}
+    assert found.bad == {SMALL: "RuntimeError: no such library"}
     assert set(found.choices.by_shape) >= {LARGE}
     alone = {LARGE: replace(truths[LARGE], raises_in_context=True)}
-    machine = Simulated(alone)
-    found = tune({LARGE: 60}, machine, budget_s=600, progress=lambda line: None)
-    assert found.bad == {LARGE: "RuntimeError: no more memory"}
+    found = tuned(Simulated(alone, counts={LARGE: 60}))
+    assert found.bad == {LARGE: "RuntimeError: no such library"}
     assert found.decided == {LARGE: None}
+
+
+def test_a_pass_that_fails_with_mlx_alone_is_no_kernels_fault():
+    machine = Simulated(fast())
+
+    def pass_s(choices, num_rows, window_s):
+        raise RuntimeError("no such model")
+
+    machine.pass_s = pass_s  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="no such model"):
+        tuned(machine)
 
 
 # --------------------------------------------------------------------------------- time
@@ -447,13 +652,13 @@ def test_a_kernel_that_raises_in_passes_is_found():
 def test_what_does_not_fit_the_budget_stays_undecided():
     machine = Simulated(fast())
     lines: list[str] = []
-    found = tune(SHAPES, machine, budget_s=140, progress=lines.append)
+    found = tuned(machine, 200, progress=lines.append)
     assert LARGE in found.decided  # the largest part of a pass comes first
     assert found.reasons[PLAIN] == "no time left"
     assert PLAIN not in found.decided
     assert lines[0] == f"{LARGE}, 1 of 4"
     assert "whole passes" in lines
-    found = tuned(Simulated(fast(), fixed_s=30.0), 140)
+    found = tuned(Simulated(fast(), fixed_s=30.0), 240)
     assert found.decided == {}
     assert found.reasons[LARGE] == "no time left for whole passes"
     assert found.passes == {}
@@ -469,7 +674,7 @@ def test_nothing_is_decided_while_others_disturb(disturbed_from):
 
 
 def test_candidates_take_turns_behind_a_second_of_work():
-    machine = Simulated(fast())
+    machine = Simulated({LARGE: fast()[LARGE]}, counts={LARGE: 60})
     asked: list[int | None] = []
     begun: list[float] = []
     times = machine.product_s
@@ -477,11 +682,11 @@ def test_candidates_take_turns_behind_a_second_of_work():
     def product_s(shape, num_rows, columns, window_s):
         asked.append(columns)
         begun.append(machine.now)
-        assert window_s == WINDOW_S
+        assert window_s == WINDOW_S / (2 if num_rows in (4, 6, 7, 8) else 1)
         return times(shape, num_rows, columns, window_s)
 
     machine.product_s = product_s  # type: ignore[method-assign]
-    tune({LARGE: 1}, machine, budget_s=600, progress=lambda line: None)
+    tuned(machine)
     first = asked.index(4)  # behind the first window of MLX
     assert begun[first - 1] - begun[0] >= 1.0
     assert set(asked[:first]) == {None}
@@ -510,4 +715,4 @@ def test_windows_that_lie_apart_are_timed_once_more():
     quiet = Simulated(fast())
     assert set(tuned(machine).choices.by_shape) == set(tuned(quiet).choices.by_shape)
     assert machine.now > quiet.now + 14 * WINDOW_S
-    assert tuner.NUM_WINDOWS == 5
+    assert NUM_WINDOWS == 5

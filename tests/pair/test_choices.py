@@ -33,6 +33,7 @@ def decided(monkeypatch, tmp_path):
 
     monkeypatch.setattr(pair_module, "decide", decide)
     monkeypatch.setattr(pair_module, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(pair_module, "blame", lambda *_, **__: None)
     return asked
 
 
@@ -71,22 +72,72 @@ def test_what_was_learnt_is_kept_apart(decided, monkeypatch):
     pair = half_pair("12b")
     learnt = pair.calibration
     learnt.give_up_probe(1)
-    pair.kept.give_up_kernel("a reason")
+    pair.kept.give_up_kernel()
     assert pair.calibration is not learnt
     assert not pair.calibration.has_given_up_probe(1)
 
 
-def test_kernel_that_failed_is_bad_for_later_processes(decided, tmp_path):
+def test_kernel_that_failed_is_blamed_and_gives_way(decided, tmp_path, monkeypatch):
     pair = half_pair("12b")
+    choices, blamed = pair.rounds.choices, []
+    monkeypatch.setattr(
+        pair_module,
+        "blame",
+        lambda choices, *, folder: blamed.append((choices, folder)),
+    )
     with pytest.raises(KernelError, match="no such pipeline"), pair.rounds.watched():
-        raise RuntimeError("no such pipeline")
+        raise ValueError("no such pipeline")
+    assert blamed == [(choices, tmp_path)]
     assert pair.rounds.choices == STOCK
     assert pair.kept.matmuls == MLX_ALONE
-    assert all(Decisions(tmp_path).is_bad(shape) for shape in decided[-1])
     decided.clear()
     pair.refresh()
     assert pair.rounds.choices == STOCK
     assert not decided
+
+
+def test_another_device_is_decided_anew(decided, monkeypatch):
+    pair = half_pair("12b")
+    learnt = pair.calibration
+    decided.clear()
+    monkeypatch.setattr(pair_module, "backend", lambda: "metal")
+    pair.refresh()
+    assert len(decided) == 1
+    assert pair.calibration is learnt  # the choices are the same
+    monkeypatch.setattr(pair_module, "backend", lambda: "ops")
+    monkeypatch.setattr(pair_module, "decide", lambda *_, **__: STOCK)
+    pair.refresh()
+    assert pair.rounds.choices == STOCK
+    assert pair.calibration is not learnt
+
+
+def test_kernel_text_is_part_of_what_was_learnt(decided, monkeypatch):
+    pair = half_pair("12b")
+    pair.calibration.give_up_probe(1)
+    pair.calibration.save()
+    keys = []
+
+    def learnt_key(_, *, matmuls):
+        keys.append(matmuls)
+        return {}
+
+    monkeypatch.setattr(pair_module, "learnt_key", learnt_key)
+    for digest in ("a", "b"):
+        monkeypatch.setattr(pair_module, "kernels_digest", lambda text=digest: text)
+        pair.kept.calibration = None
+        assert pair.calibration
+    assert keys[0] != keys[1]
+
+
+def test_few_of_many_matrices_are_no_new_prior(decided, monkeypatch):
+    pair = half_pair("12b")
+    shapes = sorted(decided[-1], key=lambda shape: decided[-1][shape] * shape.num_bytes)
+    for chosen, has_kernel in ((shapes[:1], False), (shapes[1:], True)):
+        found = Choices({shape: Choice() for shape in chosen})
+        monkeypatch.setattr(pair_module, "decide", lambda *_, found=found, **__: found)
+        pair.kept.choices = None
+        pair.refresh()
+        assert pair.kept.matmuls.has_kernel == has_kernel
 
 
 @pytest.mark.usefixtures("plain_graphs")

@@ -83,7 +83,7 @@ def test_text_does_not_depend_on_drafting(pair, prompts, settings):
 
 def test_drafts_are_used(pair, prompts):
     """A small sample; scripts/bench.py measures properly. Greedy, so it repeats."""
-    requests = [Request(prompt, 64) for prompt in prompts[:12]]
+    requests = [Request(prompt, 32) for prompt in prompts[:12]]
     decoder = Decoder(pair.rounds, requests, num_draft_tokens=4)
     for _ in decoder.run():
         pass

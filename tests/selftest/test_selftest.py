@@ -32,11 +32,13 @@ from mlx_gemma_mtp.kernels import (
     common,
     decide,
     judge,
+    matmul,
     propose,
     resample,
     select,
     threshold,
 )
+from mlx_gemma_mtp.kernels.matmul import FORMS, MAX_ROWS, Form, default_columns
 from mlx_gemma_mtp.models.target import TargetOutput
 from mlx_gemma_mtp.selftest import __main__ as command
 from mlx_gemma_mtp.selftest import (
@@ -46,6 +48,7 @@ from mlx_gemma_mtp.selftest import (
     kernels,
     matmuls,
     model,
+    products,
     sections,
     slabs,
 )
@@ -53,8 +56,9 @@ from mlx_gemma_mtp.selftest.kernel_case import SHAPES, Shape
 from mlx_gemma_mtp.selftest.names import SECTIONS
 from mlx_gemma_mtp.selftest.page import section, to_json, verdict
 from mlx_gemma_mtp.selftest.result import FAIL, INFO, PASS, SKIP, Result
-from mlx_gemma_mtp.selftest.tally import NAMES
+from mlx_gemma_mtp.selftest.tally import DECIDING, NAMES
 from mlx_gemma_mtp.store import FOLDER_VARIABLE, Store, cache_folder
+from tests.matmuls.matrices import FOUR_BIT, StandIn
 from tests.metal.run import run_on_cpu
 from tests.tiny import model_folder, reference_pair
 
@@ -296,8 +300,10 @@ def launches(monkeypatch):
 @not_on_macs
 def test_kernels_are_equal(launches):
     shapes = (*SMALL, Shape(1, 5, mx.float16), Shape(0, 2100, mx.bfloat16))
-    result = kernels.look(1000, shapes)
+    result = kernels.look(1000, shapes, (FOUR_BIT,))
     assert result.status == PASS, result.lines
+    assert result.figures["forms"] == ["4bit_g64_bfloat16"]
+    assert "all 7 kernels" in result.sentence
     assert result.figures["shapes"] == [
         "4x100 float32",
         "2x5 float16",
@@ -328,7 +334,7 @@ def test_a_wrong_kernel_is_found(module, old, new, launches, monkeypatch):
     wrong = replace(module.KERNEL, source=source.replace(old, new))
     monkeypatch.setattr(module, "KERNEL", wrong)
     only(monkeypatch, "judge" if name == "resample" else name)
-    result = kernels.look(1000, (Shape(1, 30, mx.float32),))
+    result = kernels.look(1000, (Shape(1, 30, mx.float32),), ())
     assert result.status == FAIL
     assert name in result.sentence
     assert result.figures["kernels"][name]["wrong"]
@@ -346,7 +352,7 @@ def test_a_kernel_that_does_not_compile_is_named(launches, monkeypatch):
     wrong = replace(propose.KERNEL, source="nonsense")
     monkeypatch.setattr(propose, "KERNEL", wrong)
     only(monkeypatch, "select", "propose", "decide")
-    result = kernels.look(1000, SMALL)
+    result = kernels.look(1000, SMALL, ())
     assert result.status == FAIL
     tallies = result.figures["kernels"]
     assert tallies["propose"]["error"]
@@ -354,11 +360,79 @@ def test_a_kernel_that_does_not_compile_is_named(launches, monkeypatch):
 
 
 def test_kernel_time_is_kept(launches, monkeypatch):
-    seen: list[Shape] = []
+    seen: list[Shape | Form] = []
     monkeypatch.setattr(kernels, "compare", lambda shape, tallies: seen.append(shape))
+    monkeypatch.setattr(
+        products, "compare_form", lambda form, tallies: seen.append(form)
+    )
     result = kernels.look(-1.0)
-    assert seen == [SHAPES[0]]
-    assert "1 of 10 shapes" in result.sentence
+    assert seen == [FOUR_BIT, SHAPES[0]]
+    assert "1 of 14 forms and 1 of 10 shapes" in result.sentence
+
+
+@pytest.fixture
+def multiply(monkeypatch):
+    """MLX's operations in the matmul's place, and no other kernel."""
+    stand_in = StandIn()
+    monkeypatch.setattr(common, "backend", lambda: "metal")
+    monkeypatch.setattr(matmul, "multiply", stand_in)
+    monkeypatch.setattr(kernels, "compare", lambda *_: None)
+    return stand_in
+
+
+def test_the_matmul_is_compared_for_every_form_and_number_of_rows(multiply):
+    result = kernels.look(1000)
+    assert result.status == PASS, result.lines
+    assert sorted(multiply.calls, key=str) == sorted(
+        ((form, m, default_columns(m)) for form in FORMS for m in range(1, 10)), key=str
+    )
+    assert result.figures["kernels"]["matmul"]["rows"] == len(FORMS) * 45
+
+
+def next_number(y):
+    """The first row with other last bits."""
+    moved = (y[:1].view(mx.uint16) + 1).view(y.dtype)
+    return mx.concatenate([moved, y[1:]])
+
+
+@pytest.mark.parametrize("num_rows", range(1, MAX_ROWS + 1))
+def test_a_matmul_whose_rows_depend_on_their_number_is_found(num_rows, multiply):
+    multiply.change = lambda y, _, m, __: next_number(y) if m == num_rows else y
+    result = kernels.look(1000, forms=(FOUR_BIT,))
+    assert result.status == FAIL
+    assert result.sentence.startswith("matmul differ")
+    # All others differ from the most rows, if those are the wrong ones.
+    first = num_rows if num_rows < MAX_ROWS else MAX_ROWS - 1
+    assert f"in 131x1408 4bit_g64_bfloat16, {first} rows" in result.lines[0]
+
+
+def test_a_matmul_that_is_wrong_for_every_number_of_rows_is_found(multiply):
+    form = FORMS[-1]
+    multiply.change = lambda y, its, *_: y * 1.05 if its == form else y
+    result = kernels.look(1000, forms=(FOUR_BIT, form))
+    assert result.status == FAIL
+    tally = result.figures["kernels"]["matmul"]
+    assert (tally["rows"], tally["wrong"]) == (90, 45)
+
+
+def test_a_matmul_that_does_not_run_is_found(multiply):
+    def fail(form, num_rows, _):
+        if num_rows == 7:
+            raise RuntimeError("too many registers")
+
+    multiply.fails = fail
+    result = kernels.look(1000, forms=(FOUR_BIT,))
+    assert result.status == FAIL
+    assert "RuntimeError: too many registers in 131x1408" in result.lines[0]
+    assert "7 rows" in result.lines[0]
+
+
+def test_the_matmul_is_not_compared_where_mlx_multiplies(multiply, monkeypatch):
+    monkeypatch.setattr(common, "backend", lambda: "cuda")
+    result = kernels.look(1000)
+    assert not multiply.calls
+    assert tuple(result.figures["kernels"]) == DECIDING
+    assert "all 6 kernels" in result.sentence
 
 
 # ------------------------------------------------------------------------ the exactness

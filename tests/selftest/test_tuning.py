@@ -13,22 +13,23 @@ import pytest
 
 from mlx_gemma_mtp.engine.given_rounds import GivenRounds
 from mlx_gemma_mtp.kernels import common, matmul
-from mlx_gemma_mtp.matmuls import bench, tuner
+from mlx_gemma_mtp.matmuls import bench, modules, windows
 from mlx_gemma_mtp.matmuls import kept as kept_module
 from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices
 from mlx_gemma_mtp.matmuls.kept import Kept
-from mlx_gemma_mtp.matmuls.tuner import Tuned
+from mlx_gemma_mtp.matmuls.tuned import Tuned
 from mlx_gemma_mtp.selftest import __main__ as command
 from mlx_gemma_mtp.selftest import busy, random_pair, sections, tuning
 from mlx_gemma_mtp.selftest.result import FAIL, INFO, SKIP
 from mlx_gemma_mtp.store import FOLDER_VARIABLE, cache_folder
+from tests.engine.test_few_rows import every_matrix, half_pair
 from tests.matmuls.matrices import LARGE, PLAIN, SMALL, StandIn
 from tests.tiny import reference_pair
 
 pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 SHAPES = {SMALL: 4, LARGE: 2, PLAIN: 1}
-PASSES = {1: 0.5, 2: 0.5, 3: 0.5, 5: 0.5, 9: 0.5}
+PASSES = dict.fromkeys(range(1, 10), 0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +48,8 @@ def metal(monkeypatch):
     monkeypatch.setattr(tuning, "disturbed", lambda: "")
     monkeypatch.setattr(tuning, "shapes_of", lambda models: SHAPES)
     monkeypatch.setattr(random_pair, "random_pair", lambda *_, **__: reference_pair())
-    monkeypatch.setattr(tuner, "WINDOW_S", 0.0)
-    monkeypatch.setattr(tuner, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(windows, "WINDOW_S", 0.0)
+    monkeypatch.setattr(windows, "WARM_UP_S", 0.0)
     monkeypatch.setattr(bench, "_EMPTY_S", 0.0)
     monkeypatch.setattr(bench, "_CHAIN_S", 0.0)
     monkeypatch.setattr(bench.Bench.__init__, "__defaults__", (1,))
@@ -72,6 +73,15 @@ def test_elsewhere_there_is_nothing_to_tune(capsys):
     assert out.startswith("nothing to tune: kernels for few rows run on Metal alone")
     assert len(out.splitlines()) == 1
     assert err == ""
+
+
+def test_where_kernels_are_off_there_is_nothing_to_tune(monkeypatch, capsys):
+    monkeypatch.setattr(common, "gpu", lambda: "metal")
+    monkeypatch.setenv("MLX_GEMMA_MTP_KERNELS", "off")
+    assert command.main(["tune"]) == 0
+    assert capsys.readouterr().out == (
+        "nothing to tune: MLX_GEMMA_MTP_KERNELS is off, MLX multiplies\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +117,7 @@ def test_all_of_it(metal, tmp_path, capsys):
     assert document["machine"]["mlx_device"]
     figures = document["sections"][1]["figures"]
     assert set(figures["few_rows"]) == set(map(str, SHAPES))
-    assert set(figures["passes_s"]) == {"1", "2", "3", "5", "9"}
+    assert set(figures["passes_s"]) == set("123456789")
     kept = Kept(cache_folder())
     assert all(kept.is_decided(shape) for shape in SHAPES)
     assert kept.pass_seconds(set(SHAPES))
@@ -118,7 +128,7 @@ def test_a_wrong_kernel_fails_and_is_never_tried_again(metal, capsys):
     assert command.main(["tune"]) == command.EXIT_FAILED
     out, _ = capsys.readouterr()
     assert "[fail] tune" in out
-    assert f"{SMALL}: MLX, wrong numbers for 5 rows" in out
+    assert f"{SMALL}: MLX, wrong numbers for 9 rows" in out
     assert Kept(cache_folder()).is_bad(SMALL)
     metal.calls.clear()
     assert command.main(["tune"]) == 0
@@ -196,6 +206,13 @@ def test_nothing_faster_is_said(found):
     assert look().sentence == "MLX is as fast for 3 shapes"
 
 
+def test_a_pair_without_such_matrices_is_said():
+    pair = reference_pair()  # of float32
+    result = tuning.look(pair, 9.0, cache_folder(), lambda line: None)
+    assert result.status == SKIP
+    assert result.sentence == "the kernel multiplies no matrix of this pair"
+
+
 def test_what_failed_is_bad(found):
     found.append(decided({SMALL: None}, bad={SMALL: "RuntimeError: no"}))
     result = look()
@@ -248,6 +265,25 @@ def test_passes_have_engines_of_their_own(monkeypatch):
     with pytest.raises(RuntimeError, match="lost"):
         passes.run(STOCK, 1)
     passes.run(STOCK, 1)  # over slabs of its own
+
+
+def test_passes_multiply_as_they_are_told(monkeypatch):
+    kernel = StandIn()
+    monkeypatch.setattr(modules, "multiply", kernel)
+    pair = half_pair("12b")
+    passes = tuning.Passes(pair)
+    passes.run(STOCK, 3)
+    assert kernel.calls == []
+    for choices in (every_matrix(pair, first_row=2), every_matrix(pair, first_row=1)):
+        for num_rows in (1, 3, 9):
+            kernel.calls.clear()
+            passes.run(choices, num_rows)
+            rows = {m for _, m, _ in kernel.calls}
+            is_taken = next(iter(choices.by_shape.values())).takes(num_rows)
+            assert rows == ({num_rows} if is_taken else set())
+    kernel.calls.clear()
+    passes.run(STOCK, 9)
+    assert kernel.calls == []
 
 
 def test_passes_write_their_slabs_in_place():

@@ -30,6 +30,7 @@ from mlx_gemma_mtp.server.arguments import parse
 from mlx_gemma_mtp.server.bridge import Bridge, Drain, Mailbox
 from mlx_gemma_mtp.server.choice import Choice
 from mlx_gemma_mtp.server.errors import SHUTTING_DOWN, AnswerError
+from mlx_gemma_mtp.server.prompts import Prompts
 from mlx_gemma_mtp.server.serve import make_bridge, make_desk
 from mlx_gemma_mtp.server.served_model import ServedModel, load_served_model
 from mlx_gemma_mtp.server.settings import Settings
@@ -56,6 +57,12 @@ def tokenizer() -> Any:
     return load_tokenizer(
         embedded_pair_path(), {"chat_template": CHAT_TEMPLATE}, (EOS,)
     )
+
+
+@cache
+def prompts_of(tokenizer: Any) -> Prompts:
+    """As a server has them: made once, since all of the vocabulary is looked at."""
+    return Prompts(tokenizer, {})
 
 
 def tokens_of(text: str) -> list[int]:

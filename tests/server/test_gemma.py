@@ -13,35 +13,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.pair.load import load_tokenizer
-from mlx_gemma_mtp.server.prompts import Prompts
 from mlx_gemma_mtp.server.schema import ChatBody
 from mlx_gemma_mtp.server.vocabulary import Places
 from tests.gemma import FORMS
 from tests.gemma_pair import let_say
-from tests.server.serving import pair_server
+from tests.server.serving import pair_server, prompts_of
 
 pytestmark = [pytest.mark.gemma, pytest.mark.usefixtures("plain_graphs")]
 
 
 @pytest.mark.parametrize("form", ["may-e2b", "july-12b"])
-def test_the_server_says_the_answers(monkeypatch, gemma_pair_folder, form):
-    folder = gemma_pair_folder(form)
+def test_the_server_says_the_answers(monkeypatch, server, gemma_tokenizer, form):
     answers = ["Rayleigh scattering 🌈 𓀀.", "Dusk.\n\n  - red"]
-    tokenizer = load_tokenizer(folder)
+    tokenizer, client = gemma_tokenizer(form), server(form)
     prompts = let_say(monkeypatch, tokenizer, *(f"{text}<turn|>" for text in answers))
     messages = [{"role": "user", "content": "Why is the sky blue?"}]
-    with pair_server(folder) as (client, _):
-        for expected in answers:
-            settings = {"chat_template_kwargs": {"enable_thinking": False}}
-            body = {"messages": messages, **settings}
-            choice = client.ask("POST", "/v1/chat/completions", body).json()["choices"][
-                0
-            ]
-            assert choice["message"]["content"] == expected
-            assert choice["finish_reason"] == "stop"
-            messages.append({"role": "assistant", "content": expected})
-            messages.append({"role": "user", "content": "And red?"})
+    for expected in answers:
+        settings = {"chat_template_kwargs": {"enable_thinking": False}}
+        body = {"messages": messages, **settings}
+        choice = client.ask("POST", "/v1/chat/completions", body).json()["choices"][0]
+        assert choice["message"]["content"] == expected
+        assert choice["finish_reason"] == "stop"
+        messages.append({"role": "assistant", "content": expected})
+        messages.append({"role": "user", "content": "And red?"})
     opening = "<|channel>thought\n<channel|>" if form == "july-12b" else ""
     assert tokenizer.decode(prompts[0]) == (
         f"<bos><|turn>user\nWhy is the sky blue?<turn|>\n<|turn>model\n{opening}"
@@ -341,7 +335,7 @@ def prompt_of(tokenizer, messages):
     """The prompt of a request's messages."""
     body = ChatBody.model_validate({"messages": messages})
     told = [message.plain() for message in body.messages]
-    return tokenizer.decode(Prompts(tokenizer, {}).of_messages(told).tokens)
+    return tokenizer.decode(prompts_of(tokenizer).of_messages(told).tokens)
 
 
 def prompt_with(tokenizer, arguments):

@@ -302,9 +302,9 @@ def test_lengths_are_the_models(client):
 
 def test_a_signal_lets_requests_finish():
     with running_command("--shutdown-timeout", "60") as (client, process):
-        text = client.text(PROMPT, max_tokens=150)
+        text = client.text(PROMPT, max_tokens=100)
         connection = client.connect()
-        body = {"prompt": PROMPT, "max_tokens": 150, "stream": True}
+        body = {"prompt": PROMPT, "max_tokens": 100, "stream": True}
         client.send(connection, "POST", "/v1/completions", body)
         answer = connection.getresponse()
         start = answer.read1(10)

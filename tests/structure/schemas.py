@@ -159,5 +159,5 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 FEW = (
     *("across zero", "share", "enum of all types", "optional keys", "keys by pattern"),
     *("list of objects", "tuple", "pattern", "told apart", "reference"),
-    *("list that ends", "keys of all scripts"),
+    *("list that ends", "escaped reference"),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from threading import Thread
+from typing import Any
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -53,7 +54,7 @@ def decoded(pair, requests, num_draft_tokens):
     """The tokens of each row, and all of its outputs."""
     decoder = Decoder(pair.rounds, requests, num_draft_tokens=num_draft_tokens)
     tokens = [list[int]() for _ in requests]
-    outputs = [[] for _ in requests]
+    outputs: list[list[Any]] = [[] for _ in requests]
     for emitted in decoder.run():
         for output in emitted:
             output.check()

@@ -73,12 +73,9 @@ class TestSchemas:
     def test_there_are_sixty(self):
         assert len(SCHEMAS) >= 60
 
-    @pytest.mark.parametrize("name", [n for n in FEW if n != "keys of all scripts"])
+    @pytest.mark.parametrize("name", FEW)
     def test_random_pair_follows(self, tiny, name):
         assert followed(tiny, name, seed=1)
-
-    def test_all_tokens_of_gemma_follow(self, gemma):
-        assert followed(gemma, "keys of all scripts", seed=1)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("pair", ["embedded", "gemma"])
@@ -145,7 +142,7 @@ class TestText:
         schema = SCHEMAS["told apart"]
         texts = {
             written(tiny, schema=schema, temp=0.0, num_draft_tokens=k)[0]
-            for k in (0, 1, 4)
+            for k in (0, 4)
         }
         assert len(texts) == 1
         jsonschema.validate(json.loads(texts.pop()), schema)
