@@ -253,11 +253,8 @@ class SchemaGrammar:
         other = self._other(node, declared)
         if other is None:
             most = None if most is None or most >= len(entries) else most
-        elif max(least, most or 0) > _MAX_COUNTED:
-            word = "maxProperties" if (most or 0) > _MAX_COUNTED else "minProperties"
-            part = next(part for part in node if word in part.schema)
-            why = f"more than {_MAX_COUNTED} beside additionalProperties"
-            raise lacking(part.place, word, part.schema[word], why)
+        else:
+            _check_counts(node, least, most, num_needed=len(needed))
         inside = self._entries(entries, other, least, most)
         return [[text_item("{"), inside, text_item("}")]]
 
@@ -334,6 +331,21 @@ def _check_keys(declared: set[str], node: Node) -> None:
         if QUOTE in key or shorter is not None:
             why = f"{shorter!r} begins it" if QUOTE not in key else f"it has {QUOTE}"
             raise lacking(node[0].place, "properties", key, why)
+
+
+def _check_counts(node: Node, least: int, most: int | None, *, num_needed: int) -> None:
+    """Raise for numbers of keys of which some are not declared.
+
+    These may be the same key twice, which counts once when it is read.
+    """
+    word, why = "", ""
+    if least > max(num_needed, 1):
+        word, why = "minProperties", "keys that are not declared may be the same"
+    elif (most or 0) > _MAX_COUNTED:
+        word, why = "maxProperties", f"most are {_MAX_COUNTED}"
+    if word:
+        part = next(part for part in node if word in part.schema)
+        raise lacking(part.place, word, part.schema[word], why)
 
 
 def _order(key: str) -> tuple[str, str]:

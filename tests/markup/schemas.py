@@ -181,7 +181,12 @@ class Generator:
             schema["additionalProperties"] = self.integer()
         if names and self.r.random() < 0.2:
             count = self.r.randint(len(schema.get("required", [])), len(names))
-            schema[self.r.choice(["minProperties", "maxProperties"])] = count
+            word = self.r.choice(["minProperties", "maxProperties"])
+            # Those that are not declared may be the same key twice.
+            is_open = schema.get("additionalProperties", False) is not False
+            is_least = word == "minProperties" and is_open
+            least = max(len(schema.get("required", [])), 1)
+            schema[word] = min(count, least) if is_least else count
         return schema
 
     def map(self, depth):
@@ -190,7 +195,7 @@ class Generator:
             "additionalProperties": self.schema(depth),
         }
         if self.r.random() < 0.4:
-            schema["minProperties"] = self.r.randint(0, 2)
+            schema["minProperties"] = self.r.randint(0, 1)
         if self.r.random() < 0.4:
             schema["maxProperties"] = 3
         return schema

@@ -378,6 +378,8 @@ class TestErrors:
             ({"$ref": "#"}, "$ref", ""),
             ({"properties": {"a": {}, "a:b": {}}}, "properties", ""),
             ({"required": "a"}, "required", ""),
+            ({"minProperties": 2}, "minProperties", ""),
+            ({"maxProperties": 65}, "maxProperties", ""),
             ({"properties": []}, "properties", ""),
             ({"anyOf": [{"const": i} for i in range(65)]}, "alternatives", ""),
             ({"type": "array"}, "a schema", ""),

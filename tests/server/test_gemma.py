@@ -591,11 +591,12 @@ class TestForcedCalls:
             "components": {"schemas": bodies},
         }
         check = jsonschema.Draft202012Validator(schema)
-        named = {"type": "function", "function": {"name": "vote"}}
+        named: Any = {"type": "function", "function": {"name": "vote"}}
+        choices: list[Any] = ["any", {"type": "function"}]
         for choice in ("required", named):
             body = {"messages": QUESTION, "tool_choice": choice}
             assert check.is_valid({**body, "tools": list(self.TOOLS)})
             assert not check.is_valid(body)
-        for choice in ("any", {"type": "function"}):
+        for choice in choices:
             body = {"messages": QUESTION, "tool_choice": choice}
             assert not check.is_valid({**body, "tools": list(self.TOOLS)})
