@@ -17,8 +17,6 @@ from pydantic import BaseModel, Field
 
 from mlx_gemma_mtp.server.fields import Fields
 from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
-from tests.gemma import FORMS
-from tests.gemma_pair import write_pair
 from tests.server.served import CHAT_TEMPLATE, ROOT, served
 
 pytestmark = pytest.mark.clients
@@ -337,10 +335,10 @@ class Vote(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def pair_client(openai, tmp_path_factory):
+def pair_client(openai, tmp_path_factory, gemma_pair_folder):
     """A client of a random pair of Gemma's tokens."""
     folder = tmp_path_factory.mktemp("gemma")
-    pair = write_pair(folder / "pair", FORMS["july-12b"])
+    pair = gemma_pair_folder("july-12b")
     arguments = ("--model", str(pair), "--served-model-name", "pair")
     with (
         served(folder, *arguments) as address,
