@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from .._version import __version__
+from ..structure.masks import BoundConstraint
 from . import metrics as metrics_module
 from .access import Gate, failure_response
 from .answer_parser import Dialogue
@@ -24,6 +25,8 @@ from .body_parser import BodyParser
 from .bridge import Bridge
 from .choice import Choice
 from .errors import AnswerError, bad_request
+from .forced_calls import ForcedCalls
+from .forms import Form, Forms, form_of
 from .json_body import UNREADABLE, JSONRoute
 from .lanes import LIMIT_S, Lanes
 from .openai_format import Envelope, dumps
@@ -72,8 +75,10 @@ class Desk:
         body_parser: Makes choices.
         prompts: Makes prompts, in ``lanes``.
         dialogue: How answers are marked.
+        forced_calls: Finds which calls an answer must have.
         vocabulary: The tokens' texts.
-        lanes: The tokenizer's threads.
+        forms: Compiles what answers must be, in ``lanes``.
+        lanes: The threads of both.
     """
 
     settings: Settings
@@ -81,12 +86,19 @@ class Desk:
     body_parser: BodyParser
     prompts: Prompts
     dialogue: Dialogue
+    forced_calls: ForcedCalls
     vocabulary: Vocabulary
+    forms: Forms
     lanes: Lanes
 
     async def prepared(
-        self, request: Request, num_choices: int, size: int, function: Callable[[], T]
-    ) -> T:
+        self,
+        request: Request,
+        num_choices: int,
+        size: int,
+        function: Callable[[], T],
+        form: Form | None,
+    ) -> tuple[T, BoundConstraint | None]:
         """Let the tokenizer work for a request as long as its client is there.
 
         Args:
@@ -94,23 +106,46 @@ class Desk:
             num_choices: For which room is kept meanwhile.
             size: What there is to do, in characters.
             function: What uses the tokenizer.
+            form: What the answer must be; None for anything.
+
+        Returns:
+            What the function returns, and the form, compiled.
 
         Raises:
-            AnswerError: There is no room, the client has gone, or it takes too long.
+            AnswerError: There is no room, the client has gone, the form cannot be
+                compiled, or something takes too long.
         """
         with self.bridge.room(num_choices):
-            work = self.lanes.run(size, function)
-            try:
-                found = await unless_gone(work, request.receive)
-            except TimeoutError:
-                raise bad_request(
-                    f"the prompt must be made of the request within {LIMIT_S:.0f} s: "
-                    "it was not. Send fewer messages, or less text.",
-                    "messages",
-                ) from None
-        if found is None:
-            raise AnswerError(499, "nobody waits for the answer.")
-        return found
+            constraint = None
+            if form is not None:
+                compiled = self.lanes.compile(size, lambda: self.forms.compiled(form))
+                late = form.refused(
+                    f"it must be compiled within {LIMIT_S:.0f} s: it was not. Make it "
+                    "simpler."
+                )
+                constraint = await _waited(request, compiled, late)
+            late = bad_request(
+                f"the prompt must be made of the request within {LIMIT_S:.0f} s: "
+                "it was not. Send fewer messages, or less text.",
+                "messages",
+            )
+            found = await _waited(request, self.lanes.run(size, function), late)
+        return found, constraint
+
+
+async def _waited(request: Request, work: Awaitable[T], late: AnswerError) -> T:
+    """What work gives, as long as its client is there.
+
+    Raises:
+        AnswerError: The client has gone; or ``late``, where it takes too long.
+    """
+    try:
+        found = await unless_gone(work, request.receive)
+    except TimeoutError:
+        raise late from None
+    if found is None:
+        raise AnswerError(499, "nobody waits for the answer.")
+    return found
 
 
 def make_app(desk: Desk) -> ASGIApp:
@@ -118,6 +153,7 @@ def make_app(desk: Desk) -> ASGIApp:
     offer = Offer(
         has_key=desk.settings.api_key is not None,
         has_tools=desk.prompts.has_tools,
+        forces_calls=desk.prompts.has_tools and desk.forced_calls.are_possible,
         vocab_size=desk.body_parser.vocab_size,
         max_logprobs=desk.settings.limits.logprobs,
     )
@@ -219,12 +255,13 @@ def _place(mistake: Mapping[str, Any], body: Any) -> str:
 
 def _add_routes(app: FastAPI, desk: Desk) -> None:
     """Every route."""
-    _add_generation_routes(app, desk)
+    _add_chat_routes(app, desk)
+    _add_completion_routes(app, desk)
     _add_model_routes(app, desk)
     _add_state_routes(app, desk)
 
 
-def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
+def _add_chat_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/chat/completions", include_in_schema=False)  # mlx-lm's server has it
     @app.post("/v1/chat/completions", summary="Answer a message")
     async def chat(request: Request, body: ChatBody) -> Response:
@@ -234,7 +271,8 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
         messages = [message.plain() for message in body.messages]
         desk.prompts.check_messages(messages)
         tools = desk.body_parser.tools_of(body, has_tools=desk.prompts.has_tools)
-        prompt = await desk.prepared(
+        form = form_of(body, has_tools=bool(tools)) or desk.forced_calls.of(body, tools)
+        prompt, constraint = await desk.prepared(
             request,
             body.n or 1,
             # Templates look back and forth from each message.
@@ -245,8 +283,9 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
                 template_args=desk.body_parser.template_args_of(body),
                 continues_last=body.continue_final_message,
             ),
+            form,
         )
-        choices = desk.body_parser.of_chat(body, prompt)
+        choices = desk.body_parser.of_chat(body, prompt, constraint)
         readers = desk.dialogue.readers(
             tools,
             len(choices),
@@ -262,6 +301,8 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
         )
         return await _answer(request, desk, body, choices, style, arrived)
 
+
+def _add_completion_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/completions", summary="Continue a text")
     async def complete(request: Request, body: CompletionBody) -> Response:
         arrived = time.perf_counter()
@@ -270,13 +311,15 @@ def _add_generation_routes(app: FastAPI, desk: Desk) -> None:
         num_choices = len(given) * (body.n or 1)
         desk.bridge.check_room(num_choices)
         desk.prompts.check_texts(given)
-        prompts = await desk.prepared(
+        form = form_of(body)
+        prompts, constraint = await desk.prepared(
             request,
             num_choices,
             len(await request.body()),
             lambda: _prompts(desk.prompts, given),
+            form,
         )
-        choices = desk.body_parser.of_completion(body, prompts)
+        choices = desk.body_parser.of_completion(body, prompts, constraint)
         style = CompletionStyle(
             Envelope.of_completion(body.model or desk.settings.names[0]),
             desk.vocabulary,

@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..constants import MAX_DRAFT_TOKENS
+from ..engine.request import RowConstraint
 from ..generation.chat_template import THINKING
 from ..sampling.params import SamplingParams
 from .choice import Choice
 from .errors import AnswerError, bad_request
 from .fields import Fields
+from .forced_calls import NONE, ToolChoice
 from .prompts import Prompt
 from .schema import NO_LIMIT, ChatBody, CompletionBody
 from .settings import DEFAULT_MODEL, Limits
@@ -71,13 +73,6 @@ class BodyParser:
             self._fields.check_chat(extra, messages)
         else:
             self._fields.check_completion(extra)
-        form = body.response_format.type if body.response_format else "text"
-        if form != "text":
-            raise bad_request(
-                f"response_format must be text: got {form[:40]!r}. Ask for the form in "
-                "a message, and check the answer.",
-                "response_format",
-            )
         for token in body.stop_token_ids or ():
             self._check_id("stop_token_ids", token)
 
@@ -102,7 +97,10 @@ class BodyParser:
         return self._vocab_size
 
     def of_completion(
-        self, body: CompletionBody, prompts: Sequence[Prompt]
+        self,
+        body: CompletionBody,
+        prompts: Sequence[Prompt],
+        constraint: RowConstraint | None = None,
     ) -> list[Choice]:
         """Those of the first prompt, then of the next."""
         if body.best_of not in (None, 1, body.n):
@@ -114,7 +112,7 @@ class BodyParser:
         return [
             choice
             for prompt in prompts
-            for choice in self._of(body, prompt, num_logprobs)
+            for choice in self._of(body, prompt, num_logprobs, constraint)
         ]
 
     def tools_of(self, body: ChatBody, *, has_tools: bool) -> list[dict[str, Any]]:
@@ -125,16 +123,10 @@ class BodyParser:
             has_tools: Whether the chat template has tools.
 
         Raises:
-            AnswerError: Something else than calls as the model likes is asked for.
+            AnswerError: There is no such choice, or the template calls no tools.
         """
-        choice = body.tool_choice or "auto"
-        if choice not in ("auto", "none"):
-            raise bad_request(
-                f"tool_choice must be auto or none: got {choice!r:.60}. A call cannot "
-                "be forced.",
-                "tool_choice",
-            )
-        if not body.tools or choice == "none":
+        choice = ToolChoice.of(body)
+        if not body.tools or choice.kind == NONE:
             return []
         if not has_tools:
             raise bad_request(
@@ -153,8 +145,19 @@ class BodyParser:
         thinking = {} if effort is None else {THINKING: effort.lower() != "none"}
         return {**thinking, **(body.chat_template_kwargs or {})}
 
-    def of_chat(self, body: ChatBody, prompt: Prompt) -> list[Choice]:
-        """Those of a conversation: as many as are asked for."""
+    def of_chat(
+        self,
+        body: ChatBody,
+        prompt: Prompt,
+        constraint: RowConstraint | None = None,
+    ) -> list[Choice]:
+        """Those of a conversation: as many as are asked for.
+
+        Args:
+            body: The request.
+            prompt: The conversation.
+            constraint: What the answers must be; None for anything.
+        """
         num_logprobs = None
         if body.logprobs:
             num_logprobs = self._num_logprobs(body.top_logprobs or 0, "top_logprobs")
@@ -164,15 +167,22 @@ class BodyParser:
                 "top_logprobs.",
                 "top_logprobs",
             )
-        return self._of(body, prompt, num_logprobs)
+        return self._of(body, prompt, num_logprobs, constraint)
 
     def _of(
         self,
         body: CompletionBody | ChatBody,
         prompt: Prompt,
         num_logprobs: int | None,
+        constraint: RowConstraint | None,
     ) -> list[Choice]:
         """The choices of one prompt."""
+        if constraint is not None and body.ignore_eos:
+            raise bad_request(
+                "ignore_eos must be left out where an answer has a given form: it ends "
+                "where that does. Leave out one of them.",
+                "ignore_eos",
+            )
         self._check_tokens(prompt.tokens)
         max_tokens = self._max_tokens(len(prompt.tokens), self._asked_tokens(body))
         min_tokens = body.min_tokens or 0
@@ -201,6 +211,7 @@ class BodyParser:
                 stop_token_ids=frozenset(body.stop_token_ids or ()),
                 ignores_eos=bool(body.ignore_eos),
                 cache_salt=body.cache_salt,
+                constraint=constraint,
             )
             for choice in range(body.n or 1)
         ]

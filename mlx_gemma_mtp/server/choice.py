@@ -14,6 +14,7 @@ from ..sampling.params import SamplingParams
 from .errors import AnswerError
 
 if TYPE_CHECKING:
+    from ..engine.request import RowConstraint
     from ..sampling.logprobs import TokenLogprobs
 
 
@@ -49,6 +50,7 @@ class Choice:
         ignores_eos: Whether the model's own do not.
         cache_salt: Caches are shared among requests with the same one; None for those
             without.
+        constraint: What the text must be; None for anything.
     """
 
     prompt: list[int]
@@ -63,6 +65,7 @@ class Choice:
     stop_token_ids: frozenset[int] = frozenset()
     ignores_eos: bool = False
     cache_salt: str | None = field(default=None, repr=False)
+    constraint: RowConstraint | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ MAX_TOLD = 100
 _MAX_NAME = 80  # characters that are told of a name
 
 _FORM = (
-    "the form of an answer cannot be forced. Ask for it in a message, and check the "
-    "answer"
+    "structured_outputs says what form an answer has, and response_format. Send one "
+    "of them"
 )
+_SPACE = "JSON is written without white space between its parts"
+_TAGS = "tools are what an answer has beside its text. Send tools"
 _TEXT_ONLY = "this server reads and writes text only"
 _TOOLS = "it is the old form of tools. Send tools and tool_choice"
 _TOKENS = "every token can be chosen. logit_bias makes some of them likely or unlikely"
@@ -62,7 +64,7 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "guided_json": (_FORM, ()),
     "guided_json_object": (_FORM, (False,)),
     "guided_regex": (_FORM, ("",)),
-    "guided_whitespace_pattern": (_FORM, ()),
+    "guided_whitespace_pattern": (_SPACE, ()),
     "include_reasoning": ("reasoning is always told apart. Leave it unread", (True,)),
     "include_stop_str_in_output": ("the text ends before a stop string", (False,)),
     "length_penalty": (_BEAMS, (1,)),
@@ -75,8 +77,7 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "return_token_ids": (_PARTS, (False,)),
     "return_tokens_as_token_ids": (_PARTS, (False,)),
     "skip_special_tokens": (_MARKS, (True,)),
-    "structural_tag": (_FORM, ("",)),
-    "structured_outputs": (_FORM, ({},)),
+    "structural_tag": (_TAGS, ("",)),
     "thinking_token_budget": (
         "thoughts have no limit of their own. reasoning_effort: none switches them off",
         (-1,),

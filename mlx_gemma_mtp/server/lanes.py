@@ -1,4 +1,5 @@
-"""Threads for the tokenizer: a long text is encoded beside short ones, not before them.
+"""Threads beside the event loop: a long text is encoded beside short ones, not before
+them, and what answers must be is compiled beside both.
 
 Knows nothing of tokenizers. Those of Hugging Face may be asked by several threads as
 long as nobody changes their settings, and let others run while they encode. Chat
@@ -162,10 +163,11 @@ class _Lane:
 
 
 class Lanes:
-    """A thread for short texts, and one for long ones."""
+    """A thread for short texts, one for long ones, and one that compiles."""
 
     def __init__(self) -> None:
         self._short, self._long = _Lane("short-texts"), _Lane("long-texts")
+        self._compiling = _Lane("compiling")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[asyncio.Future[Any]] = set()
         self._failure: Exception | None = None
@@ -181,10 +183,19 @@ class Lanes:
             asyncio.TimeoutError: It has run for longer than ``LIMIT_S``.
             Exception: What ``close`` was given, where that came first.
         """
+        lane = self._short if size <= MOST_SHORT else self._long
+        return await self._run(lane, size, function)
+
+    async def compile(self, size: int, function: Callable[[], T]) -> T:
+        """Call something that compiles what an answer must be; as ``run`` does."""
+        return await self._run(self._compiling, size, function)
+
+    async def _run(self, lane: _Lane, size: int, function: Callable[[], T]) -> T:
+        """Call something in a lane."""
         if self._failure is not None:
             raise self._failure
         self._loop = asyncio.get_running_loop()
-        call, lane = _Call(function), self._short if size <= MOST_SHORT else self._long
+        call = _Call(function)
         lane.submit(size, call)
         found = asyncio.wrap_future(call.result)
         self._open.add(found)
@@ -208,6 +219,7 @@ class Lanes:
         self._failure = failure
         self._short.close()
         self._long.close()
+        self._compiling.close()
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._let_go)

@@ -13,9 +13,11 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
+from ..markup.tool_grammar import AUTO, REQUIRED
 from . import answer_schema as answers
 from .access import OPEN_PATHS
 from .fields import REFUSED_IN_CHATS, REFUSED_IN_COMPLETIONS, REFUSED_IN_MESSAGES
+from .forced_calls import NONE
 from .metrics import CONTENT_TYPE
 from .request_log import ID_HEADER
 from .settings import RESERVED
@@ -71,6 +73,14 @@ _TOP_NEEDS_LOGPROBS = {
     },
     "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
 }
+_FORMS = ("json", "regex", "choice", "grammar")  # of vLLM's field
+_SCHEMA_IS_THERE = {
+    "if": {"properties": {"type": {"const": "json_schema"}}, "required": ["type"]},
+    "then": {
+        "properties": {"json_schema": {"type": "object"}},
+        "required": ["json_schema"],
+    },
+}
 _NO_TOOLS = {
     "anyOf": [
         {"properties": {"tools": {"maxItems": 0}}},
@@ -86,12 +96,14 @@ class Offer:
     Attributes:
         has_key: Whether requests must bring a key.
         has_tools: Whether the chat template has tools.
+        forces_calls: Whether calls of them can be required.
         vocab_size: Number of token ids.
         max_logprobs: Most likely tokens that a request may ask for.
     """
 
     has_key: bool
     has_tools: bool
+    forces_calls: bool
     vocab_size: int
     max_logprobs: int
 
@@ -169,14 +181,54 @@ def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
         for name, (reason, harmless) in refused.items():
             values = {"enum": [None, *harmless]}
             body["properties"][name] = {"description": f"Refused: {reason}.", **values}
-    schemas["ResponseFormat"]["properties"]["type"]["const"] = "text"
+    schemas["ResponseFormat"].update(_SCHEMA_IS_THERE)
+    schemas["StructuredOutputs"]["oneOf"] = [
+        *(_with(name, {"not": {"type": "null"}}) for name in _FORMS),
+        _with("json_object", {"const": True}),
+    ]
     fields = chat["properties"]
-    fields["tool_choice"]["enum"] = ["auto", "none", "", {}, None]
     names = {"not": {"enum": sorted(RESERVED)}}
     fields["chat_template_kwargs"]["propertyNames"] = names
     chat["allOf"] = (
         [_TOP_NEEDS_LOGPROBS] if offer.has_tools else [_TOP_NEEDS_LOGPROBS, _NO_TOOLS]
     )
+    _describe_tool_choice(chat, forces_calls=offer.forces_calls)
+
+
+def _describe_tool_choice(chat: dict[str, Any], *, forces_calls: bool) -> None:
+    """What may be said of calls; some of it takes tools."""
+    field = chat["properties"]["tool_choice"]
+    field.pop("anyOf")
+    free: dict[str, Any] = {"enum": [AUTO, NONE, "", {}, None]}
+    if not forces_calls:
+        field |= free
+        return
+    named = {
+        "type": "object",
+        "properties": {
+            "type": {"const": "function"},
+            "function": {
+                "type": "object",
+                "properties": {"name": {"type": "string", "minLength": 1}},
+                "required": ["name"],
+            },
+        },
+        "required": ["function"],
+    }
+    field["anyOf"] = [free, {"const": REQUIRED}, named]
+    forced = {"tool_choice": {"anyOf": [{"const": REQUIRED}, named]}}
+    some = {"type": "array", "minItems": 1}
+    chat.setdefault("allOf", []).append(
+        {
+            "if": {"properties": forced, "required": ["tool_choice"]},
+            "then": {"properties": {"tools": some}, "required": ["tools"]},
+        }
+    )
+
+
+def _with(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """Objects with a field that follows a schema."""
+    return {"properties": {name: schema}, "required": [name]}
 
 
 def _numbers_to(largest: int) -> str:

@@ -130,7 +130,7 @@ _REASONS = {
     "tools are on where the chat template has them": """
         --enable-auto-tool-choice --exclude-tools-when-tool-choice-none""",
     "clients call the tools": "--tool-server",
-    "answers of a given form are not made": """
+    "llguidance makes answers of a given form, as requests ask for it": """
         --structured-outputs-config --guided-decoding-backend
         --guided-decoding-disable-fallback --guided-decoding-disable-any-whitespace
         --guided-decoding-disable-additional-properties""",

@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from ..cli.checks import MAX_BIAS
 from ..constants import MAX_DRAFT_TOKENS
 from ..markup.tool_calls import MAX_DEPTH
+from ..structure.constraint import MAX_TEXTS
 from .json_body import refuse_constant
 
 T = TypeVar("T")
@@ -121,10 +122,51 @@ class StreamOptions(_Body):
     include_usage: bool | None = None
 
 
-class ResponseFormat(_Body):
-    """The form of an answer."""
+class JSONSchemaFormat(_Body):
+    """A schema that an answer follows; its name and description mean nothing."""
 
-    type: str
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: Annotated[str, Field(max_length=64)] | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(_Body):
+    """The form of an answer, as OpenAI has it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+
+
+class StructuredOutputs(_Body):
+    """The form of an answer, as vLLM has it: one of the first five.
+
+    The others are what its client sends beside them, with the values that say nothing
+    here: JSON has no white space, and each schema its own properties.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True),
+        ]
+        | None
+    ) = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_fallback: bool | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: Literal[False] | None = None
+    whitespace_pattern: None = None
+    structural_tag: None = None
 
 
 class _Generation(_Numbers):
@@ -159,6 +201,7 @@ class _Generation(_Numbers):
     frequency_penalty: Bias | None = None
     frequency_context_size: Count | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
     speculative: Speculative | None = None
 

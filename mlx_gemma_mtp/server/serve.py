@@ -11,6 +11,8 @@ from .app import Desk, make_app
 from .body_parser import BodyParser
 from .bridge import Bridge, Drain, Mailbox
 from .errors import SHUTTING_DOWN, AnswerError
+from .forced_calls import ForcedCalls
+from .forms import Forms
 from .lanes import Lanes
 from .metrics import Metrics
 from .prompts import Prompts
@@ -111,7 +113,9 @@ def make_desk(engine: ServedModel, bridge: Bridge) -> Desk:
             limit=min(engine.model_len, engine.longest_alone),
         ),
         dialogue=Dialogue(tokenizer),
+        forced_calls=ForcedCalls(tokenizer),
         vocabulary=Vocabulary(tokenizer),
+        forms=Forms(tokenizer),
         lanes=Lanes(),
     )
 

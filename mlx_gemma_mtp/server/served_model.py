@@ -191,6 +191,7 @@ def request_of(pair: Pair, choice: Choice, eos: frozenset[int]) -> Request:
         sampling=choice.sampling,
         eos=choice.stop_token_ids if choice.ignores_eos else ends,
         logits_processors=processors,
+        constraint=choice.constraint,
         num_logprobs=choice.num_logprobs,
         max_draft_tokens=choice.max_draft_tokens,
     )

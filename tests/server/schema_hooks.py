@@ -16,9 +16,29 @@ def filter_case(_: Any, case: Any) -> bool:
     body = case.body
     if not isinstance(body, dict):
         return True
+    if not _can_be_compiled(body):
+        return False
     least, best_of = body.get("min_tokens"), body.get("best_of")
     return (
         least in (None, 0, body.get("max_tokens"))
         and best_of in (None, 1, body.get("n"))
         and not body.get("continue_final_message")
     )
+
+
+def _can_be_compiled(body: dict[str, Any]) -> bool:
+    """Whether what an answer must be is certain to be no mistake.
+
+    Nobody can say by a schema which schemas, expressions and grammars are none.
+    """
+    asked = body.get("response_format") or {}
+    outputs = body.get("structured_outputs") or {}
+    kind = asked.get("type", "text") if isinstance(asked, dict) else "text"
+    if not isinstance(outputs, dict) or (kind == "text" and not outputs):
+        return True
+    is_free = not outputs.get("choice") and not {"json", "regex", "grammar"} & {
+        name for name, value in outputs.items() if value is not None
+    }
+    has_one = (kind == "text") != (not outputs)
+    others = (body.get("ignore_eos"), body.get("tools"))
+    return has_one and kind != "json_schema" and is_free and not any(others)

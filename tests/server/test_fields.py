@@ -115,7 +115,6 @@ REFUSED: dict[str, tuple[Any, list[Any]]] = {
     "role_mapping": ({"user": "U"}, []),
     "skip_special_tokens": (False, [True]),
     "structural_tag": ("x", []),
-    "structured_outputs": ({"choice": ["a"]}, [{}]),
     "suffix": ("x", [""]),
     "thinking": ({"type": "disabled"}, []),
     "thinking_token_budget": (0, [-1]),
@@ -191,13 +190,6 @@ class TestRefused:
     def test_of_conversations_in_completions(self, client, name, value):
         assert name in ask(client, COMPLETIONS, **{name: value}).message
         assert ask(client, COMPLETIONS, **{name: None}).status == 200
-
-    @pytest.mark.parametrize("path", BOTH)
-    def test_other_forms_of_answer(self, client, path):
-        assert ask(client, path, response_format={"type": "text"}).status == 200
-        response = ask(client, path, response_format={"type": "json_object"})
-        assert response.status == 400
-        assert "response_format must be text: got 'json_object'" in response.message
 
     @pytest.mark.parametrize("name", ["function_call", "audio"])
     def test_in_messages(self, client, name):

@@ -111,7 +111,20 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
         max_size=2,
     ),
     "tool_choice": st.sampled_from(["auto", "none", "required"]),
-    "response_format": st.fixed_dictionaries({"type": texts}),
+    "response_format": st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "json_object", "json_schema", ""])},
+        optional={
+            "json_schema": st.fixed_dictionaries(
+                {"schema": st.one_of(anything, st.just({"type": "integer"}))},
+                optional={"strict": st.booleans(), "name": texts},
+            )
+        },
+    ),
+    "structured_outputs": st.dictionaries(
+        st.sampled_from(["json", "regex", "choice", "grammar", "json_object"]),
+        st.one_of(texts, st.booleans(), st.lists(texts, max_size=2), anything),
+        max_size=2,
+    ),
     "chat_template_kwargs": st.dictionaries(
         st.sampled_from(["a", "enable_thinking", "tokenize", "messages"]), anything
     ),

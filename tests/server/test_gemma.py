@@ -6,7 +6,9 @@ Run: python -m pytest tests/server/test_gemma.py
 import contextlib
 import functools
 import json
+from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -461,3 +463,140 @@ def test_places_behind_half_a_character():
     places = Places()
     tokens = [b"\xf0", b"\x9f", b"a", b"b", b"\xf0", b"\xf0", b"\x9f", b"", b"\xc3\xa9"]
     assert [places.add(token) for token in tokens] == [0, 0, 1, 2, 3, 4, 4, 4, 5]
+
+
+class TestForcedCalls:
+    """What the random pair cannot say by itself, it must say."""
+
+    TOOLS: tuple[dict[str, Any], ...] = (
+        {
+            "type": "function",
+            "function": {
+                "name": "vote",
+                "parameters": {
+                    "type": "object",
+                    "properties": {
+                        "answer": {"enum": ["yes", "no"]},
+                        "weight": {"type": "integer", "minimum": 1, "maximum": 3},
+                    },
+                    "required": ["answer", "weight"],
+                },
+            },
+        },
+        {"type": "function", "function": {"name": "stop_now"}},
+    )
+
+    def ask(self, server, **settings):
+        settings = {"max_tokens": 99, "seed": 3, "reasoning_effort": "none", **settings}
+        body = {"messages": QUESTION, "tools": self.TOOLS, **settings}
+        return server("july-12b").ask("POST", "/v1/chat/completions", body)
+
+    def calls(self, response):
+        assert response.status == 200, response.body
+        choice = response.json()["choices"][0]
+        assert choice["finish_reason"] == "tool_calls"
+        assert not choice["message"]["content"]
+        found = [call["function"] for call in choice["message"]["tool_calls"]]
+        for call in found:
+            arguments = json.loads(call["arguments"])
+            if call["name"] == "vote":
+                assert arguments["answer"] in ("yes", "no")
+                assert arguments["weight"] in (1, 2, 3)
+                assert len(arguments) == 2
+            else:
+                assert (call["name"], arguments) == ("stop_now", {})
+        return found
+
+    @pytest.mark.parametrize("name", ["vote", "stop_now"])
+    def test_named(self, server, name):
+        named = {"type": "function", "function": {"name": name}}
+        (call,) = self.calls(self.ask(server, tool_choice=named))
+        assert call["name"] == name
+
+    def test_required(self, server):
+        settings = {"tool_choice": "required", "parallel_tool_calls": False}
+        for seed in range(4):
+            assert len(self.calls(self.ask(server, **settings, seed=seed))) == 1
+
+    def test_drafts_change_nothing(self, server):
+        settings = {"tool_choice": "required", "parallel_tool_calls": False}
+        first, second = (
+            self.calls(
+                self.ask(server, **settings, speculative={"num_draft_tokens": count})
+            )
+            for count in (0, 4)
+        )
+        assert first == second
+
+    def test_a_stream(self, server):
+        named = {"type": "function", "function": {"name": "vote"}}
+        whole = self.calls(self.ask(server, tool_choice=named))
+        events = self.ask(server, tool_choice=named, stream=True).events
+        deltas = [event["choices"][0]["delta"] for event in events if event["choices"]]
+        calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+        names = "".join(call["function"].get("name") or "" for call in calls)
+        texts = "".join(call["function"].get("arguments") or "" for call in calls)
+        assert [{"name": names, "arguments": texts}] == whole
+        assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+    def test_strict_tools_are_held_to_when_they_are_called(
+        self, monkeypatch, server, gemma_tokenizer
+    ):
+        """The pair says text, then begins a call; the rest is not its own choice."""
+        function: dict[str, Any] = {**self.TOOLS[0]["function"], "strict": True}
+        strict = {"type": "function", "function": function}
+        begun = "Hm.<|tool_call>call:vote{weight:"
+        tokenizer = gemma_tokenizer("july-12b")
+        for tools, is_held in (([strict], True), ([self.TOOLS[0]], False)):
+            let_say(monkeypatch, tokenizer, f"{begun}2}}<tool_call|><|tool_response>")
+            response = self.ask(server, tools=tools, max_tokens=80)
+            message = response.json()["choices"][0]["message"]
+            called = [c["function"]["arguments"] for c in message.get("tool_calls", [])]
+            assert (called == ['{"weight": 2}']) != is_held
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({"tool_choice": "any"}, "must be auto, none, required or a function's"),
+            ({"tool_choice": {"type": "x"}}, "must be auto, none, required or a func"),
+            ({"tool_choice": "required", "tools": []}, "one of the 0 tools"),
+            (
+                {"tool_choice": {"type": "function", "function": {"name": "x"}}},
+                "one of the 2 tools",
+            ),
+        ],
+    )
+    def test_mistakes(self, server, settings, words):
+        response = self.ask(server, **settings)
+        assert response.status == 400
+        assert words in response.message
+        assert response.json()["error"]["param"] == "tool_choice"
+
+    def test_a_schema_that_cannot_be_held_to(self, server):
+        parameters = {"type": "object", "properties": {"a": {"not": {}}}}
+        odd = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        response = self.ask(server, tools=[odd], tool_choice="required")
+        assert response.status == 400
+        assert (
+            "not: {} at /tools/0/function/parameters/properties/a" in response.message
+        )
+        assert response.json()["error"]["param"] == "tools"
+        assert self.ask(server, tools=[odd], max_tokens=3).status == 200
+
+    def test_it_is_described(self, server):
+        described = server("july-12b").get("/openapi.json").json()
+        bodies = described["components"]["schemas"]
+        schema = {
+            "$ref": "#/components/schemas/ChatBody",
+            "components": {"schemas": bodies},
+        }
+        check = jsonschema.Draft202012Validator(schema)
+        named: Any = {"type": "function", "function": {"name": "vote"}}
+        choices: list[Any] = ["any", {"type": "function"}]
+        for choice in ("required", named):
+            body = {"messages": QUESTION, "tool_choice": choice}
+            assert check.is_valid({**body, "tools": list(self.TOOLS)})
+            assert not check.is_valid(body)
+        for choice in choices:
+            body = {"messages": QUESTION, "tool_choice": choice}
+            assert not check.is_valid({**body, "tools": list(self.TOOLS)})

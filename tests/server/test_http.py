@@ -238,8 +238,8 @@ class TestChat:
         ("fields", "message"),
         [
             ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "has none"),
-            ({"tool_choice": "required"}, "tool_choice must be auto or none"),
-            ({"response_format": {"type": "json_object"}}, "response_format must be"),
+            ({"tool_choice": "required"}, "tool_choice must name one of the 0 tools"),
+            ({"response_format": {"type": "json"}}, "response_format.type"),
             ({"top_logprobs": 3}, "must stand beside logprobs"),
             ({"logprobs": True, "top_logprobs": 21}, "at most 20: got 21"),
             ({"chat_template_kwargs": {"chat_template": "x"}}, "which is none"),

@@ -10,9 +10,10 @@ import inspect
 import json
 import re
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import BaseModel, Field
 
 from mlx_gemma_mtp.server.fields import Fields
 from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
@@ -24,6 +25,7 @@ KEY = "sesame"
 MODEL = "embedded"
 CODE = "def area(radius):\n"
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 24}
+LONG: dict[str, Any] = {**GREEDY, "max_tokens": 200}
 PLAIN = {"speculative": {"num_draft_tokens": 0}}
 # Repeated text is what the embedded pair goes on with.
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
@@ -36,6 +38,18 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
     },
 }
+
+
+class Side(BaseModel):
+    """A part of what an answer is to be."""
+
+    width: Annotated[int, Field(ge=0, le=9)]
+    is_open: bool
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    given = {"name": "answer", "strict": True, "schema": schema}
+    return {"type": "json_schema", "json_schema": given}
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +278,123 @@ class TestChat:
         assert none.choices[0].message.tool_calls is None
 
 
+class Box(BaseModel):
+    """What an answer is to be."""
+
+    colour: Literal["red", "green", "blue"]
+    sides: Annotated[list[Side], Field(max_length=3)]
+    note: Annotated[str, Field(max_length=8)] | None
+
+
+class TestForms:
+    @pytest.mark.parametrize("number", [0, 4, "auto"])
+    def test_a_class_of_pydantic(self, client, number):
+        found = client.chat.completions.parse(
+            messages=said(CODE),
+            response_format=Box,
+            **{**LONG, "temperature": 1, "seed": 3},
+            extra_body={"speculative": {"num_draft_tokens": number}},
+        )
+        (choice,) = found.choices
+        assert choice.finish_reason == "stop"
+        assert isinstance(choice.message.parsed, Box)
+        assert choice.message.parsed == Box.model_validate_json(choice.message.content)
+
+    def test_a_stream_of_one(self, client):
+        asked = {"messages": said(CODE), "response_format": Box, **LONG}
+        whole = client.chat.completions.parse(**asked)
+        with client.chat.completions.stream(**asked) as stream:
+            kinds = {event.type for event in stream}
+            final = stream.get_final_completion()
+        assert "content.delta" in kinds
+        assert final.choices[0].message.parsed == whole.choices[0].message.parsed
+
+    def test_one_that_is_cut_off(self, client, openai):
+        with pytest.raises(openai.LengthFinishReasonError):
+            client.chat.completions.parse(
+                messages=said(CODE), response_format=Box, **{**GREEDY, "max_tokens": 3}
+            )
+
+    def test_vllms_forms(self, client):
+        for create, prompt in (
+            (client.completions.create, {"prompt": CODE}),
+            (client.chat.completions.create, {"messages": said(CODE)}),
+        ):
+            form = {"structured_outputs": {"choice": ["yes", "no"]}}
+            (choice,) = create(**prompt, **GREEDY, extra_body=form).choices
+            text = choice.text if "prompt" in prompt else choice.message.content
+            assert text in ("yes", "no")
+
+
+class Vote(BaseModel):
+    """A vote."""
+
+    answer: Literal["yes", "no"]
+    weight: Annotated[int, Field(ge=1, le=3)]
+    rival: Annotated[str, Field(max_length=4)] | None
+
+
+@pytest.fixture(scope="module")
+def pair_client(openai, tmp_path_factory, gemma_pair_folder):
+    """A client of a random pair of Gemma's tokens."""
+    folder = tmp_path_factory.mktemp("gemma")
+    pair = gemma_pair_folder("july-12b")
+    arguments = ("--model", str(pair), "--served-model-name", "pair")
+    with (
+        served(folder, *arguments) as address,
+        openai.OpenAI(
+            base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120
+        ) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def vote_request(openai):
+    """A request with a tool that the client has made of a class."""
+    return {
+        "model": "pair",
+        "messages": said("Vote."),
+        "tools": [openai.pydantic_function_tool(Vote, name="vote")],
+        "parallel_tool_calls": False,
+        "reasoning_effort": "none",
+        "max_tokens": 99,
+        "seed": 1,
+    }
+
+
+class TestForcedTools:
+    """A random pair writes what it must, and nothing of its own."""
+
+    @pytest.mark.parametrize(
+        "choice", ["required", {"type": "function", "function": {"name": "vote"}}]
+    )
+    def test_arguments_are_of_the_class(self, pair_client, vote_request, choice):
+        create = pair_client.chat.completions.parse
+        found = create(**vote_request, tool_choice=choice).choices[0]
+        assert found.finish_reason == "tool_calls"
+        (call,) = found.message.tool_calls
+        assert call.function.name == "vote"
+        assert isinstance(call.function.parsed_arguments, Vote)
+
+    def test_a_stream(self, pair_client, vote_request):
+        create = pair_client.chat.completions.stream
+        with create(**vote_request, tool_choice="required") as stream:
+            kinds = {event.type for event in stream}
+            found = stream.get_final_completion().choices[0].message
+        assert "tool_calls.function.arguments.delta" in kinds
+        (call,) = found.tool_calls
+        assert isinstance(call.function.parsed_arguments, Vote)
+
+    def test_a_keyword_that_cannot_be_held_to(self, pair_client, openai, vote_request):
+        parameters = {"type": "object", "properties": {"a": {"not": {}}}}
+        odd = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        request = {**vote_request, "tools": [odd], "tool_choice": "required"}
+        with pytest.raises(openai.BadRequestError, match="/properties/a") as error:
+            pair_client.chat.completions.create(**request)
+        assert error.value.param == "tools"
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "name", "words"),
@@ -282,9 +413,14 @@ class TestErrors:
             ({"logit_bias": {"x": 1}}, "BadRequestError", "logit_bias"),
             ({"tools": [TOOL], "tool_choice": "required"}, "BadRequestError", "tool"),
             (
-                {"response_format": {"type": "json_object"}},
+                {"response_format": {"type": "xml"}},
                 "BadRequestError",
                 "response_format",
+            ),
+            (
+                {"response_format": schema_format({"not": {}})},
+                "BadRequestError",
+                "the keyword not at #",
             ),
             (
                 {"extra_body": {"speculative": {"num_draft_tokens": 9}}},

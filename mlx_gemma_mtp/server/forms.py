@@ -1,0 +1,184 @@
+"""The form that an answer must have: found in a body, and compiled.
+
+Compiling takes milliseconds, and the first time seconds: it is done in a thread beside
+the event loop's. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..errors import RequestError
+from ..structure.constraint import (
+    Constraint,
+    choice,
+    grammar,
+    json_object,
+    json_schema,
+    regex,
+)
+from ..structure.masks import BoundConstraint
+from ..structure.tokenizer import grammar_tokenizer
+from .errors import AnswerError, bad_request
+from .schema import ChatBody, CompletionBody, ResponseFormat, StructuredOutputs
+
+_RESPONSE_FORMAT = "response_format"
+_STRUCTURED_OUTPUTS = "structured_outputs"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an answer must be, not compiled yet.
+
+    Attributes:
+        place: The field of the body that says it.
+        make: Compiles it for any tokenizer; RequestError where that cannot be done.
+    """
+
+    place: str
+    make: Callable[[], Constraint]
+
+    def refused(self, reason: str) -> AnswerError:
+        """A request whose form is not made."""
+        return bad_request(f"{self.place}: {reason}", self.place)
+
+
+class Forms:
+    """Compiles forms for a model's tokens.
+
+    Args:
+        tokenizer: mlx-lm's.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._ready: Future[str] | None = None  # what is wrong, if something is
+
+    def compiled(self, form: Form) -> BoundConstraint:
+        """A form that rows can follow; called beside the event loop's thread.
+
+        Raises:
+            AnswerError: It cannot be compiled; the message names the place.
+        """
+        try:
+            constraint = form.make()
+            reason = self._prepare().result()
+            if reason:
+                raise form.refused(reason)
+            return BoundConstraint(constraint, self.tokenizer)
+        except RequestError as error:
+            raise form.refused(str(error)) from error
+
+    def _prepare(self) -> Future[str]:
+        """Let the tokenizer be built for grammars, once.
+
+        In a thread that nobody stops: a client that goes away meanwhile would let the
+        next one wait for all of it again.
+        """
+        with self._lock:
+            if self._ready is None:
+                self._ready = Future()
+                build = partial(_build, self.tokenizer, self._ready)
+                threading.Thread(target=build, name="grammars", daemon=True).start()
+            return self._ready
+
+
+def form_of(body: ChatBody | CompletionBody, *, has_tools: bool = False) -> Form | None:
+    """The form that a body asks for, if any.
+
+    Args:
+        body: The request.
+        has_tools: Whether the model may call tools.
+
+    Raises:
+        AnswerError: Two are asked for, or something that no form can stand beside.
+    """
+    forms = (
+        _of_response_format(body.response_format),
+        _of_structured_outputs(body.structured_outputs),
+    )
+    found = [form for form in forms if form is not None]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise bad_request(
+            f"{_STRUCTURED_OUTPUTS} must stand without {_RESPONSE_FORMAT}: got both. "
+            "Leave out one of them.",
+            _STRUCTURED_OUTPUTS,
+        )
+    (form,) = found
+    if has_tools:
+        raise form.refused(
+            "it must stand without tools that may be called: got both. Leave out one "
+            "of them, or send tool_choice: none."
+        )
+    return form
+
+
+def _of_response_format(asked: ResponseFormat | None) -> Form | None:
+    """The form that OpenAI's field asks for.
+
+    Raises:
+        AnswerError: A schema is asked for, and there is none.
+    """
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return Form(_RESPONSE_FORMAT, json_object)
+    given = asked.json_schema
+    if given is None:
+        raise bad_request(
+            f"{_RESPONSE_FORMAT}.json_schema must hold a schema: got nothing. Add it, "
+            "or ask for json_object.",
+            f"{_RESPONSE_FORMAT}.json_schema",
+        )
+    make = partial(json_schema, given.schema_, strict=bool(given.strict))
+    return Form(f"{_RESPONSE_FORMAT}.json_schema.schema", make)
+
+
+def _of_structured_outputs(asked: StructuredOutputs | None) -> Form | None:
+    """The form that vLLM's field asks for.
+
+    Raises:
+        AnswerError: None is asked for, or several.
+    """
+    if asked is None:
+        return None
+    makers: dict[str, tuple[Any, Callable[[Any], Constraint]]] = {
+        "json": (asked.json_, json_schema),
+        "regex": (asked.regex, regex),
+        "choice": (asked.choice, choice),
+        "grammar": (asked.grammar, grammar),
+        "json_object": (asked.json_object or None, lambda _: json_object()),
+    }
+    found = [
+        Form(f"{_STRUCTURED_OUTPUTS}.{name}", partial(make, value))
+        for name, (value, make) in makers.items()
+        if value is not None
+    ]
+    if len(found) != 1:
+        got = " and ".join(form.place.partition(".")[2] for form in found)
+        raise bad_request(
+            f"{_STRUCTURED_OUTPUTS} must hold one of {', '.join(makers)}: got "
+            f"{got or 'none'}. Send exactly one.",
+            _STRUCTURED_OUTPUTS,
+        )
+    return found[0]
+
+
+def _build(tokenizer: Any, ready: Future[str]) -> None:
+    """Build what grammars need of a tokenizer."""
+    try:
+        grammar_tokenizer(tokenizer)
+    except RequestError as error:
+        ready.set_result(str(error))
+    except BaseException as error:  # noqa: BLE001 - it is told to who waits
+        ready.set_exception(error)
+    else:
+        ready.set_result("")
