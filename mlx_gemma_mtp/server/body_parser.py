@@ -37,6 +37,9 @@ class BodyParser:
         vocab_size: Number of token ids.
         longest_alone: Tokens that prompt and answer of one request can have in memory.
         longest_shared: The same where it leaves memory to others.
+
+    Attributes:
+        fields: Looks at the fields that no choice is made of.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class BodyParser:
         self._vocab_size = vocab_size
         self._longest = min(limits.model_len, longest_alone)
         self._longest_shared = longest_shared
-        self._fields = Fields()
+        self.fields = Fields()
 
     def check(self, body: CompletionBody | ChatBody) -> None:
         """Refuse what can be refused before there is a prompt.
@@ -70,9 +73,9 @@ class BodyParser:
         extra = body.model_extra or {}
         if isinstance(body, ChatBody):
             messages = [message.model_extra or {} for message in body.messages]
-            self._fields.check_chat(extra, messages)
+            self.fields.check_chat(extra, messages)
         else:
-            self._fields.check_completion(extra)
+            self.fields.check_completion(extra)
         for token in body.stop_token_ids or ():
             self._check_id("stop_token_ids", token)
 

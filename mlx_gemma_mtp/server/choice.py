@@ -103,6 +103,7 @@ class Piece:
         tokens: Token ids, the one that ended the text included.
         logprobs: One entry per token where they were asked for.
         finish_reason: ``"stop"`` or ``"length"`` in the last one.
+        stop: The stop string that ended the text, if one did; in the last one.
         tally: In the last one.
     """
 
@@ -110,6 +111,7 @@ class Piece:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    stop: str | None = None
     tally: Tally | None = None
 
     def add(self, other: Piece) -> None:
@@ -118,6 +120,7 @@ class Piece:
         self.tokens += other.tokens
         self.logprobs += other.logprobs
         self.finish_reason = other.finish_reason
+        self.stop = other.stop
         self.tally = other.tally
 
 

@@ -43,7 +43,7 @@ class Transcript:
             piece.text += self._pieces.add(token, piece.finish_reason)
             piece.tokens.append(token)
             if self._pieces.is_stopped:
-                piece.finish_reason = "stop"
+                piece.finish_reason, piece.stop = "stop", self._pieces.stop
                 break
         self.tokens += piece.tokens
         count = len(piece.tokens)

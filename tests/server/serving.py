@@ -362,10 +362,26 @@ class Response:
         ]
 
     @property
+    def named_events(self) -> list[Any]:
+        """The objects of a stream whose events have names, which are their types."""
+        events = []
+        for lines in self.body.decode().split("\n\n")[:-1]:
+            name, data = lines.split("\n")
+            events.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {events[-1]['type']}"
+        return events
+
+    @property
+    def is_openais(self) -> bool:
+        """Whether an error is in OpenAI's form; else it is in Anthropic's."""
+        return "request_id" not in self.json()
+
+    @property
     def message(self) -> str:
         """What an error says."""
         error = self.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}
+        names = {"message", "type"}
+        assert set(error) == names | ({"param", "code"} if self.is_openais else set())
         return str(error["message"])
 
 
