@@ -45,8 +45,9 @@ class PromptDetails(TypedDict):
 
 @_exactly
 class CompletionDetails(TypedDict):
-    """Where an answer's tokens came from: the drafter's, in OpenAI's words."""
+    """What an answer's tokens are: of thoughts, and of the drafter's."""
 
+    reasoning_tokens: int
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 

@@ -31,6 +31,7 @@ from .openapi import DescribedApp, Offer
 from .prompts import Prompt, Prompts
 from .request_log import ID_HEADER, Counted
 from .responses import ChatStyle, ChoiceWriter, CompletionStyle, Style
+from .responses_api import routes as responses_api
 from .schema import ChatBody, CompletionBody
 from .tidy import Tidied, memory_returner
 
@@ -44,6 +45,7 @@ POSTED = frozenset(
         "/v1/completions",
         messages.PATH,
         messages.COUNT_PATH,
+        responses_api.PATH,
     }
 )
 ENDPOINTS = POSTED | {
@@ -175,6 +177,7 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
     _add_chat_routes(app, desk)
     _add_completion_routes(app, desk)
     messages.add_routes(app, desk)
+    responses_api.add_routes(app, desk)
     _add_model_routes(app, desk)
     _add_state_routes(app, desk)
 

@@ -215,6 +215,7 @@ class BodyParser:
                 ignores_eos=bool(body.ignore_eos),
                 cache_salt=body.cache_salt,
                 constraint=constraint,
+                is_reasoning=prompt.is_reasoning,
             )
             for choice in range(body.n or 1)
         ]

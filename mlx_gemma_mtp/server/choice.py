@@ -51,6 +51,7 @@ class Choice:
         cache_salt: Caches are shared among requests with the same one; None for those
             without.
         constraint: What the text must be; None for anything.
+        is_reasoning: Whether the prompt has begun a thought.
     """
 
     prompt: list[int]
@@ -66,6 +67,7 @@ class Choice:
     ignores_eos: bool = False
     cache_salt: str | None = field(default=None, repr=False)
     constraint: RowConstraint | None = field(default=None, repr=False)
+    is_reasoning: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Tally:
         drafted: Tokens proposed for it.
         accepted: Proposals that stood, those past the end included.
         rule: The rule that judged them, in words.
+        num_reasoning: Emitted tokens of thoughts, their marks included.
     """
 
     num_cached: int
@@ -87,6 +90,7 @@ class Tally:
     drafted: int
     accepted: int
     rule: str
+    num_reasoning: int = 0
 
     @property
     def acceptance_length(self) -> float:

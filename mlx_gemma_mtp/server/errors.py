@@ -80,9 +80,12 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except AnswerError as failure:
+        field, space, rest = failure.message.partition(" ")
         for name, own in names.items():
-            failure.message = failure.message.replace(name, own)
-            failure.param = failure.param and failure.param.replace(name, own)
+            if name in field or name in (failure.param or ""):
+                failure.message = field.replace(name, own) + space + rest
+                failure.param = failure.param and failure.param.replace(name, own)
+                break
         raise
 
 

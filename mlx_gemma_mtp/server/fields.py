@@ -120,7 +120,7 @@ REFUSED_IN_MESSAGES: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 # What says nothing of the text: names, bookkeeping, speed, media that are refused.
-_WITHOUT_EFFECT = frozenset(
+WITHOUT_EFFECT = frozenset(
     {
         "draft_model",
         "ec_transfer_params",
@@ -181,7 +181,7 @@ class Fields:
         self,
         extra: Mapping[str, Any],
         refused: Mapping[str, tuple[str, tuple[Any, ...]]],
-        without_effect: Set[str] = _WITHOUT_EFFECT,
+        without_effect: Set[str] = WITHOUT_EFFECT,
     ) -> None:
         """Look at the fields of any dialect's body.
 
@@ -196,10 +196,11 @@ class Fields:
         _refuse(refused, extra, "")
         for name in extra:
             if name not in refused and name not in without_effect:
-                self._tell(name[:_MAX_NAME])
+                self.tell(name)
 
-    def _tell(self, name: str) -> None:
-        """Say that a field is not known, once, and of so many names."""
+    def tell(self, name: str) -> None:
+        """Say that a field means nothing, once, and of so many names."""
+        name = name[:_MAX_NAME]
         if name not in self._told and len(self._told) < MAX_TOLD:
             self._told.add(name)
             logger.warning("requests have a field that means nothing here: %r", name)

@@ -24,6 +24,9 @@ from .messages.errors import OVERLOADED
 from .messages.errors import PATH as MESSAGES
 from .metrics import CONTENT_TYPE
 from .request_log import ID_HEADER
+from .responses_api import answer_schema as responses
+from .responses_api.description import narrow as narrow_responses
+from .responses_api.routes import PATH as RESPONSES
 from .settings import RESERVED
 
 _JSON = "application/json"
@@ -35,6 +38,7 @@ WHOLE: dict[str, Any] = {
     "/v1/completions": answers.Completion,
     MESSAGES: messages.MessageAnswer,
     f"{MESSAGES}/count_tokens": messages.TokenCount,
+    RESPONSES: responses.Response,
     "/v1/models": answers.ModelList,
     "/v1/models/{name}": answers.Model,
     "/health": answers.Health,
@@ -45,6 +49,7 @@ CHUNKS: dict[str, tuple[Any, ...]] = {
     "/v1/chat/completions": (answers.ChatCompletionChunk,),
     "/v1/completions": (answers.CompletionChunk,),
     MESSAGES: messages.EVENTS,
+    RESPONSES: responses.EVENTS,
 }
 _NO_KEY = {401: "The API key is missing or another one."}
 _NO_NAME = {403: "The host is not one of this machine's names."}
@@ -205,6 +210,7 @@ def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
     )
     _describe_tool_choice(chat, forces_calls=offer.forces_calls)
     narrow_messages(schemas, has_tools=offer.has_tools)
+    narrow_responses(schemas, has_tools=offer.has_tools)
 
 
 def _describe_tool_choice(chat: dict[str, Any], *, forces_calls: bool) -> None:

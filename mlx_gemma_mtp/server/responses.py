@@ -45,6 +45,11 @@ class Figures:
         """Tokens of the prompts that kept caches held."""
         return sum(tally.num_cached for tally in self.tallies[:: self.num_choices])
 
+    @property
+    def num_reasoning(self) -> int:
+        """Tokens of thoughts."""
+        return sum(tally.num_reasoning for tally in self.tallies)
+
 
 class Writer(Protocol):
     """How one answer is written: the only thing that a dialect says of it."""

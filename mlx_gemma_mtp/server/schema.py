@@ -38,7 +38,7 @@ MAX_SALT = 1024  # characters
 NO_LIMIT = -1  # of tokens; so does null where it stands in a body
 _MAX_INTEGER = 2**31 - 1
 # Of prompts and messages; no context holds as many.
-_MAX_LISTED = 2**16
+MAX_LISTED = 2**16
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -48,7 +48,7 @@ StopString = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
 # The first mistake is told: a million others would take a minute to gather.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-Listed = Annotated[list[T], Field(min_length=1, max_length=_MAX_LISTED, fail_fast=True)]
+Listed = Annotated[list[T], Field(min_length=1, max_length=MAX_LISTED, fail_fast=True)]
 # Parts of a message that are no text, by their types, and what people call them.
 MEDIA = {
     "image_url": "an image",

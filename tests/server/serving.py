@@ -37,6 +37,7 @@ from mlx_gemma_mtp.server.settings import Settings
 from mlx_gemma_mtp.server.transcript import Transcript
 from mlx_gemma_mtp.server.web import Web, listen
 from mlx_gemma_mtp.server.worker import Means, Worker
+from tests.gemma import SPECIAL
 from tests.server.served import server_process
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,15 @@ def tokenizer() -> Any:
 def prompts_of(tokenizer: Any) -> Prompts:
     """As a server has them: made once, since all of the vocabulary is looked at."""
     return Prompts(tokenizer, {})
+
+
+class MarkedTokenizer:
+    """As much of a tokenizer as says which marks answers have."""
+
+    chat_template = None
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {mark: token for token, mark in SPECIAL.items()}
 
 
 def tokens_of(text: str) -> list[int]:

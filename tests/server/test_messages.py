@@ -5,9 +5,6 @@ Run: python -m pytest tests/server/test_messages.py
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 
 from mlx_gemma_mtp.server.errors import AnswerError
@@ -17,6 +14,7 @@ from mlx_gemma_mtp.server.messages.schema import CountBody, MessagesBody
 from mlx_gemma_mtp.server.messages.translation import chat_body
 from tests.gemma_pair import let_say
 from tests.server.agents import CLAUDE_CODE, CLAUDE_CODE_CHAT
+from tests.server.events import blocks_of
 from tests.server.serving import (
     ScriptedDecoder,
     echo,
@@ -231,36 +229,6 @@ def answer_text(text, count):
     return tokenizer().decode(echo([2, *tokens_of(text)])[:count])
 
 
-def joined(events):
-    """The blocks that events make, as a client puts them together."""
-    blocks: list[Any] = []
-    is_open = False
-    for event in events:
-        if event["type"] == "content_block_start":
-            assert not is_open
-            assert event["index"] == len(blocks)
-            blocks.append({**event["content_block"]})
-            is_open, arguments = True, ""
-        elif event["type"] == "content_block_delta":
-            assert is_open
-            assert event["index"] == len(blocks) - 1
-            delta = dict(event["delta"])
-            kind = delta.pop("type").removesuffix("_delta")
-            ((name, value),) = delta.items()
-            if kind == "input_json":
-                arguments += value
-                blocks[-1]["input"] = json.loads(arguments)
-            else:
-                assert name == kind
-                blocks[-1][name] += value
-        elif event["type"] == "content_block_stop":
-            assert is_open
-            assert event["index"] == len(blocks) - 1
-            is_open = False
-    assert not is_open
-    return blocks
-
-
 class TestAnswers:
     def test_whole(self, client):
         response = ask(client)
@@ -280,6 +248,7 @@ class TestAnswers:
                 "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": 0,
                 "output_tokens": 7,
+                "output_tokens_details": {"thinking_tokens": 0},
             },
         }
 
@@ -292,7 +261,7 @@ class TestAnswers:
         assert first["message"]["stop_reason"] is None
         assert first["message"]["usage"]["input_tokens"] == 4
         assert (ping, last) == ({"type": "ping"}, {"type": "message_stop"})
-        assert joined(parts) == whole["content"]
+        assert blocks_of(parts) == whole["content"]
         assert delta["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}
         assert delta["usage"] == whole["usage"]
 
@@ -304,7 +273,7 @@ class TestAnswers:
         response = ask(client, stream=stream, **settings)
         if stream:
             *parts, end, _ = response.named_events
-            ((block,), found) = joined(parts), end["delta"]
+            ((block,), found) = blocks_of(parts), end["delta"]
         else:
             found = response.json()
             (block,) = found["content"]
@@ -463,7 +432,7 @@ class TestGemma:
         response = ask(gemma, [question], stream=stream, **settings)
         if stream:
             *parts, end, _ = response.named_events
-            content, found = joined(parts), {**end["delta"], "usage": end["usage"]}
+            content, found = blocks_of(parts), {**end["delta"], "usage": end["usage"]}
         else:
             found = response.json()
             content = found["content"]

@@ -41,6 +41,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "top_logprobs": 2,
     },
     "/v1/completions": {"prompt": "a b"},
+    "/v1/responses": {"input": "a b", "max_output_tokens": 3},
     "/v1/messages": {"messages": [{"role": "user", "content": "a b"}]},
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "a b"}]},
 }
@@ -94,7 +95,7 @@ class TestAnswers:
     def test_events(self, client, path):
         body = {**BODIES[path], "max_tokens": 5, "stream": True}
         events = client.ask("POST", path, body).named_events
-        assert {event["type"] for event in events} > {"ping"}
+        assert len({event["type"] for event in events}) > 6
         for event in events:
             check(reduce(or_, CHUNKS[path]), event)
 

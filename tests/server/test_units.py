@@ -30,8 +30,7 @@ from mlx_gemma_mtp.server.refused import REFUSED
 from mlx_gemma_mtp.server.served_model import check_memory
 from mlx_gemma_mtp.server.vocabulary import Vocabulary
 from mlx_gemma_mtp.server.web import listen
-from tests.gemma import SPECIAL
-from tests.server.serving import ROOT, ScriptedCache, tokenizer
+from tests.server.serving import ROOT, MarkedTokenizer, ScriptedCache, tokenizer
 from tests.tiny import BOS, CHAT_TEMPLATE, tiny_tokenizer
 
 
@@ -310,15 +309,6 @@ class TestCommand:
             assert command.main(["--port", str(port)]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert f"127.0.0.1:{port}: " in line
-
-
-class MarkedTokenizer:
-    """As much of a tokenizer as says which marks answers have."""
-
-    chat_template = None
-
-    def get_added_vocab(self):
-        return {mark: token for token, mark in SPECIAL.items()}
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]

@@ -13,7 +13,7 @@ from ...markup.answer import CALL, REASONING, Part
 from ..answer_parser import Reader, written
 from ..choice import Piece
 from ..errors import AnswerError
-from ..openai_format import dumps
+from ..openai_format import named_event
 from ..responses import Figures
 from .errors import body_of
 
@@ -83,7 +83,7 @@ class MessageWriter:
 
     def failed(self, failure: AnswerError) -> bytes:
         """See ``Writer``."""
-        return _sent("error", body_of(failure))
+        return named_event(body_of(failure))
 
     def _read(self, piece: Piece) -> list[Part]:
         """The parts of a piece; the last one says why the answer has ended."""
@@ -167,13 +167,9 @@ def _usage(figures: Figures) -> dict[str, Any]:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": figures.num_cached,
         "output_tokens": figures.num_tokens,
+        "output_tokens_details": {"thinking_tokens": figures.num_reasoning},
     }
 
 
 def _event(kind: str, **fields: Any) -> bytes:
-    return _sent(kind, {"type": kind, **fields})
-
-
-def _sent(kind: str, value: dict[str, Any]) -> bytes:
-    """A server-sent event with its name."""
-    return b"event: " + kind.encode() + b"\ndata: " + dumps(value) + b"\n\n"
+    return named_event({"type": kind, **fields})

@@ -42,6 +42,13 @@ class MessageError(TypedDict):
 
 
 @_exactly
+class ThinkingTokens(TypedDict):
+    """What output tokens are."""
+
+    thinking_tokens: int
+
+
+@_exactly
 class MessageUsage(TypedDict):
     """What a message took; tokens of kept caches are no input tokens."""
 
@@ -49,6 +56,8 @@ class MessageUsage(TypedDict):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    # Known where the message is whole.
+    output_tokens_details: NotRequired[ThinkingTokens]
 
 
 @_exactly
