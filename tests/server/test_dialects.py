@@ -15,15 +15,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from mlx_gemma_mtp.server import responses
 from mlx_gemma_mtp.server.answer_parser import Dialogue
 from mlx_gemma_mtp.server.choice import Piece, Tally
 from mlx_gemma_mtp.server.messages.answer import MessageWriter
+from mlx_gemma_mtp.server.messages.schema import MessagesBody
 from mlx_gemma_mtp.server.responses import Figures
 from mlx_gemma_mtp.server.responses_api.answer import ResponseWriter
 from mlx_gemma_mtp.server.responses_api.schema import ResponsesBody, ResponsesTool
 from mlx_gemma_mtp.server.responses_api.tools import ToolNames
+from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
 from tests.server.events import blocks_of, response_of
 from tests.server.serving import (
     MarkedTokenizer,
@@ -104,6 +107,28 @@ def test_a_failure_in_a_stream_is_its_last_event(halted, path):
         )
 
 
+KINDS: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+    "/v1/messages": MessagesBody,
+    "/v1/responses": ResponsesBody,
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_nothing_is_as_good_as_no_field(path):
+    limit = {LIMITS.get(path, "max_tokens"): 3}
+    fields = dict.fromkeys(KINDS[path].model_fields)
+    with scripted_server(scripted_means(ScriptedDecoder(echo))) as (client, _):
+        for stream in (None, True):
+            more = {**limit, "stream": stream}
+            alone = client.ask("POST", path, {**BODIES[path], **more})
+            among = client.ask("POST", path, {**fields, **BODIES[path], **more})
+            assert (alone.status, among.status) == (200, 200), among.body
+            if stream is None:
+                assert without_ids(alone.json()) == without_ids(among.json())
+
+
 TOOLS = ToolNames(
     [
         ResponsesTool(type="function", name="f"),
@@ -148,7 +173,7 @@ def without_ids(value):
     if isinstance(value, list):
         return [without_ids(each) for each in value]
     if isinstance(value, dict):
-        new = ("id", "call_id", "created_at", "completed_at")
+        new = ("id", "call_id", "created", "created_at", "completed_at")
         return {k: without_ids(v) for k, v in value.items() if k not in new}
     return value
 

@@ -477,3 +477,16 @@ class TestGemma:
         assert answer["content"] == [{"type": "text", "text": "of it."}]
         assert tokenizer.decode(prompts[0]).endswith("Because ")
         assert "<|think|>" not in tokenizer.decode(prompts[0])
+
+    def test_claude_code_is_answered(self, monkeypatch, gemma, gemma_tokenizer):
+        tokenizer = gemma_tokenizer("may-12b")
+        prompts = let_say(monkeypatch, tokenizer, "One file.<turn|>")
+        body = {**CLAUDE_CODE, "model": "default_model"}
+        events = gemma.ask("POST", f"{PATH}?beta=true", body).named_events
+        *parts, end, _ = events
+        assert blocks_of(parts) == [{"type": "text", "text": "One file."}]
+        assert end["delta"]["stop_reason"] == "end_turn"
+        text = tokenizer.decode(prompts[0])
+        for part in ("You are an agent.", "I list.", "Runs a command.", "a.py"):
+            assert part in text
+        assert "x-anthropic" not in text

@@ -344,3 +344,17 @@ def test_a_thought_and_calls_go_back(
     )
     details = body["usage"]["output_tokens_details"]
     assert details["reasoning_tokens"] == num_thought
+
+
+@pytest.mark.gemma
+@pytest.mark.usefixtures("plain_graphs")
+def test_codex_is_answered(monkeypatch, gemma, gemma_tokenizer):
+    prompts = let_say(monkeypatch, gemma_tokenizer("may-12b"), "One file.<turn|>")
+    body = {**CODEX, "model": "default_model", "max_output_tokens": 20}
+    response = response_of(gemma.ask("POST", PATH, body).named_events)
+    (item,) = response["output"]
+    assert item["content"][0]["text"] == "One file."
+    text = gemma_tokenizer("may-12b").decode(prompts[0])
+    for part in ("You are Codex.", "I list.", "agents__spawn", "start: A", "gone"):
+        assert part in text
+    assert "web_search" not in text

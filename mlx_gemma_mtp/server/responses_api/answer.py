@@ -134,7 +134,7 @@ class ResponseWriter:
     def _response(self) -> dict[str, Any]:
         body, is_cut = self._body, self._status == CUT
         is_over = self._status in (DONE, CUT)
-        asked = body.model_dump(by_alias=True, exclude_unset=True)
+        asked = body.model_dump(by_alias=True, exclude_none=True)
         return {
             "id": self._id,
             "object": "response",
