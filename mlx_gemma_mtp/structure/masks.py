@@ -1,31 +1,25 @@
 """Which tokens may come next in a row, and what it does to logits.
 
-A row's matcher follows its tokens. A mask has one bit for each token id, 32 in a word,
-the lowest id in the lowest bit. Knows nothing of rounds.
+A row's matcher follows its tokens. Knows nothing of rounds.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import RequestError
 from ..sampling.host import LogitsProcessor
+from ..sampling.masks import ALL, WORD, BlockMasks, Words, allow
 from .constraint import Constraint, reason_of, refusal
 from .library import limits, llguidance
 from .thoughts import Phase, Thoughts
 from .tokenizer import grammar_tokenizer
 
-_WORD = 32  # bits
-_ALL = 0xFFFFFFFF
 _NO_WAY = "NoExtension"  # what llguidance says where no token fits
-
-Words = npt.NDArray[np.uint32]
 
 
 class BoundConstraint:
@@ -141,31 +135,33 @@ class RowMasks:
                 "it does not. Let no sampler choose banned tokens."
             )
 
-    def block(self, drafts: Sequence[int]) -> Words:
+    def block(self, drafts: Sequence[int]) -> BlockMasks:
         """The masks of a round's rows; the row itself does not go on.
 
         Args:
             drafts: K token ids, proposed to follow each other.
 
         Returns:
-            Masks of the tokens in front of and behind each draft, [K + 1, words].
-            Behind a draft that is not allowed, or ends the row, every token is.
+            Masks of the tokens in front of and behind each draft. Behind a draft that
+            is not allowed, or ends the row, every token is.
 
         Raises:
             RequestError: The matcher has reached its limits, or no token of the
                 vocabulary goes on.
         """
         phase, num_consumed = self._phase, self._num_consumed
-        masks = [self._mask()]
+        masks, forced = [self._mask()], [self._forced()]
         for token in drafts:
             if token in self._ends or not self._follow(token):
                 break
             masks.append(self._mask())
+            forced.append(self._forced())
         if self._num_consumed > num_consumed:
             self._matcher.rollback(self._num_consumed - num_consumed)
         self._phase, self._num_consumed = phase, num_consumed
-        masks += [np.full_like(masks[0], _ALL)] * (len(drafts) + 1 - len(masks))
-        return np.stack(masks)
+        num_free = len(drafts) + 1 - len(masks)
+        masks += [np.full_like(masks[0], ALL)] * num_free
+        return BlockMasks(np.stack(masks), [*forced, *[[]] * num_free])
 
     def _follow(self, token: int) -> bool:
         """Go on by a token; False, and nothing has changed, if it is not allowed.
@@ -187,7 +183,7 @@ class RowMasks:
         """The mask of the next token, [words]."""
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32).copy()
         if self._phase is Phase.THOUGHT:
-            words[:] = _ALL
+            words[:] = ALL
             _set_bits(words, self._ends, value=False)  # an answer comes first
             return words
         self._check(words)
@@ -197,6 +193,12 @@ class RowMasks:
         if self._phase is Phase.OPEN and self._thoughts.start is not None:
             _set_bits(words, (self._thoughts.start,), value=True)
         return words
+
+    def _forced(self) -> list[int]:
+        """The tokens that come next, as far as the grammar alone says."""
+        if self._phase is not Phase.ANSWER:
+            return []
+        return cast(list[int], self._matcher.compute_ff_tokens())
 
     def _check(self, words: Words) -> None:
         """Raise where the matcher has failed, or leaves nothing to choose."""
@@ -231,33 +233,13 @@ class _Processor:
         self._num_seen = history.size
         if self._masks.is_complete:  # no ban of others keeps the end away
             logits = mx.maximum(logits, mx.finfo(logits.dtype).min)
-        return allow(logits, mx.array(self._masks.block(())))
-
-
-def allow(logits: mx.array, masks: mx.array) -> mx.array:
-    """Logits in which only the tokens of masks can be chosen.
-
-    Args:
-        logits: [..., V]
-        masks: Of each row, uint32; ids beyond them are not allowed, [..., words].
-
-    Returns:
-        The logits, minus infinity where the bit is 0, in their own type. [..., V]
-    """
-    size = logits.shape[-1]
-    bits = (masks[..., None] >> mx.arange(_WORD, dtype=mx.uint32)) & 1
-    is_allowed = bits.reshape(*masks.shape[:-1], -1)[..., :size].astype(mx.bool_)
-    missing = size - is_allowed.shape[-1]
-    if missing > 0:
-        widths = [(0, 0)] * (is_allowed.ndim - 1) + [(0, missing)]
-        is_allowed = mx.pad(is_allowed, widths)
-    return mx.where(is_allowed, logits, -math.inf)
+        return allow(logits, mx.array(self._masks.block(()).words))
 
 
 def _set_bits(words: Words, tokens: Collection[int], *, value: bool) -> None:
     """Let tokens be allowed in a mask, or not."""
     for token in tokens:
-        place, bit = divmod(token, _WORD)
+        place, bit = divmod(token, WORD)
         if place < words.size:
             one = np.uint32(1 << bit)
             words[place] = words[place] | one if value else words[place] & ~one
