@@ -284,3 +284,20 @@ class Stats(TypedDict):
     example: str
     kv_bytes: int
     memory_bytes: int
+
+
+@_exactly
+class TokenList(TypedDict):
+    """The tokens of a prompt; ``token_strs`` where they were asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: NotRequired[list[str]]
+
+
+@_exactly
+class TokenText(TypedDict):
+    """The text of tokens."""
+
+    prompt: str

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from .._version import __version__
 from . import metrics as metrics_module
+from . import tokenizing
 from .access import Gate
 from .choice import Choice
 from .conversation import conversation_of
@@ -45,6 +46,8 @@ POSTED = frozenset(
         "/v1/completions",
         messages.PATH,
         messages.COUNT_PATH,
+        tokenizing.TOKENIZE,
+        tokenizing.DETOKENIZE,
         responses_api.PATH,
     }
 )
@@ -178,6 +181,7 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
     _add_completion_routes(app, desk)
     messages.add_routes(app, desk)
     responses_api.add_routes(app, desk)
+    tokenizing.add_routes(app, desk)
     _add_model_routes(app, desk)
     _add_state_routes(app, desk)
 

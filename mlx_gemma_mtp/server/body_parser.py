@@ -77,7 +77,7 @@ class BodyParser:
         else:
             self.fields.check_completion(extra)
         for token in body.stop_token_ids or ():
-            self._check_id("stop_token_ids", token)
+            self.check_id("stop_token_ids", token)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not served.
@@ -93,6 +93,11 @@ class BodyParser:
                 param="model",
                 code="model_not_found",
             )
+
+    @property
+    def model_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._longest
 
     @property
     def vocab_size(self) -> int:
@@ -319,10 +324,15 @@ class BodyParser:
     def _logit_bias(self, given: Mapping[str, float]) -> dict[int, float]:
         for token in given:
             is_id = token.isascii() and token.isdecimal() and len(token) < _MAX_DIGITS
-            self._check_id("logit_bias", int(token) if is_id else token)
+            self.check_id("logit_bias", int(token) if is_id else token)
         return {int(token): bias for token, bias in given.items()}
 
-    def _check_id(self, name: str, token: int | str) -> None:
+    def check_id(self, name: str, token: int | str) -> None:
+        """Refuse what is no token's id.
+
+        Raises:
+            AnswerError: It is not.
+        """
         if isinstance(token, str) or token >= self._vocab_size:
             raise bad_request(
                 f"{name} must name token ids from 0 to {self._vocab_size - 1}: got "

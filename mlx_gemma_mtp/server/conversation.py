@@ -57,13 +57,16 @@ class Conversation:
         )
 
 
-async def conversation_of(request: Request, desk: Desk, body: ChatBody) -> Conversation:
+async def conversation_of(
+    request: Request, desk: Desk, body: ChatBody, *, opens_answer: bool = True
+) -> Conversation:
     """Make the prompt of a conversation, and compile what its answer must be.
 
     Args:
         request: The request.
         desk: What the routes work with.
         body: The request's body, or what it was translated to.
+        opens_answer: Whether the prompt ends where an answer begins.
 
     Raises:
         AnswerError: Something is asked for that cannot be, there is no room, or the
@@ -85,6 +88,7 @@ async def conversation_of(request: Request, desk: Desk, body: ChatBody) -> Conve
             tools=tools,
             template_args=desk.body_parser.template_args_of(body),
             continues_last=body.continue_final_message,
+            opens_answer=opens_answer,
         ),
         form,
     )

@@ -28,6 +28,7 @@ from .responses_api import answer_schema as responses
 from .responses_api.description import narrow as narrow_responses
 from .responses_api.routes import PATH as RESPONSES
 from .settings import RESERVED
+from .tokenizing import DETOKENIZE, TOKENIZE
 
 _JSON = "application/json"
 _STREAM = "text/event-stream"
@@ -39,6 +40,8 @@ WHOLE: dict[str, Any] = {
     MESSAGES: messages.MessageAnswer,
     f"{MESSAGES}/count_tokens": messages.TokenCount,
     RESPONSES: responses.Response,
+    TOKENIZE: answers.TokenList,
+    DETOKENIZE: answers.TokenText,
     "/v1/models": answers.ModelList,
     "/v1/models/{name}": answers.Model,
     "/health": answers.Health,
@@ -209,8 +212,26 @@ def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
         [_TOP_NEEDS_LOGPROBS] if offer.has_tools else [_TOP_NEEDS_LOGPROBS, _NO_TOOLS]
     )
     _describe_tool_choice(chat, forces_calls=offer.forces_calls)
+    _narrow_tokens(schemas, offer)
     narrow_messages(schemas, has_tools=offer.has_tools)
     narrow_responses(schemas, has_tools=offer.has_tools)
+
+
+def _narrow_tokens(schemas: dict[str, Any], offer: Offer) -> None:
+    """The same of the bodies that are only about tokens."""
+    _bound_tokens(schemas["DetokenizeBody"]["properties"], offer.vocab_size)
+    body = schemas["TokenizeBody"]
+    fields = body["properties"]
+    for name in ("prompt", "messages"):
+        fields[name] = fields[name]["anyOf"][0]
+    body["oneOf"] = [{"required": ["prompt"]}, {"required": ["messages"]}]
+    names = {"not": {"enum": sorted(RESERVED)}}
+    fields["chat_template_kwargs"]["propertyNames"] = names
+    fields["add_special_tokens"] = {"enum": [False, None]}
+    if not offer.has_tools:
+        fields["tools"] = {
+            "anyOf": [{"type": "array", "maxItems": 0}, {"type": "null"}]
+        }
 
 
 def _describe_tool_choice(chat: dict[str, Any], *, forces_calls: bool) -> None:

@@ -41,6 +41,8 @@ BODIES: dict[str, dict[str, Any]] = {
         "top_logprobs": 2,
     },
     "/v1/completions": {"prompt": "a b"},
+    "/tokenize": {"prompt": "a b", "return_token_strs": True},
+    "/detokenize": {"tokens": [4, 5]},
     "/v1/responses": {"input": "a b", "max_output_tokens": 3},
     "/v1/messages": {"messages": [{"role": "user", "content": "a b"}]},
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "a b"}]},
