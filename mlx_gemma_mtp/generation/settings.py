@@ -176,8 +176,8 @@ def check_max_thinking_tokens(value: Any) -> None:
     """
     if value is not None and (not is_whole(value) or value < 0):
         raise RequestError(
-            f"max_thinking_tokens must be 0 or more: got {value!r}. Leave it out for no "
-            "limit."
+            f"max_thinking_tokens must be 0 or more: got {value!r}. Leave it out for "
+            "no limit."
         )
 
 

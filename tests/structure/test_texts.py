@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from typing import Any
 
 import jsonschema
@@ -255,91 +254,3 @@ class TestThoughts:
         assert (found[0] == START_OF_CHANNEL) == opens
         start = found.index(END_OF_CHANNEL) + 1 if opens else 0
         assert re.fullmatch("[ab]{3}", "".join(r.text for r in responses[start:]))
-
-
-class TestLimits:
-    """Of thoughts: a random pair never ends one by itself."""
-
-    OPENED = f"{THINKING}<|channel>thought\n"
-    KS = (0, 4, "auto")
-
-    def tokens(self, gemma, prompt, **settings) -> list[int]:
-        _, responses = written(gemma, prompt, **{"max_tokens": 24, **settings})
-        return [r.token for r in responses]
-
-    @pytest.mark.parametrize("sampling", [{"temp": 0.0}, {"seed": 1}], ids=str)
-    @pytest.mark.parametrize("limit", [0, 1, 6])
-    def test_text_is_the_same_for_every_k(self, gemma, sampling, limit):
-        asked = {"max_thinking_tokens": limit, **sampling}
-        texts = [
-            self.tokens(gemma, self.OPENED, num_draft_tokens=k, **asked)
-            for k in self.KS
-        ]
-        assert texts == [texts[0]] * len(texts)
-        end = texts[0].index(END_OF_CHANNEL)
-        assert limit - 1 <= end <= limit
-        free = self.tokens(gemma, self.OPENED, num_draft_tokens=0, **sampling)
-        num_free = max(limit - 1, 0)
-        assert texts[0][:num_free] == free[:num_free]
-
-    def test_one_that_is_not_reached_changes_nothing(self, gemma):
-        free = self.tokens(gemma, self.OPENED, seed=2)
-        assert END_OF_CHANNEL not in free
-        limited = self.tokens(gemma, self.OPENED, seed=2, max_thinking_tokens=26)
-        assert limited == free
-
-    @pytest.mark.parametrize("limit", [0, 4])
-    def test_a_thought_of_the_models_own(self, gemma, limit):
-        """It would begin one again and again."""
-
-        def beginning(tokens: mx.array, logits: mx.array) -> mx.array:
-            logits[:, START_OF_CHANNEL] = 1e4
-            return logits
-
-        found = self.tokens(
-            gemma,
-            SILENT,
-            seed=1,
-            max_thinking_tokens=limit,
-            logits_processors=[beginning],
-            num_draft_tokens=4,
-        )
-        if limit == 0:
-            assert START_OF_CHANNEL not in found
-        else:  # the mark is no end, so it is what is thought
-            assert found.index(END_OF_CHANNEL) in (limit, limit + 1)
-            assert START_OF_CHANNEL not in found[limit + 1 :]
-
-    @pytest.mark.parametrize("number", KS)
-    def test_an_answer_of_a_form_follows(self, gemma, number):
-        schema = SCHEMAS["told apart"]
-        _, responses = written(
-            gemma,
-            self.OPENED,
-            schema=schema,
-            seed=3,
-            max_thinking_tokens=5,
-            num_draft_tokens=number,
-        )
-        tokens = [r.token for r in responses]
-        end = tokens.index(END_OF_CHANNEL)
-        assert end <= 5
-        assert responses[-1].finish_reason == "stop"
-        answer = "".join(r.text for r in responses[end + 1 :])
-        jsonschema.validate(json.loads(answer), schema)
-
-    def test_the_library_is_not_needed(self, gemma, monkeypatch):
-        monkeypatch.setitem(sys.modules, "llguidance", None)
-        found = self.tokens(gemma, self.OPENED, seed=1, max_thinking_tokens=2)
-        assert END_OF_CHANNEL in found[:3]
-        with pytest.raises(RequestError, match="llguidance must be installed"):
-            self.tokens(gemma, self.OPENED, regex="a", max_thinking_tokens=2)
-
-    @pytest.mark.parametrize("value", [-1, 1.5, True, "8"])
-    def test_what_is_no_limit_is_refused(self, gemma, value):
-        with pytest.raises(RequestError, match="max_thinking_tokens must be 0 or more"):
-            self.tokens(gemma, self.OPENED, max_thinking_tokens=value)
-
-    def test_a_model_without_marks_is_refused(self, tiny):
-        with pytest.raises(RequestError, match="must be left out for this model"):
-            written(tiny, max_thinking_tokens=3)

@@ -1,18 +1,26 @@
-"""Limited thoughts: the masks of every place, by a second count; blocks; refusals.
+"""Limited thoughts: the masks of every place, by a second count; blocks; texts.
 
 Run: python -m pytest tests/structure/test_thoughts.py
 """
 
 from __future__ import annotations
 
+import json
 import sys
 
+import jsonschema
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from mlx_gemma_mtp.errors import RequestError
+from mlx_gemma_mtp.generation.text import stream_generate
+from mlx_gemma_mtp.pair.load import load
 from mlx_gemma_mtp.structure.constraint import regex
 from mlx_gemma_mtp.structure.masks import BoundConstraint, RowMasks
 from mlx_gemma_mtp.structure.thoughts import Thoughts
@@ -26,8 +34,11 @@ from tests.gemma import (
     START_OF_TURN,
 )
 from tests.gemma import VOCAB_SIZE as GEMMA_SIZE
-from tests.structure.test_masks import THINK, allowed, tiny
-from tests.tiny import VOCAB_SIZE
+from tests.structure.schemas import SCHEMAS
+from tests.structure.test_masks import ENDS, THINK, allowed, tiny
+from tests.tiny import VOCAB_SIZE, model_folder, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("plain_graphs")
 
 # A vocabulary of one word of bits, to count by hand.
 EOS, START, END, ASKS, TURN, NAME, LINE = range(7)
@@ -174,7 +185,7 @@ class TestMasks:
 
     def test_a_token_that_does_not_fit_is_named(self):
         row = row_of(PROMPTS["named"], 0)
-        with pytest.raises(RequestError, match="the limit must allow .* got 9, which"):
+        with pytest.raises(RequestError, match="of the row: got 9, which"):
             row.advance(9)
 
 
@@ -239,3 +250,142 @@ def test_a_model_without_marks_is_refused():
     assert not bound.can_be_limited
     with pytest.raises(RequestError, match=r"left out for this model: got 5\. Its"):
         bound.limited(5)
+
+
+# Ids of the tiny tokenizer that are no text by themselves, and marks in their place.
+MARKS = {"<0xE2>": "<|channel>", "<0x82>": "<channel|>", "<0xAC>": "<|think|>"}
+ASKING = "<bos><|turn>user\n<|think|>x<turn|>\n<|turn>model\n"
+SILENT = "<bos><|turn>user\nx<turn|>\n<|turn>model\n"
+OPENED = f"{ASKING}<|channel>thought\n"
+
+
+def thinking_tokenizer():
+    """The tiny one with the marks of thoughts as control tokens."""
+    made = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    vocabulary = made["model"]["vocab"]
+    for byte, mark in MARKS.items():
+        place = vocabulary[mark] = vocabulary.pop(byte)
+        like = made["added_tokens"][0]
+        made["added_tokens"].append({**like, "id": place, "content": mark})
+    made["added_tokens"].sort(key=lambda token: token["id"])
+    whole = Tokenizer.from_str(json.dumps(made))
+    return TokenizerWrapper(
+        PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<bos>"),
+        eos_token_ids=sorted(ENDS),
+    )
+
+
+class TestTexts:
+    """Of a random pair, which ends a thought by chance alone."""
+
+    KS = (0, 4, "auto")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def pair(cls, tmp_path_factory):
+        folder = model_folder(tmp_path_factory.mktemp("thoughts") / "pair")
+        return load(folder)[0], thinking_tokenizer()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def ids(cls, pair):
+        """Those of the marks."""
+        return pair[1].convert_tokens_to_ids(list(MARKS.values()))
+
+    def responses(self, pair, prompt, **settings):
+        settings = {"max_tokens": 12, "temp": 1.0, **settings}
+        return list(stream_generate(*pair, prompt, **settings))
+
+    def tokens(self, pair, prompt, **settings):
+        return [r.token for r in self.responses(pair, prompt, **settings)]
+
+    @pytest.mark.parametrize(
+        ("limit", "sampling"),
+        [(0, {"seed": 1}), (2, {"seed": 1}), (6, {"seed": 1}), (6, {"temp": 0.0})],
+        ids=str,
+    )
+    def test_are_the_same_for_every_k(self, pair, ids, sampling, limit):
+        asked = {"max_thinking_tokens": limit, **sampling}
+        texts = [
+            self.tokens(pair, OPENED, num_draft_tokens=k, **asked) for k in self.KS
+        ]
+        assert texts == [texts[0]] * len(texts)
+        end = texts[0].index(ids[1])
+        assert limit - 1 <= end <= limit
+        free = self.tokens(pair, OPENED, num_draft_tokens=0, **sampling)
+        num_free = max(limit - 1, 0)
+        assert texts[0][:num_free] == free[:num_free]
+        assert len(texts[0]) > end + 1
+
+    def test_all_thoughts_of_a_text_count(self, pair, ids):
+        """Of one that would think again and again."""
+        start, end, _ = ids
+        num_prompt = len(pair[1].encode(SILENT, add_special_tokens=False))
+
+        def thinking(tokens: mx.array, logits: mx.array) -> mx.array:
+            said = tokens.tolist()[num_prompt:]
+            is_thought = said.count(start) > said.count(end)
+            logits[:, start] = -1e4 if is_thought else 1e4
+            is_long = is_thought and len(said) % 4 == 3
+            logits[:, end] = 1e4 if is_long else -1e4
+            return logits
+
+        asked = {"logits_processors": [thinking], "max_thinking_tokens": 6, "seed": 1}
+        text, *others = (
+            self.tokens(pair, SILENT, **asked, max_tokens=15, num_draft_tokens=k)
+            for k in self.KS
+        )
+        assert others == [text] * len(others)
+        assert text[:9:4] == [start] * 3
+        assert text[3:12:4] == [end] * 3
+        assert not {start, end} & {*text[1:3], *text[5:7], *text[9:11], *text[12:]}
+
+    def test_none_begins(self, pair, ids):
+        def begun(tokens: mx.array, logits: mx.array) -> mx.array:
+            logits[:, ids[0]] = 1e4
+            return logits
+
+        asked = {"logits_processors": [begun], "max_thinking_tokens": 0}
+        for prompt in (SILENT, ASKING):
+            assert ids[0] not in self.tokens(pair, prompt, **asked, seed=1)
+
+    def test_a_limit_that_is_not_reached_changes_nothing(self, pair):
+        free = self.tokens(pair, OPENED, seed=1)
+        assert self.tokens(pair, OPENED, seed=1, max_thinking_tokens=13) == free
+
+    @pytest.mark.parametrize("number", KS)
+    def test_an_answer_of_a_form_follows(self, pair, ids, number):
+        schema = SCHEMAS["told apart"]
+        asked = {"schema": schema, "max_thinking_tokens": 5, "max_tokens": 120}
+        found = self.responses(pair, OPENED, **asked, seed=3, num_draft_tokens=number)
+        end = [r.token for r in found].index(ids[1])
+        assert end <= 5
+        assert found[-1].finish_reason == "stop"
+        answer = "".join(r.text for r in found[end + 1 :])
+        jsonschema.validate(json.loads(answer), schema)
+
+    def test_the_library_is_not_needed(self, pair, ids, monkeypatch):
+        monkeypatch.setitem(sys.modules, "llguidance", None)
+        found = self.tokens(pair, OPENED, seed=1, max_thinking_tokens=2)
+        assert ids[1] in found[:3]
+        with pytest.raises(RequestError, match="llguidance must be installed"):
+            self.tokens(pair, OPENED, regex="a", max_thinking_tokens=2)
+
+    @pytest.mark.parametrize("value", [-1, 1.5, True, "8"])
+    def test_what_is_no_limit_is_refused(self, pair, value):
+        with pytest.raises(RequestError, match="max_thinking_tokens must be 0 or more"):
+            self.tokens(pair, OPENED, max_thinking_tokens=value)
+
+    def test_a_model_without_marks_is_refused(self, pair):
+        with pytest.raises(RequestError, match="must be left out for this model"):
+            self.tokens((pair[0], tiny()), "x", max_thinking_tokens=3)
+
+    def test_of_gemmas_ids(self, gemma_pair_folder, gemma_tokenizer):
+        pair = load(gemma_pair_folder("july-e2b"))[0], gemma_tokenizer("july-e2b")
+        asked = {"max_tokens": 8, "seed": 1, "max_thinking_tokens": 3}
+        texts = [
+            self.tokens(pair, OPENED, **asked, num_draft_tokens=k, exactness="fast")
+            for k in (0, 3)
+        ]
+        assert texts[0] == texts[1]
+        assert texts[0].index(END_OF_CHANNEL) in (2, 3)
