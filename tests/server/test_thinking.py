@@ -101,9 +101,9 @@ class TestLimits:
         )
         limits.check(body)
         assert not limits.constraint_of(body, None, is_thinking=True, max_tokens=9999)
-        body = CompletionBody(prompt="a", thinking_token_budget=2)
+        asked = CompletionBody(prompt="a", thinking_token_budget=2)
         with pytest.raises(AnswerError, match="for this model: got 2") as refused:
-            limits.check(body)
+            limits.check(asked)
         assert refused.value.param == "thinking_token_budget"
 
 
@@ -188,16 +188,17 @@ def test_what_is_no_limit_is_refused(client, name, value, status):
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_the_description_says_whether_there_are_limits(client, name):
+@pytest.mark.parametrize(
+    ("kind", "needed"), [("ChatBody", {"messages": MESSAGES}), ("CompletionBody", {})]
+)
+def test_the_description_says_whether_there_are_limits(client, name, kind, needed):
     with scripted_server(scripted_means(ScriptedDecoder(echo))) as (other, _):
         for each in (client, other):
             described = each.get("/openapi.json").json()
+            reference = {"$ref": f"#/components/schemas/{kind}", **described}
+            validator = jsonschema.Draft202012Validator(reference)
             for value in (None, -1, 0, 5, -2, 2**40):
                 fields = {"max_tokens": 1, name: value}
-                for kind in ("ChatBody", "CompletionBody"):
-                    reference = {"$ref": f"#/components/schemas/{kind}", **described}
-                    needed = {"messages": MESSAGES} if kind[:2] == "Ch" else {}
-                    body = {**(needed or {"prompt": "a"}), **fields}
-                    is_valid = jsonschema.Draft202012Validator(reference).is_valid(body)
-                    ask = each.chat if needed else each.complete
-                    assert is_valid == (ask("a", **fields).status == 200)
+                response = (each.chat if needed else each.complete)("a", **fields)
+                is_valid = validator.is_valid({"prompt": "a", **needed, **fields})
+                assert is_valid == (response.status == 200)

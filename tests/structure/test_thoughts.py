@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import jsonschema
 import mlx.core as mx
@@ -72,7 +73,7 @@ def row_of(prompt, limit):
 
 def thoughts_in(tokens):
     """The thoughts in tokens, and whether the last one is open."""
-    found, rest = [], list(tokens)
+    found, rest = list[list[int]](), list(tokens)
     while START in rest:
         rest = rest[rest.index(START) + 1 :]
         if END not in rest:
@@ -294,7 +295,8 @@ class TestTexts:
 
     def responses(self, pair, prompt, **settings):
         settings = {"max_tokens": 12, "temp": 1.0, **settings}
-        return list(stream_generate(*pair, prompt, **settings))
+        model, tokenizer = pair
+        return list(stream_generate(model, tokenizer, prompt, **settings))
 
     def tokens(self, pair, prompt, **settings):
         return [r.token for r in self.responses(pair, prompt, **settings)]
@@ -323,7 +325,7 @@ class TestTexts:
         num_prompt = len(pair[1].encode(SILENT, add_special_tokens=False))
 
         def thinking(tokens: mx.array, logits: mx.array) -> mx.array:
-            said = tokens.tolist()[num_prompt:]
+            said: Any = tokens[num_prompt:].tolist()
             is_thought = said.count(start) > said.count(end)
             logits[:, start] = -1e4 if is_thought else 1e4
             is_long = is_thought and len(said) % 4 == 3
