@@ -27,7 +27,9 @@ from .request_log import ID_HEADER
 from .responses_api import answer_schema as responses
 from .responses_api.description import narrow as narrow_responses
 from .responses_api.routes import PATH as RESPONSES
+from .schema import NO_LIMIT
 from .settings import RESERVED
+from .thinking import LIMITS
 from .tokenizing import DETOKENIZE, TOKENIZE
 
 _JSON = "application/json"
@@ -118,6 +120,7 @@ class Offer:
         forces_calls: Whether calls of them can be required.
         vocab_size: Number of token ids.
         max_logprobs: Most likely tokens that a request may ask for.
+        limits_thoughts: Whether a request may limit thoughts.
     """
 
     has_key: bool
@@ -125,6 +128,7 @@ class Offer:
     forces_calls: bool
     vocab_size: int
     max_logprobs: int
+    limits_thoughts: bool
 
 
 class DescribedApp(FastAPI):
@@ -215,6 +219,17 @@ def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
     _narrow_tokens(schemas, offer)
     narrow_messages(schemas, has_tools=offer.has_tools)
     narrow_responses(schemas, has_tools=offer.has_tools)
+    if not offer.limits_thoughts:
+        _narrow_limits(schemas)
+
+
+def _narrow_limits(schemas: dict[str, Any]) -> None:
+    """Say that no body limits thoughts."""
+    unlimited = {"enum": [None, NO_LIMIT]}
+    for schema in schemas.values():
+        fields = schema.get("properties", {})
+        fields |= {name: unlimited for name in LIMITS if name in fields}
+    schemas["Thinking"]["properties"]["budget_tokens"] = {"type": "null"}
 
 
 def _narrow_tokens(schemas: dict[str, Any], offer: Offer) -> None:
@@ -222,9 +237,10 @@ def _narrow_tokens(schemas: dict[str, Any], offer: Offer) -> None:
     _bound_tokens(schemas["DetokenizeBody"]["properties"], offer.vocab_size)
     body = schemas["TokenizeBody"]
     fields = body["properties"]
-    for name in ("prompt", "messages"):
-        fields[name] = fields[name]["anyOf"][0]
-    body["oneOf"] = [{"required": ["prompt"]}, {"required": ["messages"]}]
+    body["oneOf"] = [
+        _with("prompt", {"type": "string"}),
+        _with("messages", {"type": "array"}),
+    ]
     names = {"not": {"enum": sorted(RESERVED)}}
     fields["chat_template_kwargs"]["propertyNames"] = names
     fields["add_special_tokens"] = {"enum": [False, None]}

@@ -44,6 +44,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
+ThinkingLimit = Annotated[int, Field(ge=NO_LIMIT, le=_MAX_INTEGER)]
 StopString = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
 # The first mistake is told: a million others would take a minute to gather.
@@ -97,7 +98,9 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class _Numbers(_Body):
+class Numbers(_Body):
+    """A body whose whole numbers may have a point, as JSON has them."""
+
     @field_validator("*", mode="before")
     @classmethod
     def _read_numbers(cls, value: Any) -> Any:
@@ -106,7 +109,7 @@ class _Numbers(_Body):
         return _whole(value)
 
 
-class Speculative(_Numbers):
+class Speculative(Numbers):
     """How a request is drafted: the package's own field.
 
     Attributes:
@@ -172,11 +175,11 @@ class StructuredOutputs(_Body):
     structural_tag: None = None
 
 
-class Common(_Numbers):
+class Common(Numbers):
     """What the bodies of all dialects may say.
 
-    ``min_p``, ``seed``, ``cache_salt`` and ``speculative`` are fields of no dialect but
-    OpenAI's first two; whoever sends them is understood.
+    ``min_p``, ``seed``, ``max_thinking_tokens``, ``cache_salt`` and ``speculative`` are
+    the package's own, or other servers'.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -188,6 +191,7 @@ class Common(_Numbers):
     top_k: Annotated[int, Field(ge=-1, le=_MAX_INTEGER)] | None = None
     min_p: Probability | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    max_thinking_tokens: ThinkingLimit | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
     speculative: Speculative | None = None
 
@@ -200,6 +204,7 @@ class _Generation(Common):
     max_tokens: TokenLimit | None = None
     max_completion_tokens: TokenLimit | None = None
     min_tokens: Count | None = None
+    thinking_token_budget: ThinkingLimit | None = None  # vLLM's name for it
     stop: str | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: (
         Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None

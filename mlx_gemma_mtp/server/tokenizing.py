@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from .conversation import conversation_of
 from .desk import Desk
 from .errors import bad_request
 from .openai_format import dumps
-from .schema import Listed, Message, TokenId, Tool, translated
+from .schema import Listed, Message, Numbers, TokenId, Tool, translated
 
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 _OF_CHATS = frozenset(
@@ -27,9 +27,7 @@ _OF_CHATS = frozenset(
 )
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
+class _Body(Numbers):
     model: str | None = None
 
 

@@ -150,6 +150,8 @@ class TestBodies:
     def test_thinking(self, thinking, effort, expected):
         found = chat(thinking=thinking, output_config={"effort": effort})
         assert found["reasoning_effort"] == expected
+        limit = (thinking or {}).get("budget_tokens")
+        assert found.get("max_thinking_tokens") == limit
 
     @pytest.mark.parametrize(
         ("given", "expected"),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..schema import MAX_STOPS, Common, Listed, StopString, only_text
+from ..schema import MAX_STOPS, Common, Listed, Numbers, StopString, only_text
 
 _NO_FILES = "nothing runs beside the model here"
 REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -116,7 +116,7 @@ class MessagesToolChoice(_Block):
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(_Block):
+class Thinking(Numbers):
     """Whether the model thinks, and how much."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import bad_request
 from ..schema import ChatBody, Common, translated
+from ..thinking import NO_THINKING
 from .schema import (
     Block,
     CountBody,
@@ -29,6 +30,7 @@ from .schema import (
 NAMES = {
     "response_format.json_schema.schema": "output_config.format.schema",
     "function.parameters": "input_schema",
+    "max_thinking_tokens": "thinking.budget_tokens",
     "continue_final_message": "messages",
 }
 # Blocks are paragraphs: nothing else stands between two of them.
@@ -36,7 +38,7 @@ _BETWEEN = "\n\n"
 # A line of Claude Code's that is new in every request and tells a model nothing. It
 # would part each prompt from the kept ones at its first words.
 _BILLING = re.compile(r"^x-anthropic-billing-header:[^\n]*\n*", re.MULTILINE)
-_NO_THINKING, _THINKING = "none", "high"
+_THINKING = "high"  # Anthropic's own default
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -49,6 +51,8 @@ def chat_body(body: CountBody) -> ChatBody:
     fields = body.model_dump(include=set(Common.model_fields), exclude_unset=True)
     fields["messages"] = [*_system(body.system), *_messages(body.messages)]
     fields["reasoning_effort"] = _effort(body)
+    if body.thinking is not None and body.thinking.budget_tokens is not None:
+        fields.setdefault("max_thinking_tokens", body.thinking.budget_tokens)
     if body.tools:
         fields["tools"] = [_tool(i, tool) for i, tool in enumerate(body.tools)]
     if body.tool_choice is not None:
@@ -68,7 +72,7 @@ def chat_body(body: CountBody) -> ChatBody:
 def _effort(body: CountBody) -> str:
     """Whether the model thinks: only where a body asks for it, as Anthropic has it."""
     if body.thinking is None or body.thinking.type == "disabled":
-        return _NO_THINKING
+        return NO_THINKING
     effort = body.output_config.effort if body.output_config is not None else None
     return effort or _THINKING
 

@@ -7,6 +7,10 @@ from typing import Any
 from .schema import REFUSED
 
 _NULL = {"type": "null"}
+_SCHEMA_IS_THERE = {
+    "if": {"properties": {"type": {"const": "json_schema"}}, "required": ["type"]},
+    "then": {"properties": {"schema": {"type": "object"}}, "required": ["schema"]},
+}
 _FREE = {"enum": ["auto", "none", None]}
 # Those with names of their own are named in ``tools.ToolNames``.
 _NAMED = {
@@ -36,5 +40,6 @@ def narrow(schemas: dict[str, Any], *, has_tools: bool) -> None:
         fields["tools"] = {"anyOf": [{"type": "array", "maxItems": 0}, _NULL]}
         fields["tool_choice"] = _FREE
     schemas["ResponsesTool"].update(_NAMED)
+    schemas["TextFormat"].update(_SCHEMA_IS_THERE)
     text = schemas["TextConfig"]["properties"]
     text["verbosity"] = {"enum": ["medium", None]}
