@@ -15,16 +15,20 @@ from ..schema import MAX_STOPS, Common, Listed, Numbers, StopString, only_text
 
 _NO_FILES = "nothing runs beside the model here"
 REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "compaction": ("nothing is summarized here. Ask for it in a message", ()),
     "container": (_NO_FILES, ()),
-    "fallbacks": ("one model is served", ([],)),
     "mcp_servers": ("clients call the tools. Declare them in tools", ([],)),
+    "thread": ("nothing is stored here. Send all messages", ()),
 }
 WITHOUT_EFFECT = frozenset(
     {
         "betas",
+        "billing_policy",
         "cache_control",
         "context_management",
         "diagnostics",
+        "fallback_credit_token",
+        "fallbacks",
         "inference_geo",
         "metadata",
         "service_tier",
