@@ -1,12 +1,10 @@
 """Which tokens may come next in a row, and what it does to logits.
 
-A row's matcher follows its tokens; text of any form has none. A mask has one bit for
-each token id, 32 in a word, the lowest id in the lowest bit. Knows nothing of rounds.
+A row's matcher follows its tokens; text of any form has none. Knows nothing of rounds.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import replace
@@ -14,21 +12,17 @@ from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import RequestError
 from ..sampling.host import LogitsProcessor
+from ..sampling.masks import ALL, WORD, BlockMasks, Words, allow
 from .constraint import Constraint, reason_of, refusal
 from .library import limits, llguidance
 from .thoughts import Phase, Place, Thoughts
 from .tokenizer import grammar_tokenizer
 
-_WORD = 32  # bits
-_ALL = 0xFFFFFFFF
 _LIMIT = "max_thinking_tokens"
 _NO_WAY = "NoExtension"  # what llguidance says where no token fits
-
-Words = npt.NDArray[np.uint32]
 
 
 class BoundConstraint:
@@ -50,7 +44,7 @@ class BoundConstraint:
     ) -> None:
         self.constraint = constraint
         self._thoughts = Thoughts.of(tokenizer)
-        self._num_words = -(-vocab_size // _WORD)
+        self._num_words = -(-vocab_size // WORD)
         if constraint is None:
             self._thoughts = replace(self._thoughts, may_recur=True)
             self._eos = frozenset[int]()
@@ -186,31 +180,33 @@ class RowMasks:
                 "it does not. Let no sampler choose banned tokens."
             )
 
-    def block(self, drafts: Sequence[int]) -> Words:
+    def block(self, drafts: Sequence[int]) -> BlockMasks:
         """The masks of a round's rows; the row itself does not go on.
 
         Args:
             drafts: K token ids, proposed to follow each other.
 
         Returns:
-            Masks of the tokens in front of and behind each draft, [K + 1, words].
-            Behind a draft that is not allowed, or ends the row, every token is.
+            Masks of the tokens in front of and behind each draft. Behind a draft that
+            is not allowed, or ends the row, every token is.
 
         Raises:
             RequestError: The matcher has reached its limits, or no token of the
                 vocabulary goes on.
         """
         place, num_consumed = self._place, self._num_consumed
-        masks = [self._mask()]
+        masks, forced = [self._mask()], [self._forced()]
         for token in drafts:
             if token in self._ends or not self._follow(token):
                 break
             masks.append(self._mask())
+            forced.append(self._forced())
         if self._num_consumed > num_consumed:
             self._matcher.rollback(self._num_consumed - num_consumed)
         self._place, self._num_consumed = place, num_consumed
-        masks += [np.full_like(masks[0], _ALL)] * (len(drafts) + 1 - len(masks))
-        return np.stack(masks)
+        num_free = len(drafts) + 1 - len(masks)
+        masks += [np.full_like(masks[0], ALL)] * num_free
+        return BlockMasks(np.stack(masks), [*forced, *[[]] * num_free])
 
     def _follow(self, token: int) -> bool:
         """Go on by a token; False, and nothing has changed, if it is not allowed.
@@ -271,7 +267,16 @@ class RowMasks:
     def _full(self) -> Words:
         """A mask that allows everything."""
         num_words = self._num_words if self._matcher is None else self._bits().size
-        return np.full(num_words, _ALL, np.uint32)
+        return np.full(num_words, ALL, np.uint32)
+
+    def _forced(self) -> list[int]:
+        """The tokens that come next, as far as grammar and limit alone say."""
+        if self._place.phase is Phase.THOUGHT:
+            closing = self._thoughts.closing(self._place)
+            return list(closing) if len(closing) == 1 else []
+        if self._matcher is None or self._place.phase is not Phase.ANSWER:
+            return []
+        return cast(list[int], self._matcher.compute_ff_tokens())
 
     def _check(self, words: Words) -> None:
         """Raise where the matcher has failed, or leaves nothing to choose."""
@@ -306,33 +311,13 @@ class _Processor:
         self._num_seen = history.size
         if self._masks.is_complete:  # no ban of others keeps the end away
             logits = mx.maximum(logits, mx.finfo(logits.dtype).min)
-        return allow(logits, mx.array(self._masks.block(())))
-
-
-def allow(logits: mx.array, masks: mx.array) -> mx.array:
-    """Logits in which only the tokens of masks can be chosen.
-
-    Args:
-        logits: [..., V]
-        masks: Of each row, uint32; ids beyond them are not allowed, [..., words].
-
-    Returns:
-        The logits, minus infinity where the bit is 0, in their own type. [..., V]
-    """
-    size = logits.shape[-1]
-    bits = (masks[..., None] >> mx.arange(_WORD, dtype=mx.uint32)) & 1
-    is_allowed = bits.reshape(*masks.shape[:-1], -1)[..., :size].astype(mx.bool_)
-    missing = size - is_allowed.shape[-1]
-    if missing > 0:
-        widths = [(0, 0)] * (is_allowed.ndim - 1) + [(0, missing)]
-        is_allowed = mx.pad(is_allowed, widths)
-    return mx.where(is_allowed, logits, -math.inf)
+        return allow(logits, mx.array(self._masks.block(()).words))
 
 
 def _set_bits(words: Words, tokens: Collection[int], *, value: bool) -> None:
     """Let tokens be allowed in a mask, or not."""
     for token in tokens:
-        place, bit = divmod(token, _WORD)
+        place, bit = divmod(token, WORD)
         if place < words.size:
             one = np.uint32(1 << bit)
             words[place] = words[place] | one if value else words[place] & ~one

@@ -117,7 +117,7 @@ class TestMasks:
         row, tokens = row_of(prompt, limit), list[int]()
         likely = (START, END, NAME, LINE, 9, 10)
         for _ in range(data.draw(st.integers(1, 14))):
-            found = allowed(row.block(())[0])
+            found = allowed(row.block(()).words[0])
             assert found == expected(prompt, tokens, limit)
             tokens.append(data.draw(st.sampled_from(sorted(found & set(likely)))))
             row.advance(tokens[-1])
@@ -137,17 +137,17 @@ class TestMasks:
         """Drafts that may stand, that may not, and that end the row."""
         rows = [row_of(PROMPTS[prompt], limit) for _ in range(2)]
         for token in before:
-            if token in allowed(rows[0].block(())[0]):
+            if token in allowed(rows[0].block(()).words[0]):
                 for each in rows:
                     each.advance(token)
         row, other = rows
-        first = row.block(())[0]
-        block = row.block(drafts)
+        first = row.block(()).words[0]
+        block = row.block(drafts).words
         assert block.shape == (len(drafts) + 1, 1)
-        assert np.array_equal(row.block(()), [first])
+        assert np.array_equal(row.block(()).words, [first])
         num_seen = 0
         for words, token in zip(block, [*drafts, None], strict=True):
-            assert np.array_equal(words, other.block(())[0])
+            assert np.array_equal(words, other.block(()).words[0])
             num_seen += 1
             if token in (None, EOS) or token not in allowed(words):
                 break
@@ -181,7 +181,9 @@ class TestMasks:
         row = row_of(PROMPTS[prompt], limit)
         for token in tokens:
             row.advance(token)
-        assert allowed(row.block(())[0]) == found
+        block = row.block(())
+        assert allowed(block.words[0]) == found
+        assert block.forced == [list(found) if len(found) == 1 else []]
         assert not row.is_complete
 
     def test_a_token_that_does_not_fit_is_named(self):
@@ -205,7 +207,7 @@ class TestGemma:
         bound = BoundConstraint(regex("[ab]{2}"), tokenizer).limited(3)
         row = bound.row(self.ASKS, EOS_IDS)
         drafts = [START_OF_CHANNEL, name, line, 5000, 5001, line, END_OF_CHANNEL, a]
-        block = row.block(drafts)
+        block = row.block(drafts).words
         assert START_OF_CHANNEL in allowed(block[0])
         for words in block[1:5]:
             assert allowed(words) >= set(range(GEMMA_SIZE)) - set(EOS_IDS)
@@ -216,16 +218,18 @@ class TestGemma:
         assert START_OF_CHANNEL not in allowed(block[7])
         for token in drafts[:4]:
             row.advance(token)
-        assert np.array_equal(row.block(drafts[4:]), block[4:])
+        assert np.array_equal(row.block(drafts[4:]).words, block[4:])
 
     def test_none_begins_where_there_is_none_to_come(self, tokenizer):
         bound = BoundConstraint(regex("[ab]{2}"), tokenizer)
         for limit, may_begin in ((0, False), (1, True)):
             row = bound.limited(limit).row(self.ASKS, EOS_IDS)
-            found = allowed(row.block(())[0])
+            found = allowed(row.block(()).words[0])
             assert (START_OF_CHANNEL in found) is may_begin
             assert len(found) > 1
-        assert START_OF_CHANNEL in allowed(bound.row(self.ASKS, EOS_IDS).block(())[0])
+        assert START_OF_CHANNEL in allowed(
+            bound.row(self.ASKS, EOS_IDS).block(()).words[0]
+        )
 
     @pytest.mark.parametrize("vocab_size", [GEMMA_SIZE, GEMMA_SIZE + 7])
     def test_any_form_needs_no_library(self, tokenizer, monkeypatch, vocab_size):
@@ -234,16 +238,16 @@ class TestGemma:
         bound = BoundConstraint(None, tokenizer, vocab_size=vocab_size).limited(1)
         prompt = (*self.ASKS, END_OF_RESULT, START_OF_CHANNEL)
         row = bound.row(prompt, EOS_IDS)
-        assert len(allowed(row.block(())[0])) == 1
+        assert len(allowed(row.block(()).words[0])) == 1
         row = bound.row(self.ASKS, EOS_IDS)
-        assert allowed(row.block(())[0]) >= set(range(vocab_size))
+        assert allowed(row.block(()).words[0]) >= set(range(vocab_size))
 
     def test_a_limit_is_the_copys_own(self, tokenizer):
         bound = BoundConstraint(None, tokenizer, vocab_size=GEMMA_SIZE)
         prompt = (*self.ASKS, START_OF_CHANNEL, 903)
-        assert len(allowed(bound.limited(0).row(prompt, ()).block(())[0])) == 1
-        assert len(allowed(bound.limited(2).row(prompt, ()).block(())[0])) > 1
-        assert len(allowed(bound.row(prompt, ()).block(())[0])) == GEMMA_SIZE
+        assert len(allowed(bound.limited(0).row(prompt, ()).block(()).words[0])) == 1
+        assert len(allowed(bound.limited(2).row(prompt, ()).block(()).words[0])) > 1
+        assert len(allowed(bound.row(prompt, ()).block(()).words[0])) == GEMMA_SIZE
 
 
 def test_a_model_without_marks_is_refused():
@@ -318,6 +322,13 @@ class TestTexts:
         num_free = max(limit - 1, 0)
         assert texts[0][:num_free] == free[:num_free]
         assert len(texts[0]) > end + 1
+
+    def test_without_a_seed(self, pair, ids):
+        """Drafts are judged by block verification."""
+        asked = {"max_thinking_tokens": 3, "num_draft_tokens": 4}
+        found = self.responses(pair, OPENED, **asked)
+        assert [r.token for r in found].index(ids[1]) in (2, 3)
+        assert found[-1].rule == "block verification, masked"
 
     def test_all_thoughts_of_a_text_count(self, pair, ids):
         """Of one that would think again and again."""
