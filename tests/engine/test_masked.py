@@ -66,7 +66,7 @@ class Allowing:
 
     def banned(self, history: mx.array, logits: mx.array) -> mx.array:
         """As a logits processor: the textbook's way."""
-        return mx.where(mx.array(self.mask(history[-1].item())), logits, -mx.inf)
+        return mx.where(mx.array(self.mask(int(history[-1].item()))), logits, -mx.inf)
 
 
 class _Row:
