@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RequestError, shorten
+from ..markup.grammar import is_unicode, quoted
 from .chains import literals, rules_reach, schema_reach
 from .library import limits, llguidance
 from .schemas import closed, depth_of, longest_text, place_of
@@ -37,7 +38,7 @@ class Constraint:
     """What a text must be, from its first character to its last.
 
     Attributes:
-        what: What it was given as: schema, regex, choice or grammar.
+        what: What it was given as: schema, regex, choice, grammar or tools.
         grammar: For llguidance.
     """
 
@@ -117,27 +118,28 @@ def choice(texts: Sequence[str]) -> Constraint:
         _check_text("choice", text)
         _check_size("a text of the choice", len(text), MAX_REGEX, "characters")
     # One terminal: its texts cost the parser nothing.
-    lark = f"start: TEXT\nTEXT: {' | '.join(map(_quoted, texts))}"
+    lark = f"start: TEXT\nTEXT: {' | '.join(map(quoted, texts))}"
     return Constraint("choice", _checked_lark("choice", lark))
 
 
-def grammar(lark: str) -> Constraint:
+def grammar(lark: str, *, what: str = "grammar") -> Constraint:
     """A constraint to text of a grammar.
 
     Args:
         lark: The grammar, in llguidance's form of Lark. Control tokens stand in it by
             their names, which begin with ``<`` and end with ``>``, or as ``<[106]>``.
+        what: What errors call it.
 
     Raises:
         RequestError: It cannot be compiled; the message names line and column. Names of
             control tokens are checked with a tokenizer, in ``masks.bind``.
     """
-    _check_text("grammar", lark)
-    _check_size("grammar", len(lark), MAX_LENGTH, "characters")
+    _check_text(what, lark)
+    _check_size(what, len(lark), MAX_LENGTH, "characters")
     longest = max(map(len, literals(lark)), default=0)
-    _check_size("a text of the grammar", longest, MAX_REGEX, "characters")
-    _check_reach(lark)
-    return Constraint("grammar", _checked_lark("grammar", lark))
+    _check_size(f"a text of the {what}", longest, MAX_REGEX, "characters")
+    _check_reach(what, lark)
+    return Constraint(what, _checked_lark(what, lark))
 
 
 def asked(
@@ -207,11 +209,6 @@ def _checked_lark(what: str, lark: str) -> str:
     if error:
         raise refusal(what, error)
     return made
-
-
-def _quoted(text: str) -> str:
-    """A text as Lark has it."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _schema_of(schema: Any) -> Mapping[str, Any]:
@@ -315,12 +312,10 @@ def _check_text(what: str, text: Any) -> None:
     Raises:
         RequestError: It is not.
     """
-    try:
-        text.encode()
-    except (AttributeError, UnicodeError) as error:
+    if not isinstance(text, str) or not is_unicode(text):
         raise RequestError(
             f"{what} must be text: got {shorten(text)}. Write it as a string."
-        ) from error
+        )
 
 
 def _check_size(what: str, size: int, most: int, unit: str) -> None:
@@ -335,7 +330,7 @@ def _check_size(what: str, size: int, most: int, unit: str) -> None:
         )
 
 
-def _check_reach(lark: str) -> None:
+def _check_reach(what: str, lark: str) -> None:
     """Check how long a chain of a grammar's rules is, and the schemas in it.
 
     Raises:
@@ -343,7 +338,7 @@ def _check_reach(lark: str) -> None:
     """
     if rules_reach(lark) > MAX_REACH:
         raise RequestError(
-            f"grammar must have at most {MAX_REACH} rules that lead to each other: got "
+            f"{what} must have at most {MAX_REACH} rules that lead to each other: got "
             "more. Use fewer rules."
         )
     for match in _JSON_PART.finditer(lark):
@@ -351,7 +346,7 @@ def _check_reach(lark: str) -> None:
             schema, _ = json.JSONDecoder().raw_decode(lark, match.end())
         except (ValueError, RecursionError):
             continue  # llguidance does not read it either, and says where
-        _check_schema_reach("a schema of the grammar", schema)
+        _check_schema_reach(f"a schema of the {what}", schema)
 
 
 def _check_schema_reach(what: str, schema: Mapping[str, Any]) -> None:
