@@ -113,7 +113,7 @@ class ForcedCalls:
                 is_parallel=is_parallel,
                 has_thoughts=False,  # masks let them pass where they are asked for
             )
-            return grammar(lark)
+            return grammar(lark, what="tools")
 
         return Form("tools", make)
 
