@@ -10,19 +10,24 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import thread_time
 from typing import Any
 
 from ..errors import RequestError, shorten
 from ..markup.grammar import is_unicode, quoted
 from .chains import literals, rules_reach, schema_reach
 from .library import limits, llguidance
-from .schemas import closed, depth_of, longest_text, place_of
+from .schemas import closed, count_of, depth_of, longest_text, place_of
 
 MAX_LENGTH = 262_144  # characters of a schema, a grammar, or all texts of a choice
 MAX_REGEX = 16_384  # characters; also of each text in another form
 MAX_DEPTH = 80  # of nested objects and lists; llguidance reads no more than 120
 MAX_TEXTS = 4_096  # of a choice
 MAX_REACH = 1_000  # levels or rules that lead to each other: llguidance recurses
+
+# Of all schemas of a text: llguidance compares them in pairs.
+MAX_ENTRIES = {"properties": 1_000, "patternProperties": 200}
+_LONG_S = 0.3  # what took longer to compile is not compiled part by part
 
 _OPTIONS = "x-guidance"  # llguidance's key for its settings: not for clients
 _UNKNOWN = re.compile(r"Unimplemented keys: \[(.*)\]")
@@ -63,10 +68,12 @@ def json_schema(schema: Any, *, strict: bool = True) -> Constraint:
     _check_size("schema", len(text), MAX_LENGTH, "characters")
     read = json.loads(text)
     _check_size("a text of the schema", longest_text(read), MAX_REGEX, "characters")
-    _check_schema_reach("schema", read)
+    _check_schemas("schema", [read])
+    begin = thread_time()
     made, error = _compiled(text, strict=strict)
     if error:
-        raise _schema_error(found, error, strict=strict)
+        is_quick = thread_time() - begin < _LONG_S
+        raise _schema_error(found, error, strict=strict, is_quick=is_quick)
     return Constraint("schema", made)
 
 
@@ -274,14 +281,14 @@ def _compiled(schema: str, *, strict: bool) -> tuple[str, str]:
 
 
 def _schema_error(
-    schema: Mapping[str, Any], error: str, *, strict: bool
+    schema: Mapping[str, Any], error: str, *, strict: bool, is_quick: bool
 ) -> RequestError:
-    """What is wrong with a schema, and where."""
+    """What is wrong with a schema, and where, if that is found quickly."""
 
     def error_of(part: Mapping[str, Any]) -> str:
         return _compiled(_text_of(part), strict=strict)[1]
 
-    place = place_of(schema, error, error_of)
+    place = place_of(schema, error, error_of) if is_quick else "#"
     advice = "Leave it out" if _UNKNOWN.search(error) else "Change it there"
     return RequestError(
         f"schema must be one that text can be forced to follow: got {reason_of(error)} "
@@ -341,22 +348,27 @@ def _check_reach(what: str, lark: str) -> None:
             f"{what} must have at most {MAX_REACH} rules that lead to each other: got "
             "more. Use fewer rules."
         )
+    schemas = []
     for match in _JSON_PART.finditer(lark):
         try:
             schema, _ = json.JSONDecoder().raw_decode(lark, match.end())
         except (ValueError, RecursionError):
             continue  # llguidance does not read it either, and says where
-        _check_schema_reach(f"a schema of the {what}", schema)
+        schemas.append(schema)
+    _check_schemas(f"a schema of the {what}", schemas)
 
 
-def _check_schema_reach(what: str, schema: Mapping[str, Any]) -> None:
-    """Check how deep a schema is where its references are followed.
+def _check_schemas(what: str, schemas: Sequence[Mapping[str, Any]]) -> None:
+    """Check how deep schemas are where references are followed, and how wide.
 
     Raises:
-        RequestError: It is too deep.
+        RequestError: One is too deep, or all together are too wide.
     """
-    if schema_reach(schema) > MAX_REACH:
+    if any(schema_reach(schema) > MAX_REACH for schema in schemas):
         raise RequestError(
             f"{what} must be at most {MAX_REACH} levels deep with references followed: "
             "got more. Use fewer definitions that lead to each other."
         )
+    for word, most in MAX_ENTRIES.items():
+        count = sum(count_of(schema, word) for schema in schemas)
+        _check_size(what, count, most, f"{word} in all")

@@ -6,6 +6,8 @@ Run: python -m pytest tests/structure/test_constraint.py
 from __future__ import annotations
 
 import builtins
+import itertools
+import json
 import sys
 from typing import Any
 
@@ -13,8 +15,10 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from mlx_gemma_mtp.errors import RequestError
+from mlx_gemma_mtp.structure import constraint as constraint_module
 from mlx_gemma_mtp.structure.constraint import (
     MAX_DEPTH,
+    MAX_ENTRIES,
     MAX_LENGTH,
     MAX_REGEX,
     MAX_TEXTS,
@@ -114,6 +118,30 @@ class TestSchemas:
         assert "the keyword not at #" in message(json_schema, free)
         other = {"x-guidance": {"whitespace_pattern": " +"}, "type": "null"}
         assert json_schema(other) == json_schema({"type": "null"})
+
+    @pytest.mark.parametrize("word", MAX_ENTRIES)
+    def test_what_is_wide_is_refused(self, word):
+        """Also where it is spread over a schema, or stands in a grammar."""
+        half = MAX_ENTRIES[word] // 2
+        parts = [
+            {"type": "object", word: {f"^{c}{i}$": {} for i in range(half)}}
+            for c in "ab"
+        ]
+        least = {"$defs": {"p": parts[1]}, **parts[0]}
+        assert json_schema({"$defs": {"p": parts[1]}})
+        said = f"must have at most {MAX_ENTRIES[word]} {word} in all: got"
+        many = {"$defs": {**least["$defs"], "q": {word: {"c": {}}}}, **parts[0]}
+        assert f"schema {said} {2 * half + 1}" in message(json_schema, many)
+        lark = "start: " + " | ".join(f"%json {json.dumps(p)}" for p in (many, least))
+        assert f"a schema of the grammar {said}" in message(grammar, lark)
+
+    @pytest.mark.parametrize("is_long", [True, False])
+    def test_the_place_is_looked_for_where_that_is_quick(self, monkeypatch, is_long):
+        times = itertools.count(0, 1 if is_long else 0)
+        monkeypatch.setattr(constraint_module, "thread_time", times.__next__)
+        place = "#" if is_long else "#/properties/a"
+        said = message(json_schema, {"properties": {"a": {"not": {}}}})
+        assert f"got the keyword not at {place}. Leave it out." in said
 
     @pytest.mark.parametrize("schema", [3, "[1]", "{", [{}], True, None, int])
     def test_something_else_is_refused(self, schema):
