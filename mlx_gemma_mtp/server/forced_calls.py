@@ -14,7 +14,7 @@ from ..markup.tool_calls import QUOTE
 from ..markup.tool_grammar import AUTO, REQUIRED, tool_grammar
 from ..structure.constraint import Constraint, grammar
 from .errors import bad_request
-from .forms import Form
+from .forms import Form, check_end
 from .schema import ChatBody
 
 NONE = "none"
@@ -102,6 +102,7 @@ class ForcedCalls:
                 "call can be forced.",
                 "tool_choice",
             )
+        check_end(body)
         is_parallel = body.parallel_tool_calls is not False
 
         def make() -> Constraint:

@@ -1,14 +1,13 @@
 """The form that an answer must have: found in a body, and compiled.
 
-Compiling takes milliseconds, and the first time seconds: it is done in a thread beside
-the event loop's. Knows nothing of HTTP.
+Compiling takes milliseconds, or up to seconds where somebody means harm: it is done in
+a thread beside the event loop's. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
 
-import threading
+import logging
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +25,8 @@ from ..structure.masks import BoundConstraint
 from ..structure.tokenizer import grammar_tokenizer
 from .errors import AnswerError, bad_request
 from .schema import ChatBody, CompletionBody, ResponseFormat, StructuredOutputs
+
+logger = logging.getLogger("mlx_gemma_mtp.server")
 
 _RESPONSE_FORMAT = "response_format"
 _STRUCTURED_OUTPUTS = "structured_outputs"
@@ -57,8 +58,19 @@ class Forms:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._lock = threading.Lock()
-        self._ready: Future[str] | None = None  # what is wrong, if something is
+
+    def prepare(self) -> None:
+        """Build what grammars need of the tokenizer, before anybody is answered.
+
+        Later it would let all streams stand still for seconds. Where it cannot be built
+        each request with a form is told why.
+        """
+        try:
+            grammar_tokenizer(self.tokenizer)
+        except RequestError as error:
+            logger.debug("answers have no given form: %s", error)
+        except Exception:  # whatever it is, answers without a form need none of it
+            logger.exception("the tokenizer could not be built for given forms")
 
     def compiled(self, form: Form) -> BoundConstraint:
         """A form that rows can follow; called beside the event loop's thread.
@@ -67,26 +79,9 @@ class Forms:
             AnswerError: It cannot be compiled; the message names the place.
         """
         try:
-            constraint = form.make()
-            reason = self._prepare().result()
-            if reason:
-                raise form.refused(reason)
-            return BoundConstraint(constraint, self.tokenizer)
+            return BoundConstraint(form.make(), self.tokenizer)
         except RequestError as error:
             raise form.refused(str(error)) from error
-
-    def _prepare(self) -> Future[str]:
-        """Let the tokenizer be built for grammars, once.
-
-        In a thread that nobody stops: a client that goes away meanwhile would let the
-        next one wait for all of it again.
-        """
-        with self._lock:
-            if self._ready is None:
-                self._ready = Future()
-                build = partial(_build, self.tokenizer, self._ready)
-                threading.Thread(target=build, name="grammars", daemon=True).start()
-            return self._ready
 
 
 def form_of(body: ChatBody | CompletionBody, *, has_tools: bool = False) -> Form | None:
@@ -106,6 +101,7 @@ def form_of(body: ChatBody | CompletionBody, *, has_tools: bool = False) -> Form
     found = [form for form in forms if form is not None]
     if not found:
         return None
+    check_end(body)
     if len(found) > 1:
         raise bad_request(
             f"{_STRUCTURED_OUTPUTS} must stand without {_RESPONSE_FORMAT}: got both. "
@@ -119,6 +115,20 @@ def form_of(body: ChatBody | CompletionBody, *, has_tools: bool = False) -> Form
             "of them, or send tool_choice: none."
         )
     return form
+
+
+def check_end(body: ChatBody | CompletionBody) -> None:
+    """Refuse what would go on where a form, or forced calls, end an answer.
+
+    Raises:
+        AnswerError: It is asked for.
+    """
+    if body.ignore_eos:
+        raise bad_request(
+            "ignore_eos must be left out where an answer has a given form or forced "
+            "calls: it ends where they do. Leave out one of them.",
+            "ignore_eos",
+        )
 
 
 def _of_response_format(asked: ResponseFormat | None) -> Form | None:
@@ -170,15 +180,3 @@ def _of_structured_outputs(asked: StructuredOutputs | None) -> Form | None:
             _STRUCTURED_OUTPUTS,
         )
     return found[0]
-
-
-def _build(tokenizer: Any, ready: Future[str]) -> None:
-    """Build what grammars need of a tokenizer."""
-    try:
-        grammar_tokenizer(tokenizer)
-    except RequestError as error:
-        ready.set_result(str(error))
-    except BaseException as error:  # noqa: BLE001 - it is told to who waits
-        ready.set_exception(error)
-    else:
-        ready.set_result("")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.markup.patterns import FORMATS
 from mlx_gemma_mtp.markup.schema_parts import TYPES
+from mlx_gemma_mtp.server.errors import AnswerError
 from mlx_gemma_mtp.server.forced_calls import ForcedCalls
 from mlx_gemma_mtp.server.schema import ChatBody
 from mlx_gemma_mtp.structure.masks import BoundConstraint
@@ -142,6 +143,17 @@ def test_what_is_large_together():
 )
 def test_what_is_taken(schema):
     assert bound(of(schema, **{"$defs": {"a b": {"type": "null"}}}))
+
+
+@pytest.mark.parametrize("choice", ["required", "auto"])
+def test_an_answer_without_an_end(choice):
+    """It is refused before anything is compiled."""
+    function = {"name": "f", "strict": True, "parameters": {"not": {}}}
+    tools = [{"type": "function", "function": function}]
+    body = BODY.model_copy(update={"tool_choice": choice, "ignore_eos": True})
+    with pytest.raises(AnswerError, match="ignore_eos must be left out") as caught:
+        CALLS.of(body, tools)
+    assert caught.value.param == "ignore_eos"
 
 
 _NAMES = st.sampled_from(["a", "b", "a:b", "", "é", "$defs", '<|"|>', "\ud800"])

@@ -18,9 +18,12 @@ import pytest
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.server import forms as forms_module
 from mlx_gemma_mtp.server import lanes as lanes_module
+from mlx_gemma_mtp.server.arguments import parse
 from mlx_gemma_mtp.server.errors import AnswerError
 from mlx_gemma_mtp.server.forms import Form, Forms, form_of
 from mlx_gemma_mtp.server.schema import ChatBody
+from mlx_gemma_mtp.server.serve import serve
+from mlx_gemma_mtp.server.web import Web
 from mlx_gemma_mtp.structure import masks as masks_module
 from mlx_gemma_mtp.structure.constraint import MAX_LENGTH, MAX_TEXTS, json_object
 from tests.gemma_pair import let_say
@@ -35,6 +38,7 @@ from tests.server.serving import (
     scripted_server,
     wait_until,
 )
+from tests.server.serving import tokenizer as served_tokenizer
 from tests.structure.schemas import SCHEMAS
 from tests.tiny import model_folder
 
@@ -452,16 +456,14 @@ class TestDescription:
 
 class TestCompiling:
     def test_the_server_answers_meanwhile(self, monkeypatch):
-        may_build = threading.Event()
-        built = []
-        build = forms_module.grammar_tokenizer
+        may_end = threading.Event()
+        make = forms_module.regex
 
-        def slow(tokenizer):
-            built.append(tokenizer)
-            assert may_build.wait(WAIT_S)
-            return build(tokenizer)
+        def slow(text):
+            assert may_end.wait(WAIT_S)
+            return make(text)
 
-        monkeypatch.setattr(forms_module, "grammar_tokenizer", slow)
+        monkeypatch.setattr(forms_module, "regex", slow)
         choices = []
 
         def make_request(choice):
@@ -479,14 +481,47 @@ class TestCompiling:
             assert client.get("/health").status == 200
             opened.pop(0).close()  # who was first does not wait any more
             wait_until(lambda: parts.bridge._num_prepared == 2)
-            may_build.set()
+            may_end.set()
             for connection in opened:
                 assert connection.getresponse().status == 200
                 connection.close()
-            assert client.complete(**body).status == 200
-        assert len(built) == 1
         forced = [choice.constraint is not None for choice in choices]
-        assert forced == [False, True, True, True]
+        assert forced == [False, True, True]
+
+    def test_the_tokenizer_is_built_before_anybody_is_answered(self, monkeypatch):
+        happened = []
+        monkeypatch.setattr(Forms, "prepare", lambda forms: happened.append("built"))
+
+        def start(web, opened):
+            happened.append("answers")
+            raise RequestError("enough")
+
+        monkeypatch.setattr(Web, "start", start)
+        with pytest.raises(RequestError, match="enough"):
+            serve(parse(["--port", "0"]))
+        assert happened == ["built", "answers"]
+
+    @pytest.mark.parametrize("error", [RequestError("no such file"), OSError("full")])
+    def test_a_failed_build_is_told_and_tried_again(self, monkeypatch, error):
+        """The server starts all the same, and a later build may succeed."""
+        calls = []
+        build = masks_module.grammar_tokenizer
+
+        def failing(tokenizer):
+            calls.append(tokenizer)
+            if len(calls) < 3:
+                raise error
+            return build(tokenizer)
+
+        monkeypatch.setattr(forms_module, "grammar_tokenizer", failing)
+        monkeypatch.setattr(masks_module, "grammar_tokenizer", failing)
+        forms = Forms(served_tokenizer())
+        forms.prepare()
+        form = Form("response_format", json_object)
+        told = AnswerError if isinstance(error, RequestError) else OSError
+        with pytest.raises(told, match=str(error)):
+            forms.compiled(form)
+        assert forms.compiled(form).constraint == json_object()
 
     def test_what_takes_too_long_is_given_up(self, monkeypatch):
         may_end = threading.Event()
