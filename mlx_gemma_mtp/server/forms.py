@@ -44,6 +44,17 @@ class Form:
     place: str
     make: Callable[[], Constraint]
 
+    def made(self) -> Constraint:
+        """What the answer must be.
+
+        Raises:
+            AnswerError: It cannot be compiled.
+        """
+        try:
+            return self.make()
+        except RequestError as error:
+            raise self.refused(str(error)) from error
+
     def refused(self, reason: str) -> AnswerError:
         """A request whose form is not made."""
         return bad_request(f"{self.place}: {reason}", self.place)
@@ -78,18 +89,15 @@ class Forms:
         Raises:
             AnswerError: It cannot be compiled; the message names the place.
         """
+        constraint = form.made()
         try:
-            return BoundConstraint(form.make(), self.tokenizer)
+            return BoundConstraint(constraint, self.tokenizer)
         except RequestError as error:
             raise form.refused(str(error)) from error
 
 
-def form_of(body: ChatBody | CompletionBody, *, has_tools: bool = False) -> Form | None:
+def form_of(body: ChatBody | CompletionBody) -> Form | None:
     """The form that a body asks for, if any.
-
-    Args:
-        body: The request.
-        has_tools: Whether the model may call tools.
 
     Raises:
         AnswerError: Two are asked for, or something that no form can stand beside.
@@ -108,13 +116,7 @@ def form_of(body: ChatBody | CompletionBody, *, has_tools: bool = False) -> Form
             "Leave out one of them.",
             _STRUCTURED_OUTPUTS,
         )
-    (form,) = found
-    if has_tools:
-        raise form.refused(
-            "it must stand without tools that may be called: got both. Leave out one "
-            "of them, or send tool_choice: none."
-        )
-    return form
+    return found[0]
 
 
 def check_end(body: ChatBody | CompletionBody) -> None:

@@ -149,6 +149,25 @@ def grammar(lark: str, *, what: str = "grammar") -> Constraint:
     return Constraint(what, _checked_lark(what, lark))
 
 
+def either(first: Constraint, second: Constraint) -> Constraint:
+    """A constraint to text of one constraint or of another; neither is such a one.
+
+    Raises:
+        RequestError: They cannot be compiled together.
+    """
+    both = {"first": first, "second": second}
+    parts = [
+        {"name": "either", "lark_grammar": "start: @first | @second"},
+        *({**_part_of(each.grammar), "name": name} for name, each in both.items()),
+    ]
+    what = f"{first.what} or {second.what}"
+    made = json.dumps({"grammars": parts})
+    error = _error_of(made)
+    if error:
+        raise refusal(what, error)
+    return Constraint(what, made)
+
+
 def asked(
     *, schema: Any = None, regex: str | None = None, grammar: str | None = None
 ) -> Constraint | None:
@@ -216,6 +235,14 @@ def _checked_lark(what: str, lark: str) -> str:
     if error:
         raise refusal(what, error)
     return made
+
+
+def _part_of(grammar: str) -> dict[str, Any]:
+    """A grammar of llguidance's as a part of another."""
+    if not grammar.startswith("{"):  # Lark stays as it is
+        return {"lark_grammar": grammar}
+    (part,) = json.loads(grammar)["grammars"]
+    return {key: value for key, value in part.items() if value is not None}
 
 
 def _schema_of(schema: Any) -> Mapping[str, Any]:

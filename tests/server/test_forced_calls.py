@@ -7,6 +7,7 @@ Run: python -m pytest tests/server/test_forced_calls.py
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from mlx_gemma_mtp.markup.patterns import FORMATS
 from mlx_gemma_mtp.markup.schema_parts import TYPES
 from mlx_gemma_mtp.server.errors import AnswerError
 from mlx_gemma_mtp.server.forced_calls import ForcedCalls
+from mlx_gemma_mtp.server.forms import Form
 from mlx_gemma_mtp.server.schema import ChatBody
+from mlx_gemma_mtp.structure.constraint import regex
 from mlx_gemma_mtp.structure.masks import BoundConstraint
 from tests.gemma import SPECIAL
 from tests.server.serving import tokenizer
@@ -154,6 +157,28 @@ def test_an_answer_without_an_end(choice):
     with pytest.raises(AnswerError, match="ignore_eos must be left out") as caught:
         CALLS.of(body, tools)
     assert caught.value.param == "ignore_eos"
+
+
+def test_the_place_of_a_mistake_beside_a_form():
+    """It is that of the tools, or of the form."""
+    body = BODY.model_copy(update={"tool_choice": "auto"})
+    for parameters, pattern, place in (
+        ({"not": {}}, "a", "tools"),
+        ({}, "a", None),
+        ({}, "(a", "structured_outputs.regex"),
+    ):
+        function = {"name": "f", "strict": True, "parameters": parameters}
+        tools = [{"type": "function", "function": function}]
+        form = CALLS.of(
+            body, tools, Form("structured_outputs.regex", partial(regex, pattern))
+        )
+        assert form is not None
+        if place is None:
+            assert form.made().what == "tools or regex"
+            continue
+        with pytest.raises(AnswerError, match=f"^{place}: ") as caught:
+            form.made()
+        assert caught.value.param == place
 
 
 _NAMES = st.sampled_from(["a", "b", "a:b", "", "é", "$defs", '<|"|>', "\ud800"])

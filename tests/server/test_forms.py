@@ -20,6 +20,7 @@ from mlx_gemma_mtp.server import forms as forms_module
 from mlx_gemma_mtp.server import lanes as lanes_module
 from mlx_gemma_mtp.server.arguments import parse
 from mlx_gemma_mtp.server.errors import AnswerError
+from mlx_gemma_mtp.server.forced_calls import ForcedCalls
 from mlx_gemma_mtp.server.forms import Form, Forms, form_of
 from mlx_gemma_mtp.server.schema import ChatBody
 from mlx_gemma_mtp.server.serve import serve
@@ -372,13 +373,16 @@ class TestRefused:
             assert response.message.count("\n") == 0
         assert parts.bridge._num_prepared == 0
 
-    def test_beside_tools(self):
+    def test_beside_tools_of_a_model_without_their_marks(self):
         said = [{"role": "user", "content": "x"}]
+        tools = [{"type": "function", "function": {"name": "f"}}]
         asked = {"messages": said, "structured_outputs": {"regex": "a"}}
         body = ChatBody.model_validate(asked)
-        assert form_of(body) is not None
+        form = form_of(body)
+        calls = ForcedCalls(served_tokenizer())
+        assert calls.of(body, (), form) is form
         with pytest.raises(AnswerError, match="stand without tools") as refused:
-            form_of(body, has_tools=True)
+            calls.of(body, tools, form)
         assert refused.value.param == "structured_outputs.regex"
 
     def test_where_the_library_is_missing(self, client, monkeypatch):

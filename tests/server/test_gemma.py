@@ -554,6 +554,36 @@ class TestForcedCalls:
             called = [c["function"]["arguments"] for c in message.get("tool_calls", [])]
             assert (called == ['{"weight": 2}']) != is_held
 
+    def test_calls_or_a_form(self, monkeypatch, server, gemma_tokenizer):
+        """The model chooses which; the rest is not its own choice."""
+        call = '<|tool_call>call:vote{answer:<|"|>no<|"|>,weight:2}<tool_call|>'
+        schema = {"properties": {"a": {"const": 1}}, "required": ["a"]}
+        asks = (
+            (f"{call}<|tool_response>", None, [{"answer": "no", "weight": 2}]),
+            ('{"a":1}<turn|>', '{"a":1}', None),
+            ('{"a":2}<turn|>', '{"a":1}', None),
+            ("{It is as follows.<turn|>", '{"a":1}', None),
+        )
+        schema |= {"type": "object", "additionalProperties": False}
+        given = {"name": "x", "schema": schema, "strict": True}
+        form = {"type": "json_schema", "json_schema": given}
+        vote = {"type": "function", "function": self.TOOLS[0]["function"]}
+        for said, content, calls in asks:
+            let_say(monkeypatch, gemma_tokenizer("july-12b"), said)
+            response = self.ask(server, tools=[vote], response_format=form)
+            choice = response.json()["choices"][0]
+            message = choice["message"]
+            called = [c["function"]["arguments"] for c in message.get("tool_calls", [])]
+            assert (message["content"] or None) == content
+            assert ([json.loads(each) for each in called] or None) == calls
+            assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
+
+    def test_where_calls_are_required_a_form_means_nothing(self, server):
+        form = {"structured_outputs": {"regex": "a"}}
+        self.calls(self.ask(server, tool_choice="required", **form))
+        free = self.ask(server, tool_choice="none", **form).json()["choices"][0]
+        assert free["message"]["content"] == "a"
+
     @pytest.mark.parametrize(
         ("settings", "words"),
         [

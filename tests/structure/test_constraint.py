@@ -9,7 +9,7 @@ import builtins
 import itertools
 import json
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import BaseModel, ConfigDict
@@ -24,13 +24,16 @@ from mlx_gemma_mtp.structure.constraint import (
     MAX_TEXTS,
     asked,
     choice,
+    either,
     grammar,
     json_object,
     json_schema,
     reason_of,
     regex,
 )
+from mlx_gemma_mtp.structure.masks import BoundConstraint
 from mlx_gemma_mtp.structure.schemas import closed, depth_of, place_of
+from tests.server.serving import EOS, tokenizer, tokens_of
 from tests.structure.schemas import SCHEMAS
 
 
@@ -329,3 +332,36 @@ def test_without_the_extra_a_line_says_what_to_install(monkeypatch):
             "llguidance must be installed for text with a given form: got no such "
             "package. Install mlx_gemma_mtp[structure]."
         )
+
+
+class TestEither:
+    """Text of one constraint or of another, of whatever kinds they are."""
+
+    OBJECT: ClassVar = {"type": "object", "properties": {"a": {"const": 1}}}
+    MADE = (
+        (json_schema({**OBJECT, "additionalProperties": False}), ['{"a":1}', "{}"]),
+        (regex("a+b"), ["ab", "aaab"]),
+        (choice(["yes", "no", "\x7f"]), ["yes", "no", "\x7f"]),
+        (grammar('start: "(" start ")" | "x"'), ["x", "((x))"]),
+    )
+    OTHERS = ("", "{", "y", "a", "(x", "xx", '{"b":1}', "yesno", "ab{}")
+
+    @pytest.mark.parametrize("second", range(4))
+    @pytest.mark.parametrize("first", range(4))
+    def test_texts_are_of_one_or_the_other(self, first, second):
+        made = either(self.MADE[first][0], self.MADE[second][0])
+        row = BoundConstraint(made, tokenizer())
+        for index, (_, texts) in enumerate(self.MADE):
+            for text in texts:
+                assert is_whole(row, text) == (index in (first, second)), text
+        assert not any(is_whole(row, text) for text in self.OTHERS)
+        assert made.what == f"{self.MADE[first][0].what} or {self.MADE[second][0].what}"
+
+
+def is_whole(bound, text):
+    """Whether a text may stand and end."""
+    row = bound.row((), (EOS,))
+    for token in tokens_of(text):
+        if not row._follow(token):
+            return False
+    return bool(row.block(())[0][EOS // 32] >> EOS % 32 & 1)
