@@ -6,7 +6,8 @@ Run: python -m pytest tests/server/test_gemma.py
 import contextlib
 import functools
 import json
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import jsonschema
 import pytest
@@ -17,6 +18,7 @@ from mlx_gemma_mtp.server.schema import ChatBody
 from mlx_gemma_mtp.server.vocabulary import Places
 from tests.gemma import FORMS
 from tests.gemma_pair import let_say
+from tests.server.client_shapes import CALL, CONTENT, FENCED, SHAPES, Box
 from tests.server.serving import pair_server, prompts_of
 
 pytestmark = [pytest.mark.gemma, pytest.mark.usefixtures("plain_graphs")]
@@ -630,3 +632,99 @@ class TestForcedCalls:
         for choice in choices:
             body = {"messages": QUESTION, "tool_choice": choice}
             assert not check.is_valid({**body, "tools": list(self.TOOLS)})
+
+
+class TestClients:
+    """Recorded requests of LangChain and Instructor: they find what they look for."""
+
+    BOX = Box(colour="blue", count=2, note=None)
+    JSON = '{"colour":"blue","count":2,"note":null}'
+    SAID: ClassVar = {
+        CONTENT: f"{JSON}<turn|>",
+        FENCED: f"```json\n{JSON}\n```<turn|>",
+        CALL: '<|tool_call>call:Box{colour:<|"|>blue<|"|>,count:2,note:null}'
+        "<tool_call|><|tool_response>",
+    }
+
+    def found(self, server, shape, *, stream):
+        """What a client finds in an answer."""
+        body = {"messages": QUESTION, "max_tokens": 99, "stream": stream}
+        body |= {"reasoning_effort": "none", **shape.fields}
+        response = server("july-12b").ask("POST", "/v1/chat/completions", body)
+        assert response.status == 200, response.body
+        message, reason = (_streamed if stream else _whole)(response)
+        if shape.place == CALL:
+            (call,) = message["tool_calls"]
+            assert (call["type"], call["function"]["name"]) == ("function", "Box")
+            assert call["id"]
+            assert not message["content"]
+            assert reason == "tool_calls"
+            return Box.model_validate_json(call["function"]["arguments"])
+        assert not message.get("tool_calls")
+        assert reason == "stop"
+        if shape.place == CONTENT:
+            return Box.model_validate_json(message["content"])
+        (inside,) = re.findall("```json\n(.*)\n```", message["content"])
+        return Box.model_validate_json(inside)
+
+    @pytest.mark.parametrize("name", SHAPES)
+    def test_find_what_the_model_means(
+        self, monkeypatch, server, gemma_tokenizer, name
+    ):
+        shape = SHAPES[name]
+        let_say(monkeypatch, gemma_tokenizer("july-12b"), self.SAID[shape.place])
+        assert self.found(server, shape, stream=False) == self.BOX
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "LangChain, json_schema",
+            "LangChain, any tool",
+            "LangChain, tools",
+            "Instructor, MD_JSON",
+        ],
+    )
+    def test_find_the_same_in_a_stream(
+        self, monkeypatch, server, gemma_tokenizer, name
+    ):
+        shape = SHAPES[name]
+        let_say(monkeypatch, gemma_tokenizer("july-12b"), self.SAID[shape.place])
+        assert self.found(server, shape, stream=True) == self.BOX
+
+    @pytest.mark.parametrize(
+        "name", [name for name, shape in SHAPES.items() if shape.is_held]
+    )
+    def test_find_an_object_whatever_the_model_means(
+        self, monkeypatch, server, gemma_tokenizer, name
+    ):
+        """Each field has a value of its own, whatever that is."""
+        let_say(monkeypatch, gemma_tokenizer("july-12b"), "Sure! Red.<turn|>")
+        assert self.found(server, SHAPES[name], stream=False).count in (1, 2, 3)
+
+
+def _whole(response):
+    """The message of an answer, and how it ends."""
+    choice = response.json()["choices"][0]
+    return choice["message"], choice["finish_reason"]
+
+
+def _streamed(response):
+    """The message that a client makes of a stream's deltas, as OpenAI's client does."""
+    choices = [event["choices"][0] for event in response.events if event["choices"]]
+    calls: dict[int, dict[str, Any]] = {}
+    for delta in [call for c in choices for call in c["delta"].get("tool_calls", [])]:
+        index, function = delta["index"], delta["function"]
+        if index not in calls:
+            assert delta.keys() == {"index", "id", "type", "function"}
+            assert function["name"]
+            calls[index] = {**delta, "function": {**function}}
+        else:
+            assert (delta.keys(), function.keys()) == (
+                {"index", "function"},
+                {"arguments"},
+            )
+            calls[index]["function"]["arguments"] += function["arguments"]
+    assert [*calls] == [*range(len(calls))]
+    content = "".join(c["delta"].get("content") or "" for c in choices)
+    found = {"content": content, "tool_calls": [*calls.values()]}
+    return found, choices[-1]["finish_reason"]
