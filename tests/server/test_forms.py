@@ -27,7 +27,6 @@ from mlx_gemma_mtp.server.serve import serve
 from mlx_gemma_mtp.server.web import Web
 from mlx_gemma_mtp.structure import masks as masks_module
 from mlx_gemma_mtp.structure.constraint import MAX_LENGTH, MAX_TEXTS, json_object
-from tests.gemma_pair import let_say
 from tests.server.serving import (
     CHAT_TEMPLATE,
     WAIT_S,
@@ -537,52 +536,3 @@ class TestCompiling:
             assert response.status == 400
             assert "response_format: it must be compiled within" in response.message
             assert parts.bridge._num_prepared == 0
-
-
-@pytest.fixture(scope="module")
-def thinker(gemma_pair_folder):
-    with pair_server(gemma_pair_folder("july-e2b")) as (client, _):
-        yield client
-
-
-THOUGHT = '<|channel>thought\nIs it {"a": 2}?\n<channel|>'
-ANSWER = '{"a":1}'
-
-
-class TestThoughts:
-    @pytest.mark.parametrize("number", [0, 4])
-    def test_are_free(self, thinker, monkeypatch, gemma_tokenizer, number):
-        """The answer behind one is not: neither where it is another than was meant."""
-        tokenizer = gemma_tokenizer("july-e2b")
-        let_say(monkeypatch, tokenizer, f"{THOUGHT}{ANSWER}<turn|>")
-        fields = {"reasoning_effort": "high", "max_tokens": 80, **drafts(number)}
-        asked = json_format({"type": "object", "properties": {"a": {"const": 1}}})
-        message = thinker.chat(**fields, **asked).json()["choices"][0]["message"]
-        assert message["reasoning"] == 'Is it {"a": 2}?'
-        assert message["content"] == ANSWER
-        asked = {"structured_outputs": {"regex": "[0-9]{3}"}}
-        message = thinker.chat(**fields, **asked).json()["choices"][0]["message"]
-        assert message["reasoning"] == 'Is it {"a": 2}?'
-        assert re.fullmatch("[0-9]{3}", message["content"])
-
-    def test_are_free_behind_a_kept_prompt(self, thinker, monkeypatch, gemma_tokenizer):
-        """The row is told the whole prompt, also what caches hold of it."""
-        let_say(monkeypatch, gemma_tokenizer("july-e2b"), f"{THOUGHT}{ANSWER}<turn|>")
-        asked = {"structured_outputs": {"json": {"const": {"a": 1}}}, "max_tokens": 80}
-        for is_kept in (False, True):
-            answer = thinker.chat("a b " * 60, reasoning_effort="high", **asked).json()
-            message = answer["choices"][0]["message"]
-            assert message["reasoning"] == 'Is it {"a": 2}?'
-            assert message["content"] == ANSWER
-            cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-            assert (cached > 0) is is_kept
-
-    def test_none_comes_where_none_is_asked_for(
-        self, thinker, monkeypatch, gemma_tokenizer
-    ):
-        let_say(monkeypatch, gemma_tokenizer("july-e2b"), f"{THOUGHT}{ANSWER}<turn|>")
-        asked = {"structured_outputs": {"regex": "[0-9]{3}"}, "max_tokens": 9}
-        answer = thinker.chat(reasoning_effort="none", **asked).json()
-        message = answer["choices"][0]["message"]
-        assert "reasoning" not in message
-        assert re.fullmatch("[0-9]{3}", message["content"])
