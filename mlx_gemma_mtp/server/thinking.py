@@ -67,7 +67,7 @@ class ThinkingLimits:
             max_tokens: Most tokens of the answer.
         """
         limit = _limit_of(body, is_thinking=is_thinking)
-        # One that is never reached would only have the host decide.
+        # Masks for one that is never reached would only cost time.
         if limit is None or limit > max_tokens or not self.are_possible:
             return form
         return (form or self._any_form).limited(limit)

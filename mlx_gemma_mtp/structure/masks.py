@@ -260,15 +260,6 @@ class RowMasks:
             _set_bits(words, self._ends, value=True)
         return words
 
-    def _forced(self) -> list[int]:
-        """The tokens that come next, as far as the masks alone say."""
-        if self._place.phase is Phase.THOUGHT:
-            closing = self._thoughts.closing(self._place)
-            return [*closing] if len(closing) == 1 else []
-        if self._place.phase is Phase.OPEN or self._matcher is None:
-            return []
-        return cast(list[int], self._matcher.compute_ff_tokens())
-
     def _bits(self) -> Words:
         """What the matcher allows."""
         return np.frombuffer(self._matcher.compute_bitmask(), np.uint32).copy()
@@ -277,6 +268,15 @@ class RowMasks:
         """A mask that allows everything."""
         num_words = self._num_words if self._matcher is None else self._bits().size
         return np.full(num_words, ALL, np.uint32)
+
+    def _forced(self) -> list[int]:
+        """The tokens that come next, as far as grammar and limit alone say."""
+        if self._place.phase is Phase.THOUGHT:
+            closing = self._thoughts.closing(self._place)
+            return list(closing) if len(closing) == 1 else []
+        if self._matcher is None or self._place.phase is not Phase.ANSWER:
+            return []
+        return cast(list[int], self._matcher.compute_ff_tokens())
 
     def _check(self, words: Words) -> None:
         """Raise where the matcher has failed, or leaves nothing to choose."""

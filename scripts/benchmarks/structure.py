@@ -68,8 +68,9 @@ def structure(
             methods[f"{name}, K = {count}"] = _timed(
                 pair, count, args.max_tokens, constraint
             )
-    for name, count in (("plain", 0), ("auto", None), ("K = 4", 4)):
-        methods[f"form, {name}"] = _timed(pair, count, args.max_tokens, form)
+    choices: dict[str, int | None] = {"plain": 0, "auto": None, "K = 4": 4}
+    for name, choice in choices.items():
+        methods[f"form, {name}"] = _timed(pair, choice, args.max_tokens, form)
     methods["form, K = 4, drafter alone"] = _without_proposals(methods["form, K = 4"])
     for method in methods.values():  # compile, and learn, before anything is timed
         method(prompts[0])

@@ -5,7 +5,7 @@ Run: python -m pytest tests/engine/test_masked.py
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -44,8 +44,8 @@ class Allowing:
 
     def __init__(
         self,
-        allowed: dict[int, Sequence[int]],
-        forced: dict[int, Sequence[int]] | None = None,
+        allowed: Mapping[int, Sequence[int]],
+        forced: Mapping[int, Sequence[int]] | None = None,
         *,
         vocab_size: int = 8,
         fails_at: int = LATE,
@@ -66,7 +66,7 @@ class Allowing:
 
     def banned(self, history: mx.array, logits: mx.array) -> mx.array:
         """As a logits processor: the textbook's way."""
-        return mx.where(mx.array(self.mask(history[-1].item())), logits, -mx.inf)
+        return mx.where(mx.array(self.mask(int(history[-1].item()))), logits, -mx.inf)
 
 
 class _Row:
