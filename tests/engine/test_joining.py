@@ -492,7 +492,7 @@ class TestQueue:
 
     def test_one_graph_serves_rows_that_come_and_go(self):
         """A rule once asked for stays: no round is traced again and again."""
-        pair = reference_pair("12b")
+        pair = reference_pair()
         decoder = make_batch_decoder(pair, num_draft_tokens=2, max_rows=4)
         kinds = [SamplingParams(), SamplingParams(1.0, top_k=8, seed=1)]
         first = [decoder.add(Request([5, 6], 200, kind)) for kind in kinds]

@@ -29,7 +29,7 @@ PROMPTS = [[2, 17, 300, 45], [2, 9], [2, *range(40, 75)], [2, 120, 121, 122, 123
 
 @pytest.fixture(scope="module")
 def pair():
-    pair = reference_pair("12b")
+    pair = reference_pair()
     pair_module.attach(pair.target, pair)
     return pair
 
