@@ -251,7 +251,8 @@ class TestFigures:
         for previous, last in pairwise(drafted[1:]):
             if last.rounds > previous.rounds:  # the round before is complete
                 num_tokens = previous.generation_tokens - 1
-                assert previous.acceptance_length == num_tokens / previous.rounds
+                mean = num_tokens / previous.rounds
+                assert previous.acceptance_length == pytest.approx(mean)
                 rate = (num_tokens / previous.rounds - 1) / 4
                 assert previous.acceptance_rate == pytest.approx(rate)
         last, stats = drafted[-1], drafted[-1].stats
