@@ -31,7 +31,7 @@ from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.pair.planning import make_plan
 from mlx_gemma_mtp.sampling.params import SamplingParams
-from tests.tiny import FAMILIES, new_pair, reference_pair
+from tests.tiny import SHORT, new_pair, reference_pair
 
 pytestmark = pytest.mark.usefixtures("plain_graphs")
 
@@ -314,13 +314,23 @@ def test_a_probe_that_is_wanted_whole_does_not_begin_with_a_part(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "exactness"), [*((f, "exact") for f in FAMILIES), ("e2b", "auto")]
+    ("family", "exactness"),
+    [
+        ("e2b", "exact"),
+        ("26b-a4b", "exact"),
+        (SHORT, "auto"),
+        # Of which test_exactness.py compares blocks with single steps.
+        *(
+            pytest.param(family, "exact", marks=pytest.mark.slow)
+            for family in ("e4b", "12b", "31b")
+        ),
+    ],
 )
 def test_exact_text_is_byte_equal(family, exactness):
     pair = reference_pair(family)
     tokens, logits, stats = decode(pair, 0, exactness)
     assert not stats.engaged
-    for num_draft_tokens in (1, 8, None) if family == "e2b" else (4,):
+    for num_draft_tokens in (1, 8, None) if family == SHORT else (4,):
         found = decode(pair, num_draft_tokens, exactness)
         assert found[:2] == (tokens, logits)
         assert found[2].exactness.startswith(
@@ -526,7 +536,7 @@ def by_capacity(monkeypatch):
 
 
 def test_exact_mode_grows_where_plain_decoding_grows(by_capacity):
-    num_tokens = 60
+    num_tokens = 44
     tokens, logits, stats = decode(by_capacity, 0, "exact", num_tokens=num_tokens)
     assert stats.exactness.startswith("exact")
     for num_draft_tokens in (1, 8):
