@@ -64,7 +64,8 @@ def family_folder(family: str) -> Path:
     place = Path(tempfile.mkdtemp(prefix="mlx_gemma_mtp-short-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     for part in ("target", "drafter"):
-        shutil.copytree(REFERENCE / "12b" / part, place / part)
+        ignore = shutil.ignore_patterns("config.resaved.json")
+        shutil.copytree(REFERENCE / "12b" / part, place / part, ignore=ignore)
         _shorten(place / part)
     return place
 

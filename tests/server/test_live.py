@@ -38,8 +38,11 @@ PROMPT = "def area(radius):\n"
 def client():
     # Drafts of a number that no clock chooses, but for requests that limit it.
     settings = ("--chat-template", CHAT_TEMPLATE, "--num-draft-tokens", "4")
-    with running_command(*settings) as (client, _):
-        yield client
+    with pytest.MonkeyPatch.context() as patch:
+        # Every mixture of requests would be compiled anew. The servers below compile.
+        patch.setenv("MLX_DISABLE_COMPILE", "1")
+        with running_command(*settings) as (client, _):
+            yield client
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +335,7 @@ def test_settings_of_the_command_and_a_signal_lets_requests_finish(monkeypatch):
     monkeypatch.setenv(API_KEY_VARIABLE, "sesame")
     config = json.dumps({"method": "mtp", "num_speculative_tokens": 2})
     arguments = ("--speculative-config", config, "--served-model-name", "tiny", "small")
-    defaults = ("--temp", "0.7", "--max-tokens", "5", "--shutdown-timeout", "60")
+    defaults = ("--temp", "0.7", "--max-tokens", "5", "--shutdown-timeout", "600")
     with running_command(*arguments, *defaults) as (client, process):
         assert client.get("/v1/models").status == 401
         client.key = "sesame"
