@@ -127,7 +127,7 @@ class ForcedCalls:
                 has_thoughts=False,  # masks let them pass where they are asked for
                 has_text=has_text,
             )
-            return grammar(lark, what="tools")
+            return grammar(lark, what="grammar of the tools")
 
         return make
 

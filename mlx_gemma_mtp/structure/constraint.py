@@ -35,6 +35,7 @@ _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 _REGEX_ERROR = re.compile(r"^error: (.*)$", re.MULTILINE)
 _TEXT_PLACE = re.compile(r" at line \d+ column \d+$")
 _JSON_PART = re.compile(r"%json\s*(?={)")
+_COSTS = re.compile("fuel exhausted|too many expressions|too big")
 _CARET = re.compile(r"regex parse error:\n {4}(.*)\n {4}( *)\^")
 
 
@@ -43,7 +44,7 @@ class Constraint:
     """What a text must be, from its first character to its last.
 
     Attributes:
-        what: What it was given as: schema, regex, choice, grammar or tools.
+        what: What it was given as, schema, regex, choice or grammar, or is called.
         grammar: For llguidance.
     """
 
@@ -198,6 +199,11 @@ def refusal(what: str, error: str) -> RequestError:
         what: See ``Constraint``.
         error: Its message, of several lines perhaps.
     """
+    if _COSTS.search(error):
+        return RequestError(
+            f"{what} must take less to compile: got {reason_of(error)}. Use shorter "
+            "expressions with smaller counts, or fewer of them."
+        )
     return RequestError(
         f"{what} must be one that can be compiled: got {reason_of(error)}. Change it "
         "there."

@@ -66,6 +66,7 @@ def union(schema: Any) -> dict[str, Any]:
     return {"oneOf": [{"type": "object", "required": ["k"], **schema}] * 2}
 
 
+COUNTED = [{"type": "string", "pattern": f"[a-z]{{{n}}}"} for n in range(200, 1000)]
 LONG = "é" * 20_000
 HOSTILE: dict[str, tuple[Any, str]] = {
     "no float": (of({"type": "string", "minLength": HUGE}), "minLength"),
@@ -123,9 +124,13 @@ def test_what_is_large_together():
     keys = {f"k{i}": {"type": "string"} for i in range(1500)}
     parts = [{"properties": {f"k{i}": {}}} for i in range(900)]
     for schema, words in (
-        ({"type": "object", "properties": keys}, "tools must have at most 1000 rules"),
+        ({"type": "object", "properties": keys}, "tools must have at most 1000"),
         ({"type": "object", "allOf": parts}, "in at most 300000 steps"),
         (of({"enum": [f"a text {i}" for i in range(20_000)]}), "262144 characters"),
+        (
+            of({"type": "array", "prefixItems": COUNTED}),
+            "grammar of the tools must take less to compile: got fuel exhausted",
+        ),
     ):
         with pytest.raises(RequestError, match=words):
             bound(schema)
@@ -174,7 +179,7 @@ def test_the_place_of_a_mistake_beside_a_form():
         )
         assert form is not None
         if place is None:
-            assert form.made().what == "tools or regex"
+            assert form.made().what == "grammar of the tools or regex"
             continue
         with pytest.raises(AnswerError, match=f"^{place}: ") as caught:
             form.made()

@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -391,7 +392,8 @@ class TestRefused:
         assert "Install mlx_gemma_mtp[structure]." in response.message
 
     def test_where_the_tokenizer_cannot_be_read(self):
-        forms = Forms(object())
+        bare = SimpleNamespace(chat_template=None, get_added_vocab=dict)
+        forms = Forms(bare)
         for _ in range(2):
             with pytest.raises(AnswerError, match="Use a checkpoint with") as refused:
                 forms.compiled(Form("response_format", json_object))

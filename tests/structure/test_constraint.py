@@ -364,4 +364,4 @@ def is_whole(bound, text):
     for token in tokens_of(text):
         if not row._follow(token):
             return False
-    return bool(row.block(())[0][EOS // 32] >> EOS % 32 & 1)
+    return bool(row.block(()).words[0][EOS // 32] >> EOS % 32 & 1)
