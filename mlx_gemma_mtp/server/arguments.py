@@ -83,9 +83,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_thinking(group)
 
 
-def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("decoding")
-    add_num_draft_tokens(group)
+def _add_vllms_drafts(group: argparse._ArgumentGroup) -> None:
+    """Add what says the same in vLLM's words."""
     group.add_argument(
         "--speculative-config",
         metavar="JSON",
@@ -111,6 +110,12 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="--num-draft-tokens in vLLM's words",
     )
+
+
+def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding")
+    add_num_draft_tokens(group)
+    _add_vllms_drafts(group)
     group.add_argument(
         "--max-rows",
         "--max-num-seqs",
