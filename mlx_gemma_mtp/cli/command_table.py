@@ -39,7 +39,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "server": Command(
         "server.__main__",
-        "Serve a Gemma 4 model and its MTP drafter with OpenAI's API and others.",
+        "Serve a Gemma 4 model and its MTP drafter with OpenAI's API.",
     ),
     "run": Command("hook.run", "Run a program of mlx-lm, with drafters for Gemma 4."),
     "convert": Command(
