@@ -21,6 +21,9 @@ class StopStrings:
     Args:
         stops: The string to stop at, or several, none of them empty; None for none.
 
+    Attributes:
+        found: The stop string that ended the text; None where none has.
+
     Raises:
         RequestError: A stop string is empty, or no string.
     """
@@ -35,7 +38,12 @@ class StopStrings:
                 )
         self._held = ""
         self._num_free = 0  # characters of what is held, in which none ends
-        self.is_stopped = False
+        self.found: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string was found: nothing more is shown."""
+        return self.found is not None
 
     def add(self, text: str, *, is_free: bool = False) -> str:
         """Add a piece of text; return what is safe to show, nothing after the stop.
@@ -50,13 +58,12 @@ class StopStrings:
         if is_free:
             self._num_free = len(self._held)
         found = [
-            (start + len(stop), start)
+            (start + len(stop), start, stop)
             for stop in self._stops
             if (start := self._held.find(stop, self._first_start(stop))) >= 0
         ]
         if found:
-            self.is_stopped = True
-            _, start = min(found)
+            _, start, self.found = min(found)
             shown, self._held = self._held[:start], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)

@@ -38,6 +38,11 @@ class TextPieces:
         """Whether a stop string was found: the text ends before it."""
         return self._stops.is_stopped
 
+    @property
+    def stop(self) -> str | None:
+        """The stop string that was found, if one was."""
+        return self._stops.found
+
     def add(self, token: int, finish_reason: str | None) -> str:
         """The text that a token makes certain.
 

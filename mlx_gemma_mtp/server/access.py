@@ -7,26 +7,15 @@ import hmac
 import ipaddress
 
 from starlette.datastructures import Headers
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import openai_format as formats
 from .errors import AnswerError
+from .failures import failure_response
 from .json_body import UNREADABLE
 
 # The page is the same for everybody, asks for the key and shows nothing without it.
 OPEN_PATHS = frozenset({"/", "/health"})
 _BODY_TIMEOUT_S = 30.0  # for a body that is sent slowly
-
-
-def failure_response(failure: AnswerError) -> Response:
-    """The answer that says what went wrong."""
-    return Response(
-        formats.dumps(failure.body()),
-        failure.status,
-        failure.headers(),
-        media_type="application/json",
-    )
 
 
 class Gate:
@@ -67,7 +56,7 @@ class Gate:
             if scope["method"] == "HEAD":  # uvicorn sends no body for it
                 scope = {**scope, "method": "GET"}
         except AnswerError as failure:
-            response = failure_response(failure)
+            response = failure_response(failure, scope["path"])
             if failure.status == 401:
                 response.headers["www-authenticate"] = "Bearer"
             await response(scope, receive, send)
@@ -84,7 +73,7 @@ class Gate:
             return
         if self._key is None:
             self._check_host(headers.get("host", ""))
-        elif not hmac.compare_digest(_given_key(headers), self._key):
+        elif not any(hmac.compare_digest(k, self._key) for k in _given_keys(headers)):
             raise AnswerError(
                 401,
                 "the API key must be sent as Authorization: Bearer KEY: got none or "
@@ -158,10 +147,12 @@ class Gate:
         )
 
 
-def _given_key(headers: Headers) -> bytes:
-    """The key that a request brings; empty where there is none."""
+def _given_keys(headers: Headers) -> list[bytes]:
+    """The keys that a request brings, in OpenAI's way and in Anthropic's."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+    found = [key] if scheme.lower() == "bearer" else []
+    found += [headers["x-api-key"]] if "x-api-key" in headers else []
+    return [each.strip().encode("latin-1") for each in found]
 
 
 def _host_name(host: str) -> str:

@@ -134,31 +134,43 @@ class Reader:
             text: The next piece.
             is_last: Whether the answer ends with it.
         """
-        num_unread = self._answer.num_unread
         delta = Delta()
-        for part in self._answer.read(text, is_last=is_last):
-            self._sort(delta, part)
+        number = self.num_calls
+        for part in self.parts(text, is_last=is_last):
+            if part.call is not None:
+                delta.tool_calls.append(self._written(part.call, number))
+                number += 1
+            elif part.kind == REASONING:
+                delta.reasoning += part.text
+            else:
+                delta.content += part.text
+        return delta
+
+    def parts(self, text: str, *, is_last: bool) -> list[Part]:
+        """The same in the order in which it was said.
+
+        Args:
+            text: The next piece.
+            is_last: Whether the answer ends with it.
+        """
+        num_unread = self._answer.num_unread
+        found = self._answer.read(text, is_last=is_last)
+        self.num_calls += sum(part.kind == CALL for part in found)
         if self._answer.num_unread > num_unread:
             reason = "has no end" if self._answer.is_cut_off else "cannot be read"
             logger.warning("a tool call %s; its text is content", reason)
-        return delta
+        return found
 
-    def _sort(self, delta: Delta, part: Part) -> None:
-        if part.kind == CALL:
-            assert part.call is not None
-            delta.tool_calls.append(self._written(part.call))
-            self.num_calls += 1
-        elif part.kind == REASONING:
-            delta.reasoning += part.text
-        else:
-            delta.content += part.text
-
-    def _written(self, call: ToolCall) -> dict[str, Any]:
-        arguments = json.dumps(call.arguments, ensure_ascii=False, allow_nan=False)
-        number = {"index": self.num_calls} if self._has_numbers else {}
+    def _written(self, call: ToolCall, number: int) -> dict[str, Any]:
+        numbered = {"index": number} if self._has_numbers else {}
         return {
-            **number,
+            **numbered,
             "id": f"call_{secrets.token_hex(12)}",
             "type": "function",
-            "function": {"name": call.name, "arguments": arguments},
+            "function": {"name": call.name, "arguments": written(call)},
         }
+
+
+def written(call: ToolCall) -> str:
+    """The arguments of a call as JSON."""
+    return json.dumps(call.arguments, ensure_ascii=False, allow_nan=False)

@@ -45,8 +45,9 @@ class PromptDetails(TypedDict):
 
 @_exactly
 class CompletionDetails(TypedDict):
-    """Where an answer's tokens came from: the drafter's, in OpenAI's words."""
+    """What an answer's tokens are: of thoughts, and of the drafter's."""
 
+    reasoning_tokens: int
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 
@@ -283,3 +284,20 @@ class Stats(TypedDict):
     example: str
     kv_bytes: int
     memory_bytes: int
+
+
+@_exactly
+class TokenList(TypedDict):
+    """The tokens of a prompt; ``token_strs`` where they were asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: NotRequired[list[str]]
+
+
+@_exactly
+class TokenText(TypedDict):
+    """The text of tokens."""
+
+    prompt: str

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,36 +16,41 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from .._version import __version__
-from ..structure.masks import BoundConstraint
 from . import metrics as metrics_module
-from .access import Gate, failure_response
-from .answer_parser import Dialogue
-from .body_parser import BodyParser
-from .bridge import Bridge
+from . import tokenizing
+from .access import Gate
 from .choice import Choice
-from .errors import AnswerError, bad_request
-from .forced_calls import ForcedCalls
-from .forms import Form, Forms, form_of
+from .conversation import conversation_of
+from .desk import Desk
+from .errors import AnswerError
+from .failures import failure_response
+from .forms import form_of
 from .json_body import UNREADABLE, JSONRoute
-from .lanes import LIMIT_S, Lanes
-from .openai_format import Envelope, dumps
+from .messages import routes as messages
+from .openai_format import Envelope
 from .openapi import DescribedApp, Offer
 from .prompts import Prompt, Prompts
-from .reply import Reply
 from .request_log import ID_HEADER, Counted
-from .responses import Answer, ChatStyle, CompletionStyle, Style
+from .responses import ChatStyle, ChoiceWriter, CompletionStyle, Style
+from .responses_api import routes as responses_api
 from .schema import ChatBody, CompletionBody
-from .settings import Settings
-from .stream import EventStream, unless_gone
 from .tidy import Tidied, memory_returner
-from .vocabulary import Vocabulary
 
 logger = logging.getLogger("mlx_gemma_mtp.server")
 
-T = TypeVar("T")
-
 PAGE = Path(__file__).with_name("page.html")
-POSTED = frozenset({"/chat/completions", "/v1/chat/completions", "/v1/completions"})
+POSTED = frozenset(
+    {
+        "/chat/completions",
+        "/v1/chat/completions",
+        "/v1/completions",
+        messages.PATH,
+        messages.COUNT_PATH,
+        tokenizing.TOKENIZE,
+        tokenizing.DETOKENIZE,
+        responses_api.PATH,
+    }
+)
 ENDPOINTS = POSTED | {
     "/",
     "/health",
@@ -63,89 +67,6 @@ _PAGE_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-
-
-@dataclass(frozen=True)
-class Desk:
-    """What the routes work with.
-
-    Attributes:
-        settings: The command's.
-        bridge: The way to the engine.
-        body_parser: Makes choices.
-        prompts: Makes prompts, in ``lanes``.
-        dialogue: How answers are marked.
-        forced_calls: Finds which calls an answer must have.
-        vocabulary: The tokens' texts.
-        forms: Compiles what answers must be, in ``lanes``.
-        lanes: The threads of both.
-    """
-
-    settings: Settings
-    bridge: Bridge
-    body_parser: BodyParser
-    prompts: Prompts
-    dialogue: Dialogue
-    forced_calls: ForcedCalls
-    vocabulary: Vocabulary
-    forms: Forms
-    lanes: Lanes
-
-    async def prepared(
-        self,
-        request: Request,
-        num_choices: int,
-        size: int,
-        function: Callable[[], T],
-        form: Form | None,
-    ) -> tuple[T, BoundConstraint | None]:
-        """Let the tokenizer work for a request as long as its client is there.
-
-        Args:
-            request: The request.
-            num_choices: For which room is kept meanwhile.
-            size: What there is to do, in characters.
-            function: What uses the tokenizer.
-            form: What the answer must be; None for anything.
-
-        Returns:
-            What the function returns, and the form, compiled.
-
-        Raises:
-            AnswerError: There is no room, the client has gone, the form cannot be
-                compiled, or something takes too long.
-        """
-        with self.bridge.room(num_choices):
-            constraint = None
-            if form is not None:
-                compiled = self.lanes.compile(size, lambda: self.forms.compiled(form))
-                late = form.refused(
-                    f"it must be compiled within {LIMIT_S:.0f} s: it was not. Make it "
-                    "simpler."
-                )
-                constraint = await _waited(request, compiled, late)
-            late = bad_request(
-                f"the prompt must be made of the request within {LIMIT_S:.0f} s: "
-                "it was not. Send fewer messages, or less text.",
-                "messages",
-            )
-            found = await _waited(request, self.lanes.run(size, function), late)
-        return found, constraint
-
-
-async def _waited(request: Request, work: Awaitable[T], late: AnswerError) -> T:
-    """What work gives, as long as its client is there.
-
-    Raises:
-        AnswerError: The client has gone; or ``late``, where it takes too long.
-    """
-    try:
-        found = await unless_gone(work, request.receive)
-    except TimeoutError:
-        raise late from None
-    if found is None:
-        raise AnswerError(499, "nobody waits for the answer.")
-    return found
 
 
 def make_app(desk: Desk) -> ASGIApp:
@@ -191,20 +112,21 @@ def make_app(desk: Desk) -> ASGIApp:
 
 
 def _add_handlers(app: FastAPI) -> None:
-    """Let every mistake be told in OpenAI's form."""
+    """Let every mistake be told in the form of the path's dialect."""
 
     @app.exception_handler(AnswerError)
-    async def failed(_: Request, failure: AnswerError) -> Response:
-        return failure_response(failure)
+    async def failed(request: Request, failure: AnswerError) -> Response:
+        return failure_response(failure, request.url.path)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return failure_response(_invalid(error))
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return failure_response(_invalid(error), request.url.path)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        response = failure_response(AnswerError(error.status_code, message[:300]))
+        path = request.url.path
+        message = f"{request.method} {path}: {error.detail}"
+        response = failure_response(AnswerError(error.status_code, message[:300]), path)
         response.headers.update(error.headers or {})
         if error.status_code == 405:
             methods = set(response.headers["allow"].split(", "))
@@ -216,7 +138,7 @@ def _add_handlers(app: FastAPI) -> None:
     async def broken(request: Request, error: Exception) -> Response:
         # Starlette raises it again, and uvicorn logs it.
         text = "the request has failed; the server's log says why."
-        return failure_response(AnswerError(500, text))
+        return failure_response(AnswerError(500, text), request.url.path)
 
 
 def _invalid(error: RequestValidationError) -> AnswerError:
@@ -258,6 +180,9 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
     """Every route."""
     _add_chat_routes(app, desk)
     _add_completion_routes(app, desk)
+    messages.add_routes(app, desk)
+    responses_api.add_routes(app, desk)
+    tokenizing.add_routes(app, desk)
     _add_model_routes(app, desk)
     _add_state_routes(app, desk)
 
@@ -267,40 +192,14 @@ def _add_chat_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/chat/completions", summary="Answer a message")
     async def chat(request: Request, body: ChatBody) -> Response:
         arrived = time.perf_counter()
-        desk.body_parser.check(body)
-        desk.bridge.check_room(body.n or 1)
-        messages = [message.plain() for message in body.messages]
-        desk.prompts.check_messages(messages)
-        tools = desk.body_parser.tools_of(body, has_tools=desk.prompts.has_tools)
-        form = desk.forced_calls.of(body, tools, form_of(body))
-        prompt, constraint = await desk.prepared(
-            request,
-            body.n or 1,
-            # Templates look back and forth from each message.
-            len(await request.body()) + len(messages) ** 2,
-            lambda: desk.prompts.of_messages(
-                messages,
-                tools=tools,
-                template_args=desk.body_parser.template_args_of(body),
-                continues_last=body.continue_final_message,
-            ),
-            form,
-        )
-        choices = desk.body_parser.of_chat(body, prompt, constraint)
-        readers = desk.dialogue.readers(
-            tools,
-            len(choices),
-            opening=prompt.opening,
-            has_numbers=bool(body.stream),
-            max_calls=1 if body.parallel_tool_calls is False else None,
-        )
+        asked = await conversation_of(request, desk, body)
         style = ChatStyle(
             Envelope.of_chat(body.model or desk.settings.names[0]),
-            readers,
+            asked.readers(desk),
             desk.vocabulary,
             has_logprobs=bool(body.logprobs),
         )
-        return await _answer(request, desk, body, choices, style, arrived)
+        return await _answered(request, desk, body, asked.choices(desk), style, arrived)
 
 
 def _add_completion_routes(app: FastAPI, desk: Desk) -> None:
@@ -326,7 +225,7 @@ def _add_completion_routes(app: FastAPI, desk: Desk) -> None:
             desk.vocabulary,
             has_logprobs=body.logprobs is not None,
         )
-        return await _answer(request, desk, body, choices, style, arrived)
+        return await _answered(request, desk, body, choices, style, arrived)
 
 
 def _listed(given: Any) -> list[Any]:
@@ -342,7 +241,7 @@ def _prompts(prompts: Prompts, given: list[Any]) -> list[Prompt]:
     ]
 
 
-async def _answer(
+async def _answered(
     request: Request,
     desk: Desk,
     body: ChatBody | CompletionBody,
@@ -350,28 +249,17 @@ async def _answer(
     style: Style,
     arrived: float,
 ) -> Response:
-    """Let the engine work, and send what it makes."""
-    reply = Reply(choices, arrived)
-    answer = Answer(reply, style, num_choices=body.n or 1)
-    desk.bridge.submit(reply)
-
-    def let_go() -> None:
-        desk.bridge.cancel(reply.jobs)
-
-    try:
-        await reply.accepted()
-        if body.stream:
-            options = body.stream_options
-            has_usage = bool(options and options.include_usage)
-            return EventStream(answer.chunks(has_usage=has_usage), let_go)
-        whole = await unless_gone(answer.whole(), request.receive)
-    except BaseException:
-        let_go()
-        raise
-    let_go()
-    if whole is None:
-        return Response(status_code=499)  # nobody waits for it
-    return Response(dumps(whole), media_type="application/json")
+    """Answer in OpenAI's form of choices."""
+    options = body.stream_options
+    writer = ChoiceWriter(style, has_usage=bool(options and options.include_usage))
+    return await desk.answered(
+        request,
+        choices,
+        writer,
+        arrived,
+        num_choices=body.n or 1,
+        is_stream=bool(body.stream),
+    )
 
 
 def _add_model_routes(app: FastAPI, desk: Desk) -> None:

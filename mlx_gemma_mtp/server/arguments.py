@@ -53,6 +53,12 @@ def configure_parser() -> argparse.ArgumentParser:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
+    group.add_argument(
+        "target",
+        nargs="?",
+        metavar="MODEL",
+        help="the same as --model, as in vLLM's command",
+    )
     add_target(group)
     add_drafter(group)
     add_checkpoint_arguments(group)
@@ -85,6 +91,25 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="the same in vLLM's words: a JSON object with method (mtp), model, "
         "num_speculative_tokens",
+    )
+    group.add_argument(
+        "--speculative-method",
+        "--spec-method",
+        metavar="METHOD",
+        help="the same in vLLM's words: mtp, the only one",
+    )
+    group.add_argument(
+        "--speculative-model",
+        "--spec-model",
+        metavar="MODEL",
+        help="the drafter in vLLM's words; the target's own name means its own drafter",
+    )
+    group.add_argument(
+        "--num-speculative-tokens",
+        "--spec-tokens",
+        type=int,
+        metavar="K",
+        help="--num-draft-tokens in vLLM's words",
     )
     group.add_argument(
         "--max-rows",

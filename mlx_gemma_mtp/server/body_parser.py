@@ -39,6 +39,9 @@ class BodyParser:
         vocab_size: Number of token ids.
         longest_alone: Tokens that prompt and answer of one request can have in memory.
         longest_shared: The same where it leaves memory to others.
+
+    Attributes:
+        fields: Looks at the fields that no choice is made of.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class BodyParser:
         self._vocab_size = vocab_size
         self._longest = min(limits.model_len, longest_alone)
         self._longest_shared = longest_shared
-        self._fields = Fields()
+        self.fields = Fields()
 
     def check(self, body: CompletionBody | ChatBody) -> None:
         """Refuse what can be refused before there is a prompt.
@@ -74,12 +77,12 @@ class BodyParser:
         extra = body.model_extra or {}
         if isinstance(body, ChatBody):
             messages = [message.model_extra or {} for message in body.messages]
-            self._fields.check_chat(extra, messages)
+            self.fields.check_chat(extra, messages)
         else:
-            self._fields.check_completion(extra)
+            self.fields.check_completion(extra)
         self._thinking.check(body)
         for token in body.stop_token_ids or ():
-            self._check_id("stop_token_ids", token)
+            self.check_id("stop_token_ids", token)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not served.
@@ -95,6 +98,11 @@ class BodyParser:
                 param="model",
                 code="model_not_found",
             )
+
+    @property
+    def model_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._longest
 
     @property
     def vocab_size(self) -> int:
@@ -222,6 +230,7 @@ class BodyParser:
                 ignores_eos=bool(body.ignore_eos),
                 cache_salt=body.cache_salt,
                 constraint=constraint,
+                is_reasoning=prompt.is_reasoning,
             )
             for choice in range(body.n or 1)
         ]
@@ -329,10 +338,15 @@ class BodyParser:
     def _logit_bias(self, given: Mapping[str, float]) -> dict[int, float]:
         for token in given:
             is_id = token.isascii() and token.isdecimal() and len(token) < _MAX_DIGITS
-            self._check_id("logit_bias", int(token) if is_id else token)
+            self.check_id("logit_bias", int(token) if is_id else token)
         return {int(token): bias for token, bias in given.items()}
 
-    def _check_id(self, name: str, token: int | str) -> None:
+    def check_id(self, name: str, token: int | str) -> None:
+        """Refuse what is no token's id.
+
+        Raises:
+            AnswerError: It is not.
+        """
         if isinstance(token, str) or token >= self._vocab_size:
             raise bad_request(
                 f"{name} must name token ids from 0 to {self._vocab_size - 1}: got "

@@ -51,6 +51,7 @@ class Choice:
         cache_salt: Caches are shared among requests with the same one; None for those
             without.
         constraint: What the text must be; None for anything.
+        is_reasoning: Whether the prompt has begun a thought.
     """
 
     prompt: list[int]
@@ -66,6 +67,7 @@ class Choice:
     ignores_eos: bool = False
     cache_salt: str | None = field(default=None, repr=False)
     constraint: RowConstraint | None = field(default=None, repr=False)
+    is_reasoning: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Tally:
         drafted: Tokens proposed for it.
         accepted: Proposals that stood, those past the end included.
         rule: The rule that judged them, in words.
+        num_reasoning: Emitted tokens of thoughts, their marks included.
     """
 
     num_cached: int
@@ -87,6 +90,7 @@ class Tally:
     drafted: int
     accepted: int
     rule: str
+    num_reasoning: int = 0
 
     @property
     def acceptance_length(self) -> float:
@@ -103,6 +107,7 @@ class Piece:
         tokens: Token ids, the one that ended the text included.
         logprobs: One entry per token where they were asked for.
         finish_reason: ``"stop"`` or ``"length"`` in the last one.
+        stop: The stop string that ended the text, if one did; in the last one.
         tally: In the last one.
     """
 
@@ -110,6 +115,7 @@ class Piece:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
+    stop: str | None = None
     tally: Tally | None = None
 
     def add(self, other: Piece) -> None:
@@ -118,6 +124,7 @@ class Piece:
         self.tokens += other.tokens
         self.logprobs += other.logprobs
         self.finish_reason = other.finish_reason
+        self.stop = other.stop
         self.tally = other.tally
 
 

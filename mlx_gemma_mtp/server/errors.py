@@ -5,6 +5,8 @@ Knows nothing of how an answer is sent.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 _TYPES = {
@@ -63,6 +65,28 @@ class AnswerError(Exception):
 def bad_request(message: str, param: str | None = None) -> AnswerError:
     """A request that can never be answered as it is."""
     return AnswerError(400, message, param=param)
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Let what goes wrong within be told with other names of fields.
+
+    Args:
+        names: Those of a chat's body, and what the request calls them.
+
+    Raises:
+        AnswerError: What went wrong.
+    """
+    try:
+        yield
+    except AnswerError as failure:
+        field, space, rest = failure.message.partition(" ")
+        for name, own in names.items():
+            if name in field or name in (failure.param or ""):
+                failure.message = field.replace(name, own) + space + rest
+                failure.param = failure.param and failure.param.replace(name, own)
+                break
+        raise
 
 
 SHUTTING_DOWN = "the server is shutting down. Try again later, or another one."

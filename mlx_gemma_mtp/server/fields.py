@@ -8,7 +8,7 @@ nothing of what bodies have beside.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from .errors import bad_request
@@ -120,7 +120,7 @@ REFUSED_IN_MESSAGES: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 # What says nothing of the text: names, bookkeeping, speed, media that are refused.
-_WITHOUT_EFFECT = frozenset(
+WITHOUT_EFFECT = frozenset(
     {
         "draft_model",
         "ec_transfer_params",
@@ -163,7 +163,7 @@ class Fields:
         Raises:
             AnswerError: One asks for something that is not done.
         """
-        self._check(REFUSED_IN_COMPLETIONS, extra)
+        self.check(extra, REFUSED_IN_COMPLETIONS)
 
     def check_chat(
         self, extra: Mapping[str, Any], messages: Iterable[Mapping[str, Any]]
@@ -173,22 +173,34 @@ class Fields:
         Raises:
             AnswerError: One asks for something that is not done.
         """
-        self._check(REFUSED_IN_CHATS, extra)
+        self.check(extra, REFUSED_IN_CHATS)
         for number, fields in enumerate(messages):
             _refuse(REFUSED_IN_MESSAGES, fields, f"messages.{number}.")
 
-    def _check(
+    def check(
         self,
-        refused: Mapping[str, tuple[str, tuple[Any, ...]]],
         extra: Mapping[str, Any],
+        refused: Mapping[str, tuple[str, tuple[Any, ...]]],
+        without_effect: Set[str] = WITHOUT_EFFECT,
     ) -> None:
+        """Look at the fields of any dialect's body.
+
+        Args:
+            extra: Those that no choice is made of.
+            refused: Why a field is refused, and the values with which it is not.
+            without_effect: Those that say nothing of the text.
+
+        Raises:
+            AnswerError: One asks for something that is not done.
+        """
         _refuse(refused, extra, "")
         for name in extra:
-            if name not in refused and name not in _WITHOUT_EFFECT:
-                self._tell(name[:_MAX_NAME])
+            if name not in refused and name not in without_effect:
+                self.tell(name)
 
-    def _tell(self, name: str) -> None:
-        """Say that a field is not known, once, and of so many names."""
+    def tell(self, name: str) -> None:
+        """Say that a field means nothing, once, and of so many names."""
+        name = name[:_MAX_NAME]
         if name not in self._told and len(self._told) < MAX_TOLD:
             self._told.add(name)
             logger.warning("requests have a field that means nothing here: %r", name)

@@ -38,6 +38,11 @@ def event(value: Any) -> bytes:
     return b"data: " + dumps(value) + b"\n\n"
 
 
+def named_event(value: dict[str, Any]) -> bytes:
+    """A value as a server-sent event whose name is the value's type."""
+    return b"event: " + value["type"].encode() + b"\ndata: " + dumps(value) + b"\n\n"
+
+
 def usage(
     num_prompt_tokens: int,
     num_tokens: int,
@@ -62,6 +67,7 @@ def usage(
         "total_tokens": num_prompt_tokens + num_tokens,
         "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {
+            "reasoning_tokens": sum(tally.num_reasoning for tally in tallies),
             "accepted_prediction_tokens": from_draft,
             "rejected_prediction_tokens": drafted - from_draft,
         },

@@ -18,27 +18,43 @@ from . import answer_schema as answers
 from .access import OPEN_PATHS
 from .fields import REFUSED_IN_CHATS, REFUSED_IN_COMPLETIONS, REFUSED_IN_MESSAGES
 from .forced_calls import NONE
+from .messages import answer_schema as messages
+from .messages.description import narrow as narrow_messages
+from .messages.errors import OVERLOADED
+from .messages.errors import PATH as MESSAGES
 from .metrics import CONTENT_TYPE
 from .request_log import ID_HEADER
+from .responses_api import answer_schema as responses
+from .responses_api.description import narrow as narrow_responses
+from .responses_api.routes import PATH as RESPONSES
 from .schema import NO_LIMIT
 from .settings import RESERVED
 from .thinking import LIMITS
+from .tokenizing import DETOKENIZE, TOKENIZE
 
 _JSON = "application/json"
 _STREAM = "text/event-stream"
 _REFERENCE = "#/components/schemas/"
-_WHAT = "OpenAI's API around a Gemma 4 model and its MTP drafter."
+_WHAT = "OpenAI's and Anthropic's APIs around a Gemma 4 model and its MTP drafter."
 WHOLE: dict[str, Any] = {
     "/v1/chat/completions": answers.ChatCompletion,
     "/v1/completions": answers.Completion,
+    MESSAGES: messages.MessageAnswer,
+    f"{MESSAGES}/count_tokens": messages.TokenCount,
+    RESPONSES: responses.Response,
+    TOKENIZE: answers.TokenList,
+    DETOKENIZE: answers.TokenText,
     "/v1/models": answers.ModelList,
     "/v1/models/{name}": answers.Model,
     "/health": answers.Health,
     "/stats": answers.Stats,
 }
-CHUNKS: dict[str, Any] = {
-    "/v1/chat/completions": answers.ChatCompletionChunk,
-    "/v1/completions": answers.CompletionChunk,
+# The events of streams, but for errors.
+CHUNKS: dict[str, tuple[Any, ...]] = {
+    "/v1/chat/completions": (answers.ChatCompletionChunk,),
+    "/v1/completions": (answers.CompletionChunk,),
+    MESSAGES: messages.EVENTS,
+    RESPONSES: responses.EVENTS,
 }
 _NO_KEY = {401: "The API key is missing or another one."}
 _NO_NAME = {403: "The host is not one of this machine's names."}
@@ -64,6 +80,9 @@ _HEADERS = {
         "schema": {"type": "integer"},
     },
 }
+_GETS = frozenset({"/v1/models", "/v1/models/{name}", "/health", "/metrics", "/stats"})
+# Whose streams end with a word of their own.
+_ENDED = frozenset({"/v1/chat/completions", "/v1/completions"})
 _OF_PATH = {"/v1/models/{name}": (404, 405), "/health": (405, 503)}
 _SCHEME = "bearer"
 _MAX_DIGITS = 11  # of a token id that is a name, as ``body_parser`` takes it
@@ -175,9 +194,6 @@ def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
         }
         for name in ("prompt", "stop_token_ids"):
             _bound_tokens(fields.get(name), offer.vocab_size)
-        if not offer.limits_thoughts:
-            for name in LIMITS:
-                fields[name] = {"enum": [None, NO_LIMIT]}
     for field in (text["properties"]["logprobs"], chat["properties"]["top_logprobs"]):
         field["anyOf"][0]["maximum"] = offer.max_logprobs
     for body, refused in (
@@ -200,6 +216,38 @@ def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
         [_TOP_NEEDS_LOGPROBS] if offer.has_tools else [_TOP_NEEDS_LOGPROBS, _NO_TOOLS]
     )
     _describe_tool_choice(chat, forces_calls=offer.forces_calls)
+    _narrow_tokens(schemas, offer)
+    narrow_messages(schemas, has_tools=offer.has_tools)
+    narrow_responses(schemas, has_tools=offer.has_tools)
+    if not offer.limits_thoughts:
+        _narrow_limits(schemas)
+
+
+def _narrow_limits(schemas: dict[str, Any]) -> None:
+    """Say that no body limits thoughts."""
+    unlimited = {"enum": [None, NO_LIMIT]}
+    for schema in schemas.values():
+        fields = schema.get("properties", {})
+        fields |= {name: unlimited for name in LIMITS if name in fields}
+    schemas["Thinking"]["properties"]["budget_tokens"] = {"type": "null"}
+
+
+def _narrow_tokens(schemas: dict[str, Any], offer: Offer) -> None:
+    """The same of the bodies that are only about tokens."""
+    _bound_tokens(schemas["DetokenizeBody"]["properties"], offer.vocab_size)
+    body = schemas["TokenizeBody"]
+    fields = body["properties"]
+    body["oneOf"] = [
+        _with("prompt", {"type": "string"}),
+        _with("messages", {"type": "array"}),
+    ]
+    names = {"not": {"enum": sorted(RESERVED)}}
+    fields["chat_template_kwargs"]["propertyNames"] = names
+    fields["add_special_tokens"] = {"enum": [False, None]}
+    if not offer.has_tools:
+        fields["tools"] = {
+            "anyOf": [{"type": "array", "maxItems": 0}, {"type": "null"}]
+        }
 
 
 def _describe_tool_choice(chat: dict[str, Any], *, forces_calls: bool) -> None:
@@ -265,7 +313,8 @@ def _bound_tokens(schema: Any, vocab_size: int) -> None:
 
 def _answer_schemas() -> dict[str, Any]:
     """The schemas of all answers, by their names."""
-    types = [answers.Error, *WHOLE.values(), *CHUNKS.values()]
+    events = (kind for kinds in CHUNKS.values() for kind in kinds)
+    types = [answers.Error, messages.MessageError, *WHOLE.values(), *events]
     _, found = TypeAdapter.json_schemas(
         [(each, "serialization", TypeAdapter(each)) for each in types],
         ref_template=_REFERENCE + "{model}",
@@ -278,16 +327,24 @@ def _responses(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The answers of a path, by their status; ``strangers`` get some more."""
     yield "200", _response("The answer.", _contents(path), ID_HEADER)
-    own = list(_ERRORS) if path in CHUNKS else _OF_PATH.get(path, (405,))
+    own = _OF_PATH.get(path, (405,)) if path in _GETS else _ERRORS
     errors = {**strangers, **{status: _ERRORS[status] for status in own}}
+    error = _error_of(path)
     for status, text in sorted(errors.items()):
         is_health = path == "/health" and status == 503
-        kind = answers.Health if is_health else answers.Error
+        kind = answers.Health if is_health else error
         can_wait = status in (429, 503) and not is_health
         names = [ID_HEADER, "retry-after"] if can_wait else [ID_HEADER]
-        yield str(status), _response(text, _json_of(kind), *names)
+        is_late = status == 503 and error is messages.MessageError
+        told = OVERLOADED if is_late else status
+        yield str(told), _response(text, _json_of(kind), *names)
     text = "Something else is wrong with the request."
-    yield "4XX", _response(text, _json_of(answers.Error), ID_HEADER)
+    yield "4XX", _response(text, _json_of(error), ID_HEADER)
+
+
+def _error_of(path: str) -> Any:
+    """How a path tells what went wrong."""
+    return messages.MessageError if path.startswith(MESSAGES) else answers.Error
 
 
 def _contents(path: str) -> dict[str, Any]:
@@ -296,9 +353,11 @@ def _contents(path: str) -> dict[str, Any]:
         return {CONTENT_TYPE: {"schema": {"type": "string"}}}
     found = _json_of(WHOLE[path])
     if path in CHUNKS:
-        kinds = {"anyOf": [_reference(CHUNKS[path]), _reference(answers.Error)]}
-        chunk = {"contentMediaType": _JSON, "contentSchema": kinds}
-        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, chunk]}
+        kinds = [*CHUNKS[path], _error_of(path)]
+        schema = {"anyOf": [_reference(kind) for kind in kinds]}
+        chunk = {"contentMediaType": _JSON, "contentSchema": schema}
+        ends = [{"const": "[DONE]"}] if path in _ENDED else []
+        data = {"type": "string", "anyOf": [*ends, chunk]}
         event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
         found[_STREAM] = {"itemSchema": event}
     return found

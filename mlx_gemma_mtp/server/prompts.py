@@ -26,6 +26,7 @@ from .settings import RESERVED
 # Reading fewer tokens takes about a round; a kept cache of them would push out a
 # longer one.
 MIN_TOKENS = 64
+_ADVICE = "Change messages, tools or chat_template_kwargs."
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,10 @@ class Prompts:
         """The prompt of a text, with the begin-of-sequence token unless it is there."""
         return self.of_tokens(encode_text(self._tokenizer, text))
 
+    def of_part(self, text: str) -> Prompt:
+        """The tokens of a text that begins nothing."""
+        return self.of_tokens(encode_text(self._tokenizer, text, continues=True))
+
     def of_tokens(self, tokens: list[int]) -> Prompt:
         """The prompt of token ids."""
         return Prompt(tokens, _places(len(tokens) - 1))
@@ -104,6 +109,7 @@ class Prompts:
         tools: Sequence[Any] | None = None,
         template_args: Mapping[str, Any] | None = None,
         continues_last: bool | None = None,
+        opens_answer: bool = True,
     ) -> Prompt:
         """The prompt of a conversation.
 
@@ -113,6 +119,7 @@ class Prompts:
             template_args: More arguments for the template.
             continues_last: Whether the last message is the beginning of the answer;
                 None where it is an assistant's text.
+            opens_answer: Whether the prompt ends where an answer begins.
 
         Raises:
             AnswerError: There is no chat template, or it does not take them.
@@ -132,6 +139,8 @@ class Prompts:
                 "chat_template_kwargs",
             )
         settings["tools"] = list(tools) if tools else None
+        if not opens_answer:
+            return self.of_text(self._rendered(messages, settings))
         found = self._apply(messages, settings, _continues(messages, continues_last))
         system_end = self._system_end(messages, settings, found.tokens)
         reader = AnswerReader(self._marks, opening=found.opening)
@@ -142,6 +151,19 @@ class Prompts:
             reader.is_thought,
         )
 
+    def _rendered(
+        self, messages: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+    ) -> str:
+        """The text of messages that no answer follows."""
+        try:
+            text = render_chat_template(
+                self._tokenizer, messages, settings, advice=_ADVICE, opens_answer=False
+            )
+        except RequestError as error:
+            raise bad_request(str(error), "messages") from error
+        self._lengths.check_text(text, "messages")
+        return text
+
     def _apply(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -149,13 +171,12 @@ class Prompts:
         continues_last: bool,
     ) -> ChatPrompt:
         """What the template makes of messages."""
-        advice = "Change messages, tools or chat_template_kwargs."
         try:
             return apply_chat_template(
                 self._tokenizer,
                 messages,
                 settings,
-                advice=advice,
+                advice=_ADVICE,
                 continues_last=continues_last,
                 check=lambda text: self._lengths.check_text(text, "messages"),
             )

@@ -101,9 +101,7 @@ _REASONS = {
     "requests take turns": """
         --scheduling-policy --scheduler-cls --scheduler-reserve-full-isl
         --preemption-mode --num-scheduler-steps --scheduler-delay-factor""",
-    "it is --speculative-config here": "-sc --spec-method",
-    "it is --draft-model here": "--spec-model --speculative-model",
-    "it is --num-draft-tokens here": "--spec-tokens --num-speculative-tokens",
+    "it is --speculative-config here": "-sc",
     "only text is served": """
         --limit-mm-per-prompt --enable-mm-embeds --media-io-kwargs
         --mm-processor-kwargs --mm-processor-cache-gb --mm-processor-cache-type
@@ -191,7 +189,7 @@ def reason_against(flag: str) -> str | None:
             ``--disable-x`` for switches, ``--x.key`` for JSON objects, and ``-O3``.
     """
     if not flag.startswith("-"):
-        return "a model is named with --model"
+        return "one model is served"
     name = flag.split(".")[0].replace("_", "-")
     spellings = (
         name,

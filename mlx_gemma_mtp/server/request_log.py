@@ -16,16 +16,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger("mlx_gemma_mtp.server")
 
 ID_HEADER = "x-request-id"
+_ID_NAMES = (ID_HEADER.encode(), b"request-id")  # OpenAI's and Anthropic's
 FORMAT = "%(asctime)s %(levelname)s %(request)s%(message)s"
 # What ids of clients are taken: nothing that a log or a header could mistake.
 _HARMLESS = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _QUIET_S = 60.0  # between two warnings of the same kind
 _request: ContextVar[str] = ContextVar("request", default="")
+_id: ContextVar[str] = ContextVar("id", default="")
 
 
 def fresh_id() -> str:
     """A name for a request that brings none."""
     return secrets.token_hex(12)
+
+
+def current_id() -> str:
+    """The name of the request that is being answered; empty outside of one."""
+    return _id.get()
 
 
 @contextmanager
@@ -108,6 +115,7 @@ class Counted:
         request_id = given if _HARMLESS.fullmatch(given) else fresh_id()
         # Not taken back: the task is this request's, and uvicorn may log its end.
         _request.set(_whose(scope["client"], request_id))
+        _id.set(request_id)
         await self._counted(scope, receive, send, request_id)
 
     async def _counted(
@@ -120,8 +128,8 @@ class Counted:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                named = (ID_HEADER.encode(), request_id.encode())
-                message = {**message, "headers": [*message["headers"], named]}
+                named = [(name, request_id.encode()) for name in _ID_NAMES]
+                message = {**message, "headers": [*message["headers"], *named]}
             await send(message)
 
         try:

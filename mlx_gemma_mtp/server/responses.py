@@ -1,14 +1,20 @@
-"""Replies of the engine as answers: whole, or in chunks as they come."""
+"""Replies of the engine as answers: whole, or in events as they come.
+
+How an answer is written is its dialect's to say: ``Writer``. Here are OpenAI's first
+two.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..markup.answer import plain
 from . import openai_format as formats
 from .answer_parser import Reader
-from .choice import Choice, Piece, Tally
+from .choice import Piece, Tally
+from .errors import AnswerError
 from .openai_format import Envelope
 from .reply import Reply
 from .vocabulary import Places, Vocabulary
@@ -16,6 +22,55 @@ from .vocabulary import Places, Vocabulary
 # A stream that has nothing to say for so long says that it is alive, seconds: proxies
 # close connections that are silent for a minute.
 PATIENCE_S = 15.0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What an answer took.
+
+    Attributes:
+        num_prompt_tokens: Tokens of the prompts, each counted once.
+        num_tokens: Tokens of all choices.
+        tallies: One for each choice.
+        num_choices: Choices of each prompt.
+    """
+
+    num_prompt_tokens: int
+    num_tokens: int
+    tallies: Sequence[Tally]
+    num_choices: int
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of the prompts that kept caches held."""
+        return sum(tally.num_cached for tally in self.tallies[:: self.num_choices])
+
+    @property
+    def num_reasoning(self) -> int:
+        """Tokens of thoughts."""
+        return sum(tally.num_reasoning for tally in self.tallies)
+
+
+class Writer(Protocol):
+    """How one answer is written: the only thing that a dialect says of it."""
+
+    def whole(self, pieces: Sequence[Piece], figures: Figures) -> dict[str, Any]:
+        """An answer of which everything is known, one piece for each choice."""
+
+    def begin(self) -> Iterable[bytes]:
+        """The events before anything is known of the answer."""
+
+    def add(self, index: int, piece: Piece) -> Iterable[bytes]:
+        """The events that more of a choice makes."""
+
+    def end(self, figures: Figures) -> Iterable[bytes]:
+        """The events behind the last piece."""
+
+    def alive(self) -> bytes:
+        """What says that the answer goes on, where there is nothing else to say."""
+
+    def failed(self, failure: AnswerError) -> bytes:
+        """The event that ends the stream with a failure: its status is sent by then."""
 
 
 class Style(Protocol):
@@ -124,18 +179,79 @@ class CompletionStyle:
         return self.whole(index, piece)
 
 
+class ChoiceWriter:
+    """Answers that are choices, each of them in a style.
+
+    Args:
+        style: How a choice is written.
+        has_usage: Whether the last event of a stream says what the answer took.
+    """
+
+    def __init__(self, style: Style, *, has_usage: bool) -> None:
+        self._style = style
+        self._has_usage = has_usage
+
+    def whole(self, pieces: Sequence[Piece], figures: Figures) -> dict[str, Any]:
+        """See ``Writer``."""
+        choices = [self._style.whole(i, piece) for i, piece in enumerate(pieces)]
+        said = _said(figures)
+        return self._style.envelope.around(choices, is_chunk=False, **said)
+
+    def begin(self) -> Iterable[bytes]:
+        """See ``Writer``."""
+        return ()
+
+    def add(self, index: int, piece: Piece) -> Iterable[bytes]:
+        """See ``Writer``."""
+        choice = self._style.chunk(index, piece)
+        if choice is not None:
+            blank = {"usage": None} if self._has_usage else {}
+            yield self._event([choice], **blank)
+
+    def end(self, figures: Figures) -> Iterable[bytes]:
+        """See ``Writer``."""
+        if self._has_usage:
+            yield self._event([], **_said(figures))
+        yield formats.DONE
+
+    def alive(self) -> bytes:
+        """See ``Writer``."""
+        return formats.KEEPALIVE
+
+    def failed(self, failure: AnswerError) -> bytes:
+        """See ``Writer``."""
+        return formats.event(failure.body())
+
+    def _event(self, choices: list[Any], **fields: Any) -> bytes:
+        chunk = self._style.envelope.around(choices, is_chunk=True, **fields)
+        return formats.event(chunk)
+
+
+def _said(figures: Figures) -> dict[str, Any]:
+    """What an answer says of what it took."""
+    return {
+        "usage": formats.usage(
+            figures.num_prompt_tokens,
+            figures.num_tokens,
+            figures.tallies,
+            num_choices=figures.num_choices,
+        ),
+        "speculative": formats.speculative(figures.tallies),
+    }
+
+
 class Answer:
     """One answer on its way.
 
     Args:
         reply: What comes from the engine.
-        style: How choices are written.
+        writer: How it is written.
         num_choices: Choices of each prompt.
     """
 
-    def __init__(self, reply: Reply, style: Style, *, num_choices: int) -> None:
+    def __init__(self, reply: Reply, writer: Writer, *, num_choices: int) -> None:
         self._reply = reply
-        self._style = style
+        self._writer = writer
         self._num_choices = num_choices
         self._num_tokens = 0
         self._tallies: dict[int, Tally] = {}
@@ -151,34 +267,28 @@ class Answer:
             for index, piece in await self._reply.pieces():
                 self._count(index, piece)
                 pieces[index].add(piece)
-        choices = [self._style.whole(i, piece) for i, piece in enumerate(pieces)]
-        return self._style.envelope.around(choices, is_chunk=False, **self._figures())
+        return self._writer.whole(pieces, self._figures())
 
-    async def chunks(self, *, has_usage: bool) -> AsyncIterator[bytes]:
-        """The answer as server-sent events.
+    async def events(self) -> AsyncIterator[bytes]:
+        """The answer as server-sent events; the last one may say why there is no more.
 
-        Args:
-            has_usage: Whether the last chunk says what the answer took.
-
-        Raises:
-            AnswerError: The engine could not finish it.
+        A stream's status is sent before anything can go wrong in it.
         """
-        envelope = self._style.envelope
-        blank = {"usage": None} if has_usage else {}
-        while not self._is_over:
-            pieces = await self._reply.pieces(PATIENCE_S)
-            if not pieces:
-                yield formats.KEEPALIVE
-            for index, piece in pieces:
-                self._count(index, piece)
-                choice = self._style.chunk(index, piece)
-                if choice is not None:
-                    yield formats.event(
-                        envelope.around([choice], is_chunk=True, **blank)
-                    )
-        if has_usage:
-            yield formats.event(envelope.around([], is_chunk=True, **self._figures()))
-        yield formats.DONE
+        try:
+            for event in self._writer.begin():
+                yield event
+            while not self._is_over:
+                pieces = await self._reply.pieces(PATIENCE_S)
+                if not pieces:
+                    yield self._writer.alive()
+                for index, piece in pieces:
+                    self._count(index, piece)
+                    for event in self._writer.add(index, piece):
+                        yield event
+            for event in self._writer.end(self._figures()):
+                yield event
+        except AnswerError as failure:
+            yield self._writer.failed(failure)
 
     @property
     def _is_over(self) -> bool:
@@ -189,19 +299,13 @@ class Answer:
         if piece.tally is not None:
             self._tallies[index] = piece.tally
 
-    def _figures(self) -> dict[str, Any]:
+    def _figures(self) -> Figures:
         """What the answer took."""
-        tallies = [self._tallies[i] for i in range(len(self._tallies))]
-        prompts: list[Choice] = [job.choice for job in self._reply.jobs]
-        num_prompt_tokens = sum(
-            len(choice.prompt) for choice in prompts[:: self._num_choices]
-        )
-        return {
-            "usage": formats.usage(
-                num_prompt_tokens,
-                self._num_tokens,
-                tallies,
-                num_choices=self._num_choices,
+        return Figures(
+            sum(
+                len(job.choice.prompt) for job in self._reply.jobs[:: self._num_choices]
             ),
-            "speculative": formats.speculative(tallies),
-        }
+            self._num_tokens,
+            [self._tallies[i] for i in range(len(self._tallies))],
+            self._num_choices,
+        )

@@ -7,6 +7,7 @@ as they are: ``fields`` says which of them are refused and which mean nothing.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -15,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     field_validator,
     model_validator,
 )
@@ -24,6 +26,7 @@ from ..cli.checks import MAX_BIAS
 from ..constants import MAX_DRAFT_TOKENS
 from ..markup.tool_calls import MAX_DEPTH
 from ..structure.constraint import MAX_TEXTS
+from .errors import bad_request
 from .json_body import refuse_constant
 
 T = TypeVar("T")
@@ -35,7 +38,7 @@ MAX_SALT = 1024  # characters
 NO_LIMIT = -1  # of tokens; so does null where it stands in a body
 _MAX_INTEGER = 2**31 - 1
 # Of prompts and messages; no context holds as many.
-_MAX_LISTED = 2**16
+MAX_LISTED = 2**16
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -46,7 +49,7 @@ StopString = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
 # The first mistake is told: a million others would take a minute to gather.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-Listed = Annotated[list[T], Field(min_length=1, max_length=_MAX_LISTED, fail_fast=True)]
+Listed = Annotated[list[T], Field(min_length=1, max_length=MAX_LISTED, fail_fast=True)]
 # Parts of a message that are no text, by their types, and what people call them.
 MEDIA = {
     "image_url": "an image",
@@ -72,7 +75,7 @@ def _not_zero(value: int) -> int:
     return value
 
 
-def _only_text(part: Any) -> Any:
+def only_text(part: Any) -> Any:
     """A message's part, which is no image and no sound."""
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind in MEDIA:
@@ -95,7 +98,9 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class _Numbers(_Body):
+class Numbers(_Body):
+    """A body whose whole numbers may have a point, as JSON has them."""
+
     @field_validator("*", mode="before")
     @classmethod
     def _read_numbers(cls, value: Any) -> Any:
@@ -104,7 +109,7 @@ class _Numbers(_Body):
         return _whole(value)
 
 
-class Speculative(_Numbers):
+class Speculative(Numbers):
     """How a request is drafted: the package's own field.
 
     Attributes:
@@ -170,32 +175,43 @@ class StructuredOutputs(_Body):
     structural_tag: None = None
 
 
-class _Generation(_Numbers):
-    """What both kinds of requests say of the tokens."""
+class Common(Numbers):
+    """What the bodies of all dialects may say.
+
+    ``min_p``, ``seed``, ``max_thinking_tokens``, ``cache_salt`` and ``speculative`` are
+    the package's own, or other servers'.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
     stream: bool | None = None
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_MAX_INTEGER)] | None = None
+    min_p: Probability | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    max_thinking_tokens: ThinkingLimit | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
+    speculative: Speculative | None = None
+
+
+class _Generation(Common):
+    """What both kinds of requests say of the tokens."""
+
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: TokenLimit | None = None
     max_completion_tokens: TokenLimit | None = None
     min_tokens: Count | None = None
-    max_thinking_tokens: ThinkingLimit | None = None
     thinking_token_budget: ThinkingLimit | None = None  # vLLM's name for it
     stop: str | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: (
         Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None
     ) = None
     ignore_eos: bool | None = None
-    temperature: Annotated[Number, Field(ge=0)] | None = None
-    top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=-1, le=_MAX_INTEGER)] | None = None
-    min_p: Probability | None = None
     xtc_probability: Probability | None = None
     xtc_threshold: Annotated[Number, Field(ge=0, le=0.5)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     logit_bias: dict[str, Bias] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0, le=MAX_BIAS)] | None = None
     repetition_context_size: Count | None = None
@@ -205,8 +221,6 @@ class _Generation(_Numbers):
     frequency_context_size: Count | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
-    speculative: Speculative | None = None
 
 
 class CompletionBody(_Generation):
@@ -236,7 +250,7 @@ CallId = str | int | None
 
 Part = Annotated[
     Annotated[TextPart | RefusalPart, Field(discriminator="type")],
-    BeforeValidator(_only_text),
+    BeforeValidator(only_text),
 ]
 
 
@@ -361,3 +375,20 @@ class ChatBody(_Generation):
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+def translated(fields: Mapping[str, Any]) -> ChatBody:
+    """The chat's body that another dialect's says.
+
+    Args:
+        fields: Its fields.
+
+    Raises:
+        AnswerError: No chat has them.
+    """
+    try:
+        return ChatBody.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise bad_request(f"{place}: {first['msg']}."[:300], place[:100]) from None

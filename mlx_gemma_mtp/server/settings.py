@@ -155,13 +155,14 @@ def check(args: argparse.Namespace) -> Settings:
     Raises:
         RequestError: Two arguments exclude each other, or one is outside its range.
     """
-    drafts = _Drafts.of(args)
+    model = _model(args)
+    drafts = _Drafts.of(args, model)
     _check_ranges(args)
     _check_texts(args)
     given = check_sampling(args)
     return Settings(
-        model=args.model,
-        names=tuple(args.served_model_name or [args.model or EMBEDDED_MODEL]),
+        model=model,
+        names=tuple(args.served_model_name or [model or EMBEDDED_MODEL]),
         draft_model=drafts.model,
         is_drafting=not args.no_draft,
         adapter_path=args.adapter_path,
@@ -213,6 +214,8 @@ def _check_ranges(args: argparse.Namespace) -> None:
 def _check_texts(args: argparse.Namespace) -> None:
     """Check that what is named has a name."""
     given = {name: getattr(args, name) for name in _TEXTS}
+    if args.target is not None:
+        given["model"] = args.target
     for number, name in enumerate(args.served_model_name or ()):
         given[f"served_model_name {number + 1}"] = name
     for name, value in given.items():
@@ -231,16 +234,17 @@ class _Drafts:
     count: int | None
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> _Drafts:
+    def of(cls, args: argparse.Namespace, target: str | None) -> _Drafts:
         """What the flags say, the package's or vLLM's."""
         model, count = args.draft_model, args.num_draft_tokens
-        if args.speculative_config is not None:
+        given, flag = _vllms(args)
+        if given is not None:
             if model or count != AUTO:
                 raise RequestError(
-                    "--speculative-config must stand alone: got --draft-model or "
-                    "--num-draft-tokens beside it. Leave one out."
+                    f"{flag} must stand alone: got --draft-model or --num-draft-tokens "
+                    "beside it. Leave one out."
                 )
-            model, count = _speculative(args.speculative_config)
+            model, count = _speculative(given, flag)
         if args.no_draft and (model or count not in (0, AUTO)):
             raise RequestError(
                 "--no-draft must stand alone: got a drafter or a number of drafts "
@@ -251,36 +255,74 @@ class _Drafts:
                 f"--num-draft-tokens must be from 0 to {MAX_DRAFT_TOKENS}, or auto: "
                 f"got {count}. auto suits most pairs."
             )
-        return cls(model, None if count == AUTO else count)
+        # A target that is its own drafter has one inside, or beside it.
+        own = None if model == target else model
+        return cls(own, None if count == AUTO else count)
 
 
-def _speculative(text: str) -> tuple[str | None, int | str]:
-    """The drafter and K of vLLM's JSON object."""
-    given = _object("--speculative-config", text)
+def _vllms(args: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
+    """What vLLM's flags say of drafts, and one of them; None where there are none."""
+    flags = {
+        "method": ("--speculative-method", args.speculative_method),
+        "model": ("--speculative-model", args.speculative_model),
+        "num_speculative_tokens": (
+            "--num-speculative-tokens",
+            args.num_speculative_tokens,
+        ),
+    }
+    given = {key: value for key, (_, value) in flags.items() if value is not None}
+    flag = next((flags[key][0] for key in given), "--speculative-config")
+    if args.speculative_config is None:
+        return given or None, flag
+    if given:
+        raise RequestError(
+            f"--speculative-config must stand alone: got {flag} beside it. Leave one "
+            "out."
+        )
+    return _object(flag, args.speculative_config), flag
+
+
+def _speculative(given: dict[str, Any], flag: str) -> tuple[str | None, int | str]:
+    """The drafter and K in vLLM's words.
+
+    Args:
+        given: As its JSON object has them.
+        flag: The one that says so.
+    """
     method = given.pop("method", "mtp")
     if method != "mtp":
         raise RequestError(
-            f'--speculative-config must have the method "mtp": got {shorten(method)}. '
-            "Gemma 4's drafters have no other."
+            f'{flag} must have the method "mtp": got {shorten(method)}. Gemma 4\'s '
+            "drafters have no other."
         )
     model = given.pop("model", None)
     count = given.pop("num_speculative_tokens", AUTO)
     if given:
         raise RequestError(
-            "--speculative-config must hold method, model and num_speculative_tokens "
-            f"only: got {shorten(', '.join(given))}. Leave the rest out."
+            f"{flag} must hold method, model and num_speculative_tokens only: got "
+            f"{shorten(', '.join(given))}. Leave the rest out."
         )
     if model is not None and not (isinstance(model, str) and model.strip()):
         raise RequestError(
-            "model in --speculative-config must be a folder or a Hub id: got "
-            f"{shorten(model)}. Leave it out to let it be found."
+            f"model in {flag} must be a folder or a Hub id: got {shorten(model)}. "
+            "Leave it out to let it be found."
         )
     if count != AUTO and (isinstance(count, bool) or not isinstance(count, int)):
         raise RequestError(
-            "num_speculative_tokens in --speculative-config must be a whole number: "
-            f"got {shorten(count)}. Leave it out for as many as are fastest."
+            f"num_speculative_tokens in {flag} must be a whole number: got "
+            f"{shorten(count)}. Leave it out for as many as are fastest."
         )
     return model, count
+
+
+def _model(args: argparse.Namespace) -> str | None:
+    """The target, named in one way or the other."""
+    if args.target is not None and args.model not in (None, args.target):
+        raise RequestError(
+            f"--model must stand alone: got {shorten(args.target)} beside it. Leave "
+            "one out."
+        )
+    return args.model or args.target
 
 
 def _template(given: str | None) -> str | None:

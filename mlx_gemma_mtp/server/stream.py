@@ -9,9 +9,6 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from . import openai_format as formats
-from .errors import AnswerError
-
 T = TypeVar("T")
 
 _HEADERS = {
@@ -80,13 +77,8 @@ class EventStream(Response):
             "headers": self.raw_headers,
         }
         await send(start)
-        try:
-            async for chunk in self._chunks:
-                await send(_body(chunk, more_body=True))
-        except (
-            AnswerError
-        ) as failure:  # the status is sent, so the stream has to say it
-            await send(_body(formats.event(failure.body()), more_body=True))
+        async for chunk in self._chunks:
+            await send(_body(chunk, more_body=True))
         await send(_body(b"", more_body=False))
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.stop import StopStrings
 from ..generation.text_pieces import TextPieces
-from ..markup.answer import Marks
+from ..markup.answer import THOUGHT_END, THOUGHT_START, Marks
 from .choice import Choice, Piece
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class Transcript:
     Attributes:
         tokens: The tokens that were reported.
         num_from_draft: How many of the reported ones had been proposed.
+        num_reasoning: How many of them belong to thoughts, their marks included.
     """
 
     def __init__(self, detokenizer: Any, choice: Choice, marks: Marks) -> None:
@@ -33,6 +34,9 @@ class Transcript:
         )
         self.tokens: list[int] = []
         self.num_from_draft = 0
+        self.num_reasoning = 0
+        self._marks = marks.tokens
+        self._is_thought = choice.is_reasoning
 
     def take(self, output: SequenceOutput) -> Piece:
         """The piece that a round's tokens make; ends with the text."""
@@ -42,11 +46,18 @@ class Transcript:
             piece.finish_reason = output.finish_reason if i == last else None
             piece.text += self._pieces.add(token, piece.finish_reason)
             piece.tokens.append(token)
+            self._note_thought(self._marks.get(token))
             if self._pieces.is_stopped:
-                piece.finish_reason = "stop"
+                piece.finish_reason, piece.stop = "stop", self._pieces.stop
                 break
         self.tokens += piece.tokens
         count = len(piece.tokens)
         piece.logprobs = output.logprobs[:count]
         self.num_from_draft += min(output.num_from_draft, count)
         return piece
+
+    def _note_thought(self, mark: str | None) -> None:
+        """Count a token that belongs to a thought."""
+        self._is_thought |= mark == THOUGHT_START
+        self.num_reasoning += self._is_thought
+        self._is_thought &= mark != THOUGHT_END

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Sequence
 from typing import Any
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -67,6 +68,14 @@ class Vocabulary:
             return found.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+    def pieces_of(self, tokens: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary has them."""
+        return list(map(str, self._tokenizer.convert_ids_to_tokens(list(tokens))))
+
+    def text_of_all(self, tokens: Sequence[int]) -> str:
+        """The text that tokens are together, control tokens included."""
+        return str(self._tokenizer.decode(list(tokens)))
 
     def _bytes_of(self, token: int) -> bytes:
         piece = self._tokenizer.convert_ids_to_tokens(token)

@@ -395,6 +395,7 @@ def _tally(task: _Task, sequence: TokenSequence) -> Tally:
         drafted=stats.drafted,
         accepted=stats.accepted,
         rule=stats.rule,
+        num_reasoning=task.transcript.num_reasoning,
     )
 
 

@@ -37,6 +37,7 @@ from mlx_gemma_mtp.server.settings import Settings
 from mlx_gemma_mtp.server.transcript import Transcript
 from mlx_gemma_mtp.server.web import Web, listen
 from mlx_gemma_mtp.server.worker import Means, Worker
+from tests.gemma import SPECIAL
 from tests.server.served import server_process
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,15 @@ def tokenizer() -> Any:
 def prompts_of(tokenizer: Any) -> Prompts:
     """As a server has them: made once, since all of the vocabulary is looked at."""
     return Prompts(tokenizer, {})
+
+
+class MarkedTokenizer:
+    """As much of a tokenizer as says which marks answers have."""
+
+    chat_template = None
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {mark: token for token, mark in SPECIAL.items()}
 
 
 def tokens_of(text: str) -> list[int]:
@@ -362,10 +372,26 @@ class Response:
         ]
 
     @property
+    def named_events(self) -> list[Any]:
+        """The objects of a stream whose events have names, which are their types."""
+        events = []
+        for lines in self.body.decode().split("\n\n")[:-1]:
+            name, data = lines.split("\n")
+            events.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {events[-1]['type']}"
+        return events
+
+    @property
+    def is_openais(self) -> bool:
+        """Whether an error is in OpenAI's form; else it is in Anthropic's."""
+        return "request_id" not in self.json()
+
+    @property
     def message(self) -> str:
         """What an error says."""
         error = self.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}
+        names = {"message", "type"}
+        assert set(error) == names | ({"param", "code"} if self.is_openais else set())
         return str(error["message"])
 
 

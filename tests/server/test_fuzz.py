@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from mlx_gemma_mtp.server.json_body import UNREADABLE
+from mlx_gemma_mtp.server.messages.schema import MessagesBody
+from mlx_gemma_mtp.server.responses_api.schema import ResponsesBody
 from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
 from tests.server.serving import (
     CHAT_TEMPLATE,
@@ -30,6 +32,13 @@ from tests.server.serving import (
 PATHS: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
+    "/v1/messages": MessagesBody,
+    "/v1/responses": ResponsesBody,
+}
+NEEDED = {
+    "/v1/completions": ("prompt",),
+    "/v1/messages": ("messages", "max_tokens"),
+    "/v1/responses": ("input",),
 }
 
 numbers = st.one_of(
@@ -132,24 +141,120 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+def typed(*kinds: str, **fields: Any) -> st.SearchStrategy[Any]:
+    """Objects that say what they are, with fields that may be missing."""
+    named = {"type": st.sampled_from(kinds)}
+    return st.fixed_dictionaries(named, optional=fields)
+
+
+def said(role: Any, *contents: Any, **fields: Any) -> st.SearchStrategy[Any]:
+    """Messages of a role, or of any."""
+    content = st.one_of(texts, st.lists(st.one_of(*contents), max_size=3), anything)
+    return st.fixed_dictionaries({"role": role, "content": content, **fields})
+
+
+schemas = st.one_of(anything, st.just({"type": "integer"}))
+text_blocks = typed("text", text=texts)
+blocks = (
+    text_blocks,
+    typed("thinking", thinking=texts, signature=texts),
+    typed("redacted_thinking", "image", "document", "x", data=texts),
+    typed("tool_use", id=texts, name=texts, input=anything),
+    typed(
+        "tool_result",
+        tool_use_id=texts,
+        content=st.one_of(texts, st.lists(text_blocks, max_size=2), anything),
+        is_error=st.booleans(),
+    ),
+)
+roles = st.sampled_from(["user", "assistant", "system", "developer", "tool"])
+contents = typed("input_text", "output_text", "refusal", "input_image", text=texts)
+items = st.one_of(
+    said(roles, contents),
+    said(roles, contents, type=st.just("message")),
+    typed("function_call", call_id=texts, name=texts, arguments=texts),
+    typed("custom_tool_call", call_id=texts, name=texts, input=texts),
+    typed("function_call_output", call_id=texts, output=st.one_of(texts, anything)),
+    typed(
+        "reasoning",
+        summary=st.lists(typed("summary_text", text=texts), max_size=2),
+        content=st.lists(typed("reasoning_text", text=texts), max_size=2),
+        encrypted_content=st.one_of(texts, texts.map("plain:{}".format)),
+    ),
+    typed("item_reference", "x", id=texts),
+)
+choices = st.one_of(
+    st.sampled_from(["auto", "none", "required"]),
+    typed("auto", "any", "none", "tool", "function", "custom", name=texts),
+)
+# The same where a path has fields of its own.
+LIKELY_IN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "/v1/messages": {
+        "messages": st.lists(said(roles, *blocks), max_size=4),
+        "system": st.one_of(texts, st.lists(text_blocks, max_size=2)),
+        "tools": st.lists(typed("custom", "x", name=texts, input_schema=schemas)),
+        "tool_choice": choices,
+        "thinking": typed("enabled", "disabled", "adaptive", budget_tokens=numbers),
+        "output_config": st.fixed_dictionaries(
+            {},
+            optional={"effort": texts, "format": typed("json_schema", schema=schemas)},
+        ),
+        "output_format": typed("json_schema", "x", schema=schemas),
+        "stop_sequences": st.lists(texts, max_size=3),
+    },
+    "/v1/responses": {
+        "input": st.one_of(texts, st.lists(items, max_size=5)),
+        "instructions": texts,
+        "tools": st.lists(
+            st.one_of(
+                typed("function", "custom", "web_search", name=texts),
+                typed("namespace", name=texts, tools=anything),
+            ),
+            max_size=2,
+        ),
+        "tool_choice": choices,
+        "text": st.fixed_dictionaries(
+            {},
+            optional={
+                "format": typed("text", "json_object", "json_schema", schema=schemas),
+                "verbosity": texts,
+            },
+        ),
+        "reasoning": st.fixed_dictionaries(
+            {}, optional={"effort": texts, "summary": texts}
+        ),
+        "max_output_tokens": st.integers(1, 6),
+        "include": st.lists(texts, max_size=2),
+        "metadata": st.dictionaries(texts, texts, max_size=2),
+        "user": texts,
+    },
+}
+
+
 def bodies(path: str) -> st.SearchStrategy[Any]:
     """Bodies for a path: most of them nearly right."""
     fields = sorted(PATHS[path].model_fields)
-    needed = "prompt" if "prompt" in fields else "messages"
+    needed = NEEDED.get(path, ("messages",))
+    known = {**LIKELY, **LIKELY_IN.get(path, {})}
     values = {
-        name: LIKELY.get(name, st.one_of(st.none(), st.booleans(), numbers))
+        name: known.get(name, st.one_of(st.none(), st.booleans(), numbers))
         for name in fields
     }
+    least = {name: values[name] for name in needed}
     likely = st.fixed_dictionaries(
-        {needed: values[needed]},
-        optional={name: values[name] for name in fields if name != needed},
+        least,
+        optional={name: values[name] for name in fields if name not in needed},
     )
     spoilt = st.tuples(likely, st.sampled_from(fields), anything).map(
         lambda drawn: {**drawn[0], drawn[1]: drawn[2]}
     )
     few = st.fixed_dictionaries(
-        {needed: values[needed]},
-        optional={name: values[name] for name in ("max_tokens", "stream", "n", "stop")},
+        least,
+        optional={
+            name: values[name]
+            for name in ("max_tokens", "stream", "n", "stop", "system", "instructions")
+            if name in values and name not in needed
+        },
     )
     return st.one_of(few, likely, spoilt, anything)
 
@@ -161,6 +266,9 @@ def check(client: Client, path: str, raw: bytes) -> int:
     if response.status != 200:
         assert response.message
         assert response.message.count("\n") == 0
+    elif path not in ("/v1/completions", "/v1/chat/completions"):
+        is_stream = "event-stream" in response.headers["content-type"]
+        assert response.named_events if is_stream else response.json()
     elif response.headers["content-type"].startswith("text/event-stream"):
         for event in response.events:
             assert event["choices"] or event["usage"]

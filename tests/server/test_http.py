@@ -73,6 +73,7 @@ class TestCompletions:
             "total_tokens": 8 + len(tokens_of("a b c")),
             "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens_details": {
+                "reasoning_tokens": 0,
                 "accepted_prediction_tokens": 4,
                 "rejected_prediction_tokens": 5,
             },

@@ -16,6 +16,11 @@ import pytest
 from pydantic import BaseModel, Field
 
 from mlx_gemma_mtp.server.fields import Fields
+from mlx_gemma_mtp.server.responses_api.schema import (
+    REFUSED,
+    WITHOUT_EFFECT,
+    ResponsesBody,
+)
 from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
 from tests.server.served import CHAT_TEMPLATE, ROOT, served
 
@@ -395,6 +400,75 @@ class TestForcedTools:
         assert error.value.param == "tools"
 
 
+RESPONSE: dict[str, Any] = {"model": MODEL, "max_output_tokens": 24}
+
+
+class TestResponses:
+    def test_whole(self, client):
+        found = client.responses.create(input=CODE, **RESPONSE)
+        assert (found.status, found.incomplete_details.reason) == (
+            "incomplete",
+            "max_output_tokens",
+        )
+        assert found.output_text
+        assert found.usage.output_tokens == 24
+        assert found._request_id
+
+    def test_a_stream(self, client):
+        greedy = {**RESPONSE, "temperature": 0}
+        whole = client.responses.create(input=CODE, **greedy)
+        events = list(client.responses.create(input=CODE, stream=True, **greedy))
+        assert [event.sequence_number for event in events] == [*range(len(events))]
+        assert events[-1].type == "response.incomplete"
+        assert events[-1].response.output_text == whole.output_text
+        deltas = [e.delta for e in events if e.type == "response.output_text.delta"]
+        assert "".join(deltas) == whole.output_text
+
+    def test_a_form(self, client):
+        asked = {"input": CODE, "text_format": Side, "model": MODEL}
+        found = client.responses.parse(**asked, max_output_tokens=200)
+        assert isinstance(found.output_parsed, Side)
+        with client.responses.stream(**asked, max_output_tokens=200) as stream:
+            kinds = {event.type for event in stream}
+            final = stream.get_final_response()
+        assert "response.output_text.delta" in kinds
+        assert isinstance(final.output_parsed, Side)
+
+    def test_a_call_and_its_result(self, pair_client, openai):
+        tool = openai.pydantic_function_tool(Vote, name="vote")["function"]
+        request: Any = {
+            "model": "pair",
+            "input": said("Vote."),
+            "tools": [{"type": "function", **tool}],
+            "tool_choice": "required",
+            "parallel_tool_calls": False,
+            "reasoning": {"effort": "none"},
+            "max_output_tokens": 99,
+            "extra_body": {"seed": 1},
+        }
+        found = pair_client.responses.create(**request)
+        (call,) = found.output
+        assert (call.type, call.name) == ("function_call", "vote")
+        assert Vote.model_validate_json(call.arguments)
+        result = {
+            "type": "function_call_output",
+            "call_id": call.call_id,
+            "output": "done",
+        }
+        request["input"] += [*found.output, result]
+        request |= {"tool_choice": "none", "max_output_tokens": 4}
+        assert pair_client.responses.create(**request).usage.output_tokens <= 4
+
+    def test_mistakes(self, client, openai):
+        with pytest.raises(openai.BadRequestError, match="Send the items") as error:
+            client.responses.create(
+                input=CODE, previous_response_id="resp_1", **RESPONSE
+            )
+        assert error.value.param == "previous_response_id"
+        with pytest.raises(openai.NotFoundError, match="Nothing is stored"):
+            client.responses.retrieve("resp_1")
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "name", "words"),
@@ -457,6 +531,11 @@ class TestErrors:
                 fields.check_chat(extra, [])
             else:
                 fields.check_completion(extra)
+        names = set(inspect.signature(client.responses.create).parameters)
+        names -= set(ResponsesBody.model_fields)
+        extra = dict.fromkeys(n for n in names if not n.startswith("extra_"))
+        assert extra.pop("timeout", "") is None
+        fields.check(extra, REFUSED, WITHOUT_EFFECT)
         assert caplog.messages == []
 
     def test_fewest_tokens_and_other_ends(self, client):

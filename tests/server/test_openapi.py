@@ -12,6 +12,8 @@ import os
 import re
 import subprocess
 import sys
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from pydantic import TypeAdapter
 from mlx_gemma_mtp.server import answer_schema as answers
 from mlx_gemma_mtp.server import openai_format as formats
 from mlx_gemma_mtp.server.answer_parser import Delta
+from mlx_gemma_mtp.server.messages.answer_schema import MessageError
 from mlx_gemma_mtp.server.openapi import CHUNKS, WHOLE, _numbers_to
 from tests.server.serving import (
     EOS,
@@ -38,7 +41,13 @@ BODIES: dict[str, dict[str, Any]] = {
         "top_logprobs": 2,
     },
     "/v1/completions": {"prompt": "a b"},
+    "/tokenize": {"prompt": "a b", "return_token_strs": True},
+    "/detokenize": {"tokens": [4, 5]},
+    "/v1/responses": {"input": "a b", "max_output_tokens": 3},
+    "/v1/messages": {"messages": [{"role": "user", "content": "a b"}]},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "a b"}]},
 }
+CHOICES = ("/v1/chat/completions", "/v1/completions")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +70,8 @@ class TestAnswers:
     @pytest.mark.parametrize("path", sorted(WHOLE))
     def test_whole_ones(self, client, path):
         if path in BODIES:
-            for more in ({}, {"logprobs": 2 if "prompt" in BODIES[path] else True}):
+            logprobs = {"logprobs": 2 if "prompt" in BODIES[path] else True}
+            for more in ({}, logprobs) if path in CHOICES else ({},):
                 fields = {**BODIES[path], "max_tokens": 3, **more}
                 fields = fields if more else {**fields, "top_logprobs": 0}
                 response = client.ask("POST", path, fields)
@@ -71,7 +81,7 @@ class TestAnswers:
             check(WHOLE[path], response.json())
         assert response.status == 200
 
-    @pytest.mark.parametrize("path", sorted(CHUNKS))
+    @pytest.mark.parametrize("path", CHOICES)
     @pytest.mark.parametrize("has_usage", [True, False])
     def test_chunks(self, client, path, has_usage):
         options = {"include_usage": has_usage}
@@ -81,7 +91,15 @@ class TestAnswers:
         events = client.ask("POST", path, body).events
         assert events
         for event in events:
-            check(CHUNKS[path], event)
+            check(CHUNKS[path][0], event)
+
+    @pytest.mark.parametrize("path", sorted(CHUNKS.keys() - set(CHOICES)))
+    def test_events(self, client, path):
+        body = {**BODIES[path], "max_tokens": 5, "stream": True}
+        events = client.ask("POST", path, body).named_events
+        assert len({event["type"] for event in events}) > 6
+        for event in events:
+            check(reduce(or_, CHUNKS[path]), event)
 
     def test_messages_with_everything(self):
         function = {"name": "f", "arguments": "{}"}
@@ -104,6 +122,16 @@ class TestAnswers:
             client.ask("DELETE", "/health"),
         ):
             check(answers.Error, response.json())
+        path = "/v1/messages"
+        for response in (
+            client.ask("POST", path, {}),
+            client.ask("POST", path, b"{"),
+            client.ask("POST", path, {}, host="evil.example"),
+            client.ask("POST", f"{path}/count_tokens", {"messages": 5}),
+            client.ask("POST", path, {**BODIES[path], "max_tokens": 1, "model": "x"}),
+            client.get(path),
+        ):
+            check(MessageError, response.json())
 
     def test_every_path_has_its_answers(self, described):
         schemas = described["components"]["schemas"]
@@ -122,7 +150,8 @@ class TestAnswers:
                     )
                 assert ("text/event-stream" in content) == (path in CHUNKS)
                 error = responses["4XX"]["content"]["application/json"]["schema"]
-                assert error == {"$ref": "#/components/schemas/Error"}
+                kind = "MessageError" if path.startswith("/v1/messages") else "Error"
+                assert error == {"$ref": f"#/components/schemas/{kind}"}
         assert set(WHOLE) | {"/metrics"} == set(described["paths"])
 
     def test_every_reference_leads_somewhere(self, described):

@@ -30,8 +30,7 @@ from mlx_gemma_mtp.server.refused import REFUSED
 from mlx_gemma_mtp.server.served_model import check_memory
 from mlx_gemma_mtp.server.vocabulary import Vocabulary
 from mlx_gemma_mtp.server.web import listen
-from tests.gemma import SPECIAL
-from tests.server.serving import ROOT, ScriptedCache, tokenizer
+from tests.server.serving import ROOT, MarkedTokenizer, ScriptedCache, tokenizer
 from tests.tiny import BOS, CHAT_TEMPLATE, tiny_tokenizer
 
 
@@ -70,6 +69,29 @@ class TestArguments:
         assert (settings.limits.model_len, settings.limits.logprobs) == (4096, 5)
         assert settings.names == ("a", "b")
         assert settings.log_level == "WARNING"
+
+    def test_vllms_command(self):
+        """As people paste it."""
+        command = "target --speculative-model drafter --speculative-method mtp"
+        settings = parse([*command.split(), "--num-speculative-tokens", "4"])
+        assert (settings.model, settings.names) == ("target", ("target",))
+        assert (settings.draft_model, settings.num_draft_tokens) == ("drafter", 4)
+        settings = parse("target --spec-model d --spec-method mtp".split())
+        assert (settings.draft_model, settings.num_draft_tokens) == ("d", None)
+        settings = parse("--model target --spec-tokens 0".split())
+        assert (settings.draft_model, settings.num_draft_tokens) == (None, 0)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["target", "--speculative-model", "target"],
+            ["--model", "target", "--draft-model", "target"],
+            ["target", "--speculative-config", '{"model": "target"}'],
+        ],
+    )
+    def test_a_target_that_drafts_for_itself_has_its_own_drafter(self, arguments):
+        settings = parse(arguments)
+        assert (settings.draft_model, settings.is_drafting) == (None, True)
 
     def test_numbers_of_drafts(self):
         assert parse(["--num-draft-tokens", "0"]).num_draft_tokens == 0
@@ -155,7 +177,18 @@ class TestArguments:
             (["--chat-template-args", '{"tokenize": true}'], "got tokenize, which is"),
             (["--log-level", "loud"], "invalid choice"),
             (["--made-up"], "unrecognized argument: '--made-up'"),
-            (["google/gemma-4-E2B-it"], "a model is named with --model."),
+            (["one", "two"], "one model is served"),
+            (["one", "--model", "two"], "--model must stand alone: got 'one'"),
+            ([" "], "--model must not be empty"),
+            (["--speculative-method", "ngram"], "--speculative-method must have the"),
+            (["--speculative-model", " "], "--speculative-model must be a folder"),
+            (["--num-speculative-tokens", "9"], "from 0 to 8, or auto: got 9"),
+            (["--speculative-model", "x", "--draft-model", "y"], "must stand alone"),
+            (
+                ["--speculative-config", "{}", "--speculative-method", "mtp"],
+                "--speculative-config must stand alone: got --speculative-method",
+            ),
+            (["--no-draft", "--speculative-model", "x"], "--no-draft must stand alone"),
             (["--gpu-memory-utilization=0.9"], "--max-kv-bytes states the memory"),
             (["--kv-bits", "8"], "no quantized cache for Gemma 4"),
             (["--kv_cache_dtype=fp8"], "no quantized cache for Gemma 4"),
@@ -310,15 +343,6 @@ class TestCommand:
             assert command.main(["--port", str(port)]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert f"127.0.0.1:{port}: " in line
-
-
-class MarkedTokenizer:
-    """As much of a tokenizer as says which marks answers have."""
-
-    chat_template = None
-
-    def get_added_vocab(self):
-        return {mark: token for token, mark in SPECIAL.items()}
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]
