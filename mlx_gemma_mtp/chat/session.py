@@ -16,6 +16,9 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..cache.kept import KeptCaches
+from ..cache.mlx_lm_cache import read_prompt_cache
+from ..cache.rungs import RUNG, rung_interval, rungs_between
+from ..engine.extract import filled
 from ..engine.prefill import Prefill
 from ..engine.stats import RoundStats
 from ..errors import RequestError
@@ -292,19 +295,34 @@ class Session:
         caches = make_prompt_cache(self._model) if found is None else found
         if stable <= turn.num_cached:
             return caches, turn.num_cached
-        self._read(prompt[turn.num_cached : stable], caches, on_progress)
+        self._read(prompt[:stable], turn.num_cached, caches, on_progress)
         self.kept.keep(prompt[:stable], caches)
         return copy.deepcopy(caches), stable
 
     def _read(
-        self, tokens: list[int], caches: list[Any], on_progress: OnProgress
+        self,
+        tokens: list[int],
+        num_held: int,
+        caches: list[Any],
+        on_progress: OnProgress,
     ) -> None:
-        """Let the target read tokens that follow what the caches hold."""
-        prefill = Prefill(self._target, tokens, caches=caches)
+        """Let the target read the tokens that caches do not hold, and keep rungs."""
+        step_size = self.settings.prefill_step_size
+        rungs = rungs_between(num_held, len(tokens), rung_interval(step_size))
+        stops = [rung - num_held for rung in rungs]
+        prefill = Prefill(self._target, tokens[num_held:], caches=caches, stops=stops)
         while not prefill.is_done:
             on_progress(prefill.num_read, prefill.num_tokens)
-            prefill.read(self.settings.prefill_step_size)
+            prefill.read(step_size)
+            if prefill.num_read in stops:
+                self._keep_rung(tokens[: num_held + prefill.num_read], caches)
         on_progress(prefill.num_read, prefill.num_tokens)
+
+    def _keep_rung(self, tokens: list[int], caches: list[Any]) -> None:
+        """Keep what caches hold now; they are read into further."""
+        held = read_prompt_cache(self._target.layout, caches)
+        if held is not None:
+            self.kept.keep(tokens, filled(self._target, held), kind=RUNG)
 
 
 def _after(before: mx.array, processor: LogitsProcessor) -> LogitsProcessor:

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors
 
 from ..cache.kept import KeptCaches
+from ..cache.rungs import rung_interval
 from ..cache.slabs import SlabLayout, stepped_capacity
 from ..checkpoints.template_files import missing_template_note
 from ..engine.capacity import longest_text, seats_for, slots_for
@@ -122,6 +123,7 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> ServedModel:
             max_rows=limits.rows,
             leaves_room=lambda choices: leaves_room(layout, max_kv_bytes, choices),
             window=layout.window,
+            rung_interval=rung_interval(settings.prefill_step_size),
             memory=lambda: (mx.get_active_memory(), mx.get_peak_memory()),
         ),
         tokenizer=tokenizer,
