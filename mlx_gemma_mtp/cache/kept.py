@@ -4,7 +4,7 @@ A cache serves a prompt that begins with its tokens. One that has them all insid
 sliding window can also be cut back to a shorter beginning; past the window the keys
 that would be needed again are gone. So caches are kept at several places of a
 conversation: where instructions, questions and answers end, and at rungs inside long
-prompts. One budget of memory holds for all.
+prompts. One budget of memory holds for all. A folder may have more.
 
 Knows nothing of who asks, nor of threads: it belongs to the one that decodes.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_lm.models.cache import trim_prompt_cache
 
@@ -28,7 +28,11 @@ from .entries import (
     packed,
     share_arrays,
 )
+from .rungs import RUNG
 from .worth import next_rung_to_go
+
+if TYPE_CHECKING:
+    from .prompt_folder import PromptFolder
 
 # What ends where, in the order in which caches go where there are as many of either.
 _KINDS = (ASSISTANT, USER, SYSTEM)
@@ -44,15 +48,23 @@ class KeptCaches:
         max_bytes: Most memory, shared arrays counted once.
         min_tokens: Fewer tokens than these are not worth their place.
         num_sure: So many of the newest stay, whatever memory they take; no rungs.
+        folder: Where what is kept is also written, and looked for; None for nowhere.
     """
 
     def __init__(
-        self, *, max_size: int, max_bytes: int, min_tokens: int = 1, num_sure: int = 0
+        self,
+        *,
+        max_size: int,
+        max_bytes: int,
+        min_tokens: int = 1,
+        num_sure: int = 0,
+        folder: PromptFolder | None = None,
     ) -> None:
         self._max_size = max_size
         self._max_bytes = max_bytes
         self._min_tokens = min_tokens
         self._num_sure = num_sure
+        self._folder = folder
         self._entries: list[Entry] = []
         self._num_bytes = 0
         self._num_looked_for = 0
@@ -85,6 +97,22 @@ class KeptCaches:
         """
         self._num_looked_for += 1
         tokens = packed(prompt[:-1])
+        best, num_tokens = self._best(tokens, salt)
+        if self._folder is not None:
+            found = self._folder.find(tokens, salt=salt, beyond=num_tokens)
+            if found is not None:
+                held, end = copy.deepcopy(found[0]), found[1]
+                self.keep(prompt[:end], held, kind=RUNG, salt=salt)
+                return found
+        if best is None or not self.is_worth(num_tokens):
+            return None, 0
+        caches = copy.deepcopy(best.caches)  # arrays are copied when written to
+        if num_tokens < best.num_tokens:
+            trim_prompt_cache(caches, best.num_tokens - num_tokens)
+        return caches, num_tokens
+
+    def _best(self, tokens: bytes, salt: str | None) -> tuple[Entry | None, int]:
+        """What in memory saves the most reading, and how many tokens it saves."""
         best, num_tokens = None, 0
         for entry in self._entries:
             if entry.salt != salt:
@@ -95,12 +123,7 @@ class KeptCaches:
                 entry.used = self._num_looked_for
             if common > num_tokens and (is_whole or entry.can_be_cut):
                 best, num_tokens = entry, common
-        if best is None or not self.is_worth(num_tokens):
-            return None, 0
-        caches = copy.deepcopy(best.caches)  # arrays are copied when written to
-        if num_tokens < best.num_tokens:
-            trim_prompt_cache(caches, best.num_tokens - num_tokens)
-        return caches, num_tokens
+        return best, num_tokens
 
     def keep(
         self,
@@ -134,9 +157,17 @@ class KeptCaches:
                 share_arrays(entry.caches, caches)
         self._entries.append(new)
         self._make_room()
+        if self._folder is not None and not new.is_rung:
+            begin = {*(entry for entry in self._entries if entry.begins(new)), new}
+            self._folder.offer(sorted(begin, key=lambda entry: entry.num_tokens))
+
+    def close(self, timeout_s: float) -> None:
+        """Write what waits to be written, but not for longer than this."""
+        if self._folder is not None:
+            self._folder.close(timeout_s)
 
     def clear(self) -> None:
-        """Forget all caches."""
+        """Forget all caches but those in the folder."""
         self._entries.clear()
         self._num_bytes = 0
 

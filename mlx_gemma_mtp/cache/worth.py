@@ -51,7 +51,8 @@ def _neighbours(
         How many tokens the longest entry has that its tokens begin with, 0 without one;
         and how many the longest entry has that begins with its tokens.
     """
-    before, end = {}, {}
+    before: dict[Entry, int] = {}
+    end: dict[Entry, int] = {}
     path: list[Entry] = []  # each one begins with the tokens of the one before
     for entry in sorted(entries, key=_order):
         while path and not path[-1].begins(entry):

@@ -22,6 +22,7 @@ from ..engine.extract import filled
 from ..engine.prefill import Prefill
 from ..engine.stats import RoundStats
 from ..errors import RequestError
+from ..generation.prompt_folder import prompt_folder as open_folder
 from ..generation.response import GenerationResponse
 from ..generation.settings import NO_LIMIT
 from ..generation.text import stream_generate
@@ -39,6 +40,7 @@ OnProgress = Callable[[int, int], None]
 _MAX_KEPT = 16
 _MAX_KEPT_BYTES = 2 * 10**9
 _NUM_SURE = 2
+_LAST_WRITES_S = 10.0  # how long the end waits for caches to be written
 
 
 @dataclass
@@ -121,6 +123,7 @@ class Session:
         settings: How answers are made.
         num_draft_tokens: Drafts per round, 0 to 8, or ``"auto"``.
         system: The system prompt; None for none.
+        prompt_folder: Where caches are also kept, for later sessions; None for nowhere.
 
     Attributes:
         prompts: What makes prompts of conversations.
@@ -144,6 +147,7 @@ class Session:
         *,
         num_draft_tokens: int | str,
         system: str | None = None,
+        prompt_folder: str | None = None,
     ) -> None:
         self._model = model
         self._target = Target(model)
@@ -152,11 +156,15 @@ class Session:
         self.prompts = prompts
         self.settings = settings
         self.max_context: int = text_model(model).args.max_position_embeddings
-        self.has_drafter = pair_of(model).drafter is not None
+        pair = pair_of(model)
+        self.has_drafter = pair.drafter is not None
         self.conversation = Conversation(system)
         self.num_draft_tokens = num_draft_tokens
         self.kept = KeptCaches(
-            max_size=_MAX_KEPT, max_bytes=_MAX_KEPT_BYTES, num_sure=_NUM_SURE
+            max_size=_MAX_KEPT,
+            max_bytes=_MAX_KEPT_BYTES,
+            num_sure=_NUM_SURE,
+            folder=open_folder(pair, prompt_folder, max_pending=_MAX_KEPT_BYTES),
         )
         self.last: Turn | None = None
         self.totals = Totals()
@@ -169,6 +177,10 @@ class Session:
             return False
         num_tokens = self.last.num_prompt + self.last.response.generation_tokens
         return num_tokens >= self.max_context
+
+    def close(self) -> None:
+        """Write what waits for its folder; no answers follow."""
+        self.kept.close(_LAST_WRITES_S)
 
     def reset(self) -> None:
         """Begin a new conversation with the same system prompt."""

@@ -19,6 +19,7 @@ from ..checkpoints.template_files import missing_template_note
 from ..engine.capacity import longest_text, seats_for, slots_for
 from ..engine.request import Request
 from ..errors import RequestError
+from ..generation.prompt_folder import prompt_folder
 from ..generation.requests import make_request
 from ..generation.tokens import make_batch_decoder
 from ..markup.answer import marks_of
@@ -119,7 +120,7 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> ServedModel:
             make_transcript=lambda choice: Transcript(
                 tokenizer.detokenizer, choice, marks
             ),
-            kept=_kept(settings),
+            kept=_kept(settings, pair),
             max_rows=limits.rows,
             leaves_room=lambda choices: leaves_room(layout, max_kv_bytes, choices),
             window=layout.window,
@@ -203,13 +204,19 @@ def _template(settings: Settings) -> dict[str, Any]:
     return {"chat_template": settings.chat_template}
 
 
-def _kept(settings: Settings) -> KeptCaches | None:
+def _kept(settings: Settings, pair: Pair) -> KeptCaches | None:
     if not (settings.prompt_cache_size and settings.prompt_cache_bytes):
         return None
     return KeptCaches(
         max_size=settings.prompt_cache_size,
         max_bytes=settings.prompt_cache_bytes,
         min_tokens=MIN_TOKENS,
+        folder=prompt_folder(
+            pair,
+            settings.prompt_cache_dir,
+            max_pending=settings.prompt_cache_bytes,
+            max_bytes=settings.prompt_cache_disk_bytes,
+        ),
     )
 
 

@@ -40,6 +40,8 @@ _AHEAD = 2
 # Prompts of one request that the decoder holds unread: half of those that one chunk may
 # have, so that another request's is read in the same one.
 _MAX_UNREAD = 4
+# How long the end waits for caches to be written to their folder.
+_LAST_WRITES_S = 10.0
 
 
 class DecoderLike(Protocol):
@@ -174,6 +176,8 @@ class Worker:
         self._post()
         if not self._is_broken:
             self._decoder.close()
+        if self._kept is not None:
+            self._kept.close(_LAST_WRITES_S)
 
     def _work(self) -> None:
         """Do what messages say, and run a step."""

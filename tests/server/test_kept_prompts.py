@@ -5,6 +5,7 @@ Run: python -m pytest tests/server/test_kept_prompts.py
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import time
@@ -15,12 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.cache.kept import KeptCaches
+from mlx_gemma_mtp.cache.prompt_folder import PromptFolder
 from mlx_gemma_mtp.server.arguments import parse
 from mlx_gemma_mtp.server.choice import Choice
 from mlx_gemma_mtp.server.prompts import MIN_TOKENS
 from mlx_gemma_mtp.server.reply import Reply
 from mlx_gemma_mtp.server.served_model import make_engine
-from tests.server.serving import run_async, tokenizer, wait_until, working_engine
+from tests.server.serving import (
+    WAIT_S,
+    run_async,
+    tokenizer,
+    wait_until,
+    working_engine,
+)
 from tests.tiny import FAMILIES, VOCAB_SIZE, reference_pair
 
 pytestmark = pytest.mark.usefixtures("plain_graphs")
@@ -37,7 +45,8 @@ def prompt_of(num_tokens, seed):
 class Asked:
     """A worker with a pair, asked for one text after another."""
 
-    def __init__(self, parts):
+    def __init__(self, parts, wait_s=WAIT_S):
+        self._wait_s = wait_s
         self.bridge = parts.bridge
         self._prompts = parts.desk.prompts
 
@@ -52,34 +61,43 @@ class Asked:
             self.bridge.attach()
             reply = Reply([self.choice(prompt, **fields)], time.perf_counter())
             self.bridge.submit(reply)
-            tokens = []
+            tokens, tally = [], None
             while pieces := await reply.pieces():
                 for _, piece in pieces:
                     tokens += piece.tokens
                     tally = piece.tally
+            assert tally is not None
             return tokens, tally.num_cached
 
-        found = run_async(asked())
+        found = asyncio.run(asyncio.wait_for(asked(), self._wait_s))
         wait_until(lambda: self.bridge.num_open == 0)
         return found
 
 
 @contextlib.contextmanager
-def asking(family, kept=None):
-    """A worker with a family's pair, which drafts where prompts are kept."""
+def asking(family, kept=None, *, interval=INTERVAL, wait_s=WAIT_S):
+    """A worker with a reference pair, which drafts where prompts are kept."""
     given = {
-        "prefill-step-size": INTERVAL,
+        "prefill-step-size": interval,
         "num-draft-tokens": 0 if kept is None else 3,
     }
     arguments = [text for key, n in given.items() for text in (f"--{key}", str(n))]
     engine = make_engine(parse(arguments), reference_pair(family), tokenizer())
-    means = replace(engine.means, kept=kept, rung_interval=INTERVAL)
+    means = replace(engine.means, kept=kept, rung_interval=interval)
     with working_engine(replace(engine, means=means)) as parts:
-        yield Asked(parts)
+        yield Asked(parts, wait_s)
 
 
-def some(max_bytes=10**9):
-    return KeptCaches(max_size=10, max_bytes=max_bytes, min_tokens=MIN_TOKENS)
+def some(**fields):
+    """Caches in memory that hold nothing yet."""
+    return KeptCaches(max_size=10, max_bytes=10**9, min_tokens=MIN_TOKENS, **fields)
+
+
+def some_of(folder, family="e2b"):
+    """Those of a new process, which has a folder."""
+    layout = reference_pair(family).rounds.target.layout
+    sizes = {"max_bytes": 10**9, "max_pending": 10**9, "min_gap": INTERVAL}
+    return some(folder=PromptFolder(folder, layout, {"pair": family}, **sizes))
 
 
 def rung_before(parting):
@@ -122,7 +140,7 @@ def test_agents_long_instructions_are_read_once():
 
 def test_a_prompt_that_was_let_go_of_leaves_its_rungs():
     """Who gives up while a prompt is read asks again: what was read serves."""
-    prompt, kept = prompt_of(1000, 3), some()
+    prompt, kept = prompt_of(300, 3), some()
     with asking("e2b", kept) as cached:
 
         async def begun():
@@ -136,7 +154,7 @@ def test_a_prompt_that_was_let_go_of_leaves_its_rungs():
         run_async(begun())
         wait_until(lambda: cached.bridge.num_open == 0)
         _, num_cached = cached.ask(prompt)
-        assert num_cached in range(INTERVAL, 1000, INTERVAL)
+        assert num_cached in range(INTERVAL, 300, INTERVAL)
 
 
 def test_the_text_is_the_same_where_memory_is_short():
@@ -163,3 +181,63 @@ def test_salts_share_no_rungs():
         assert cached.ask(other)[1] == 0
         assert cached.ask(other, cache_salt="b")[1] == 0
         assert cached.ask(other, cache_salt="a")[1] == rung_before(100)
+
+
+@pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
+def test_a_server_that_was_started_again_goes_on(tmp_path, family):
+    prompt = prompt_of(200, 8)
+    with asking(family, some_of(tmp_path, family)) as first:
+        answer, _ = first.ask(prompt)
+    other = [*prompt[:150], *prompt_of(30, 9)]
+    longer = [*prompt, *answer, *prompt_of(10, 10)]
+    with asking(family) as plain:
+        expected = [plain.ask(text)[0] for text in (other, longer)]
+    kept = some_of(tmp_path, family)
+    with asking(family, kept) as second:
+        assert second.ask(other) == (expected[0], rung_before(150))
+        text, num_cached = second.ask(longer)
+        assert text == expected[1]
+        assert num_cached >= rung_before(len(prompt))
+    with asking(family, some_of(tmp_path, family)) as third:
+        assert third.ask(other, cache_salt="a")[1] == 0
+
+
+def test_a_restarted_server_reads_no_damaged_file(tmp_path):
+    prompt = prompt_of(200, 8)
+    with asking("e2b", some_of(tmp_path)) as first:
+        text, _ = first.ask(prompt)
+    for file in tmp_path.iterdir():
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1  # a value of a sliding window
+        file.write_bytes(data)
+    with asking("e2b", some_of(tmp_path)) as second:
+        assert second.ask(prompt) == (text, 0)
+
+
+@pytest.mark.slow
+def test_of_twenty_thousand_tokens_what_is_shared_is_not_read_again(tmp_path):
+    """18,000 are shared, with a prompt in memory and with one in a folder."""
+    how = {"interval": 2048, "wait_s": 1000}
+    shared = prompt_of(18_000, 0)
+    prompts = [[*shared, *prompt_of(2_000, n)] for n in (1, 2, 3)]
+    with asking("e2b", **how) as plain:
+        texts = [plain.ask(prompt)[0] for prompt in prompts]
+    with asking("e2b", some_of(tmp_path), **how) as first:
+        assert first.ask(prompts[0]) == (texts[0], 0)
+        found = [first.ask(prompts[1])]
+    with asking("e2b", some_of(tmp_path), **how) as second:
+        found.append(second.ask(prompts[2]))
+    for (text, num_cached), expected in zip(found, texts[1:], strict=True):
+        assert text == expected
+        assert 20_000 - num_cached <= 2_000 + how["interval"]
+
+
+def test_the_commands_folder_is_used_by_its_model_alone(tmp_path):
+    prompt, cached = prompt_of(520, 0), []
+    folder = ("--prompt-cache-dir", str(tmp_path))
+    for family in ("e2b", "e4b", "e2b"):
+        settings = parse([*folder, "--num-draft-tokens", "0"])
+        engine = make_engine(settings, reference_pair(family), tokenizer())
+        with working_engine(engine) as parts:
+            cached.append(Asked(parts).ask(prompt)[1])
+    assert cached == [0, 0, 519]
