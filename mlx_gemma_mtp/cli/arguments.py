@@ -165,6 +165,12 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         help="write text that this regular expression matches as a whole",
     )
     group.add_argument(
+        "--max-thinking-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens of thoughts, 0 for none (default: no limit)",
+    )
+    group.add_argument(
         "--stats-json",
         metavar="FILE",
         help="write the closing figures here as JSON; - for standard error",

@@ -70,11 +70,13 @@ def _run(args: argparse.Namespace) -> int:
         check_output_file("--stats-json", args.stats_json)
     compile_header()  # meanwhile
     # Heavy imports wait until the arguments are known to be good.
+    from ..generation.settings import check_max_thinking_tokens
     from ..generation.text import stream_generate
     from ..pair.pair import pair_of
     from .display import CompileProgress, Display, PromptProgress
 
     check_lengths(args)
+    check_max_thinking_tokens(args.max_thinking_tokens)
     saved = open_cache_file(args)
     prompt = _read_prompt(args)
     if args.model is None and args.verbose is not False:
@@ -104,6 +106,7 @@ def _run(args: argparse.Namespace) -> int:
             logits_processors=processors,
             stop=args.stop,
             **form,
+            max_thinking_tokens=args.max_thinking_tokens,
             prefill_step_size=args.prefill_step_size,
             prompt_cache=saved.caches if saved else None,
             prompt_progress_callback=progress.tell,

@@ -213,7 +213,11 @@ class Batch:
         graph = settings.graph
         if self._graph is not None:
             graph = graph.joined(self._graph)
-        graph = replace(graph, has_host=any(s.request.is_host for s in self.live))
+        graph = replace(
+            graph,
+            has_host=any(s.request.is_host for s in self.live),
+            has_masks=any(s.masks is not None for s in self.live),
+        )
         self._graph = graph
         self.settings = replace(
             settings,

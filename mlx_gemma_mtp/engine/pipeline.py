@@ -3,7 +3,9 @@
 At most one round is queued beyond the one whose report is read (look-ahead), so the
 device works while the host streams text. One small array is read per round. Work past
 an end costs at most that one round and is dropped. While the host decides a sequence
-(logits processors, a caller's sampler) nothing is queued ahead.
+(logits processors, a caller's sampler) nothing is queued ahead. Where rows have masks,
+the next round's drafts are read with the last one's report: the masks between them and
+the decision are made while the round runs.
 
 This file alone knows what is in flight. It knows nothing of prompts, of who waits, or
 of what is done with a sequence that has ended.
@@ -20,15 +22,15 @@ import mlx.core as mx
 
 from ..cpu_kernels import clock
 from ..drafting.policy import DraftPolicy
-from ..sampling.acceptance import Accepted
 from .batch import Batch
 from .early_start import EarlyStart
-from .results import Decision, SequenceOutput, decisions_of, outputs_of
+from .results import SequenceOutput, outputs_of
 from .rounds import Rounds
 from .route import Route
+from .runner import QueuedRound, RoundRunner
 from .sequence import TokenSequence
 from .shadows import Shadows
-from .state import Report, RoundState, RowSettings, Verified
+from .state import Decision, RoundState
 from .stats import RoundStats
 from .timing import RoundTimer
 
@@ -41,24 +43,18 @@ class _InFlight:
     """A round that was built.
 
     Attributes:
-        report: What it will tell.
-        sequences: Who sat where when it was built.
-        num_draft_tokens: Its K.
-        policy: Who chose K.
+        queued: The round.
+        policy: Who chose its number of drafts.
         setup_s: What it took the host to trace it; None where it was traced before.
         num_shadow_drafts: Drafts that were made beside it.
-        waiting: Arrays that are still to be evaluated: it has not been started.
         is_early: Whether it was started before the report of the one before was read.
         seconds: Its time; None while it is not known.
     """
 
-    report: Report
-    sequences: tuple[TokenSequence | None, ...]
-    num_draft_tokens: int
+    queued: QueuedRound
     policy: DraftPolicy
     setup_s: float | None
     num_shadow_drafts: int
-    waiting: list[mx.array]
     is_early: bool = False
     seconds: float | None = None
 
@@ -101,7 +97,7 @@ class RoundPipeline:
         self._num_queued = 0
         self._shadows = Shadows()
         self._untraced = _Untraced(rounds, route)
-        self._verified: Verified | None = None
+        self._runner = RoundRunner(rounds, batch, min_rows=route.min_rows, timer=timer)
 
     @property
     def is_empty(self) -> bool:
@@ -111,7 +107,9 @@ class RoundPipeline:
     def num_written(self, sequence: TokenSequence) -> int:
         """How many of a sequence's tokens have keys and values in the batch's state."""
         # A round in flight has written the newest token of the one before.
-        return sequence.offset + any(sequence in q.sequences for q in self._in_flight)
+        return sequence.offset + any(
+            sequence in flight.queued.sequences for flight in self._in_flight
+        )
 
     def advance(self, *, is_awaited: bool) -> list[SequenceOutput]:
         """Queue rounds, one ahead where that can be, and read the oldest.
@@ -130,9 +128,13 @@ class RoundPipeline:
             while self._can_queue() and self._wants_another():
                 is_first = self.is_empty
                 self._build(is_awaited=is_awaited)
-                if is_first or self._early_start.is_early:
+                if is_first or self._is_early:
                     self._start(is_early=not is_first)
+                if is_first:
+                    self._runner.decide(self._in_flight[0].queued)
             outputs = self._read()
+            if not self.is_empty:
+                self._runner.decide(self._in_flight[-1].queued)
             if self._batch.live:  # else what is in flight is dropped
                 self._start(is_early=False)
         return outputs
@@ -144,17 +146,17 @@ class RoundPipeline:
     def rest(self) -> None:
         """Wait for what is still running, and let go of it and of the batch's slabs."""
         try:
-            mx.eval([q.report.tokens for q in self._in_flight if not q.waiting])
+            mx.eval([f.queued.started for f in self._in_flight])
         finally:
             self._in_flight.clear()
             self._shadows.clear()
-            self._verified = None
+            self._runner.clear()
             self._batch.clear()
 
     def _skip_unwanted(self) -> None:
         """Drop rounds whose sequences have all left since they were queued."""
         while self._in_flight and not any(
-            s is not None and s.is_live for s in self._in_flight[0].sequences
+            s is not None and s.is_live for s in self._in_flight[0].queued.sequences
         ):
             self._in_flight.popleft()
             self._timer.disturb()
@@ -174,7 +176,7 @@ class RoundPipeline:
         Each of them emits at least one token for everybody who sits in it.
         """
         return any(
-            s.wants_more_than(sum(s in queued.sequences for queued in self._in_flight))
+            s.wants_more_than(sum(s in f.queued.sequences for f in self._in_flight))
             for s in self._batch.live
         )
 
@@ -184,8 +186,16 @@ class RoundPipeline:
         return self._look_ahead and not self._batch.settings.graph.has_host
 
     @property
+    def _is_early(self) -> bool:
+        """Whether a round is started before the last one's report is read.
+
+        Its drafts are read with that report where it needs masks.
+        """
+        return self._early_start.is_early or self._batch.settings.graph.has_masks
+
+    @property
     def _drafts_in_flight(self) -> list[int]:
-        return [queued.num_draft_tokens for queued in self._in_flight]
+        return [flight.queued.num_draft_tokens for flight in self._in_flight]
 
     def _build(self, *, is_awaited: bool) -> None:
         """Build the graph of one round; it is evaluated once it is started."""
@@ -201,18 +211,10 @@ class RoundPipeline:
         state = batch.take_state()
         num_shadow = self._queue_shadow(state, policy)
         start = clock()
-        report, made = self._queue(state, batch.settings, count)
-        self._in_flight.append(
-            _InFlight(
-                report,
-                tuple(batch.sequences),
-                count,
-                policy,
-                setup_s=None if is_ready else clock() - start,
-                num_shadow_drafts=num_shadow,
-                waiting=[*report.arrays, *made],
-            )
-        )
+        last = None if self.is_empty else self._in_flight[-1].queued
+        queued = self._runner.queue(state, count, last)
+        setup_s = None if is_ready else clock() - start
+        self._in_flight.append(_InFlight(queued, policy, setup_s, num_shadow))
         self._num_queued += 1
         if not is_ready:
             self._untraced.counts.discard(count)
@@ -222,32 +224,14 @@ class RoundPipeline:
             mx.clear_cache()
             self._timer.disturb()
 
-    def _queue(
-        self, state: RoundState, settings: RowSettings, count: int
-    ) -> tuple[Report, list[mx.array]]:
-        """Let a round follow a state: its report, and what it leaves to be evaluated.
-
-        Where the host decides, it stands before its commit.
-        """
-        drafts = {"num_draft_tokens": count, "min_rows": self._route.min_rows}
-        if settings.graph.has_host:
-            self._verified, report = self._rounds.verify(state, settings, **drafts)
-            return report, self._verified.arrays
-        self._batch.state, report = self._rounds.run(state, settings, **drafts)
-        return report, self._batch.state.arrays
-
     def _start(self, *, is_early: bool) -> None:
-        """Hand the round that was built last to the device, if that was not done.
-
-        Nobody has a reference to the slabs before it by now: they are written in place.
-        """
-        if self.is_empty or not self._in_flight[-1].waiting:
+        """Hand the round that was built last to the device, if that was not done."""
+        if self.is_empty or not self._in_flight[-1].queued.waiting:
             return
         built = self._in_flight[-1]
-        arrays, built.waiting, built.is_early = built.waiting, [], is_early
+        built.is_early = is_early
         start = clock()
-        with self._timer.queue():
-            mx.async_eval(*arrays)
+        self._runner.start(built.queued)
         if built.setup_s is not None:
             built.setup_s += clock() - start
 
@@ -266,7 +250,7 @@ class RoundPipeline:
             self._shadows.add(
                 drafts,
                 self._batch.sequences,
-                in_flight=[queued.sequences for queued in self._in_flight],
+                in_flight=[flight.queued.sequences for flight in self._in_flight],
                 policy=policy,
             )
         return count
@@ -290,14 +274,12 @@ class RoundPipeline:
     def _read(self) -> list[SequenceOutput]:
         """Read the oldest report in flight, let the host decide, and count."""
         done = self._in_flight.popleft()
-        with self._timer.wait():
-            decided = done.report.read()
-        decisions = decisions_of(decided, done.report, done.sequences)
+        ahead = None if self.is_empty else self._in_flight[-1].queued
+        decisions = self._runner.read(done.queued, ahead)
         self._measure(done)
-        if self._verified is not None:
-            self._commit(self._verified, decisions)
+        self._runner.commit(decisions)
         self._learn(done, decisions)
-        outputs = outputs_of(done.sequences, decisions)
+        outputs = outputs_of(done.queued.sequences, decisions)
         self._shadows.compare()
         return outputs
 
@@ -310,45 +292,32 @@ class RoundPipeline:
         if interval is None:
             return
         last = self._in_flight[-1] if self._in_flight else done
-        queued = done if last.waiting else last
-        (queued if interval.is_queued else done).seconds = interval.seconds
-
-    def _commit(self, verified: Verified, decisions: Sequence[Decision]) -> None:
-        """End the round that waits for the host."""
-        self._verified = None
-        # One that has ended is not committed; its number only has to be one.
-        num_accepted = mx.array([o.num_accepted for o in decisions], dtype=mx.int32)
-        next_token = mx.array(
-            [(o.tokens or [0])[-1:] for o in decisions], dtype=mx.int32
-        )
-        self._batch.state = self._rounds.commit(
-            verified, self._batch.settings, accepted=Accepted(num_accepted, next_token)
-        )
-        mx.async_eval(self._batch.state.arrays)  # another thread may go on
+        running = done if last.queued.waiting else last
+        (running if interval.is_queued else done).seconds = interval.seconds
 
     def _learn(self, done: _InFlight, decisions: Sequence[Decision]) -> None:
         """Count a round, and tell who chooses for the next ones how it went."""
         accepted = []
-        for sequence, decision in zip(done.sequences, decisions, strict=True):
+        num_drafts = done.queued.num_draft_tokens
+        for sequence, decision in zip(done.queued.sequences, decisions, strict=True):
             if sequence is None or not sequence.is_live or decision.error is not None:
                 continue
             sequence.offset += decision.num_accepted + 1
             most = sequence.request.max_draft_tokens
-            drafted = min(done.num_draft_tokens, most)
+            drafted = min(num_drafts, most)
             for stats in (self._stats, sequence.stats):
                 stats.add_round(drafted=drafted, accepted=decision.num_accepted)
-            if most >= done.num_draft_tokens:
+            if most >= num_drafts:
                 accepted.append(decision.num_accepted)
         done.policy.observe(
-            done.num_draft_tokens,
+            num_drafts,
             accepted,
             done.seconds,
             num_shadow_drafts=done.num_shadow_drafts,
         )
-        if done.seconds is not None and self._can_look_ahead:
-            self._early_start.observe(
-                done.num_draft_tokens, done.seconds, is_early=done.is_early
-            )
+        can_be_late = self._can_look_ahead and done.queued.masks is None
+        if done.seconds is not None and can_be_late:
+            self._early_start.observe(num_drafts, done.seconds, is_early=done.is_early)
 
 
 class _Untraced:

@@ -5,7 +5,7 @@ No running sequence waits longer than for one chunk. Knows nothing of rounds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,10 @@ from ..cache.mlx_lm_cache import read_prompt_cache
 from ..models.target import Prefilled
 from ..sampling.acceptance import Accepted
 from ..sampling.distribution import choose_tokens
+from ..sampling.masks import allow
 from .batch import Batch
 from .extract import filled, with_cache
+from .masked import RoundMasks
 from .prefill import Prefill, Reader
 from .queue import RequestQueue, Waiting
 from .request import Request
@@ -134,6 +136,11 @@ class PromptReader:
 
     def _first(self, sequence: TokenSequence, read_prompt: Prefilled) -> Decision:
         """Choose the token behind a prompt."""
+        logits = read_prompt.logits
+        errors: Mapping[TokenSequence, Exception] = {}
+        if sequence.masks is not None:
+            masks = RoundMasks.of((sequence,), [[]], logits.shape[-1])
+            logits, errors = allow(logits, masks.words), masks.errors
         settings = row_settings(
             [sequence.request.sampling],
             is_host=[sequence.request.is_host],
@@ -142,7 +149,7 @@ class PromptReader:
         token = mx.zeros((1, 1), dtype=mx.int32)
         if settings.graph.has_graph:
             token = choose_tokens(
-                read_prompt.logits,
+                logits,
                 settings.sampling,
                 graph=settings.graph,
                 positions=mx.array([[sequence.offset]], dtype=mx.int32),
@@ -150,12 +157,12 @@ class PromptReader:
         report = Report.of(  # as of a round without drafts
             mx.zeros((1, 0), dtype=mx.int32),
             Accepted(mx.zeros((1,), dtype=mx.int32), token),
-            read_prompt.logits,
+            logits,
             settings.graph,
         )
         with self._timer.wait():
             decided = report.read()
-        (decision,) = decisions_of(decided, report, (sequence,))
+        (decision,) = decisions_of(decided, report, (sequence,), errors)
         return decision
 
     def _begin(

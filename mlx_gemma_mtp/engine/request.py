@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ..constants import MAX_DRAFT_TOKENS
 from ..sampling.host import LogitsProcessor, Sampler
+from ..sampling.masks import BlockMasks
 from ..sampling.params import SamplingParams
 
 
@@ -23,8 +24,8 @@ class Request:
         eos_token_ids: Tokens that end the sequence; the one that does is emitted.
         logits_processors: Called as mlx-lm does, with the histories of plain decoding.
             The row is then decided by equality, ``reproducible`` or not.
-        constraint: What the text must be; it bans tokens behind the processors, which
-            counts as one of them.
+        constraint: What the text must be. It gives the row masks; beside processors or
+            a sampler it is one processor more, the last one.
         sampler: Chooses the tokens in place of ``sampling``; mlx-lm's signature.
         num_logprobs: How many of the most likely tokens come with each token's
             log-probability; None for no log-probabilities.
@@ -54,8 +55,12 @@ class Request:
     @property
     def is_host(self) -> bool:
         """Whether the host decides the row."""
-        is_free = not self.logits_processors and self.constraint is None
-        return not is_free or self.sampler is not None
+        return bool(self.logits_processors) or self.sampler is not None
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the row has masks."""
+        return self.constraint is not None and not self.is_host
 
     @property
     def has_one_text(self) -> bool:
@@ -68,19 +73,47 @@ class Request:
     @property
     def accept_rule(self) -> str:
         """The rule that judges the drafts, in words."""
-        host = ["processors"] if self.logits_processors else []
-        host += ["constraint"] if self.constraint is not None else []
-        host += ["custom sampler"] if self.sampler is not None else []
-        if host:
+        if self.is_host:
+            host = ["processors"] if self.logits_processors else []
+            host += ["constraint"] if self.constraint is not None else []
+            host += ["custom sampler"] if self.sampler is not None else []
             return f"accept-if-equal: {', '.join(host)}"
+        rule = "block verification"
         if self.sampling.temp <= 0:
-            return "greedy"
-        is_coupled = self.sampling.reproducible and self.sampling.seed is not None
-        return "coupled (seed)" if is_coupled else "block verification"
+            rule = "greedy"
+        elif self.sampling.reproducible and self.sampling.seed is not None:
+            rule = "coupled (seed)"
+        return f"{rule}, masked" if self.is_masked else rule
+
+
+class RowMasks(Protocol):
+    """What a row may choose; it follows the row's tokens."""
+
+    def advance(self, token: int) -> None:
+        """Follow a token of the row that does not end it.
+
+        Raises:
+            RequestError: The row cannot go on.
+        """
+
+    def block(self, drafts: Sequence[int]) -> BlockMasks:
+        """The masks of a block of drafts; the row itself does not go on.
+
+        Raises:
+            RequestError: The row cannot go on.
+        """
 
 
 class RowConstraint(Protocol):
     """What a text must be; ``structure`` makes them."""
+
+    def row(self, prompt: Sequence[int], ends: Collection[int]) -> RowMasks:
+        """The masks of one row.
+
+        Args:
+            prompt: All tokens before it.
+            ends: The tokens that end the row.
+        """
 
     def processor(
         self, prompt: Sequence[int], ends: Collection[int]

@@ -5,7 +5,7 @@ It knows reports and sequences: nothing of how rounds are run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ def decisions_of(
     decided: Sequence[Decision],
     report: Report,
     sequences: Sequence[TokenSequence | None],
+    errors: Mapping[TokenSequence, Exception],
 ) -> list[Decision]:
     """What was decided of every sequence; sequences of the host's are decided here.
 
@@ -27,16 +28,21 @@ def decisions_of(
         decided: What the report says of each sequence.
         report: The report.
         sequences: Who sat where.
+        errors: Why sequences cannot go on.
     """
     logprobs: list[list[TokenLogprobs]] = [[] for _ in decided]
     if report.logprobs is not None and any(_asks(sequence) for sequence in sequences):
         logprobs = report.logprobs.listed()
-    return [
-        _judge(sequence, i, decision.logits, decision.tokens[:-1])
-        if sequence is not None and sequence.host is not None and sequence.is_live
-        else replace(decision, logprobs=logprobs[i])
-        for i, (sequence, decision) in enumerate(zip(sequences, decided, strict=True))
-    ]
+    decisions = []
+    for i, (sequence, decision) in enumerate(zip(sequences, decided, strict=True)):
+        if sequence is not None and sequence in errors:
+            found = Decision(0, [], decision.logits, error=errors[sequence])
+        elif sequence is not None and sequence.host is not None and sequence.is_live:
+            found = _judge(sequence, i, decision.logits, decision.tokens[:-1])
+        else:
+            found = replace(decision, logprobs=logprobs[i])
+        decisions.append(found)
+    return decisions
 
 
 def outputs_of(

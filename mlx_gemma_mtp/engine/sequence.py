@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from ..sampling.host import HostRow, Judged, LogitsProcessor
-from .request import Matcher, Request, settled
+from ..sampling.masks import BlockMasks
+from .request import Matcher, Request, RowMasks, settled
 from .stats import RoundStats
 
 
@@ -29,6 +30,7 @@ class TokenSequence:
         emitted: The tokens emitted so far.
         finish_reason: Why it has ended; None while it is live.
         stats: Counts of its rounds.
+        masks: What it may choose, as far as it was followed; None for anything.
     """
 
     request: Request
@@ -39,7 +41,9 @@ class TokenSequence:
     emitted: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stats: RoundStats = field(default_factory=RoundStats)
+    masks: RowMasks | None = None
     _matcher: Matcher | None = None
+    _num_followed: int = 0  # of the emitted tokens, by the masks
 
     @classmethod
     def of(
@@ -47,9 +51,8 @@ class TokenSequence:
     ) -> TokenSequence:
         """The sequence of a request."""
         request = settled(request)
-        host = None
+        host, prompt = None, [*request.history, *request.prompt]
         if request.is_host:
-            prompt = [*request.history, *request.prompt]
             host = HostRow(
                 prompt,
                 processors=_processors(request, prompt),
@@ -61,6 +64,8 @@ class TokenSequence:
             request, index, num_cached, num_cached + len(request.prompt), host
         )
         sequence.stats.rule = request.accept_rule
+        if request.constraint is not None and request.is_masked:
+            sequence.masks = request.constraint.row(prompt, request.eos_token_ids)
         if request.stop_sequences is not None:
             sequence._matcher = request.stop_sequences.matcher()
         return sequence
@@ -104,6 +109,19 @@ class TokenSequence:
                 break
         self.emitted += taken
         return taken
+
+    def block_masks(self, drafts: Sequence[int]) -> BlockMasks | None:
+        """What it may choose in a block of drafts; None for anything.
+
+        Raises:
+            RequestError: It cannot go on.
+        """
+        if self.masks is None or not self.is_live:
+            return None
+        for token in self.emitted[self._num_followed :]:
+            self.masks.advance(token)
+        self._num_followed = self.num_emitted
+        return self.masks.block(drafts)
 
     def judge(self, logits: mx.array, drafts: Sequence[int]) -> Judged:
         """Decide a block on the host; see ``HostRow.judge``."""

@@ -13,7 +13,8 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..constants import MAX_DRAFT_TOKENS
-from ..sampling.acceptance import Accepted
+from ..sampling.acceptance import Accepted, Draft
+from ..sampling.distribution import Distribution
 from ..sampling.graph import (
     SamplingArrays,
     SamplingGraph,
@@ -43,7 +44,14 @@ class RoundState:
     @property
     def arrays(self) -> list[mx.array]:
         """What has to be evaluated."""
-        return [self.last_token, self.hidden, self.offset, *self.slabs]
+        return [*self.small.values(), *self.slabs]
+
+    @property
+    def small(self) -> dict[str, mx.array]:
+        """All arrays but the slabs, by name."""
+        arrays = {**vars(self)}
+        del arrays["slabs"]
+        return arrays
 
 
 def empty_state(slabs: list[mx.array], hidden: mx.array) -> RoundState:
@@ -249,6 +257,26 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Proposals:
+    """Tokens that are proposed in place of a drafter's, by where the last round ended.
+
+    Attributes:
+        num_accepted: How many drafts of the round before stand, int32 [B].
+        tokens: For each such number the token that must have ended that round, and K
+            that are proposed behind it; -1 for none, int32 [B, 9, 1 + K].
+    """
+
+    num_accepted: mx.array
+    tokens: mx.array
+
+    def behind(self, last_token: mx.array) -> mx.array:
+        """The proposals behind the last tokens [B, 1]; -1 for none, int32 [B, K]."""
+        place = self.num_accepted[:, None, None]
+        found = mx.take_along_axis(self.tokens, place, axis=1)[:, 0]
+        return mx.where(found[:, :1] == last_token, found[:, 1:], -1)
+
+
+@dataclass(frozen=True)
 class Verified:
     """A round that stands before its commit.
 
@@ -266,3 +294,61 @@ class Verified:
     def arrays(self) -> list[mx.array]:
         """What has to be evaluated."""
         return [self.hidden, *self.slabs]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A round that stands before its decision.
+
+    Attributes:
+        draft: The block.
+        logits: The target's, [B, K + 1, V].
+        hidden: Its post-norm rows, [B, K + 1, H].
+        slabs: With the keys and values of the whole block.
+        before: The state it started from, without its slabs.
+    """
+
+    draft: Draft
+    logits: mx.array
+    hidden: mx.array
+    slabs: list[mx.array]
+    before: RoundState
+
+    @property
+    def verified(self) -> Verified:
+        """What its commit takes."""
+        return Verified(self.slabs, self.hidden, self.before)
+
+    @property
+    def small(self) -> dict[str, Any]:
+        """All arrays but the slabs, by name, without those of the state before."""
+        arrays: dict[str, Any] = {"logits": self.logits, "hidden": self.hidden}
+        source = self.draft.source
+        if self.draft.tokens.size:  # no kernel takes an array without elements
+            arrays["drafts"] = self.draft.tokens
+        if source is not None:
+            arrays["source"] = {"scores": source.scores, "token_ids": source.token_ids}
+        return arrays
+
+    @classmethod
+    def of_named(cls, arrays: Mapping[str, Any], *, before: RoundState) -> Begun:
+        """The round whose arrays these are; without slabs where they have none."""
+        source = None
+        if "source" in arrays:
+            source = Distribution(**arrays["source"], is_whole=False)
+        drafts = arrays.get("drafts")
+        if drafts is None:
+            drafts = mx.zeros((before.last_token.shape[0], 0), dtype=mx.int32)
+        return cls(
+            Draft(drafts, source),
+            arrays["logits"],
+            arrays["hidden"],
+            arrays.get("slabs", []),
+            before,
+        )
+
+    def read_drafts(self) -> list[list[int]]:
+        """Wait for the drafts."""
+        if not self.draft.tokens.size:
+            return [[] for _ in range(self.logits.shape[0])]
+        return cast(list[list[int]], self.draft.tokens.tolist())

@@ -44,16 +44,10 @@ def make_request(
 
     Raises:
         RequestError: The prompt is empty or holds an id that the target does not know;
-            processors or sampler are no functions; a sampler beside other settings; a
-            constraint without a token that ends the text.
+            processors or sampler are no functions; a sampler beside other settings.
     """
     if sampler is not None:
         sampling, sampler = _resolve_sampler(sampler, sampling)
-    if constraint is not None and not eos:
-        raise RequestError(
-            "text with a given form must have a token that ends it: got none. Name one "
-            "in eos_token_ids."
-        )
     return Request(
         prompt=check_prompt(pair, prompt),
         max_tokens=None if max_tokens == NO_LIMIT else max_tokens,

@@ -168,6 +168,19 @@ def check_num_logprobs(value: Any) -> None:
         )
 
 
+def check_max_thinking_tokens(value: Any) -> None:
+    """Check how many tokens of thoughts are asked for.
+
+    Raises:
+        RequestError: Not 0 or more, and not None.
+    """
+    if value is not None and (not is_whole(value) or value < 0):
+        raise RequestError(
+            f"max_thinking_tokens must be 0 or more: got {value!r}. Leave it out for "
+            "no limit."
+        )
+
+
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number, as which no bool counts."""
     return isinstance(value, Integral) and not isinstance(value, bool)

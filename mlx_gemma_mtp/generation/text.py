@@ -25,13 +25,18 @@ from ..markup.answer import marks_of, plain
 from ..models.compatibility import check_fit
 from ..models.drafter import Drafter
 from ..pair.pair import Pair, pair_of
-from ..structure.constraint import asked
+from ..structure.constraint import Constraint, asked
 from ..structure.masks import BoundConstraint
 from .encoding import encode_text
 from .figures import describe
 from .requests import drafts_of, make_request
 from .response import GenerationResponse
-from .settings import GenerationSettings, Keywords, check_num_logprobs
+from .settings import (
+    GenerationSettings,
+    Keywords,
+    check_max_thinking_tokens,
+    check_num_logprobs,
+)
 from .stop import StopStrings
 from .text_pieces import TextPieces
 from .tokens import make_decoder
@@ -53,6 +58,7 @@ def stream_generate(
     schema: Any = None,
     regex: str | None = None,
     grammar: str | None = None,
+    max_thinking_tokens: int | None = None,
     **settings: Unpack[Keywords],
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text from a prompt, a token at a time.
@@ -80,6 +86,10 @@ def stream_generate(
         regex: A regular expression that the text matches as a whole.
         grammar: A grammar that the text follows, in llguidance's form of Lark. At most
             one of the three is given; they take the extra ``structure``.
+        max_thinking_tokens: Most tokens of all thoughts, 0 or more; None for any
+            number. Marks, a thought's name, and what the prompt holds of one do not
+            count. With 0 a thought that the prompt opens is closed at once, and none
+            begins.
         settings: The other keywords, see ``generation.settings.GenerationSettings``.
 
     Yields:
@@ -94,6 +104,7 @@ def stream_generate(
     chosen = GenerationSettings(max_tokens, **settings)
     asked_for = asked(schema=schema, regex=regex, grammar=grammar)
     check_num_logprobs(num_logprobs)
+    check_max_thinking_tokens(max_thinking_tokens)
     if draft_model is not None:
         check_fit(model, draft_model)
     pair = pair_of(model, draft_model)
@@ -109,7 +120,7 @@ def stream_generate(
         logits_processors=chosen.logits_processors,
         sampler=chosen.sampler,
         num_logprobs=num_logprobs,
-        constraint=BoundConstraint(asked_for, tokenizer) if asked_for else None,
+        constraint=_bound(asked_for, tokenizer, pair, max_thinking_tokens),
     )
     decoder = make_decoder(
         pair,
@@ -284,6 +295,31 @@ class _TextStream:
     def _elapsed(self) -> float:
         """Seconds since the phase began; never 0, so that rates stay finite."""
         return max(clock() - self._start, 1e-9)
+
+
+def _bound(
+    asked_for: Constraint | None,
+    tokenizer: TokenizerWrapper,
+    pair: Pair,
+    max_thinking_tokens: int | None,
+) -> BoundConstraint | None:
+    """What holds a text to a form, and its thoughts to a length; None for neither.
+
+    Raises:
+        RequestError: No text follows the form, no token ends one, or the model's marks
+            of thoughts are no tokens.
+    """
+    if asked_for is not None and not tokenizer.eos_token_ids:
+        raise RequestError(
+            "text with a given form must have a token that ends it: got none. Name one "
+            "in eos_token_ids."
+        )
+    if asked_for is None and max_thinking_tokens is None:
+        return None
+    found = BoundConstraint(asked_for, tokenizer, vocab_size=pair.vocab_size)
+    if max_thinking_tokens is None:
+        return found
+    return found.limited(max_thinking_tokens)
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: Any, cache: Any) -> Any:

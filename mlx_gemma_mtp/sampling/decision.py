@@ -84,6 +84,28 @@ def propose(
     return Draft(drawn, source)
 
 
+def with_given(draft: Draft, tokens: mx.array) -> Draft:
+    """The draft of one step, with tokens of others in place of the drafter's.
+
+    They count as proposed with probability one.
+
+    Args:
+        draft: One draft for each row.
+        tokens: -1 where there is none, int32 [B, 1].
+    """
+    is_given = tokens >= 0
+    chosen = mx.where(is_given, tokens, draft.tokens)
+    if draft.source is None:
+        return Draft(chosen, None)
+    is_given, ids = is_given[..., None], draft.source.token_ids  # [B, 1, 1], [B, 1, M]
+    is_listed = (ids == tokens[..., None]).any(axis=-1, keepdims=True)
+    is_first = mx.arange(ids.shape[-1]) == 0
+    ids = mx.where(is_given & ~is_listed & is_first, tokens[..., None], ids)
+    certain = mx.where(ids == tokens[..., None], 0.0, -mx.inf)
+    scores = mx.where(is_given, certain, draft.source.scores)
+    return Draft(chosen, Distribution(scores, ids, is_whole=False))
+
+
 def joined(drafts: Sequence[Draft]) -> Draft:
     """The steps of a block as one draft of K tokens."""
     sources = [draft.source for draft in drafts if draft.source is not None]

@@ -61,6 +61,7 @@ class SamplingGraph:
             in the first one.
         num_xtc_tokens: No less than the tokens that any row keeps from XTC.
         has_host: Whether some row is decided on the host.
+        has_masks: Whether some row may not choose every token.
         has_graph: Whether some row is decided by one of the graph's rules.
         has_max_drafts: Whether some row accepts fewer drafts than a round may have.
         num_logprobs: How many of the best tokens are reported with each token's
@@ -70,6 +71,7 @@ class SamplingGraph:
     groups: tuple[Group, ...] = ()
     num_xtc_tokens: int = 1
     has_host: bool = False
+    has_masks: bool = False
     has_graph: bool = True
     has_max_drafts: bool = False
     num_logprobs: int | None = None
@@ -94,8 +96,8 @@ class SamplingGraph:
         """This graph with what costs little of another one; it serves the same rows.
 
         Between graphs that draw from lists any difference costs little. The whole
-        vocabulary, log-probabilities and decisions on the host are only ever this
-        graph's own.
+        vocabulary, log-probabilities, masks and decisions on the host are only ever
+        this graph's own.
         """
         has_max_drafts = self.has_max_drafts or other.has_max_drafts
         graph = replace(self, has_max_drafts=has_max_drafts)

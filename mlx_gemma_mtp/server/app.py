@@ -156,6 +156,7 @@ def make_app(desk: Desk) -> ASGIApp:
         forces_calls=desk.prompts.has_tools and desk.forced_calls.are_possible,
         vocab_size=desk.body_parser.vocab_size,
         max_logprobs=desk.settings.limits.logprobs,
+        limits_thoughts=desk.body_parser.limits_thoughts,
     )
     app = DescribedApp(
         offer,

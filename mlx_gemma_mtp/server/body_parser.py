@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..constants import MAX_DRAFT_TOKENS
-from ..engine.request import RowConstraint
 from ..generation.chat_template import THINKING
 from ..sampling.params import SamplingParams
+from ..structure.masks import BoundConstraint
 from .choice import Choice
 from .errors import AnswerError, bad_request
 from .fields import Fields
@@ -19,6 +19,7 @@ from .forced_calls import NONE, ToolChoice
 from .prompts import Prompt
 from .schema import NO_LIMIT, ChatBody, CompletionBody
 from .settings import DEFAULT_MODEL, Limits
+from .thinking import NO_THINKING, ThinkingLimits
 
 _NUM_SEEDS = 2**64
 _CONTEXT_SIZE = 20  # mlx-lm's
@@ -31,6 +32,7 @@ class BodyParser:
     Args:
         limits: What may be asked for; ``model_len`` is known by now.
         names: What the model is called.
+        thinking: Limits thoughts.
         sampling: ``temp``, ``top_p``, ``top_k``, ``min_p`` where a request does not
             say.
         special_tokens: Tokens that XTC never excludes.
@@ -43,6 +45,7 @@ class BodyParser:
         self,
         limits: Limits,
         names: Sequence[str],
+        thinking: ThinkingLimits,
         *,
         sampling: Mapping[str, Any],
         special_tokens: Sequence[int],
@@ -53,6 +56,7 @@ class BodyParser:
         assert limits.model_len is not None
         self._limits = limits
         self._names = (*names, DEFAULT_MODEL)
+        self._thinking = thinking
         self._sampling = dict(sampling)
         self._special_tokens = tuple(special_tokens)
         self._vocab_size = vocab_size
@@ -73,6 +77,7 @@ class BodyParser:
             self._fields.check_chat(extra, messages)
         else:
             self._fields.check_completion(extra)
+        self._thinking.check(body)
         for token in body.stop_token_ids or ():
             self._check_id("stop_token_ids", token)
 
@@ -96,11 +101,16 @@ class BodyParser:
         """Number of token ids."""
         return self._vocab_size
 
+    @property
+    def limits_thoughts(self) -> bool:
+        """Whether thoughts can be limited."""
+        return self._thinking.are_possible
+
     def of_completion(
         self,
         body: CompletionBody,
         prompts: Sequence[Prompt],
-        constraint: RowConstraint | None = None,
+        form: BoundConstraint | None = None,
     ) -> list[Choice]:
         """Those of the first prompt, then of the next."""
         if body.best_of not in (None, 1, body.n):
@@ -112,7 +122,7 @@ class BodyParser:
         return [
             choice
             for prompt in prompts
-            for choice in self._of(body, prompt, num_logprobs, constraint)
+            for choice in self._of(body, prompt, num_logprobs, form)
         ]
 
     def tools_of(self, body: ChatBody, *, has_tools: bool) -> list[dict[str, Any]]:
@@ -142,21 +152,21 @@ class BodyParser:
         Any effort but none is a thought; ``chat_template_kwargs`` count before it.
         """
         effort = body.reasoning_effort
-        thinking = {} if effort is None else {THINKING: effort.lower() != "none"}
+        thinking = {} if effort is None else {THINKING: effort.lower() != NO_THINKING}
         return {**thinking, **(body.chat_template_kwargs or {})}
 
     def of_chat(
         self,
         body: ChatBody,
         prompt: Prompt,
-        constraint: RowConstraint | None = None,
+        form: BoundConstraint | None = None,
     ) -> list[Choice]:
         """Those of a conversation: as many as are asked for.
 
         Args:
             body: The request.
             prompt: The conversation.
-            constraint: What the answers must be; None for anything.
+            form: What the answers must be; None for anything.
         """
         num_logprobs = None
         if body.logprobs:
@@ -167,17 +177,17 @@ class BodyParser:
                 "top_logprobs.",
                 "top_logprobs",
             )
-        return self._of(body, prompt, num_logprobs, constraint)
+        return self._of(body, prompt, num_logprobs, form)
 
     def _of(
         self,
         body: CompletionBody | ChatBody,
         prompt: Prompt,
         num_logprobs: int | None,
-        constraint: RowConstraint | None,
+        form: BoundConstraint | None,
     ) -> list[Choice]:
         """The choices of one prompt."""
-        if constraint is not None and body.ignore_eos:
+        if form is not None and body.ignore_eos:
             raise bad_request(
                 "ignore_eos must be left out where an answer has a given form: it ends "
                 "where that does. Leave out one of them.",
@@ -193,6 +203,12 @@ class BodyParser:
                 "min_tokens",
             )
         stop = body.stop or ()
+        constraint = self._thinking.constraint_of(
+            body,
+            form,
+            is_thinking=isinstance(body, ChatBody) and self._thinks(body),
+            max_tokens=max_tokens,
+        )
         drafts = body.speculative.num_draft_tokens if body.speculative else None
         penalties = self._penalties(body)
         return [
@@ -215,6 +231,10 @@ class BodyParser:
             )
             for choice in range(body.n or 1)
         ]
+
+    def _thinks(self, body: ChatBody) -> bool:
+        """Whether the request lets the chat template ask for thoughts."""
+        return self.template_args_of(body).get(THINKING) is not False
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         if not tokens:

@@ -31,7 +31,10 @@ _BEAMS = "there is no beam search. Ask for several choices by n"
 _PARTS = "answers have no such part"
 _MARKS = "the marks of thoughts and calls are read, and never shown in an answer"
 _ADDED = "the prompt is encoded as the model wants it. Send token ids for another one"
-_THINKING = "reasoning_effort says whether the model thinks. Send it"
+_THINKING = (
+    "reasoning_effort says whether the model thinks, max_thinking_tokens how long. "
+    "Send them"
+)
 _CHATS = "it is a conversation's. Send messages to /v1/chat/completions"
 _PROMPT = "prompts are never cut. Send a shorter one"
 
@@ -78,10 +81,6 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "return_tokens_as_token_ids": (_PARTS, (False,)),
     "skip_special_tokens": (_MARKS, (True,)),
     "structural_tag": (_TAGS, ("",)),
-    "thinking_token_budget": (
-        "thoughts have no limit of their own. reasoning_effort: none switches them off",
-        (-1,),
-    ),
     "truncate_prompt_tokens": (_PROMPT, ()),
     "use_beam_search": (_BEAMS, (False,)),
     "vllm_xargs": ("it has no extensions", ({},)),
@@ -94,6 +93,7 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "reasoning": (_THINKING, ()),
     "regex": (_FORM, ("",)),
     "thinking": (_THINKING, ()),
+    "thinking_budget": (_THINKING, (-1,)),
     # mlx-lm's
     "adapters": ("--adapter-path names them when the server starts", ()),
     "role_mapping": ("--chat-template says how roles are written", ()),

@@ -20,7 +20,9 @@ from .fields import REFUSED_IN_CHATS, REFUSED_IN_COMPLETIONS, REFUSED_IN_MESSAGE
 from .forced_calls import NONE
 from .metrics import CONTENT_TYPE
 from .request_log import ID_HEADER
+from .schema import NO_LIMIT
 from .settings import RESERVED
+from .thinking import LIMITS
 
 _JSON = "application/json"
 _STREAM = "text/event-stream"
@@ -99,6 +101,7 @@ class Offer:
         forces_calls: Whether calls of them can be required.
         vocab_size: Number of token ids.
         max_logprobs: Most likely tokens that a request may ask for.
+        limits_thoughts: Whether a request may limit thoughts.
     """
 
     has_key: bool
@@ -106,6 +109,7 @@ class Offer:
     forces_calls: bool
     vocab_size: int
     max_logprobs: int
+    limits_thoughts: bool
 
 
 class DescribedApp(FastAPI):
@@ -171,6 +175,9 @@ def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
         }
         for name in ("prompt", "stop_token_ids"):
             _bound_tokens(fields.get(name), offer.vocab_size)
+        if not offer.limits_thoughts:
+            for name in LIMITS:
+                fields[name] = {"enum": [None, NO_LIMIT]}
     for field in (text["properties"]["logprobs"], chat["properties"]["top_logprobs"]):
         field["anyOf"][0]["maximum"] = offer.max_logprobs
     for body, refused in (

@@ -41,6 +41,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
+ThinkingLimit = Annotated[int, Field(ge=NO_LIMIT, le=_MAX_INTEGER)]
 StopString = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
 # The first mistake is told: a million others would take a minute to gather.
@@ -181,6 +182,8 @@ class _Generation(_Numbers):
     max_tokens: TokenLimit | None = None
     max_completion_tokens: TokenLimit | None = None
     min_tokens: Count | None = None
+    max_thinking_tokens: ThinkingLimit | None = None
+    thinking_token_budget: ThinkingLimit | None = None  # vLLM's name for it
     stop: str | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: (
         Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None

@@ -20,6 +20,7 @@ from .request_log import FORMAT, WithRequest
 from .served_model import ServedModel, load_served_model
 from .settings import Settings
 from .shutdown import Shutdown
+from .thinking import ThinkingLimits
 from .vocabulary import Vocabulary
 from .web import Web, allow_connections, listen, url_of
 from .worker import Worker
@@ -100,6 +101,7 @@ def make_desk(engine: ServedModel, bridge: Bridge) -> Desk:
         body_parser=BodyParser(
             replace(settings.limits, model_len=engine.model_len),
             settings.names,
+            ThinkingLimits(tokenizer, engine.vocab_size),
             sampling=engine.sampling,
             # What mlx-lm's own programs keep from XTC: line ends, and the end.
             special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],

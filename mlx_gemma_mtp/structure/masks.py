@@ -1,56 +1,86 @@
 """Which tokens may come next in a row, and what it does to logits.
 
-A row's matcher follows its tokens. A mask has one bit for each token id, 32 in a word,
-the lowest id in the lowest bit. Knows nothing of rounds.
+A row's matcher follows its tokens; text of any form has none. Knows nothing of rounds.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import RequestError
 from ..sampling.host import LogitsProcessor
+from ..sampling.masks import ALL, WORD, BlockMasks, Words, allow
 from .constraint import Constraint, reason_of, refusal
 from .library import limits, llguidance
-from .thoughts import Phase, Thoughts
+from .thoughts import Phase, Place, Thoughts
 from .tokenizer import grammar_tokenizer
 
-_WORD = 32  # bits
-_ALL = 0xFFFFFFFF
+_LIMIT = "max_thinking_tokens"
 _NO_WAY = "NoExtension"  # what llguidance says where no token fits
-
-Words = npt.NDArray[np.uint32]
 
 
 class BoundConstraint:
     """A constraint with a tokenizer, for any number of rows.
 
     Args:
-        constraint: The constraint.
+        constraint: The constraint; None for text of any form, whose thoughts alone can
+            be limited. llguidance is not needed then.
         tokenizer: mlx-lm's.
+        vocab_size: Number of the model's token ids, for text of any form.
 
     Raises:
         RequestError: The constraint cannot be compiled for the tokenizer's tokens, or
             no text of them follows it.
     """
 
-    def __init__(self, constraint: Constraint, tokenizer: Any) -> None:
-        made = grammar_tokenizer(tokenizer)
+    def __init__(
+        self, constraint: Constraint | None, tokenizer: Any, *, vocab_size: int = 0
+    ) -> None:
         self.constraint = constraint
-        self._eos = frozenset(made.eos_tokens)
         self._thoughts = Thoughts.of(tokenizer)
-        self._tokenizer = made
+        self._num_words = -(-vocab_size // WORD)
+        if constraint is None:
+            self._thoughts = replace(self._thoughts, may_recur=True)
+            self._eos = frozenset[int]()
+            return
+        self._tokenizer = grammar_tokenizer(tokenizer)
+        self._eos = frozenset(self._tokenizer.eos_tokens)
         # Also shows what cannot be seen of the grammar alone.
         self.row((), self._eos).block(())
 
+    @property
+    def can_be_limited(self) -> bool:
+        """Whether tokens tell thoughts from the rest."""
+        return self._thoughts.are_told
+
+    def limited(self, max_thinking_tokens: int) -> BoundConstraint:
+        """The same, with thoughts of limited length.
+
+        Args:
+            max_thinking_tokens: Most tokens of a row's thoughts; the marks around them,
+                their name, and what the prompt holds of one do not count. With 0 a
+                thought that the prompt opens is closed at once, and none begins.
+
+        Raises:
+            RequestError: The model's marks of thoughts are no tokens.
+        """
+        if not self.can_be_limited:
+            raise RequestError(
+                f"{_LIMIT} must be left out for this model: got {max_thinking_tokens}. "
+                "Its marks of thoughts are no tokens."
+            )
+        found = copy(self)
+        found._thoughts = replace(self._thoughts, limit=max_thinking_tokens)
+        return found
+
     def _matcher(self) -> Any:
-        """A new matcher.
+        """A new matcher; None for text of any form.
 
         One matcher's copies share its lexer: where one row reaches the lexer's limits,
         the others would fail too.
@@ -58,6 +88,8 @@ class BoundConstraint:
         Raises:
             RequestError: The constraint cannot be compiled.
         """
+        if self.constraint is None:
+            return None
         matcher = llguidance().LLMatcher(
             self._tokenizer, self.constraint.grammar, limits=limits(), log_level=0
         )
@@ -74,11 +106,12 @@ class BoundConstraint:
         """
         return RowMasks(
             self._matcher(),
-            what=self.constraint.what,
-            phase=self._thoughts.behind(prompt),
+            what=_LIMIT if self.constraint is None else self.constraint.what,
+            place=self._thoughts.behind(prompt),
             thoughts=self._thoughts,
             ends=ends,
             foreign_ends=self._eos.difference(ends),
+            num_words=self._num_words,
         )
 
     def processor(
@@ -97,12 +130,14 @@ class RowMasks:
     """The masks of one row, which follow its tokens.
 
     Args:
-        matcher: llguidance's, at the beginning of the answer; the row's own.
+        matcher: llguidance's, at the beginning of the answer; the row's own. None where
+            the answer has any form.
         what: What messages call the constraint.
-        phase: What the first token belongs to.
+        place: Where the first token stands.
         thoughts: Tells thoughts from the answer.
         ends: The tokens that end the row, allowed once the text is complete.
         foreign_ends: Those that llguidance allows then and that do not end the row.
+        num_words: Of masks without a matcher, which has its own number.
     """
 
     def __init__(
@@ -110,23 +145,27 @@ class RowMasks:
         matcher: Any,
         *,
         what: str,
-        phase: Phase,
+        place: Place,
         thoughts: Thoughts,
         ends: Collection[int],
         foreign_ends: Collection[int],
+        num_words: int = 0,
     ) -> None:
         self._matcher = matcher
         self._what = what
-        self._phase = phase
+        self._place = place
         self._thoughts = thoughts
         self._ends = frozenset(ends)
         self._foreign_ends = foreign_ends
+        self._num_words = num_words
         self._num_consumed = 0  # tokens of the answer
 
     @property
     def is_complete(self) -> bool:
         """Whether the row must end now."""
-        return self._phase is Phase.ANSWER and bool(self._matcher.is_stopped())
+        if self._matcher is None or self._place.phase is not Phase.ANSWER:
+            return False
+        return bool(self._matcher.is_stopped())
 
     def advance(self, token: int) -> None:
         """Follow a token that the mask has allowed and that does not end the row.
@@ -141,31 +180,33 @@ class RowMasks:
                 "it does not. Let no sampler choose banned tokens."
             )
 
-    def block(self, drafts: Sequence[int]) -> Words:
+    def block(self, drafts: Sequence[int]) -> BlockMasks:
         """The masks of a round's rows; the row itself does not go on.
 
         Args:
             drafts: K token ids, proposed to follow each other.
 
         Returns:
-            Masks of the tokens in front of and behind each draft, [K + 1, words].
-            Behind a draft that is not allowed, or ends the row, every token is.
+            Masks of the tokens in front of and behind each draft. Behind a draft that
+            is not allowed, or ends the row, every token is.
 
         Raises:
             RequestError: The matcher has reached its limits, or no token of the
                 vocabulary goes on.
         """
-        phase, num_consumed = self._phase, self._num_consumed
-        masks = [self._mask()]
+        place, num_consumed = self._place, self._num_consumed
+        masks, forced = [self._mask()], [self._forced()]
         for token in drafts:
             if token in self._ends or not self._follow(token):
                 break
             masks.append(self._mask())
+            forced.append(self._forced())
         if self._num_consumed > num_consumed:
             self._matcher.rollback(self._num_consumed - num_consumed)
-        self._phase, self._num_consumed = phase, num_consumed
-        masks += [np.full_like(masks[0], _ALL)] * (len(drafts) + 1 - len(masks))
-        return np.stack(masks)
+        self._place, self._num_consumed = place, num_consumed
+        num_free = len(drafts) + 1 - len(masks)
+        masks += [np.full_like(masks[0], ALL)] * num_free
+        return BlockMasks(np.stack(masks), [*forced, *[[]] * num_free])
 
     def _follow(self, token: int) -> bool:
         """Go on by a token; False, and nothing has changed, if it is not allowed.
@@ -173,30 +214,69 @@ class RowMasks:
         Raises:
             RequestError: The matcher has reached its limits.
         """
-        before, after = self._phase, self._thoughts.behind_token(self._phase, token)
-        is_answer = before is not Phase.THOUGHT and after is Phase.ANSWER
-        if is_answer and not self._matcher.try_consume_tokens([token]):
-            if self._matcher.is_error():
-                raise self._failure()
+        if not self._thoughts.allow(self._place, token):
             return False
-        self._num_consumed += is_answer
-        self._phase = after
+        after = self._thoughts.behind_token(self._place, token)
+        is_answer = Phase.THOUGHT not in (self._place.phase, after.phase)
+        if is_answer and self._matcher is not None:
+            if not self._matcher.try_consume_tokens([token]):
+                if self._matcher.is_error():
+                    raise self._failure()
+                return False
+            self._num_consumed += 1
+        self._place = after
         return True
 
     def _mask(self) -> Words:
         """The mask of the next token, [words]."""
-        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32).copy()
-        if self._phase is Phase.THOUGHT:
-            words[:] = _ALL
+        if self._place.phase is Phase.THOUGHT:
+            return self._thought_mask()
+        if self._matcher is None:
+            words = self._full()
+        else:
+            words = self._answer_mask()
+        if self._place.phase is Phase.OPEN and self._thoughts.start is not None:
+            may_begin = self._thoughts.may_begin(self._place)
+            _set_bits(words, (self._thoughts.start,), value=may_begin)
+        return words
+
+    def _thought_mask(self) -> Words:
+        """That of a token in a thought."""
+        words = self._full()
+        closing = self._thoughts.closing(self._place)
+        if closing:
+            words[:] = 0
+            _set_bits(words, closing, value=True)
+        elif self._matcher is not None:
             _set_bits(words, self._ends, value=False)  # an answer comes first
-            return words
+        return words
+
+    def _answer_mask(self) -> Words:
+        """That of a token in an answer that has a form."""
+        words = self._bits()
         self._check(words)
         _set_bits(words, self._foreign_ends, value=False)
         if self._matcher.is_accepting():
             _set_bits(words, self._ends, value=True)
-        if self._phase is Phase.OPEN and self._thoughts.start is not None:
-            _set_bits(words, (self._thoughts.start,), value=True)
         return words
+
+    def _bits(self) -> Words:
+        """What the matcher allows."""
+        return np.frombuffer(self._matcher.compute_bitmask(), np.uint32).copy()
+
+    def _full(self) -> Words:
+        """A mask that allows everything."""
+        num_words = self._num_words if self._matcher is None else self._bits().size
+        return np.full(num_words, ALL, np.uint32)
+
+    def _forced(self) -> list[int]:
+        """The tokens that come next, as far as grammar and limit alone say."""
+        if self._place.phase is Phase.THOUGHT:
+            closing = self._thoughts.closing(self._place)
+            return list(closing) if len(closing) == 1 else []
+        if self._matcher is None or self._place.phase is not Phase.ANSWER:
+            return []
+        return cast(list[int], self._matcher.compute_ff_tokens())
 
     def _check(self, words: Words) -> None:
         """Raise where the matcher has failed, or leaves nothing to choose."""
@@ -231,33 +311,13 @@ class _Processor:
         self._num_seen = history.size
         if self._masks.is_complete:  # no ban of others keeps the end away
             logits = mx.maximum(logits, mx.finfo(logits.dtype).min)
-        return allow(logits, mx.array(self._masks.block(())))
-
-
-def allow(logits: mx.array, masks: mx.array) -> mx.array:
-    """Logits in which only the tokens of masks can be chosen.
-
-    Args:
-        logits: [..., V]
-        masks: Of each row, uint32; ids beyond them are not allowed, [..., words].
-
-    Returns:
-        The logits, minus infinity where the bit is 0, in their own type. [..., V]
-    """
-    size = logits.shape[-1]
-    bits = (masks[..., None] >> mx.arange(_WORD, dtype=mx.uint32)) & 1
-    is_allowed = bits.reshape(*masks.shape[:-1], -1)[..., :size].astype(mx.bool_)
-    missing = size - is_allowed.shape[-1]
-    if missing > 0:
-        widths = [(0, 0)] * (is_allowed.ndim - 1) + [(0, missing)]
-        is_allowed = mx.pad(is_allowed, widths)
-    return mx.where(is_allowed, logits, -math.inf)
+        return allow(logits, mx.array(self._masks.block(()).words))
 
 
 def _set_bits(words: Words, tokens: Collection[int], *, value: bool) -> None:
     """Let tokens be allowed in a mask, or not."""
     for token in tokens:
-        place, bit = divmod(token, _WORD)
+        place, bit = divmod(token, WORD)
         if place < words.size:
             one = np.uint32(1 << bit)
             words[place] = words[place] | one if value else words[place] & ~one

@@ -19,6 +19,7 @@ SECTIONS = (
     "context",
     "useless",
     "batch",
+    "structure",
     "engines",
     "graph",
 )

@@ -5,6 +5,7 @@ Run: python -m pytest tests/cache/test_prompt_folder.py
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -450,3 +451,57 @@ def test_a_kill_at_a_moment_of_writing(tmp_path):
 def test_a_kill_at_fifty_moments_of_writing(tmp_path):
     moments = [random.Random(i).uniform(0, 0.4) for i in range(50)]
     assert any(any(held) for held in killed_writers(tmp_path, moments))
+
+
+class TestWhateverHappens:
+    """Kept, started again, removed, damaged: what is found is what was kept."""
+
+    texts = ([*TOKENS], [*TOKENS[:25], *range(60)], [*range(40)])
+
+    steps = st.one_of(
+        st.tuples(
+            st.just("keep"),
+            st.integers(0, 2),
+            st.integers(9, 40),
+            st.sampled_from(["rung", "user", "assistant"]),
+        ),
+        st.tuples(st.just("find"), st.integers(0, 2), st.integers(1, 40)),
+        st.tuples(st.just("restart")),
+        st.tuples(st.just("remove"), st.integers(0, 9)),
+        st.tuples(st.just("damage"), st.integers(0, 9), st.floats(0, 0.999)),
+    )
+
+    @given(st.lists(steps, max_size=25), st.sampled_from([2000, 6000, 10**9]))
+    @settings(max_examples=40)
+    def test_it(self, tmp_path_factory, steps, max_bytes):
+        path = tmp_path_factory.mktemp("any")
+        shelf = Shelf(path, max_bytes=max_bytes)
+        kept: set[tuple[int, ...]] = set()
+        for name, *values in steps:
+            if name == "keep":
+                number, place, kind = values
+                shelf.keep(tokens := self.texts[number][:place], kind=kind)
+                kept.add(tuple(tokens))
+            elif name == "find":
+                prompt = self.texts[values[0]][: values[1]]
+                num_tokens = shelf.find(prompt)
+                assert num_tokens == 0 or tuple(prompt[:num_tokens]) in kept
+            elif name == "restart":
+                shelf.close()
+                assert sum(f.stat().st_size for f in files(path)) <= max_bytes
+                shelf = Shelf(path, max_bytes=max_bytes)
+            elif found := files(path):
+                file = found[values[0] % len(found)]
+                with contextlib.suppress(FileNotFoundError):  # the writer was faster
+                    change(file, *values[1:])
+        shelf.close()
+
+
+def change(file, where=None):
+    """Remove a file, or change a byte of it."""
+    if where is None:
+        file.unlink()
+    else:
+        data = bytearray(file.read_bytes())
+        data[int(where * len(data))] ^= 64
+        file.write_bytes(data)

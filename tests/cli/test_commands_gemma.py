@@ -70,6 +70,16 @@ class TestGenerate:
             "off)"
         )
 
+    def test_a_thought_is_limited(self, run, say):
+        """The answer goes on with what it would have thought."""
+        say(ANSWER)
+        args = ("-p", "Why", "--show-thoughts", "--max-thinking-tokens")
+        assert run(cli.main, *args, "1")[1] == "m.\nYes.\n"
+        assert run(cli.main, *args, "9")[1] == "Hm.\n\nYes.\n"
+        status, out, err = run(cli.main, *args, "-1", "--verbose", "False")
+        assert (status, out) == (1, "")
+        assert "max_thinking_tokens must be 0 or more: got -1." in err
+
     @pytest.mark.parametrize(
         ("args", "has_thought"),
         [

@@ -301,6 +301,7 @@ class TestOutput:
             "--no-reproducible",
             "--exactness",
             "--regex",
+            "--max-thinking-tokens",
             "--schema",
             "--stats-json",
             "--stop",

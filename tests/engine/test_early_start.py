@@ -110,7 +110,10 @@ def test_a_round_that_nobody_wants_is_never_started(monkeypatch):
     start = decoder._pipeline._start
 
     def counted(*, is_early):
-        if decoder._pipeline._in_flight and decoder._pipeline._in_flight[-1].waiting:
+        if (
+            decoder._pipeline._in_flight
+            and decoder._pipeline._in_flight[-1].queued.waiting
+        ):
             started.append(is_early)
         start(is_early=is_early)
 

@@ -18,7 +18,7 @@ import pytest
 
 from mlx_gemma_mtp.cache import slabs as cache_module
 from mlx_gemma_mtp.engine import capacity as capacity_module
-from mlx_gemma_mtp.engine import rounds as rounds_module
+from mlx_gemma_mtp.engine import round as round_module
 from mlx_gemma_mtp.engine.decoder import Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.exactness import probe as probe_module
@@ -278,14 +278,14 @@ def test_rounding_by_rows_is_found(rows, equal_to_one, equal_to_two):
 
 def test_a_change_of_what_rounds_verify_reaches_the_probe(monkeypatch):
     """It runs the function that decodes, and no copy."""
-    verify = rounds_module._verify
+    verify = round_module._verify
 
     def changed(target: Any, block: mx.array, *args: Any, **options: Any) -> Any:
         output = verify(target, block, *args, **options)
         factor = 1 + 1e-5 * (block.shape[1] == 4)
         return replace(output, logits=output.logits * factor)
 
-    monkeypatch.setattr(rounds_module, "_verify", changed)
+    monkeypatch.setattr(round_module, "_verify", changed)
     verdict = probe(inexact_pair([]).rounds)
     assert verdict is not None
     assert verdict.equal == dict.fromkeys((1, 2), (1, 2, 4, 5, 6, 7, 8))

@@ -27,6 +27,7 @@ from mlx_gemma_mtp.sampling.decision import decide, joined, propose
 from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.logprobs import log_probabilities
 from mlx_gemma_mtp.sampling.params import SamplingParams
+from tests.engine.test_masked import rules
 from tests.metal.run import run_on_cpu
 from tests.tiny import reference_pair
 
@@ -96,6 +97,31 @@ def test_text_is_that_of_plain_operations(
     launches.clear()
     assert by_kernels == [decode(family, k, **settings) for k in (0, 3)]
     assert not launches
+
+
+@pytest.mark.parametrize(
+    ("reproducible", "settings"),
+    [(True, SETTINGS[0]), (False, SETTINGS[0]), (False, SETTINGS[3])],
+    ids=str,
+)
+def test_masked_text_is_that_of_plain_operations(
+    reproducible, settings, launches, monkeypatch
+):
+    """Banned logits are minus infinity; some tokens are forced, and proposed so."""
+
+    def text(num_draft_tokens):
+        sampling = SamplingParams(1.0, seed=3, reproducible=reproducible, **settings)
+        max_tokens = 12 if "top_k" in settings else 4
+        request = Request([2, 17], max_tokens, sampling, constraint=rules())
+        decoder = Decoder(
+            reference_pair("12b").rounds, [request], num_draft_tokens=num_draft_tokens
+        )
+        return [token for (output,) in decoder.run() for token in output.tokens]
+
+    by_kernels = [text(k) for k in (0, 3)]
+    assert launches
+    monkeypatch.setattr(common, "backend", lambda: "ops")
+    assert by_kernels == [text(k) for k in (0, 3)]
 
 
 BY_LISTS = [

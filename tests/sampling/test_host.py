@@ -373,7 +373,7 @@ class TestMistakes:
         decoder = decoders[-1]
         assert not decoder._pipeline._in_flight
         assert decoder._batch.state is None
-        assert decoder._pipeline._verified is None
+        assert decoder._pipeline._runner._verified is None
         assert len(calls) == call + 1
 
 

@@ -145,8 +145,9 @@ def test_rounds_still_look_ahead_and_read_once(pair, monkeypatch):
     in_flight, sizes = [], set()
     for _ in decoder.run():
         in_flight.append(len(decoder._pipeline._in_flight))
-        for queued in decoder._pipeline._in_flight:
-            report = queued.report
+        for flight in decoder._pipeline._in_flight:
+            report = flight.queued.report
+            assert report is not None
             assert report.logprobs is not None
             sizes.add(tuple(a.shape for a in report.arrays))
     assert len(reads) == len(in_flight)

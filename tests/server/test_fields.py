@@ -26,6 +26,7 @@ from mlx_gemma_mtp.server.fields import MAX_TOLD
 from mlx_gemma_mtp.server.prompts import MIN_TOKENS, Prompt
 from mlx_gemma_mtp.server.schema import MEDIA, ChatBody, CompletionBody
 from mlx_gemma_mtp.server.served_model import make_engine, request_of
+from mlx_gemma_mtp.server.thinking import ThinkingLimits
 from tests.server.serving import (
     EOS,
     VOCAB_SIZE,
@@ -117,7 +118,7 @@ REFUSED: dict[str, tuple[Any, list[Any]]] = {
     "structural_tag": ("x", []),
     "suffix": ("x", [""]),
     "thinking": ({"type": "disabled"}, []),
-    "thinking_token_budget": (0, [-1]),
+    "thinking_budget": (0, [-1]),
     "truncate_prompt_tokens": (5, []),
     "use_beam_search": (True, [False]),
     "verbosity": ("low", ["medium"]),
@@ -272,6 +273,7 @@ def choices(longest_alone=2**20, longest_shared=2**20, *arguments):
     return BodyParser(
         limits,
         ["m"],
+        ThinkingLimits(tokenizer(), VOCAB_SIZE),
         sampling={"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
         special_tokens=(),
         vocab_size=VOCAB_SIZE,

@@ -235,7 +235,7 @@ class TestText:
 
     def test_the_rule_is_told(self, client):
         body = client.complete("x", structured_outputs=LETTERS, seed=1).json()
-        assert body["speculative"]["rule"] == "accept-if-equal: constraint"
+        assert body["speculative"]["rule"] == "coupled (seed), masked"
 
 
 DEEP: dict[str, Any] = {"type": "integer"}

@@ -23,6 +23,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.sampling.host import HostRow
+from mlx_gemma_mtp.sampling.masks import allow
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from mlx_gemma_mtp.structure import masks as masks_module
 from mlx_gemma_mtp.structure.constraint import (
@@ -33,7 +34,7 @@ from mlx_gemma_mtp.structure.constraint import (
     json_schema,
     regex,
 )
-from mlx_gemma_mtp.structure.masks import BoundConstraint, allow
+from mlx_gemma_mtp.structure.masks import BoundConstraint
 from tests.gemma import (
     BOS,
     END_OF_CHANNEL,
@@ -113,7 +114,7 @@ class TestMasks:
             row = bound.row(PROMPT, ENDS)
             for token in path:
                 row.advance(token)
-            found = allowed(row.block(())[0])
+            found = allowed(row.block(()).words[0])
             assert found == expected(texts, prefix), prefix
             seen.add(prefix)
             for token in found - ENDS:
@@ -132,18 +133,18 @@ class TestMasks:
         bound = BoundConstraint(regex(asked), tiny())
         row, path = bound.row(PROMPT, ENDS), list[int]()
         for _ in range(3):
-            first = row.block(())[0]
+            first = row.block(()).words[0]
             ids = sorted({*allowed(first), 40, 5})
             drafts = data.draw(st.lists(st.sampled_from(ids), max_size=5))
-            block = row.block(drafts)
+            block = row.block(drafts).words
             assert block.shape == (len(drafts) + 1, len(first))
-            assert np.array_equal(row.block(()), [first])
+            assert np.array_equal(row.block(()).words, [first])
             other = bound.row(PROMPT, ENDS)
             for token in path:
                 other.advance(token)
             num_seen = 0
             for words, token in zip(block, [*drafts, None], strict=True):
-                assert np.array_equal(words, other.block(())[0])
+                assert np.array_equal(words, other.block(()).words[0])
                 num_seen += 1
                 if token in ENDS or token not in allowed(words):
                     break
@@ -158,7 +159,7 @@ class TestMasks:
     def test_behind_a_draft_that_is_none_all_are_free(self):
         row = row_of(regex("[ab]{3}"))
         a = tiny().get_vocab()["a"]
-        block = row.block([a, 5, a])
+        block = row.block([a, 5, a]).words
         assert allowed(block[1]) < set(range(VOCAB_SIZE))
         assert (block[2:] == 0xFFFFFFFF).all()
 
@@ -168,12 +169,12 @@ class TestMasks:
         for token in tiny().encode("ab", add_special_tokens=False):
             row.advance(token)
         assert row.is_complete
-        assert allowed(row.block(())[0]) == ENDS
+        assert allowed(row.block(()).words[0]) == ENDS
 
     def test_ends_are_the_rows_own(self):
         """The tokenizer's that do not end it are banned; others may end it."""
         row = row_of(regex("a*"), ends=frozenset({EOS, 40}))
-        found = allowed(row.block(())[0])
+        found = allowed(row.block(()).words[0])
         assert {EOS, 40} <= found
         assert TINY_END_OF_TURN not in found
 
@@ -185,10 +186,10 @@ class TestMasks:
     def test_rows_do_not_share_a_place(self):
         bound = BoundConstraint(regex("ab"), tiny())
         one, other = bound.row(PROMPT, ENDS), bound.row(PROMPT, ENDS)
-        before = other.block(())
+        before = other.block(()).words
         one.advance(tiny().get_vocab()["a"])
-        assert np.array_equal(other.block(()), before)
-        assert not np.array_equal(one.block(()), before)
+        assert np.array_equal(other.block(()).words, before)
+        assert not np.array_equal(one.block(()).words, before)
 
     def test_text_that_no_token_writes_is_refused(self):
         """The tiny vocabulary has no piece of it."""
@@ -223,7 +224,7 @@ class TestMasks:
         for _ in range(8):
             row, text = bound.row(PROMPT, ENDS), ""
             while not row.is_complete:
-                tokens = allowed(row.block(())[0])
+                tokens = allowed(row.block(()).words[0])
                 token = int(chance.choice(sorted(tokens)))
                 row.advance(token)
                 text += pieces()[token]
@@ -235,10 +236,10 @@ class TestMasks:
         texts = ["s", "st", "stt", "tt"]
         row, text = row_of(choice(texts)), ""
         for letter in "stt":
-            assert allowed(row.block(())[0]) == expected(texts, text)
+            assert allowed(row.block(()).words[0]) == expected(texts, text)
             row.advance(tiny().get_vocab()[letter])
             text += letter
-        assert allowed(row.block(())[0]) == ENDS
+        assert allowed(row.block(()).words[0]) == ENDS
 
     def test_a_row_goes_through_many_rules(self):
         """One of 600 optional keys has four of them."""
@@ -246,7 +247,7 @@ class TestMasks:
         schema = {"type": "object", "properties": keys, "additionalProperties": False}
         row = row_of(json_schema(schema))
         for token in tiny().encode('{"p7":null,"p598":null', add_special_tokens=False):
-            assert token in allowed(row.block(())[0])
+            assert token in allowed(row.block(()).words[0])
             row.advance(token)
 
     def test_a_row_that_reaches_its_limits_says_so(self, monkeypatch):
@@ -260,7 +261,7 @@ class TestMasks:
         brace = tiny().get_vocab()["{"]
         for step in (lambda row: row.advance(brace), lambda row: row.block([brace])):
             row = row_of(json_schema(schema))
-            assert brace in allowed(row.block(())[0])
+            assert brace in allowed(row.block(()).words[0])
             with pytest.raises(RequestError, match=r"got none .* row has 239 "):
                 step(row)
 
@@ -284,7 +285,7 @@ class TestMasks:
         for fresh in (other, bound.row(PROMPT, ENDS)):
             fresh.block(())
             fresh.advance(ids[0])
-            assert allowed(fresh.block(())[0]) >= set(ids)
+            assert allowed(fresh.block(()).words[0]) >= set(ids)
 
 
 class TestLaw:
@@ -389,7 +390,9 @@ class TestGemma:
         chance = np.random.default_rng(seed)
         row, found = bound.row([BOS], EOS_IDS), list[int]()
         while len(found) < most:
-            bits = np.unpackbits(row.block(())[0].view(np.uint8), bitorder="little")
+            bits = np.unpackbits(
+                row.block(()).words[0].view(np.uint8), bitorder="little"
+            )
             token = int(chance.choice(np.flatnonzero(bits)))
             if token in EOS_IDS:
                 return tokenizer.decode(found, skip_special_tokens=False)
@@ -423,18 +426,18 @@ class TestGemma:
 
     def test_text_spells_no_control_token(self, tokenizer):
         row = BoundConstraint(regex(r"(?s:.*)"), tokenizer).row([BOS], EOS_IDS)
-        found = allowed(row.block(())[0])
+        found = allowed(row.block(()).words[0])
         assert not found & {START_OF_CHANNEL, END_OF_CHANNEL, START_OF_TURN, BOS}
         assert set(EOS_IDS) <= found
 
     def test_control_tokens_stand_in_a_grammar(self, tokenizer):
         lark = grammar('start: <|tool_call> "x" <tool_call|>')
         row = BoundConstraint(lark, tokenizer).row([BOS], EOS_IDS)
-        assert allowed(row.block(())[0]) == {48}
+        assert allowed(row.block(()).words[0]) == {48}
         row.advance(48)
         x = tokenizer.encode("x", add_special_tokens=False)
         row.advance(x[0])
-        assert allowed(row.block(())[0]) == {49}
+        assert allowed(row.block(()).words[0]) == {49}
 
     BEGIN = (BOS, START_OF_TURN, 900, 901)
     ASKS = (*BEGIN, THINK, END_OF_TURN, START_OF_TURN, 902)
@@ -455,7 +458,7 @@ class TestGemma:
     )
     def test_the_prompt_says_whether_a_thought_comes(self, tokenizer, prompt, phase):
         row = BoundConstraint(regex("[ab]{2}"), tokenizer).row(prompt, EOS_IDS)
-        found = allowed(row.block(())[0])
+        found = allowed(row.block(()).words[0])
         if phase == "thought":
             assert found >= set(range(GEMMA_SIZE)) - set(EOS_IDS)
             assert not found & set(EOS_IDS)
@@ -465,15 +468,15 @@ class TestGemma:
 
     def test_a_block_goes_through_a_thought(self, tokenizer):
         row = BoundConstraint(regex("[ab]{2}"), tokenizer).row(self.ASKS, EOS_IDS)
-        first = row.block(())[0]
+        first = row.block(()).words[0]
         a = tokenizer.convert_tokens_to_ids("a")
         drafts = [START_OF_CHANNEL, 5000, END_OF_CHANNEL, a, START_OF_CHANNEL]
-        block = row.block(drafts)
+        block = row.block(drafts).words
         assert [len(allowed(words)) > 1000 for words in block] == [
             *(False, True, True, False, False, True)
         ]
         assert START_OF_CHANNEL not in allowed(block[3])
-        assert np.array_equal(row.block(())[0], first)
+        assert np.array_equal(row.block(()).words[0], first)
 
 
 def test_a_processor_follows_its_history():
@@ -497,8 +500,8 @@ def test_texts_match_the_expression():
     row, text = row_of(regex(ENDLESS)), ""
     chance = np.random.default_rng(0)
     for _ in range(40):
-        token = int(chance.choice(sorted(allowed(row.block(())[0]) - ENDS)))
+        token = int(chance.choice(sorted(allowed(row.block(()).words[0]) - ENDS)))
         row.advance(token)
         text += pieces()[token]
         is_whole = re.fullmatch(ENDLESS, text) is not None
-        assert (ENDS <= allowed(row.block(())[0])) == is_whole
+        assert (ENDS <= allowed(row.block(()).words[0])) == is_whole

@@ -159,7 +159,7 @@ class TestText:
         )
         stats = responses[-1].stats
         assert stats.accepted > 0
-        assert responses[-1].rule == "accept-if-equal: constraint"
+        assert responses[-1].rule == "greedy, masked"
 
     def test_ends_where_tokens_run_out(self, tiny):
         text, responses = written(tiny, regex="[a-z]{50}", max_tokens=5, seed=0)

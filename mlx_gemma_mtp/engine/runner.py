@@ -1,0 +1,201 @@
+"""One round of a batch, from its drafts to its commit, with what the host does between.
+
+Most rounds are one graph. Where rows have masks, a round stands before its decision
+until the host has read the drafts and made the masks; the device verifies meanwhile.
+Where the host decides rows, a round stands before its commit until it has done so.
+
+Knows nothing of how many rounds are in flight, nor of what a round takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from ..sampling.acceptance import Accepted
+from .batch import Batch
+from .masked import RoundMasks, proposed_tokens
+from .results import decisions_of
+from .rounds import Rounds
+from .sequence import TokenSequence
+from .state import Begun, Decision, Proposals, Report, RoundState, Verified
+from .timing import RoundTimer
+
+
+@dataclass
+class QueuedRound:
+    """A round that was built.
+
+    Attributes:
+        sequences: Who sat where when it was built.
+        num_draft_tokens: Its K.
+        report: What it will tell; None while it stands before its decision.
+        begun: The round where it stands before its decision.
+        drafts: Of each seat, once they were read.
+        masks: What its rows may choose; None for anything.
+        waiting: Arrays that are still to be evaluated, in this order: it has not been
+            started.
+    """
+
+    sequences: Sequence[TokenSequence | None]
+    num_draft_tokens: int
+    report: Report | None = None
+    begun: Begun | None = None
+    drafts: list[list[int]] | None = None
+    masks: RoundMasks | None = None
+    waiting: list[list[mx.array]] = field(default_factory=list)
+
+    @property
+    def started(self) -> list[mx.array]:
+        """Arrays whose end is that of all that was handed to the device."""
+        if self.waiting:
+            return []
+        if self.report is not None:
+            return [self.report.tokens]
+        return [] if self.begun is None else [self.begun.logits]
+
+    def read_drafts(self) -> None:
+        """Wait for the drafts of a round that stands before its decision."""
+        if self.drafts is None and self.begun is not None:
+            self.drafts = self.begun.read_drafts()
+
+
+class RoundRunner:
+    """Runs the rounds of a batch.
+
+    Args:
+        rounds: The target and its drafter.
+        batch: Who sits where, and the state between rounds.
+        min_rows: Rows that the target reads at least.
+        timer: Times them.
+    """
+
+    def __init__(
+        self, rounds: Rounds, batch: Batch, *, min_rows: int, timer: RoundTimer
+    ) -> None:
+        self._rounds = rounds
+        self._batch = batch
+        self._min_rows = min_rows
+        self._timer = timer
+        self._verified: Verified | None = None
+
+    def queue(
+        self, state: RoundState, num_draft_tokens: int, last: QueuedRound | None
+    ) -> QueuedRound:
+        """Let a round follow a state; nothing of it is evaluated here.
+
+        Args:
+            state: The batch's, taken out of it.
+            num_draft_tokens: K.
+            last: The round in flight.
+        """
+        settings = self._batch.settings
+        shape = {"num_draft_tokens": num_draft_tokens, "min_rows": self._min_rows}
+        queued = QueuedRound(tuple(self._batch.sequences), num_draft_tokens)
+        if settings.graph.has_masks:
+            proposals = self._proposals(num_draft_tokens, last)
+            begun = self._rounds.begin(state, settings, proposals=proposals, **shape)
+            queued.begun = begun
+            # The drafts come first: masks are made of them while the rest runs.
+            drafts = [begun.draft.tokens] if num_draft_tokens else []
+            queued.waiting = [drafts, [begun.logits, begun.hidden, *begun.slabs]]
+        elif settings.graph.has_host:
+            self._verified, report = self._rounds.verify(state, settings, **shape)
+            queued.report = report
+            queued.waiting = [[*report.arrays, *self._verified.arrays]]
+        else:
+            self._batch.state, report = self._rounds.run(state, settings, **shape)
+            queued.report = report
+            queued.waiting = [[*report.arrays, *self._batch.state.arrays]]
+        return queued
+
+    def start(self, queued: QueuedRound) -> None:
+        """Hand a round to the device.
+
+        Nobody has a reference to the slabs before it by now: they are written in place.
+        """
+        waiting, queued.waiting = queued.waiting, []
+        with self._timer.queue():
+            for arrays in waiting:
+                mx.async_eval(*arrays)
+
+    def decide(self, queued: QueuedRound) -> None:
+        """Make the masks of a round that stands before its decision, which follows."""
+        if queued.begun is None:
+            return
+        with self._timer.wait():
+            queued.read_drafts()
+        begun, queued.begun = queued.begun, None
+        queued.masks = RoundMasks.of(
+            queued.sequences, queued.drafts or [], begun.logits.shape[-1]
+        )
+        left, queued.report = self._rounds.finish(
+            begun, self._batch.settings, queued.masks.words
+        )
+        arrays = [*queued.report.arrays]
+        if isinstance(left, Verified):
+            self._verified = left
+        else:
+            self._batch.state = left
+            arrays += left.small.values()
+        with self._timer.queue():
+            mx.async_eval(*arrays)
+
+    def read(self, queued: QueuedRound, ahead: QueuedRound | None) -> list[Decision]:
+        """Wait for a round's report; the host decides what it leaves to it.
+
+        Args:
+            queued: The round.
+            ahead: The one behind it. Its drafts, where masks are made of them, come
+                last and are waited for first: once for both.
+        """
+        assert queued.report is not None
+        with self._timer.wait():
+            if ahead is not None:
+                ahead.read_drafts()
+            decided = queued.report.read()
+        errors = {} if queued.masks is None else queued.masks.errors
+        return decisions_of(decided, queued.report, queued.sequences, errors)
+
+    def commit(self, decisions: Sequence[Decision]) -> None:
+        """End a round that stands before its commit."""
+        verified, self._verified = self._verified, None
+        if verified is None:
+            return
+        # One that has ended is not committed; its number only has to be one.
+        num_accepted = mx.array([o.num_accepted for o in decisions], dtype=mx.int32)
+        next_token = mx.array(
+            [(o.tokens or [0])[-1:] for o in decisions], dtype=mx.int32
+        )
+        self._batch.state = self._rounds.commit(
+            verified, self._batch.settings, accepted=Accepted(num_accepted, next_token)
+        )
+        mx.async_eval(self._batch.state.arrays)  # another thread may go on
+
+    def clear(self) -> None:
+        """Let go of what stands before its commit."""
+        self._verified = None
+
+    def _proposals(
+        self, num_draft_tokens: int, last: QueuedRound | None
+    ) -> Proposals | None:
+        """Forced tokens to propose behind the round in flight, if any."""
+        if not num_draft_tokens:
+            return None
+        sequences = self._batch.sequences
+        num_accepted = mx.zeros((len(sequences),), dtype=mx.int32)
+        if last is None:
+            tokens = proposed_tokens(sequences, num_draft_tokens, before=(), forced={})
+            return Proposals(num_accepted, tokens)
+        assert last.report is not None  # its masks were made when it was started
+        if len(last.sequences) == len(sequences):
+            num_accepted = last.report.tokens[:, 0]
+        tokens = proposed_tokens(
+            sequences,
+            num_draft_tokens,
+            before=last.sequences,
+            forced={} if last.masks is None else last.masks.forced,
+        )
+        return Proposals(num_accepted, tokens)
