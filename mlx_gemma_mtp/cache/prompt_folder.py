@@ -80,7 +80,7 @@ class PromptFolder:
         self._model = hashlib.blake2b(text.encode(), digest_size=16)
         self._lock = Store({}, path)
         self._bad: set[str] = set()  # names of files that do not serve
-        self._has_said = False
+        self._said: set[str] = set()
         self._writer = FileWriter(self._write, max_bytes=max_pending)
         self._remove_parts()
 
@@ -268,9 +268,9 @@ class PromptFolder:
                     _drop(path)
 
     def _say(self, text: str, *values: object) -> None:
-        """Say why something does not serve, once."""
-        if not self._has_said:
-            self._has_said = True
+        """Say why something does not serve, each kind of it once."""
+        if text not in self._said:
+            self._said.add(text)
             logger.warning(text, *values)
 
 

@@ -438,7 +438,7 @@ def killed_writers(path, moments):
         shelf = Shelf(path)
         held = [shelf.find([first, *TOKENS]) for first in range(5)]
         assert set(held) <= {0, 10, 20, 40}
-        assert not shelf.folder._has_said
+        assert not shelf.folder._said
         yield held
 
 
