@@ -286,13 +286,14 @@ class Rounds:
         if self.choices:  # as the round would
             arrays = self._model_arrays or self.refresh()
             models = self._bound(arrays, arrays)
+        given = None if proposals is None else proposals.behind(state.last_token)
         found = draft(
             *models,
             self._verification,
             state,
             settings,
             num_draft_tokens,
-            given_tokens=proposals and proposals.behind(state.last_token),
+            given_tokens=given,
         )
         return found.tokens
 

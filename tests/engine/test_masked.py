@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -69,7 +69,8 @@ class Allowing:
 
     def banned(self, history: mx.array, logits: mx.array) -> mx.array:
         """As a logits processor: the textbook's way."""
-        return mx.where(mx.array(self.mask(int(history[-1].item()))), logits, -mx.inf)
+        (last,) = cast(list[int], history[-1:].tolist())
+        return mx.where(mx.array(self.mask(last)), logits, -mx.inf)
 
 
 class _Row:
@@ -448,9 +449,8 @@ def test_a_failure_is_met_once():
             if token == 6:
                 raise RequestError("the row must end here: got more.")
 
-    constraint = Allowing({})
-    constraint.row = lambda prompt, ends: Masks(constraint, prompt[-1])
-    sequence = TokenSequence.of(Request([1], 9, constraint=constraint))
+    sequence = TokenSequence.of(Request([1], 9, constraint=Allowing({})))
+    sequence.masks = Masks(Allowing({}), 1)
     sequence.emitted = [4, 5, 6]
     with pytest.raises(RequestError, match="must end here"):
         sequence.block_masks(())

@@ -126,7 +126,7 @@ class TestSchemas:
     def test_what_is_wide_is_refused(self, word):
         """Also where it is spread over a schema, or stands in a grammar."""
         half = MAX_ENTRIES[word] // 2
-        parts = [
+        parts: list[dict[str, Any]] = [
             {"type": "object", word: {f"^{c}{i}$": {} for i in range(half)}}
             for c in "ab"
         ]
