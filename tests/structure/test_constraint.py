@@ -130,7 +130,7 @@ class TestSchemas:
             {"type": "object", word: {f"^{c}{i}$": {} for i in range(half)}}
             for c in "ab"
         ]
-        least = {"$defs": {"p": parts[1]}, **parts[0]}
+        least: dict[str, Any] = {"$defs": {"p": parts[1]}, **parts[0]}
         assert json_schema({"$defs": {"p": parts[1]}})
         said = f"must have at most {MAX_ENTRIES[word]} {word} in all: got"
         many = {"$defs": {**least["$defs"], "q": {word: {"c": {}}}}, **parts[0]}
