@@ -135,6 +135,10 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory for the caches of running requests, such as 8GB; others wait "
         "(default: what the machine has beside the weights)",
     )
+    _add_cache_arguments(group)
+
+
+def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prompt-cache-size",
         type=int,
