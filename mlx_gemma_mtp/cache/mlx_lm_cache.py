@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from ..constants import SLIDING
 from ..errors import RequestError
 from .prompt import PrefillCache, prefill_caches
-from .slabs import LayerKV, SlabLayout
+from .slabs import SlabLayout
 
 _MAKE_ONE = "mlx_lm.models.cache.make_prompt_cache(model) makes one."
 
@@ -41,10 +41,8 @@ def read_prompt_cache(
     if not check_prompt_cache(layout, prompt_cache):
         return None
     caches = prefill_caches(layout)
-    for cache, layer, source in zip(caches, layout.layers, prompt_cache, strict=True):
-        keys, values = (
-            _in_order(source, array, layer) for array in (source.keys, source.values)
-        )
+    for cache, source in zip(caches, prompt_cache, strict=True):
+        keys, values = _in_order(source)
         cache.fill(keys, values, offset=int(source.offset))
         mx.async_eval(keys, values)  # another thread may read on
     return caches
@@ -117,16 +115,57 @@ def update_prompt_cache(
         mx.eval(target.keys, target.values)
 
 
-def _in_order(source: Any, array: mx.array, layer: LayerKV) -> mx.array:
-    """A cache's keys or values, the oldest first."""
-    if layer.layer_type != SLIDING:
-        return array[:, :, : source.offset]
-    if source._idx == array.shape[2]:
-        return array
-    if source._idx < source.offset:  # it has begun to rotate
-        index = source._idx
-        return mx.concatenate([array[:, :, index:], array[:, :, :index]], axis=2)
-    return array[:, :, : source._idx]
+def held_arrays(prompt_cache: Sequence[Any], *, begin: int) -> list[list[mx.array]]:
+    """Keys and values of each layer, copied: the oldest first.
+
+    Args:
+        prompt_cache: Caches that hold something.
+        begin: Of full layers the tokens from this one on; sliding layers have what is
+            in the window.
+    """
+    found = []
+    for cache in prompt_cache:
+        arrays = _in_order(cache)
+        if isinstance(cache, RotatingKVCache):
+            arrays = [array[:, :, -cache.max_size :] for array in arrays]
+        else:
+            arrays = [array[:, :, begin:] for array in arrays]
+        found.append([mx.contiguous(array) for array in arrays])
+    mx.eval(found)
+    return found
+
+
+def prompt_cache_of(
+    layout: SlabLayout, arrays: Sequence[Sequence[mx.array]], num_tokens: int
+) -> list[Any]:
+    """mlx-lm's cache objects that hold what ``held_arrays`` gave from the beginning.
+
+    Args:
+        layout: Of the target.
+        arrays: Keys and values of each layer.
+        num_tokens: How many tokens they are of.
+    """
+    made = make_prompt_cache(layout)
+    for cache, (keys, values) in zip(made, arrays, strict=True):
+        cache.keys, cache.values, cache.offset = keys, values, num_tokens
+        if isinstance(cache, RotatingKVCache):
+            cache._idx = keys.shape[2]
+    return made
+
+
+def _in_order(source: Any) -> list[mx.array]:
+    """A cache's keys and values, the oldest first."""
+    arrays = [source.keys, source.values]
+    if not isinstance(source, RotatingKVCache):
+        return [array[:, :, : source.offset] for array in arrays]
+    index, length = source._idx, arrays[0].shape[2]
+    if index == length:
+        return arrays
+    if index < source.offset:  # it has begun to rotate
+        return [
+            mx.concatenate([a[:, :, index:], a[:, :, :index]], axis=2) for a in arrays
+        ]
+    return [array[:, :, :index] for array in arrays]
 
 
 def _check(layout: SlabLayout, prompt_cache: Sequence[Any]) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from ..checkpoints.template_files import missing_template_note
 from ..cli.arguments import (
     add_length_arguments,
     add_model_arguments,
+    add_prompt_folder,
     add_sampling_arguments,
     add_system_prompt,
     add_template_arguments,
@@ -59,6 +61,7 @@ def configure_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("conversation")
     add_system_prompt(group)
     add_template_arguments(group)
+    add_prompt_folder(group)
     group = parser.add_argument_group("answers")
     add_length_arguments(group, DEFAULT_MAX_TOKENS)
     group.add_argument(
@@ -88,6 +91,13 @@ def _run(args: argparse.Namespace) -> int:
     """Load, then talk."""
     set_up_log(sys.stderr, verbose=args.verbose)
     session = _make_session(args)
+    with closing(session):
+        _talk(session, args)
+    return 0
+
+
+def _talk(session: Session, args: argparse.Namespace) -> None:
+    """Read messages and answer, to the end."""
     # Imported late: nothing heavy before the arguments are known to be good.
     from .commands import Commands
     from .terminal import Lines
@@ -111,7 +121,6 @@ def _run(args: argparse.Namespace) -> int:
             if not lines.is_terminal:
                 raise
             _note("")
-    return 0
 
 
 def _make_session(args: argparse.Namespace) -> Session:
@@ -153,6 +162,7 @@ def _make_session(args: argparse.Namespace) -> Session:
         settings,
         num_draft_tokens=args.num_draft_tokens,
         system=args.system_prompt,
+        prompt_folder=args.prompt_cache_dir,
     )
 
 

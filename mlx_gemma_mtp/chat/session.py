@@ -16,9 +16,13 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..cache.kept import KeptCaches
+from ..cache.mlx_lm_cache import read_prompt_cache
+from ..cache.rungs import RUNG, rung_interval, rungs_between
+from ..engine.extract import filled
 from ..engine.prefill import Prefill
 from ..engine.stats import RoundStats
 from ..errors import RequestError
+from ..generation.prompt_folder import prompt_folder as open_folder
 from ..generation.response import GenerationResponse
 from ..generation.settings import NO_LIMIT
 from ..generation.text import stream_generate
@@ -36,6 +40,7 @@ OnProgress = Callable[[int, int], None]
 _MAX_KEPT = 16
 _MAX_KEPT_BYTES = 2 * 10**9
 _NUM_SURE = 2
+_LAST_WRITES_S = 10.0  # how long the end waits for caches to be written
 
 
 @dataclass
@@ -118,6 +123,7 @@ class Session:
         settings: How answers are made.
         num_draft_tokens: Drafts per round, 0 to 8, or ``"auto"``.
         system: The system prompt; None for none.
+        prompt_folder: Where caches are also kept, for later sessions; None for nowhere.
 
     Attributes:
         prompts: What makes prompts of conversations.
@@ -141,6 +147,7 @@ class Session:
         *,
         num_draft_tokens: int | str,
         system: str | None = None,
+        prompt_folder: str | None = None,
     ) -> None:
         self._model = model
         self._target = Target(model)
@@ -149,11 +156,15 @@ class Session:
         self.prompts = prompts
         self.settings = settings
         self.max_context: int = text_model(model).args.max_position_embeddings
-        self.has_drafter = pair_of(model).drafter is not None
+        pair = pair_of(model)
+        self.has_drafter = pair.drafter is not None
         self.conversation = Conversation(system)
         self.num_draft_tokens = num_draft_tokens
         self.kept = KeptCaches(
-            max_size=_MAX_KEPT, max_bytes=_MAX_KEPT_BYTES, num_sure=_NUM_SURE
+            max_size=_MAX_KEPT,
+            max_bytes=_MAX_KEPT_BYTES,
+            num_sure=_NUM_SURE,
+            folder=open_folder(pair, prompt_folder, max_pending=_MAX_KEPT_BYTES),
         )
         self.last: Turn | None = None
         self.totals = Totals()
@@ -166,6 +177,10 @@ class Session:
             return False
         num_tokens = self.last.num_prompt + self.last.response.generation_tokens
         return num_tokens >= self.max_context
+
+    def close(self) -> None:
+        """Write what waits for its folder; no answers follow."""
+        self.kept.close(_LAST_WRITES_S)
 
     def reset(self) -> None:
         """Begin a new conversation with the same system prompt."""
@@ -292,19 +307,34 @@ class Session:
         caches = make_prompt_cache(self._model) if found is None else found
         if stable <= turn.num_cached:
             return caches, turn.num_cached
-        self._read(prompt[turn.num_cached : stable], caches, on_progress)
+        self._read(prompt[:stable], turn.num_cached, caches, on_progress)
         self.kept.keep(prompt[:stable], caches)
         return copy.deepcopy(caches), stable
 
     def _read(
-        self, tokens: list[int], caches: list[Any], on_progress: OnProgress
+        self,
+        tokens: list[int],
+        num_held: int,
+        caches: list[Any],
+        on_progress: OnProgress,
     ) -> None:
-        """Let the target read tokens that follow what the caches hold."""
-        prefill = Prefill(self._target, tokens, caches=caches)
+        """Let the target read the tokens that caches do not hold, and keep rungs."""
+        step_size = self.settings.prefill_step_size
+        rungs = rungs_between(num_held, len(tokens), rung_interval(step_size))
+        stops = [rung - num_held for rung in rungs]
+        prefill = Prefill(self._target, tokens[num_held:], caches=caches, stops=stops)
         while not prefill.is_done:
             on_progress(prefill.num_read, prefill.num_tokens)
-            prefill.read(self.settings.prefill_step_size)
+            prefill.read(step_size)
+            if prefill.num_read in stops:
+                self._keep_rung(tokens[: num_held + prefill.num_read], caches)
         on_progress(prefill.num_read, prefill.num_tokens)
+
+    def _keep_rung(self, tokens: list[int], caches: list[Any]) -> None:
+        """Keep what caches hold now; they are read into further."""
+        held = read_prompt_cache(self._target.layout, caches)
+        if held is not None:
+            self.kept.keep(tokens, filled(self._target, held), kind=RUNG)
 
 
 def _after(before: mx.array, processor: LogitsProcessor) -> LogitsProcessor:

@@ -121,6 +121,16 @@ def add_system_prompt(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--system-prompt", help="system prompt for the chat template")
 
 
+def add_prompt_folder(group: argparse._ArgumentGroup) -> None:
+    """Add --prompt-cache-dir."""
+    group.add_argument(
+        "--prompt-cache-dir",
+        metavar="DIR",
+        help="also keep the caches of long prompts in this folder, for later "
+        "processes; they tell what was said (default: in memory only)",
+    )
+
+
 def add_template_arguments(group: argparse._ArgumentGroup) -> None:
     """Add how a prompt is made of messages."""
     group.add_argument(

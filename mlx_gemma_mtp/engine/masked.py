@@ -61,12 +61,11 @@ class RoundMasks:
                 continue
             try:
                 block = sequence.block_masks(drafts[seat])
+                if block is not None:
+                    words[seat] = _fitted(block, size)
+                    forced[sequence] = block.forced
             except Exception as error:  # noqa: BLE001 (of this row alone)
                 errors[sequence] = error
-                continue
-            if block is not None:
-                words[seat] = _fitted(block, size)
-                forced[sequence] = block.forced
         return cls(mx.array(words), forced, errors)
 
 
@@ -74,6 +73,7 @@ def proposed_tokens(
     sequences: _Seats,
     num_draft_tokens: int,
     *,
+    vocab_size: int,
     before: _Seats,
     forced: Mapping[TokenSequence, Sequence[Sequence[int]]],
 ) -> mx.array:
@@ -82,11 +82,12 @@ def proposed_tokens(
     Args:
         sequences: Who sits where.
         num_draft_tokens: K, at least 1.
+        vocab_size: Ids that can be embedded; a run ends before others.
         before: Who sat where in the round in flight; empty where none is.
         forced: What is forced behind that round, by the drafts of it that stand.
     """
     size = (len(sequences), _NUM_PLACES, 1 + num_draft_tokens)
-    tokens = np.full(size, -1, dtype=np.int32)
+    tokens = np.full(size, -1, dtype=np.int64)
     for seat, sequence in enumerate(sequences):
         if sequence is None or sequence.masks is None or not sequence.is_live:
             continue
@@ -95,7 +96,8 @@ def proposed_tokens(
             _fill(tokens[seat], [run] * _NUM_PLACES)
         elif seat < len(before) and before[seat] is sequence:
             _fill(tokens[seat], forced.get(sequence, ()))
-    return mx.array(tokens)
+    is_known = np.minimum.accumulate(tokens < vocab_size, axis=-1)
+    return mx.array(np.where(is_known, tokens, -1).astype(np.int32))
 
 
 def _forced_now(sequence: TokenSequence) -> Sequence[int]:
@@ -108,7 +110,7 @@ def _forced_now(sequence: TokenSequence) -> Sequence[int]:
 
 
 def _fill(
-    table: npt.NDArray[np.int32],  # [places, 1 + K]
+    table: npt.NDArray[np.int64],  # [places, 1 + K]
     runs: Sequence[Sequence[int]],
 ) -> None:
     for place, run in enumerate(runs):

@@ -124,17 +124,18 @@ class RoundPipeline:
             KernelError: A round failed; see ``Rounds.watched``.
         """
         self._skip_unwanted()
+        # Drafts of which masks are made are read with the last round's report.
+        is_early = self._batch.settings.graph.has_masks or self._early_start.is_early
         with self._rounds.watched():
             while self._can_queue() and self._wants_another():
                 is_first = self.is_empty
                 self._build(is_awaited=is_awaited)
-                if is_first or self._is_early:
+                if is_first or is_early:
                     self._start(is_early=not is_first)
                 if is_first:
-                    self._runner.decide(self._in_flight[0].queued)
+                    self._decide()
             outputs = self._read()
-            if not self.is_empty:
-                self._runner.decide(self._in_flight[-1].queued)
+            self._decide()
             if self._batch.live:  # else what is in flight is dropped
                 self._start(is_early=False)
         return outputs
@@ -186,12 +187,9 @@ class RoundPipeline:
         return self._look_ahead and not self._batch.settings.graph.has_host
 
     @property
-    def _is_early(self) -> bool:
-        """Whether a round is started before the last one's report is read.
-
-        Its drafts are read with that report where it needs masks.
-        """
-        return self._early_start.is_early or self._batch.settings.graph.has_masks
+    def _last(self) -> QueuedRound | None:
+        """The round that was built last, where one is in flight."""
+        return None if self.is_empty else self._in_flight[-1].queued
 
     @property
     def _drafts_in_flight(self) -> list[int]:
@@ -211,8 +209,7 @@ class RoundPipeline:
         state = batch.take_state()
         num_shadow = self._queue_shadow(state, policy)
         start = clock()
-        last = None if self.is_empty else self._in_flight[-1].queued
-        queued = self._runner.queue(state, count, last)
+        queued = self._runner.queue(state, count, self._last)
         setup_s = None if is_ready else clock() - start
         self._in_flight.append(_InFlight(queued, policy, setup_s, num_shadow))
         self._num_queued += 1
@@ -235,13 +232,28 @@ class RoundPipeline:
         if built.setup_s is not None:
             built.setup_s += clock() - start
 
+    def _decide(self) -> None:
+        """Let the round that was built last be decided, where it waits for masks."""
+        if self.is_empty:
+            return
+        built = self._in_flight[-1]
+        start = clock()
+        self._runner.decide(built.queued)
+        if built.setup_s is not None:
+            built.setup_s += clock() - start
+
     def _queue_shadow(self, state: RoundState, policy: DraftPolicy) -> int:
         """Make drafts beside the next round, where they are asked for; how many."""
         count, settings = policy.num_shadow_drafts, self._batch.settings
         if count:
             settings = replace(settings, graph=settings.graph.by_equality)
             try:
-                drafts = self._rounds.draft(state, settings, num_draft_tokens=count)
+                drafts = self._rounds.draft(
+                    state,
+                    settings,
+                    num_draft_tokens=count,
+                    proposals=self._runner.proposals(count, self._last),
+                )
                 with self._timer.queue():
                     mx.async_eval(drafts)
             except Exception:
@@ -274,8 +286,7 @@ class RoundPipeline:
     def _read(self) -> list[SequenceOutput]:
         """Read the oldest report in flight, let the host decide, and count."""
         done = self._in_flight.popleft()
-        ahead = None if self.is_empty else self._in_flight[-1].queued
-        decisions = self._runner.read(done.queued, ahead)
+        decisions = self._runner.read(done.queued, self._last)
         self._measure(done)
         self._runner.commit(decisions)
         self._learn(done, decisions)

@@ -122,18 +122,19 @@ class SequenceOutput:
         place: Its index in ``logits``.
         tokens: The emitted tokens, at least one unless there is an error, cut at the
             end of the request.
-        num_from_draft: How many of them, from the first on, the drafter proposed.
+        num_from_draft: How many of them, from the first on, had been proposed.
         finish_reason: ``"stop"`` at an end-of-sequence token or a stop sequence,
             ``"length"`` when the budget is used up, ``"error"``, else None.
         logits: The target's logits of the whole round: those behind ``tokens[i]`` are
             ``logits[place, i]``. Whole, because a slice made here would belong to the
             stream of the rounds, and its reader would wait for the one in flight.
-            Of a sequence that the host decides they are the processed ones.
+            Of a sequence that the host decides they are the processed ones, of one with
+            masks those behind the masks.
             [B, K + 1, V]
         logprobs: One entry per token; empty where the sequence does not ask.
         prompt_cache: mlx-lm's caches of the sequence, which hold its prompt and all its
             tokens; with the last output of a request that keeps its cache.
-        error: What a processor or sampler of the sequence raised.
+        error: What a processor, a sampler or the masks of the sequence raised.
     """
 
     sequence: TokenSequence

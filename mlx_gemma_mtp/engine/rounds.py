@@ -271,14 +271,30 @@ class Rounds:
         return commit(verified, settings, accepted)
 
     def draft(
-        self, state: RoundState, settings: RowSettings, *, num_draft_tokens: int
+        self,
+        state: RoundState,
+        settings: RowSettings,
+        *,
+        num_draft_tokens: int,
+        proposals: Proposals | None = None,
     ) -> mx.array:
-        """Only the drafts of the round that would follow, int32 [B, K]."""
+        """Only the drafts of the round that would follow, int32 [B, K].
+
+        Arguments are as for ``begin``.
+        """
         models: Models = self.target, self.drafter
         if self.choices:  # as the round would
             arrays = self._model_arrays or self.refresh()
             models = self._bound(arrays, arrays)
-        found = draft(*models, self._verification, state, settings, num_draft_tokens)
+        given = None if proposals is None else proposals.behind(state.last_token)
+        found = draft(
+            *models,
+            self._verification,
+            state,
+            settings,
+            num_draft_tokens,
+            given_tokens=given,
+        )
         return found.tokens
 
     def _call_models(

@@ -95,7 +95,7 @@ class RoundRunner:
         shape = {"num_draft_tokens": num_draft_tokens, "min_rows": self._min_rows}
         queued = QueuedRound(tuple(self._batch.sequences), num_draft_tokens)
         if settings.graph.has_masks:
-            proposals = self._proposals(num_draft_tokens, last)
+            proposals = self.proposals(num_draft_tokens, last)
             begun = self._rounds.begin(state, settings, proposals=proposals, **shape)
             queued.begun = begun
             # The drafts come first: masks are made of them while the rest runs.
@@ -178,24 +178,31 @@ class RoundRunner:
         """Let go of what stands before its commit."""
         self._verified = None
 
-    def _proposals(
+    def proposals(
         self, num_draft_tokens: int, last: QueuedRound | None
     ) -> Proposals | None:
-        """Forced tokens to propose behind the round in flight, if any."""
-        if not num_draft_tokens:
+        """Forced tokens to propose in place of drafts; None where no row has masks.
+
+        Args:
+            num_draft_tokens: K.
+            last: The round in flight.
+        """
+        if not num_draft_tokens or not self._batch.settings.graph.has_masks:
             return None
         sequences = self._batch.sequences
         num_accepted = mx.zeros((len(sequences),), dtype=mx.int32)
-        if last is None:
-            tokens = proposed_tokens(sequences, num_draft_tokens, before=(), forced={})
-            return Proposals(num_accepted, tokens)
-        assert last.report is not None  # its masks were made when it was started
-        if len(last.sequences) == len(sequences):
-            num_accepted = last.report.tokens[:, 0]
+        before: Sequence[TokenSequence | None] = ()
+        masks = None
+        if last is not None:
+            before, masks = last.sequences, last.masks
+            assert last.report is not None  # it was decided before another one begins
+            if len(before) == len(sequences):
+                num_accepted = last.report.tokens[:, 0]
         tokens = proposed_tokens(
             sequences,
             num_draft_tokens,
-            before=last.sequences,
-            forced={} if last.masks is None else last.masks.forced,
+            vocab_size=self._rounds.target.vocab_size,
+            before=before,
+            forced={} if masks is None else masks.forced,
         )
         return Proposals(num_accepted, tokens)

@@ -119,8 +119,8 @@ class TokenSequence:
         if self.masks is None or not self.is_live:
             return None
         for token in self.emitted[self._num_followed :]:
+            self._num_followed += 1
             self.masks.advance(token)
-        self._num_followed = self.num_emitted
         return self.masks.block(drafts)
 
     def judge(self, logits: mx.array, drafts: Sequence[int]) -> Judged:

@@ -178,7 +178,7 @@ class Decision:
             its own: all drafts and a 0.
         logits: The target's of all rows, [B, K + 1, V]; see ``SequenceOutput``.
         logprobs: One entry per token; empty where nobody asks.
-        error: What a function of the row's own raised.
+        error: What a function or the masks of the row's own raised.
     """
 
     num_accepted: int
@@ -195,7 +195,8 @@ class Report:
     Attributes:
         tokens: num_accepted, then K + 1 tokens, of which the first num_accepted + 1
             are the round's, int32 [B, K + 2].
-        logits: The target's logits behind those tokens, [B, K + 1, V].
+        logits: The target's logits behind those tokens, behind the rows' masks where
+            they have some, [B, K + 1, V].
         logprobs: Log-probabilities of those tokens; None where nobody asks, or where
             the host decides every row.
     """

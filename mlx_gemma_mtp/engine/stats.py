@@ -170,7 +170,7 @@ class DraftTally:
 
     Attributes:
         num_tokens: Tokens of texts that might have drafts.
-        num_from_draft: Those that the drafter had proposed.
+        num_from_draft: Those that had been proposed.
         why_none: Why the last text without drafts had none, in words.
     """
 

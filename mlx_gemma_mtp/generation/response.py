@@ -21,7 +21,7 @@ class GenerationResponse:
         marked_text: The same with control tokens told from text that spells them, for
             ``AnswerReader``.
         token: The token id.
-        from_draft: Whether the drafter had proposed the token.
+        from_draft: Whether the token had been proposed before the target chose it.
         prompt_tokens: Tokens in the prompt.
         prompt_tps: Prompt tokens per second.
         generation_tokens: Tokens generated so far.

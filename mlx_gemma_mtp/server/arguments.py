@@ -15,6 +15,7 @@ from ..cli.arguments import (
     add_drafter,
     add_filters,
     add_num_draft_tokens,
+    add_prompt_folder,
     add_target,
     add_thinking,
 )
@@ -139,6 +140,10 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory for the caches of running requests, such as 8GB; others wait "
         "(default: what the machine has beside the weights)",
     )
+    _add_cache_arguments(group)
+
+
+def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prompt-cache-size",
         type=int,
@@ -152,6 +157,15 @@ def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         default=2 * 10**9,
         metavar="SIZE",
         help="memory for these (default: 2GB)",
+    )
+    add_prompt_folder(group)
+    group.add_argument(
+        "--prompt-cache-disk-bytes",
+        type=size_in_bytes,
+        default=20 * 10**9,
+        metavar="SIZE",
+        help="most bytes of the files there; the least recently used ones go first "
+        "(default: 20GB)",
     )
 
 

@@ -76,7 +76,7 @@ class Tally:
 
     Attributes:
         num_cached: Tokens of the prompt that a kept cache held.
-        num_from_draft: Emitted tokens that the drafter had proposed.
+        num_from_draft: Emitted tokens that had been proposed.
         rounds: Its rounds.
         drafted: Tokens proposed for it.
         accepted: Proposals that stood, those past the end included.

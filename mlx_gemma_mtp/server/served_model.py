@@ -13,11 +13,13 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors
 
 from ..cache.kept import KeptCaches
+from ..cache.rungs import rung_interval
 from ..cache.slabs import SlabLayout, stepped_capacity
 from ..checkpoints.template_files import missing_template_note
 from ..engine.capacity import longest_text, seats_for, slots_for
 from ..engine.request import Request
 from ..errors import RequestError
+from ..generation.prompt_folder import prompt_folder
 from ..generation.requests import make_request
 from ..generation.tokens import make_batch_decoder
 from ..markup.answer import marks_of
@@ -118,10 +120,11 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> ServedModel:
             make_transcript=lambda choice: Transcript(
                 tokenizer.detokenizer, choice, marks
             ),
-            kept=_kept(settings),
+            kept=_kept(settings, pair),
             max_rows=limits.rows,
             leaves_room=lambda choices: leaves_room(layout, max_kv_bytes, choices),
             window=layout.window,
+            rung_interval=rung_interval(settings.prefill_step_size),
             memory=lambda: (mx.get_active_memory(), mx.get_peak_memory()),
         ),
         tokenizer=tokenizer,
@@ -201,13 +204,19 @@ def _template(settings: Settings) -> dict[str, Any]:
     return {"chat_template": settings.chat_template}
 
 
-def _kept(settings: Settings) -> KeptCaches | None:
+def _kept(settings: Settings, pair: Pair) -> KeptCaches | None:
     if not (settings.prompt_cache_size and settings.prompt_cache_bytes):
         return None
     return KeptCaches(
         max_size=settings.prompt_cache_size,
         max_bytes=settings.prompt_cache_bytes,
         min_tokens=MIN_TOKENS,
+        folder=prompt_folder(
+            pair,
+            settings.prompt_cache_dir,
+            max_pending=settings.prompt_cache_bytes,
+            max_bytes=settings.prompt_cache_disk_bytes,
+        ),
     )
 
 

@@ -39,6 +39,7 @@ _RANGES: dict[str, tuple[int, float]] = {
     "max_model_len": (MIN_MODEL_LEN, _LARGEST),
     "max_kv_bytes": (1, math.inf),
     "prompt_cache_bytes": (0, math.inf),
+    "prompt_cache_disk_bytes": (1, math.inf),
 }
 # Arguments of a tokenizer's apply_chat_template that are no variables of a template.
 RESERVED = frozenset(
@@ -62,7 +63,15 @@ RESERVED = frozenset(
     }
 )
 # What names something; nothing is named by an empty text, such as an unset variable.
-_TEXTS = ("model", "draft_model", "adapter_path", "revision", "host", "chat_template")
+_TEXTS = (
+    "model",
+    "draft_model",
+    "adapter_path",
+    "revision",
+    "host",
+    "chat_template",
+    "prompt_cache_dir",
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,8 @@ class Settings:
         chat_template_args: More arguments for it.
         prompt_cache_size: Prompts kept for later requests; 0 for none.
         prompt_cache_bytes: Memory of these.
+        prompt_cache_dir: Folder that they are also kept in; None for none.
+        prompt_cache_disk_bytes: Most bytes of the files there.
         shutdown_timeout: Seconds that running requests have to finish.
     """
 
@@ -131,6 +142,8 @@ class Settings:
     prefill_step_size: int
     prompt_cache_size: int
     prompt_cache_bytes: int
+    prompt_cache_dir: str | None
+    prompt_cache_disk_bytes: int
     log_level: str
     shutdown_timeout: float
     limits: Limits
@@ -159,6 +172,7 @@ def check(args: argparse.Namespace) -> Settings:
     drafts = _Drafts.of(args, model)
     _check_ranges(args)
     _check_texts(args)
+    _check_folder(args)
     given = check_sampling(args)
     return Settings(
         model=model,
@@ -181,6 +195,8 @@ def check(args: argparse.Namespace) -> Settings:
         prefill_step_size=args.prefill_step_size,
         prompt_cache_size=args.prompt_cache_size,
         prompt_cache_bytes=args.prompt_cache_bytes,
+        prompt_cache_dir=args.prompt_cache_dir,
+        prompt_cache_disk_bytes=args.prompt_cache_disk_bytes,
         log_level=args.log_level,
         shutdown_timeout=args.shutdown_timeout,
         limits=Limits(
@@ -224,6 +240,16 @@ def _check_texts(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} must not be empty: got {value!r:.20}. "
                 "Leave it out for the default."
             )
+
+
+def _check_folder(args: argparse.Namespace) -> None:
+    """Check that what a folder keeps is kept in memory at first."""
+    keeps_none = not (args.prompt_cache_size and args.prompt_cache_bytes)
+    if args.prompt_cache_dir is not None and keeps_none:
+        raise RequestError(
+            "--prompt-cache-dir must have caches in memory to write: got none. State "
+            "--prompt-cache-size and --prompt-cache-bytes, or leave it out."
+        )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Transcript:
 
     Attributes:
         tokens: The tokens that were reported.
-        num_from_draft: How many of the reported ones the drafter had proposed.
+        num_from_draft: How many of the reported ones had been proposed.
         num_reasoning: How many of them belong to thoughts, their marks included.
     """
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..cache.rungs import RUNG, rungs_between
 from ..errors import RequestError
 from .bridge import Bridge, Cancel, Drain, Mailbox, Message, Submit
-from .choice import Accepted, Choice, Event, Place, Tally
+from .choice import Accepted, Choice, Event, Tally
 from .errors import BROKEN, SHUTTING_DOWN, AnswerError
 from .metrics import StepReport
 from .reply import Job
@@ -39,6 +40,8 @@ _AHEAD = 2
 # Prompts of one request that the decoder holds unread: half of those that one chunk may
 # have, so that another request's is read in the same one.
 _MAX_UNREAD = 4
+# How long the end waits for caches to be written to their folder.
+_LAST_WRITES_S = 10.0
 
 
 class DecoderLike(Protocol):
@@ -94,6 +97,7 @@ class Means:
         max_rows: Rows of the decoder.
         leaves_room: Whether memory is left for one more beside so many choices'.
         window: Tokens that sliding layers see; caches of fewer can be cut shorter.
+        rung_interval: Tokens between two places inside a prompt whose caches are kept.
         memory: Bytes that MLX uses, and the most it used.
     """
 
@@ -104,6 +108,7 @@ class Means:
     max_rows: int
     leaves_room: Callable[[Sequence[Choice]], bool]
     window: int
+    rung_interval: int
     memory: Callable[[], tuple[int, int]]
 
 
@@ -171,6 +176,8 @@ class Worker:
         self._post()
         if not self._is_broken:
             self._decoder.close()
+        if self._kept is not None:
+            self._kept.close(_LAST_WRITES_S)
 
     def _work(self) -> None:
         """Do what messages say, and run a step."""
@@ -245,15 +252,15 @@ class Worker:
             task.request,
             prompt=prompt[read:],
             history=tuple(prompt[:read]),
-            pauses=tuple(place.num_tokens - read for place in self._places(task)),
+            pauses=tuple(place - read for place in self._places(task)),
         )
         task.sequence = self._decoder.add(request, caches)
         self._by_sequence[task.sequence] = task
         self._report.num_prompt_tokens += len(prompt)
         self._report.num_cached_tokens += read
 
-    def _places(self, task: _Task) -> list[Place]:
-        """Where reading pauses, so that caches can be kept.
+    def _places(self, task: _Task) -> list[int]:
+        """Numbers of the prompt's tokens after which its caches are kept.
 
         Nowhere if the answer's own can be cut down to any beginning later.
         """
@@ -261,7 +268,10 @@ class Worker:
         is_short = len(choice.prompt) + choice.max_tokens <= self._means.window
         if self._kept is None or is_short:
             return []
-        return [place for place in choice.places if place.num_tokens > task.num_cached]
+        read, places = task.num_cached, {place.num_tokens for place in choice.places}
+        last = max(places, default=0)
+        places.update(rungs_between(read, last, self._means.rung_interval))
+        return sorted(place for place in places if place > read)
 
     def _step(self) -> None:
         """Run one step and take what it gave."""
@@ -306,7 +316,7 @@ class Worker:
         task = self._by_sequence[progress.sequence]
         num_tokens = task.num_cached + progress.num_read
         kinds = {place.num_tokens: place.kind for place in task.job.choice.places}
-        self._keep(task, task.request.prompt[:num_tokens], kinds[num_tokens])
+        self._keep(task, task.request.prompt[:num_tokens], kinds.get(num_tokens, RUNG))
 
     def _keep_answer(self, task: _Task) -> None:
         """Keep the caches of a prompt and its answer, but for the last token.

@@ -5,7 +5,7 @@ A row's matcher follows its tokens; text of any form has none. Knows nothing of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any, cast
@@ -105,7 +105,7 @@ class BoundConstraint:
             ends: The tokens that end it.
         """
         return RowMasks(
-            self._matcher(),
+            self._matcher,
             what=_LIMIT if self.constraint is None else self.constraint.what,
             place=self._thoughts.behind(prompt),
             thoughts=self._thoughts,
@@ -130,8 +130,8 @@ class RowMasks:
     """The masks of one row, which follow its tokens.
 
     Args:
-        matcher: llguidance's, at the beginning of the answer; the row's own. None where
-            the answer has any form.
+        make_matcher: Makes a matcher of llguidance's, at the beginning of the answer;
+            None where the answer has any form.
         what: What messages call the constraint.
         place: Where the first token stands.
         thoughts: Tells thoughts from the answer.
@@ -142,7 +142,7 @@ class RowMasks:
 
     def __init__(
         self,
-        matcher: Any,
+        make_matcher: Callable[[], Any],
         *,
         what: str,
         place: Place,
@@ -151,14 +151,15 @@ class RowMasks:
         foreign_ends: Collection[int],
         num_words: int = 0,
     ) -> None:
-        self._matcher = matcher
+        self._make_matcher = make_matcher
+        self._matcher = make_matcher()
         self._what = what
         self._place = place
         self._thoughts = thoughts
         self._ends = frozenset(ends)
         self._foreign_ends = foreign_ends
         self._num_words = num_words
-        self._num_consumed = 0  # tokens of the answer
+        self._consumed: list[int] = []  # tokens of the answer
 
     @property
     def is_complete(self) -> bool:
@@ -194,19 +195,49 @@ class RowMasks:
             RequestError: The matcher has reached its limits, or no token of the
                 vocabulary goes on.
         """
-        place, num_consumed = self._place, self._num_consumed
-        masks, forced = [self._mask()], [self._forced()]
-        for token in drafts:
-            if token in self._ends or not self._follow(token):
-                break
-            masks.append(self._mask())
-            forced.append(self._forced())
-        if self._num_consumed > num_consumed:
-            self._matcher.rollback(self._num_consumed - num_consumed)
-        self._place, self._num_consumed = place, num_consumed
+        place, num_consumed = self._place, len(self._consumed)
+        masks, forced = [self._first_mask()], [self._forced()]
+        try:
+            for token in drafts:
+                is_end = token in self._ends
+                if is_end or not _has_bit(masks[-1], token) or not self._follow(token):
+                    break
+                masks.append(self._mask())
+                forced.append(self._forced())
+        except RequestError:  # behind a draft, which need not stand
+            del self._consumed[num_consumed:]
+            self._renew()
+        num_ahead = len(self._consumed) - num_consumed
+        if num_ahead:
+            self._matcher.rollback(num_ahead)
+            del self._consumed[num_consumed:]
+        self._place = place
         num_free = len(drafts) + 1 - len(masks)
         masks += [np.full_like(masks[0], ALL)] * num_free
         return BlockMasks(np.stack(masks), [*forced, *[[]] * num_free])
+
+    def _first_mask(self) -> Words:
+        """The mask of the next token of the row itself, [words].
+
+        What a matcher may cost is counted over all that it has looked at, drafts that
+        do not stand included. So only a new one's failure is the row's.
+        """
+        try:
+            return self._mask()
+        except RequestError:
+            self._renew()
+            return self._mask()
+
+    def _renew(self) -> None:
+        """Take a new matcher to where the row stands.
+
+        Raises:
+            RequestError: It does not get there within its limits.
+        """
+        self._matcher = self._make_matcher()
+        num_followed = self._matcher.try_consume_tokens(self._consumed)
+        if num_followed < len(self._consumed):
+            raise self._failure()
 
     def _follow(self, token: int) -> bool:
         """Go on by a token; False, and nothing has changed, if it is not allowed.
@@ -223,7 +254,7 @@ class RowMasks:
                 if self._matcher.is_error():
                     raise self._failure()
                 return False
-            self._num_consumed += 1
+            self._consumed.append(token)
         self._place = after
         return True
 
@@ -287,9 +318,10 @@ class RowMasks:
         """What says that nothing goes on, and why."""
         error = self._matcher.get_error()
         reason = error and not error.startswith(_NO_WAY) and f", {reason_of(error)}"
+        count = len(self._consumed)
         return RequestError(
             f"{self._what} must leave a token that goes on: got none behind "
-            f"{self._num_consumed} tokens of the answer{reason or ''}. Make it simpler."
+            f"{count} tokens of the answer{reason or ''}. Make it simpler."
         )
 
 
@@ -312,6 +344,12 @@ class _Processor:
         if self._masks.is_complete:  # no ban of others keeps the end away
             logits = mx.maximum(logits, mx.finfo(logits.dtype).min)
         return allow(logits, mx.array(self._masks.block(()).words))
+
+
+def _has_bit(words: Words, token: int) -> bool:
+    """Whether a mask allows a token."""
+    place, bit = divmod(token, WORD)
+    return place < words.size and bool(words[place] >> np.uint32(bit) & np.uint32(1))
 
 
 def _set_bits(words: Words, tokens: Collection[int], *, value: bool) -> None:

@@ -102,6 +102,7 @@ def make_session(
     config: Any = None,
     system: Any = None,
     drafts: Any = "auto",
+    folder: Any = None,
     **changes: Any,
 ) -> Any:
     model, tokenizer = pair
@@ -124,6 +125,7 @@ def make_session(
         Settings(**settings | changes),
         num_draft_tokens=drafts,
         system=system,
+        prompt_folder=folder,
     )
 
 
@@ -431,6 +433,31 @@ class TestTemplateReuse:
         say(session, LONG)
         assert max(num_read) == 7
         assert is_all_that_was_read(num_read, session.last)
+
+    def test_a_long_prompt_is_kept_at_rungs(self, chat_pair, monkeypatch):
+        monkeypatch.setattr(SESSION, "rung_interval", lambda step_size: 32)
+        question, half = 6 * LONG, 3 * LONG
+        session = make_session(chat_pair)
+        say(session, question)
+        session.conversation = Conversation(None)
+        text = say(session, half)
+        assert session.last.num_cached >= 64
+        assert session.last.num_cached % 32 == 0
+        session.reset()
+        assert say(session, half) == text
+        assert session.last.num_cached == 0
+
+    def test_another_session_goes_on(self, chat_pair, tmp_path):
+        question = LONG * (700 // len(chat_pair[1].encode(LONG)))
+        texts, cached = [], []
+        for _ in range(2):
+            session = make_session(chat_pair, folder=str(tmp_path))
+            texts.append(say(session, question))
+            cached.append(session.last.num_cached)
+            session.close()
+        assert texts[0] == texts[1]
+        assert cached[0] == 0
+        assert cached[1] >= 512
 
     def test_reset_forgets(self, chat_pair):
         session = make_session(chat_pair)

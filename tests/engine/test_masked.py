@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_gemma_mtp.drafting.policy import DraftPolicy
 from mlx_gemma_mtp.engine import runner as runner_module
 from mlx_gemma_mtp.engine.decoder import Decoder
+from mlx_gemma_mtp.engine.masked import proposed_tokens
 from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.engine.sequence import TokenSequence
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.sampling.masks import BlockMasks
 from mlx_gemma_mtp.sampling.params import SamplingParams
@@ -66,7 +69,8 @@ class Allowing:
 
     def banned(self, history: mx.array, logits: mx.array) -> mx.array:
         """As a logits processor: the textbook's way."""
-        return mx.where(mx.array(self.mask(int(history[-1].item()))), logits, -mx.inf)
+        (last,) = cast(list[int], history[-1:].tolist())
+        return mx.where(mx.array(self.mask(last)), logits, -mx.inf)
 
 
 class _Row:
@@ -109,16 +113,46 @@ def decode(rounds, requests, num_draft_tokens, **settings):
 CHAIN = {0: [0, 1, 4], 1: [2], 2: [3], 3: [0, 1, 5, 6], 4: [0, 7], 7: [1, 6]}
 KNOWN = {1: [2, 3], 2: [3]}
 # Some of what is said to be forced may be something else.
-GUESSED = {**KNOWN, 0: [1, 2, 3], 4: [7], 3: [5], 5: [4, 0, 1, 2]}
+GUESSED = {
+    0: [0, 1, 1, 1],
+    1: [2, 3, 0, 0],
+    2: [3, 0, 0, 1],
+    3: [0, 1, 4, 4],
+    4: [0, 0, 1, 2],
+    5: [0, 1, 2, 3],
+    6: [0, 0, 0, 0],
+    7: [1, 2, 3, 5],
+}
+
+
+class ListingDrafter:
+    """A drafter that scores few tokens: proposals of others are not among them."""
+
+    layer_types = FixedDrafter.layer_types
+
+    def __call__(self, embedding, hidden, shared_kv, *, position):
+        output = FixedDrafter()(embedding, hidden, shared_kv, position=position)
+        ids = mx.broadcast_to(mx.array([3, 6, 1]), (*embedding.shape[:2], 3))
+        logits = mx.take_along_axis(output.logits, ids, axis=-1)
+        return replace(output, logits=logits, token_ids=ids.astype(mx.int32))
 
 
 class TestLaw:
     """What is drawn follows the masked target, given the token before."""
 
-    NUM_ROWS, NUM_TOKENS = 60, 120
+    NUM_ROWS, NUM_TOKENS = 50, 120
 
     @cache  # noqa: B019 (of the module's life)
-    def draw(self, num_draft_tokens, reproducible, top_k, with_guesses):
+    def draw(
+        self,
+        num_draft_tokens,
+        reproducible,
+        top_k=0,
+        *,
+        with_guesses=True,
+        look_ahead=True,
+        drafter=FixedDrafter,
+    ):
         constraint = Allowing(CHAIN, GUESSED if with_guesses else KNOWN)
         requests = [
             Request(
@@ -129,16 +163,22 @@ class TestLaw:
             )
             for row in range(self.NUM_ROWS)
         ]
-        rounds = Rounds(FixedTarget(), FixedDrafter(), use_compile=False)
-        return decode(rounds, requests, num_draft_tokens)
+        rounds = Rounds(FixedTarget(), drafter(), use_compile=False)
+        return decode(rounds, requests, num_draft_tokens, look_ahead=look_ahead)
 
-    @pytest.mark.parametrize("top_k", [0, 7])
     @pytest.mark.parametrize(
-        ("num_draft_tokens", "reproducible"), [(0, True), (1, False), (4, False)]
+        ("num_draft_tokens", "top_k", "settings"),
+        [
+            (0, 0, {}),
+            (1, 0, {}),
+            (4, 7, {}),
+            (4, 0, {"look_ahead": False}),  # whole guesses are proposed
+            (4, 0, {"drafter": ListingDrafter}),
+        ],
     )
-    def test_is_that_of_the_masked_target(self, num_draft_tokens, reproducible, top_k):
+    def test_is_that_of_the_masked_target(self, num_draft_tokens, top_k, settings):
         """Chi-squared behind each token, false alarm 1e-6 each."""
-        rows, _ = self.draw(num_draft_tokens, reproducible, top_k, True)
+        rows, _ = self.draw(num_draft_tokens, not num_draft_tokens, top_k, **settings)
         rules = Allowing(CHAIN)
         pairs = np.zeros((8, 8))
         for row in rows:
@@ -159,20 +199,18 @@ class TestLaw:
             )
 
     def test_drafts_change_no_text_of_a_seed(self):
-        plain = self.draw(0, True, 0, False)[0]
-        for with_guesses in (True, False):
-            assert self.draw(4, True, 0, with_guesses)[0] == plain
+        assert self.draw(4, True)[0] == self.draw(0, True)[0]
 
     def test_what_is_forced_stands(self):
         """The drafter alone would guess some of it: proposals that are sure do more."""
-        _, with_proposals = self.draw(4, False, 0, False)
+        _, with_proposals = self.draw(4, False, with_guesses=False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 runner_module,
                 "proposed_tokens",
-                lambda sequences, k, **_: mx.full((len(sequences), 9, 1 + k), -1),
+                lambda rows, count, **_: mx.full((len(rows), 9, 1 + count), -1),
             )
-            _, without = self.draw.__wrapped__(self, 4, False, 0, False)
+            _, without = self.draw.__wrapped__(self, 4, False, with_guesses=False)
         gain = with_proposals.stats.acceptance_length / without.stats.acceptance_length
         assert gain > 1.05
 
@@ -352,21 +390,79 @@ class Straight:
         return replace(output, logits=mx.arange(8) + 0 * output.logits)
 
 
+# Tokens that follow each other in a circle, each for certain.
+ORDER = [3, 0, 1, 2, 4, 5, 6]
+FOLLOWING = dict(zip(ORDER, [*ORDER[1:], ORDER[0]], strict=True))
+
+
+def circle():
+    """Lets a row write the circle alone."""
+    forced = {}
+    for token in ORDER:
+        run = [FOLLOWING[token]]
+        while len(run) < 9:
+            run.append(FOLLOWING[run[-1]])
+        forced[token] = run
+    return Allowing({t: [n] for t, n in FOLLOWING.items()}, forced)
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(1.0)], ids=["greedy", ""])
 def test_a_forced_text_takes_the_fewest_rounds(sampling):
     """K + 1 tokens a round, whatever the drafter says; the first is the prompt's."""
-    order = [3, 0, 1, 2, 4, 5, 6]
-    following = dict(zip(order, [*order[1:], order[0]], strict=True))
-    forced = {}
-    for token in order:
-        run = [following[token]]
-        while len(run) < 9:
-            run.append(following[run[-1]])
-        forced[token] = run
-    constraint = Allowing({t: [n] for t, n in following.items()}, forced)
     rounds = Rounds(FixedTarget(), Straight(), use_compile=False)
     for num_draft_tokens in (1, 4, 8):
-        request = Request([3], 46, sampling, constraint=constraint)
+        request = Request([3], 46, sampling, constraint=circle())
         (text,), decoder = decode(rounds, [request], num_draft_tokens)
-        assert text == (order * 7)[1:47]
+        assert text == (ORDER * 7)[1:47]
         assert decoder.stats.rounds == -(-45 // (num_draft_tokens + 1))
+
+
+class Listening(DraftPolicy):
+    """Plain rounds with shadows of four drafts, whose acceptance is kept."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.accepted: list[int] = []
+
+    def choose(self, allowed, *, can_shadow=False, **_):
+        self.num_shadow_drafts = 4 if can_shadow else 0
+        return 0
+
+    def observe_shadow(self, num_draft_tokens, accepted):
+        self.accepted += accepted
+
+
+def test_shadows_are_what_rounds_would_propose():
+    policy = Listening()
+    rounds = Rounds(FixedTarget(), Straight(), use_compile=False)
+    decode(rounds, [Request([3], 20, constraint=circle())], policy)
+    assert policy.accepted[:12] == [4] * 12
+
+
+def test_a_failure_is_met_once():
+    """The tokens before it were followed, and are not followed again."""
+    seen = []
+
+    class Masks(_Row):
+        def advance(self, token):
+            seen.append(token)
+            if token == 6:
+                raise RequestError("the row must end here: got more.")
+
+    sequence = TokenSequence.of(Request([1], 9, constraint=Allowing({})))
+    sequence.masks = Masks(Allowing({}), 1)
+    sequence.emitted = [4, 5, 6]
+    with pytest.raises(RequestError, match="must end here"):
+        sequence.block_masks(())
+    sequence.block_masks(())
+    assert seen == [4, 5, 6]
+
+
+def test_runs_end_before_ids_that_the_model_has_not():
+    sequence = TokenSequence.of(Request([1], 9, constraint=Allowing({})))
+    runs = [[7, 8, 1], [8], [], [3, 1]]
+    table = proposed_tokens(
+        [sequence], 2, vocab_size=8, before=[sequence], forced={sequence: runs}
+    )
+    assert table[0, :4].tolist() == [[7, -1, -1], [-1] * 3, [-1] * 3, [3, 1, -1]]
+    assert table.dtype == mx.int32

@@ -251,6 +251,7 @@ def scripted_means(decoder: ScriptedDecoder, **fields: Any) -> Means:
         max_rows=4,
         leaves_room=lambda choices: True,
         window=16,
+        rung_interval=1024,
         memory=lambda: (1, 2),
     )
     return replace(means, **fields)

@@ -122,7 +122,7 @@ def test_the_place_is_named(name):
 def test_what_is_large_together():
     """Nothing takes long: neither what is refused nor what is not."""
     keys = {f"k{i}": {"type": "string"} for i in range(1500)}
-    parts = [{"properties": {f"k{i}": {}}} for i in range(900)]
+    parts: list[Any] = [{"properties": {f"k{i}": {}}} for i in range(900)]
     for schema, words in (
         ({"type": "object", "properties": keys}, "tools must have at most 1000"),
         ({"type": "object", "allOf": parts}, "in at most 300000 steps"),

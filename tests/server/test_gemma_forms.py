@@ -163,7 +163,7 @@ class TestForcedCalls:
     def test_calls_or_a_form(self, monkeypatch, client, gemma_tokenizer):
         """The model chooses which; the rest is not its own choice."""
         call = '<|tool_call>call:vote{answer:<|"|>no<|"|>,weight:2}<tool_call|>'
-        schema = {"properties": {"a": {"const": 1}}, "required": ["a"]}
+        schema: dict[str, Any] = {"properties": {"a": {"const": 1}}, "required": ["a"]}
         asks = (
             (f"{call}<|tool_response>", None, [{"answer": "no", "weight": 2}]),
             ('{"a":1}<turn|>', '{"a":1}', None),

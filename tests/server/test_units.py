@@ -50,6 +50,7 @@ class TestArguments:
         assert settings.allowed_origins == ()
         assert settings.limits.rows == 32
         assert settings.prompt_cache_bytes == 2 * 10**9
+        assert settings.prompt_cache_dir is None
         assert set(settings.given_sampling.values()) == {None}
 
     def test_vllms_words(self):
@@ -307,7 +308,38 @@ class TestArguments:
         assert MAX_LOGPROBS == MAX_CANDIDATES  # of a list that kernels make
 
 
+class TestPromptFolder:
+    @pytest.mark.parametrize("flag", ["--prompt-cache-size", "--prompt-cache-bytes"])
+    def test_nothing_is_there_to_write(self, flag):
+        with pytest.raises(RequestError, match=r"^--prompt-cache-dir must have caches"):
+            parse(["--prompt-cache-dir", "x", flag, "0"])
+
+    @pytest.mark.parametrize(
+        ("given", "reason"),
+        [
+            (["--prompt-cache-dir", " "], "--prompt-cache-dir must not be empty"),
+            (["--prompt-cache-disk-bytes", "0"], "--prompt-cache-disk-bytes must be"),
+        ],
+    )
+    def test_what_is_refused(self, given, reason):
+        with pytest.raises(RequestError, match=f"^{reason}"):
+            parse(given)
+
+    def test_what_is_given(self):
+        given = ["--prompt-cache-dir", "~/x", "--prompt-cache-disk-bytes", "1.5GB"]
+        settings = parse(given)
+        assert settings.prompt_cache_dir == "~/x"
+        assert settings.prompt_cache_disk_bytes == 1_500_000_000
+
+
 class TestCommand:
+    def test_a_folder_that_cannot_be(self, capsys, tmp_path):
+        (tmp_path / "file").touch()
+        path = str(tmp_path / "file")
+        assert command.main(["--port", "0", "--prompt-cache-dir", path]) == 1
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: the folder for prompts must be")
+
     def test_a_cache_of_a_byte(self, capsys):
         assert command.main(["--port", "0", "--prompt-cache-bytes", "1"]) == 1
         *_, line = capsys.readouterr().err.splitlines()

@@ -126,11 +126,11 @@ class TestSchemas:
     def test_what_is_wide_is_refused(self, word):
         """Also where it is spread over a schema, or stands in a grammar."""
         half = MAX_ENTRIES[word] // 2
-        parts = [
+        parts: list[dict[str, Any]] = [
             {"type": "object", word: {f"^{c}{i}$": {} for i in range(half)}}
             for c in "ab"
         ]
-        least = {"$defs": {"p": parts[1]}, **parts[0]}
+        least: dict[str, Any] = {"$defs": {"p": parts[1]}, **parts[0]}
         assert json_schema({"$defs": {"p": parts[1]}})
         said = f"must have at most {MAX_ENTRIES[word]} {word} in all: got"
         many = {"$defs": {**least["$defs"], "q": {word: {"c": {}}}}, **parts[0]}

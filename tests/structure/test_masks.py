@@ -251,7 +251,7 @@ class TestMasks:
             row.advance(token)
 
     def test_a_row_that_reaches_its_limits_says_so(self, monkeypatch):
-        """Also behind a token that the mask allows."""
+        """Also behind a token that the mask allows; not if that is a draft."""
         import llguidance
 
         few = llguidance.LLParserLimits(max_items_in_row=100, verbose_errors=False)
@@ -259,11 +259,47 @@ class TestMasks:
         keys = {f"p{i}": {"type": "null"} for i in range(60)}
         schema = {"type": "object", "properties": keys, "additionalProperties": False}
         brace = tiny().get_vocab()["{"]
-        for step in (lambda row: row.advance(brace), lambda row: row.block([brace])):
-            row = row_of(json_schema(schema))
-            assert brace in allowed(row.block(()).words[0])
-            with pytest.raises(RequestError, match=r"got none .* row has 239 "):
-                step(row)
+        row = row_of(json_schema(schema))
+        first = row.block(()).words[0]
+        assert brace in allowed(first)
+        for _ in range(2):
+            block = row.block([brace, brace]).words
+            assert np.array_equal(block[0], first)
+            assert (block[1:] == 0xFFFFFFFF).all()
+        with pytest.raises(RequestError, match=r"got none .* row has 239 "):
+            row.advance(brace)
+
+    def test_drafts_that_do_not_stand_cost_a_row_nothing(self, monkeypatch):
+        """Each leads to new states of the lexer, whose number is limited."""
+        import llguidance
+
+        few = llguidance.LLParserLimits(max_lexer_states=80, verbose_errors=False)
+        monkeypatch.setattr(masks_module, "limits", lambda: few)
+        bound = BoundConstraint(regex("(q[ab]*a[ab]{9}|[a-c]{2})+"), tiny())
+        ids = {letter: tiny().get_vocab()[letter] for letter in "abcq"}
+        row = bound.row(PROMPT, ENDS)
+        chance = np.random.default_rng(0)
+        for i in range(40):
+            expected = bound.row(PROMPT, ENDS)
+            for _ in range(i):
+                expected.advance(ids["c"])
+            drafts = [ids["q"], *(ids["ab"[j]] for j in chance.integers(0, 2, 7))]
+            if i % 2:
+                drafts = [ids["c"], *drafts[:7]]
+            found = row.block(drafts).words[0]
+            assert np.array_equal(found, expected.block(()).words[0])
+            row.advance(ids["c"])
+
+    def test_a_draft_that_is_no_token_is_not_allowed(self):
+        """A model may have more ids than its tokenizer, and drafts are not masked."""
+        row = row_of(regex("[a-c]{3}"))
+        before = row.block(()).words
+        for token in (VOCAB_SIZE, VOCAB_SIZE + 31, VOCAB_SIZE + 1000):
+            block = row.block([token, 3])
+            assert np.array_equal(block.words[:1], before)
+            assert (block.words[1:] == 0xFFFFFFFF).all()
+            assert block.forced[1:] == [[], []]
+        row.advance(tiny().get_vocab()["a"])
 
     def test_a_row_at_its_limits_leaves_others_alone(self, monkeypatch):
         import llguidance

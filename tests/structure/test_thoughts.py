@@ -61,7 +61,7 @@ def row_of(prompt, limit):
         START, END, ASKS, frozenset({TURN}), (NAME, LINE), limit, may_recur=True
     )
     return RowMasks(
-        None,
+        lambda: None,
         what="the limit",
         place=thoughts.behind(prompt),
         thoughts=thoughts,
