@@ -16,7 +16,7 @@ def filter_case(_: Any, case: Any) -> bool:
     body = case.body
     if not isinstance(body, dict):
         return True
-    if not _can_be_compiled(body):
+    if not _can_be_compiled(body) or _states_two_limits(body):
         return False
     least, best_of = body.get("min_tokens"), body.get("best_of")
     return (
@@ -42,3 +42,10 @@ def _can_be_compiled(body: dict[str, Any]) -> bool:
     has_one = (kind == "text") != (not outputs)
     others = (body.get("ignore_eos"), body.get("tools"))
     return has_one and kind != "json_schema" and is_free and not any(others)
+
+
+def _states_two_limits(body: dict[str, Any]) -> bool:
+    """Whether thoughts are limited by Anthropic's field, which ours goes before."""
+    thinking = body.get("thinking")
+    budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+    return budget is not None and body.get("max_thinking_tokens") is not None

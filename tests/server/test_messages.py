@@ -191,6 +191,12 @@ class TestBodies:
                 "json_schema": {"name": "answer", "strict": True, "schema": schema},
             }
 
+    def test_the_servers_own_limit_of_thoughts_goes_first(self):
+        thinking = {"type": "enabled", "budget_tokens": 2000}
+        for own, limit in ((None, 2000), (5, 5), (-1, -1)):
+            found = chat(thinking=thinking, max_thinking_tokens=own)
+            assert found["max_thinking_tokens"] == limit
+
     def test_settings(self):
         fields = {
             "model": "m",

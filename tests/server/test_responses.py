@@ -50,6 +50,10 @@ class TestBodies:
         first = {"role": "system", "content": "Be.\n\nDo."}
         assert found == [first, *SAID, {"role": "developer", "content": "Stop."}]
 
+    def test_instructions_that_say_nothing(self):
+        nothing = {"role": "developer", "content": ""}
+        assert chat([nothing])["messages"] == [{"role": "system", "content": ""}]
+
     @pytest.mark.parametrize(
         ("item", "thought"),
         [

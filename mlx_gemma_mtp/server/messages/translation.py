@@ -51,8 +51,8 @@ def chat_body(body: CountBody) -> ChatBody:
     fields = body.model_dump(include=set(Common.model_fields), exclude_unset=True)
     fields["messages"] = [*_system(body.system), *_messages(body.messages)]
     fields["reasoning_effort"] = _effort(body)
-    if body.thinking is not None and body.thinking.budget_tokens is not None:
-        fields.setdefault("max_thinking_tokens", body.thinking.budget_tokens)
+    if body.max_thinking_tokens is None and body.thinking is not None:
+        fields["max_thinking_tokens"] = body.thinking.budget_tokens
     if body.tools:
         fields["tools"] = [_tool(i, tool) for i, tool in enumerate(body.tools)]
     if body.tool_choice is not None:

@@ -97,7 +97,8 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
         num_system += 1
     system = [body.instructions or "", *map(_said, items[:num_system])]
     text = _BETWEEN.join(each for each in system if each)
-    found: list[dict[str, Any]] = [{"role": "system", "content": text}] if text else []
+    first = {"role": "system", "content": text}
+    found: list[dict[str, Any]] = [first] if text or num_system else []
     for item in items[num_system:]:
         if isinstance(item, OutputItem):
             result = {"tool_call_id": item.call_id, "content": _text(item.output)}
