@@ -87,7 +87,7 @@ def gemma_tokenizer_folder(tmp_path_factory):
     """A folder with Gemma's tokenizer and no chat template, not to be written to."""
     folder = gemma.write_tokenizer(tmp_path_factory.mktemp("gemma") / "tokenizer")
     # As pairs have it: what is loaded for them is the same then.
-    (folder / "config.json").write_text('{"model_type": "gemma4"}')
+    (folder / "config.json").write_text('{"model_type": "gemma4_unified"}')
     with gemma.read_once(folder):
         yield folder
 

@@ -253,7 +253,9 @@ def read_once(folder: Path) -> Iterator[None]:
         is_it = (Path(model_path) / file.name).resolve() == file
         if not is_it or "chat_template" not in settings:  # which may lie there
             return load(model_path, tokenizer_config_extra, ids)
-        key = str((sorted(settings.items()), sorted(ids or ())))
+        # A type that is None is as good as none.
+        said = sorted(item for item in settings.items() if item[1] is not None)
+        key = str((said, sorted(ids or ())))
         if key not in loaded:
             loaded[key] = load(model_path, settings, ids)
         found = copy.copy(loaded[key])

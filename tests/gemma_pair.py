@@ -22,7 +22,7 @@ from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.models.drafter_config import DrafterConfig
 from mlx_gemma_mtp.models.text_config import text_config
 from tests.gemma import GENERATION_CONFIG, VOCAB_SIZE
-from tests.tiny import REFERENCE
+from tests.tiny import SHORT, family_folder
 
 _HIDDEN_SIZE = 32
 _SOURCE = "the tests' own pair"
@@ -45,8 +45,9 @@ def write_pair(folder: Path, tokenizer: Path) -> Path:
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).symlink_to(tokenizer / name)
-    target = json.loads((REFERENCE / "12b" / "target" / "config.json").read_text())
-    drafter = json.loads((REFERENCE / "12b" / "drafter" / "config.json").read_text())
+    like = family_folder(SHORT)
+    target = json.loads((like / "target" / "config.json").read_text())
+    drafter = json.loads((like / "drafter" / "config.json").read_text())
     sizes = {"hidden_size": _HIDDEN_SIZE, "vocab_size": VOCAB_SIZE}
     for config in (target, drafter):
         config["dtype"] = "bfloat16"

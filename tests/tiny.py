@@ -5,14 +5,18 @@ Nothing here is downloaded or trained.
 
 from __future__ import annotations
 
+import atexit
 import json
+import re
+import shutil
 import string
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
@@ -24,6 +28,7 @@ from mlx_gemma_mtp.pair.pair import Pair
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 FAMILIES = ("e2b", "e4b", "12b", "26b-a4b", "31b")
+SHORT = "short"  # 12b's with one layer of each kind: for what stands above the models
 VOCAB_SIZE = 512
 PAD, EOS, BOS, UNK, TURN, END_OF_TURN = 0, 1, 2, 3, 105, 106
 
@@ -52,10 +57,52 @@ def uncompiled() -> Iterator[None]:
 
 
 @cache
-def reference_pair(family: str = "12b", *, has_drafter: bool = True) -> Pair:
-    """A random pair, the same object for every test: compiled rounds are kept."""
-    folder = REFERENCE / family
+def family_folder(family: str) -> Path:
+    """The folder of a family's pair, target/ and drafter/, not to be written to."""
+    if family != SHORT:
+        return REFERENCE / family
+    place = Path(tempfile.mkdtemp(prefix="mlx_gemma_mtp-short-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    for part in ("target", "drafter"):
+        ignore = shutil.ignore_patterns("config.resaved.json")
+        shutil.copytree(REFERENCE / "12b" / part, place / part, ignore=ignore)
+        _shorten(place / part)
+    return place
+
+
+def _shorten(folder: Path) -> None:
+    """Leave a checkpoint the last layer of each kind."""
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    kinds = text["layer_types"]
+    kept = sorted({kind: i for i, kind in enumerate(kinds)}.values())
+    text |= {"layer_types": [kinds[i] for i in kept], "num_hidden_layers": len(kept)}
+    if text["num_kv_shared_layers"]:
+        text["num_kv_shared_layers"] = len(kept)
+    (folder / "config.json").write_text(json.dumps(config))
+    file = str(folder / "model.safetensors")
+    weights: dict[str, mx.array] = {}
+    for name, array in cast(dict[str, mx.array], mx.load(file)).items():
+        number = re.search(r"(?<=layers\.)\d+", name)
+        if number is None:
+            weights[name] = array
+        elif (old := int(number[0])) in kept:
+            new = f"{name[: number.start()]}{kept.index(old)}{name[number.end() :]}"
+            weights[new] = array
+    mx.eval(weights)
+    mx.save_safetensors(file, weights, metadata={"format": "pt"})
+
+
+def new_pair(family: str = SHORT, *, has_drafter: bool = True) -> Pair:
+    """A random pair, read anew: a test may change it."""
+    folder = family_folder(family)
     return load_pair(folder / "target", has_drafter and folder / "drafter")
+
+
+@cache
+def reference_pair(family: str = SHORT, *, has_drafter: bool = True) -> Pair:
+    """A random pair, the same object for every test: compiled rounds are kept."""
+    return new_pair(family, has_drafter=has_drafter)
 
 
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -121,14 +168,14 @@ def record_decoders(monkeypatch: Any, module: Any) -> list[Decoder]:
 
 
 def model_folder(
-    folder: Path, family: str = "12b", *, has_drafter: bool = True, **tokenizer: Any
+    folder: Path, family: str = SHORT, *, has_drafter: bool = True, **tokenizer: Any
 ) -> Path:
     """Make a checkpoint's folder: target, tokenizer, and the drafter in drafter/."""
     parts = {"target": folder, "drafter": folder / "drafter"}
     for part, place in parts.items():
         if part == "target" or has_drafter:
             place.mkdir(parents=True)
-            for path in (REFERENCE / family / part).iterdir():
+            for path in (family_folder(family) / part).iterdir():
                 (place / path.name).write_bytes(path.read_bytes())
     tiny_tokenizer(**tokenizer).save_pretrained(folder)
     return folder

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from .grammar import is_unicode
+
 _CLASSES = {
     "d": "[0-9]",
     "D": "[^0-9]",
@@ -19,9 +21,12 @@ _CLASSES = {
     "s": r"[ \t\n\r\x0b\x0c]",
     "S": r"[^ \t\n\r\x0b\x0c]",
 }
-_CONTROLS = {"n": r"\n", "r": r"\r", "t": r"\t", "f": r"\x0c", "v": r"\x0b"}
+_CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v"}
 _ANY = "[^\\n\\r]"  # what a dot means
-_COUNT = re.compile(r"\{[0-9]+(?:,[0-9]*)?\}")
+_COUNT = re.compile(r"\{([0-9]+)(?:,([0-9]*))?\}")
+_REPEATS = ("*", "+", "?")
+_MOST_COUNTED = 1000  # repeats of repeats multiply
+_MOST_NESTED = 100  # groups; engines follow them by recursion
 _HEX = re.compile(r"x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\}")
 _GROUP = re.compile(r"\((?:\?:|\?P?<[A-Za-z_][A-Za-z0-9_]*>|(?!\?))")
 _SPECIAL = frozenset(r".^$*+?()[]{}|\/-&~#")
@@ -55,7 +60,7 @@ FORMATS = {
 
 
 class UnknownPatternError(ValueError):
-    """A pattern has something that whole texts cannot be matched by; says what."""
+    """A pattern is none, or no whole texts can be matched by it; says why."""
 
 
 def literal(text: str) -> str:
@@ -70,10 +75,14 @@ def whole(pattern: Any) -> str:
         pattern: The pattern, as ECMA-262 has it.
 
     Raises:
-        UnknownPatternError: It has look-around, references, or anchors inside.
+        UnknownPatternError: It is no pattern, counts too far, or has look-around,
+            references, or anchors inside.
     """
     if not isinstance(pattern, str):
         raise UnknownPatternError("it must be a text")
+    if not is_unicode(pattern):
+        raise UnknownPatternError("half of a surrogate pair stands in it")
+    _check_groups(pattern)
     return "|".join(map(_found_in, _alternatives(pattern)))
 
 
@@ -82,7 +91,40 @@ def _character(character: str) -> str:
         return f"\\{character}"
     if character.isprintable() or character == " ":
         return character
-    return f"\\x{{{ord(character):x}}}"
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\x{{{code:x}}}"
+
+
+def _check_groups(pattern: str) -> None:
+    """Raise where a group has no end or no beginning, or has too much in it."""
+    most = [1]  # repeats of one inside the other, in each group that is open
+    last = 1  # of what stands last
+    for part in _parts(pattern):
+        count = _COUNT.fullmatch(part)
+        if count is not None:
+            last *= _most_counted(count)
+        elif part == ")" and len(most) == 1:
+            raise UnknownPatternError("a group has no beginning")
+        else:
+            last = most.pop() if part == ")" else 1
+            most += [1] if part[0] == "(" else []
+        most[-1] = max(most[-1], last)
+        if max(last, most[-1]) > _MOST_COUNTED:
+            raise UnknownPatternError(f"it counts beyond {_MOST_COUNTED}")
+        if len(most) > _MOST_NESTED:
+            raise UnknownPatternError(f"it nests beyond {_MOST_NESTED} groups")
+    if len(most) > 1:
+        raise UnknownPatternError("a group has no end")
+
+
+def _most_counted(count: re.Match[str]) -> int:
+    """How many repeats a count allows, or needs where there is no limit."""
+    least, most = count.groups()
+    if max(len(least), len(most or "")) > len(f"{_MOST_COUNTED}"):
+        return _MOST_COUNTED + 1
+    if most and int(least) > int(most):
+        raise UnknownPatternError(f"{count.group()!r} counts backwards")
+    return max(int(most or least), 1)
 
 
 def _alternatives(pattern: str) -> list[str]:
@@ -148,14 +190,15 @@ def _end_of_class(pattern: str, at: int) -> int:
 
 def _greedy(parts: list[str]) -> Iterator[str]:
     """The parts without the marks of lazy repeats, which match the same texts."""
-    is_repeat = False
+    is_repeat, is_begun = False, False  # whether there is something to repeat
     for part in parts:
         if is_repeat and part == "?":
             is_repeat = False
             continue
-        if is_repeat and part == "+":
-            raise UnknownPatternError("a repeat is possessive")
-        is_repeat = part in ("*", "+", "?") or _COUNT.fullmatch(part) is not None
+        is_repeat = part in _REPEATS or _COUNT.fullmatch(part) is not None
+        if is_repeat and not is_begun:
+            raise UnknownPatternError(f"{part!r} repeats nothing")
+        is_begun = not (is_repeat or part == "|" or part[0] == "(")
         yield part
 
 
@@ -170,31 +213,36 @@ def _translated(part: str) -> str:
         raise UnknownPatternError(f"{part!r} stands inside it")
     if part == ".":
         return _ANY
-    if part in ("*", "+", "?", "|", ")") or _COUNT.fullmatch(part):
+    if part in (*_REPEATS, "|", ")") or _COUNT.fullmatch(part):
         return part
     return _character(part)
 
 
 def _escape(part: str) -> str:
     """What a backslash and what is behind it mean."""
+    return _CLASSES.get(part[1:]) or _character(_meant(part))
+
+
+def _meant(part: str) -> str:
+    """The one character that an escape, or a character of a class, means."""
     behind = part[1:]
+    if part[0] != "\\":
+        return part
     hexadecimal = _HEX.fullmatch(behind)
     if hexadecimal:
         return _character_of(next(filter(None, hexadecimal.groups())))
-    if behind in _CLASSES:
-        return _CLASSES[behind]
     if behind in _CONTROLS:
         return _CONTROLS[behind]
     if not behind or (behind.isascii() and behind.isalnum()):
         raise UnknownPatternError(f"{part!r} stands in it")
-    return _character(behind)
+    return behind
 
 
 def _character_of(digits: str) -> str:
     code = int(digits, 16)
     if code > 0x10FFFF or 0xD800 <= code < 0xE000:
         raise UnknownPatternError(f"{digits!r} is no character")
-    return _character(chr(code))
+    return chr(code)
 
 
 def _class(part: str) -> str:
@@ -203,24 +251,41 @@ def _class(part: str) -> str:
     inside = part[1 + is_negated : -1]
     if not inside:
         raise UnknownPatternError("a class is empty")
+    parts = list(_parts_of_class(inside))
     found, at = "", 0
-    while at < len(inside):
-        end = _end_of_part(inside, at) if inside[at] == "\\" else at + 1
-        one = inside[at:end]
-        is_range = one == "-" and 0 < at < len(inside) - 1
-        if one[1:] in _CLASSES:
-            found += _inner(one)
-        elif one[0] == "\\":
-            found += _escape(one)
+    while at < len(parts):
+        one, last = parts[at], parts[at + 2 : at + 3]
+        is_range = parts[at + 1 : at + 2] == ["-"] and last
+        if is_range and not {one[1:], last[0][1:]} & _CLASSES.keys():
+            found += _range(one, last[0])
+            at += 3
         else:
-            found += one if is_range else _character(one)
-        at = end
+            found += _inner(one)
+            at += 1
     return f"[{'^' * is_negated}{found}]"
 
 
+def _parts_of_class(inside: str) -> Iterator[str]:
+    """Escapes, and single characters."""
+    at = 0
+    while at < len(inside):
+        end = _end_of_part(inside, at) if inside[at] == "\\" else at + 1
+        yield inside[at:end]
+        at = end
+
+
+def _range(first: str, last: str) -> str:
+    """The characters from one to another."""
+    if _meant(first) > _meant(last):
+        raise UnknownPatternError(f"'{first}-{last}' goes backwards")
+    return f"{_inner(first)}-{_inner(last)}"
+
+
 def _inner(part: str) -> str:
-    """A class inside another one."""
+    """A part of a class; another class loses its brackets."""
     name = part[1:]
+    if name not in _CLASSES:
+        return _character(_meant(part))
     if name.isupper():
         raise UnknownPatternError(f"{part!r} stands in a class")
     return _CLASSES[name][1:-1]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RequestError
-from .grammar import Grammar, Item, rule_item, text_item
+from .grammar import Grammar, Item, is_unicode, quoted, rule_item, text_item
 from .patterns import FORMATS, UnknownPatternError, literal, whole
 from .ranges import at_least, at_most
 from .schema_parts import (
@@ -26,6 +26,8 @@ from .schema_parts import (
     lacking,
     listed,
     listed_values,
+    mapping_of,
+    needed_of,
     types_of,
     values_of,
 )
@@ -36,15 +38,16 @@ from .schema_words import (
     UPPER,
     bounds_of,
     check_keywords,
-    counts_of,
     given_of,
+    is_written,
     item_of,
     kinds_of,
-    mapping_of,
+    least_of,
+    most_of,
     property_of,
-    steps_of,
+    step_of,
 )
-from .tool_calls import QUOTE
+from .tool_calls import MAX_DEPTH, QUOTE
 
 _Alternatives = list[list[Item]]
 
@@ -57,6 +60,8 @@ _NUMBER = (
 )
 _NO_QUOTE = f"~/(?s:.*){literal(QUOTE)}(?s:.*)/"
 _KEY = r"""[^\s,{}\[\]:="'<]+(?: [^\s,{}\[\]:="'<]+)*"""  # of what is not declared
+_MAX_TEXT = 16_000  # characters of a text or an expression, as they are written
+_MAX_DEPTH = MAX_DEPTH // 2  # of listed values: others stand around them
 _MAX_COUNTED = 64  # properties, where there are others beside the declared ones
 
 
@@ -72,9 +77,10 @@ class SchemaGrammar:
     def __init__(self, grammar: Grammar, root: Part, quote: Item) -> None:
         self._grammar = grammar
         self._root = root
-        self._schemas = Schemas(root)
+        self._schemas = Schemas(root, grammar.spend)
         self._quote = quote
         self._names: dict[frozenset[str], str] = {}
+        self._depth = 0
 
     def arguments(self) -> Item:
         """The objects that the document allows.
@@ -99,10 +105,16 @@ class SchemaGrammar:
     def _value(self, node: Node) -> Item:
         """The values that meet all of some schemas."""
         key = key_of(node)
+        self._grammar.spend(1 + len(node))
         if key not in self._names:
             self._names[key] = name = self._grammar.rule()
+            self._depth += 1
+            if self._depth > _MAX_DEPTH:
+                why = f"it is nested too deeply; most are {_MAX_DEPTH} levels"
+                raise lacking(node[0].place, "a schema", node[0].schema, why)
             for option in self._schemas.alternatives(node):
                 self._grammar.extend(name, self._plain(option, types_of(option)))
+            self._depth -= 1
         return rule_item(self._names[key])
 
     def _plain(self, node: Node, kinds: set[str]) -> _Alternatives:
@@ -143,30 +155,34 @@ class SchemaGrammar:
         if texts:
             for text in texts:
                 _check_text(text, node[0])
-            body = self._grammar.terminal(" | ".join(map(json.dumps, texts)))
+            body = self._grammar.terminal(" | ".join(map(quoted, texts)))
             found.append([self._quote, body, self._quote])
         return found
 
-    def _written(self, value: Any, part: Part) -> list[Item]:
+    def _written(self, value: Any, part: Part, depth: int = 0) -> list[Item]:
         """One value."""
+        if depth > _MAX_DEPTH:
+            raise lacking(part.place, "a value", value, "it is nested too deeply")
         if isinstance(value, str):
             _check_text(value, part)
             return [self._quote, text_item(value), self._quote]
         if isinstance(value, Mapping):
             pairs = sorted(value.items(), key=lambda pair: _order(pair[0]))
+            _check_free_keys(value, part)
             entries = [
-                [text_item(f"{key}:"), *self._written(each, part)]
+                [text_item(f"{key}:"), *self._written(each, part, depth + 1)]
                 for key, each in pairs
             ]
             return [text_item("{"), *_joined(entries), text_item("}")]
         if isinstance(value, list):
-            items = [self._written(each, part) for each in value]
+            items = [self._written(each, part, depth + 1) for each in value]
             return [text_item("["), *_joined(items), text_item("]")]
+        if not is_written(value):
+            raise lacking(part.place, "a value", value, "JSON has no such number")
         return [text_item(json.dumps(value))]
 
     def _string(self, node: Node) -> _Alternatives:
-        least = max(counts_of(node, "minLength"), default=0)
-        most = min(counts_of(node, "maxLength"), default=None)
+        least, most = least_of(node, "minLength"), most_of(node, "maxLength")
         if most is not None and least > most:
             return []
         expressions = [*_expressions(node), _NO_QUOTE]
@@ -180,9 +196,9 @@ class SchemaGrammar:
 
     def _number(self, node: Node, kind: str) -> _Alternatives:
         bounds = bounds_of(node)
-        steps = list(steps_of(node))
-        if steps or kind == "integer":
-            return self._integer(bounds, math.lcm(*steps) if steps else None)
+        step = step_of(node)
+        if step is not None or kind == "integer":
+            return self._integer(bounds, step)
         if not bounds:
             return [[self._grammar.terminal(_NUMBER)]]
         lower = max(bounds.get(word, -math.inf) for word in LOWER)
@@ -221,8 +237,8 @@ class SchemaGrammar:
         return [[_json_integer(limits)]]
 
     def _array(self, node: Node) -> _Alternatives:
-        least = max(counts_of(node, "minItems"), default=0)
-        most = min(counts_of(node, "maxItems"), default=math.inf)
+        least, given = least_of(node, "minItems"), most_of(node, "maxItems")
+        most = math.inf if given is None else given
         if least > most:
             return []
         num_first = max((len(listed(part, "prefixItems")) for part in node), default=0)
@@ -241,15 +257,15 @@ class SchemaGrammar:
         return found
 
     def _object(self, node: Node) -> _Alternatives:
-        needed = {name for part in node for name in listed(part, "required")}
+        needed = needed_of(node)
         declared = needed.union(*(mapping_of(part, "properties") for part in node))
         _check_keys(declared, node)
         entries = []
+        self._grammar.spend(len(node) * (1 + len(declared)))
         for key in sorted(declared, key=_order):
             items = [text_item(f"{key}:"), self._value(property_of(node, key))]
             entries.append((items, key in needed))
-        least = max(counts_of(node, "minProperties"), default=0)
-        most = min(counts_of(node, "maxProperties"), default=None)
+        least, most = least_of(node, "minProperties"), most_of(node, "maxProperties")
         other = self._other(node, declared)
         if other is None:
             most = None if most is None or most >= len(entries) else most
@@ -272,7 +288,11 @@ class SchemaGrammar:
             return None
         key = f"/{_KEY}/"
         if declared:
-            key += f" & ~/{'|'.join(map(literal, sorted(declared)))}/"
+            texts = "|".join(map(literal, sorted(declared)))
+            if len(texts) > _MAX_TEXT:
+                why = "too many beside keys that are not declared"
+                raise lacking(node[0].place, "properties", sorted(declared), why)
+            key += f" & ~/{texts}/"
         mark = self._grammar.terminal(f'{self._grammar.terminal(key).text} ":"')
         return rule_item(self._grammar.rule([mark, value]))
 
@@ -319,8 +339,10 @@ class SchemaGrammar:
 
 
 def _check_text(text: str, part: Part) -> None:
-    if QUOTE in text:
-        raise lacking(part.place, "a text", text, f"{QUOTE} ends a text")
+    """Raise for a text that a grammar cannot have."""
+    why = _fault_of(text)
+    if why:
+        raise lacking(part.place, "a text", text, why)
 
 
 def _check_keys(declared: set[str], node: Node) -> None:
@@ -328,9 +350,27 @@ def _check_keys(declared: set[str], node: Node) -> None:
     for key in declared:
         beginnings = (key[: mark.start()] for mark in re.finditer(":", key))
         shorter = next((b for b in beginnings if b in declared), None)
-        if QUOTE in key or shorter is not None:
-            why = f"{shorter!r} begins it" if QUOTE not in key else f"it has {QUOTE}"
+        why = _fault_of(key) or ("" if shorter is None else f"{shorter!r} begins it")
+        if why:
             raise lacking(node[0].place, "properties", key, why)
+
+
+def _check_free_keys(value: Mapping[str, Any], part: Part) -> None:
+    """Raise for a key of a listed value that cannot be read back: none declares it."""
+    for key in value:
+        if not re.fullmatch(_KEY, key):
+            raise lacking(part.place, "a value", value, f"{key!r:.40} is no bare key")
+        _check_text(key, part)
+
+
+def _fault_of(text: str) -> str:
+    """Why a grammar cannot have a text; empty where it can."""
+    if QUOTE in text:
+        return f"{QUOTE} ends a text"
+    if not is_unicode(text):
+        return "half of a surrogate pair stands in it"
+    is_short = len(quoted(text)) <= _MAX_TEXT
+    return "" if is_short else f"most are {_MAX_TEXT} characters"
 
 
 def _check_counts(node: Node, least: int, most: int | None, *, num_needed: int) -> None:
@@ -380,9 +420,13 @@ def _expressions(node: Node) -> list[str]:
     found = []
     for part, pattern in given_of(node, "pattern"):
         try:
-            found.append(f"/{whole(pattern)}/")
+            expression = whole(pattern)
         except UnknownPatternError as error:
             raise lacking(part.place, "pattern", pattern, str(error)) from None
+        if len(expression) > _MAX_TEXT:
+            why = f"most are {_MAX_TEXT} characters"
+            raise lacking(part.place, "pattern", pattern, why)
+        found.append(f"/{expression}/")
     for part, name in given_of(node, "format"):
         if not isinstance(name, str) or name not in FORMATS:
             why = f"formats are {', '.join(sorted(FORMATS))}"

@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
-from ..errors import RequestError, shorten
+from ..errors import RequestError, cut, shorten
 
 _MAX_ALTERNATIVES = 64
 _APPLIED = ("$ref", "allOf", "anyOf", "oneOf")
@@ -68,10 +69,10 @@ def lacking(place: str, keyword: str, value: Any, why: str = "") -> SchemaError:
         value: Its value.
         why: What is wrong with this value; nothing where none is understood.
     """
-    reason = f" ({why})" if why else ""
+    at = f"{cut(place or '/')} ({why})" if why else cut(place or "/")
     return SchemaError(
         f"the tool's schema must be one that answers can be held to: got "
-        f"{keyword}: {shorten(value)} at {place or '/'}{reason}. Leave it out, or send "
+        f"{keyword}: {shorten(value)} at {at}. Leave it out, or send "
         "tool_choice: auto without strict."
     )
 
@@ -81,11 +82,14 @@ class Schemas:
 
     Args:
         root: The document, which references start from.
+        spend: Is told how much work there is.
     """
 
-    def __init__(self, root: Part) -> None:
+    def __init__(self, root: Part, spend: Callable[[int], None]) -> None:
         self._root = root
+        self._spend = spend
         self._known: dict[str, list[Node]] = {}
+        self._values: dict[frozenset[str], set[str] | None] = {}
         self._open: set[str] = set()  # places that are taken apart right now
 
     def alternatives(self, node: Node) -> list[Node]:
@@ -103,6 +107,7 @@ class Schemas:
         if part.place in self._open:
             raise lacking(part.place, "$ref", part.place, "it goes round")
         if part.place not in self._known:
+            self._spend(1 + (len(part.schema) if isinstance(part.schema, dict) else 0))
             self._open.add(part.place)
             self._known[part.place] = self._taken_apart(part)
             self._open.remove(part.place)
@@ -142,7 +147,11 @@ class Schemas:
 
     def _product(self, factors: Sequence[list[Node]], place: str) -> list[Node]:
         """The intersection of unions, as a union of intersections."""
-        _check_number(math.prod(map(len, factors)), place)
+        count = math.prod(map(len, factors))
+        _check_number(count, place)
+        self._spend(sum(1 + sum(map(len, nodes)) for nodes in factors))
+        if count > 1:
+            self._spend(count * sum(max(map(len, nodes)) for nodes in factors))
         found = {}
         for nodes in itertools.product(*factors):
             parts = {part.place: part for node in nodes for part in node}
@@ -155,7 +164,8 @@ class Schemas:
         if not isinstance(reference, str) or not reference.startswith("#"):
             raise lacking(part.place, "$ref", reference, "it must begin with #")
         found = self._root
-        for word in reference[1:].split("/")[1:]:
+        for word in unquote(reference[1:]).split("/")[1:]:
+            self._spend(1)
             name: Any = word.replace("~1", "/").replace("~0", "~")  # RFC 6901, 3
             name = (
                 int(name)
@@ -181,14 +191,15 @@ class Schemas:
         )
 
     def _is_apart(self, one: Node, other: Node) -> bool:
+        self._spend(len(one) + len(other))
         if not types_of(one) & types_of(other):
             return True
-        first, second = values_of(one), values_of(other)
+        first, second = self._values_of(one), self._values_of(other)
         if first is not None and second is not None:
             return not first & second
-        return any(
-            self._is_key_apart(one, other, key) for key in _needed(one) & _needed(other)
-        )
+        needed, of_other = needed_of(one), needed_of(other)
+        self._spend(len(needed) + len(of_other))
+        return any(self._is_key_apart(one, other, key) for key in needed & of_other)
 
     def _is_key_apart(self, one: Node, other: Node, key: str) -> bool:
         """Whether objects of two kinds are told apart by a key that both must have."""
@@ -197,13 +208,22 @@ class Schemas:
         first, second = self._values_at(one, key), self._values_at(other, key)
         return first is not None and second is not None and not first & second
 
+    def _values_of(self, node: Node) -> set[str] | None:
+        """As ``values_of``, which reads all of them, and here is asked often."""
+        key = key_of(node)
+        if key not in self._values:
+            self._values[key] = values_of(node)
+        found = self._values[key]
+        self._spend(len(found or ()))
+        return found
+
     def _values_at(self, node: Node, key: str) -> set[str] | None:
         """The values that a property may have, where they are listed."""
         found: set[str] | None = None
         for part in node:
-            if key in part.schema.get("properties", {}):
+            if key in mapping_of(part, "properties"):
                 options = self.alternatives((part.at("properties", key),))
-                listed = [values_of(option) for option in options]
+                listed = [self._values_of(option) for option in options]
                 known = [each for each in listed if each is not None]
                 if len(known) == len(listed):
                     found = set().union(*known)
@@ -278,8 +298,31 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
-def _needed(node: Node) -> set[str]:
-    return {name for part in node for name in listed(part, "required")}
+def needed_of(node: Node) -> set[str]:
+    """The keys that an object must have.
+
+    Raises:
+        RequestError: One of them is no text.
+    """
+    found: set[str] = set()
+    for part in node:
+        names = listed(part, "required")
+        if not all(isinstance(name, str) for name in names):
+            raise lacking(part.place, "required", names, "all must be texts")
+        found.update(names)
+    return found
+
+
+def mapping_of(part: Part, word: str) -> Mapping[str, Any]:
+    """The object that a keyword has; an empty one where there is no such keyword.
+
+    Raises:
+        RequestError: It has something else.
+    """
+    found = part.schema.get(word, {})
+    if not isinstance(found, Mapping):
+        raise lacking(part.place, word, found, "it must be an object")
+    return found
 
 
 def listed(part: Part, word: str) -> list[Any]:
@@ -295,4 +338,4 @@ def listed(part: Part, word: str) -> list[Any]:
 
 
 def _is_index(name: str) -> bool:
-    return name.isascii() and name.isdecimal()
+    return name.isascii() and name.isdecimal() and len(name) < 9

@@ -6,14 +6,17 @@ Knows nothing of how values are written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .ranges import LARGEST_BOUND
-from .schema_parts import Node, Part, lacking, listed
+from .schema_parts import Node, Part, lacking, listed, mapping_of
 
 LOWER = ("minimum", "exclusiveMinimum")
 UPPER = ("maximum", "exclusiveMaximum")
+MOST_NEEDED = 1000  # characters or items; engines of grammars count each of them
+_LARGEST = 10**300  # JSON's numbers are floats elsewhere
+_MOST_STEP = 10**6
+_ENDLESS = 10**9  # characters or items: no answer has as many
 LISTS = ("type", "enum", "const")
 KNOWN = frozenset(
     (
@@ -64,6 +67,13 @@ def kinds_of(value: Any) -> set[str]:
             return {"object"}
 
 
+def is_written(value: Any) -> bool:
+    """Whether a value that is no text, list or object can be written and read back."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or abs(value) < _LARGEST
+
+
 def item_of(node: Node, index: int) -> Node:
     """What an item of a list must meet."""
     found = []
@@ -89,24 +99,34 @@ def property_of(node: Node, key: str) -> Node:
     return tuple(found)
 
 
-def mapping_of(part: Part, word: str) -> Mapping[str, Any]:
-    """The object that a keyword has; an empty one where there is no such keyword.
+def least_of(node: Node, word: str) -> int:
+    """The number of characters, items or entries that there must be.
 
     Raises:
-        RequestError: It has something else.
+        RequestError: It is none, or so large that engines of grammars give up.
     """
-    found = part.schema.get(word, {})
-    if not isinstance(found, Mapping):
-        raise lacking(part.place, word, found, "it must be an object")
-    return found
+    return max(_counts_of(node, word, MOST_NEEDED), default=0)
 
 
-def counts_of(node: Node, word: str) -> list[int]:
+def most_of(node: Node, word: str) -> int | None:
+    """The number of characters, items or entries that there may be; None for any.
+
+    Raises:
+        RequestError: It is none.
+    """
+    counts = _counts_of(node, word, None)
+    return min((count for count in counts if count < _ENDLESS), default=None)
+
+
+def _counts_of(node: Node, word: str, most: int | None) -> list[int]:
     """Numbers of characters, items or entries."""
-    for part, value in given_of(node, word):
+    given = given_of(node, word)
+    for part, value in given:
         if not _is_number(value) or value != int(value) or value < 0:
             raise lacking(part.place, word, value, "it must be a whole number from 0")
-    return [int(value) for _, value in given_of(node, word)]
+        if most is not None and value > most:
+            raise lacking(part.place, word, value, f"most is {most}")
+    return [int(value) for _, value in given]
 
 
 def bounds_of(node: Node) -> dict[str, Any]:
@@ -122,13 +142,22 @@ def bounds_of(node: Node) -> dict[str, Any]:
     return found
 
 
-def steps_of(node: Node) -> Iterator[int]:
-    """What a number must be a multiple of."""
-    for part, value in given_of(node, "multipleOf"):
+def step_of(node: Node) -> int | None:
+    """What a number must be a multiple of; None for nothing.
+
+    Raises:
+        RequestError: It is no whole number, or too large.
+    """
+    step = 1
+    given = given_of(node, "multipleOf")
+    for part, value in given:
         if not _is_number(value) or value != int(value) or value <= 0:
             why = "it must be a whole number from 1"
             raise lacking(part.place, "multipleOf", value, why)
-        yield int(value)
+        step = math.lcm(step, int(value))
+        if step > _MOST_STEP:
+            raise lacking(part.place, "multipleOf", value, f"most is {_MOST_STEP}")
+    return step if given else None
 
 
 def given_of(node: Node, word: str) -> list[tuple[Part, Any]]:
@@ -137,5 +166,6 @@ def given_of(node: Node, word: str) -> list[tuple[Part, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    if isinstance(value, int):  # of any size: some are no float
+        return not isinstance(value, bool)
+    return isinstance(value, float) and math.isfinite(value)

@@ -33,6 +33,7 @@ def tool_grammar(
     name: str | None = None,
     is_parallel: bool = True,
     has_thoughts: bool = True,
+    has_text: bool = True,
 ) -> str:
     """The grammar of an answer.
 
@@ -46,6 +47,8 @@ def tool_grammar(
         is_parallel: Whether there may be more than one call.
         has_thoughts: Whether thoughts may stand before required calls. Who masks tokens
             may let thoughts pass unseen.
+        has_text: Whether an answer with ``AUTO`` may have text; without it has one call
+            or more and nothing else.
 
     Returns:
         A grammar in llguidance's dialect of Lark. It does not end the turn.
@@ -57,7 +60,7 @@ def tool_grammar(
     answer = _Answer(tools, marks)
     is_auto = choice == AUTO and name is None
     call = answer.call(name, holds_all=not is_auto)
-    if is_auto:
+    if is_auto and has_text:
         return answer.free(call, is_parallel=is_parallel)
     is_parallel = is_parallel and name is None
     return answer.forced(call, is_parallel=is_parallel, has_thoughts=has_thoughts)

@@ -272,7 +272,7 @@ def _add_chat_routes(app: FastAPI, desk: Desk) -> None:
         messages = [message.plain() for message in body.messages]
         desk.prompts.check_messages(messages)
         tools = desk.body_parser.tools_of(body, has_tools=desk.prompts.has_tools)
-        form = form_of(body, has_tools=bool(tools)) or desk.forced_calls.of(body, tools)
+        form = desk.forced_calls.of(body, tools, form_of(body))
         prompt, constraint = await desk.prepared(
             request,
             body.n or 1,

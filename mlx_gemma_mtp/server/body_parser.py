@@ -187,12 +187,6 @@ class BodyParser:
         form: BoundConstraint | None,
     ) -> list[Choice]:
         """The choices of one prompt."""
-        if form is not None and body.ignore_eos:
-            raise bad_request(
-                "ignore_eos must be left out where an answer has a given form: it ends "
-                "where that does. Leave out one of them.",
-                "ignore_eos",
-            )
         self._check_tokens(prompt.tokens)
         max_tokens = self._max_tokens(len(prompt.tokens), self._asked_tokens(body))
         min_tokens = body.min_tokens or 0

@@ -1,20 +1,20 @@
-"""Calls of tools that an answer must have: from ``tool_choice`` to a constraint.
+"""Calls of tools that an answer must have, or may: from ``tool_choice`` to constraints.
 
 Knows nothing of HTTP, of prompts, or of how a grammar is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..markup.answer import CALL_END, CALL_START, marks_of
 from ..markup.tool_calls import QUOTE
 from ..markup.tool_grammar import AUTO, REQUIRED, tool_grammar
-from ..structure.constraint import Constraint, grammar
-from .errors import bad_request
-from .forms import Form
+from ..structure.constraint import Constraint, either, grammar
+from .errors import AnswerError, bad_request
+from .forms import Form, check_end
 from .schema import ChatBody
 
 NONE = "none"
@@ -80,29 +80,42 @@ class ForcedCalls:
         """Whether the marks of calls are tokens."""
         return {CALL_START, CALL_END, QUOTE} <= self._marks.keys()
 
-    def of(self, body: ChatBody, tools: Sequence[dict[str, Any]]) -> Form | None:
-        """What holds an answer to calls; None where it is free.
+    def of(
+        self,
+        body: ChatBody,
+        tools: Sequence[dict[str, Any]],
+        form: Form | None = None,
+    ) -> Form | None:
+        """What holds an answer to calls, or to a form; None where it is free.
 
         Args:
             body: The request.
             tools: The tools that the model may call; none where it may not.
+            form: What the answer must be where it calls none. Where calls are required
+                it means nothing.
 
         Raises:
             AnswerError: Calls cannot be forced of this model.
         """
         if not tools:
-            return None
+            return form
         choice = ToolChoice.of(body)
-        if choice.kind == AUTO and not (self.are_possible and _any_strict(tools)):
+        is_auto = choice.kind == AUTO
+        if is_auto and form is None and not (self.are_possible and _any_strict(tools)):
             return None
         if not self.are_possible:
-            raise bad_request(
-                "tool_choice must be auto or none for this model: got "
-                f"{body.tool_choice!r:.60}. Its marks of calls are no tokens, so no "
-                "call can be forced.",
-                "tool_choice",
-            )
-        is_parallel = body.parallel_tool_calls is not False
+            raise self._impossible(body, form if is_auto else None)
+        check_end(body)
+        calls = Form("tools", self._maker(body, tools, has_text=form is None))
+        if form is None or not is_auto:
+            return calls
+        return Form(form.place, lambda: either(calls.made(), form.made()))
+
+    def _maker(
+        self, body: ChatBody, tools: Sequence[dict[str, Any]], *, has_text: bool
+    ) -> Callable[[], Constraint]:
+        """What makes a constraint to calls, or to text with calls where it may be."""
+        choice = ToolChoice.of(body)
 
         def make() -> Constraint:
             lark = tool_grammar(
@@ -110,12 +123,27 @@ class ForcedCalls:
                 self._marks,
                 choice=choice.kind,
                 name=choice.name,
-                is_parallel=is_parallel,
+                is_parallel=body.parallel_tool_calls is not False,
                 has_thoughts=False,  # masks let them pass where they are asked for
+                has_text=has_text,
             )
-            return grammar(lark)
+            return grammar(lark, what="grammar of the tools")
 
-        return Form("tools", make)
+        return make
+
+    def _impossible(self, body: ChatBody, form: Form | None) -> AnswerError:
+        """A request for which calls would have to be told from text by tokens."""
+        reason = "Its marks of calls are no tokens"
+        if form is not None:
+            return form.refused(
+                "it must stand without tools that may be called for this model: got "
+                f"both. {reason}. Leave out one of them, or send tool_choice: none."
+            )
+        return bad_request(
+            f"tool_choice must be auto or none for this model: got "
+            f"{body.tool_choice!r:.60}. {reason}, so no call can be forced.",
+            "tool_choice",
+        )
 
 
 def _any_strict(tools: Sequence[dict[str, Any]]) -> bool:

@@ -1,14 +1,13 @@
 """The form that an answer must have: found in a body, and compiled.
 
-Compiling takes milliseconds, and the first time seconds: it is done in a thread beside
-the event loop's. Knows nothing of HTTP.
+Compiling takes milliseconds, or up to seconds where somebody means harm: it is done in
+a thread beside the event loop's. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
 
-import threading
+import logging
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +26,8 @@ from ..structure.tokenizer import grammar_tokenizer
 from .errors import AnswerError, bad_request
 from .schema import ChatBody, CompletionBody, ResponseFormat, StructuredOutputs
 
+logger = logging.getLogger("mlx_gemma_mtp.server")
+
 _RESPONSE_FORMAT = "response_format"
 _STRUCTURED_OUTPUTS = "structured_outputs"
 
@@ -43,6 +44,17 @@ class Form:
     place: str
     make: Callable[[], Constraint]
 
+    def made(self) -> Constraint:
+        """What the answer must be.
+
+        Raises:
+            AnswerError: It cannot be compiled.
+        """
+        try:
+            return self.make()
+        except RequestError as error:
+            raise self.refused(str(error)) from error
+
     def refused(self, reason: str) -> AnswerError:
         """A request whose form is not made."""
         return bad_request(f"{self.place}: {reason}", self.place)
@@ -57,8 +69,19 @@ class Forms:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._lock = threading.Lock()
-        self._ready: Future[str] | None = None  # what is wrong, if something is
+
+    def prepare(self) -> None:
+        """Build what grammars need of the tokenizer, before anybody is answered.
+
+        Later it would let all streams stand still for seconds. Where it cannot be built
+        each request with a form is told why.
+        """
+        try:
+            grammar_tokenizer(self.tokenizer)
+        except RequestError as error:
+            logger.debug("answers have no given form: %s", error)
+        except Exception:  # whatever it is, answers without a form need none of it
+            logger.exception("the tokenizer could not be built for given forms")
 
     def compiled(self, form: Form) -> BoundConstraint:
         """A form that rows can follow; called beside the event loop's thread.
@@ -66,35 +89,15 @@ class Forms:
         Raises:
             AnswerError: It cannot be compiled; the message names the place.
         """
+        constraint = form.made()
         try:
-            constraint = form.make()
-            reason = self._prepare().result()
-            if reason:
-                raise form.refused(reason)
             return BoundConstraint(constraint, self.tokenizer)
         except RequestError as error:
             raise form.refused(str(error)) from error
 
-    def _prepare(self) -> Future[str]:
-        """Let the tokenizer be built for grammars, once.
 
-        In a thread that nobody stops: a client that goes away meanwhile would let the
-        next one wait for all of it again.
-        """
-        with self._lock:
-            if self._ready is None:
-                self._ready = Future()
-                build = partial(_build, self.tokenizer, self._ready)
-                threading.Thread(target=build, name="grammars", daemon=True).start()
-            return self._ready
-
-
-def form_of(body: ChatBody | CompletionBody, *, has_tools: bool = False) -> Form | None:
+def form_of(body: ChatBody | CompletionBody) -> Form | None:
     """The form that a body asks for, if any.
-
-    Args:
-        body: The request.
-        has_tools: Whether the model may call tools.
 
     Raises:
         AnswerError: Two are asked for, or something that no form can stand beside.
@@ -106,19 +109,28 @@ def form_of(body: ChatBody | CompletionBody, *, has_tools: bool = False) -> Form
     found = [form for form in forms if form is not None]
     if not found:
         return None
+    check_end(body)
     if len(found) > 1:
         raise bad_request(
             f"{_STRUCTURED_OUTPUTS} must stand without {_RESPONSE_FORMAT}: got both. "
             "Leave out one of them.",
             _STRUCTURED_OUTPUTS,
         )
-    (form,) = found
-    if has_tools:
-        raise form.refused(
-            "it must stand without tools that may be called: got both. Leave out one "
-            "of them, or send tool_choice: none."
+    return found[0]
+
+
+def check_end(body: ChatBody | CompletionBody) -> None:
+    """Refuse what would go on where a form, or forced calls, end an answer.
+
+    Raises:
+        AnswerError: It is asked for.
+    """
+    if body.ignore_eos:
+        raise bad_request(
+            "ignore_eos must be left out where an answer has a given form or forced "
+            "calls: it ends where they do. Leave out one of them.",
+            "ignore_eos",
         )
-    return form
 
 
 def _of_response_format(asked: ResponseFormat | None) -> Form | None:
@@ -170,15 +182,3 @@ def _of_structured_outputs(asked: StructuredOutputs | None) -> Form | None:
             _STRUCTURED_OUTPUTS,
         )
     return found[0]
-
-
-def _build(tokenizer: Any, ready: Future[str]) -> None:
-    """Build what grammars need of a tokenizer."""
-    try:
-        grammar_tokenizer(tokenizer)
-    except RequestError as error:
-        ready.set_result(str(error))
-    except BaseException as error:  # noqa: BLE001 - it is told to who waits
-        ready.set_exception(error)
-    else:
-        ready.set_result("")

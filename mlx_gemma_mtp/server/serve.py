@@ -53,6 +53,7 @@ def serve(settings: Settings) -> int:
         mailbox = Mailbox()
         bridge = make_bridge(engine, mailbox)
         desk = make_desk(engine, bridge)
+        desk.forms.prepare()
 
         def begin() -> None:
             bridge.is_draining = True

@@ -10,12 +10,14 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import thread_time
 from typing import Any
 
 from ..errors import RequestError, shorten
+from ..markup.grammar import is_unicode, quoted
 from .chains import literals, rules_reach, schema_reach
 from .library import limits, llguidance
-from .schemas import closed, depth_of, longest_text, place_of
+from .schemas import closed, count_of, depth_of, longest_text, place_of
 
 MAX_LENGTH = 262_144  # characters of a schema, a grammar, or all texts of a choice
 MAX_REGEX = 16_384  # characters; also of each text in another form
@@ -23,12 +25,17 @@ MAX_DEPTH = 80  # of nested objects and lists; llguidance reads no more than 120
 MAX_TEXTS = 4_096  # of a choice
 MAX_REACH = 1_000  # levels or rules that lead to each other: llguidance recurses
 
+# Of all schemas of a text: llguidance compares them in pairs.
+MAX_ENTRIES = {"properties": 1_000, "patternProperties": 200}
+_LONG_S = 0.3  # what took longer to compile is not compiled part by part
+
 _OPTIONS = "x-guidance"  # llguidance's key for its settings: not for clients
 _UNKNOWN = re.compile(r"Unimplemented keys: \[(.*)\]")
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 _REGEX_ERROR = re.compile(r"^error: (.*)$", re.MULTILINE)
 _TEXT_PLACE = re.compile(r" at line \d+ column \d+$")
 _JSON_PART = re.compile(r"%json\s*(?={)")
+_COSTS = re.compile("fuel exhausted|too many expressions|too big")
 _CARET = re.compile(r"regex parse error:\n {4}(.*)\n {4}( *)\^")
 
 
@@ -37,7 +44,7 @@ class Constraint:
     """What a text must be, from its first character to its last.
 
     Attributes:
-        what: What it was given as: schema, regex, choice or grammar.
+        what: What it was given as, schema, regex, choice or grammar, or is called.
         grammar: For llguidance.
     """
 
@@ -62,10 +69,12 @@ def json_schema(schema: Any, *, strict: bool = True) -> Constraint:
     _check_size("schema", len(text), MAX_LENGTH, "characters")
     read = json.loads(text)
     _check_size("a text of the schema", longest_text(read), MAX_REGEX, "characters")
-    _check_schema_reach("schema", read)
+    _check_schemas("schema", [read])
+    begin = thread_time()
     made, error = _compiled(text, strict=strict)
     if error:
-        raise _schema_error(found, error, strict=strict)
+        is_quick = thread_time() - begin < _LONG_S
+        raise _schema_error(found, error, strict=strict, is_quick=is_quick)
     return Constraint("schema", made)
 
 
@@ -117,27 +126,47 @@ def choice(texts: Sequence[str]) -> Constraint:
         _check_text("choice", text)
         _check_size("a text of the choice", len(text), MAX_REGEX, "characters")
     # One terminal: its texts cost the parser nothing.
-    lark = f"start: TEXT\nTEXT: {' | '.join(map(_quoted, texts))}"
+    lark = f"start: TEXT\nTEXT: {' | '.join(map(quoted, texts))}"
     return Constraint("choice", _checked_lark("choice", lark))
 
 
-def grammar(lark: str) -> Constraint:
+def grammar(lark: str, *, what: str = "grammar") -> Constraint:
     """A constraint to text of a grammar.
 
     Args:
         lark: The grammar, in llguidance's form of Lark. Control tokens stand in it by
             their names, which begin with ``<`` and end with ``>``, or as ``<[106]>``.
+        what: What errors call it.
 
     Raises:
         RequestError: It cannot be compiled; the message names line and column. Names of
             control tokens are checked with a tokenizer, in ``masks.bind``.
     """
-    _check_text("grammar", lark)
-    _check_size("grammar", len(lark), MAX_LENGTH, "characters")
+    _check_text(what, lark)
+    _check_size(what, len(lark), MAX_LENGTH, "characters")
     longest = max(map(len, literals(lark)), default=0)
-    _check_size("a text of the grammar", longest, MAX_REGEX, "characters")
-    _check_reach(lark)
-    return Constraint("grammar", _checked_lark("grammar", lark))
+    _check_size(f"a text of the {what}", longest, MAX_REGEX, "characters")
+    _check_reach(what, lark)
+    return Constraint(what, _checked_lark(what, lark))
+
+
+def either(first: Constraint, second: Constraint) -> Constraint:
+    """A constraint to text of one constraint or of another; neither is such a one.
+
+    Raises:
+        RequestError: They cannot be compiled together.
+    """
+    both = {"first": first, "second": second}
+    parts = [
+        {"name": "either", "lark_grammar": "start: @first | @second"},
+        *({**_part_of(each.grammar), "name": name} for name, each in both.items()),
+    ]
+    what = f"{first.what} or {second.what}"
+    made = json.dumps({"grammars": parts})
+    error = _error_of(made)
+    if error:
+        raise refusal(what, error)
+    return Constraint(what, made)
 
 
 def asked(
@@ -170,6 +199,11 @@ def refusal(what: str, error: str) -> RequestError:
         what: See ``Constraint``.
         error: Its message, of several lines perhaps.
     """
+    if _COSTS.search(error):
+        return RequestError(
+            f"{what} must take less to compile: got {reason_of(error)}. Use shorter "
+            "expressions with smaller counts, or fewer of them."
+        )
     return RequestError(
         f"{what} must be one that can be compiled: got {reason_of(error)}. Change it "
         "there."
@@ -209,9 +243,12 @@ def _checked_lark(what: str, lark: str) -> str:
     return made
 
 
-def _quoted(text: str) -> str:
-    """A text as Lark has it."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+def _part_of(grammar: str) -> dict[str, Any]:
+    """A grammar of llguidance's as a part of another."""
+    if not grammar.startswith("{"):  # Lark stays as it is
+        return {"lark_grammar": grammar}
+    (part,) = json.loads(grammar)["grammars"]
+    return {key: value for key, value in part.items() if value is not None}
 
 
 def _schema_of(schema: Any) -> Mapping[str, Any]:
@@ -277,14 +314,14 @@ def _compiled(schema: str, *, strict: bool) -> tuple[str, str]:
 
 
 def _schema_error(
-    schema: Mapping[str, Any], error: str, *, strict: bool
+    schema: Mapping[str, Any], error: str, *, strict: bool, is_quick: bool
 ) -> RequestError:
-    """What is wrong with a schema, and where."""
+    """What is wrong with a schema, and where, if that is found quickly."""
 
     def error_of(part: Mapping[str, Any]) -> str:
         return _compiled(_text_of(part), strict=strict)[1]
 
-    place = place_of(schema, error, error_of)
+    place = place_of(schema, error, error_of) if is_quick else "#"
     advice = "Leave it out" if _UNKNOWN.search(error) else "Change it there"
     return RequestError(
         f"schema must be one that text can be forced to follow: got {reason_of(error)} "
@@ -315,12 +352,10 @@ def _check_text(what: str, text: Any) -> None:
     Raises:
         RequestError: It is not.
     """
-    try:
-        text.encode()
-    except (AttributeError, UnicodeError) as error:
+    if not isinstance(text, str) or not is_unicode(text):
         raise RequestError(
             f"{what} must be text: got {shorten(text)}. Write it as a string."
-        ) from error
+        )
 
 
 def _check_size(what: str, size: int, most: int, unit: str) -> None:
@@ -335,7 +370,7 @@ def _check_size(what: str, size: int, most: int, unit: str) -> None:
         )
 
 
-def _check_reach(lark: str) -> None:
+def _check_reach(what: str, lark: str) -> None:
     """Check how long a chain of a grammar's rules is, and the schemas in it.
 
     Raises:
@@ -343,25 +378,30 @@ def _check_reach(lark: str) -> None:
     """
     if rules_reach(lark) > MAX_REACH:
         raise RequestError(
-            f"grammar must have at most {MAX_REACH} rules that lead to each other: got "
+            f"{what} must have at most {MAX_REACH} rules that lead to each other: got "
             "more. Use fewer rules."
         )
+    schemas = []
     for match in _JSON_PART.finditer(lark):
         try:
             schema, _ = json.JSONDecoder().raw_decode(lark, match.end())
         except (ValueError, RecursionError):
             continue  # llguidance does not read it either, and says where
-        _check_schema_reach("a schema of the grammar", schema)
+        schemas.append(schema)
+    _check_schemas(f"a schema of the {what}", schemas)
 
 
-def _check_schema_reach(what: str, schema: Mapping[str, Any]) -> None:
-    """Check how deep a schema is where its references are followed.
+def _check_schemas(what: str, schemas: Sequence[Mapping[str, Any]]) -> None:
+    """Check how deep schemas are where references are followed, and how wide.
 
     Raises:
-        RequestError: It is too deep.
+        RequestError: One is too deep, or all together are too wide.
     """
-    if schema_reach(schema) > MAX_REACH:
+    if any(schema_reach(schema) > MAX_REACH for schema in schemas):
         raise RequestError(
             f"{what} must be at most {MAX_REACH} levels deep with references followed: "
             "got more. Use fewer definitions that lead to each other."
         )
+    for word, most in MAX_ENTRIES.items():
+        count = sum(count_of(schema, word) for schema in schemas)
+        _check_size(what, count, most, f"{word} in all")

@@ -32,7 +32,7 @@ def limits() -> Any:
     """
     return llguidance().LLParserLimits(
         max_items_in_row=20_000,
-        initial_lexer_fuel=1_000_000,
+        initial_lexer_fuel=400_000,
         step_lexer_fuel=20_000,
         step_max_items=20_000,
         max_lexer_states=10_000,

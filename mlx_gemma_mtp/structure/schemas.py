@@ -46,6 +46,20 @@ def longest_text(value: Any) -> int:
     return longest
 
 
+def count_of(value: Any, word: str) -> int:
+    """The entries of all objects that a keyword has, anywhere in a schema."""
+    count, stack = 0, [value]
+    while stack:
+        each = stack.pop()
+        if isinstance(each, Mapping):
+            inner = each.get(word)
+            count += len(inner) if isinstance(inner, Mapping) else 0
+            stack += each.values()
+        elif isinstance(each, (list, tuple)):
+            stack += each
+    return count
+
+
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A schema in which objects that name their keys have no others.
 

@@ -66,6 +66,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A pair, and its text, which a tokenizer cuts as it was written."""
+    folder = model_folder(tmp_path_factory.mktemp("cli") / "whole", "12b")
+    return folder, plain_text(folder)
+
+
+@pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "chat"
     return model_folder(folder, has_drafter=False, chat_template=CHAT_TEMPLATE)
@@ -78,6 +85,10 @@ def endless(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(folder):
+    return plain_text(folder)
+
+
+def plain_text(folder):
     """The greedy text by plain decoding, from the Python API."""
     model, tokenizer = mlx_gemma_mtp.load(folder, speculative_decoding=False)
     return mlx_gemma_mtp.generate(model, tokenizer, PROMPT, max_tokens=NUM_TOKENS)
@@ -250,11 +261,13 @@ class TestOutput:
             assert (status, out) == (0, expected[: expected.index(first)] + "\n")
 
     @pytest.mark.parametrize("as_id", [True, False])
-    def test_extra_eos_token(self, run, expected, as_id):
+    def test_extra_eos_token(self, run, whole, as_id):
+        folder, expected = whole
         ids = tiny_tokenizer().encode(expected, add_special_tokens=False)
         piece = next(p for p in tiny_tokenizer().convert_ids_to_tokens(ids[3:]))
         name = str(tiny_tokenizer().convert_tokens_to_ids(piece)) if as_id else piece
-        status, out, _ = run("--extra-eos-token", "<unk>", name)
+        flags = ("--ignore-chat-template", "--extra-eos-token", "<unk>", name)
+        status, out, _ = run(*flags, model=folder)
         assert status == 0
         assert expected.startswith(out[:-1])
         assert len(out) < len(expected)
@@ -619,10 +632,11 @@ class TestPenalties:
             assert (status, out) == (0, name.replace("▁", " ") * NUM_TOKENS + "\n")
             assert f"({NUM_TOKENS} tokens after" in err
 
-    def test_a_bias_bans_a_token(self, run, expected):
+    def test_a_bias_bans_a_token(self, run, whole):
+        folder, expected = whole
         ids = tiny_tokenizer().encode(expected, add_special_tokens=False)
         bias = json.dumps({str(token): -1000 for token in ids})
-        out = run("--logit-bias", bias)[1]
+        out = run("--ignore-chat-template", "--logit-bias", bias, model=folder)[1]
         found = tiny_tokenizer().encode(out[:-1], add_special_tokens=False)
         assert not set(found) & set(ids)
 

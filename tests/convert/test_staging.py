@@ -452,7 +452,7 @@ class Driver:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("kill") / "source", "12b")
+    return model_folder(tmp_path_factory.mktemp("kill") / "source")
 
 
 @pytest.fixture(scope="module")

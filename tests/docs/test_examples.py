@@ -38,7 +38,7 @@ HUB_ID = "google/gemma-4-E2B-it"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("docs") / "pair"
-    model_folder(place, "e2b", chat_template=CHAT_TEMPLATE)
+    model_folder(place, chat_template=CHAT_TEMPLATE)
     path = place / "config.json"
     # mlx-lm's own loader takes Gemma's where the outer config does not say.
     config = json.loads(path.read_text()) | {"vocab_size": VOCAB_SIZE}

@@ -21,10 +21,9 @@ from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.engine.state import Report
 from mlx_gemma_mtp.generation.tokens import generate_tokens
-from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import named_arrays
 from mlx_gemma_mtp.pair.wired_memory import wired
-from tests.tiny import REFERENCE, reference_pair
+from tests.tiny import new_pair, reference_pair
 
 PROMPT = [2, 17, 300, 45, 99, 8, 120]
 PACKAGE = Path(mlx_gemma_mtp.__file__).parent
@@ -329,7 +328,7 @@ def test_a_warning_says_when_both_hardly_fit(monkeypatch, caplog):
 
 def test_other_threads_can_decode():
     """What a round captures is not tied to the thread that loaded it."""
-    pair = load_pair(REFERENCE / "e2b" / "target", REFERENCE / "e2b" / "drafter")
+    pair = new_pair("e2b")
 
     def decode():
         return [
@@ -345,8 +344,7 @@ def test_other_threads_can_decode():
 @pytest.mark.parametrize("num_draft_tokens", [0, 2])
 def test_changed_weights_are_used(num_draft_tokens):
     """Rounds are traced again when weights are exchanged after a generation."""
-    folder = REFERENCE / "12b"
-    changed, fresh = (load_pair(folder / "target", folder / "drafter") for _ in "ab")
+    changed, fresh = new_pair(), new_pair()
 
     def decode(pair):
         return list(

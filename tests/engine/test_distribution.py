@@ -148,21 +148,24 @@ def check_chi_squared(counts, probs):
 
 
 @pytest.mark.parametrize(
-    ("num_draft_tokens", "settings"),
+    ("is_whole", "num_draft_tokens", "settings"),
     [
-        (1, {}),
-        (1, {"top_k": 6, "top_p": 0.75}),
-        (4, {}),
-        (4, {"top_k": 4}),
-        (4, {"top_p": 0.75}),
-        (4, {"min_p": 0.2}),
-        (4, {"top_k": 6, "top_p": 0.75}),
+        (False, 1, {}),
+        (False, 1, {"top_k": 6, "top_p": 0.75}),
+        (False, 4, {}),
+        (False, 4, {"top_k": 4}),
+        (False, 4, {"top_p": 0.75}),  # no list is drawn from here either
+        (False, 4, {"min_p": 0.2}),
+        (False, 4, {"top_k": 6, "top_p": 0.75}),
+        (True, 4, {}),
+        (True, 4, {"top_k": 4}),
+        (True, 4, {"top_k": 6, "top_p": 0.75}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("how", [draw, draw_whole])
-def test_block_verification_draws_from_the_target(num_draft_tokens, settings, how):
+def test_block_verification_draws_from_the_target(is_whole, num_draft_tokens, settings):
     """Chi-squared over tokens and over pairs of neighbours, false alarm 1e-6 each."""
+    how = draw_whole if is_whole else draw
     rows, decoder = how(num_draft_tokens, reproducible=False, **settings)
     probs = filtered(TARGET_PROBS, **settings)
     counts = np.bincount(np.concatenate(rows), minlength=8)

@@ -75,7 +75,7 @@ def decoded(decoder):
 def test_the_order_changes_no_text_and_no_cache():
     pair = load_pair()
     requests = [
-        Request([2, 5, 9, 11], 40, keeps_cache=True),
+        Request([2, 5, 9, 11], 34, keeps_cache=True),
         Request([2, 534, 17], 17, keeps_cache=True),
     ]
     late = Late()

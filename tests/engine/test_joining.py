@@ -110,11 +110,11 @@ class TestText:
                         for _ in range(rng.choice([2, 9, 40]))
                     ),
                 ],
-                rng.choice([1, 3, 20]),
+                rng.choice([1, 3, 16]),
                 SamplingParams(1.0, 0.95, 64, seed=i) if i % 2 else SamplingParams(),
                 eos_token_ids=pair.eos_token_ids,
             )
-            for i in range(14)
+            for i in range(9)
         ]
         with uncompiled():
             check_against_alone(pair, requests, rng, num_draft_tokens=4, max_rows=4)
@@ -132,7 +132,7 @@ class TestText:
             ][i % 4]
             return Request(
                 [rng.randrange(4, 500) for _ in range(rng.choice([1, 5, 30]))],
-                rng.choice([1, 10, 20]),
+                rng.choice([1, 6, 14]),
                 sampling,
                 logits_processors=(less_of_the_last,) if i % 5 == 0 else (),
                 num_logprobs=[None, 0, 3][i % 3],
@@ -492,7 +492,7 @@ class TestQueue:
 
     def test_one_graph_serves_rows_that_come_and_go(self):
         """A rule once asked for stays: no round is traced again and again."""
-        pair = reference_pair("12b")
+        pair = reference_pair()
         decoder = make_batch_decoder(pair, num_draft_tokens=2, max_rows=4)
         kinds = [SamplingParams(), SamplingParams(1.0, top_k=8, seed=1)]
         first = [decoder.add(Request([5, 6], 200, kind)) for kind in kinds]

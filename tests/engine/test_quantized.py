@@ -57,7 +57,7 @@ def test_text_does_not_depend_on_drafting(pairs, settings):
             generate_tokens(
                 quantized,
                 PROMPT,
-                max_tokens=20,
+                max_tokens=12,
                 num_draft_tokens=num_draft_tokens,
                 eos_token_ids=(),
                 **settings,

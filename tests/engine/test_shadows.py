@@ -78,14 +78,21 @@ def decoded(watcher, prompts, sampling, *, look_ahead=True, max_tokens=36):
     return texts
 
 
+@cache
+def drafted_rounds(name):
+    """Texts of rounds of drafts, and what each has accepted."""
+    drafted = Watcher(DEPTH)
+    return decoded(drafted, prompts_of(1), SAMPLINGS[name]), drafted.rounds
+
+
 @pytest.mark.parametrize(
     ("name", "look_ahead"), [("greedy", True), ("greedy", False), ("coupled", True)]
 )
 def test_shadows_say_what_rounds_accept(name, look_ahead):
     """Where a round of drafts began, the shadow of that place said its count."""
     sampling = SAMPLINGS[name]
-    drafted, plain = Watcher(DEPTH), Watcher(0, DEPTH)
-    texts = decoded(drafted, prompts_of(1), sampling)
+    plain = Watcher(0, DEPTH)
+    texts, rounds = drafted_rounds(name)
     assert decoded(plain, prompts_of(1), sampling, look_ahead=look_ahead) == texts
     # A shadow per plain round, but for those whose last tokens never came.
     told = [count for shadow in plain.shadows for count in shadow]
@@ -94,7 +101,7 @@ def test_shadows_say_what_rounds_accept(name, look_ahead):
     told = told[:count]
     assert sum(told) > 12
     place = 0
-    for (count,) in drafted.rounds:
+    for (count,) in rounds:
         if place >= len(told):
             break
         assert told[place] == count

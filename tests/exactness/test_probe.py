@@ -28,11 +28,10 @@ from mlx_gemma_mtp.exactness.verdict import PLAIN_ROWS
 from mlx_gemma_mtp.generation.tokens import make_decoder
 from mlx_gemma_mtp.models.target import Target
 from mlx_gemma_mtp.pair import planning
-from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.pair.planning import make_plan
 from mlx_gemma_mtp.sampling.params import SamplingParams
-from tests.tiny import FAMILIES, REFERENCE, reference_pair
+from tests.tiny import SHORT, new_pair, reference_pair
 
 pytestmark = pytest.mark.usefixtures("plain_graphs")
 
@@ -95,7 +94,7 @@ class RoundedByRows(nn.Module):
 
 def inexact_pair(rows: Collection[int], *, step: float = 0.0, first: int = 0) -> Pair:
     """A pair whose second layer rounds by the number of rows."""
-    pair = load_pair(REFERENCE / "12b" / "target", REFERENCE / "12b" / "drafter")
+    pair = new_pair()
     mlp = pair.target.layers[1].mlp
     mlp.down_proj = RoundedByRows(mlp.down_proj, rows, step, first)
     return pair
@@ -188,7 +187,7 @@ def test_a_probe_goes_on_where_it_stopped(monkeypatch):
 
 
 def test_compiling_takes_no_time_from_a_probe(monkeypatch):
-    target = Timed(reference_pair("12b").target, monkeypatch, compile_s=1000)
+    target = Timed(reference_pair().target, monkeypatch, compile_s=1000)
     assert probe(Rounds(target), budget_s=400) is not None
     assert target.now > 10_000
 
@@ -246,7 +245,7 @@ def test_damage_is_nothing_that_was_compared(damage):
 
 @pytest.mark.usefixtures("many_slots")
 def test_places_cover_the_wrap_and_the_growth():
-    layout = reference_pair("12b").rounds.target.layout
+    layout = reference_pair().rounds.target.layout
     start, wrap, grown = places(layout)
     assert start.offset < layout.window
     assert wrap.offset < layout.ring < wrap.offset + 3
@@ -302,26 +301,36 @@ def test_the_last_row_of_a_block_counts(num_rows):
 
 
 def test_a_probe_that_has_no_time_for_one_comparison_ends_at_once(monkeypatch):
-    target = Timed(reference_pair("12b").target, monkeypatch)
+    target = Timed(reference_pair().target, monkeypatch)
     assert probe(Rounds(target), budget_s=15) is None
     assert target.num_passes == TIMING_PASSES
 
 
 def test_a_probe_that_is_wanted_whole_does_not_begin_with_a_part(monkeypatch):
-    target = Timed(reference_pair("12b").target, monkeypatch)
+    target = Timed(reference_pair().target, monkeypatch)
     assert probe(Rounds(target), budget_s=100, is_whole=True) is None
     assert target.num_passes == TIMING_PASSES
     assert probe(Rounds(target), budget_s=200, is_whole=True) is not None
 
 
 @pytest.mark.parametrize(
-    ("family", "exactness"), [*((f, "exact") for f in FAMILIES), ("e2b", "auto")]
+    ("family", "exactness"),
+    [
+        ("e2b", "exact"),
+        ("26b-a4b", "exact"),
+        (SHORT, "auto"),
+        # Of which test_exactness.py compares blocks with single steps.
+        *(
+            pytest.param(family, "exact", marks=pytest.mark.slow)
+            for family in ("e4b", "12b", "31b")
+        ),
+    ],
 )
 def test_exact_text_is_byte_equal(family, exactness):
     pair = reference_pair(family)
     tokens, logits, stats = decode(pair, 0, exactness)
     assert not stats.engaged
-    for num_draft_tokens in (1, 8, None) if family == "e2b" else (4,):
+    for num_draft_tokens in (1, 8, None) if family == SHORT else (4,):
         found = decode(pair, num_draft_tokens, exactness)
         assert found[:2] == (tokens, logits)
         assert found[2].exactness.startswith(
@@ -395,7 +404,7 @@ def test_exact_mode_fills_up_without_a_drafter_too():
 def test_changed_weights_are_probed_anew():
     pair = inexact_pair([])
     assert decode(pair, 4, "exact", num_tokens=4)[2].exactness.endswith("K = 0 to 8")
-    mlp = pair.target.layers[2].mlp
+    mlp = pair.target.layers[0].mlp
     mlp.down_proj.weight = -mlp.down_proj.weight
     mlp.down_proj = RoundedByRows(mlp.down_proj, [9], 0.0)
     assert decode(pair, 4, "exact", num_tokens=4)[2].exactness.endswith("K = 0 to 7")
@@ -479,7 +488,7 @@ def test_auto_says_when_it_is_not_exact_and_how_far_logits_differ():
 
 
 def test_endless_sampling_without_a_seed_needs_no_probe(monkeypatch):
-    pair = reference_pair("12b")
+    pair = reference_pair()
     monkeypatch.setattr("mlx_gemma_mtp.pair.planning.probe", None)  # must not be called
     request = Request(PROMPT, None, sampling=SamplingParams(temp=1.0))
     plan = make_plan(pair, [request], num_draft_tokens=None, exactness="exact")
@@ -489,7 +498,7 @@ def test_endless_sampling_without_a_seed_needs_no_probe(monkeypatch):
 
 def test_fixed_numbers_of_drafts_teach_the_controller():
     """What rounds chosen by hand have told serves the automatic choice."""
-    pair = load_pair(REFERENCE / "12b" / "target", REFERENCE / "12b" / "drafter")
+    pair = new_pair()
     learnt = pair.calibration.controller("greedy", num_rows=1, min_rows=1)
     for k in (0, 3):
         assert not learnt.costs.has_measured(k)
@@ -499,11 +508,10 @@ def test_fixed_numbers_of_drafts_teach_the_controller():
 
 
 def test_the_verdict_is_remembered_across_pairs(monkeypatch):
-    folder = REFERENCE / "12b"
-    pair = load_pair(folder / "target", folder / "drafter")
+    pair = new_pair()
     decode(pair, 4, "auto", num_tokens=4)
     monkeypatch.setattr("mlx_gemma_mtp.pair.planning.probe", None)  # must not be called
-    again = load_pair(folder / "target", folder / "drafter")
+    again = new_pair()
     assert decode(again, 4, "exact", num_tokens=4)[2].engaged
 
 
@@ -519,7 +527,7 @@ class ByCapacity(Target):
 @pytest.fixture
 def by_capacity(monkeypatch):
     """Such a pair, with slabs that grow often."""
-    pair = load_pair(REFERENCE / "12b" / "target", REFERENCE / "12b" / "drafter")
+    pair = new_pair()
     rounds = pair.rounds
     monkeypatch.setattr(rounds, "target", ByCapacity(pair.target))
     monkeypatch.setattr(capacity_module, "RESERVED_TOKENS", 8)
@@ -528,7 +536,7 @@ def by_capacity(monkeypatch):
 
 
 def test_exact_mode_grows_where_plain_decoding_grows(by_capacity):
-    num_tokens = 60
+    num_tokens = 44
     tokens, logits, stats = decode(by_capacity, 0, "exact", num_tokens=num_tokens)
     assert stats.exactness.startswith("exact")
     for num_draft_tokens in (1, 8):

@@ -21,6 +21,7 @@ from mlx_gemma_mtp.sampling import distribution, graph
 from tests.tiny import (
     END_OF_TURN,
     EOS,
+    SHORT,
     VOCAB_SIZE,
     record_decoders,
     reference_pair,
@@ -45,12 +46,12 @@ def _every_token_is_a_candidate():
 
 @pytest.fixture(scope="module")
 def pair():
-    return reference_pair("12b")
+    return reference_pair()
 
 
 @pytest.fixture(scope="module")
 def plain_pair():
-    return reference_pair("12b", has_drafter=False)
+    return reference_pair(has_drafter=False)
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +371,7 @@ class TestDraftBlock:
 
 @pytest.mark.parametrize(
     ("family", "filters"),
-    [("e2b", {}), ("e2b", {"top_k": 200, "min_p": 0.01}), ("12b", {"top_p": 0.9})],
+    [("e2b", {}), ("e2b", {"top_k": 200, "min_p": 0.01}), (SHORT, {"top_p": 0.9})],
     ids=str,
 )
 def test_block_verification_of_sparse_and_dense_heads(family, filters):

@@ -29,7 +29,7 @@ PROMPTS = [[2, 17, 300, 45], [2, 9], [2, *range(40, 75)], [2, 120, 121, 122, 123
 
 @pytest.fixture(scope="module")
 def pair():
-    pair = reference_pair("12b")
+    pair = reference_pair()
     pair_module.attach(pair.target, pair)
     return pair
 
@@ -296,7 +296,7 @@ class TestMistakes:
             (([[1, 2]], [1, 2]), "Option max_tokens must have one entry"),
             (([[1], [2]], None, [None]), "Option caches must have one entry"),
             (([[1], [99999]],), "below the vocabulary's size: got 99999"),
-            (([[1]], [5], [[1, 2]]), "one entry for each layer"),
+            (([[1]], [5], [[1, 2, 3]]), "one entry for each layer"),
         ],
     )
     def test_are_named(self, generator, arguments, message):
@@ -306,8 +306,8 @@ class TestMistakes:
         assert generator.insert([[1, 2]]) == [0]
 
     def test_memory_that_is_never_enough(self, pair):
-        generator = BatchGenerator(pair.target, max_kv_bytes=160_000)
-        with pytest.raises(RequestError, match=r"must fit into 0\.2 MB"):
+        generator = BatchGenerator(pair.target, max_kv_bytes=100_000)
+        with pytest.raises(RequestError, match=r"must fit into 0\.1 MB"):
             generator.insert([[1] * 5000], [5])
         # Many ask for a huge number of tokens where they want no limit.
         generator.insert([[1, 2]], [10**9])

@@ -88,7 +88,7 @@ def run_python(*arguments, **settings):
 class TestPrograms:
     @pytest.mark.parametrize("name", ["mlx_lm.generate", "generate"])
     def test_generate(self, folder, capsys, monkeypatch, name):
-        arguments = ["--model", folder, "-p", PROMPTS[0], "-m", "16"]
+        arguments = ["--model", folder, "-p", PROMPTS[0], "-m", "8"]
         expected = own_generate(arguments, capsys, monkeypatch)
         assert run.main(["--num-draft-tokens", "3", name, *arguments]) == 0
         out, err = capsys.readouterr()
@@ -97,7 +97,7 @@ class TestPrograms:
         assert err.splitlines()[0] == source
         counts = re.fullmatch(DRAFTS, err.splitlines()[-1])
         assert counts is not None
-        assert 0 < int(counts[1]) < int(counts[2]) == 16
+        assert 0 < int(counts[1]) < int(counts[2]) == 8
         assert sys.argv == ["mlx_lm.generate", *arguments]
 
     def test_settings(self, folder, tmp_path, capsys, monkeypatch):
@@ -149,7 +149,7 @@ class TestPrograms:
         out, err = capsys.readouterr()
         assert "Saving..." in out
         assert err == ""
-        arguments += ["-p", "    r", "-m", "12", "--ignore-chat-template"]
+        arguments += ["-p", "    r", "-m", "6", "--ignore-chat-template"]
         expected = own_generate(arguments, capsys, monkeypatch)
         assert run.main(["generate", *arguments]) == 0
         out, err = capsys.readouterr()

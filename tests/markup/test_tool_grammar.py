@@ -246,6 +246,13 @@ class TestAnswers:
         assert not gemma.takes(grammar, call("x:1"))
         assert not gemma.takes(grammar, call("", "h"))
 
+    def test_auto_without_text(self, gemma):
+        """Calls alone: what else there may be is of another grammar."""
+        grammar = tool_grammar(self.tools, MARKS, choice=AUTO, has_text=False)
+        assert gemma.takes(grammar, call("a:1") + call("x:[1]", "g"))
+        for text in ("", "Hello", call("x:1"), f"Hello{call('a:1')}"):
+            assert not gemma.takes(grammar, text)
+
     def test_marks_are_tokens(self, gemma):
         """Ordinary tokens that spell a mark are none."""
         grammar = tool_grammar(self.tools, MARKS)

@@ -68,7 +68,7 @@ def test_text_does_not_depend_on_drafting(pair, prompts, settings):
             generate_tokens(
                 pair,
                 prompt,
-                max_tokens=64,
+                max_tokens=32,
                 num_draft_tokens=num_draft_tokens,
                 eos_token_ids=(),
                 **settings,
@@ -83,7 +83,7 @@ def test_text_does_not_depend_on_drafting(pair, prompts, settings):
 
 def test_drafts_are_used(pair, prompts):
     """A small sample; scripts/bench.py measures properly. Greedy, so it repeats."""
-    requests = [Request(prompt, 32) for prompt in prompts[:12]]
+    requests = [Request(prompt, 24) for prompt in prompts[:8]]
     decoder = Decoder(pair.rounds, requests, num_draft_tokens=4)
     for _ in decoder.run():
         pass
@@ -93,7 +93,7 @@ def test_drafts_are_used(pair, prompts):
 def test_drafts_continue_held_out_text(pair, prompts):
     """Drafts after a text that the target did not write, against its greedy text."""
     lengths = []
-    for prompt in prompts[:12]:
+    for prompt in prompts[:8]:
         drafts = draft_block(pair, prompt, 4)
         greedy = generate_tokens(
             pair, prompt, max_tokens=4, num_draft_tokens=0, eos_token_ids=()
@@ -119,7 +119,7 @@ def test_text_streams(loaded):
     model, tokenizer = loaded
     prompt = "import os\n\n\ndef read("
     text = text_module.generate(
-        model, tokenizer, prompt, max_tokens=64, num_draft_tokens=0
+        model, tokenizer, prompt, max_tokens=40, num_draft_tokens=0
     )
     assert text.isprintable() or "\n" in text
     for num_draft_tokens in (None, 4):
@@ -128,7 +128,7 @@ def test_text_streams(loaded):
                 model,
                 tokenizer,
                 prompt,
-                max_tokens=64,
+                max_tokens=40,
                 num_draft_tokens=num_draft_tokens,
             )
         )

@@ -37,13 +37,19 @@ from mlx_gemma_mtp.generation.text import stream_generate
 from mlx_gemma_mtp.generation.tokens import generate_tokens, make_batch_decoder
 from mlx_gemma_mtp.hook.batch_generator import BatchGenerator
 from mlx_gemma_mtp.pair.calibration import Calibration
-from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Kept, Pair, attach, pair_of
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.engine.test_joining import chain_text, check_against_alone, check_chains
 from tests.generation.test_stop import before_the_stop
 from tests.scripted import ChainDrafter, ChainTarget
-from tests.tiny import REFERENCE, reference_pair, tiny_tokenizer, uncompiled
+from tests.tiny import (
+    SHORT,
+    family_folder,
+    new_pair,
+    reference_pair,
+    tiny_tokenizer,
+    uncompiled,
+)
 
 PROMPT = [2, 17, 300, 45, 9]
 
@@ -71,11 +77,6 @@ def run_together(count: int, work: Callable[[int], Any]) -> list[Any]:
     with workers(count) as pools:
         running = [pool.submit(work, i) for i, pool in enumerate(pools)]
         return [future.result() for future in running]
-
-
-def new_pair(family: str = "12b") -> Pair:
-    folder = REFERENCE / family
-    return load_pair(folder / "target", folder / "drafter")
 
 
 def disturb(pair: Pair, seed: int) -> None:
@@ -493,7 +494,7 @@ class TestLifetimes:
         model = new_pair().target
         references: list[Any] = []
         for _ in range(2):
-            drafter = load_drafter(REFERENCE / "12b" / "drafter")
+            drafter = load_drafter(family_folder(SHORT) / "drafter")
             self._speak(model, draft_model=drafter, num_draft_tokens=2)
             kept = pair_of(model, drafter).kept
             assert pair_of(model, drafter).kept is kept

@@ -32,7 +32,7 @@ from mlx_gemma_mtp.sampling.distribution import (
 from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.noise import gumbel_noise, gumbel_of_bits, philox
 from mlx_gemma_mtp.sampling.params import SamplingParams
-from tests.tiny import FAMILIES, reference_pair
+from tests.tiny import FAMILIES, SHORT, reference_pair
 
 # Known answers of Random123 1.14, examples/kat_vectors, "philox4x32 10".
 KNOWN_ANSWERS = [
@@ -474,9 +474,10 @@ PROMPTS = [[2, 17, 300, 45], list(range(40, 70)), [9]]
 @pytest.mark.parametrize(
     ("family", "settings", "lengths"),
     [
-        ("12b", SETTINGS[1], range(1, 9)),
+        (SHORT, SETTINGS[1], range(1, 9)),
+        ("12b", SETTINGS[1], [4]),
         *((family, SETTINGS[1], [4]) for family in FAMILIES if family != "12b"),
-        ("12b", SETTINGS[0], [8]),
+        (SHORT, SETTINGS[0], [8]),
         ("e2b", SETTINGS[2], [3]),
     ],
 )

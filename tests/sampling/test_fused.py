@@ -29,7 +29,7 @@ from mlx_gemma_mtp.sampling.logprobs import log_probabilities
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.engine.test_masked import rules
 from tests.metal.run import run_on_cpu
-from tests.tiny import reference_pair
+from tests.tiny import SHORT, reference_pair
 
 if sys.platform == "darwin":
     pytest.skip("MLX's own Metal runs here", allow_module_level=True)
@@ -89,7 +89,7 @@ def decode(family, num_draft_tokens, **settings):
 def test_text_is_that_of_plain_operations(
     reproducible, settings, launches, monkeypatch
 ):
-    family = "12b" if "min_p" in settings else "e2b"  # dense and centroid heads
+    family = SHORT if "min_p" in settings else "e2b"  # dense and centroid heads
     settings = {"temp": 1.0, "seed": 3, "reproducible": reproducible, **settings}
     by_kernels = [decode(family, k, **settings) for k in (0, 3)]
     assert launches
@@ -155,7 +155,7 @@ def test_neighbours_change_nothing(params, max_tokens, kernels, launches):
     """Rows of every rule together, and each alone."""
 
     def text(*rows):
-        pair = reference_pair("12b")
+        pair = reference_pair()
         requests = [Request(PROMPTS[0], max_tokens, row) for row in rows]
         found: list[list[int]] = [[] for _ in rows]
         rounds = Rounds(pair.rounds.target, pair.drafter)

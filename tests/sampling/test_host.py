@@ -57,7 +57,7 @@ PENALTIES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def pair():
-    return reference_pair("12b")
+    return reference_pair()
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,8 @@ class TestPenalties:
         assert texts[0] == texts[1]
 
     @pytest.mark.parametrize("sampling", [{}, {"temp": 1.0, "top_k": 3, "seed": 2}])
-    def test_as_many_drafts_stand_as_on_the_device(self, pair, monkeypatch, sampling):
+    def test_as_many_drafts_stand_as_on_the_device(self, monkeypatch, sampling):
+        pair = reference_pair("12b")  # which has some drafts accepted
         decoders = record_decoders(monkeypatch, tokens_module)
         for processors in ([], [Recorder()]):
             run(pair, PROMPT, 4, 41, logits_processors=processors, **sampling)

@@ -37,7 +37,7 @@ BIAS = {40: 3.0, 41: -5.0}
 
 @pytest.fixture(scope="module")
 def pair():
-    return reference_pair("12b")
+    return reference_pair()
 
 
 @pytest.fixture(scope="module")

@@ -455,7 +455,7 @@ class Uneven:
 
 
 def uneven_pair(change):
-    pair = reference_pair("12b")
+    pair = reference_pair()
     rounds = Rounds(Uneven(pair.rounds.target, change), pair.drafter)
     return SimpleNamespace(rounds=rounds, drafter=pair.drafter)
 
@@ -510,7 +510,7 @@ def test_random_weights_are_probed(monkeypatch):
         probed.append((rounds.target.layout.dtype, settings["budget_s"]))
 
     monkeypatch.setattr(exactness, "probe", probe)
-    result = exactness.look(reference_pair("12b"), "e2b", 1000.0)
+    result = exactness.look(reference_pair(), "e2b", 1000.0)
     assert [dtype for dtype, _ in probed[1:]] == [mx.float32, mx.bfloat16]
     assert result.status == SKIP
     assert "too long" in result.lines[-1]
@@ -563,7 +563,7 @@ def test_matrices_are_timed_while_there_is_time(monkeypatch):
 def test_costs_stand_beside_the_prior():
     seconds = tuple(0.01 * rows for rows in matmuls.ROWS)
     timed = [matmuls.Timing("some", (8, 8), 2, "4-bit", 64, seconds)]
-    result = costs.look(reference_pair("12b"), DEFAULT_PRIOR, timed, 0.0)
+    result = costs.look(reference_pair(), DEFAULT_PRIOR, timed, 0.0)
     assert result.status == INFO
     columns = result.figures["relative_cost"]
     assert columns["matrices 4-bit"]["3"] == pytest.approx(4)
@@ -576,7 +576,7 @@ def test_costs_stand_beside_the_prior():
 
 def test_a_model_of_the_users(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(model, "MAX_TOKENS", 12)
-    folder = model_folder(tmp_path / "pair", "12b")
+    folder = model_folder(tmp_path / "pair")
     file = tmp_path / "found.json"
     arguments = ["--model", str(folder), "--section", "model", "--seconds", "1"]
     assert command.main([*arguments, "--json", str(file)]) == 0
@@ -590,7 +590,7 @@ def test_a_model_of_the_users(tmp_path, capsys, monkeypatch):
 
 
 def test_a_model_whose_exact_texts_differ(tmp_path, monkeypatch):
-    loaded = model.open_model(str(model_folder(tmp_path / "pair", "12b")), None)
+    loaded = model.open_model(str(model_folder(tmp_path / "pair")), None)
     generate = model._generate
 
     def tampered(loaded, num_draft_tokens, exactness):
@@ -605,7 +605,7 @@ def test_a_model_whose_exact_texts_differ(tmp_path, monkeypatch):
 
 
 def test_a_model_without_a_drafter_is_a_mistake(tmp_path, capsys):
-    folder = model_folder(tmp_path / "pair", "12b", has_drafter=False)
+    folder = model_folder(tmp_path / "pair", has_drafter=False)
     assert command.main(["--model", str(folder)]) == 1
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1

@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -18,12 +19,15 @@ import pytest
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.server import forms as forms_module
 from mlx_gemma_mtp.server import lanes as lanes_module
+from mlx_gemma_mtp.server.arguments import parse
 from mlx_gemma_mtp.server.errors import AnswerError
+from mlx_gemma_mtp.server.forced_calls import ForcedCalls
 from mlx_gemma_mtp.server.forms import Form, Forms, form_of
 from mlx_gemma_mtp.server.schema import ChatBody
+from mlx_gemma_mtp.server.serve import serve
+from mlx_gemma_mtp.server.web import Web
 from mlx_gemma_mtp.structure import masks as masks_module
 from mlx_gemma_mtp.structure.constraint import MAX_LENGTH, MAX_TEXTS, json_object
-from tests.gemma_pair import let_say
 from tests.server.serving import (
     CHAT_TEMPLATE,
     WAIT_S,
@@ -35,6 +39,7 @@ from tests.server.serving import (
     scripted_server,
     wait_until,
 )
+from tests.server.serving import tokenizer as served_tokenizer
 from tests.structure.schemas import SCHEMAS
 from tests.tiny import model_folder
 
@@ -368,13 +373,16 @@ class TestRefused:
             assert response.message.count("\n") == 0
         assert parts.bridge._num_prepared == 0
 
-    def test_beside_tools(self):
+    def test_beside_tools_of_a_model_without_their_marks(self):
         said = [{"role": "user", "content": "x"}]
+        tools = [{"type": "function", "function": {"name": "f"}}]
         asked = {"messages": said, "structured_outputs": {"regex": "a"}}
         body = ChatBody.model_validate(asked)
-        assert form_of(body) is not None
+        form = form_of(body)
+        calls = ForcedCalls(served_tokenizer())
+        assert calls.of(body, (), form) is form
         with pytest.raises(AnswerError, match="stand without tools") as refused:
-            form_of(body, has_tools=True)
+            calls.of(body, tools, form)
         assert refused.value.param == "structured_outputs.regex"
 
     def test_where_the_library_is_missing(self, client, monkeypatch):
@@ -384,7 +392,8 @@ class TestRefused:
         assert "Install mlx_gemma_mtp[structure]." in response.message
 
     def test_where_the_tokenizer_cannot_be_read(self):
-        forms = Forms(object())
+        bare = SimpleNamespace(chat_template=None, get_added_vocab=dict)
+        forms = Forms(bare)
         for _ in range(2):
             with pytest.raises(AnswerError, match="Use a checkpoint with") as refused:
                 forms.compiled(Form("response_format", json_object))
@@ -452,16 +461,14 @@ class TestDescription:
 
 class TestCompiling:
     def test_the_server_answers_meanwhile(self, monkeypatch):
-        may_build = threading.Event()
-        built = []
-        build = forms_module.grammar_tokenizer
+        may_end = threading.Event()
+        make = forms_module.regex
 
-        def slow(tokenizer):
-            built.append(tokenizer)
-            assert may_build.wait(WAIT_S)
-            return build(tokenizer)
+        def slow(text):
+            assert may_end.wait(WAIT_S)
+            return make(text)
 
-        monkeypatch.setattr(forms_module, "grammar_tokenizer", slow)
+        monkeypatch.setattr(forms_module, "regex", slow)
         choices = []
 
         def make_request(choice):
@@ -479,14 +486,47 @@ class TestCompiling:
             assert client.get("/health").status == 200
             opened.pop(0).close()  # who was first does not wait any more
             wait_until(lambda: parts.bridge._num_prepared == 2)
-            may_build.set()
+            may_end.set()
             for connection in opened:
                 assert connection.getresponse().status == 200
                 connection.close()
-            assert client.complete(**body).status == 200
-        assert len(built) == 1
         forced = [choice.constraint is not None for choice in choices]
-        assert forced == [False, True, True, True]
+        assert forced == [False, True, True]
+
+    def test_the_tokenizer_is_built_before_anybody_is_answered(self, monkeypatch):
+        happened = []
+        monkeypatch.setattr(Forms, "prepare", lambda forms: happened.append("built"))
+
+        def start(web, opened):
+            happened.append("answers")
+            raise RequestError("enough")
+
+        monkeypatch.setattr(Web, "start", start)
+        with pytest.raises(RequestError, match="enough"):
+            serve(parse(["--port", "0"]))
+        assert happened == ["built", "answers"]
+
+    @pytest.mark.parametrize("error", [RequestError("no such file"), OSError("full")])
+    def test_a_failed_build_is_told_and_tried_again(self, monkeypatch, error):
+        """The server starts all the same, and a later build may succeed."""
+        calls = []
+        build = masks_module.grammar_tokenizer
+
+        def failing(tokenizer):
+            calls.append(tokenizer)
+            if len(calls) < 3:
+                raise error
+            return build(tokenizer)
+
+        monkeypatch.setattr(forms_module, "grammar_tokenizer", failing)
+        monkeypatch.setattr(masks_module, "grammar_tokenizer", failing)
+        forms = Forms(served_tokenizer())
+        forms.prepare()
+        form = Form("response_format", json_object)
+        told = AnswerError if isinstance(error, RequestError) else OSError
+        with pytest.raises(told, match=str(error)):
+            forms.compiled(form)
+        assert forms.compiled(form).constraint == json_object()
 
     def test_what_takes_too_long_is_given_up(self, monkeypatch):
         may_end = threading.Event()
@@ -498,52 +538,3 @@ class TestCompiling:
             assert response.status == 400
             assert "response_format: it must be compiled within" in response.message
             assert parts.bridge._num_prepared == 0
-
-
-@pytest.fixture(scope="module")
-def thinker(gemma_pair_folder):
-    with pair_server(gemma_pair_folder("july-e2b")) as (client, _):
-        yield client
-
-
-THOUGHT = '<|channel>thought\nIs it {"a": 2}?\n<channel|>'
-ANSWER = '{"a":1}'
-
-
-class TestThoughts:
-    @pytest.mark.parametrize("number", [0, 4])
-    def test_are_free(self, thinker, monkeypatch, gemma_tokenizer, number):
-        """The answer behind one is not: neither where it is another than was meant."""
-        tokenizer = gemma_tokenizer("july-e2b")
-        let_say(monkeypatch, tokenizer, f"{THOUGHT}{ANSWER}<turn|>")
-        fields = {"reasoning_effort": "high", "max_tokens": 80, **drafts(number)}
-        asked = json_format({"type": "object", "properties": {"a": {"const": 1}}})
-        message = thinker.chat(**fields, **asked).json()["choices"][0]["message"]
-        assert message["reasoning"] == 'Is it {"a": 2}?'
-        assert message["content"] == ANSWER
-        asked = {"structured_outputs": {"regex": "[0-9]{3}"}}
-        message = thinker.chat(**fields, **asked).json()["choices"][0]["message"]
-        assert message["reasoning"] == 'Is it {"a": 2}?'
-        assert re.fullmatch("[0-9]{3}", message["content"])
-
-    def test_are_free_behind_a_kept_prompt(self, thinker, monkeypatch, gemma_tokenizer):
-        """The row is told the whole prompt, also what caches hold of it."""
-        let_say(monkeypatch, gemma_tokenizer("july-e2b"), f"{THOUGHT}{ANSWER}<turn|>")
-        asked = {"structured_outputs": {"json": {"const": {"a": 1}}}, "max_tokens": 80}
-        for is_kept in (False, True):
-            answer = thinker.chat("a b " * 60, reasoning_effort="high", **asked).json()
-            message = answer["choices"][0]["message"]
-            assert message["reasoning"] == 'Is it {"a": 2}?'
-            assert message["content"] == ANSWER
-            cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-            assert (cached > 0) is is_kept
-
-    def test_none_comes_where_none_is_asked_for(
-        self, thinker, monkeypatch, gemma_tokenizer
-    ):
-        let_say(monkeypatch, gemma_tokenizer("july-e2b"), f"{THOUGHT}{ANSWER}<turn|>")
-        asked = {"structured_outputs": {"regex": "[0-9]{3}"}, "max_tokens": 9}
-        answer = thinker.chat(reasoning_effort="none", **asked).json()
-        message = answer["choices"][0]["message"]
-        assert "reasoning" not in message
-        assert re.fullmatch("[0-9]{3}", message["content"])

@@ -6,27 +6,34 @@ Run: python -m pytest tests/structure/test_constraint.py
 from __future__ import annotations
 
 import builtins
+import itertools
+import json
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import BaseModel, ConfigDict
 
 from mlx_gemma_mtp.errors import RequestError
+from mlx_gemma_mtp.structure import constraint as constraint_module
 from mlx_gemma_mtp.structure.constraint import (
     MAX_DEPTH,
+    MAX_ENTRIES,
     MAX_LENGTH,
     MAX_REGEX,
     MAX_TEXTS,
     asked,
     choice,
+    either,
     grammar,
     json_object,
     json_schema,
     reason_of,
     regex,
 )
+from mlx_gemma_mtp.structure.masks import BoundConstraint
 from mlx_gemma_mtp.structure.schemas import closed, depth_of, place_of
+from tests.server.serving import EOS, tokenizer, tokens_of
 from tests.structure.schemas import SCHEMAS
 
 
@@ -114,6 +121,30 @@ class TestSchemas:
         assert "the keyword not at #" in message(json_schema, free)
         other = {"x-guidance": {"whitespace_pattern": " +"}, "type": "null"}
         assert json_schema(other) == json_schema({"type": "null"})
+
+    @pytest.mark.parametrize("word", MAX_ENTRIES)
+    def test_what_is_wide_is_refused(self, word):
+        """Also where it is spread over a schema, or stands in a grammar."""
+        half = MAX_ENTRIES[word] // 2
+        parts = [
+            {"type": "object", word: {f"^{c}{i}$": {} for i in range(half)}}
+            for c in "ab"
+        ]
+        least = {"$defs": {"p": parts[1]}, **parts[0]}
+        assert json_schema({"$defs": {"p": parts[1]}})
+        said = f"must have at most {MAX_ENTRIES[word]} {word} in all: got"
+        many = {"$defs": {**least["$defs"], "q": {word: {"c": {}}}}, **parts[0]}
+        assert f"schema {said} {2 * half + 1}" in message(json_schema, many)
+        lark = "start: " + " | ".join(f"%json {json.dumps(p)}" for p in (many, least))
+        assert f"a schema of the grammar {said}" in message(grammar, lark)
+
+    @pytest.mark.parametrize("is_long", [True, False])
+    def test_the_place_is_looked_for_where_that_is_quick(self, monkeypatch, is_long):
+        times = itertools.count(0, 1 if is_long else 0)
+        monkeypatch.setattr(constraint_module, "thread_time", times.__next__)
+        place = "#" if is_long else "#/properties/a"
+        said = message(json_schema, {"properties": {"a": {"not": {}}}})
+        assert f"got the keyword not at {place}. Leave it out." in said
 
     @pytest.mark.parametrize("schema", [3, "[1]", "{", [{}], True, None, int])
     def test_something_else_is_refused(self, schema):
@@ -301,3 +332,36 @@ def test_without_the_extra_a_line_says_what_to_install(monkeypatch):
             "llguidance must be installed for text with a given form: got no such "
             "package. Install mlx_gemma_mtp[structure]."
         )
+
+
+class TestEither:
+    """Text of one constraint or of another, of whatever kinds they are."""
+
+    OBJECT: ClassVar = {"type": "object", "properties": {"a": {"const": 1}}}
+    MADE = (
+        (json_schema({**OBJECT, "additionalProperties": False}), ['{"a":1}', "{}"]),
+        (regex("a+b"), ["ab", "aaab"]),
+        (choice(["yes", "no", "\x7f"]), ["yes", "no", "\x7f"]),
+        (grammar('start: "(" start ")" | "x"'), ["x", "((x))"]),
+    )
+    OTHERS = ("", "{", "y", "a", "(x", "xx", '{"b":1}', "yesno", "ab{}")
+
+    @pytest.mark.parametrize("second", range(4))
+    @pytest.mark.parametrize("first", range(4))
+    def test_texts_are_of_one_or_the_other(self, first, second):
+        made = either(self.MADE[first][0], self.MADE[second][0])
+        row = BoundConstraint(made, tokenizer())
+        for index, (_, texts) in enumerate(self.MADE):
+            for text in texts:
+                assert is_whole(row, text) == (index in (first, second)), text
+        assert not any(is_whole(row, text) for text in self.OTHERS)
+        assert made.what == f"{self.MADE[first][0].what} or {self.MADE[second][0].what}"
+
+
+def is_whole(bound, text):
+    """Whether a text may stand and end."""
+    row = bound.row((), (EOS,))
+    for token in tokens_of(text):
+        if not row._follow(token):
+            return False
+    return bool(row.block(()).words[0][EOS // 32] >> EOS % 32 & 1)

@@ -327,7 +327,7 @@ class TestTexts:
         """Drafts are judged by block verification."""
         asked = {"max_thinking_tokens": 3, "num_draft_tokens": 4}
         found = self.responses(pair, OPENED, **asked)
-        assert [r.token for r in found].index(ids[1]) in (2, 3)
+        assert [r.token for r in found].index(ids[1]) <= 3
         assert found[-1].rule == "block verification, masked"
 
     def test_all_thoughts_of_a_text_count(self, pair, ids):

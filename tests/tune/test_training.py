@@ -78,8 +78,7 @@ def number(array: mx.array) -> float:
 @cache
 def float32_pair(family: str) -> Pair:
     """A random pair that computes in float32."""
-    folder = tiny.REFERENCE / family
-    pair = tiny.load_pair(folder / "target", folder / "drafter")
+    pair = tiny.new_pair(family)
     pair.target.set_dtype(mx.float32)
     drafter_of(pair).set_dtype(mx.float32)
     return Pair(pair.target, pair.drafter)
@@ -356,7 +355,7 @@ def beginning_at(family: str, start: int) -> Record:
     return recorder.record(replace(own_text(family), num_prompt_tokens=start))
 
 
-def material(folder: Path, family: str = "12b", count: int = 6) -> Material:
+def material(folder: Path, family: str = tiny.SHORT, count: int = 6) -> Material:
     """Records of the same text, each beginning elsewhere."""
     records = Records(folder)
     names = [f"text-{i}" for i in range(count)]
@@ -365,8 +364,8 @@ def material(folder: Path, family: str = "12b", count: int = 6) -> Material:
     return Material(records, names[:-1], names[-1:])
 
 
-def new_drafter(family: str = "12b") -> Drafter:
-    drafter = load_drafter(tiny.REFERENCE / family / "drafter")
+def new_drafter(family: str = tiny.SHORT) -> Drafter:
+    drafter = load_drafter(tiny.family_folder(family) / "drafter")
     trainable(drafter)
     return drafter
 
@@ -374,7 +373,7 @@ def new_drafter(family: str = "12b") -> Drafter:
 def trainer(
     folder: Path,
     drafter: Drafter | None = None,
-    family: str = "12b",
+    family: str = tiny.SHORT,
     on_point: Callable[[Point], None] = lambda point: None,
     **settings: Any,
 ) -> Trainer:
@@ -411,7 +410,7 @@ class _StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("family", ["e2b", "12b"])
+@pytest.mark.parametrize("family", ["e2b", tiny.SHORT])
 def test_training_learns_and_keeps_the_best_weights(tmp_path, family):
     points: list[Point] = []
     drafter = new_drafter(family)
@@ -485,7 +484,7 @@ def test_interrupted_inside_a_step_it_resumes_before_it(tmp_path, whole, monkeyp
 
 def test_resumed_adapters_equal_unbroken_ones(tmp_path):
     def adapted() -> Drafter:
-        drafter = load_drafter(tiny.REFERENCE / "12b" / "drafter")
+        drafter = new_drafter()
         add_adapters(drafter, rank=2, scale=20.0, seed=1)
         return drafter
 
