@@ -140,7 +140,7 @@ class ListingDrafter:
 class TestLaw:
     """What is drawn follows the masked target, given the token before."""
 
-    NUM_ROWS, NUM_TOKENS = 50, 120
+    NUM_ROWS, NUM_TOKENS = 40, 100
 
     @cache  # noqa: B019 (of the module's life)
     def draw(
@@ -217,7 +217,7 @@ class TestLaw:
 
 @pytest.fixture(scope="module")
 def pair():
-    return reference_pair("12b")
+    return reference_pair()
 
 
 # Rules over a vocabulary, made once: a third of it behind most tokens, one token behind
@@ -261,12 +261,16 @@ class TestText:
             request, constraint=None, logits_processors=(rules().banned,)
         )
         (expected,), _ = decode(pair.rounds, [textbook], 0)
-        for num_draft_tokens in (0, 1, 4, 8):
-            for look_ahead in (True, False):
-                (text,), decoder = decode(
-                    pair.rounds, [request], num_draft_tokens, look_ahead=look_ahead
-                )
-                assert text == expected
+        for num_draft_tokens, look_ahead in (
+            (0, True),
+            (1, True),
+            (4, False),
+            (8, True),
+        ):
+            (text,), decoder = decode(
+                pair.rounds, [request], num_draft_tokens, look_ahead=look_ahead
+            )
+            assert text == expected
         assert decoder.stats.accepted > 0
 
     @pytest.mark.parametrize("num_draft_tokens", [0, 3])
@@ -276,8 +280,8 @@ class TestText:
             masked(prompt=(2, 50)),
             Request([2, 51], 9, SEEDED),
             masked(GREEDY, num_logprobs=2, max_draft_tokens=1),
-            Request([2, 52], 40, LISTED),
-            masked(LISTED, prompt=(2, 53), max_tokens=60),
+            Request([2, 52], 24, LISTED),
+            masked(LISTED, prompt=(2, 53), max_tokens=30),
         ]
         host = masked(prompt=(2, 54), logits_processors=(lambda _, logits: logits,))
         alone = {id(r): decode(pair.rounds, [r], 0)[0][0] for r in [*rows, host]}
