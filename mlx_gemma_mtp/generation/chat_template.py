@@ -5,6 +5,10 @@ in any way they like. Here that is a mistake of the user's, in one line.
 
 Marks that stand in a message's text become control tokens, as in other engines: the
 template's text is encoded as a whole.
+
+A model says something first and calls tools then. Gemma's templates write a message's
+calls first, and its text behind their results, where it ends the turn. Here such a text
+stands before the calls, byte for byte, as the model has written it.
 """
 
 from __future__ import annotations
@@ -15,7 +19,16 @@ from typing import Any
 
 from ..cache.beginning import num_common
 from ..errors import RequestError
-from ..markup.answer import THOUGHT_END, THOUGHT_OPENING, AnswerReader, marks_of
+from ..markup.answer import (
+    CALL_END,
+    CALL_START,
+    CONTENT,
+    THOUGHT_END,
+    THOUGHT_OPENING,
+    THOUGHT_START,
+    AnswerReader,
+    marks_of,
+)
 from .encoding import encode_text
 
 _QUERY = "<query>"  # stands in for a message; mlx-lm's word
@@ -26,6 +39,13 @@ _RESPONSES = "tool_responses"
 _MAX_REASON = 300
 _ARGUMENT = "arguments"  # what a text is called that stands in place of arguments
 _TEXT = "no-object"  # one that no template has
+_PLACE = "\x02text\x03"  # a tool that nobody has: its call keeps a text's place
+_PLACE_CALL = {
+    "id": _PLACE,
+    "type": "function",
+    "function": {"name": _PLACE, "arguments": {}},
+}
+_WRITTEN_PLACE = f"{CALL_START}call:{_PLACE}{{}}{CALL_END}"
 
 
 @dataclass(frozen=True)
@@ -165,7 +185,60 @@ def _rendered(
     advice: str,
     opens_answer: bool,
 ) -> str:
-    told = _with_names(messages)
+    named = _with_names(messages)
+    told, texts = _with_places(tokenizer, named)
+    if texts:
+        try:
+            text = _written(tokenizer, told, config, advice, opens_answer)
+        except RequestError:  # of these calls; the real ones may pass
+            text = ""
+        parts = text.split(_WRITTEN_PLACE)
+        if len(parts) == len(texts) + 1:
+            pairs = zip(parts, [*texts, ""], strict=True)
+            return "".join(part + said for part, said in pairs)
+    return _written(tokenizer, named, config, advice, opens_answer)
+
+
+def _with_places(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """Messages whose texts are no longer beside calls, and these texts in order.
+
+    The place of each is kept by a call before the others.
+    """
+    found: list[Mapping[str, Any]] = []
+    texts: list[str] = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        # Text beside results is what was said to them.
+        is_first = calls and not message.get(_RESPONSES)
+        text = _said(tokenizer, message) if is_first else ""
+        if calls and text.strip():
+            texts.append(text)
+            message = {**message, "content": "", "tool_calls": [_PLACE_CALL, *calls]}
+        found.append(message)
+    return found, texts
+
+
+def _said(tokenizer: Any, message: Mapping[str, Any]) -> str:
+    """A message's text without the thoughts in it, which templates drop."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return ""
+    if THOUGHT_START not in content and THOUGHT_END not in content:
+        return content
+    parts = AnswerReader(marks_of(tokenizer)).read(content, is_last=True)
+    return "".join(part.text for part in parts if part.kind == CONTENT)
+
+
+def _written(
+    tokenizer: Any,
+    told: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
+    advice: str,
+    opens_answer: bool,
+) -> str:
+    """What the template writes of messages, told in the way that it knows."""
     if not _reads_tool_messages(tokenizer):
         told = _with_responses(told)
     if any(map(_has_text_arguments, told)) and not _reads_text_arguments(tokenizer):

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp.generation.chat_template import render_chat_template
 from mlx_gemma_mtp.markup.tool_calls import QUOTE
+from mlx_gemma_mtp.pair.load import embedded_pair_path, load_tokenizer
 from mlx_gemma_mtp.server.answer_parser import Dialogue
 from tests.gemma import FORMS
 from tests.markup.test_tool_calls import ARGUMENTS, call_of
@@ -48,13 +50,14 @@ def calls_of(calls, form):
 def replayed(form, thought, content, calls):
     """What a form's template writes of an answer when a tool or the user has replied.
 
-    All of them trim the content and write it behind calls and their results; a thought
-    of a turn that the user has ended is gone.
+    All of them trim the content of an answer without calls; before calls it is as it
+    was, unless it is white space. A thought of a turn that the user has ended is gone.
     """
     if not calls:
         return content.strip()
     has_thought = form.replays_reasoning in ("calls", "turn")
-    return (thought_of(thought) if has_thought else "") + calls_of(calls, form)
+    said = content if content.strip() else ""
+    return (thought_of(thought) if has_thought else "") + said + calls_of(calls, form)
 
 
 def follow_up(calls):
@@ -123,6 +126,8 @@ DIALOGUES = [
     ("emoji", False, "", "A 👩‍👩‍👧 family, 𓀀 glyph, naïve café — done 🌈", []),
     ("call", False, "", "", [(WEATHER, {"city": "Paris", "days": 3})]),
     ("call", True, "I should call.", "", [(WEATHER, {"city": "Paris"})]),
+    ("said", True, "Hm.", " I look.\n\n", [(WEATHER, {"city": "Paris"})]),
+    ("said", False, "", "I look.", [(WEATHER, {"a": 1}), ("mcp.files:read", {})]),
     ("two", False, "", "", [(WEATHER, {"city": "Paris"}), (WEATHER, {"city": "Oslo"})]),
     (
         "fetch",
@@ -171,12 +176,11 @@ class TestRoundTrip:
         turn = Turn(tokenizer, messages, thinking, thought, content, calls)
         check(turn, thought, content, calls)
 
-    def test_nothing_is_read_again_where_all_is_replayed(self, tokenizer):
-        """Thought and call, with thinking on: prompt and answer to their last token."""
-        arguments = {"city": "Paris"}
-        turn = Turn(
-            tokenizer, [user("Go")], True, "I call.", "", [(WEATHER, arguments)]
-        )
+    @pytest.mark.parametrize("content", ["", "I shall look.", "I look:\n\n"])
+    def test_nothing_is_read_again_where_all_is_replayed(self, tokenizer, content):
+        """With a call and thinking on: prompt and answer to their last token."""
+        calls = [(WEATHER, {"city": "Paris"})]
+        turn = Turn(tokenizer, [user("Go")], True, "I call.", content, calls)
         is_all = turn.form.replays_reasoning != "never"
         expected = len(turn.before) + len(turn.encoded(turn.answer)) * is_all
         assert turn.num_common() == expected
@@ -225,6 +229,62 @@ class TestRoundTrip:
         # Those of May begin the turn of the answer anew.
         assert f"{turn}Done<turn|>" in text or f"{turn}{TURN}Done<turn|>" in text
 
+    def test_a_text_stands_before_the_calls_that_follow_it(self, tokenizer):
+        """One turn, open to the end: the answer's own order, call after call."""
+        form = FORMS[tokenizer.form_name]
+        calls = [(WEATHER, {"a": "x"})]
+        result = f"<|tool_response>response:{WEATHER}{{value:{QUOTE}ok{QUOTE}}}"
+        result += "<tool_response|>"
+        messages, expected = [user("Go")], TURN
+        for thought, text in (("One", "First."), ("Two", "Then.")):
+            turn = Turn(tokenizer, messages, True, thought, text, calls)
+            messages += [turn.reply, *follow_up(calls)]
+            is_begun = not expected.endswith(TURN)
+            # The form of the first days begins a turn behind each result.
+            expected += TURN if form.is_first and is_begun else ""
+            expected += replayed(form, thought, text, calls) + result
+        opening = "<|channel>thought\n" if form.opens_thought_behind_result else ""
+        text = self.prompt(tokenizer, messages)
+        assert text.endswith(f"{expected}{opening}")
+        later = [*messages, {"role": "assistant", "content": "Done"}, user("Thanks")]
+        text = self.prompt(tokenizer, later)
+        assert f"Then.{calls_of(calls, form)}{result}Done<turn|>" in text
+        assert "\x02" not in text
+
+    def prompt(self, tokenizer, messages):
+        args = {"enable_thinking": True}
+        prompt = prompts_of(tokenizer).of_messages(
+            messages, tools=TOOLS, template_args=args
+        )
+        return tokenizer.decode(prompt.tokens)
+
+    def test_thoughts_in_a_text_before_calls_are_gone(self, tokenizer):
+        call = {"id": "0", "function": {"name": WEATHER, "arguments": {}}}
+        said = {"role": "assistant", "tool_calls": [call]}
+        contents = ("<|channel>thought\nHm\n<channel|>I look.", "I look.")
+        first, second = (
+            self.prompt(tokenizer, [user("Go"), {**said, "content": content}])
+            for content in contents
+        )
+        assert first == second
+
+    def test_a_text_beside_results_stands_behind_them(self, tokenizer):
+        """As templates have such a message, it says what was said to the results."""
+        call = {"id": "0", "function": {"name": WEATHER, "arguments": {}}}
+        results = [{"name": WEATHER, "response": "ok"}]
+        said = {"role": "assistant", "content": "Done", "tool_calls": [call]}
+        messages = [user("Go"), {**said, "tool_responses": results}, user("Thanks")]
+        assert "<tool_response|>Done<turn|>" in self.prompt(tokenizer, messages)
+
+    def test_no_text_moves_another(self, tokenizer):
+        """Also one that spells what keeps a text's place: then none is moved."""
+        call = {"id": "0", "function": {"name": WEATHER, "arguments": {}}}
+        said = {"role": "assistant", "content": "I look.", "tool_calls": [call]}
+        place = "<|tool_call>call:\x02text\x03{}<tool_call|>"
+        messages = [user(place), said, {**RESULT, "tool_call_id": "0"}]
+        text = self.prompt(tokenizer, messages)
+        assert (text.count(place), text.count("I look.")) == (1, 1)
+
     @pytest.mark.parametrize("place", ["user", "system", "tool", "assistant"])
     def test_marks_that_others_wrote_open_nothing(self, tokenizer, place):
         mark = "<|channel>thought\n"
@@ -263,3 +323,21 @@ class TestRoundTrip:
         calls = data.draw(st.lists(st.tuples(names, ARGUMENTS), max_size=2))
         turn = Turn(tokenizer, [user("Go")], thinking, thought, content, calls)
         check(turn, thought, content, calls)
+
+
+@pytest.mark.parametrize("condition", ["false", "call.id != '0'"])
+def test_other_templates_are_told_what_was_said(condition):
+    """Those that write a text before the calls, also where they take few names."""
+    template = (
+        "{% for message in messages %}{{ message.content }}"
+        "{% for call in message.tool_calls or [] %}{% if "
+        f"{condition}"
+        " %}{{ raise_exception('odd') }}{% endif %}[{{ call.function.name }}]"
+        "{% endfor %}{% endfor %}"
+    )
+    own = load_tokenizer(embedded_pair_path(), {"chat_template": template})
+    call = {"id": "0", "function": {"name": "f", "arguments": {}}}
+    said = {"role": "assistant", "content": "I look. ", "tool_calls": [call]}
+    messages = [user("Go "), said, RESULT]
+    text = render_chat_template(own, messages, {}, advice="", opens_answer=True)
+    assert text == "Go I look. [f]ok"

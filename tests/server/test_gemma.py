@@ -142,6 +142,57 @@ def test_a_thought_and_a_call_go_back_and_nothing_is_read_again(served, stream):
     assert details["cached_tokens"] == before + num_answer
 
 
+LONG = f"{'I shall look. ' * 30}\n\n"
+
+
+@says("july-12b", f"{THOUGHT}{LONG}{PARIS}<|tool_response>", "Sunny.<turn|>")
+def test_a_text_before_a_call_goes_back_and_nothing_is_read_again(served):
+    settings = {"tools": [WEATHER], "reasoning_effort": "low", "max_tokens": 400}
+    message = served.message(**settings)
+    assert message["content"] == LONG
+    (call,) = message["tool_calls"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "20 degrees"}
+    answer = served.chat([*QUESTION, message, result], **settings)
+    said = f"{THOUGHT}{LONG}{PARIS}"
+    num_answer = len(served.tokenizer.encode(said, add_special_tokens=False))
+    details = answer["usage"]["prompt_tokens_details"]
+    assert details["cached_tokens"] == len(served.prompts[0]) + num_answer
+    assert f"{said}<|tool_response>" in served.last_prompt
+
+
+@says("may-12b", "Sunny.<turn|>")
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_a_text_before_a_call_in_other_dialects(served, path):
+    """The model reads both in this order, in a turn that is open."""
+    given = {"name": "get_weather", "arguments": '{"city": "Paris", "days": 3}'}
+    used = {"name": "get_weather", "input": json.loads(given["arguments"])}
+    text = {"type": "text", "text": "I look."}
+    found = {"type": "tool_result", "tool_use_id": "a", "content": "ok"}
+    said: list[dict[str, object]] = [text, {"type": "tool_use", "id": "a", **used}]
+    bodies = {
+        "/v1/messages": {
+            "max_tokens": 9,
+            "messages": [
+                *QUESTION,
+                {"role": "assistant", "content": said},
+                {"role": "user", "content": [found]},
+            ],
+        },
+        "/v1/responses": {
+            "input": [
+                *QUESTION,
+                {"role": "assistant", "content": "I look."},
+                {"type": "function_call", "call_id": "a", **given},
+                {"type": "function_call_output", "call_id": "a", "output": "ok"},
+            ],
+        },
+    }
+    assert served.client.ask("POST", path, bodies[path]).status == 200
+    result = '<|tool_response>response:get_weather{value:<|"|>ok<|"|>}'
+    expected = f"<|turn>model\nI look.{PARIS}{result}<tool_response|>"
+    assert served.last_prompt.endswith(expected)
+
+
 @says("july-12b", f"{PARIS}{OSLO}<|tool_response>")
 def test_calls_one_at_a_time(served):
     assert len(served.message(tools=[WEATHER])["tool_calls"]) == 2
