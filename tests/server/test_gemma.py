@@ -166,7 +166,7 @@ def test_a_text_before_a_call_in_other_dialects(served, path):
     """The model reads both in this order, in a turn that is open."""
     given = {"name": "get_weather", "arguments": '{"city": "Paris", "days": 3}'}
     used = {"name": "get_weather", "input": json.loads(given["arguments"])}
-    text = {"type": "text", "text": "I look."}
+    text: dict[str, object] = {"type": "text", "text": "I look."}
     found = {"type": "tool_result", "tool_use_id": "a", "content": "ok"}
     said: list[dict[str, object]] = [text, {"type": "tool_use", "id": "a", **used}]
     bodies = {
