@@ -83,12 +83,13 @@ def test_a_change_in_a_file_that_no_sample_sees(folder):
 def adapters(folder, path, **changes):
     """Write adapters of one seed."""
     path.mkdir()
-    config = {"num_layers": 2, "lora_parameters": {**LORA, **changes}}
+    lora = {**LORA, **changes}
+    config = {"num_layers": 2, "lora_parameters": lora}
     (path / "adapter_config.json").write_text(json.dumps(config))
     mx.random.seed(0)
     target = load_pair(folder, False).target
     target.freeze()
-    linear_to_lora_layers(target, 2, config["lora_parameters"])
+    linear_to_lora_layers(target, 2, lora)
     arrays = dict(tree_flatten(target.trainable_parameters()))
     mx.save_safetensors(str(path / "adapters.safetensors"), arrays)
     for file in path.iterdir():
