@@ -11,4 +11,7 @@ DRAFTER_MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 AUTO = "auto"  # of K: the controller's choice; of exactness: what was proved
 MODES = (AUTO, "exact", "fast")
 MAX_LOGPROBS = 64  # most tokens listed beside the chosen one
+# Of the folder that prompts are kept in.
+PROMPT_FOLDER_BYTES = 20 * 10**9
+LAST_WRITES_S = 10.0  # how long the end waits for caches to be written
 ALL_DRAFTS = tuple(range(MAX_DRAFT_TOKENS + 1))

@@ -136,7 +136,7 @@ def read_place(
         DamagedError: It is not a whole file of this place.
         OSError: It cannot be read.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+    with open(path, "rb", opener=_open) as file:
         place, digests = _read_header(file, layout, key, end)
         found: dict[int, list[mx.array]] = {}
         for tensor, digest in zip(_tensors(layout, place), digests, strict=True):
@@ -150,6 +150,11 @@ def read_place(
             array = mx.array(data).view(layout.dtype).reshape(tensor.shape)
             found.setdefault(tensor.layer, []).append(array)
     return place.begin, found
+
+
+def _open(path: str, flags: int) -> int:
+    """Open a file itself, never what a link names, nor wait for a pipe's writer."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _read_header(

@@ -9,22 +9,27 @@ needs.
 The decoding thread copies what is to be written; another one writes it. Readers see a
 whole file or none. What cannot be read or written is as if it were not there, and is
 said once.
+
+All files of ours count for the budget, also those that are being written. A writer
+holds a lock on its own: one without a lock was left by a kill, and goes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
+import stat
 import tempfile
 import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlx.core as mx
 
@@ -40,9 +45,10 @@ logger = logging.getLogger("mlx_gemma_mtp")
 
 _NAME = re.compile(r"([1-9][0-9]{0,9})-([0-9a-f]{32})\.safetensors")
 _PART = re.compile(r"[1-9][0-9]{0,9}-[0-9a-f]{32}\.[a-z0-9_]{8}\.part")
-_PART_AGE_S = 3600  # writing takes seconds: an older part was left by a kill
+_PART_AGE_S = 3600  # writing takes seconds: where locks fail, an older part goes
 # Reading fewer tokens takes hardly longer than a file with all sliding windows.
 MIN_GAP = 512
+_IS_FOLDER = "%s is a folder: the prompt is not kept. Remove it."
 _TOKEN_BYTES = array("i").itemsize
 
 
@@ -82,7 +88,8 @@ class PromptFolder:
         self._bad: set[str] = set()  # names of files that do not serve
         self._said: set[str] = set()
         self._writer = FileWriter(self._write, max_bytes=max_pending)
-        self._remove_parts()
+        with self._lock.locked():
+            self._make_room()
 
     def find(
         self, tokens: bytes, *, salt: str | None, beyond: int
@@ -199,6 +206,10 @@ class PromptFolder:
             )
         except FileNotFoundError:  # another process has made room
             return None
+        except IsADirectoryError:
+            self._bad.add(name)
+            self._say(_IS_FOLDER, path)
+            return None
         except (OSError, DamagedError) as error:
             self._bad.add(name)
             self._say("%s is not used: %s. It is written anew.", path, error)
@@ -208,19 +219,20 @@ class PromptFolder:
 
     def _write(self, job: Job) -> None:
         """Write a file, and make room for it; called in the writer's thread."""
-        part = None
+        path, part = self._path / job.name, None
+        if path.is_dir():
+            self._say(_IS_FOLDER, path)
+            return
         try:
-            handle, part = tempfile.mkstemp(
-                dir=self._path, prefix=f"{Path(job.name).stem}.", suffix=".part"
-            )
-            with open(handle, "wb") as file:
+            file, part = self._open_part(job)
+            with file:
                 write_place(file, self._layout, job.place, job.data)
-                size = file.tell()
-            with self._lock.locked():
-                self._touch(job.needs)
-                if self._make_room(size, [job.name, *job.needs]):
-                    os.replace(part, self._path / job.name)
-                    part = None
+                file.flush()
+                with self._lock.locked():
+                    self._touch(job.needs)
+                    if self._make_room(file.tell(), job, part):
+                        os.replace(part, path)
+                        part = None
             self._bad.discard(job.name)
         except OSError as error:
             self._say("no prompts can be kept in %s: %s.", self._path, error.strerror)
@@ -228,25 +240,74 @@ class PromptFolder:
             if part is not None:
                 _drop(part)
 
-    def _make_room(self, size: int, needed: Sequence[str]) -> bool:
-        """Let files go until there is room for one more; whether there is."""
-        found = []
-        for name in self._names():
-            with contextlib.suppress(OSError):  # another process may remove it
-                status = (self._path / name).stat()
-                end = int(name.partition("-")[0])
-                found.append((status.st_mtime_ns, -end, status.st_size, name))
-        total = size + sum(num_bytes for _, _, num_bytes, _ in found)
-        for _, _, num_bytes, name in sorted(found):
-            if total > self._max_bytes and name not in needed:
-                _drop(self._path / name)
-                total -= num_bytes
+    def _open_part(self, job: Job) -> tuple[IO[bytes], Path]:
+        """A new file, locked while it is open, and where it is."""
+        with self._lock.locked():  # who makes room never sees it without its own lock
+            handle, part = tempfile.mkstemp(
+                dir=self._path, prefix=f"{Path(job.name).stem}.", suffix=".part"
+            )
+            with contextlib.suppress(OSError):  # some disks have no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        return open(handle, "wb"), Path(part)
+
+    def _make_room(
+        self, size: int = 0, job: Job | None = None, part: Path | None = None
+    ) -> bool:
+        """Let files go until there is room for one more; the folder is locked.
+
+        Args:
+            size: Of that file, bytes.
+            job: What it is; None for none.
+            part: Where it is.
+
+        Returns:
+            Whether there is room; if there never can be, no file goes.
+        """
+        needs, name = ([], "") if job is None else (job.needs, job.name)
+        taken, others = size + self._part_bytes(part), []
+        for found, status in self._entries(_NAME):
+            end = int(found.partition("-")[0])
+            if found in needs:
+                taken += status.st_size
+            elif found != name:  # that one is replaced
+                others.append((status.st_mtime_ns, -end, status.st_size, found))
+        if job is not None and taken > self._max_bytes:
+            return False
+        total = taken + sum(num_bytes for _, _, num_bytes, _ in others)
+        for _, _, num_bytes, found in sorted(others):
+            if total <= self._max_bytes:
+                break
+            _drop(self._path / found)
+            total -= num_bytes
         return total <= self._max_bytes
 
-    def _names(self) -> list[str]:
-        """The names of all files of ours."""
+    def _part_bytes(self, own: Path | None) -> int:
+        """Bytes of what others write; what killed writers have left is removed."""
+        total = 0
+        for name, status in self._entries(_PART):
+            path = self._path / name
+            if path == own:
+                continue
+            if _is_open(path) and time.time() - status.st_mtime <= _PART_AGE_S:
+                total += status.st_size
+            else:
+                _drop(path)
+        return total
+
+    def _entries(
+        self, pattern: re.Pattern[str]
+    ) -> Iterator[tuple[str, os.stat_result]]:
+        """The files of ours whose names are such ones, and what is known of them."""
+        for name in self._names(pattern):
+            with contextlib.suppress(OSError):  # another process may remove it
+                status = (self._path / name).lstat()
+                if stat.S_ISREG(status.st_mode):
+                    yield name, status
+
+    def _names(self, pattern: re.Pattern[str] = _NAME) -> list[str]:
+        """What here has a name of ours."""
         try:
-            return [name for name in os.listdir(self._path) if _NAME.fullmatch(name)]
+            return [name for name in os.listdir(self._path) if pattern.fullmatch(name)]
         except OSError as error:
             self._say("no prompts can be kept in %s: %s.", self._path, error.strerror)
             return []
@@ -258,15 +319,6 @@ class PromptFolder:
             with contextlib.suppress(OSError):
                 os.utime(self._path / name, ns=(now, now))
 
-    def _remove_parts(self) -> None:
-        """Remove what killed writers have left."""
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self._path):
-                path = self._path / name
-                is_part = _PART.fullmatch(name)
-                if is_part and time.time() - path.stat().st_mtime > _PART_AGE_S:
-                    _drop(path)
-
     def _say(self, text: str, *values: object) -> None:
         """Say why something does not serve, each kind of it once."""
         if text not in self._said:
@@ -277,6 +329,21 @@ class PromptFolder:
 def _name(key: str, end: int) -> str:
     """What the file of a place is called."""
     return f"{end}-{key}.safetensors"
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a part's writer may still have it open."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _drop(path: Path | str) -> None:

@@ -18,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..cache.kept import KeptCaches
 from ..cache.mlx_lm_cache import read_prompt_cache
 from ..cache.rungs import RUNG, rung_interval, rungs_between
+from ..constants import LAST_WRITES_S
 from ..engine.extract import filled
 from ..engine.prefill import Prefill
 from ..engine.stats import RoundStats
@@ -40,7 +41,6 @@ OnProgress = Callable[[int, int], None]
 _MAX_KEPT = 16
 _MAX_KEPT_BYTES = 2 * 10**9
 _NUM_SURE = 2
-_LAST_WRITES_S = 10.0  # how long the end waits for caches to be written
 
 
 @dataclass
@@ -180,7 +180,7 @@ class Session:
 
     def close(self) -> None:
         """Write what waits for its folder; no answers follow."""
-        self.kept.close(_LAST_WRITES_S)
+        self.kept.close(LAST_WRITES_S)
 
     def reset(self) -> None:
         """Begin a new conversation with the same system prompt."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..machine import describe_machine, mlx_settings, system_version
@@ -64,6 +65,23 @@ def fingerprint(arrays: Sequence[tuple[str, mx.array]]) -> str:
     for part in joined:
         found.update(np.array(part).tobytes())
     return found.hexdigest()
+
+
+def module_values(model: nn.Module) -> dict[str, float | str]:
+    """The numbers and texts that modules compute with, by their path.
+
+    Such as the base of rope, the epsilon of a norm, the bits of a quantized matrix, the
+    scale of an adapter.
+
+    Args:
+        model: Whose modules they are.
+    """
+    return {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, int | float | str) and not name.startswith("_")
+    }
 
 
 def _sample(array: mx.array, places: random.Random) -> mx.array:

@@ -5,7 +5,9 @@ Knows nothing of decoding or of text.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 
 from ..checkpoints.checkpoint import (
+    ADAPTER_CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     Checkpoint,
     open_checkpoint,
@@ -33,6 +36,7 @@ from .pair import Pair, attach
 
 logger = logging.getLogger("mlx_gemma_mtp")
 
+_ADAPTER_WEIGHTS = "adapters.safetensors"  # as mlx-lm calls them
 _SWITCH_OFF = "speculative_decoding=False (--no-draft)"
 
 
@@ -62,6 +66,7 @@ def load_pair(
         target_path = embedded_pair_path()
     folder = fetch(target_path)
     checkpoint = open_checkpoint(folder)
+    files = _weight_files(checkpoint)
     target = read_target(checkpoint, lazy=False)
     if drafter_path is False:
         drafter, source = None, "no drafter: drafter_path is False"
@@ -69,7 +74,7 @@ def load_pair(
         drafter, source = _choose_drafter(
             target, target_path, folder, drafter_path, switch_off="drafter_path=False"
         )
-    return _pair(target, checkpoint, target_path, drafter, source)
+    return _pair(target, checkpoint, target_path, drafter, source, files)
 
 
 def load(
@@ -115,6 +120,7 @@ def load(
     compile_header()
     folder = fetch(path_or_hf_repo, revision)
     checkpoint = open_checkpoint(folder)
+    files = _weight_files(checkpoint, adapter_path)
     target = read_target(checkpoint, lazy=lazy)
     if adapter_path is not None:
         target = _with_adapters(target, adapter_path)
@@ -131,7 +137,8 @@ def load(
         drafter, source = _choose_drafter(target, path_or_hf_repo, folder, draft_model)
     else:
         drafter, source = None, "no drafter: speculative decoding is switched off"
-    attach(target, _pair(target, checkpoint, path_or_hf_repo, drafter, source, eos_ids))
+    pair = _pair(target, checkpoint, path_or_hf_repo, drafter, source, files, eos_ids)
+    attach(target, pair)
     if return_config:
         return target, tokenizer, mlx_lm.utils.load_config(folder)
     return target, tokenizer
@@ -161,7 +168,8 @@ def attach_drafter(
     folder = fetch(path_or_hf_repo, revision)
     checkpoint = open_checkpoint(folder)
     drafter, source = _choose_drafter(target, path_or_hf_repo, folder, draft_model)
-    attach(target, _pair(target, checkpoint, path_or_hf_repo, drafter, source))
+    files = _weight_files(checkpoint)
+    attach(target, _pair(target, checkpoint, path_or_hf_repo, drafter, source, files))
 
 
 def _pair(
@@ -170,6 +178,7 @@ def _pair(
     path_or_hf_repo: str | Path,
     drafter: Drafter | None,
     drafter_source: str,
+    files: Sequence[tuple[str, int, int]],
     eos_ids: tuple[int, ...] | None = None,
 ) -> Pair:
     """A pair whose target came from a checkpoint."""
@@ -180,7 +189,28 @@ def _pair(
         sampling_defaults=_sampling_defaults(checkpoint),
         target_source=str(path_or_hf_repo),
         drafter_source=drafter_source,
+        weight_files=files,
     )
+
+
+def _weight_files(
+    checkpoint: Checkpoint, adapter_path: str | None = None
+) -> list[tuple[str, int, int]]:
+    """The state of the files that weights are about to be read from.
+
+    It is taken before they are read: of files that are replaced meanwhile the new
+    weights go by the old state, which no later process has.
+    """
+    paths = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    if adapter_path is not None:
+        adapters = _adapter_folder(adapter_path)
+        paths += [adapters / ADAPTER_CONFIG_NAME, adapters / _ADAPTER_WEIGHTS]
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):  # reading it tells what is wrong
+            status = path.stat()
+            found.append((path.name, status.st_size, status.st_mtime_ns))
+    return found
 
 
 def _sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults:
@@ -201,13 +231,17 @@ def _match_type(drafter: Drafter, target: nn.Module) -> None:
 
 def _with_adapters(target: nn.Module, adapter_path: str) -> nn.Module:
     """Put mlx-lm's adapters on a target."""
-    folder = local_path(adapter_path) or Path(adapter_path)
+    folder = _adapter_folder(adapter_path)
     refuse_peft(folder)
-    next_step = "Pass a folder with adapter_config.json and adapters.safetensors."
+    next_step = f"Pass a folder with {ADAPTER_CONFIG_NAME} and {_ADAPTER_WEIGHTS}."
     with one_line(f"the adapters in {cut(folder)}", next_step):
         target = mlx_lm.utils.load_adapters(target, str(folder))
         target.eval()
     return target
+
+
+def _adapter_folder(adapter_path: str) -> Path:
+    return local_path(adapter_path) or Path(adapter_path)
 
 
 def _choose_drafter(

@@ -119,6 +119,8 @@ class Pair:
             ``**pair.sampling_defaults.settings()`` on.
         target_source: Where the target came from, a sentence.
         drafter_source: Where the drafter came from, or why there is none.
+        weight_files: Name, bytes and time of change (ns) of each file that the target's
+            weights came from, adapters included; empty where it was made in memory.
         kept: What an earlier pair of the same two has left.
 
     Attributes:
@@ -139,6 +141,7 @@ class Pair:
         sampling_defaults: SamplingDefaults | None = None,
         target_source: str = "",
         drafter_source: str = "",
+        weight_files: Sequence[tuple[str, int, int]] = (),
         kept: Kept | None = None,
     ) -> None:
         self.target = target
@@ -147,6 +150,7 @@ class Pair:
         self.sampling_defaults = sampling_defaults or SamplingDefaults()
         self.target_source = target_source
         self.drafter_source = drafter_source
+        self.weight_files = tuple(weight_files)
         self.num_draft_tokens = _num_draft_tokens(drafter)
         self.kept = Kept() if kept is None else kept
         self.rounds = Rounds(
@@ -290,6 +294,7 @@ class _Attached:
         self.sampling_defaults = pair.sampling_defaults
         self.target_source = pair.target_source
         self.drafter_source = pair.drafter_source
+        self.weight_files = pair.weight_files
 
 
 class _Given:
@@ -353,6 +358,7 @@ def pair_of(model: nn.Module, drafter: Drafter | None = None) -> Pair:
             sampling_defaults=attached.sampling_defaults,
             target_source=attached.target_source,
             drafter_source=attached.drafter_source,
+            weight_files=attached.weight_files,
             kept=attached.kept,
         )
     given = vars(drafter).get("_mtp_given")
@@ -362,6 +368,7 @@ def pair_of(model: nn.Module, drafter: Drafter | None = None) -> Pair:
         drafter,
         eos_token_ids=attached.eos_token_ids,
         sampling_defaults=attached.sampling_defaults,
+        weight_files=attached.weight_files,
         kept=kept,
     )
     drafter._mtp_given = _Given(model, pair.kept)

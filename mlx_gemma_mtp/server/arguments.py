@@ -20,6 +20,7 @@ from ..cli.arguments import (
     add_thinking,
 )
 from ..cli.command_table import make_parser
+from ..constants import PROMPT_FOLDER_BYTES
 from .addresses import API_KEY_VARIABLE
 from .refused import reason_against
 from .settings import LOG_LEVELS, Settings, check, size_in_bytes
@@ -162,10 +163,10 @@ def _add_cache_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prompt-cache-disk-bytes",
         type=size_in_bytes,
-        default=20 * 10**9,
+        default=PROMPT_FOLDER_BYTES,
         metavar="SIZE",
         help="most bytes of the files there; the least recently used ones go first "
-        "(default: 20GB)",
+        f"(default: {PROMPT_FOLDER_BYTES // 10**9}GB)",
     )
 
 

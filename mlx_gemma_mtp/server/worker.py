@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..cache.rungs import RUNG, rungs_between
+from ..constants import LAST_WRITES_S
 from ..errors import RequestError
 from .bridge import Bridge, Cancel, Drain, Mailbox, Message, Submit
 from .choice import Accepted, Choice, Event, Tally
@@ -40,8 +41,6 @@ _AHEAD = 2
 # Prompts of one request that the decoder holds unread: half of those that one chunk may
 # have, so that another request's is read in the same one.
 _MAX_UNREAD = 4
-# How long the end waits for caches to be written to their folder.
-_LAST_WRITES_S = 10.0
 
 
 class DecoderLike(Protocol):
@@ -177,7 +176,7 @@ class Worker:
         if not self._is_broken:
             self._decoder.close()
         if self._kept is not None:
-            self._kept.close(_LAST_WRITES_S)
+            self._kept.close(LAST_WRITES_S)
 
     def _work(self) -> None:
         """Do what messages say, and run a step."""

@@ -6,6 +6,8 @@ Run: python -m pytest tests/cache/test_prompt_folder.py
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import itertools
 import json
 import logging
@@ -204,6 +206,13 @@ def test_only_the_owner_can_read(tmp_path):
     assert [stat.S_IMODE(file.stat().st_mode) for file in files(path)] == [0o600]
 
 
+def test_a_folder_that_is_there_keeps_its_mode(tmp_path):
+    tmp_path.chmod(0o755)
+    write(tmp_path, TOKENS, [10])
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    assert [stat.S_IMODE(file.stat().st_mode) for file in files(tmp_path)] == [0o600]
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A folder with two places of one prompt."""
@@ -303,6 +312,10 @@ class TestDamage:
         assert all((tmp_path / name).read_text() == "mine" for name in names)
 
 
+def no_lock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
 class TestRoom:
     def sizes(self, path):
         return sum(file.stat().st_size for file in files(path))
@@ -337,6 +350,63 @@ class TestRoom:
         write(tmp_path / "all", TOKENS, [10, 20, 30], max_bytes=most)
         assert ends(tmp_path / "all") == [10]
         assert list((tmp_path / "all").glob("*.part")) == []
+
+    def test_a_file_that_never_fits_lets_none_go(self, tmp_path):
+        write(tmp_path, TOKENS, [10, 20, 30])
+        most = self.sizes(tmp_path)
+        long = list(range(1000, 1000 + most // LAYOUT.dtype.size))
+        write(tmp_path, long, [len(long)], max_bytes=most)
+        assert Shelf(tmp_path).find(TOKENS) == 30
+        # One that would fit by itself, but not with the places that it needs.
+        write(tmp_path, TOKENS, [40], max_bytes=most)
+        assert ends(tmp_path) == [10, 20, 30]
+
+    def test_a_smaller_budget_holds_from_the_start(self, tmp_path):
+        write(tmp_path, TOKENS, [10, 20, 30])
+        most = self.sizes(tmp_path) - 1
+        shelf = Shelf(tmp_path, max_bytes=most)
+        assert ends(tmp_path) == [10, 20]
+        assert shelf.find(TOKENS) == 20
+
+    def test_a_file_that_is_written_again_counts_once(self, tmp_path):
+        other = [1, *TOKENS]
+        write(tmp_path, TOKENS, [30])
+        (file,) = files(tmp_path)
+        write(tmp_path, other, [30])
+        shelf = Shelf(tmp_path, max_bytes=self.sizes(tmp_path))
+        file.write_bytes(bytes(file.stat().st_size))
+        assert shelf.find(TOKENS) == 0
+        shelf.keep(TOKENS[:30])
+        shelf.close()
+        assert [Shelf(tmp_path).find(text) for text in (TOKENS, other)] == [30, 30]
+
+    def test_what_killed_writers_left_goes_with_the_next_file(self, tmp_path):
+        shelf = Shelf(tmp_path, max_bytes=10_000)
+        for number in range(5):
+            part = tmp_path / f"{100 + number}-{number:032x}.abcdefg{number}.part"
+            part.write_bytes(bytes(50_000))
+        shelf.keep(TOKENS[:30])
+        shelf.close()
+        assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
+
+    @pytest.mark.parametrize("is_told_apart", [True, False])
+    def test_what_another_writes_counts(self, tmp_path, monkeypatch, is_told_apart):
+        """Also on a disk without locks, where an old part may be nobody's."""
+        write(tmp_path, TOKENS, [10, 20])
+        most = self.sizes(tmp_path)
+        part = tmp_path / f"12-{'0' * 32}.abcdefgh.part"
+        with part.open("wb") as file:
+            file.truncate(files(tmp_path)[1].stat().st_size)
+            if is_told_apart:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            else:
+                monkeypatch.setattr(prompt_folder.fcntl, "flock", no_lock)
+            Shelf(tmp_path, max_bytes=most)
+            assert ends(tmp_path) == [10]
+            assert part.exists()
+        os.utime(part, (0, 0))
+        Shelf(tmp_path, max_bytes=most)
+        assert not part.exists()
 
     def test_who_waits_is_bounded(self, tmp_path):
         shelf = Shelf(tmp_path, max_pending=1)
@@ -384,6 +454,26 @@ class TestFaults:
             f"no prompts can be kept in {tmp_path}: No space left on device."
         ]
 
+    @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+    def test_no_file_with_the_name_of_one(self, tmp_path, caplog, make):
+        write(tmp_path, TOKENS, [20])
+        (path,) = files(tmp_path)
+        path.unlink()
+        make(path)
+        shelf = Shelf(tmp_path)
+        with caplog.at_level(logging.WARNING):
+            num_open = len(os.listdir("/dev/fd"))
+            assert shelf.find(TOKENS) == 0
+            assert len(os.listdir("/dev/fd")) == num_open
+            for _ in range(3):
+                shelf.keep(TOKENS[:20])
+                shelf.kept.clear()
+            shelf.close()
+        assert list(tmp_path.iterdir()) == [path]
+        assert len(caplog.records) == 1
+        assert ("is a folder" in caplog.text) == path.is_dir()
+        assert Shelf(tmp_path).find(TOKENS) == (0 if path.is_dir() else 20)
+
     def test_a_write_that_breaks_off_anywhere(self, tmp_path):
         """As a kill would: the part has no name that is looked for."""
         write(tmp_path, TOKENS, [20])
@@ -394,9 +484,7 @@ class TestFaults:
             part = tmp_path / f"{file.stem}.abcd_123.part"
             part.write_bytes(data[:size])
             assert Shelf(tmp_path).find(TOKENS) == 0
-        os.utime(part, (0, 0))
-        Shelf(tmp_path)
-        assert list(tmp_path.iterdir()) == []
+            assert list(tmp_path.iterdir()) == []
 
     def test_processes_share_a_folder(self, tmp_path):
         shelves = [Shelf(tmp_path) for _ in range(3)]
