@@ -19,7 +19,7 @@ from ..cache.rungs import RUNG, rungs_between
 from ..errors import RequestError
 from .bridge import Bridge, Cancel, Drain, Mailbox, Message, Submit
 from .choice import Accepted, Choice, Event, Tally
-from .errors import BROKEN, SHUTTING_DOWN, AnswerError
+from .errors import BROKEN, SHUTTING_DOWN, AnswerError, engine_failed
 from .metrics import StepReport
 from .reply import Job
 from .transcript import Transcript
@@ -213,7 +213,7 @@ class Worker:
     def _submit(self, job: Job) -> None:
         """Check a choice and let it wait."""
         if self._is_broken:
-            return self._tell(job, AnswerError(503, BROKEN))
+            return self._tell(job, engine_failed())
         if self._deadline is not None:
             return self._tell(job, AnswerError(503, SHUTTING_DOWN))
         try:

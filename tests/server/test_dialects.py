@@ -107,6 +107,61 @@ def test_a_failure_in_a_stream_is_its_last_event(halted, path):
         )
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_who_comes_to_a_failed_engine_need_not_come_again(halted, path):
+    """Anthropic's clients come again and again for status 529."""
+    client, parts, decoder = halted
+    decoder.error = RuntimeError("broken")
+    decoder.allowed.release(10)
+    body = {**BODIES[path], LIMITS.get(path, "max_tokens"): 3}
+    assert client.ask("POST", path, body).status == 500
+    wait_until(lambda: parts.bridge.status == "failed")
+    answer = client.ask("POST", path, body)
+    error = answer.json()["error"]
+    if path == "/v1/messages":
+        assert (answer.status, error["type"]) == (500, "api_error")
+    else:
+        assert (answer.status, error["type"]) == (503, "server_error")
+        assert error["code"] == "engine_failed"
+    assert "must be started again" in error["message"]
+    assert "retry-after" not in answer.headers
+
+
+BEGUN = [*SAID, {"role": "assistant", "content": "{"}]
+FORM = {"type": "json_schema", "schema": {"type": "object"}}
+WITH_FORM: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "/v1/chat/completions": (
+        "messages",
+        "response_format",
+        {"type": "json_object"},
+    ),
+    "/v1/messages": ("messages", "output_config", {"format": FORM}),
+    "/v1/responses": ("input", "text", {"format": {**FORM, "name": "answer"}}),
+}
+
+
+@pytest.mark.parametrize("path", WITH_FORM)
+def test_a_form_is_all_of_an_answer(path):
+    """What the prompt has of it already would stand before the form."""
+    turns, field, form = WITH_FORM[path]
+    body = {LIMITS.get(path, "max_tokens"): 3, field: form}
+    with scripted_server(scripted_means(ScriptedDecoder(echo))) as (client, _):
+        answer = client.ask("POST", path, {**body, turns: BEGUN})
+        assert answer.status == 400
+        name = field if field == "response_format" else f"{field}.format"
+        message = answer.json()["error"]["message"]
+        assert message == (
+            f"{name} must stand without a beginning of the answer: got a last message "
+            "of the assistant's with text. Leave out one of them."
+        )
+        empty = [*SAID, {"role": "assistant", "content": ""}]
+        for given in (SAID, empty):
+            assert client.ask("POST", path, {**body, turns: given}).status == 200
+        if path == "/v1/chat/completions":
+            body["continue_final_message"] = False
+            assert client.ask("POST", path, {**body, turns: BEGUN}).status == 200
+
+
 KINDS: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
