@@ -279,6 +279,8 @@ class Worker:
         step = self._decoder.step()
         now = time.perf_counter()
         for progress in step.progress:
+            task = self._by_sequence[progress.sequence]
+            task.job.num_read = task.num_cached + progress.num_read
             if progress.is_paused:
                 self._keep_prompt(progress)
         for output in step.outputs:

@@ -79,6 +79,35 @@ def test_a_silent_stream_says_that_it_is_alive(monkeypatch, halted, path):
 
 
 @pytest.mark.parametrize("path", BODIES)
+def test_a_silent_stream_says_how_much_of_the_prompt_is_read(monkeypatch, path):
+    """Where its dialect has a word for that: comments, as mlx-lm's server has them."""
+    monkeypatch.setattr(responses, "PATIENCE_S", 0.02)
+    decoder = ScriptedDecoder(echo, chunk=4)
+    decoder.allowed = threading.Semaphore(0)
+    prompt = "a b c d e f g h"
+    said = [{"role": "user", "content": prompt}]
+    field = dict(zip(BODIES, ("prompt", "messages", "messages", "input"), strict=True))
+    given = said if field[path] == "messages" else prompt
+    body = {field[path]: given, LIMITS.get(path, "max_tokens"): 20, "stream": True}
+    says_more = path in ("/v1/completions", "/v1/chat/completions")
+    with scripted_server(scripted_means(decoder)) as (client, _):
+        connection = client.connect()
+        with closing(connection):
+            client.send(connection, "POST", path, body)
+            answer = connection.getresponse()
+            for num_read in (4, 8):
+                decoder.allowed.release()
+                line = f": keepalive {num_read}/9\n".encode()
+                expected = line if says_more else ALIVE[path]
+                while answer.readline() != expected:
+                    pass
+            decoder.allowed.release(100)
+            rest = answer.read()
+    assert rest
+    assert b"9/9" not in rest  # it was read by then
+
+
+@pytest.mark.parametrize("path", BODIES)
 def test_a_failure_in_a_stream_is_its_last_event(halted, path):
     client, parts, decoder = halted
     connection = client.connect()
