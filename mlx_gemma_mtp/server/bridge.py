@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from .choice import Event, Piece
-from .errors import BROKEN, SHUTTING_DOWN, AnswerError, bad_request
+from .errors import SHUTTING_DOWN, AnswerError, bad_request, engine_failed
 from .metrics import Metrics, StepReport
 from .reply import Job, Reply
 
@@ -116,7 +116,7 @@ class Bridge:
             AnswerError: There is no room, or new requests are not taken.
         """
         if self.is_broken:
-            raise AnswerError(503, BROKEN)
+            raise engine_failed()
         if self.is_draining:
             raise AnswerError(503, SHUTTING_DOWN, retry_after=_RETRY_S)
         if num_choices > self._max_open:

@@ -16,8 +16,8 @@ from ..structure.masks import BoundConstraint
 from .answer_parser import Reader
 from .choice import Choice
 from .desk import Desk
-from .forms import form_of
-from .prompts import Prompt
+from .forms import form_beside
+from .prompts import Prompt, continues
 from .schema import ChatBody
 
 
@@ -77,7 +77,9 @@ async def conversation_of(
     messages = [message.plain() for message in body.messages]
     desk.prompts.check_messages(messages)
     tools = desk.body_parser.tools_of(body, has_tools=desk.prompts.has_tools)
-    form = desk.forced_calls.of(body, tools, form_of(body))
+    is_begun = continues(messages, body.continue_final_message)
+    beginning = messages[-1].get("content") if is_begun else None
+    form = desk.forced_calls.of(body, tools, form_beside(body, beginning))
     prompt, constraint = await desk.prepared(
         request,
         body.n or 1,

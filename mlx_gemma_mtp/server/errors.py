@@ -91,3 +91,9 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
 
 SHUTTING_DOWN = "the server is shutting down. Try again later, or another one."
 BROKEN = "the engine has failed; the server's log says why. It must be started again."
+ENGINE_FAILED = "engine_failed"
+
+
+def engine_failed() -> AnswerError:
+    """A request that came after the engine has failed: it helps nobody to try again."""
+    return AnswerError(503, BROKEN, code=ENGINE_FAILED)

@@ -119,6 +119,28 @@ def form_of(body: ChatBody | CompletionBody) -> Form | None:
     return found[0]
 
 
+def form_beside(body: ChatBody, beginning: str | None) -> Form | None:
+    """The form that a chat asks for, if any.
+
+    Args:
+        body: The chat's.
+        beginning: Text of the answer that the prompt has already; None or empty where
+            there is none. It would stand before the form, which is the whole answer.
+
+    Raises:
+        AnswerError: See ``form_of``; or there is a beginning and a form.
+    """
+    form = form_of(body)
+    if form is not None and beginning:
+        field = form.place.partition(".")[0]
+        raise bad_request(
+            f"{field} must stand without a beginning of the answer: got a last message "
+            "of the assistant's with text. Leave out one of them.",
+            field,
+        )
+    return form
+
+
 def check_end(body: ChatBody | CompletionBody) -> None:
     """Refuse what would go on where a form, or forced calls, end an answer.
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FINGERPRINT = f"mlx_gemma_mtp-{__version__}"
 _IMPOSSIBLE = -9999.0
 DONE = b"data: [DONE]\n\n"
-KEEPALIVE = b": keepalive\n\n"
+_ALIVE = b": keepalive\n\n"
 
 
 def dumps(value: Any) -> bytes:
@@ -41,6 +41,19 @@ def event(value: Any) -> bytes:
 def named_event(value: dict[str, Any]) -> bytes:
     """A value as a server-sent event whose name is the value's type."""
     return b"event: " + value["type"].encode() + b"\ndata: " + dumps(value) + b"\n\n"
+
+
+def keepalive(num_read: int, num_to_read: int) -> bytes:
+    """A comment that says how much of a prompt is read, as mlx-lm's server does.
+
+    Args:
+        num_read: Tokens of prompts that were read.
+        num_to_read: All of them.
+    """
+    is_reading = 0 < num_read < num_to_read
+    return (
+        f": keepalive {num_read}/{num_to_read}\n\n".encode() if is_reading else _ALIVE
+    )
 
 
 def usage(

@@ -69,6 +69,7 @@ _ERRORS = {
     500: "The server has failed.",
     503: "The server is shutting down, or has failed.",
 }
+_OVERLOADED = "The server is shutting down. Try again later."
 _HEADERS = {
     ID_HEADER: {
         "description": "The request's name: its own, or a fresh one.",
@@ -336,7 +337,7 @@ def _responses(
         can_wait = status in (429, 503) and not is_health
         names = [ID_HEADER, "retry-after"] if can_wait else [ID_HEADER]
         is_late = status == 503 and error is messages.MessageError
-        told = OVERLOADED if is_late else status
+        told, text = (OVERLOADED, _OVERLOADED) if is_late else (status, text)
         yield str(told), _response(text, _json_of(kind), *names)
     text = "Something else is wrong with the request."
     yield "4XX", _response(text, _json_of(error), ID_HEADER)

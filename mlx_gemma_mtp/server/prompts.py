@@ -141,7 +141,7 @@ class Prompts:
         settings["tools"] = list(tools) if tools else None
         if not opens_answer:
             return self.of_text(self._rendered(messages, settings))
-        found = self._apply(messages, settings, _continues(messages, continues_last))
+        found = self._apply(messages, settings, continues(messages, continues_last))
         system_end = self._system_end(messages, settings, found.tokens)
         reader = AnswerReader(self._marks, opening=found.opening)
         return Prompt(
@@ -205,7 +205,7 @@ class Prompts:
         return num_common(encode_text(self._tokenizer, start), tokens)
 
 
-def _continues(messages: Sequence[Mapping[str, Any]], asked: bool | None) -> bool:
+def continues(messages: Sequence[Mapping[str, Any]], asked: bool | None) -> bool:
     """Whether the last message is the beginning of the answer.
 
     Raises:

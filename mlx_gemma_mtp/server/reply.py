@@ -30,6 +30,8 @@ class Job:
 
     Attributes:
         context: What is logged within names the request.
+        num_read: Tokens of the prompt that the model knows by now. A plain number that
+            the engine's thread sets and others read: it wakes nobody.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Job:
         self.index = index
         self.arrived = arrived
         self.context = copy_context()
+        self.num_read = 0
 
 
 class Reply:
@@ -66,6 +69,16 @@ class Reply:
     def is_over(self) -> bool:
         """Whether nothing more will come from the engine."""
         return self.failure is not None or self._num_finished == len(self.jobs)
+
+    @property
+    def num_read(self) -> int:
+        """Tokens of all prompts that the model knows by now."""
+        return sum(job.num_read for job in self.jobs)
+
+    @property
+    def num_to_read(self) -> int:
+        """Tokens of all prompts, one for each choice."""
+        return sum(len(job.choice.prompt) for job in self.jobs)
 
     def push(self, index: int, event: Event) -> None:
         """Take what the engine says of a choice."""

@@ -66,8 +66,13 @@ class Writer(Protocol):
     def end(self, figures: Figures) -> Iterable[bytes]:
         """The events behind the last piece."""
 
-    def alive(self) -> bytes:
-        """What says that the answer goes on, where there is nothing else to say."""
+    def alive(self, num_read: int, num_to_read: int) -> bytes:
+        """What says that the answer goes on, where there is nothing else to say.
+
+        Args:
+            num_read: Tokens of prompts that were read.
+            num_to_read: All of them.
+        """
 
     def failed(self, failure: AnswerError) -> bytes:
         """The event that ends the stream with a failure: its status is sent by then."""
@@ -214,9 +219,9 @@ class ChoiceWriter:
             yield self._event([], **_said(figures))
         yield formats.DONE
 
-    def alive(self) -> bytes:
+    def alive(self, num_read: int, num_to_read: int) -> bytes:
         """See ``Writer``."""
-        return formats.KEEPALIVE
+        return formats.keepalive(num_read, num_to_read)
 
     def failed(self, failure: AnswerError) -> bytes:
         """See ``Writer``."""
@@ -280,7 +285,8 @@ class Answer:
             while not self._is_over:
                 pieces = await self._reply.pieces(PATIENCE_S)
                 if not pieces:
-                    yield self._writer.alive()
+                    reply = self._reply
+                    yield self._writer.alive(reply.num_read, reply.num_to_read)
                 for index, piece in pieces:
                     self._count(index, piece)
                     for event in self._writer.add(index, piece):

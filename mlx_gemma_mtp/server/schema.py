@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ..cli.checks import MAX_BIAS
-from ..constants import MAX_DRAFT_TOKENS
+from ..constants import MAX_DRAFT_TOKENS, MAX_INTEGER
 from ..markup.tool_calls import MAX_DEPTH
 from ..structure.constraint import MAX_TEXTS
 from .errors import bad_request
@@ -35,18 +35,18 @@ MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 1024
 MAX_SALT = 1024  # characters
+BETWEEN_TEXTS = "\n\n"  # of a message that came in several: they are paragraphs
 NO_LIMIT = -1  # of tokens; so does null where it stands in a body
-_MAX_INTEGER = 2**31 - 1
 # Of prompts and messages; no context holds as many.
 MAX_LISTED = 2**16
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
-ThinkingLimit = Annotated[int, Field(ge=NO_LIMIT, le=_MAX_INTEGER)]
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+ThinkingLimit = Annotated[int, Field(ge=NO_LIMIT, le=MAX_INTEGER)]
 StopString = Annotated[str, Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 # The first mistake is told: a million others would take a minute to gather.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Listed = Annotated[list[T], Field(min_length=1, max_length=MAX_LISTED, fail_fast=True)]
@@ -188,7 +188,7 @@ class Common(Numbers):
     stream: bool | None = None
     temperature: Annotated[Number, Field(ge=0)] | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=-1, le=_MAX_INTEGER)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INTEGER)] | None = None
     min_p: Probability | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     max_thinking_tokens: ThinkingLimit | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.checks import check_sampling, json_object, with_thinking
-from ..constants import AUTO, MAX_DRAFT_TOKENS, MAX_LOGPROBS
+from ..constants import AUTO, MAX_DRAFT_TOKENS, MAX_INTEGER, MAX_LOGPROBS
 from ..errors import RequestError, shorten
 from .addresses import api_key, host_names, origins
 
@@ -19,24 +19,22 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 DEFAULT_MODEL = "default_model"  # mlx-lm's word for whatever is served
 EMBEDDED_MODEL = "embedded"
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-# The most that C's int can count, as some libraries below do.
-_LARGEST = 2**31 - 1
 # Fewer tokens hold no chat template's turns, or no JSON object that asks for anything.
 MIN_MODEL_LEN = 16
 _MIN_REQUEST_BYTES = 64
 _RANGES: dict[str, tuple[int, float]] = {
     "port": (0, 65535),
-    "backlog": (1, _LARGEST),
-    "max_rows": (1, _LARGEST),
-    "max_waiting": (0, _LARGEST),
-    "max_connections": (1, _LARGEST),
-    "max_request_bytes": (_MIN_REQUEST_BYTES, _LARGEST),
-    "max_tokens": (1, _LARGEST),
+    "backlog": (1, MAX_INTEGER),
+    "max_rows": (1, MAX_INTEGER),
+    "max_waiting": (0, MAX_INTEGER),
+    "max_connections": (1, MAX_INTEGER),
+    "max_request_bytes": (_MIN_REQUEST_BYTES, MAX_INTEGER),
+    "max_tokens": (1, MAX_INTEGER),
     "max_logprobs": (0, MAX_LOGPROBS),
-    "prefill_step_size": (1, _LARGEST),
-    "prompt_cache_size": (0, _LARGEST),
+    "prefill_step_size": (1, MAX_INTEGER),
+    "prompt_cache_size": (0, MAX_INTEGER),
     "shutdown_timeout": (0, math.inf),
-    "max_model_len": (MIN_MODEL_LEN, _LARGEST),
+    "max_model_len": (MIN_MODEL_LEN, MAX_INTEGER),
     "max_kv_bytes": (1, math.inf),
     "prompt_cache_bytes": (0, math.inf),
     "prompt_cache_disk_bytes": (1, math.inf),
@@ -217,7 +215,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
     for name, (minimum, maximum) in _RANGES.items():
         value = getattr(args, name)
         if value is not None and not minimum <= value <= maximum:  # NaN fails too
-            is_narrow = maximum < _LARGEST or value > maximum
+            is_narrow = maximum < MAX_INTEGER or value > maximum
             expected = (
                 f"from {minimum} to {maximum}" if is_narrow else f"{minimum} or more"
             )

@@ -20,7 +20,7 @@ from ..constants import LAST_WRITES_S
 from ..errors import RequestError
 from .bridge import Bridge, Cancel, Drain, Mailbox, Message, Submit
 from .choice import Accepted, Choice, Event, Tally
-from .errors import BROKEN, SHUTTING_DOWN, AnswerError
+from .errors import BROKEN, SHUTTING_DOWN, AnswerError, engine_failed
 from .metrics import StepReport
 from .reply import Job
 from .transcript import Transcript
@@ -212,7 +212,7 @@ class Worker:
     def _submit(self, job: Job) -> None:
         """Check a choice and let it wait."""
         if self._is_broken:
-            return self._tell(job, AnswerError(503, BROKEN))
+            return self._tell(job, engine_failed())
         if self._deadline is not None:
             return self._tell(job, AnswerError(503, SHUTTING_DOWN))
         try:
@@ -278,6 +278,8 @@ class Worker:
         step = self._decoder.step()
         now = time.perf_counter()
         for progress in step.progress:
+            task = self._by_sequence[progress.sequence]
+            task.job.num_read = task.num_cached + progress.num_read
             if progress.is_paused:
                 self._keep_prompt(progress)
         for output in step.outputs:

@@ -40,7 +40,9 @@ def _can_be_compiled(body: dict[str, Any]) -> bool:
         name for name, value in outputs.items() if value is not None
     }
     has_one = (kind == "text") != (not outputs)
-    others = (body.get("ignore_eos"), body.get("tools"))
+    last = (body.get("messages") or [{}])[-1]
+    is_begun = isinstance(last, dict) and last.get("role") == "assistant"
+    others = (body.get("ignore_eos"), body.get("tools"), is_begun)
     return has_one and kind != "json_schema" and is_free and not any(others)
 
 

@@ -86,6 +86,7 @@ class ScriptedDecoder:
         script: From a prompt's tokens to the answer's, its end included or not.
         block: Tokens of a row and step, all but one of them from a draft.
         max_rows: Rows that are emitted for together.
+        chunk: Most tokens of a prompt that a step reads; None for any number.
 
     Attributes:
         steps: How many have begun.
@@ -103,6 +104,7 @@ class ScriptedDecoder:
         *,
         block: int = 3,
         max_rows: int = 4,
+        chunk: int | None = None,
     ) -> None:
         self.stats = RoundStats()
         self.steps = 0
@@ -116,6 +118,7 @@ class ScriptedDecoder:
         self._script = script
         self._block = block
         self._max_rows = max_rows
+        self._chunk = chunk
         self._waiting: list[TokenSequence] = []
         self._live: list[TokenSequence] = []
         self._num_read: dict[TokenSequence, int] = {}
@@ -172,17 +175,20 @@ class ScriptedDecoder:
         return StepOutput(emissions, progress)
 
     def _read(self) -> list[PromptProgress]:
-        """Read one prompt up to its next pause."""
+        """Read one prompt up to its next pause, or a chunk of it."""
         if not self._waiting or len(self._live) >= self._max_rows:
             return []
         row = self._waiting[0]
         length = len(row.request.prompt)
         before = self._num_read.get(row, 0)
-        ends = [*(p for p in row.request.pauses if p > before), length]
-        self._num_read[row] = ends[0]
-        if ends[0] == length:
+        pauses = row.request.pauses
+        end = min(p for p in (*pauses, length) if p > before)
+        if self._chunk is not None:
+            end = min(end, before + self._chunk)
+        self._num_read[row] = end
+        if end == length:
             self._live.append(self._waiting.pop(0))
-        return [PromptProgress(row, ends[0], length, is_paused=len(ends) > 1)]
+        return [PromptProgress(row, end, length, is_paused=end in pauses)]
 
     def _emit(self, row: TokenSequence) -> SequenceOutput:
         prompt = (*row.request.history, *row.request.prompt)

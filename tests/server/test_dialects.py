@@ -79,6 +79,35 @@ def test_a_silent_stream_says_that_it_is_alive(monkeypatch, halted, path):
 
 
 @pytest.mark.parametrize("path", BODIES)
+def test_a_silent_stream_says_how_much_of_the_prompt_is_read(monkeypatch, path):
+    """Where its dialect has a word for that: comments, as mlx-lm's server has them."""
+    monkeypatch.setattr(responses, "PATIENCE_S", 0.02)
+    decoder = ScriptedDecoder(echo, chunk=4)
+    decoder.allowed = threading.Semaphore(0)
+    prompt = "a b c d e f g h"
+    said = [{"role": "user", "content": prompt}]
+    field = dict(zip(BODIES, ("prompt", "messages", "messages", "input"), strict=True))
+    given = said if field[path] == "messages" else prompt
+    body = {field[path]: given, LIMITS.get(path, "max_tokens"): 20, "stream": True}
+    says_more = path in ("/v1/completions", "/v1/chat/completions")
+    with scripted_server(scripted_means(decoder)) as (client, _):
+        connection = client.connect()
+        with closing(connection):
+            client.send(connection, "POST", path, body)
+            answer = connection.getresponse()
+            for num_read in (4, 8):
+                decoder.allowed.release()
+                line = f": keepalive {num_read}/9\n".encode()
+                expected = line if says_more else ALIVE[path]
+                while answer.readline() != expected:
+                    pass
+            decoder.allowed.release(100)
+            rest = answer.read()
+    assert rest
+    assert b"9/9" not in rest  # it was read by then
+
+
+@pytest.mark.parametrize("path", BODIES)
 def test_a_failure_in_a_stream_is_its_last_event(halted, path):
     client, parts, decoder = halted
     connection = client.connect()
@@ -105,6 +134,61 @@ def test_a_failure_in_a_stream_is_its_last_event(halted, path):
             "response.failed",
             "failed",
         )
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_who_comes_to_a_failed_engine_need_not_come_again(halted, path):
+    """Anthropic's clients come again and again for status 529."""
+    client, parts, decoder = halted
+    decoder.error = RuntimeError("broken")
+    decoder.allowed.release(10)
+    body = {**BODIES[path], LIMITS.get(path, "max_tokens"): 3}
+    assert client.ask("POST", path, body).status == 500
+    wait_until(lambda: parts.bridge.status == "failed")
+    answer = client.ask("POST", path, body)
+    error = answer.json()["error"]
+    if path == "/v1/messages":
+        assert (answer.status, error["type"]) == (500, "api_error")
+    else:
+        assert (answer.status, error["type"]) == (503, "server_error")
+        assert error["code"] == "engine_failed"
+    assert "must be started again" in error["message"]
+    assert "retry-after" not in answer.headers
+
+
+BEGUN = [*SAID, {"role": "assistant", "content": "{"}]
+FORM = {"type": "json_schema", "schema": {"type": "object"}}
+WITH_FORM: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "/v1/chat/completions": (
+        "messages",
+        "response_format",
+        {"type": "json_object"},
+    ),
+    "/v1/messages": ("messages", "output_config", {"format": FORM}),
+    "/v1/responses": ("input", "text", {"format": {**FORM, "name": "answer"}}),
+}
+
+
+@pytest.mark.parametrize("path", WITH_FORM)
+def test_a_form_is_all_of_an_answer(path):
+    """What the prompt has of it already would stand before the form."""
+    turns, field, form = WITH_FORM[path]
+    body = {LIMITS.get(path, "max_tokens"): 3, field: form}
+    with scripted_server(scripted_means(ScriptedDecoder(echo))) as (client, _):
+        answer = client.ask("POST", path, {**body, turns: BEGUN})
+        assert answer.status == 400
+        name = field if field == "response_format" else f"{field}.format"
+        message = answer.json()["error"]["message"]
+        assert message == (
+            f"{name} must stand without a beginning of the answer: got a last message "
+            "of the assistant's with text. Leave out one of them."
+        )
+        empty = [*SAID, {"role": "assistant", "content": ""}]
+        for given in (SAID, empty):
+            assert client.ask("POST", path, {**body, turns: given}).status == 200
+        if path == "/v1/chat/completions":
+            body["continue_final_message"] = False
+            assert client.ask("POST", path, {**body, turns: BEGUN}).status == 200
 
 
 KINDS: dict[str, type[BaseModel]] = {

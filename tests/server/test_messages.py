@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_gemma_mtp.server.errors import AnswerError
+from mlx_gemma_mtp.server.errors import AnswerError, engine_failed
 from mlx_gemma_mtp.server.messages.answer import SIGNATURE
 from mlx_gemma_mtp.server.messages.errors import body_of, status_of
 from mlx_gemma_mtp.server.messages.schema import CountBody, MessagesBody
@@ -379,6 +379,11 @@ class TestMistakes:
         failure = AnswerError(status, "so.")
         assert status_of(failure) == told
         assert body_of(failure)["error"] == {"type": kind, "message": "so."}
+
+    def test_an_engine_that_has_failed_is_no_load(self):
+        failure = engine_failed()
+        assert (failure.status, status_of(failure)) == (503, 500)
+        assert body_of(failure)["error"]["type"] == "api_error"
 
     def test_keys(self):
         means = scripted_means(ScriptedDecoder(echo))

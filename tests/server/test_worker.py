@@ -358,6 +358,28 @@ def test_nothing_runs_while_there_is_nothing_to_do():
     assert run(test, decoder=decoder) == 4  # one reads the prompt
 
 
+def test_how_much_of_all_prompts_is_read():
+    """Of 6 and 5 tokens, 4 in a step; nothing wakes who waits for the answer."""
+    decoder = stepping(chunk=4)
+    choices = order_of("a b c d e"), order_of("f g h i")
+
+    async def test(case):
+        reply = case.submit(*choices)
+        case.start()
+        await reply.accepted()
+        found = []
+        for steps in (0, 1, 1):
+            if steps:
+                allow(decoder, steps)
+            assert await reply.pieces(0.01) == []
+            found.append(reply.num_read)
+        decoder.allowed.release(1000)
+        await read(reply)
+        return [*found, reply.num_read, reply.num_to_read]
+
+    assert run(test, decoder=decoder, starts=False) == [0, 4, 6, 11, 11]
+
+
 class TestKeptCaches:
     """Prompts are long enough to be kept, and longer than the window of 16."""
 
@@ -370,12 +392,15 @@ class TestKeptCaches:
     def run(self, choices, **fields):
         decoder = ScriptedDecoder(echo)
         kept = KeptCaches(max_size=10, max_bytes=10**9, min_tokens=MIN_TOKENS)
+        self.num_read: list[int] = []
 
         async def test(case):
             found = []
             for choice in choices:
-                pieces = (await read(case.submit(choice)))[0]
+                reply = case.submit(choice)
+                pieces = (await read(reply))[0]
                 wait_until(lambda: case.bridge.num_open == 0)
+                self.num_read.append(reply.num_read)
                 found.append((text_of(pieces), pieces[-1].tally.num_cached))
             return found
 
@@ -387,6 +412,7 @@ class TestKeptCaches:
         found, decoder, _ = self.run([choice, choice])
         text = answer_text(choice, 6)
         assert found == [(text, 0), (text, len(choice.prompt) - 1)]
+        assert self.num_read == [len(choice.prompt)] * 2
         (first, no_caches), (second, caches) = decoder.added
         assert no_caches is None
         assert first.pauses == (MIN_TOKENS, len(choice.prompt) - 1)

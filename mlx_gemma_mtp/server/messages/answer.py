@@ -61,7 +61,7 @@ class MessageWriter:
         usage = {"input_tokens": self._num_prompt_tokens, "output_tokens": 0}
         usage |= {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
         yield _event("message_start", message=self._message([], usage))
-        yield self.alive()
+        yield _event("ping")
 
     def add(self, index: int, piece: Piece) -> Iterable[bytes]:
         """See ``Writer``."""
@@ -77,7 +77,7 @@ class MessageWriter:
         yield _event("message_delta", delta=self._end, usage=_usage(figures))
         yield _event("message_stop")
 
-    def alive(self) -> bytes:
+    def alive(self, num_read: int, num_to_read: int) -> bytes:
         """See ``Writer``."""
         return _event("ping")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import AnswerError
+from ..errors import ENGINE_FAILED, AnswerError
 from ..request_log import current_id
 
 PATH = "/v1/messages"
@@ -24,8 +24,14 @@ _TOO_LONG = "prompt is too long: "
 
 
 def status_of(failure: AnswerError) -> int:
-    """HTTP's status: who is to come again later is told so by a number of its own."""
-    return OVERLOADED if failure.status == 503 else failure.status
+    """HTTP's status: who is to come again later is told so by a number of its own.
+
+    Its clients come again and again for that number, so an engine that has failed has
+    another one.
+    """
+    if failure.status != 503:
+        return failure.status
+    return 500 if failure.code == ENGINE_FAILED else OVERLOADED
 
 
 def body_of(failure: AnswerError) -> dict[str, Any]:

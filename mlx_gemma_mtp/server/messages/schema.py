@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ...constants import MAX_INTEGER
 from ..schema import MAX_STOPS, Common, Listed, Numbers, StopString, only_text
 
 _NO_FILES = "nothing runs beside the model here"
@@ -37,7 +38,6 @@ WITHOUT_EFFECT = frozenset(
         "workspace_id",
     }
 )
-_MAX_TOKENS = 2**31 - 1
 
 
 class _Block(BaseModel):
@@ -124,7 +124,7 @@ class Thinking(Numbers):
     """Whether the model thinks, and how much."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
-    budget_tokens: Annotated[int, Field(ge=0, le=_MAX_TOKENS)] | None = None
+    budget_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
 
 
 class MessagesFormat(_Block):
@@ -156,7 +156,7 @@ class CountBody(Common):
 class MessagesBody(CountBody):
     """The body of ``/v1/messages``."""
 
-    max_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)]
     stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = (
         None
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import bad_request
-from ..schema import ChatBody, Common, translated
+from ..schema import BETWEEN_TEXTS, ChatBody, Common, translated
 from ..thinking import NO_THINKING
 from .schema import (
     Block,
@@ -29,12 +29,11 @@ from .schema import (
 # What a chat calls what a body has by another name: for what is said of mistakes.
 NAMES = {
     "response_format.json_schema.schema": "output_config.format.schema",
+    "response_format": "output_config.format",
     "function.parameters": "input_schema",
     "max_thinking_tokens": "thinking.budget_tokens",
     "continue_final_message": "messages",
 }
-# Blocks are paragraphs: nothing else stands between two of them.
-_BETWEEN = "\n\n"
 # A line of Claude Code's that is new in every request and tells a model nothing. It
 # would part each prompt from the kept ones at its first words.
 _BILLING = re.compile(r"^x-anthropic-billing-header:[^\n]*\n*", re.MULTILINE)
@@ -107,7 +106,7 @@ def _asked(role: str, blocks: Sequence[Block]) -> Iterator[dict[str, Any]]:
         }
     texts = [block.text for block in blocks if isinstance(block, TextBlock)]
     if texts or not results:
-        yield {"role": role, "content": _BETWEEN.join(texts)}
+        yield {"role": role, "content": BETWEEN_TEXTS.join(texts)}
 
 
 def _said(blocks: Sequence[Block]) -> dict[str, Any]:
@@ -140,7 +139,7 @@ def _result(block: ToolResultBlock) -> str:
 def _text(given: Texts | None) -> str:
     if given is None or isinstance(given, str):
         return given or ""
-    return _BETWEEN.join(block.text for block in given)
+    return BETWEEN_TEXTS.join(block.text for block in given)
 
 
 def _tool(number: int, tool: MessagesTool) -> dict[str, Any]:

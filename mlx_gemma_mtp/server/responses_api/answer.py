@@ -61,7 +61,7 @@ class ResponseWriter:
     def begin(self) -> Iterable[bytes]:
         """See ``Writer``."""
         yield self._event("response.created", response=self._response())
-        yield self.alive()
+        yield self._in_progress()
 
     def add(self, index: int, piece: Piece) -> Iterable[bytes]:
         """See ``Writer``."""
@@ -82,9 +82,9 @@ class ResponseWriter:
         self._usage = _usage(figures)
         yield self._event(f"response.{self._status}", response=self._response())
 
-    def alive(self) -> bytes:
+    def alive(self, num_read: int, num_to_read: int) -> bytes:
         """See ``Writer``: an event, as clients do not count comments."""
-        return self._event("response.in_progress", response=self._response())
+        return self._in_progress()
 
     def failed(self, failure: AnswerError) -> bytes:
         """See ``Writer``."""
@@ -92,6 +92,9 @@ class ResponseWriter:
         code = failure.code or _CODES.get(failure.status, "server_error")
         self._error = {"code": code, "message": failure.message}
         return self._event("response.failed", response=self._response())
+
+    def _in_progress(self) -> bytes:
+        return self._event("response.in_progress", response=self._response())
 
     def _begin_item(self, part: Part) -> Iterator[bytes]:
         item: Item

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
+from ...constants import MAX_INTEGER
 from .. import fields
 from ..schema import MAX_LISTED, Common, only_text
 
@@ -35,7 +36,6 @@ WITHOUT_EFFECT = fields.WITHOUT_EFFECT | {
     "stream_options",
     "truncation",
 }
-_MAX_TOKENS = 2**31 - 1
 
 
 class _Item(BaseModel):
@@ -111,11 +111,9 @@ _TAGS = {
 
 def _tag(item: Any) -> str | None:
     """Which item it is."""
-    kind = (
-        item.get("type", "message")
-        if isinstance(item, dict)
-        else getattr(item, "type", None)
-    )
+    if isinstance(item, MessageItem | CallItem | OutputItem | ReasoningItem):
+        return _TAGS[item.type]
+    kind = item.get("type", "message") if isinstance(item, dict) else None
     return _TAGS.get(kind) if isinstance(kind, str) else None
 
 
@@ -183,7 +181,7 @@ class ResponsesBody(Common):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
     include: Annotated[list[str], Field(max_length=64)] | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None

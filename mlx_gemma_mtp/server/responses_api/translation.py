@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import bad_request
-from ..schema import ChatBody, Common, translated
+from ..schema import BETWEEN_TEXTS, ChatBody, Common, translated
 from .schema import (
     CallItem,
     Content,
@@ -35,8 +35,6 @@ NAMES = {
     "continue_final_message": "input",
     "messages": "input",
 }
-# Texts that the user's side has sent are paragraphs.
-_BETWEEN = "\n\n"
 # A thought goes out and comes back in the field that clients hand on unread: as it is,
 # since it is no secret of the server's.
 _PLAIN = "plain:"
@@ -96,7 +94,7 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
     while num_system < len(items) and _is_system(items[num_system]):
         num_system += 1
     system = [body.instructions or "", *map(_said, items[:num_system])]
-    text = _BETWEEN.join(each for each in system if each)
+    text = BETWEEN_TEXTS.join(each for each in system if each)
     first = {"role": "system", "content": text}
     found: list[dict[str, Any]] = [first] if text or num_system else []
     for item in items[num_system:]:
@@ -147,11 +145,11 @@ def _thought(item: ReasoningItem) -> str:
     return (
         "".join(part.text for part in item.content or ())
         or _unwrapped(item.encrypted_content)
-        or _BETWEEN.join(part.text for part in item.summary or ())
+        or BETWEEN_TEXTS.join(part.text for part in item.summary or ())
     )
 
 
-def _text(content: Content, between: str = _BETWEEN) -> str:
+def _text(content: Content, between: str = BETWEEN_TEXTS) -> str:
     if isinstance(content, str):
         return content
     return between.join(
