@@ -19,7 +19,7 @@ from ..sampling.masks import ALL, WORD, BlockMasks, Words, allow
 from .constraint import Constraint, reason_of, refusal
 from .library import limits, llguidance
 from .thoughts import Phase, Place, Thoughts
-from .tokenizer import grammar_tokenizer
+from .tokenizer import control_tokens, grammar_tokenizer
 
 _LIMIT = "max_thinking_tokens"
 _NO_WAY = "NoExtension"  # what llguidance says where no token fits
@@ -50,6 +50,7 @@ class BoundConstraint:
             self._eos = frozenset[int]()
             return
         self._tokenizer = grammar_tokenizer(tokenizer)
+        self._grammar = constraint.numbered(control_tokens(tokenizer)).grammar
         self._eos = frozenset(self._tokenizer.eos_tokens)
         # Also shows what cannot be seen of the grammar alone.
         self.row((), self._eos).block(())
@@ -91,7 +92,7 @@ class BoundConstraint:
         if self.constraint is None:
             return None
         matcher = llguidance().LLMatcher(
-            self._tokenizer, self.constraint.grammar, limits=limits(), log_level=0
+            self._tokenizer, self._grammar, limits=limits(), log_level=0
         )
         if matcher.is_error():
             raise refusal(self.constraint.what, matcher.get_error())
@@ -289,7 +290,25 @@ class RowMasks:
         _set_bits(words, self._foreign_ends, value=False)
         if self._matcher.is_accepting():
             _set_bits(words, self._ends, value=True)
+        else:
+            self._check_ends(words)
         return words
+
+    def _check_ends(self, words: Words) -> None:
+        """Raise where a token of the grammar would end a text that is not complete."""
+        for token in self._ends:
+            if not _has_bit(words, token):
+                continue
+            is_taken = bool(self._matcher.try_consume_tokens([token]))
+            is_whole = is_taken and self._matcher.is_accepting()
+            if is_taken:
+                self._matcher.rollback(1)
+            if not is_whole:
+                raise RequestError(
+                    f"{self._what} must end the turn behind a complete text alone: got "
+                    f"token {token} behind {len(self._consumed)} tokens of the answer. "
+                    "Leave it out, the end follows by itself."
+                )
 
     def _bits(self) -> Words:
         """What the matcher allows."""
