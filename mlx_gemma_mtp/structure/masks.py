@@ -177,6 +177,7 @@ class RowMasks:
                 limits.
         """
         if not self._follow(token):
+            self._first_mask()  # perhaps there is none, which says more
             raise RequestError(
                 f"{self._what} must allow every token of the row: got {token}, which "
                 "it does not. Let no sampler choose banned tokens."
@@ -190,7 +191,8 @@ class RowMasks:
 
         Returns:
             Masks of the tokens in front of and behind each draft. Behind a draft that
-            is not allowed, or ends the row, every token is.
+            is not allowed, or ends the row, every token is. Behind one where the
+            matcher fails, all are that do not end the row: the next one is refused.
 
         Raises:
             RequestError: The matcher has reached its limits, or no token of the
@@ -198,6 +200,7 @@ class RowMasks:
         """
         place, num_consumed = self._place, len(self._consumed)
         masks, forced = [self._first_mask()], [self._forced()]
+        free = np.full_like(masks[0], ALL)
         try:
             for token in drafts:
                 is_end = token in self._ends
@@ -208,13 +211,14 @@ class RowMasks:
         except RequestError:  # behind a draft, which need not stand
             del self._consumed[num_consumed:]
             self._renew()
+            _set_bits(free, self._ends, value=False)
         num_ahead = len(self._consumed) - num_consumed
         if num_ahead:
             self._matcher.rollback(num_ahead)
             del self._consumed[num_consumed:]
         self._place = place
         num_free = len(drafts) + 1 - len(masks)
-        masks += [np.full_like(masks[0], ALL)] * num_free
+        masks += [free] * num_free
         return BlockMasks(np.stack(masks), [*forced, *[[]] * num_free])
 
     def _first_mask(self) -> Words:
@@ -287,27 +291,21 @@ class RowMasks:
         """That of a token in an answer that has a form."""
         words = self._bits()
         self._check(words)
-        _set_bits(words, self._foreign_ends, value=False)
         if self._matcher.is_accepting():
+            _set_bits(words, self._foreign_ends, value=False)
             _set_bits(words, self._ends, value=True)
         else:
             self._check_ends(words)
         return words
 
     def _check_ends(self, words: Words) -> None:
-        """Raise where a token of the grammar would end a text that is not complete."""
-        for token in self._ends:
-            if not _has_bit(words, token):
-                continue
-            is_taken = bool(self._matcher.try_consume_tokens([token]))
-            is_whole = is_taken and self._matcher.is_accepting()
-            if is_taken:
-                self._matcher.rollback(1)
-            if not is_whole:
+        """Raise where an end would be a token of a text that is not complete."""
+        for token in (*self._ends, *self._foreign_ends):
+            if _has_bit(words, token):
                 raise RequestError(
-                    f"{self._what} must end the turn behind a complete text alone: got "
-                    f"token {token} behind {len(self._consumed)} tokens of the answer. "
-                    "Leave it out, the end follows by itself."
+                    f"{self._what} must have no token that ends the turn: got {token} "
+                    f"behind {len(self._consumed)} tokens of the answer. Leave it out, "
+                    "the end follows by itself."
                 )
 
     def _bits(self) -> Words:
