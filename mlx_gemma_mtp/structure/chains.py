@@ -11,13 +11,13 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
+from .lark import rules_alone
+
 _MOST_PLACES = 100_000  # to look up references at
 _RULE = re.compile(
     r"^[^\S\n]*[?!]*([\w-]+)(?:[^\S\n]|\[.*\]|\{.*\}|\.-?\d+|::?\w+)*:",
     re.MULTILINE,
 )
-# What names no rule, though it may look so: texts, comments, expressions.
-_OTHER = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|\#[^\n]*|/(?:\\.|[^/\\])+/', re.DOTALL)
 _NAME = re.compile(r"[\w-]+")
 
 
@@ -70,15 +70,9 @@ def longest(weights: Mapping[Any, int], inner: Mapping[Any, Sequence[Any]]) -> i
     return totals[root]
 
 
-def literals(lark: str) -> list[str]:
-    """The texts and expressions of a grammar, as they are written."""
-    found = _OTHER.findall(lark)
-    return [each for each in found if each[0] != "#" and not each.startswith("//")]
-
-
 def rules_reach(lark: str) -> int:
     """How many rules and terminals of a grammar lead one to the next, at most."""
-    text = _OTHER.sub(" ", lark)
+    text = rules_alone(lark)
     found = list(_RULE.finditer(text))
     ends = [*(match.start() for match in found), len(text)][1:]
     words: dict[str, set[str]] = {match[1]: set() for match in found}

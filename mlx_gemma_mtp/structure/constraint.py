@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import thread_time
 from typing import Any
 
 from ..errors import RequestError, shorten
 from ..markup.grammar import is_unicode, quoted
-from .chains import literals, rules_reach, schema_reach
+from .chains import rules_reach, schema_reach
+from .lark import literals, numbered
 from .library import limits, llguidance
 from .schemas import closed, count_of, depth_of, longest_text, place_of
 
@@ -50,6 +51,20 @@ class Constraint:
 
     what: str
     grammar: str = field(repr=False)
+
+    def numbered(self, tokens: Mapping[str, int]) -> Constraint:
+        """The same, with control tokens by their numbers and not by their names.
+
+        Args:
+            tokens: The control tokens of a tokenizer, by their names.
+        """
+        if not self.grammar.startswith("{"):
+            return replace(self, grammar=numbered(self.grammar, tokens))
+        made = json.loads(self.grammar)
+        for part in made["grammars"]:
+            if part.get("lark_grammar"):
+                part["lark_grammar"] = numbered(part["lark_grammar"], tokens)
+        return replace(self, grammar=json.dumps(made))
 
 
 def json_schema(schema: Any, *, strict: bool = True) -> Constraint:
@@ -140,7 +155,7 @@ def grammar(lark: str, *, what: str = "grammar") -> Constraint:
 
     Raises:
         RequestError: It cannot be compiled; the message names line and column. Names of
-            control tokens are checked with a tokenizer, in ``masks.bind``.
+            control tokens are checked with a tokenizer, in ``BoundConstraint``.
     """
     _check_text(what, lark)
     _check_size(what, len(lark), MAX_LENGTH, "characters")

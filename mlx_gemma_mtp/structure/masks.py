@@ -19,7 +19,7 @@ from ..sampling.masks import ALL, WORD, BlockMasks, Words, allow
 from .constraint import Constraint, reason_of, refusal
 from .library import limits, llguidance
 from .thoughts import Phase, Place, Thoughts
-from .tokenizer import grammar_tokenizer
+from .tokenizer import control_tokens, grammar_tokenizer
 
 _LIMIT = "max_thinking_tokens"
 _NO_WAY = "NoExtension"  # what llguidance says where no token fits
@@ -50,6 +50,7 @@ class BoundConstraint:
             self._eos = frozenset[int]()
             return
         self._tokenizer = grammar_tokenizer(tokenizer)
+        self._grammar = constraint.numbered(control_tokens(tokenizer)).grammar
         self._eos = frozenset(self._tokenizer.eos_tokens)
         # Also shows what cannot be seen of the grammar alone.
         self.row((), self._eos).block(())
@@ -91,7 +92,7 @@ class BoundConstraint:
         if self.constraint is None:
             return None
         matcher = llguidance().LLMatcher(
-            self._tokenizer, self.constraint.grammar, limits=limits(), log_level=0
+            self._tokenizer, self._grammar, limits=limits(), log_level=0
         )
         if matcher.is_error():
             raise refusal(self.constraint.what, matcher.get_error())
@@ -176,6 +177,7 @@ class RowMasks:
                 limits.
         """
         if not self._follow(token):
+            self._first_mask()  # perhaps there is none, which says more
             raise RequestError(
                 f"{self._what} must allow every token of the row: got {token}, which "
                 "it does not. Let no sampler choose banned tokens."
@@ -189,7 +191,8 @@ class RowMasks:
 
         Returns:
             Masks of the tokens in front of and behind each draft. Behind a draft that
-            is not allowed, or ends the row, every token is.
+            is not allowed, or ends the row, every token is. Behind one where the
+            matcher fails, all are that do not end the row: the next one is refused.
 
         Raises:
             RequestError: The matcher has reached its limits, or no token of the
@@ -197,6 +200,7 @@ class RowMasks:
         """
         place, num_consumed = self._place, len(self._consumed)
         masks, forced = [self._first_mask()], [self._forced()]
+        free = np.full_like(masks[0], ALL)
         try:
             for token in drafts:
                 is_end = token in self._ends
@@ -207,13 +211,14 @@ class RowMasks:
         except RequestError:  # behind a draft, which need not stand
             del self._consumed[num_consumed:]
             self._renew()
+            _set_bits(free, self._ends, value=False)
         num_ahead = len(self._consumed) - num_consumed
         if num_ahead:
             self._matcher.rollback(num_ahead)
             del self._consumed[num_consumed:]
         self._place = place
         num_free = len(drafts) + 1 - len(masks)
-        masks += [np.full_like(masks[0], ALL)] * num_free
+        masks += [free] * num_free
         return BlockMasks(np.stack(masks), [*forced, *[[]] * num_free])
 
     def _first_mask(self) -> Words:
@@ -286,10 +291,22 @@ class RowMasks:
         """That of a token in an answer that has a form."""
         words = self._bits()
         self._check(words)
-        _set_bits(words, self._foreign_ends, value=False)
         if self._matcher.is_accepting():
+            _set_bits(words, self._foreign_ends, value=False)
             _set_bits(words, self._ends, value=True)
+        else:
+            self._check_ends(words)
         return words
+
+    def _check_ends(self, words: Words) -> None:
+        """Raise where an end would be a token of a text that is not complete."""
+        for token in (*self._ends, *self._foreign_ends):
+            if _has_bit(words, token):
+                raise RequestError(
+                    f"{self._what} must have no token that ends the turn: got {token} "
+                    f"behind {len(self._consumed)} tokens of the answer. Leave it out, "
+                    "the end follows by itself."
+                )
 
     def _bits(self) -> Words:
         """What the matcher allows."""

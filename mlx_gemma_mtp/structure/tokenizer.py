@@ -1,9 +1,15 @@
-"""llguidance's view of a tokenizer: built once for each tokenizer of a process."""
+"""llguidance's view of a tokenizer: built once for each tokenizer of a process.
+
+Control tokens have other names there, which no text has: so a text that spells one is
+of ordinary tokens. A grammar has them by their numbers.
+"""
 
 from __future__ import annotations
 
+import json
 from copy import copy
 from dataclasses import dataclass, field
+from secrets import token_hex
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -50,6 +56,16 @@ def grammar_tokenizer(tokenizer: Any) -> Any:
         return entry.made
 
 
+def control_tokens(tokenizer: Any) -> dict[str, int]:
+    """The control tokens of a tokenizer, by their names.
+
+    Args:
+        tokenizer: mlx-lm's, around a fast one of transformers.
+    """
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return {each.content: token for token, each in added.items() if each.special}
+
+
 def _build(backend: Any, eos: list[int]) -> Any:
     """Build it, with the tokens that end a text.
 
@@ -66,9 +82,36 @@ def _build(backend: Any, eos: list[int]) -> Any:
     whole.no_truncation()
     library = llguidance()
     try:
-        return library.LLTokenizer(whole.to_str(), eos_token=eos)
+        return library.LLTokenizer(_renamed(whole.to_str()), eos_token=eos)
     except ValueError as error:
         raise RequestError(
             f"the tokenizer must be one that llguidance can read: got {error}. Decode "
             "without a given form."
         ) from error
+
+
+def _renamed(text: str) -> str:
+    """A tokenizer's JSON in which no text spells a control token.
+
+    llguidance finds the tokens of a text that must come next with the tokenizer, which
+    would take its control tokens for it.
+    """
+    whole = json.loads(text)
+    secret = token_hex(16)  # nobody who writes a text can know it
+    names = {
+        each["content"]: f"<{secret}-{each['id']}>"
+        for each in whole["added_tokens"]
+        if each["special"]
+    }
+    for each in whole["added_tokens"]:
+        each["content"] = names.get(each["content"], each["content"])
+    model = whole["model"]
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in vocabulary.items()}
+    else:  # a unigram model's pieces, with their weights
+        model["vocab"] = [[names.get(piece, piece), w] for piece, w in vocabulary]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    whole["post_processor"] = None  # it names them too, and nothing here needs it
+    return json.dumps(whole, ensure_ascii=False)

@@ -71,6 +71,51 @@ class TestThoughts:
         assert re.fullmatch("[0-9]{3}", message["content"])
 
 
+SPELLED = ("<turn|>", "<|tool_call>", "<bos>", "a<channel|>b")
+
+
+@pytest.mark.parametrize("number", [0, 4])
+class TestSpelledMarks:
+    """Texts of a form that look like control tokens are text, for drafts or not."""
+
+    def message(self, client, number, **asked):
+        fields = {"max_tokens": 60, "seed": 1, "reasoning_effort": "none"}
+        speculative = {"num_draft_tokens": number}
+        response = client.chat(speculative=speculative, **fields, **asked)
+        assert response.status == 200, response.body
+        return response.json()["choices"][0]
+
+    def test_in_forms(self, client, number):
+        for text in (*SPELLED, '<|"|>'):
+            forms: dict[str, tuple[dict[str, Any], str]] = {
+                "json": ({"const": [text]}, json.dumps([text])),
+                "choice": ([text], text),
+            }
+            for name, (form, whole) in forms.items():
+                asked = {"structured_outputs": {name: form}}
+                found = self.message(client, number, **asked)
+                assert found["message"]["content"] == whole
+                assert found["finish_reason"] == "stop"
+
+    def test_in_calls(self, client, number):
+        for value in SPELLED:
+            parameters = {
+                "type": "object",
+                "properties": {"k": {"enum": [value]}},
+                "required": ["k"],
+            }
+            function = {"name": "f", "parameters": parameters}
+            found = self.message(
+                client,
+                number,
+                tools=[{"type": "function", "function": function}],
+                tool_choice="required",
+                parallel_tool_calls=False,
+            )
+            (call,) = found["message"]["tool_calls"]
+            assert json.loads(call["function"]["arguments"]) == {"k": value}
+
+
 class TestForcedCalls:
     """What the random pair cannot say by itself, it must say."""
 

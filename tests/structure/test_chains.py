@@ -122,8 +122,13 @@ def test_no_way_to_refer_leads_deeper(schema):
         "start: r0\n"
         + "\n".join(f"r{i}: /x\nf{i}: / r{i + 1}" for i in range(LONG))
         + f'\nr{LONG}: "b"',
+        rules(LONG, rest='<|"|> '),
+        rules(LONG, rest="</> "),
     ],
-    ids=["rules", "terminals", "marks", "lines", "comments", "expressions"],
+    ids=[
+        *("rules", "terminals", "marks", "lines", "comments", "expressions"),
+        *("quotes in names", "slashes in names"),
+    ],
 )
 def test_long_chains_of_rules_are_refused(lark):
     with pytest.raises(RequestError, match=f"at most {MAX_REACH} rules"):

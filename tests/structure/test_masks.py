@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_gemma_mtp.errors import RequestError
+from mlx_gemma_mtp.markup.tool_calls import QUOTE
 from mlx_gemma_mtp.sampling.host import HostRow
 from mlx_gemma_mtp.sampling.masks import allow
 from mlx_gemma_mtp.sampling.params import SamplingParams
@@ -29,6 +30,7 @@ from mlx_gemma_mtp.structure import masks as masks_module
 from mlx_gemma_mtp.structure.constraint import (
     MAX_TEXTS,
     choice,
+    either,
     grammar,
     json_object,
     json_schema,
@@ -41,6 +43,7 @@ from tests.gemma import (
     END_OF_RESULT,
     END_OF_TURN,
     EOS_IDS,
+    SPECIAL,
     START_OF_CHANNEL,
     START_OF_TURN,
 )
@@ -53,6 +56,7 @@ from tests.tiny import EOS, VOCAB_SIZE, tiny_tokenizer
 THINK = 98
 ENDS = frozenset({EOS, TINY_END_OF_TURN})
 PROMPT = [2, 17, 300]
+SPELLED = ("<turn|>", "<|tool_call>", "<bos>", '<|"|>', "<eos>", "<|channel>")
 
 
 @cache
@@ -265,7 +269,8 @@ class TestMasks:
         for _ in range(2):
             block = row.block([brace, brace]).words
             assert np.array_equal(block[0], first)
-            assert (block[1:] == 0xFFFFFFFF).all()
+            for words in block[1:]:  # nothing ends the row before it says so
+                assert allowed(~words) == ENDS
         with pytest.raises(RequestError, match=r"got none .* row has 239 "):
             row.advance(brace)
 
@@ -474,6 +479,87 @@ class TestGemma:
         x = tokenizer.encode("x", add_special_tokens=False)
         row.advance(x[0])
         assert allowed(row.block(()).words[0]) == {49}
+
+    def test_names_in_a_text_of_a_grammar_are_text(self, tokenizer):
+        lark = grammar('start: <|tool_call> "<tool_call|>" /<bos>/ <|"|> // <eos>')
+        row = BoundConstraint(lark, tokenizer).row([BOS], EOS_IDS)
+        row.advance(48)
+        text, quote = "", tokenizer.convert_tokens_to_ids(QUOTE)
+        while quote not in (found := allowed(row.block(()).words[0])):
+            assert not found & SPECIAL.keys()
+            row.advance(min(found))
+            text += tokenizer.decode([min(found)])
+        assert found == {quote}
+        assert text == "<tool_call|><bos>"
+
+    def test_names_stand_in_one_of_two_forms(self, tokenizer):
+        both = either(grammar('start: <|tool_call> "x"'), json_schema({"const": 7}))
+        row = BoundConstraint(both, tokenizer).row([BOS], EOS_IDS)
+        (seven,) = tokenizer.encode("7", add_special_tokens=False)
+        found = allowed(row.block(()).words[0])
+        assert seven in found
+        assert found & SPECIAL.keys() == {48}
+
+    @pytest.mark.parametrize("mark", SPELLED)
+    def test_a_text_may_spell_a_control_token(self, tokenizer, mark):
+        """Alone, inside others, as one of two, and where it is forced."""
+        for text in (mark, f"a{mark}b{mark}"):
+            written = json.dumps(text)
+            forms = {
+                text: [choice([text]), regex(re.escape(text))],
+                written: [json_schema({"const": text}), json_schema({"enum": [text]})],
+            }
+            forms[text].append(grammar(f"start: {written}"))
+            for whole, made in ((w, each) for w in forms for each in forms[w]):
+                bound = BoundConstraint(made, tokenizer)
+                assert self.write(bound, tokenizer, seed=1) == whole
+                (forced,) = bound.row([BOS], EOS_IDS).block(()).forced
+                assert not SPECIAL.keys() & set(forced)
+                assert tokenizer.decode(forced) == whole
+        bound = BoundConstraint(choice([mark, "zz"]), tokenizer)
+        found = {self.write(bound, tokenizer, seed) for seed in range(30)}
+        assert found == {mark, "zz"}
+
+    def test_keys_may_spell_control_tokens(self, tokenizer):
+        schema = {
+            "type": "object",
+            "properties": {mark: {"const": mark} for mark in SPELLED},
+            "required": [*SPELLED],
+            "additionalProperties": False,
+        }
+        text = self.write(BoundConstraint(json_schema(schema), tokenizer), tokenizer, 0)
+        jsonschema.Draft202012Validator(schema).validate(json.loads(text or ""))
+
+    @pytest.mark.parametrize(
+        ("lark", "begun"),
+        [
+            ('start: <turn|> "a"', ""),
+            ('start: "a" <[106]> "b"', "a"),
+            ('start: "a" ("b" | <[1-200]> "c")', "a"),
+            ('start: "a" <turn|>', "a"),
+        ],
+    )
+    def test_no_end_stands_before_the_end(self, tokenizer, lark, begun):
+        """A draft that leads there is no mistake of the row's yet."""
+        words = f"no token that ends the turn: got [0-9]+ behind {len(begun)} tokens"
+        made = grammar(lark)
+        if not begun:
+            with pytest.raises(RequestError, match=words):
+                BoundConstraint(made, tokenizer)
+            return
+        row = BoundConstraint(made, tokenizer).row([BOS], EOS_IDS)
+        tokens = tokenizer.encode(begun, add_special_tokens=False)
+        before = row.block(()).words
+        found = row.block([*tokens, END_OF_TURN]).words
+        assert np.array_equal(found[:1], before)
+        assert all(allowed(~words) == set(EOS_IDS) for words in found[1:])
+        for token in tokens:
+            row.advance(token)
+        with pytest.raises(RequestError, match=words):
+            row.advance(GEMMA_SIZE - 1)
+        for drafts in ((), (END_OF_TURN,)):
+            with pytest.raises(RequestError, match=words):
+                row.block(drafts)
 
     BEGIN = (BOS, START_OF_TURN, 900, 901)
     ASKS = (*BEGIN, THINK, END_OF_TURN, START_OF_TURN, 902)

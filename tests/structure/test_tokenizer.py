@@ -6,15 +6,17 @@ Run: python -m pytest tests/structure/test_tokenizer.py
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from threading import Barrier
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import AddedToken, Tokenizer, models
 
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.structure import tokenizer as tokenizer_module
-from mlx_gemma_mtp.structure.tokenizer import grammar_tokenizer
-from tests.gemma import EOS_IDS, VOCAB_SIZE
+from mlx_gemma_mtp.structure.tokenizer import control_tokens, grammar_tokenizer
+from tests.gemma import EOS_IDS, SPECIAL, VOCAB_SIZE
 from tests.tiny import EOS, tiny_tokenizer
 
 
@@ -33,6 +35,48 @@ def test_tokens_are_gemmas_own(gemma_tokenizer):
         assert made.decode_bytes(ids) == text.encode()
     assert made.is_special_token(tokenizer.convert_tokens_to_ids("<|channel>"))
     assert not made.is_special_token(tokenizer.convert_tokens_to_ids("<unused9>"))
+
+
+def test_text_that_spells_a_control_token_is_of_ordinary_ones(gemma_tokenizer):
+    """As the library tokenizers has it where it is told to take none for a token."""
+    tokenizer = gemma_tokenizer("july-e2b")
+    made = grammar_tokenizer(tokenizer)
+    plain = copy(tokenizer.backend_tokenizer)
+    plain.encode_special_tokens = True
+    assert control_tokens(tokenizer) == {name: i for i, name in SPECIAL.items()}
+    for name, token in control_tokens(tokenizer).items():
+        for text in (name, f"a{name}b", name * 2):
+            ids = made.tokenize_str(text)
+            assert ids == plain.encode(text, add_special_tokens=False).ids
+            assert not SPECIAL.keys() & set(ids)
+            assert made.decode_bytes(ids) == text.encode()
+        assert made.is_special_token(token)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_only_control_tokens_have_other_names(kind):
+    pieces = ["<unk>", "a", "b", "<", ">", "<e>", "<ab>"]
+    model = (
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>")
+        if kind == "bpe"
+        else models.Unigram([(piece, -1.0) for piece in pieces], 0)
+    )
+    given = Tokenizer(model)
+    given.add_special_tokens(["<unk>", "<e>", "<b>"])
+    given.add_tokens([AddedToken("<ab>")])
+    found = Tokenizer.from_str(tokenizer_module._renamed(given.to_str()))
+    decoder = given.get_added_tokens_decoder()
+    renamed = found.get_added_tokens_decoder()
+    assert renamed.keys() == decoder.keys()
+    kept = {
+        token for token in decoder if renamed[token].content == decoder[token].content
+    }
+    assert kept == {pieces.index("<ab>")}
+    assert found.get_vocab_size() == given.get_vocab_size()
+    assert found.encode("b<ab>").tokens == ["b", "<ab>"]
+    assert "".join(found.encode("<b>a").tokens) == "<b>a"
+    assert len(found.encode("<b>a").tokens) == 4
+    assert given.encode("<b>a").tokens == ["<b>", "a"]
 
 
 def test_is_built_once_for_a_tokenizer(monkeypatch):
