@@ -87,7 +87,7 @@ class TestSpelledMarks:
 
     def test_in_forms(self, client, number):
         for text in (*SPELLED, '<|"|>'):
-            forms: dict[str, tuple[dict[str, Any], str]] = {
+            forms: dict[str, tuple[Any, str]] = {
                 "json": ({"const": [text]}, json.dumps([text])),
                 "choice": ([text], text),
             }
