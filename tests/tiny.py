@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -97,6 +98,14 @@ def new_pair(family: str = SHORT, *, has_drafter: bool = True) -> Pair:
     """A random pair, read anew: a test may change it."""
     folder = family_folder(family)
     return load_pair(folder / "target", has_drafter and folder / "drafter")
+
+
+def families(*fast: str) -> list[Any]:
+    """All of them, for parameters of a test: those not named are tried by test-slow."""
+    return [
+        family if family in fast else pytest.param(family, marks=pytest.mark.slow)
+        for family in FAMILIES
+    ]
 
 
 @cache

@@ -595,10 +595,10 @@ class TestKill:
         ("name", "number", "is_after"),
         [
             ("rename", 1, False),
-            ("rename", 1, True),
             ("replace", 1, True),
             ("fsync", 3, False),
-            ("pwrite", 1, True),
+            pytest.param("rename", 1, True, marks=pytest.mark.slow),
+            pytest.param("pwrite", 1, True, marks=pytest.mark.slow),
         ],
     )
     def test_at_a_call(self, source, tmp_path, driver, name, number, is_after):

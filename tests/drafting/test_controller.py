@@ -58,12 +58,10 @@ def trained(curve, process, *, tokens=600, seed=7, allowed=range(9), prior=None)
 # or two allow. All others, both cold and warm: -m control.
 CORNERS = [
     ("cold", "flat", "0", 8),
-    ("warm", "flat", "1", 30),
+    ("warm", "flat", "1", 15),
     ("warm", "steep", "0", 8),
-    ("cold", "steep", "1", 8),
     ("warm", "cpu", "0.75", 15),
     ("cold", "m1", "bimodal", 10),
-    ("warm", "mixture", "rising", 10),
     ("cold", "31b-m3-ultra", "0.85", 20),
 ]
 

@@ -151,11 +151,9 @@ def check_chi_squared(counts, probs):
     ("is_whole", "num_draft_tokens", "settings"),
     [
         (False, 1, {}),
-        (False, 1, {"top_k": 6, "top_p": 0.75}),
         (False, 4, {}),
         (False, 4, {"top_k": 4}),
-        (False, 4, {"top_p": 0.75}),  # no list is drawn from here either
-        (False, 4, {"min_p": 0.2}),
+        (False, 4, {"min_p": 0.2}),  # no list is drawn from here either
         (False, 4, {"top_k": 6, "top_p": 0.75}),
         (True, 4, {}),
         (True, 4, {"top_k": 4}),

@@ -86,7 +86,12 @@ def drafted_rounds(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "look_ahead"), [("greedy", True), ("greedy", False), ("coupled", True)]
+    ("name", "look_ahead"),
+    [
+        ("greedy", True),
+        ("coupled", True),
+        pytest.param("greedy", False, marks=pytest.mark.slow),
+    ],
 )
 def test_shadows_say_what_rounds_accept(name, look_ahead):
     """Where a round of drafts began, the shadow of that place said its count."""

@@ -18,7 +18,7 @@ from mlx_gemma_mtp.constants import FULL
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.models.drafter import DraftOutput, SharedKV
-from tests.tiny import FAMILIES, reference_pair
+from tests.tiny import families, reference_pair
 
 PROMPT = [2, 17, 300, 45, 99, *range(60, 80)]
 NUM_TOKENS = 28  # the window is 16 and the ring 34: both wrap
@@ -86,7 +86,7 @@ def decode(rounds, num_draft_tokens, num_tokens=NUM_TOKENS):
     return tokens, np.concatenate(logits), decoder
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=families("e2b", "12b", "26b-a4b"))
 def single_steps(request):
     pair = reference_pair(request.param)
     rounds = Rounds(pair.rounds.target, use_compile=False)

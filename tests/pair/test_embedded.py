@@ -59,7 +59,13 @@ def test_has_every_mechanism_of_gemma_4(pair):
     assert pair.drafter.config.backbone_hidden_size == args.hidden_size
 
 
-@pytest.mark.parametrize("settings", [{}, {"temp": 0.8, "top_k": 40, "seed": 5}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"temp": 0.8, "top_k": 40, "seed": 5}, marks=pytest.mark.slow),
+    ],
+)
 def test_text_does_not_depend_on_drafting(pair, prompts, settings):
     """bfloat16, across the wrap of the window, batch and single rows."""
 

@@ -240,7 +240,13 @@ class TestPenalties:
         ]
         assert texts[0] == texts[1]
 
-    @pytest.mark.parametrize("sampling", [{}, {"temp": 1.0, "top_k": 3, "seed": 2}])
+    @pytest.mark.parametrize(
+        "sampling",
+        [
+            {"temp": 1.0, "top_k": 3, "seed": 2},
+            pytest.param({}, marks=pytest.mark.slow),
+        ],
+    )
     def test_as_many_drafts_stand_as_on_the_device(self, monkeypatch, sampling):
         pair = reference_pair("12b")  # which has some drafts accepted
         decoders = record_decoders(monkeypatch, tokens_module)

@@ -326,7 +326,13 @@ MISTAKES = [
 
 
 @not_on_macs
-@pytest.mark.parametrize(("module", "old", "new"), MISTAKES)
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        *MISTAKES[::2],
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in MISTAKES[1::2]),
+    ],
+)
 def test_a_wrong_kernel_is_found(module, old, new, launches, monkeypatch):
     name = module.KERNEL.name
     source = module.KERNEL.source

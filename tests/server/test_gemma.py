@@ -107,7 +107,7 @@ def says(form, *answers):
 
 
 @says("may-12b", f"{THOUGHT}{PARIS}<|tool_response>", "Sunny.<turn|>")
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_thought_and_a_call_go_back_and_nothing_is_read_again(served, stream):
     settings = {"tools": [WEATHER], "reasoning_effort": "low"}
     asked = [{"role": "system", "content": f"{stream}"}, *QUESTION]

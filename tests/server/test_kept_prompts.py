@@ -29,7 +29,7 @@ from tests.server.serving import (
     wait_until,
     working_engine,
 )
-from tests.tiny import FAMILIES, VOCAB_SIZE, reference_pair
+from tests.tiny import VOCAB_SIZE, families, reference_pair
 
 pytestmark = pytest.mark.usefixtures("plain_graphs")
 
@@ -104,7 +104,7 @@ def rung_before(parting):
     return parting // INTERVAL * INTERVAL
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families("e2b", "26b-a4b"))
 def test_the_text_is_that_without_any_cache(family):
     kept = some()
     with asking(family) as plain, asking(family, kept) as cached:
