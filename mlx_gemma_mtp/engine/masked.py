@@ -10,7 +10,7 @@ Knows nothing of where masks come from, nor of how rounds are run.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -36,10 +36,8 @@ class RoundMasks:
     """
 
     words: mx.array
-    forced: Mapping[TokenSequence, Sequence[Sequence[int]]] = field(
-        default_factory=dict
-    )
-    errors: Mapping[TokenSequence, Exception] = field(default_factory=dict)
+    forced: Mapping[TokenSequence, Sequence[Sequence[int]]]
+    errors: Mapping[TokenSequence, Exception]
 
     @classmethod
     def of(

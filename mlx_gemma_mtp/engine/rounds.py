@@ -23,12 +23,12 @@ import mlx.core as mx
 from ..errors import KernelError, MTPError, described, is_of_others
 from ..matmuls.choices import STOCK, Choices
 from ..models.target import Target
-from ..sampling.acceptance import Accepted, accept_block
+from ..sampling.acceptance import accept_block
 from ..sampling.decision import Verification
 from ..sampling.graph import SamplingGraph
 from .model_arrays import ArraysChangedError, CompiledFunction, ModelArrays
 from .model_types import DrafterLike, TargetLike
-from .round import Models, RoundShape, begin, commit, draft, finish, whole
+from .round import Models, RoundShape, begin, draft, finish, whole
 from .state import Begun, Proposals, Report, RoundState, RowSettings, Verified
 from .traces import Traces
 
@@ -257,18 +257,6 @@ class Rounds:
         if settings.graph.has_host:
             return begun.verified, report
         return RoundState(begun.slabs, **found["state"]), report
-
-    def commit(
-        self, verified: Verified, settings: RowSettings, *, accepted: Accepted
-    ) -> RoundState:
-        """End a round that stands before its commit; nothing is evaluated here.
-
-        Args:
-            verified: The round.
-            settings: Each row's settings.
-            accepted: What every row's rule has decided, the host's or the graph's.
-        """
-        return commit(verified, settings, accepted)
 
     def draft(
         self,

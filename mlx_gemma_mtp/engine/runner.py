@@ -18,6 +18,7 @@ from ..sampling.acceptance import Accepted
 from .batch import Batch
 from .masked import RoundMasks, proposed_tokens
 from .results import decisions_of
+from .round import commit
 from .rounds import Rounds
 from .sequence import TokenSequence
 from .state import Begun, Decision, Proposals, Report, RoundState, Verified
@@ -169,8 +170,8 @@ class RoundRunner:
         next_token = mx.array(
             [(o.tokens or [0])[-1:] for o in decisions], dtype=mx.int32
         )
-        self._batch.state = self._rounds.commit(
-            verified, self._batch.settings, accepted=Accepted(num_accepted, next_token)
+        self._batch.state = commit(
+            verified, self._batch.settings, Accepted(num_accepted, next_token)
         )
         mx.async_eval(self._batch.state.arrays)  # another thread may go on
 

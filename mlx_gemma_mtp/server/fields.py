@@ -206,6 +206,20 @@ class Fields:
             logger.warning("requests have a field that means nothing here: %r", name)
 
 
+def refused_fields(
+    refused: Mapping[str, tuple[str, tuple[Any, ...]]],
+) -> dict[str, dict[str, Any]]:
+    """What ``/openapi.json`` says of fields that must have a harmless value.
+
+    Args:
+        refused: Why each is refused, and its harmless values.
+    """
+    return {
+        name: {"description": f"Refused: {reason}.", "enum": [None, *harmless]}
+        for name, (reason, harmless) in refused.items()
+    }
+
+
 def _refuse(
     refused: Mapping[str, tuple[str, tuple[Any, ...]]],
     fields: Mapping[str, Any],

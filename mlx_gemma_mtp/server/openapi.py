@@ -16,7 +16,12 @@ from pydantic import TypeAdapter
 from ..markup.tool_grammar import AUTO, REQUIRED
 from . import answer_schema as answers
 from .access import OPEN_PATHS
-from .fields import REFUSED_IN_CHATS, REFUSED_IN_COMPLETIONS, REFUSED_IN_MESSAGES
+from .fields import (
+    REFUSED_IN_CHATS,
+    REFUSED_IN_COMPLETIONS,
+    REFUSED_IN_MESSAGES,
+    refused_fields,
+)
 from .forced_calls import NONE
 from .messages import answer_schema as messages
 from .messages.description import narrow as narrow_messages
@@ -202,9 +207,7 @@ def _narrow(schemas: dict[str, Any], offer: Offer) -> None:
         (text, REFUSED_IN_COMPLETIONS),
         (schemas["Message"], REFUSED_IN_MESSAGES),
     ):
-        for name, (reason, harmless) in refused.items():
-            values = {"enum": [None, *harmless]}
-            body["properties"][name] = {"description": f"Refused: {reason}.", **values}
+        body["properties"].update(refused_fields(refused))
     schemas["ResponseFormat"].update(_SCHEMA_IS_THERE)
     schemas["StructuredOutputs"]["oneOf"] = [
         *(_with(name, {"not": {"type": "null"}}) for name in _FORMS),

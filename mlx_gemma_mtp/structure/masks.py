@@ -53,7 +53,7 @@ class BoundConstraint:
         self._grammar = constraint.numbered(control_tokens(tokenizer)).grammar
         self._eos = frozenset(self._tokenizer.eos_tokens)
         # Also shows what cannot be seen of the grammar alone.
-        self.row((), self._eos).block(())
+        self._num_words = self.row((), self._eos).block(()).words.shape[1]
 
     @property
     def can_be_limited(self) -> bool:
@@ -138,7 +138,7 @@ class RowMasks:
         thoughts: Tells thoughts from the answer.
         ends: The tokens that end the row, allowed once the text is complete.
         foreign_ends: Those that llguidance allows then and that do not end the row.
-        num_words: Of masks without a matcher, which has its own number.
+        num_words: Of a mask.
     """
 
     def __init__(
@@ -289,7 +289,7 @@ class RowMasks:
 
     def _answer_mask(self) -> Words:
         """That of a token in an answer that has a form."""
-        words = self._bits()
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32).copy()
         self._check(words)
         if self._matcher.is_accepting():
             _set_bits(words, self._foreign_ends, value=False)
@@ -308,14 +308,9 @@ class RowMasks:
                     "the end follows by itself."
                 )
 
-    def _bits(self) -> Words:
-        """What the matcher allows."""
-        return np.frombuffer(self._matcher.compute_bitmask(), np.uint32).copy()
-
     def _full(self) -> Words:
         """A mask that allows everything."""
-        num_words = self._num_words if self._matcher is None else self._bits().size
-        return np.full(num_words, ALL, np.uint32)
+        return np.full(self._num_words, ALL, np.uint32)
 
     def _forced(self) -> list[int]:
         """The tokens that come next, as far as grammar and limit alone say."""

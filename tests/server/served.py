@@ -48,6 +48,16 @@ def served(folder: Path, *args: str) -> Iterator[str]:
 
 
 @contextmanager
+def served_chat(folder: Path, key: str) -> Iterator[str]:
+    """The same of the embedded pair with the least chat template, and with a key."""
+    template = folder / "template.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    arguments = ("--api-key", key, "--chat-template", str(template))
+    with served(folder, *arguments) as address:
+        yield address
+
+
+@contextmanager
 def server_process(
     folder: Path, *args: str, **environment: str
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:

@@ -13,7 +13,7 @@ import pytest
 
 from mlx_gemma_mtp.server.fields import Fields
 from mlx_gemma_mtp.server.messages.schema import REFUSED, WITHOUT_EFFECT, MessagesBody
-from tests.server.served import CHAT_TEMPLATE, served
+from tests.server.served import served, served_chat
 
 pytestmark = pytest.mark.clients
 
@@ -41,12 +41,8 @@ def anthropic() -> Any:
 
 @pytest.fixture(scope="module")
 def client(anthropic, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("anthropic")
-    template = folder / "template.jinja"
-    template.write_text(CHAT_TEMPLATE)
-    arguments = ("--api-key", KEY, "--chat-template", str(template))
     with (
-        served(folder, *arguments) as address,
+        served_chat(tmp_path_factory.mktemp("anthropic"), KEY) as address,
         anthropic.Anthropic(
             base_url=address, api_key=KEY, max_retries=0, timeout=120
         ) as client,

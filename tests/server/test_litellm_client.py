@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.served import CHAT_TEMPLATE, served
+from tests.server.served import served, served_chat
 
 # It loads its parts late, libraries warn of some, and it makes failures of warnings.
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
@@ -47,12 +47,8 @@ def litellm() -> Any:
 @pytest.fixture(scope="module")
 def complete(litellm, tmp_path_factory):
     """``litellm.completion`` of the embedded pair."""
-    folder = tmp_path_factory.mktemp("litellm")
-    template = folder / "template.jinja"
-    template.write_text(CHAT_TEMPLATE)
-    arguments = ("--api-key", KEY, "--chat-template", str(template))
     settings = {"api_key": KEY, "max_retries": 0, "timeout": 120}
-    with served(folder, *arguments) as address:
+    with served_chat(tmp_path_factory.mktemp("litellm"), KEY) as address:
         yield partial(
             litellm.completion,
             model="openai/embedded",

@@ -22,7 +22,7 @@ from mlx_gemma_mtp.server.responses_api.schema import (
     ResponsesBody,
 )
 from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
-from tests.server.served import CHAT_TEMPLATE, ROOT, served
+from tests.server.served import ROOT, served, served_chat
 
 pytestmark = pytest.mark.clients
 
@@ -65,10 +65,7 @@ def openai() -> Any:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("openai")
-    template = folder / "template.jinja"
-    template.write_text(CHAT_TEMPLATE)
-    with served(folder, "--api-key", KEY, "--chat-template", str(template)) as address:
+    with served_chat(tmp_path_factory.mktemp("openai"), KEY) as address:
         yield address
 
 

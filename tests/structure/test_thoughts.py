@@ -220,6 +220,20 @@ class TestGemma:
             row.advance(token)
         assert np.array_equal(row.block(drafts[4:]).words, block[4:])
 
+    def test_a_thought_asks_nothing_of_the_form(self, tokenizer):
+        """Its masks may take milliseconds, and a thought has thousands of tokens."""
+
+        class Silent:
+            def compute_bitmask(self):
+                raise AssertionError("a mask of the form")
+
+        bound = BoundConstraint(regex("[a-c]{3}"), tokenizer)
+        row = bound.row([START_OF_CHANNEL], EOS_IDS)
+        row._matcher = Silent()
+        for words in row.block([5000, 5001]).words:
+            assert allowed(words) >= set(range(GEMMA_SIZE)) - set(EOS_IDS)
+            assert not allowed(words) & set(EOS_IDS)
+
     def test_none_begins_where_there_is_none_to_come(self, tokenizer):
         bound = BoundConstraint(regex("[ab]{2}"), tokenizer)
         for limit, may_begin in ((0, False), (1, True)):

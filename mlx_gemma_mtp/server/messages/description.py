@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..fields import refused_fields
 from .schema import REFUSED
 
 _NAMED = {
@@ -25,9 +26,7 @@ def narrow(schemas: dict[str, Any], *, has_tools: bool) -> None:
     """
     for name in ("CountBody", "MessagesBody"):
         fields = schemas[name]["properties"]
-        for field, (reason, harmless) in REFUSED.items():
-            values = {"enum": [None, *harmless]}
-            fields[field] = {"description": f"Refused: {reason}.", **values}
+        fields.update(refused_fields(REFUSED))
         if not has_tools:
             fields["tools"] = {"anyOf": [{"type": "array", "maxItems": 0}, _NULL]}
             fields["tool_choice"] = {"enum": [None]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..fields import refused_fields
 from .schema import REFUSED
 
 _NULL = {"type": "null"}
@@ -33,9 +34,7 @@ def narrow(schemas: dict[str, Any], *, has_tools: bool) -> None:
         has_tools: Whether the chat template has tools.
     """
     fields = schemas["ResponsesBody"]["properties"]
-    for field, (reason, harmless) in REFUSED.items():
-        values = {"enum": [None, *harmless]}
-        fields[field] = {"description": f"Refused: {reason}.", **values}
+    fields.update(refused_fields(REFUSED))
     if not has_tools:
         fields["tools"] = {"anyOf": [{"type": "array", "maxItems": 0}, _NULL]}
         fields["tool_choice"] = _FREE
