@@ -15,7 +15,7 @@ os.environ["MLX_GEMMA_MTP_CACHE"] = tempfile.mkdtemp(prefix="mlx_gemma_mtp-")
 
 import mlx.core as mx
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import settings
 
 from mlx_gemma_mtp.cpu_kernels import compile_header
 from mlx_gemma_mtp.pair import planning
@@ -34,10 +34,8 @@ atexit.register(shutil.rmtree, os.environ["MLX_GEMMA_MTP_CACHE"], ignore_errors=
 # A probe takes a second for each pair; tests/exactness has what it finds.
 planning._PROBE_BUDGET_S = 1e-9
 
-# Without the explanation of failures: it traces every line that an example runs.
-_PHASES = [phase for phase in Phase if phase is not Phase.explain]
-settings.register_profile("local", deadline=None, phases=_PHASES)
-settings.register_profile("ci", deadline=None, derandomize=True, phases=_PHASES)
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 

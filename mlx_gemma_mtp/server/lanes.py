@@ -113,14 +113,26 @@ class _Call(Generic[T]):
         """From here on nothing is raised in this thread."""
         with self._lock:
             if self._thread is not None and self._is_stopped:
-                _raise_in(self._thread, None)
+                _raise_what_is_due()
             self._thread = None
 
 
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    """Let a thread raise an exception soon; None takes one back that it has not."""
-    what = None if kind is None else ctypes.py_object(kind)
+def _raise_in(thread: int, kind: type[BaseException]) -> None:
+    """Let a thread raise an exception soon."""
+    what = ctypes.py_object(kind)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)
+
+
+def _raise_what_is_due() -> None:
+    """Let what this thread should raise soon be raised here, and nothing later.
+
+    Taking it back (with NULL) would leave the interpreter's flag set for ever up to
+    Python 3.12: all code would look for it at every turn, and traced code would hang.
+    """
+    with suppress(_Stopped):
+        _raise_in(threading.get_ident(), _Stopped)
+        while True:
+            pass
 
 
 class _Lane:

@@ -6,6 +6,8 @@ Run: python -m pytest tests/server/test_before_the_row.py
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 from functools import partial
@@ -316,6 +318,29 @@ class TestLanes:
             lanes.close(KeyError())
 
         run_async(test())
+
+    def test_a_stop_leaves_nothing_behind(self):
+        """Code that is traced later, in any thread, would hang (Python up to 3.12)."""
+        code = """
+import asyncio, sys
+from mlx_gemma_mtp.server.lanes import Lanes
+
+def endless():
+    while True:
+        pass
+
+async def stop(lanes):
+    running = asyncio.ensure_future(lanes.run(1, endless))
+    await asyncio.sleep(0.05)
+    running.cancel()
+    assert await lanes.run(1, lambda: 7) == 7
+
+asyncio.run(stop(Lanes()))
+sys.setprofile(lambda *_: None)
+endings = [str(i) for i in range(1000)]
+sys.setprofile(None)
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=WAIT_S)
 
     def test_who_waits_when_it_is_closed_is_told(self):
         """Also who waits for what is being called and for what never will be."""
