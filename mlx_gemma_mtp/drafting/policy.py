@@ -6,16 +6,38 @@ Numbers in, numbers out; the controller itself is in controller.py.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
+from ..constants import DRAFTER
 from .controller import DraftLengthController
 
 # Seconds to trace a round, until some were traced: a guess that keeps short texts from
 # paying for many numbers of drafts.
 _SETUP_S = 0.2
+
+
+class Way(NamedTuple):
+    """How a round drafts.
+
+    Attributes:
+        num_draft_tokens: K.
+        source: Where drafts come from, ``"drafter"`` or ``"lookup"``; a round without
+            drafts is one of the drafter's.
+    """
+
+    num_draft_tokens: int
+    source: str = DRAFTER
+
+
+def ways(numbers: Iterable[int], sources: Collection[str]) -> list[Way]:
+    """The ways of numbers of drafts and of sources; plain rounds are always there."""
+    counts = list(numbers)
+    plain = [Way(0)] if 0 in counts else []
+    return [*plain, *(Way(k, source) for source in sources for k in counts if k)]
 
 
 @dataclass(frozen=True)
@@ -83,24 +105,32 @@ class DraftPolicy:
         self,
         allowed: Collection[int],
         *,
-        not_ready: Collection[int],
+        not_ready: Collection[Way],
         tokens_left: int | None,
+        sources: Sequence[str] = (DRAFTER,),
         can_shadow: bool = False,
-    ) -> int:
-        """The number of drafts of the next round.
+    ) -> Way:
+        """How the next round drafts.
 
         Args:
-            allowed: The numbers to choose from, 0 among them.
-            not_ready: Those of which no round was traced before.
+            allowed: The numbers of drafts to choose from, 0 among them.
+            not_ready: The ways of which no round was traced before.
             tokens_left: Most tokens that any sequence still wants; None for no limit.
+            sources: Where drafts may come from; ``()`` for plain rounds alone.
             can_shadow: Whether drafts may be made beside the round to learn from.
         """
+        if not sources:
+            allowed = (0,)
         if self._fixed is not None:
-            return max(k for k in allowed if k <= self._fixed)
+            count = max(k for k in allowed if k <= self._fixed)
+            return Way(count, sources[0]) if count else Way(0)
+        if DRAFTER not in sources:
+            count = max(allowed)
+            return Way(count, sources[0]) if count else Way(0)
         assert self._learning is not None
         assert self._controller is not None  # see for_batch
         with self._learning.lock:
-            setup_s = dict.fromkeys(not_ready, self._setup_s) if not_ready else {}
+            setup_s = {w.num_draft_tokens: self._setup_s for w in not_ready}
             count = self._controller.choose(
                 allowed=allowed,
                 setup_s=setup_s,
@@ -108,11 +138,11 @@ class DraftPolicy:
                 can_shadow=can_shadow,
             )
             self.num_shadow_drafts = self._controller.num_shadow_drafts
-        return count
+        return Way(count)
 
     def observe(
         self,
-        num_draft_tokens: int,
+        way: Way,
         accepted: Sequence[int],
         seconds: float | None,
         *,
@@ -121,8 +151,8 @@ class DraftPolicy:
         """Learn from a round.
 
         Args:
-            num_draft_tokens: Its drafts.
-            accepted: How many of them each live sequence accepted.
+            way: How it drafted.
+            accepted: How many drafts each live sequence accepted.
             seconds: Its time; None where it says nothing.
             num_shadow_drafts: Drafts that were made beside it.
         """
@@ -130,7 +160,7 @@ class DraftPolicy:
             return
         with self._learning.lock:
             self._controller.observe(
-                num_draft_tokens,
+                way.num_draft_tokens,
                 accepted,
                 seconds,
                 num_shadow_drafts=num_shadow_drafts,

@@ -71,6 +71,11 @@ class TokenSequence:
         return sequence
 
     @property
+    def known(self) -> list[int]:
+        """The tokens before those emitted, as far as anybody said what they are."""
+        return [*self.request.history, *self.request.prompt]
+
+    @property
     def num_emitted(self) -> int:
         """Tokens emitted so far."""
         return len(self.emitted)

@@ -120,12 +120,14 @@ def stream_generate(
         logits_processors=chosen.logits_processors,
         sampler=chosen.sampler,
         num_logprobs=num_logprobs,
+        draft_source=chosen.draft_source,
         constraint=_bound(asked_for, tokenizer, pair, max_thinking_tokens),
     )
     decoder = make_decoder(
         pair,
         [request],
-        num_draft_tokens=drafts_of(pair, chosen.num_draft_tokens),
+        num_draft_tokens=drafts_of(pair, chosen.num_draft_tokens, chosen.draft_source),
+        draft_source=chosen.draft_source,
         exactness=chosen.exactness,
         prefill_step_size=chosen.prefill_step_size,
         prompt_caches=() if prompt_cache is None else [prompt_cache],

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from ..constants import AUTO
+from ..constants import AUTO, DEFAULT_DRAFT_SOURCE, DRAFTER
 from ..drafting.controller import DraftLengthController
 from ..drafting.policy import DraftPolicy, Learning
 from ..engine.early_start import EarlyStart
@@ -54,6 +54,7 @@ class Plan:
         why_plain: Why there are no drafts, in words; empty where there may be.
         probe_s: What the probe took, if it ran for this plan, seconds.
         early_start: Decides when rounds are started.
+        has_text: Whether drafts may come from the text itself.
     """
 
     draft_policy: DraftPolicy
@@ -61,6 +62,7 @@ class Plan:
     why_plain: str = ""
     probe_s: float = 0.0
     early_start: EarlyStart = field(default_factory=EarlyStart)
+    has_text: bool = False
 
 
 def make_plan(
@@ -69,6 +71,7 @@ def make_plan(
     *,
     num_draft_tokens: int | None,
     exactness: str,
+    draft_source: str = DEFAULT_DRAFT_SOURCE,
 ) -> Plan:
     """Plan the rounds of requests that are decoded together.
 
@@ -77,14 +80,21 @@ def make_plan(
         requests: At least one.
         num_draft_tokens: Checked K; None for the controller's choice.
         exactness: One of ``constants.MODES``.
+        draft_source: One of ``constants.DRAFT_SOURCES``.
 
     Returns:
         The plan. The probe may have run for it.
     """
-    return _Planner(pair, requests, num_draft_tokens, exactness).plan()
+    planner = _Planner(pair, requests, num_draft_tokens, exactness, draft_source)
+    return planner.plan()
 
 
-def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
+def make_batch_plan(
+    pair: Pair,
+    *,
+    num_draft_tokens: int | None,
+    draft_source: str = DEFAULT_DRAFT_SOURCE,
+) -> Plan:
     """Plan the rounds of requests that join and leave.
 
     Nothing is compared with plain decoding: kernels may change with the number of
@@ -93,16 +103,18 @@ def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
     Args:
         pair: Target and drafter.
         num_draft_tokens: Checked K; None for the controllers' choice.
+        draft_source: One of ``constants.DRAFT_SOURCES``.
     """
-    if why_plain := _why_plain(pair, num_draft_tokens):
+    if why_plain := _why_plain(pair, num_draft_tokens, draft_source):
         return Plan(DraftPolicy(0), PLAIN, why_plain)
     route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
-    return Plan(_draft_policy(pair, route, num_draft_tokens), route)
+    policy = _draft_policy(pair, route, num_draft_tokens)
+    return Plan(policy, route, has_text=draft_source != DRAFTER)
 
 
-def _why_plain(pair: Pair, num_draft_tokens: int | None) -> str:
+def _why_plain(pair: Pair, num_draft_tokens: int | None, draft_source: str) -> str:
     """Why requests decode plainly whatever the machine does, in words."""
-    if pair.drafter is None:
+    if pair.drafter is None and draft_source == DRAFTER:
         return pair.drafter_source or _NO_DRAFTER
     return "num_draft_tokens is 0" if num_draft_tokens == 0 else ""
 
@@ -133,19 +145,27 @@ class _Planner:
         requests: Sequence[Request],
         num_draft_tokens: int | None,
         exactness: str,
+        draft_source: str,
     ) -> None:
         self._pair = pair
         self._requests = requests
         self._rule = joined_rules(sorted({r.accept_rule for r in requests}))
         self._num_draft_tokens = num_draft_tokens
         self._exactness = exactness
+        self._draft_source = draft_source
         self._probe_s = 0.0
 
     def plan(self) -> Plan:
         """Choose the route, then who chooses the drafts."""
-        why_plain = _why_plain(self._pair, self._num_draft_tokens)
+        plan = self._plan()
+        has_text = self._draft_source != DRAFTER and not plan.why_plain
+        return replace(plan, has_text=has_text)
+
+    def _plan(self) -> Plan:
+        """The plan, but for whether there is a text."""
+        why_plain = _why_plain(self._pair, self._num_draft_tokens, self._draft_source)
         route = self._route(is_plain=bool(why_plain))
-        if self._pair.drafter is None:
+        if self._pair.drafter is None and self._draft_source == DRAFTER:
             return Plan(DraftPolicy(0), route, why_plain, self._probe_s)
         if not why_plain and not route.has_drafts:
             why_plain = route.state
