@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
-from ..constants import DRAFTER
+from ..constants import DRAFTER, LOOKUP
 from .controller import DraftLengthController
 
 # Seconds to trace a round, until some were traced: a guess that keeps short texts from
@@ -108,6 +108,7 @@ class DraftPolicy:
         not_ready: Collection[Way],
         tokens_left: int | None,
         sources: Sequence[str] = (DRAFTER,),
+        matches: Sequence[int] = (),
         can_shadow: bool = False,
     ) -> Way:
         """How the next round drafts.
@@ -117,22 +118,36 @@ class DraftPolicy:
             not_ready: The ways of which no round was traced before.
             tokens_left: Most tokens that any sequence still wants; None for no limit.
             sources: Where drafts may come from; ``()`` for plain rounds alone.
+            matches: Of each live sequence, see ``LookupModel.expected_tokens``; where
+                drafts may come from the text.
             can_shadow: Whether drafts may be made beside the round to learn from.
         """
         if not sources:
             allowed = (0,)
         if self._fixed is not None:
-            count = max(k for k in allowed if k <= self._fixed)
-            return Way(count, sources[0]) if count else Way(0)
-        if DRAFTER not in sources:
-            count = max(allowed)
-            return Way(count, sources[0]) if count else Way(0)
+            allowed = [max(k for k in allowed if k <= self._fixed)]
+            if len(sources) < 2 or self._controller is None:
+                (count,) = allowed
+                return Way(count, sources[0]) if count else Way(0)
         assert self._learning is not None
         assert self._controller is not None  # see for_batch
         with self._learning.lock:
-            setup_s = {w.num_draft_tokens: self._setup_s for w in not_ready}
+            setup_s = self._setups(not_ready, DRAFTER)
+            drafted = allowed if DRAFTER in sources else [k for k in allowed if not k]
+            if LOOKUP in sources:
+                count = self._controller.choose_lookup(
+                    matches,
+                    allowed=allowed,
+                    drafter_allowed=drafted,
+                    setup_s=self._setups(not_ready, LOOKUP),
+                    drafter_setup_s=setup_s,
+                    tokens_left=tokens_left,
+                )
+                if count:
+                    self.num_shadow_drafts = 0
+                    return Way(count, LOOKUP)
             count = self._controller.choose(
-                allowed=allowed,
+                allowed=drafted,
                 setup_s=setup_s,
                 tokens_left=tokens_left,
                 can_shadow=can_shadow,
@@ -159,6 +174,9 @@ class DraftPolicy:
         if self._learning is None or self._controller is None:
             return
         with self._learning.lock:
+            if way.source == LOOKUP:
+                self._controller.observe_lookup(way.num_draft_tokens, seconds)
+                return
             self._controller.observe(
                 way.num_draft_tokens,
                 accepted,
@@ -178,6 +196,13 @@ class DraftPolicy:
         with self._learning.lock:
             self._controller.observe_shadow(num_draft_tokens, accepted)
 
+    def observe_match(self, length: int, num_same: int) -> None:
+        """Learn from what was looked up; see ``LookupModel.observe``."""
+        if self._learning is None or self._controller is None:
+            return
+        with self._learning.lock:
+            self._controller.lookup.observe(length, num_same)
+
     def observe_setup(self, seconds: float) -> None:
         """Learn what it took to trace a round."""
         if self._learning is not None:
@@ -188,6 +213,11 @@ class DraftPolicy:
         """The requests have ended: what was learnt may be kept."""
         if self._learning is not None:
             self._learning.keep()
+
+    def _setups(self, not_ready: Collection[Way], source: str) -> dict[int, float]:
+        """What tracing rounds of a source is expected to take, by K."""
+        counts = [way.num_draft_tokens for way in not_ready if way.source == source]
+        return dict.fromkeys(counts, self._setup_s) if counts else {}
 
     @property
     def _setup_s(self) -> float:

@@ -22,9 +22,11 @@ import mlx.core as mx
 
 from ..constants import DRAFTER
 from ..cpu_kernels import clock
+from ..drafting.lookup_model import BROKEN
 from ..drafting.policy import DraftPolicy, Way, ways
 from .batch import Batch
 from .early_start import EarlyStart
+from .followed import Followed
 from .results import SequenceOutput, outputs_of
 from .rounds import Rounds
 from .route import Route
@@ -49,6 +51,7 @@ class _InFlight:
         policy: Who chose its number of drafts.
         setup_s: What it took the host to trace it; None where it was traced before.
         num_shadow_drafts: Drafts that were made beside it.
+        matches: How long the match of each seat was when it was chosen.
         is_early: Whether it was started before the report of the one before was read.
         seconds: Its time; None while it is not known.
     """
@@ -57,6 +60,7 @@ class _InFlight:
     policy: DraftPolicy
     setup_s: float | None
     num_shadow_drafts: int
+    matches: tuple[int, ...] = ()
     is_early: bool = False
     seconds: float | None = None
 
@@ -98,6 +102,7 @@ class RoundPipeline:
         self._in_flight: deque[_InFlight] = deque()
         self._num_queued = 0
         self._shadows = Shadows()
+        self._followed = Followed()
         self._untraced = _Untraced(rounds, route)
         self._runner = RoundRunner(rounds, batch, min_rows=route.min_rows, timer=timer)
 
@@ -153,6 +158,7 @@ class RoundPipeline:
         finally:
             self._in_flight.clear()
             self._shadows.clear()
+            self._followed.clear()
             self._runner.clear()
             self._batch.clear()
 
@@ -218,7 +224,8 @@ class RoundPipeline:
         start = clock()
         queued = self._runner.queue(state, way, self._last)
         setup_s = None if is_ready else clock() - start
-        self._in_flight.append(_InFlight(queued, policy, setup_s, num_shadow))
+        matches = tuple(s.match_length if s else BROKEN for s in batch.sequences)
+        self._in_flight.append(_InFlight(queued, policy, setup_s, num_shadow, matches))
         self._num_queued += 1
         if not is_ready:
             self._untraced.ways.discard(way)
@@ -287,6 +294,7 @@ class RoundPipeline:
         return policy.choose(
             [k for k in allowed if k <= most],
             sources=sources,
+            matches=[s.match_length for s in batch.live],
             not_ready=self._untraced.ways,
             tokens_left=max(limits) if len(limits) == len(left) else None,
             can_shadow=can_shadow and not batch.settings.graph.has_host,
@@ -301,6 +309,7 @@ class RoundPipeline:
         self._learn(done, decisions)
         outputs = outputs_of(done.queued.sequences, decisions)
         self._shadows.compare()
+        self._followed.compare()
         return outputs
 
     def _measure(self, done: _InFlight) -> None:
@@ -332,6 +341,9 @@ class RoundPipeline:
                 stats.add_round(
                     drafted=drafted, accepted=decision.num_accepted, source=source
                 )
+            self._followed.note(
+                sequence, decision, length=done.matches[seat], policy=done.policy
+            )
             if most >= num_drafts and source == queued.source:
                 accepted.append(decision.num_accepted)
         done.policy.observe(

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..constants import DRAFTER
+from ..constants import DRAFTER, LOOKUP
 
 
 @dataclass
@@ -42,6 +42,7 @@ class RoundStats:
         accepted: Draft tokens that the target accepted, those past the cut of the
             last round included.
         num_draft_tokens: Rounds by the number K of drafts.
+        looked_up: The same, of rounds whose drafts came from the text itself alone.
         accepted_at: accepted_at[i] counts the rounds that accepted draft i + 1.
         drafted_at: drafted_at[i] counts the rounds that proposed draft i + 1.
         drafted_from: Draft tokens proposed, by where they came from.
@@ -64,6 +65,7 @@ class RoundStats:
     num_draft_tokens: Counter[int] = field(default_factory=Counter)
     accepted_at: Counter[int] = field(default_factory=Counter)
     drafted_at: Counter[int] = field(default_factory=Counter)
+    looked_up: Counter[int] = field(default_factory=Counter)
     drafted_from: Counter[str] = field(default_factory=Counter)
     accepted_from: Counter[str] = field(default_factory=Counter)
     rule: str = ""
@@ -80,6 +82,7 @@ class RoundStats:
         if drafted:
             self.drafted_from[source] += drafted
             self.accepted_from[source] += accepted
+            self.looked_up[drafted] += source == LOOKUP
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted
@@ -94,6 +97,7 @@ class RoundStats:
             num_draft_tokens=self.num_draft_tokens.copy(),
             accepted_at=self.accepted_at.copy(),
             drafted_at=self.drafted_at.copy(),
+            looked_up=self.looked_up.copy(),
             drafted_from=self.drafted_from.copy(),
             accepted_from=self.accepted_from.copy(),
             phases=replace(self.phases),
@@ -107,6 +111,7 @@ class RoundStats:
         self.accepted += other.accepted
         self.num_draft_tokens += other.num_draft_tokens
         self.drafted_at += other.drafted_at
+        self.looked_up += other.looked_up
         self.drafted_from += other.drafted_from
         self.accepted_from += other.accepted_from
         self.traced += other.traced
