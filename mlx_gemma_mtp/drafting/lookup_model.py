@@ -142,13 +142,22 @@ class LookupModel:
                 without take no longer.
         """
         limits = with_drafter.all_seconds()
-        if not self.costs.has_measured_any():  # only how they relate is known yet
-            usual = [self.costs.usual_ratio(k, 0) for k in range(len(limits))]
-            return [limits[0] * ratio for ratio in usual]
-        seconds = self.costs.all_seconds()
+        is_drafting = any(map(with_drafter.has_measured, range(1, len(limits))))
+        if is_drafting or not self.costs.has_measured_any():
+            # Their share of rounds that draft is known better than their growth.
+            share = [
+                self.costs.usual_ratio(k, 0) / with_drafter.usual_ratio(k, 0)
+                for k in range(len(limits))
+            ]
+            thought = [s * each for s, each in zip(limits, share, strict=True)]
+        else:
+            thought = self.costs.all_seconds()
+        own = self.costs.all_seconds()
         return [
-            min(s, limit) if with_drafter.has_measured_here(k) else s
-            for k, (s, limit) in enumerate(zip(seconds, limits, strict=True))
+            min(own[k], limits[k] if with_drafter.has_measured_here(k) else own[k])
+            if self.costs.has_measured(k)
+            else thought[k]
+            for k in range(len(limits))
         ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Request:
         draft_source: Where the row's drafts may come from: the drafter, the text
             (``"lookup"``), or either (``"auto"``).
         history: Tokens before the prompt that logits processors shall see.
+        cached: Tokens in the caches before the prompt, where drafts may come from them
+            and ``history`` does not say them.
         stop_sequences: Sequences of tokens that end the text; their last token is
             emitted. mlx-lm's ``StopSequences``.
         pauses: Numbers of the prompt's tokens after which reading it pauses, so that
@@ -51,6 +53,7 @@ class Request:
     max_draft_tokens: int = MAX_DRAFT_TOKENS
     draft_source: str = AUTO
     history: tuple[int, ...] = ()
+    cached: tuple[int, ...] = ()
     stop_sequences: StopSequences | None = None
     pauses: tuple[int, ...] = ()
     keeps_cache: bool = False

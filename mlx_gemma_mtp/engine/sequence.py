@@ -77,7 +77,8 @@ class TokenSequence:
     @property
     def known(self) -> list[int]:
         """The tokens before those emitted, as far as anybody said what they are."""
-        return [*self.request.history, *self.request.prompt]
+        request = self.request
+        return [*(request.history or request.cached), *request.prompt]
 
     @property
     def num_emitted(self) -> int:
