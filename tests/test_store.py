@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp import store as store_module
-from mlx_gemma_mtp.drafting.controller import DEFAULT_PRIOR
+from mlx_gemma_mtp.drafting.prior import DEFAULT_PRIOR
 from mlx_gemma_mtp.exactness.verdict import Verdict, exact_routes
 from mlx_gemma_mtp.pair.calibration import Calibration
 from mlx_gemma_mtp.store import FOLDER_VARIABLE, Store, cache_folder, forget

@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..constants import MAX_DRAFT_TOKENS
 from .acceptance_model import AcceptanceModel
-from .cost_model import TYPICAL_COST, CostModel
-from .lookup_model import LookupModel, verify_cost
+from .cost_model import CostModel
+from .lookup_model import LookupModel
+from .prior import DEFAULT_PRIOR, Prior
 from .saved_numbers import numbers
 from .trials import PAYOFF, SEEN, Credit, Outlook, Trial, find_trial
 
@@ -46,43 +46,6 @@ _LOOKUP_EDGE = 0.98  # of the time of others: less is not worth another source
 _LOOKUPS = (2, 4, 8)  # drafts from the text: few numbers, for few traces
 _MISSED = 1.0  # of what tracing takes, that must have been missed before
 _FIRST_OPTIMISM = 0.25  # standard deviations, where nothing is traced yet
-
-
-@dataclass(frozen=True)
-class Prior:
-    """What is thought of a machine and a pair before anything is measured.
-
-    Attributes:
-        relative_cost: Round time for K = 0..8 over that of K = 0: 9 numbers, the
-            first 1.0.
-        acceptance: P(a draft is accepted | those before it were), 0 to 1.
-        relative_verify: The same times of rounds that run no drafter; ``()`` where
-            they are to be derived.
-
-    Raises:
-        ValueError: Not such numbers.
-    """
-
-    relative_cost: tuple[float, ...]
-    acceptance: float
-    relative_verify: tuple[float, ...] = ()
-
-    @property
-    def verify(self) -> tuple[float, ...]:
-        """Round times without a drafter for K = 0..8 over that of K = 0."""
-        return self.relative_verify or verify_cost(self.relative_cost)
-
-    def __post_init__(self) -> None:
-        costs = self.relative_cost
-        if len(costs) != len(_ANY) or costs[0] != 1 or not all(c > 0 for c in costs):
-            raise ValueError(
-                f"relative_cost must be 9 positive numbers, the first 1.0: got {costs}"
-            )
-        if not 0 <= self.acceptance <= 1:
-            raise ValueError(f"acceptance must be within 0..1: got {self.acceptance}")
-
-
-DEFAULT_PRIOR = Prior(TYPICAL_COST, 0.6)
 
 
 class DraftLengthController:
@@ -110,9 +73,9 @@ class DraftLengthController:
         costs: CostModel | None = None,
     ) -> None:
         self.acceptance = acceptance or AcceptanceModel(prior.acceptance)
-        self.costs = costs or CostModel(prior.relative_cost)
+        self.costs = costs or CostModel(*prior.costs)
         self.credit = Credit()
-        self.lookup = LookupModel(prior.verify)
+        self.lookup = LookupModel(*prior.verify)
         self._trial: Trial | None = None
         self._flight = 0
         self._plain_tries = _PLAIN_TRIES
@@ -127,12 +90,12 @@ class DraftLengthController:
             prior: What is thought of the pair before anything is measured.
         """
         self.acceptance.resume()
-        self.costs.resume(prior.relative_cost)
-        self.lookup.resume(prior.verify)
+        self.costs.resume(*prior.costs)
+        self.lookup.resume(*prior.verify)
         self.credit.resume()
 
     def start(self) -> None:
-        """Begin a request: other text, another context length."""
+        """Begin a request: other text."""
         self.acceptance.start()
         self.costs.start()
         self.lookup.start()
@@ -145,6 +108,7 @@ class DraftLengthController:
         setup_s: Mapping[int, float] = _NOTHING,
         tokens_left: int | None = None,
         can_shadow: bool = False,
+        context: int = 0,
     ) -> int:
         """The next round's K.
 
@@ -156,6 +120,7 @@ class DraftLengthController:
                 tokens_left - 1 are worth nothing.
             can_shadow: Whether drafts may be made beside a plain round; how many is
                 then in `num_shadow_drafts`.
+            context: Tokens that the longest row attends to.
 
         Raises:
             ValueError: Nothing is allowed, or a K outside 0..8.
@@ -163,6 +128,7 @@ class DraftLengthController:
         choices = _sorted_choices(allowed)
         left = _HORIZON if tokens_left is None else max(1, min(tokens_left, _HORIZON))
         self._num_shadow_drafts = 0
+        self._at(context)
         self.credit.expect(setup_s)
         if self._needs_plain(choices, setup_s, left):
             self._plain_tries -= 1
@@ -186,6 +152,7 @@ class DraftLengthController:
         setup_s: Mapping[int, float] = _NOTHING,
         drafter_setup_s: Mapping[int, float] = _NOTHING,
         tokens_left: int | None = None,
+        context: int = 0,
     ) -> int:
         """K of the next round where its drafts should come from the text, else 0.
 
@@ -198,11 +165,13 @@ class DraftLengthController:
             setup_s: What the first round of a K takes on top, from the text.
             drafter_setup_s: The same with the drafter.
             tokens_left: See `choose`.
+            context: See `choose`.
         """
         choices = [k for k in _sorted_choices(allowed) if k in _LOOKUPS]
         others = _sorted_choices(drafter_allowed)
         left = _HORIZON if tokens_left is None else max(1, min(tokens_left, _HORIZON))
         self._looks_up = True
+        self._at(context)
         if not choices or self._needs_plain(others, drafter_setup_s, left):
             return 0
         other = self._outlook(others, drafter_setup_s, left, can_shadow=False)
@@ -228,14 +197,18 @@ class DraftLengthController:
         is_paid = self._missed_s[new] >= _MISSED * setup_s[new]
         return new if is_paid and left * saved_s >= setup_s[new] else best
 
-    def observe_lookup(self, num_draft_tokens: int, seconds: float | None) -> None:
+    def observe_lookup(
+        self, num_draft_tokens: int, seconds: float | None, *, context: int = 0
+    ) -> None:
         """Learn what a round took whose drafts came from the text.
 
         Args:
             num_draft_tokens: Its K.
             seconds: See `observe`.
+            context: See `observe`.
         """
         self.acceptance.observe(0, 0)
+        self._at(context)
         if seconds is None or not math.isfinite(seconds):
             return
         self.lookup.costs.observe(num_draft_tokens, seconds)
@@ -254,6 +227,7 @@ class DraftLengthController:
         seconds: float | None,
         *,
         num_shadow_drafts: int = 0,
+        context: int = 0,
     ) -> None:
         """Learn from a round.
 
@@ -263,10 +237,12 @@ class DraftLengthController:
             seconds: What it took; None if that says nothing of the next ones: it was
                 traced first, the host was busy elsewhere.
             num_shadow_drafts: Drafts that were made beside it.
+            context: Tokens that its longest row attended to.
 
         Raises:
             ValueError: More accepted than drafted, or a K outside 0..8.
         """
+        self._at(context)
         for num_accepted in accepted:
             self.acceptance.observe(num_draft_tokens, num_accepted)
         self._flight = max(self._flight - 1, 0)
@@ -349,6 +325,10 @@ class DraftLengthController:
             controller.lookup = LookupModel.from_dict(data["lookup"])
             controller._looks_up = True
         return controller
+
+    def _at(self, context: int) -> None:
+        self.costs.at(context)
+        self.lookup.costs.at(context)
 
     def _needs_plain(
         self, choices: list[int], setup_s: Mapping[int, float], left: int

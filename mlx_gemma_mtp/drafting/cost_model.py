@@ -1,12 +1,17 @@
 """Seconds that a round of K drafts takes, K = 0..8, learnt from measured rounds.
 
-The logarithms of the nine times are jointly Gaussian: a scale common to all, and a
-shape around the relative costs given at first, smooth in K, so that each measurement
-tells about its neighbours too. Both drift slowly; the scale jumps at a new request
-(another context length). Measuring is a Kalman update. A round that took far longer
-than thought is more likely a stalled host than news: it weighs less, and beyond four
-standard deviations it is set aside, unless several in a row of the same K agree, as
-they do when a machine throttles.
+A round takes longer with every token of context, and with more drafts it does so
+faster: T(K, n) = T(K) (1 + n c(K)). The logarithms of the nine times T(K) are jointly
+Gaussian: a scale common to all, and a shape around the relative costs given at first,
+smooth in K, so that each measurement tells about its neighbours too. Both drift slowly;
+the scale jumps at a new request. c(K) is what was given at first, times
+exp(g + h K / 8) with Gaussian g and h: rounds at several lengths of context tell them
+from the shape. Measuring is an update of a Kalman filter, an extended one, as
+log T(K, n) bends in g and h.
+
+A round that took far longer than thought is more likely a stalled host than news: it
+weighs less, and beyond four standard deviations it is set aside, unless several in a
+row of the same K agree, as they do when a machine throttles.
 
 Numbers in, numbers out: reads no clock.
 """
@@ -21,6 +26,8 @@ from ..constants import MAX_DRAFT_TOKENS
 from .saved_numbers import numbers
 
 _N = MAX_DRAFT_TOKENS + 1
+_LEVEL, _TILT = _N, _N + 1  # places of g and h behind the nine times
+_SIZE = _N + 2
 
 # All in logarithms of seconds; standard deviations unless called variance.
 _UNKNOWN_SCALE = 5.0
@@ -32,6 +39,8 @@ _SHAPE_DRIFT = 1e-5  # share of the prior variance of the shape, per round
 _RESUMED = 0.02  # share of the prior variance of the shape, in a new process
 _RESUMED_AWAY = 0.5  # variance along the way to the usual shape, whose square is 1
 _FRESH = 600  # rounds without a draft, until what is known of drafting is old
+_LEVEL_START = 0.5  # of g
+_TILT_START = 0.5  # of h
 _NOISE_FIRST = 0.05  # of one measurement
 _NOISE_BOUNDS = (1e-4, 0.04)  # variance
 _NOISE_RATE = 0.03  # weight of a new square in the variance of the noise
@@ -40,6 +49,10 @@ _DOUBT = 2.0  # standard deviations, from where on a measurement weighs less
 _OUTLIER = 4.0  # standard deviations, from where on it needs others that agree
 _AGREEING = 3
 TYPICAL_COST = (1.0, 1.15, 1.3, 1.45, 1.6, 1.75, 1.9, 2.05, 2.2)
+# 12B's in 4 bits, where reading is all that counts: 16 KB a token of 6.7 GB, 1.4 times
+# with one row, a third more with each draft.
+TYPICAL_KEY_COST = tuple(3.4e-6 * (1 + k / 3) for k in range(_N))
+NO_KEYS = (0.0,) * _N
 
 
 def _shape_covariance(i: int, j: int) -> float:
@@ -53,22 +66,46 @@ def _shape_covariance(i: int, j: int) -> float:
     return slope + bend + steps + (0.02**2 if i == j else 0.0)
 
 
-_SHAPE = [[_shape_covariance(i, j) for j in range(_N)] for i in range(_N)]
-_DRIFT = [[_SCALE_DRIFT**2 + _SHAPE_DRIFT * s for s in row] for row in _SHAPE]
+def _prior_covariance(i: int, j: int) -> float:
+    """Prior covariance of the shape, g and h; of the scale nothing is known."""
+    if max(i, j) < _N:
+        return _shape_covariance(i, j)
+    return {_LEVEL: _LEVEL_START, _TILT: _TILT_START}[i] ** 2 if i == j else 0.0
+
+
+_PRIOR = [[_prior_covariance(i, j) for j in range(_SIZE)] for i in range(_SIZE)]
+_SCALE = [[float(max(i, j) < _N) for j in range(_SIZE)] for i in range(_SIZE)]
+
+
+def _variance(*, scale: float, shape: float) -> list[list[float]]:
+    """The covariance of so much of the scale, and such a share of the prior one."""
+    return [
+        [scale * one + shape * prior for one, prior in zip(ones, priors, strict=True)]
+        for ones, priors in zip(_SCALE, _PRIOR, strict=True)
+    ]
+
+
+_DRIFT = _variance(scale=_SCALE_DRIFT**2, shape=_SHAPE_DRIFT)
 
 
 class CostModel:
-    """Seconds per round for K = 0..8.
+    """Seconds per round for K = 0..8 at one length of context.
 
     Args:
-        relative_cost: For K = 0..8, a round's time over that of K = 0 while nothing
-            is known: 9 positive numbers.
+        relative_cost: For K = 0..8, a round's time without a context over that of
+            K = 0 while nothing is known: 9 positive numbers.
+        key_cost: What each token of context adds to these: 9 numbers, 0 or more.
     """
 
-    def __init__(self, relative_cost: Sequence[float] = TYPICAL_COST) -> None:
-        self._usual = [math.log(cost) for cost in relative_cost]
-        self._mean = list(self._usual)
-        self._covariance = [[_UNKNOWN_SCALE**2 + s for s in row] for row in _SHAPE]
+    def __init__(
+        self,
+        relative_cost: Sequence[float] = TYPICAL_COST,
+        key_cost: Sequence[float] = TYPICAL_KEY_COST,
+    ) -> None:
+        self._context = 0
+        self._expect(relative_cost, key_cost)
+        self._mean = [*self._usual, 0.0, 0.0]
+        self._covariance = _variance(scale=_UNKNOWN_SCALE**2, shape=1.0)
         self._noise = _NOISE_FIRST**2
         self._outliers = [0] * _N  # in a row, by K; negative: shorter than thought
         self._num_measured = [0] * _N
@@ -77,13 +114,29 @@ class CostModel:
 
     def usual_ratio(self, num_draft_tokens: int, other: int) -> float:
         """T(num_draft_tokens) / T(other) before anything was measured."""
-        return math.exp(self._usual[num_draft_tokens] - self._usual[other])
+        one, two = (
+            self._usual[k] + math.log1p(self._context * self._key_share[k])
+            for k in (num_draft_tokens, other)
+        )
+        return math.exp(one - two)
+
+    def at(self, context: int) -> None:
+        """Go to a length of context: all that is said and heard is of it.
+
+        Args:
+            context: Tokens that the longest row attends to.
+        """
+        self._context = context
 
     def has_measured_here(self, num_draft_tokens: int) -> bool:
         """Whether this process has learnt from a round of that K, not long ago."""
         return num_draft_tokens in self._here
 
-    def resume(self, relative_cost: Sequence[float]) -> None:
+    def resume(
+        self,
+        relative_cost: Sequence[float],
+        key_cost: Sequence[float] = TYPICAL_KEY_COST,
+    ) -> None:
         """Begin a process: what another one has learnt may be wrong by far.
 
         What was learnt while other matmuls ran must not come here. In simulation (MLX's
@@ -94,14 +147,15 @@ class CostModel:
         Args:
             relative_cost: What was thought before anything was measured. The shape may
                 be that one after all: it is thought to be within 1.4 deviations.
+            key_cost: The same of what each token of context adds.
         """
-        self._usual = [math.log(cost) for cost in relative_cost]
+        self._expect(relative_cost, key_cost)
         self._here.clear()
         self._widen(scale=_SCALE_START**2, shape=_RESUMED)
         self._doubt()
 
     def start(self) -> None:
-        """Begin a request: its context length may have changed the scale."""
+        """Begin a request: the machine may have become faster or slower."""
         self._widen(scale=_SCALE_START**2, shape=0.0)
 
     def observe(self, num_draft_tokens: int, seconds: float) -> None:
@@ -109,13 +163,13 @@ class CostModel:
         k = num_draft_tokens
         if not 0 < seconds < math.inf:
             return
-        surprise = math.log(seconds) - self._mean[k]
-        variance = self._covariance[k][k] + self._noise
+        surprise = math.log(seconds) - self._log_seconds(k)
+        variance = self._variance_of(k) + self._noise
         if surprise * surprise > _OUTLIER**2 * variance:
             if not self._is_lasting(k, surprise):
                 return
             self._widen(scale=_SCALE_JUMP**2, shape=_SHAPE_JUMP)
-            variance = self._covariance[k][k] + self._noise
+            variance = self._variance_of(k) + self._noise
             doubt = 0.0
         else:
             doubt = max(surprise - _DOUBT * math.sqrt(variance), 0.0)
@@ -134,50 +188,58 @@ class CostModel:
 
     def seconds(self, num_draft_tokens: int) -> float:
         """Median time of a round of K drafts."""
-        return math.exp(self._mean[num_draft_tokens])
+        return math.exp(self._log_seconds(num_draft_tokens))
 
     def all_seconds(self) -> list[float]:
         """`seconds` of K = 0..8."""
-        return [math.exp(mean) for mean in self._mean]
+        return [self.seconds(k) for k in range(_N)]
 
     def ratio_deviations(self, num_draft_tokens: int) -> list[float]:
         """Standard deviations of log T(0..8) / T(num_draft_tokens)."""
-        base = self._covariance[num_draft_tokens]
-        variance = base[num_draft_tokens]
-        return [
-            math.sqrt(max(row[k] + variance - 2 * base[k], 0.0))
-            for k, row in enumerate(self._covariance)
-        ]
+        base = self._row(num_draft_tokens)
+        variance = self._variance_of(num_draft_tokens)
+        deviations = []
+        for k in range(_N):
+            level, tilt = self._slopes(k)
+            both = base[k] + level * base[_LEVEL] + tilt * base[_TILT]
+            own = self._variance_of(k)
+            deviations.append(math.sqrt(max(own + variance - 2 * both, 0.0)))
+        return deviations
 
     def to_dict(self) -> dict[str, Any]:
         """All that was learnt, in values that JSON has."""
+        # The lower triangle, row by row: the matrix is symmetric.
+        rows = [row[: i + 1] for i, row in enumerate(self._covariance)]
         return {
-            "mean": list(self._mean),
-            # The lower triangle, row by row: the matrix is symmetric.
-            "covariance": [
-                c for i, row in enumerate(self._covariance) for c in row[: i + 1]
-            ],
+            "mean": self._mean[:_N],
+            "covariance": [c for row in rows[:_N] for c in row],
+            # Apart, as versions that did not know of them can read the rest.
+            "key_mean": self._mean[_N:],
+            "key_covariance": [c for row in rows[_N:] for c in row],
             "noise": self._noise,
             "measured": list(self._num_measured),
         }
 
     @classmethod
     def from_dict(cls, data: Any) -> CostModel:
-        """The model that `to_dict` describes.
+        """The model that `to_dict` describes; an older one knew nothing of contexts.
 
         Raises:
             ValueError: `data` is not what `to_dict` returns.
         """
         model = cls()
-        model._mean = numbers(data, "mean", _N, low=-50, high=50)
+        mean = numbers(data, "mean", _N, low=-50, high=50)
         size = _N * (_N + 1) // 2
         triangle = numbers(data, "covariance", size, low=-1e6, high=1e6)
-        rows = [triangle[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(_N)]
-        if not _is_positive_definite(rows):
-            raise ValueError("covariance must be that of nine variables")
-        model._covariance = [
-            [rows[max(i, j)][min(i, j)] for j in range(_N)] for i in range(_N)
-        ]
+        if "key_mean" in data:
+            mean += numbers(data, "key_mean", _SIZE - _N, low=-50, high=50)
+            rest = _SIZE * (_SIZE + 1) // 2 - size
+            triangle += numbers(data, "key_covariance", rest, low=-1e6, high=1e6)
+        else:
+            mean += model._mean[_N:]
+            triangle += [c for i in (_LEVEL, _TILT) for c in _PRIOR[i][: i + 1]]
+        model._mean = mean
+        model._covariance = _symmetric(triangle)
         low, high = _NOISE_BOUNDS
         (model._noise,) = numbers(data, "noise", 1, low=low, high=high)
         measured = numbers(data, "measured", _N, low=0, high=1e15)
@@ -199,8 +261,10 @@ class CostModel:
     def _widen(self, *, scale: float, shape: float) -> None:
         """Add variance to the scale, and to the shape a share of its prior one."""
         self._covariance = [
-            [c + scale + shape * s for c, s in zip(row, prior, strict=True)]
-            for row, prior in zip(self._covariance, _SHAPE, strict=True)
+            [c + w for c, w in zip(row, wider, strict=True)]
+            for row, wider in zip(
+                self._covariance, _variance(scale=scale, shape=shape), strict=True
+            )
         ]
 
     def _age(self, k: int) -> None:
@@ -218,8 +282,11 @@ class CostModel:
     def _doubt(self) -> None:
         """Let the shape be the usual one after all."""
         away = [
-            m - self._mean[0] - usual
-            for m, usual in zip(self._mean, self._usual, strict=True)
+            *(
+                m - self._mean[0] - usual
+                for m, usual in zip(self._mean[:_N], self._usual, strict=True)
+            ),
+            *self._mean[_N:],
         ]
         self._covariance = [
             [c + _RESUMED_AWAY * a * b for c, b in zip(row, away, strict=True)]
@@ -235,8 +302,8 @@ class CostModel:
             variance: Of the surprise, as expected.
             doubt: Variance on top, that a stall may account for.
         """
-        row = self._covariance[k]
-        square = min(surprise * surprise, 6 * variance) - row[k]
+        row = self._row(k)
+        square = min(surprise * surprise, 6 * variance) - self._variance_of(k)
         noise = self._noise + _NOISE_RATE * (square - self._noise)
         low, high = _NOISE_BOUNDS
         self._noise = min(max(noise, low), high)
@@ -246,6 +313,54 @@ class CostModel:
             [c - gain * r + d for c, r, d in zip(old, row, drift, strict=True)]
             for old, drift, gain in zip(self._covariance, _DRIFT, gains, strict=True)
         ]
+
+    def _expect(
+        self, relative_cost: Sequence[float], key_cost: Sequence[float]
+    ) -> None:
+        """Take what is thought while nothing is known."""
+        self._usual = [math.log(cost) for cost in relative_cost]
+        self._key_share = [
+            key / cost for key, cost in zip(key_cost, relative_cost, strict=True)
+        ]
+
+    def _keys(self, k: int) -> float:
+        """n c(K): the part of a round that the context adds, over the rest."""
+        exponent = self._mean[_LEVEL] + self._mean[_TILT] * k / MAX_DRAFT_TOKENS
+        return self._context * self._key_share[k] * math.exp(exponent)
+
+    def _log_seconds(self, k: int) -> float:
+        return self._mean[k] + math.log1p(self._keys(k))
+
+    def _slopes(self, k: int) -> tuple[float, float]:
+        """Derivatives of log T(K, n) by g and h."""
+        keys = self._keys(k)
+        share = keys / (1 + keys)
+        return share, share * k / MAX_DRAFT_TOKENS
+
+    def _row(self, k: int) -> list[float]:
+        """Covariances of log T(K, n) with the state."""
+        level, tilt = self._slopes(k)
+        return [
+            row[k] + level * row[_LEVEL] + tilt * row[_TILT] for row in self._covariance
+        ]
+
+    def _variance_of(self, k: int) -> float:
+        """Variance of log T(K, n)."""
+        level, tilt = self._slopes(k)
+        row = self._row(k)
+        return row[k] + level * row[_LEVEL] + tilt * row[_TILT]
+
+
+def _symmetric(triangle: list[float]) -> list[list[float]]:
+    """The symmetric matrix of a lower triangle, row by row.
+
+    Raises:
+        ValueError: It is no covariance.
+    """
+    rows = [triangle[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(_SIZE)]
+    if not _is_positive_definite(rows):
+        raise ValueError("covariance must be that of times and their growth")
+    return [[rows[max(i, j)][min(i, j)] for j in range(_SIZE)] for i in range(_SIZE)]
 
 
 def _is_positive_definite(rows: list[list[float]]) -> bool:

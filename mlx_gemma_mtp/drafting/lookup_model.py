@@ -17,7 +17,7 @@ from typing import Any
 
 from ..constants import MAX_DRAFT_TOKENS
 from .acceptance_model import AcceptanceModel
-from .cost_model import CostModel
+from .cost_model import NO_KEYS, CostModel
 
 BROKEN = -1  # in place of a length: a text has left what it repeated
 
@@ -49,16 +49,18 @@ def kind_of(length: int) -> int:
     return bisect_right(_LENGTHS, length)
 
 
-def verify_cost(relative_cost: Sequence[float]) -> tuple[float, ...]:
-    """What a round takes without its drafter, where only the whole is known."""
-    return tuple(1 + _VERIFY_SHARE * (cost - 1) for cost in relative_cost)
+def verify_cost(costs: Sequence[float]) -> tuple[float, ...]:
+    """What rounds of K = 0..8 take without a drafter, where only the whole is known."""
+    plain = costs[0]
+    return tuple(plain + _VERIFY_SHARE * (cost - plain) for cost in costs)
 
 
 class LookupModel:
     """What is known of rounds whose drafts come from the text.
 
     Args:
-        relative_cost: Their time for K = 0..8 over that of K = 0.
+        relative_cost: Their time for K = 0..8, see ``CostModel``.
+        key_cost: What each token of context adds, see ``CostModel``.
 
     Attributes:
         acceptance: For each kind of match, how many drafts stand.
@@ -66,19 +68,23 @@ class LookupModel:
         costs: Seconds of rounds.
     """
 
-    def __init__(self, relative_cost: Sequence[float]) -> None:
+    def __init__(
+        self, relative_cost: Sequence[float], key_cost: Sequence[float] = NO_KEYS
+    ) -> None:
         self.acceptance = [AcceptanceModel(first) for first in _FIRST]
         self.drafter = AcceptanceModel(_FIRST_DRAFTED)
-        self.costs = CostModel(relative_cost)
+        self.costs = CostModel(relative_cost, key_cost)
 
-    def resume(self, relative_cost: Sequence[float]) -> None:
+    def resume(
+        self, relative_cost: Sequence[float], key_cost: Sequence[float] = NO_KEYS
+    ) -> None:
         """Begin a process; see ``CostModel.resume``."""
         for model in (*self.acceptance, self.drafter):
             model.resume()
-        self.costs.resume(relative_cost)
+        self.costs.resume(relative_cost, key_cost)
 
     def start(self) -> None:
-        """Begin a request: other text, another context length."""
+        """Begin a request: other text."""
         for model in (*self.acceptance, self.drafter):
             model.start()
         self.costs.start()

@@ -110,6 +110,7 @@ class DraftPolicy:
         sources: Sequence[str] = (DRAFTER,),
         matches: Sequence[int] = (),
         can_shadow: bool = False,
+        context: int = 0,
     ) -> Way:
         """How the next round drafts.
 
@@ -121,6 +122,7 @@ class DraftPolicy:
             matches: Of each live sequence, see ``LookupModel.expected_tokens``; where
                 drafts may come from the text.
             can_shadow: Whether drafts may be made beside the round to learn from.
+            context: Tokens of the longest sequence.
         """
         if not sources:
             allowed = (0,)
@@ -142,6 +144,7 @@ class DraftPolicy:
                     setup_s=self._setups(not_ready, LOOKUP),
                     drafter_setup_s=setup_s,
                     tokens_left=tokens_left,
+                    context=context,
                 )
                 if count:
                     self.num_shadow_drafts = 0
@@ -151,6 +154,7 @@ class DraftPolicy:
                 setup_s=setup_s,
                 tokens_left=tokens_left,
                 can_shadow=can_shadow,
+                context=context,
             )
             self.num_shadow_drafts = self._controller.num_shadow_drafts
         return Way(count)
@@ -162,6 +166,7 @@ class DraftPolicy:
         seconds: float | None,
         *,
         num_shadow_drafts: int = 0,
+        context: int = 0,
     ) -> None:
         """Learn from a round.
 
@@ -170,18 +175,22 @@ class DraftPolicy:
             accepted: How many drafts each live sequence accepted.
             seconds: Its time; None where it says nothing.
             num_shadow_drafts: Drafts that were made beside it.
+            context: Tokens of the longest sequence, when it was chosen.
         """
         if self._learning is None or self._controller is None:
             return
         with self._learning.lock:
             if way.source == LOOKUP:
-                self._controller.observe_lookup(way.num_draft_tokens, seconds)
+                self._controller.observe_lookup(
+                    way.num_draft_tokens, seconds, context=context
+                )
                 return
             self._controller.observe(
                 way.num_draft_tokens,
                 accepted,
                 seconds,
                 num_shadow_drafts=num_shadow_drafts,
+                context=context,
             )
 
     def observe_shadow(self, num_draft_tokens: int, accepted: Sequence[int]) -> None:

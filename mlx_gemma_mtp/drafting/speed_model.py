@@ -2,12 +2,15 @@
 
 A pass of the target over M rows (K + 1 for each of B sequences to verify) takes
 
-    (dense bytes * c(M) + expert bytes * U(M) + B * K/V bytes) / reached bandwidth
-    + layers * layer_s
+    (dense bytes * c(M) + expert bytes * U(M) + B * (sliding + full * A(K + 1)))
+    / reached bandwidth + layers * layer_s
 
 and a draft step the same with the drafter's bytes, B rows and 4 layers. A round is a
 pass and K steps. c(M) is what M rows cost over one (growth.py), U(M) the experts that M
-rows choose over those of one. `Constants` holds what was fitted to published figures;
+rows choose over those of one. `sliding` and `full` are the K/V bytes of both kinds of
+layers, A(K + 1) how often attention over full ones reads them (attention.py). So once
+sliding windows are full each token of context adds the same to a round (`key_s`), the
+more the more drafts. `Constants` holds what was fitted to published figures;
 `scripts/roofline.py` prints how far the model is from them. Where whole passes were
 measured, the shape of what they took stands for c(M) and U(M).
 
@@ -15,8 +18,7 @@ Bytes are counted of matrices; norms, scales and scalars are left out (under 0.1
 table of which a token gathers one row, as of per-layer embeddings, is not read by a
 pass: only the rows are, which is nothing. The tied embedding is read whole, as head.
 
-Not in the model: attention whose cost grows with rows (heads of 512 in long contexts),
-heat, and time that the host takes.
+Not in the model: heat, and time that the host takes.
 
 K = num_draft_tokens, 0 to 8, never counts the bonus token. Times are in seconds.
 """
@@ -37,9 +39,10 @@ from ..models.families import (
     VOCAB_SIZE,
     Family,
 )
+from .attention import reads
 from .chips import Chip, chip_of
-from .controller import DEFAULT_PRIOR, Prior
 from .growth import Constants, bits_per_weight, constants_of, with_kernel
+from .prior import DEFAULT_PRIOR, Prior
 
 TYPICAL_FAMILY = "12b"
 # Share of the new experts under independent routing that rows have in common: assumed.
@@ -104,26 +107,20 @@ def draft_weights(family: Family) -> int:
     return int(text["hidden_size"] * width)
 
 
-def kv_bytes(family: Family, context: int) -> int:
-    """Bytes of keys and values that a pass reads for one sequence.
+def sliding_bytes(family: Family, layer_types: Sequence[str], context: int) -> int:
+    """Bytes of a sequence's keys and values in sliding layers.
 
     A layer that shares another's K/V saves memory, no reading.
     """
-    return _kv_bytes(family, family.layer_types, context)
-
-
-def draft_kv_bytes(family: Family, context: int) -> int:
-    """Bytes of the target's keys and values that a draft step reads."""
-    return _kv_bytes(family, DRAFTER_LAYERS, context)
-
-
-def _kv_bytes(family: Family, layer_types: Sequence[str], context: int) -> int:
-    num_full = layer_types.count(FULL)
     seen = min(context, family.target_text["sliding_window"])
-    sliding = len(layer_types) - num_full
-    sliding *= _kv_heads(family, SLIDING) * HEAD_DIM * seen
-    full = num_full * _kv_heads(family, FULL) * GLOBAL_HEAD_DIM * context
-    return int(2 * _KV_BYTES * (sliding + full))
+    width = layer_types.count(SLIDING) * _kv_heads(family, SLIDING) * HEAD_DIM
+    return int(2 * _KV_BYTES * width * seen)
+
+
+def key_bytes(family: Family, layer_types: Sequence[str]) -> int:
+    """Bytes of one token's keys and values in full layers."""
+    width = layer_types.count(FULL) * _kv_heads(family, FULL) * GLOBAL_HEAD_DIM
+    return 2 * _KV_BYTES * width
 
 
 @dataclass(frozen=True)
@@ -154,8 +151,15 @@ class Model:
         Args:
             rows_each: Rows of every sequence: K + 1 to verify K drafts.
         """
-        kept = self.batch_size * kv_bytes(self.family, self.context)
-        return self.rows_s(rows_each * self.batch_size) + self._read_s(kept)
+        rows_s = self.rows_s(rows_each * self.batch_size)
+        sliding_s = self._sliding_s(self.family.layer_types)
+        return rows_s + sliding_s + self.context * self.pass_key_s(rows_each)
+
+    def pass_key_s(self, rows_each: int) -> float:
+        """Time that each token of context adds to `pass_s`, windows being full."""
+        family = self.family
+        heads = family.target_text["num_attention_heads"]
+        return self._key_s(family.layer_types, rows_each, heads)
 
     def rows_s(self, rows: int) -> float:
         """Time of one forward of the target over so many rows, but for their K/V."""
@@ -172,12 +176,40 @@ class Model:
         growth = self._growth(self.batch_size, self.draft_bits)
         weights = draft_weights(self.family) * growth
         num_bytes = weights * bits_per_weight(self.draft_bits) / 8
-        num_bytes += self.batch_size * draft_kv_bytes(self.family, self.context)
-        return self._read_s(num_bytes) + self.constants.fixed_s(len(DRAFTER_LAYERS))
+        kept_s = self._sliding_s(DRAFTER_LAYERS) + self.context * self._step_key_s()
+        fixed_s = self.constants.fixed_s(len(DRAFTER_LAYERS))
+        return self._read_s(num_bytes) + kept_s + fixed_s
+
+    def _step_key_s(self) -> float:
+        """Time that each token of context adds to `step_s`, windows being full."""
+        heads = self.family.drafter_text["num_attention_heads"]
+        return self._key_s(DRAFTER_LAYERS, 1, heads)
+
+    def _sliding_s(self, layer_types: Sequence[str]) -> float:
+        """Time to read the keys and values of sliding layers."""
+        each = sliding_bytes(self.family, layer_types, self.context)
+        return self._read_s(self.batch_size * each)
+
+    def _key_s(self, layer_types: Sequence[str], rows: int, heads: int) -> float:
+        """Time of full layers' attention to one token of every sequence."""
+        kv_heads = _kv_heads(self.family, FULL)
+        times = reads(
+            rows,
+            sharing=heads // kv_heads,
+            kv_heads=self.batch_size * kv_heads,
+            generation=self.chip.generation,
+        )
+        each = key_bytes(self.family, layer_types)
+        return self._read_s(self.batch_size * each * times)
 
     def round_s(self, num_draft_tokens: int) -> float:
         """Time of a round with K drafts; K = 0 is plain decoding's."""
         return self.pass_s(num_draft_tokens + 1) + num_draft_tokens * self.step_s()
+
+    def key_s(self, num_draft_tokens: int) -> float:
+        """Time that each token of context adds to `round_s`, windows being full."""
+        passed_s = self.pass_key_s(num_draft_tokens + 1)
+        return passed_s + num_draft_tokens * self._step_key_s()
 
     def relative_cost(self, num_draft_tokens: int) -> float:
         """Time of a round with K drafts over that of one without."""
@@ -342,7 +374,7 @@ def prior(
             that is no known chip of Apple's gets ``DEFAULT_PRIOR``.
         family: One of ``FAMILIES``; None, or another, for a typical dense one.
         batch_size: Sequences decoded together.
-        context: Tokens in the cache of each.
+        context: Tokens in the cache of each, as far as they fill sliding windows.
         matmuls: What multiplies few rows. Costs learnt with others are no start for
             these: see ``CostModel.resume``.
     """
@@ -358,7 +390,20 @@ def prior(
     )
     if matmuls.pass_seconds:
         modelled = MeasuredModel(**vars(modelled), pass_seconds=matmuls.pass_seconds)
+    # On the line that rounds follow once windows are full, at no context.
     numbers = range(MAX_DRAFT_TOKENS + 1)
-    costs = tuple(modelled.relative_cost(k) for k in numbers)
-    verify = tuple(modelled.pass_s(k + 1) / modelled.pass_s(1) for k in numbers)
-    return Prior(costs, shapes.acceptance, verify)
+    keys_s = [modelled.key_s(k) for k in numbers]
+    passes_keys_s = [modelled.pass_key_s(k + 1) for k in numbers]
+    rounds_s = [modelled.round_s(k) - context * keys_s[k] for k in numbers]
+    passes_s = [modelled.pass_s(k + 1) - context * passes_keys_s[k] for k in numbers]
+    return Prior(
+        _over(rounds_s, rounds_s[0]),
+        shapes.acceptance,
+        _over(passes_s, rounds_s[0]),
+        key_cost=_over(keys_s, rounds_s[0]),
+        verify_key_cost=_over(passes_keys_s, rounds_s[0]),
+    )
+
+
+def _over(seconds: Sequence[float], one: float) -> tuple[float, ...]:
+    return tuple(each / one for each in seconds)

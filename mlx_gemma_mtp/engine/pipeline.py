@@ -51,6 +51,7 @@ class _InFlight:
         policy: Who chose its number of drafts.
         setup_s: What it took the host to trace it; None where it was traced before.
         num_shadow_drafts: Drafts that were made beside it.
+        context: Tokens of the longest sequence when it was chosen.
         matches: How long the match of each seat was when it was chosen.
         is_early: Whether it was started before the report of the one before was read.
         seconds: Its time; None while it is not known.
@@ -60,6 +61,7 @@ class _InFlight:
     policy: DraftPolicy
     setup_s: float | None
     num_shadow_drafts: int
+    context: int
     matches: tuple[int, ...] = ()
     is_early: bool = False
     seconds: float | None = None
@@ -208,8 +210,9 @@ class RoundPipeline:
         batch = self._batch
         if batch.reserve(self._drafts_in_flight, is_awaited=is_awaited):
             self._timer.disturb()
+        context = max(s.offset for s in batch.live)
         policy = self._draft_policy.for_batch(
-            len(batch), rule=batch.rules, context=max(s.offset for s in batch.live)
+            len(batch), rule=batch.rules, context=context
         )
         sources = sources_of(
             batch.live,
@@ -217,7 +220,7 @@ class RoundPipeline:
             has_text=batch.has_text,
         )
         self._untraced.look(batch, sources)
-        way = self._choose_way(policy, sources)
+        way = self._choose_way(policy, sources, context)
         is_ready = way not in self._untraced.ways
         state = batch.take_state()
         num_shadow = self._queue_shadow(state, policy)
@@ -225,7 +228,9 @@ class RoundPipeline:
         queued = self._runner.queue(state, way, self._last)
         setup_s = None if is_ready else clock() - start
         matches = tuple(s.match_length if s else BROKEN for s in batch.sequences)
-        self._in_flight.append(_InFlight(queued, policy, setup_s, num_shadow, matches))
+        self._in_flight.append(
+            _InFlight(queued, policy, setup_s, num_shadow, context, matches)
+        )
         self._num_queued += 1
         if not is_ready:
             self._untraced.ways.discard(way)
@@ -281,7 +286,9 @@ class RoundPipeline:
             )
         return count
 
-    def _choose_way(self, policy: DraftPolicy, sources: Sequence[str]) -> Way:
+    def _choose_way(
+        self, policy: DraftPolicy, sources: Sequence[str], context: int
+    ) -> Way:
         """How the next round drafts."""
         batch = self._batch
         left = [s.num_left for s in batch.live]
@@ -298,6 +305,7 @@ class RoundPipeline:
             not_ready=self._untraced.ways,
             tokens_left=max(limits) if len(limits) == len(left) else None,
             can_shadow=can_shadow and not batch.settings.graph.has_host,
+            context=context,
         )
 
     def _read(self) -> list[SequenceOutput]:
@@ -351,6 +359,7 @@ class RoundPipeline:
             accepted,
             done.seconds,
             num_shadow_drafts=done.num_shadow_drafts,
+            context=done.context,
         )
         can_be_late = self._can_look_ahead and done.queued.masks is None
         if done.seconds is not None and can_be_late:

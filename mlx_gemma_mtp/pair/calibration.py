@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..drafting.controller import AcceptanceModel, DraftLengthController, Prior
+from ..drafting.acceptance_model import AcceptanceModel
+from ..drafting.controller import DraftLengthController
+from ..drafting.prior import Prior
 from ..drafting.saved_numbers import numbers
 from ..engine.early_start import EarlyStart
 from ..engine.route import Route

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..constants import MAX_DRAFT_TOKENS
-from ..drafting.controller import Prior
+from ..drafting.prior import Prior
 from ..drafting.speed_model import MLX_ALONE, Matmuls, prior
 from ..engine.model_arrays import ModelArrays
 from ..engine.rounds import CompiledRound, Rounds

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..cli.tables import duration
 from ..constants import MAX_DRAFT_TOKENS
-from ..drafting.controller import Prior
 from ..drafting.policy import DraftPolicy
+from ..drafting.prior import Prior
 from ..engine.decoder import Decoder, Request
 from ..pair.pair import Pair
 from .busy import spread
@@ -42,6 +42,7 @@ class _Recorder(DraftPolicy):
         seconds: float | None,
         *,
         num_shadow_drafts: int = 0,
+        context: int = 0,
     ) -> None:
         """See ``DraftPolicy``."""
         if seconds is not None:

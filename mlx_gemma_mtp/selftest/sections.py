@@ -14,7 +14,7 @@ from functools import cached_property
 import mlx.core as mx
 
 from ..cli.tables import duration
-from ..drafting.controller import Prior
+from ..drafting.prior import Prior
 from ..pair.load import load_pair
 from ..pair.pair import Pair
 from . import (

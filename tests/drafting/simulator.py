@@ -11,7 +11,8 @@ import math
 import random
 from functools import cache, lru_cache
 
-from mlx_gemma_mtp.drafting.controller import DEFAULT_PRIOR, DraftLengthController
+from mlx_gemma_mtp.drafting.controller import DraftLengthController
+from mlx_gemma_mtp.drafting.prior import DEFAULT_PRIOR
 
 DEPTH = 8
 PLAIN_S = 0.03  # what a plain round takes on the observer's clock
@@ -163,12 +164,12 @@ class Mail:
     def __init__(self, controller, runs, lag):
         self.known = 0
         self._controller, self._runs, self._lag = controller, runs, lag
-        self._rounds: list[tuple[int, int, float | None, int]] = []
+        self._rounds: list[tuple[int, int, float | None, int, int]] = []
         self._shadows: list[tuple[int, int]] = []
 
-    def send(self, position, k, seconds, depth):
+    def send(self, position, k, seconds, depth, context):
         """A round of K drafts has been run there, with so many beside it."""
-        self._rounds.append((position, k, seconds, depth))
+        self._rounds.append((position, k, seconds, depth, context))
         if depth:
             self._shadows.append((position, depth))
         self.deliver(self._lag)
@@ -176,10 +177,10 @@ class Mail:
     def deliver(self, lag):
         """Tell all but the last rounds, and of drafts whose tokens have come."""
         while len(self._rounds) > lag:
-            position, k, seconds, depth = self._rounds.pop(0)
+            position, k, seconds, depth, context = self._rounds.pop(0)
             num_accepted = min(k, self._runs[position])
             self._controller.observe(
-                k, [num_accepted], seconds, num_shadow_drafts=depth
+                k, [num_accepted], seconds, num_shadow_drafts=depth, context=context
             )
             self.known += 1 + num_accepted
         while self._shadows and self.known >= sum(self._shadows[0]) + 1:
@@ -246,10 +247,11 @@ class Machine:
                 setup_s=self._setups(traced),
                 tokens_left=len(runs) - mail.known,
                 can_shadow=self.can_shadow,
+                context=self.told_context(position),
             )
             depth = controller.num_shadow_drafts
             self.chosen.append((position, k))
-            took = self.costs[k] + shadow_cost(depth)
+            took = self.cost(k, position) + shadow_cost(depth)
             seconds = PLAIN_S * took * factor * busy
             if self.tracing and k not in traced:
                 traced.add(k)
@@ -257,12 +259,20 @@ class Machine:
                 self.setup_s = PLAIN_S * self.tracing * busy
                 seconds = None  # it says nothing of the next ones
             time += took
-            mail.send(position, k, seconds, depth)
+            mail.send(position, k, seconds, depth, self.told_context(position))
             position += 1 + min(k, runs[position])
             if position >= len(runs):
                 break
         mail.deliver(0)
         return time
+
+    def cost(self, k, position):
+        """Plain rounds that one of K drafts takes behind so many tokens of the text."""
+        return self.costs[k]
+
+    def told_context(self, position):
+        """The length of context that the controller is told there."""
+        return 0
 
     def _setups(self, traced):
         if not self.tracing:

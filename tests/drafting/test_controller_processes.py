@@ -13,7 +13,8 @@ from multiprocessing import get_context
 
 import pytest
 
-from mlx_gemma_mtp.drafting.controller import AcceptanceModel, DraftLengthController
+from mlx_gemma_mtp.drafting.acceptance_model import AcceptanceModel
+from mlx_gemma_mtp.drafting.controller import DraftLengthController
 from mlx_gemma_mtp.drafting.speed_model import Matmuls, prior
 from tests.drafting.simulator import (
     CURVES,

@@ -18,9 +18,16 @@ class Observed(DraftLengthController):
     def __init__(self):
         super().__init__()
         self.seen = []
+        self.contexts = []
 
-    def observe(self, num_draft_tokens, accepted, seconds, *, num_shadow_drafts=0):
-        self.seen.append((num_draft_tokens, list(accepted), seconds))
+    def choose(self, *, context=0, **rest):
+        self.contexts.append(context)
+        return super().choose(context=context, **rest)
+
+    def observe(
+        self, num_draft_tokens, accepted, seconds, *, num_shadow_drafts=0, context=0
+    ):
+        self.seen.append((num_draft_tokens, list(accepted), seconds, context))
 
 
 def learnt(kinds, kept):
@@ -65,5 +72,19 @@ def test_rounds_of_a_fixed_number_teach_the_controller():
     )
     policy = DraftPolicy(3, learning=learning).for_batch(1, rule="greedy", context=0)
     assert policy.choose((0, 3, 5), not_ready=(), tokens_left=None) == Way(3)
-    policy.observe(Way(3), [1], 0.5)
-    assert controller.seen == [(3, [1], 0.5)]
+    policy.observe(Way(3), [1], 0.5, context=700)
+    assert controller.seen == [(3, [1], 0.5, 700)]
+
+
+def test_a_controller_is_told_the_length_of_context():
+    controller = Observed()
+    learning = Learning(
+        lambda *kind: controller, deque(), nullcontext(), keep=lambda: None
+    )
+    policy = DraftPolicy(None, learning=learning)
+    policy = policy.for_batch(1, rule="greedy", context=300)
+    for context in 300, 31_000:
+        way = policy.choose((0, 4), not_ready=(), tokens_left=None, context=context)
+        policy.observe(way, [0], 0.5, context=context)
+    assert controller.contexts == [300, 31_000]
+    assert [context for *_, context in controller.seen] == [300, 31_000]

@@ -21,9 +21,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.drafting.chips import CHIPS
-from mlx_gemma_mtp.drafting.controller import DEFAULT_PRIOR
+from mlx_gemma_mtp.drafting.chips import CHIPS, chip_of
 from mlx_gemma_mtp.drafting.growth import constants_of, with_kernel
+from mlx_gemma_mtp.drafting.prior import DEFAULT_PRIOR
 from mlx_gemma_mtp.drafting.speed_model import (
     Matmuls,
     MeasuredModel,
@@ -32,9 +32,10 @@ from mlx_gemma_mtp.drafting.speed_model import (
     draft_weights,
     expert_weights,
     experts_read,
-    kv_bytes,
+    key_bytes,
     model,
     prior,
+    sliding_bytes,
 )
 from mlx_gemma_mtp.models.families import FAMILIES, family_of
 from tests.drafting.test_chips import UNKNOWN
@@ -152,7 +153,9 @@ def test_kv_bytes_are_those_of_the_published_config(name, context):
         else:
             seen = min(context, text["sliding_window"])
             num_bytes += 2 * 2 * text["num_key_value_heads"] * text["head_dim"] * seen
-    assert kv_bytes(FAMILIES[name], context) == num_bytes
+    family = FAMILIES[name]
+    sliding = sliding_bytes(family, family.layer_types, context)
+    assert sliding + context * key_bytes(family, family.layer_types) == num_bytes
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -190,6 +193,29 @@ def test_more_drafts_take_longer(speed):
 @given(speeds, acceptances)
 def test_best_number_of_drafts_is_never_slower_than_none(speed, acceptance):
     assert speed.speedup(acceptance) >= 1
+
+
+@given(speeds, counts, st.integers(1024, 200_000), st.integers(1024, 200_000))
+def test_each_token_of_context_takes_as_long_once_windows_are_full(speed, k, one, two):
+    short, long = (replace(speed, context=n) for n in sorted((one, two)))
+    added_s = long.round_s(k) - short.round_s(k)
+    assert added_s == pytest.approx(abs(one - two) * speed.key_s(k), abs=1e-9)
+    assert speed.key_s(k) >= speed.key_s(0) > 0
+
+
+@given(st.sampled_from(MACHINES), st.sampled_from(list(FAMILIES)), counts)
+def test_a_prior_is_the_line_that_rounds_follow(machine, family, k):
+    known = prior(machine, family, batch_size=2, context=2000)
+    chip = chip_of(machine)
+    assert chip is not None
+    for context in 1024, 2000, 64_000:
+        speed = model(chip, FAMILIES[family], batch_size=2, context=context)
+        costs, keys = known.costs
+        ratio = (costs[k] + context * keys[k]) / (1 + context * keys[0])
+        assert ratio == pytest.approx(speed.relative_cost(k))
+        costs, keys = known.verify
+        ratio = (costs[k] + context * keys[k]) / (1 + context * keys[0])
+        assert ratio == pytest.approx(speed.pass_s(k + 1) / speed.pass_s(1))
 
 
 def test_experts_read():

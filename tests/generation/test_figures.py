@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_gemma_mtp.drafting.controller import DEFAULT_PRIOR
+from mlx_gemma_mtp.drafting.prior import DEFAULT_PRIOR
 from mlx_gemma_mtp.engine.stats import RoundStats
 from mlx_gemma_mtp.exactness.verdict import Verdict
 from mlx_gemma_mtp.generation import figures

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from mlx_gemma_mtp.cli.tables import duration
 from mlx_gemma_mtp.constants import ALL_DRAFTS
-from mlx_gemma_mtp.drafting.controller import DEFAULT_PRIOR
+from mlx_gemma_mtp.drafting.prior import DEFAULT_PRIOR
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.exactness.verdict import PLAIN_ROWS, Verdict
 from mlx_gemma_mtp.kernels import (

@@ -28,7 +28,7 @@ from mlx_gemma_mtp.cli.arguments import configure_parser
 from mlx_gemma_mtp.cli.tables import one_line
 from mlx_gemma_mtp.drafting.acceptance_model import tokens_per_round
 from mlx_gemma_mtp.drafting.chips import CHIPS
-from mlx_gemma_mtp.drafting.controller import DEFAULT_PRIOR, Prior
+from mlx_gemma_mtp.drafting.prior import DEFAULT_PRIOR, Prior
 from mlx_gemma_mtp.drafting.speed_model import model
 from mlx_gemma_mtp.errors import OutputError
 from mlx_gemma_mtp.machine import describe_machine

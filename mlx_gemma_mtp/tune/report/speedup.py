@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ...constants import MAX_DRAFT_TOKENS
 from ...drafting.chips import CHIPS
-from ...drafting.controller import DEFAULT_PRIOR, Prior
+from ...drafting.prior import DEFAULT_PRIOR, Prior
 from ...drafting.speed_model import Model, default_draft_bits, model
 from ...models.families import FAMILIES
 
