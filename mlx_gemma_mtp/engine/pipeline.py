@@ -342,7 +342,11 @@ class RoundPipeline:
                     drafted=drafted, accepted=decision.num_accepted, source=source
                 )
             self._followed.note(
-                sequence, decision, length=done.matches[seat], policy=done.policy
+                sequence,
+                decision,
+                length=done.matches[seat],
+                num_drafted=drafted if source == DRAFTER else 0,
+                policy=done.policy,
             )
             if most >= num_drafts and source == queued.source:
                 accepted.append(decision.num_accepted)

@@ -20,6 +20,7 @@ SECTIONS = (
     "useless",
     "batch",
     "structure",
+    "sources",
     "engines",
     "graph",
 )

@@ -23,6 +23,7 @@ from .prompts import read_kinds
 from .speed import own_tokens, show
 
 _TURN = 18  # tokens
+_WARM_UPS = 3  # texts: rounds of many numbers of drafts must be traced and compiled
 _SAMPLED = {"temp": 1.0, "top_k": 64, "top_p": 0.95}
 _BEGINNING = 3  # a text is said again from so small a part on
 _RENAMED = (("values", "numbers"), ("self", "this"), ("return", "yield"))
@@ -71,7 +72,8 @@ def sources(
     for kind, (prompts, settings) in source_prompts(tokenizer).items():
         pairs = {name: Pair(pair.target, pair.drafter) for name in (DRAFTER, AUTO)}
         first, *others = prompts
-        side_by_side(pairs, first, args.max_tokens, **settings)
+        for _ in range(_WARM_UPS):
+            side_by_side(pairs, first, args.max_tokens, **settings)
         ratios = []
         for prompt in others[: args.repeats]:
             seconds = side_by_side(pairs, prompt, args.max_tokens, **settings)

@@ -206,6 +206,7 @@ def test_throughput(curve, kind):
 @pytest.mark.control
 def test_throughput_everywhere(capsys):
     """Never much slower; the table is that of docs/drafts-and-exactness.md."""
+    ways: tuple[dict[str, int], ...]
     ways = ({"tracing": 5, "num_before": 0}, {"tracing": 5}, {})
     found = {
         (curve, kind): [gain(curve, kind, num_seeds=16, **way) for way in ways]
