@@ -95,7 +95,7 @@ def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
         num_draft_tokens: Checked K; None for the controllers' choice.
     """
     if why_plain := _why_plain(pair, num_draft_tokens):
-        return Plan(DraftPolicy(0), PLAIN, why_plain)
+        return Plan(DraftPolicy(0), replace(PLAIN, pads_prompts=True), why_plain)
     route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
     return Plan(_draft_policy(pair, route, num_draft_tokens), route)
 

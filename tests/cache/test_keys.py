@@ -286,7 +286,8 @@ def test_mlx_lms_rings_come_back_from_every_phase(chunks, window, num_drafts):
     text = [(37 * i) % 96 for i in range(sum(chunks))]
     start = 0
     for size in chunks:
-        rounds.target.prefill(mx.array(text[start : start + size]), cache)
+        chunk = mx.array([text[start : start + size]])
+        rounds.target.prefill(chunk, cache, [size])
         start += size
     check_cache(cache, text, window)
     request = Request([4], 25)
