@@ -134,13 +134,16 @@ class ChainTarget:
     def prefill(
         self, tokens: mx.array, caches: list[PrefillCache], sizes: Sequence[int]
     ) -> Prefilled:
-        num_rows, num_tokens = tokens.shape
         last = mx.array([[size - 1] for size in sizes])
         positions = caches[0].offset + last
-        zeros = mx.zeros((num_rows, 1, num_tokens, 1))
-        caches[0].update_and_fetch(zeros, zeros)
+        self._fill(tokens, caches)
         ends = mx.take_along_axis(tokens, last, axis=1)
         return Prefilled(*self._predict(ends, positions), caches)
+
+    def _fill(self, tokens: mx.array, caches: list[PrefillCache]) -> None:
+        """Let caches hold keys and values of the tokens behind them."""
+        zeros = mx.zeros((tokens.shape[0], 1, tokens.shape[1], 1))
+        caches[0].update_and_fetch(zeros, zeros)
 
     def verify(self, tokens, slabs, *, offset, first_position) -> TargetOutput:
         positions = offset[:, None] + mx.arange(tokens.shape[1])

@@ -104,7 +104,7 @@ def _stacked(caches: Sequence[PrefillCache]) -> PrefillCache:
     stacked = PrefillCache()
     if caches[0].offset:
         keys, values = (
-            mx.concatenate(arrays)
+            mx.concatenate(list(arrays))
             for arrays in zip(
                 *(cache.keys_and_values() for cache in caches), strict=True
             )
