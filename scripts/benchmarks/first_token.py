@@ -76,12 +76,29 @@ def first_token_ms(pair: Pair, prompts: list[list[int]], *, pads: bool) -> list[
 def _reported(
     num_prompts: int, times: dict[str, list[list[float]]]
 ) -> dict[str, dict[str, float]]:
-    """Print and return medians over the repeats."""
-    show(f"\n{f'first tokens, {num_prompts} prompts, ms':28} {'mean':>9} {'last':>9}")
+    """Print and return medians, and medians of the ratios within each repeat."""
+    title = f"first tokens, {num_prompts} prompts, ms"
+    show(f"\n{title:28} {'mean':>9} {'last':>9} {'x mean':>9} {'x last':>9}")
+    means, lasts = (
+        {name: [of(each) for each in found] for name, found in times.items()}
+        for of in (statistics.mean, max)
+    )
+    base = next(iter(times))
     figures = {}
-    for name, found in times.items():
-        mean = statistics.median(map(statistics.mean, found))
-        last = statistics.median(map(max, found))
-        show(f"{name:28} {mean:9.1f} {last:9.1f}")
-        figures[name] = {"mean_ms": mean, "last_ms": last}
+    for name in times:
+        found = {
+            "mean_ms": statistics.median(means[name]),
+            "last_ms": statistics.median(lasts[name]),
+            "x_mean": _ratio(means[base], means[name]),
+            "x_last": _ratio(lasts[base], lasts[name]),
+        }
+        mean, last, *ratios = found.values()
+        ratios = " ".join(f"{ratio:9.2f}" for ratio in ratios)
+        show(f"{name:28} {mean:9.1f} {last:9.1f} {ratios}")
+        figures[name] = found
     return figures
+
+
+def _ratio(before: list[float], after: list[float]) -> float:
+    """How many times as soon, the median over the repeats."""
+    return statistics.median(b / a for b, a in zip(before, after, strict=True))
