@@ -92,9 +92,8 @@ def _reported(
             "x_mean": _ratio(means[base], means[name]),
             "x_last": _ratio(lasts[base], lasts[name]),
         }
-        mean, last, *ratios = found.values()
-        ratios = " ".join(f"{ratio:9.2f}" for ratio in ratios)
-        show(f"{name:28} {mean:9.1f} {last:9.1f} {ratios}")
+        mean, last, x_mean, x_last = found.values()
+        show(f"{name:28} {mean:9.1f} {last:9.1f} {x_mean:9.2f} {x_last:9.2f}")
         figures[name] = found
     return figures
 
