@@ -26,9 +26,9 @@ _MANY = 16  # tokens of an answer; no answer ends before all have their first on
 
 def first_token(
     pair: Pair, documents: list[list[int]], rng: random.Random, args: argparse.Namespace
-) -> dict[str, object]:
+) -> dict[str, dict[str, dict[str, float]]]:
     """Milliseconds to the first tokens by the number of prompts: mean and last."""
-    figures: dict[str, object] = {}
+    figures = {}
     for num_prompts in args.prompts_at_once:
         times: dict[str, list[list[float]]] = {name: [] for name in _METHODS}
         for repeat in range(args.repeats + 1):
