@@ -448,7 +448,7 @@ class TestGraph:
         plain = self.nodes(has_text=False, num_draft_tokens=0)
         assert plain[0] < looking[0] < drafting[0]
         assert looking[1] == drafting[1]  # the host reads no more often
-        assert self.nodes(has_text=True)[0] < drafting[0] + 100
+        assert self.nodes(has_text=True)[0] < drafting[0] + 80
 
     def test_memory(self):
         """Four bytes a slot."""
