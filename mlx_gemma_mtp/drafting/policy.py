@@ -212,6 +212,17 @@ class DraftPolicy:
         with self._learning.lock:
             self._controller.lookup.observe(length, num_same)
 
+    def observe_drafted(
+        self, length: int, num_draft_tokens: int, num_accepted: int
+    ) -> None:
+        """Learn from a round of the drafter; see ``LookupModel.observe_drafted``."""
+        if self._learning is None or self._controller is None:
+            return
+        with self._learning.lock:
+            self._controller.lookup.observe_drafted(
+                length, num_draft_tokens, num_accepted
+            )
+
     def observe_setup(self, seconds: float) -> None:
         """Learn what it took to trace a round."""
         if self._learning is not None:

@@ -57,6 +57,7 @@ class Followed:
         decision: Decision,
         *,
         length: int,
+        num_drafted: int,
         policy: DraftPolicy,
     ) -> None:
         """Hear what a round has decided of a live sequence, before that is emitted.
@@ -65,10 +66,14 @@ class Followed:
             sequence: The sequence.
             decision: What was decided, with what followed before.
             length: How long its match was when the round was chosen.
+            num_drafted: Drafts of a drafter that it had; 0 where they came from the
+                text.
             policy: Who chose it.
         """
         if not decision.followed:
             return
+        if num_drafted:
+            policy.observe_drafted(length, num_drafted, decision.num_accepted)
         tokens = decision.tokens
         sequence.match_length = continued(
             decision.match_length,

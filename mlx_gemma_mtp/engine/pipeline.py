@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from ..constants import DRAFTER
+from ..constants import DRAFTER, MIXED
 from ..cpu_kernels import clock
 from ..drafting.lookup_model import BROKEN
 from ..drafting.policy import DraftPolicy, Way, ways
@@ -33,7 +33,7 @@ from .route import Route
 from .runner import QueuedRound, RoundRunner
 from .sequence import TokenSequence
 from .shadows import Shadows
-from .sources import sources_of
+from .sources import least_matches, round_source, sources_of
 from .state import Decision, RoundState
 from .stats import RoundStats
 from .timing import RoundTimer
@@ -350,7 +350,11 @@ class RoundPipeline:
                     drafted=drafted, accepted=decision.num_accepted, source=source
                 )
             self._followed.note(
-                sequence, decision, length=done.matches[seat], policy=done.policy
+                sequence,
+                decision,
+                length=done.matches[seat],
+                num_drafted=drafted if source == DRAFTER else 0,
+                policy=done.policy,
             )
             if most >= num_drafts and source == queued.source:
                 accepted.append(decision.num_accepted)
@@ -392,7 +396,9 @@ class _Untraced:
         """
         graph, num_slots = batch.settings.graph, batch.num_slots
         thread = threading.get_ident()  # every thread has traces of its own
-        key = (graph, num_slots, len(batch), thread, sources)
+        least_match = least_matches(batch.sequences) if batch.has_text else ()
+        is_mixed = round_source(DRAFTER, least_match) == MIXED
+        key = (graph, num_slots, len(batch), thread, sources, is_mixed)
         if self._key == key:
             return
         self._key = key
@@ -401,7 +407,8 @@ class _Untraced:
             for way in ways(self._route.allowed, sources)
             if not self._rounds.is_ready(
                 graph,
-                **way._asdict(),
+                num_draft_tokens=way.num_draft_tokens,
+                source=round_source(way.source, least_match),
                 min_rows=self._route.min_rows,
                 num_rows=len(batch),
                 capacity=num_slots,

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..cache.masks import draft_masks
-from ..constants import DRAFTER, LOOKUP
+from ..constants import DRAFTER, LOOKUP, MIXED
 from ..models.drafter import SharedKV
 from ..models.target import TargetOutput
 from ..sampling.acceptance import Accepted, Draft, cut
@@ -46,8 +46,8 @@ class RoundShape:
         num_draft_tokens: K.
         min_rows: Rows that the target verifies at least.
         graph: Of the rows' settings.
-        source: Where drafts come from. With the drafter they come from the text in rows
-            whose match is long enough; from the text alone they come without it.
+        source: Where drafts come from: the drafter, the text without it, or either,
+            the text in rows whose match is long enough.
         has_text: Whether the text is there.
     """
 
@@ -200,10 +200,10 @@ def _given_tokens(
         int32 [B, K]; None for none at all.
     """
     forced = None if proposals is None else proposals.behind(state.last_token)
-    if match is None or not shape.num_draft_tokens:
+    if match is None or not shape.num_draft_tokens or shape.source == DRAFTER:
         return forced
     tokens = match.tokens[:, : shape.num_draft_tokens]
-    if shape.source != LOOKUP:
+    if shape.source == MIXED:
         is_long = match.length >= settings.least_match
         tokens = mx.where(is_long[:, None], tokens, -1)
     return tokens if forced is None else mx.where(forced >= 0, forced, tokens)

@@ -157,6 +157,7 @@ class Rounds:
         has_text: bool = False,
     ) -> bool:
         """Whether such a round has run before: the first one is traced and compiled."""
+        source = source if num_draft_tokens else DRAFTER
         shape = RoundShape(num_draft_tokens, min_rows, graph, source, has_text)
         parts = (begin, finish) if graph.has_masks else (whole,)
         keys = [self._key(part, shape, num_rows, capacity) for part in parts]

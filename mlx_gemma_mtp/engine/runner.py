@@ -24,7 +24,7 @@ from .results import decisions_of
 from .round import commit
 from .rounds import Rounds
 from .sequence import TokenSequence
-from .sources import least_matches
+from .sources import least_matches, round_source
 from .state import Begun, Decision, Proposals, Report, RoundState, Verified
 from .timing import RoundTimer
 
@@ -68,7 +68,8 @@ class QueuedRound:
     def source_of(self, seat: int, decision: Decision) -> str:
         """Where the drafts of a row came from."""
         is_long = decision.match_length >= self.least_match[seat]
-        return LOOKUP if self.source == LOOKUP or is_long else DRAFTER
+        is_found = bool(decision.followed) and is_long
+        return LOOKUP if self.source == LOOKUP or is_found else DRAFTER
 
     def read_drafts(self) -> None:
         """Wait for the drafts of a round that stands before its decision."""
@@ -106,14 +107,16 @@ class RoundRunner:
             last: The round in flight.
         """
         settings, num_draft_tokens = self._batch.settings, way.num_draft_tokens
-        shape: dict[str, Any] = {**way._asdict(), "min_rows": self._min_rows}
         sequences = tuple(self._batch.sequences)
-        queued = QueuedRound(
-            sequences,
-            num_draft_tokens,
-            way.source,
-            least_matches(sequences),
-        )
+        least_match = least_matches(sequences)
+        shape: dict[str, Any] = {
+            "num_draft_tokens": num_draft_tokens,
+            "min_rows": self._min_rows,
+            "source": way.source,
+        }
+        if self._batch.has_text:
+            shape["source"] = round_source(way.source, least_match)
+        queued = QueuedRound(sequences, num_draft_tokens, way.source, least_match)
         if settings.graph.has_masks:
             proposals = self.proposals(num_draft_tokens, last)
             begun = self._rounds.begin(state, settings, proposals=proposals, **shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..constants import DRAFTER, LOOKUP
+from ..constants import DRAFTER, LOOKUP, MIXED
 from .lookup import LONGEST
 from .sequence import TokenSequence
 
@@ -31,6 +31,17 @@ def sources_of(
     if asked == {LOOKUP}:
         return (LOOKUP,)
     return sources if DRAFTER in asked else (*sources, LOOKUP)
+
+
+def round_source(source: str, least_match: Sequence[int]) -> str:
+    """The source of a round's graph, see ``RoundShape``.
+
+    Args:
+        source: Where drafts come from.
+        least_match: Of each row, see ``least_matches``.
+    """
+    is_mixed = source == DRAFTER and min(least_match, default=NEVER) < NEVER
+    return MIXED if is_mixed else source
 
 
 def least_matches(sequences: Sequence[TokenSequence | None]) -> tuple[int, ...]:

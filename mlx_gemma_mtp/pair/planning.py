@@ -106,7 +106,7 @@ def make_batch_plan(
         draft_source: One of ``constants.DRAFT_SOURCES``.
     """
     if why_plain := _why_plain(pair, num_draft_tokens, draft_source):
-        return Plan(DraftPolicy(0), PLAIN, why_plain)
+        return Plan(DraftPolicy(0), replace(PLAIN, pads_prompts=True), why_plain)
     route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
     policy = _draft_policy(pair, route, num_draft_tokens)
     return Plan(policy, route, has_text=draft_source != DRAFTER)

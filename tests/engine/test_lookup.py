@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.constants import DRAFTER, LOOKUP
+from mlx_gemma_mtp.drafting.lookup_model import BROKEN
+from mlx_gemma_mtp.drafting.policy import DraftPolicy
 from mlx_gemma_mtp.engine.decoder import Decoder
 from mlx_gemma_mtp.engine.lookup import (
     LONGEST,
@@ -38,7 +41,12 @@ from tests.engine.test_distribution import (
 )
 from tests.engine.test_joining import chain_text
 from tests.engine.test_masked import Allowing
-from tests.scripted import ChainDrafter, ChainTarget, ScriptedTarget
+from tests.scripted import (
+    ChainDrafter,
+    ChainTarget,
+    ScriptedDrafter,
+    ScriptedTarget,
+)
 from tests.tiny import VOCAB_SIZE, reference_pair, uncompiled
 
 
@@ -61,7 +69,10 @@ def found_by_hand(text: Sequence[int], end: int) -> tuple[int, list[int]]:
 
 @st.composite
 def texts(draw):
-    """Some rows of few letters, so that much repeats; the first ones may be unknown."""
+    """Some rows of few letters, so that much repeats, and their ends.
+
+    The first letters may be unknown.
+    """
     capacity = draw(st.integers(4, 70))
     letters = st.integers(0, draw(st.integers(0, 4)))
     rows = []
@@ -104,7 +115,8 @@ class TestText:
     @pytest.mark.parametrize("end", [2, 5, 9])
     def test_a_row_ends_where_its_tokens_do(self, end):
         """Caches may hold more tokens than are known, or fewer."""
-        (row,) = text_row([1, 2, 3, 4, 5], end=end, capacity=12).tolist()
+        text = text_row([1, 2, 3, 4, 5], end=end, capacity=12)
+        (row,) = cast(list[list[int]], text.tolist())
         known = [1, 2, 3, 4, 5][-end:]
         assert row == [*[UNKNOWN] * (end - len(known)), *known, *[UNKNOWN] * (12 - end)]
 
@@ -168,7 +180,7 @@ class TestRounds:
                 num_draft_tokens=0,
                 has_text=has_text,
             )
-            seen = []
+            seen: list[tuple[int, list[int]]] = []
             read = decoder._pipeline._runner.read
 
             def watched(*args, read=read, seen=seen):
@@ -299,6 +311,68 @@ class TestSameText:
                 assert decoder.stats.accepted_from[LOOKUP] > 15
 
 
+class Learner(DraftPolicy):
+    """Rounds of a fixed number of drafts; keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.seen: list[tuple[int, int]] = []
+        self.matches: list[list[int]] = []
+        self.drafted: list[tuple[int, int, int]] = []
+
+    def choose(self, allowed, *, matches=(), **rest):
+        self.matches.append(list(matches))
+        return super().choose(allowed, matches=matches, **rest)
+
+    def observe_match(self, length, num_same):
+        self.seen.append((length, num_same))
+
+    def observe_drafted(self, length, num_draft_tokens, num_accepted):
+        self.drafted.append((length, num_draft_tokens, num_accepted))
+
+
+class TestLearning:
+    """What is told of texts that repeat themselves, or do not."""
+
+    def learn(self, script, num_prompt, *, look_ahead=False):
+        policy = Learner()
+        request = Request(script[:num_prompt], 20, draft_source=LOOKUP)
+        rounds = Rounds(ScriptedTarget([script]), use_compile=False)
+        decode(rounds, [request], policy, look_ahead=look_ahead)
+        return policy
+
+    @pytest.mark.parametrize("look_ahead", [False, True])
+    def test_a_text_that_goes_on(self, look_ahead):
+        policy = self.learn(LOOP * 8, 12, look_ahead=look_ahead)
+        # 13 tokens, of which 5 stood before; then four more with every round.
+        lengths = [BROKEN, 9, 13, 17, 20]
+        if look_ahead:
+            lengths = [BROKEN, *lengths]
+        assert [lengths for (lengths,) in policy.matches] == lengths[
+            : len(policy.matches)
+        ]
+        assert {same for _, same in policy.seen} == {8}
+        assert policy.seen[0] == (BROKEN, 8)
+
+    def test_a_text_that_is_new(self):
+        policy = self.learn([*range(60)], 12)
+        assert {length for (length,) in policy.matches} == {BROKEN}
+        assert set(policy.seen) == {(BROKEN, 0)}
+        assert len(policy.seen) == 19  # of every round, at once
+        assert policy.drafted == []
+
+    def test_rounds_of_the_drafter(self):
+        """They teach the same of the text, and what the drafter is worth in it."""
+        policy, script = Learner(), LOOP * 8
+        rounds = Rounds(
+            ScriptedTarget([script]), ScriptedDrafter([script]), use_compile=False
+        )
+        request = Request(script[:12], 20, draft_source=DRAFTER)
+        decode(rounds, [request], policy, look_ahead=False)
+        assert policy.drafted == [(n, 3, 3) for n in (BROKEN, 9, 13, 17, 20)]
+        assert {same for _, same in policy.seen} == {8}
+
+
 def take(decoder, texts):
     """One step."""
     for output in decoder.step().outputs:
@@ -374,7 +448,7 @@ class TestGraph:
         plain = self.nodes(has_text=False, num_draft_tokens=0)
         assert plain[0] < looking[0] < drafting[0]
         assert looking[1] == drafting[1]  # the host reads no more often
-        assert self.nodes(has_text=True)[0] < drafting[0] + 100
+        assert self.nodes(has_text=True)[0] < drafting[0] + 80
 
     def test_memory(self):
         """Four bytes a slot."""
