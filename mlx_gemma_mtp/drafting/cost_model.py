@@ -103,8 +103,8 @@ class CostModel:
         key_cost: Sequence[float] = TYPICAL_KEY_COST,
     ) -> None:
         self._context = 0
+        self._mean = [*map(math.log, relative_cost), 0.0, 0.0]
         self._expect(relative_cost, key_cost)
-        self._mean = [*self._usual, 0.0, 0.0]
         self._covariance = _variance(scale=_UNKNOWN_SCALE**2, shape=1.0)
         self._noise = _NOISE_FIRST**2
         self._outliers = [0] * _N  # in a row, by K; negative: shorter than thought
@@ -188,7 +188,8 @@ class CostModel:
 
     def seconds(self, num_draft_tokens: int) -> float:
         """Median time of a round of K drafts."""
-        return math.exp(self._log_seconds(num_draft_tokens))
+        k = num_draft_tokens
+        return math.exp(self._mean[k]) * (1 + self._keys(k))
 
     def all_seconds(self) -> list[float]:
         """`seconds` of K = 0..8."""
@@ -239,6 +240,7 @@ class CostModel:
             mean += model._mean[_N:]
             triangle += [c for i in (_LEVEL, _TILT) for c in _PRIOR[i][: i + 1]]
         model._mean = mean
+        model._grow()
         model._covariance = _symmetric(triangle)
         low, high = _NOISE_BOUNDS
         (model._noise,) = numbers(data, "noise", 1, low=low, high=high)
@@ -309,6 +311,7 @@ class CostModel:
         self._noise = min(max(noise, low), high)
         gains = [c / (variance + doubt) for c in row]
         self._mean = [m + g * surprise for m, g in zip(self._mean, gains, strict=True)]
+        self._grow()
         self._covariance = [
             [c - gain * r + d for c, r, d in zip(old, row, drift, strict=True)]
             for old, drift, gain in zip(self._covariance, _DRIFT, gains, strict=True)
@@ -322,11 +325,19 @@ class CostModel:
         self._key_share = [
             key / cost for key, cost in zip(key_cost, relative_cost, strict=True)
         ]
+        self._grow()
 
     def _keys(self, k: int) -> float:
         """n c(K): the part of a round that the context adds, over the rest."""
-        exponent = self._mean[_LEVEL] + self._mean[_TILT] * k / MAX_DRAFT_TOKENS
-        return self._context * self._key_share[k] * math.exp(exponent)
+        return self._context * self._growth[k]
+
+    def _grow(self) -> None:
+        """Take c(K) from g and h, which have changed."""
+        level, tilt = self._mean[_N:]
+        self._growth = [
+            share * math.exp(level + tilt * k / MAX_DRAFT_TOKENS)
+            for k, share in enumerate(self._key_share)
+        ]
 
     def _log_seconds(self, k: int) -> float:
         return self._mean[k] + math.log1p(self._keys(k))
@@ -347,8 +358,10 @@ class CostModel:
     def _variance_of(self, k: int) -> float:
         """Variance of log T(K, n)."""
         level, tilt = self._slopes(k)
-        row = self._row(k)
-        return row[k] + level * row[_LEVEL] + tilt * row[_TILT]
+        own, levels, tilts = (self._covariance[i] for i in (k, _LEVEL, _TILT))
+        both = level * levels[_LEVEL] + 2 * tilt * levels[_TILT]
+        variance = own[k] + level * (2 * own[_LEVEL] + both)
+        return variance + tilt * (2 * own[_TILT] + tilt * tilts[_TILT])
 
 
 def _symmetric(triangle: list[float]) -> list[list[float]]:

@@ -222,6 +222,7 @@ operations = st.lists(
         st.lists(st.floats(0, 1), max_size=3),  # accepted share of each row
         st.none() | st.floats(1e-6, 1e3),  # seconds
         st.booleans(),  # a new request
+        st.integers(0, 200_000),  # tokens of context
     ),
     max_size=40,
 )
@@ -230,12 +231,15 @@ operations = st.lists(
 @given(operations)
 def test_any_history_leads_to_allowed_choices_and_survives_json(history):
     controller = DraftLengthController()
-    for allowed, setup_s, tokens_left, shares, seconds, is_new in history:
+    for allowed, setup_s, tokens_left, shares, seconds, is_new, context in history:
         if is_new:
             controller.start()
-        k = controller.choose(allowed=allowed, setup_s=setup_s, tokens_left=tokens_left)
+        k = controller.choose(
+            allowed=allowed, setup_s=setup_s, tokens_left=tokens_left, context=context
+        )
         assert k in allowed
-        controller.observe(k, [int(share * k) for share in shares], seconds)
+        accepted = [int(share * k) for share in shares]
+        controller.observe(k, accepted, seconds, context=context)
     assert saved_and_loaded(controller).to_dict() == controller.to_dict()
 
 
