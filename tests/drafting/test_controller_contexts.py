@@ -111,6 +111,6 @@ def test_throughput_over_contexts_everywhere(name, capsys):
     with capsys.disabled():
         sys.stdout.write(f"\nLoss over contexts:\n{report(cells, found)}\n")
     told, untold = zip(*found, strict=True)
-    assert min(told) >= -0.05
+    assert min(told) >= -0.04
     # While one text grows, who is told nothing follows as well.
     assert mean(told) >= mean(untold) - 0.002

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -671,6 +672,24 @@ class Told(DraftPolicy):
         self._tell(self._num_seats)
 
 
+class Lengths(DraftPolicy):
+    """Always one draft; notes the lengths of context that it is told, and tokens."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.chosen: list[int] = []
+        self.observed: list[int] = []
+        self.emitted: list[int] = []
+
+    def choose(self, allowed, *, context=0, **rest):
+        self.chosen.append(context)
+        return super().choose(allowed, **rest)
+
+    def observe(self, way, accepted, seconds, *, num_shadow_drafts=0, context=0):
+        self.observed.append(context)
+        self.emitted += [count + 1 for count in accepted]
+
+
 class TestController:
     """Rounds are credited to who chose them, and the caller's time to nobody."""
 
@@ -695,6 +714,25 @@ class TestController:
             decoder.step()
         assert len({n for n, _ in told}) > 1
         assert all(one == other for one, other in told)
+
+    @pytest.mark.parametrize("look_ahead", [False, True])
+    def test_rounds_are_told_with_the_context_they_had(self, chain, look_ahead):
+        policy = Lengths()
+        rounds = Rounds(ChainTarget(), ChainDrafter(), use_compile=False)
+        decoder = Decoder(
+            rounds,
+            [Request([GOOD] * 5, 30)],
+            num_draft_tokens=policy,
+            look_ahead=look_ahead,
+        )
+        while not decoder.is_idle:
+            decoder.step()
+        assert policy.observed == policy.chosen[: len(policy.observed)]
+        first, steps = policy.chosen[0], list(pairwise(policy.chosen))
+        assert first in (4, 5)  # the newest token is read by the round
+        if not look_ahead:
+            assert [b - a for a, b in steps] == policy.emitted[: len(steps)]
+        assert policy.chosen[-1] >= 25
 
     def test_the_callers_time_is_not_the_rounds(self, chain, monkeypatch):
         """The clock stands still but for the caller: rounds have no time at all."""
