@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..cache.masks import draft_masks
-from ..models.drafter import SharedKV
+from ..models.attention import SharedKV
 from ..models.target import TargetOutput
 from ..sampling.acceptance import Accepted, Draft, cut
 from ..sampling.decision import Verification, decide, joined, propose, with_given

@@ -19,8 +19,10 @@ from mlx_lm.models import gemma4, gemma4_text
 
 from ..cache.masks import over_heads, verify_masks, verify_slots
 from ..cache.prompt import PrefillCache
-from ..cache.slabs import LayerKV, SlabLayout, SlabView
+from ..cache.slabs import LayerKV, SlabLayout
 from ..errors import PairingError
+from .attention import SharedKV
+from .layers import run_layers
 
 # A chunk's tokens times the layers that are evaluated together. Modelled, half a second
 # of the slowest: of 12B on a chip of 2 TFLOPS, and of 31B on one of 4.
@@ -182,18 +184,24 @@ class Target:
         slots = verify_slots(
             layout, offset=offset, num_tokens=num_tokens, capacity=capacity
         )
-        views = [
-            SlabView(
-                slabs[2 * i],
-                slabs[2 * i + 1],
-                offset=offset,
-                slots=slots[layer.layer_type],
-            )
-            for i, layer in enumerate(layout.layers)
-        ]
-        hidden = self._layers(tokens, views, masks)
-        written = [array for view in views for array in (view.keys, view.values)]
-        return TargetOutput(head_logits(self._lm, hidden), hidden, written)
+        model, lm = self._lm.model, self._lm
+        embeddings = model.embed_tokens(tokens)
+        h = embeddings * model.embed_scale
+        hidden, kvs = run_layers(
+            model.layers,
+            model.norm,
+            h,
+            [
+                SharedKV(slabs[2 * i], slabs[2 * i + 1], masks[layer.layer_type])
+                for i, layer in enumerate(layout.layers)
+            ],
+            sources=model.previous_kvs,
+            offset=offset,
+            slots=slots,
+            per_layer=self._per_layer_inputs(tokens, embeddings, h),
+        )
+        written = [array for kv in kvs for array in (kv.keys, kv.values)]
+        return TargetOutput(head_logits(lm, hidden), hidden, written)
 
     def _layers(
         self,

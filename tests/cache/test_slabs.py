@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.models import gemma4_text
 
 from mlx_gemma_mtp.cache import masks as cache_module
 from mlx_gemma_mtp.cache.masks import (
@@ -259,7 +258,7 @@ class TestOverHeads:
         monkeypatch.setattr(cache_module, "_FUSED_HEAD_DIMS", (16, 32, 64))
         shapes: dict[str, set[tuple[int, ...]]] = {"ops": set(), "metal": set()}
         texts = []
-        attend = gemma4_text.scaled_dot_product_attention
+        attend = mx.fast.scaled_dot_product_attention
         for name, seen in shapes.items():
 
             def recorded(*arrays: Any, seen: Any = seen, **options: Any) -> mx.array:
@@ -268,7 +267,7 @@ class TestOverHeads:
                 return attend(*arrays, **options)
 
             monkeypatch.setattr(cache_module, "gpu", lambda name=name: name)
-            monkeypatch.setattr(gemma4_text, "scaled_dot_product_attention", recorded)
+            monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", recorded)
             rounds = Rounds(pair.rounds.target, pair.drafter, use_compile=False)
             requests = [Request([2, 17, 300], 30), Request([2, 5], 20)]
             decoder = Decoder(rounds, requests, num_draft_tokens=3)

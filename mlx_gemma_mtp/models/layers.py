@@ -1,0 +1,172 @@
+"""Our own forward through Gemma 4 layers, over the weights of mlx-lm's modules.
+
+A round runs its few places through it, of the target and of the drafter; prompts are
+read by mlx-lm's layers. With MLX's own operations it gives mlx-lm's bytes. It differs
+in where things are cut: every residual is added beside the norm in front of what reads
+it next, be that in the next layer, and keys are written to slabs. So what stands beside
+each other can be one kernel.
+
+A layer is run here only where it is what mlx-lm 0.32 builds, down to its norms; what
+somebody has put in its place is called as it is. Projections may be anything.
+
+Source: mlx-lm 0.32, models/gemma4_text.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import gemma4_text
+
+from ..cache.slabs import SlabView
+from .attention import SharedKV, attend
+
+logger = logging.getLogger("mlx_gemma_mtp")
+
+
+def run_layers(
+    layers: Sequence[Any],
+    final_norm: nn.Module,
+    h: mx.array,
+    kvs: Sequence[SharedKV],
+    *,
+    sources: Sequence[int],
+    offset: mx.array,
+    slots: Mapping[str, mx.array] | None = None,
+    per_layer: Sequence[mx.array | None] | None = None,
+) -> tuple[mx.array, list[SharedKV]]:
+    """Run all layers of a model over a few places.
+
+    Args:
+        layers: mlx-lm's decoder layers.
+        final_norm: What comes behind them.
+        h: What goes in, [B, L, H].
+        kvs: What there is to attend to.
+        sources: Which of ``kvs`` each layer attends to.
+        offset: Position of each row's first place, int32 [B].
+        slots: Where a layer writes its keys and values that has the number of what it
+            attends to, int32 [B, L] by layer type; None where no layer writes any.
+        per_layer: Each layer's input from the per-layer embeddings, [B, L, P].
+
+    Returns:
+        What comes out, after the final norm, [B, L, H], and ``kvs`` with what was
+        written.
+    """
+    kvs = list(kvs)
+    norms = [*(layer.input_layernorm for layer in layers[1:]), final_norm]
+    x = layers[0].input_layernorm(h)
+    for i, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
+        is_owner = slots is not None and sources[i] == i
+        place = _Place(
+            kvs[sources[i]],
+            offset,
+            slots[layer.layer_type] if slots is not None and is_owner else None,
+            None if per_layer is None else per_layer[i],
+        )
+        run = _run if _is_known(layer) else _run_other
+        h, x, kvs[sources[i]] = run(layer, h, x, place, next_norm)
+    return x, kvs
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a layer runs over.
+
+    Attributes:
+        kv: What it attends to.
+        offset: Position of each row's first place, int32 [B].
+        slots: Where it writes, int32 [B, L]; None for a layer that owns no K/V.
+        per_layer_input: Its input from the per-layer embeddings, [B, L, P].
+    """
+
+    kv: SharedKV
+    offset: mx.array
+    slots: mx.array | None
+    per_layer_input: mx.array | None
+
+
+_Ran = tuple[mx.array, mx.array, SharedKV]
+
+
+def _run(
+    layer: gemma4_text.DecoderLayer,
+    h: mx.array,
+    x: mx.array,
+    place: _Place,
+    next_norm: nn.Module,
+) -> _Ran:
+    """Run a layer.
+
+    Args:
+        layer: mlx-lm's.
+        h: The residual stream, [B, L, H].
+        x: The same after the layer's first norm, [B, L, H].
+        place: What it runs over.
+        next_norm: In front of what comes next.
+
+    Returns:
+        The residual stream behind it, the same after the next norm, and what was
+        attended to.
+    """
+    found, kv = attend(
+        layer.self_attn, x, place.kv, offset=place.offset, slots=place.slots
+    )
+    h = h + layer.post_attention_layernorm(found)
+    x = layer.pre_feedforward_layernorm(h)
+    found = layer.mlp(x) if not layer.enable_moe else _mixture(layer, h, x)
+    h = h + layer.post_feedforward_layernorm(found)
+    if place.per_layer_input is not None and layer.per_layer_input_gate is not None:
+        gate = nn.gelu_approx(layer.per_layer_input_gate(h)) * place.per_layer_input
+        found = layer.per_layer_projection(gate)
+        h = h + layer.post_per_layer_input_norm(found)
+    if layer.layer_scalar is not None:
+        h = h * layer.layer_scalar
+    return h, next_norm(h), kv
+
+
+def _mixture(layer: gemma4_text.DecoderLayer, h: mx.array, x: mx.array) -> mx.array:
+    """The dense part and the experts that the router chooses, added, [B, L, H]."""
+    dense = layer.post_feedforward_layernorm_1(layer.mlp(x))
+    indices, weights = layer.router(h)
+    found = layer.experts(layer.pre_feedforward_layernorm_2(h), indices, weights)
+    return dense + layer.post_feedforward_layernorm_2(found)
+
+
+def _run_other(
+    layer: Any, h: mx.array, x: mx.array, place: _Place, next_norm: nn.Module
+) -> _Ran:
+    """Call a layer that is not mlx-lm's own; as ``_run``."""
+    kv, cache = place.kv, None
+    if place.slots is not None:
+        cache = SlabView(kv.keys, kv.values, offset=place.offset, slots=place.slots)
+    h, (keys, values), _ = layer(
+        h,
+        kv.mask,
+        cache,
+        per_layer_input=place.per_layer_input,
+        shared_kv=None if cache is not None else (kv.keys, kv.values),
+        offset=place.offset,
+    )
+    return h, next_norm(h), replace(kv, keys=keys, values=values)
+
+
+def _is_known(layer: Any) -> bool:
+    """Whether a layer is mlx-lm's own, down to its attention."""
+    kinds = (gemma4_text.DecoderLayer, gemma4_text.Attention)
+    for module, kind in zip((layer, layer.get("self_attn")), kinds, strict=True):
+        if type(module) is not kind:
+            _tell(type(module).__qualname__)
+            return False
+    return True
+
+
+@cache
+def _tell(name: str) -> None:
+    """Say once what is not known."""
+    logger.info("layers with %s run as they are, without kernels of this package", name)

@@ -1,0 +1,184 @@
+"""Our own forward through layers, against mlx-lm's layers called one by one.
+
+Compared                       with                            tolerance
+verify of every family,        mlx-lm's layers over the same   0: every byte
+dense, quantized, adapted      slabs, and its norm and head
+draft steps of every family    mlx-lm's layers                 0: every byte
+a layer that is not mlx-lm's   what it computes                0: every byte
+
+Run: python -m pytest tests/models/test_layers.py
+"""
+
+import logging
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import gemma4_text
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_gemma_mtp.cache.masks import draft_masks, verify_masks, verify_slots
+from mlx_gemma_mtp.cache.slabs import SlabView
+from mlx_gemma_mtp.models import layers as layers_module
+from mlx_gemma_mtp.models.attention import SharedKV
+from mlx_gemma_mtp.models.target import Target, head_logits, text_model
+from tests.tiny import FAMILIES, VOCAB_SIZE, new_pair, reference_pair
+
+CAPACITY = 256
+NUM_ROWS = 2
+OFFSET = mx.array([40, 7], dtype=mx.int32)
+FIRST = mx.array([0, 3], dtype=mx.int32)
+
+by_family = pytest.mark.parametrize("family", FAMILIES)
+by_rows = pytest.mark.parametrize("num_tokens", [1, 3, 9])
+
+
+def random_slabs(layout, dtype=None):
+    slabs = layout.allocate(NUM_ROWS, CAPACITY)
+    return [
+        mx.random.normal(slab.shape, dtype=dtype or slab.dtype, key=mx.random.key(i))
+        for i, slab in enumerate(slabs)
+    ]
+
+
+def random_tokens(num_tokens):
+    size = (NUM_ROWS, num_tokens)
+    return mx.random.randint(0, VOCAB_SIZE, size, key=mx.random.key(5))
+
+
+def mlx_lm_verify(model, tokens, slabs):
+    """Logits, hidden states and slabs of mlx-lm's layers."""
+    lm, layout = text_model(model), Target(model).layout
+    where = {"num_tokens": tokens.shape[1], "capacity": CAPACITY}
+    masks = verify_masks(layout, offset=OFFSET, first_position=FIRST, **where)
+    slots = verify_slots(layout, offset=OFFSET, **where)
+    views = [
+        SlabView(*pair, offset=OFFSET, slots=slots[layer.layer_type])
+        for layer, *pair in zip(layout.layers, slabs[::2], slabs[1::2], strict=True)
+    ]
+    embeddings = lm.model.embed_tokens(tokens)
+    h = embeddings * lm.model.embed_scale
+    inputs = [None] * len(lm.layers)
+    if lm.args.hidden_size_per_layer_input:
+        given = lm.model._get_per_layer_inputs(tokens, embeddings)
+        projected = lm.model._project_per_layer_inputs(h, given)
+        inputs = [projected[:, :, i] for i in range(len(lm.layers))]
+    seen = []
+    for i, layer in enumerate(lm.layers):
+        view = views[i] if i < len(views) else None
+        kv, offset = (None, None) if view else seen[lm.model.previous_kvs[i]]
+        mask = masks[layer.layer_type]
+        h, *shared = layer(
+            h, mask, view, per_layer_input=inputs[i], shared_kv=kv, offset=offset
+        )
+        seen.append(shared)
+    hidden = lm.model.norm(h)
+    written = [array for view in views for array in (view.keys, view.values)]
+    return [head_logits(lm, hidden), hidden, *written]
+
+
+def check_verify(model, num_tokens):
+    target, tokens = Target(model), random_tokens(num_tokens)
+    slabs = random_slabs(target.layout)
+    expected = mlx_lm_verify(model, tokens, slabs)
+    found = target.verify(tokens, slabs, offset=OFFSET, first_position=FIRST)
+    for a, b in zip((found.logits, found.hidden, *found.slabs), expected, strict=True):
+        assert a.dtype == b.dtype
+        assert mx.array_equal(a, b)
+
+
+@by_family
+@by_rows
+def test_verify_gives_the_bytes_of_mlx_lm(family, num_tokens):
+    check_verify(reference_pair(family).target, num_tokens)
+
+
+def quantized(model):
+    """In 4 bits wherever whole groups fill a row."""
+    nn.quantize(
+        model,
+        group_size=32,
+        bits=4,
+        class_predicate=lambda _, m: (
+            hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0
+        ),
+    )
+    return model
+
+
+@by_family
+def test_quantized_with_adapters(family):
+    model = quantized(new_pair(family).target)
+    check_verify(model, 3)
+    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0})
+    adapters = [
+        (name, mx.random.normal(array.shape, array.dtype, key=mx.random.key(1)))
+        for name, array in tree_flatten(model.parameters())
+        if "lora_b" in name
+    ]
+    assert adapters
+    model.load_weights(adapters, strict=False)
+    check_verify(model, 3)
+
+
+@by_family
+def test_half_precision(family):
+    model = new_pair(family).target
+    if family == "26b-a4b":  # the CPU has no experts of that type but quantized ones
+        quantized(model)
+    model.set_dtype(mx.bfloat16)
+    check_verify(model, 3)
+
+
+@by_family
+def test_a_draft_step_gives_the_bytes_of_mlx_lm(family):
+    pair = reference_pair(family)
+    drafter, layout = pair.drafter, Target(pair.target).layout
+    slabs = random_slabs(layout)
+    masks = draft_masks(layout, offset=OFFSET, first_position=FIRST, capacity=CAPACITY)
+    shared = {
+        kind: SharedKV(slabs[2 * i], slabs[2 * i + 1], masks[kind])
+        for kind in set(drafter.layer_types)
+        for i in [layout.source(kind)]
+    }
+    width = drafter.config.backbone_hidden_size
+    given = mx.random.normal((2, NUM_ROWS, 1, width), key=mx.random.key(9))
+    x = drafter.pre_projection(mx.concatenate(list(given), axis=-1))
+    for layer in drafter.model.layers:
+        kv = shared[layer.layer_type]
+        x, *_ = layer(x, kv.mask, None, shared_kv=(kv.keys, kv.values), offset=OFFSET)
+    expected = drafter.post_projection(drafter.model.norm(x))
+    found = drafter(*given, shared, position=OFFSET)
+    assert mx.array_equal(found.hidden, expected)
+
+
+class Doubled(gemma4_text.Attention):
+    """Somebody's own attention."""
+
+    def __call__(self, *arrays, **options):
+        found, *others = super().__call__(*arrays, **options)
+        return 2 * found, *others
+
+
+class Louder(gemma4_text.DecoderLayer):
+    """Somebody's own layer."""
+
+    def __call__(self, *arrays, **options):
+        h, *others = super().__call__(*arrays, **options)
+        return h * 1.5, *others
+
+
+@pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
+@pytest.mark.parametrize("kind", [Doubled, Louder])
+def test_a_layer_that_is_not_mlx_lms_is_called_as_it_is(family, kind, caplog):
+    layers_module._tell.cache_clear()
+    model = new_pair(family).target
+    for i in (0, -1):  # one that owns its keys; of E2B one that shares them
+        layer = text_model(model).layers[i]
+        (layer.self_attn if kind is Doubled else layer).__class__ = kind
+    with caplog.at_level(logging.INFO, "mlx_gemma_mtp"):
+        check_verify(model, 3)
+        check_verify(model, 1)
+    (said,) = caplog.messages
+    assert said.startswith(f"layers with {kind.__name__} run as they are")
