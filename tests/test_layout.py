@@ -24,7 +24,7 @@ BELOW: dict[str, set[str]] = {
     "markup": set(),
     "cache": {"kernels"},
     "sampling": {"kernels"},
-    "models": {"cache"},
+    "models": {"cache", "kernels"},
     "drafting": {"models"},
     "checkpoints": {"models", "markup"},
     "engine": {"cache", "models", "sampling", "drafting", "matmuls"},

@@ -4,6 +4,14 @@ It takes mlx-lm's module for its weights and sizes, and calls the module's own p
 whatever a projection is, quantized or with an adapter, it stays. What is ours is where
 keys are written, what is attended to, and how.
 
+Queries of all heads that share a head of keys may stand packed in the rows of one
+product: K and V are then read once for each head of theirs. MLX's own unfused attention
+does that only where there is one such head. Where a fused kernel takes few queries at a
+time only, they may be split.
+
+Equal bytes for every number of queries are a matter of the kernels that run. So packed
+rows go through products of one number of rows, the last of them filled.
+
 It knows nothing of layers, of rounds or of whose slabs they are.
 """
 
@@ -14,7 +22,12 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 from mlx_lm.models import gemma4_text
 
+from ..cache.masks import FUSED_HEAD_DIMS, fused_queries
 from ..cache.slabs import write
+from ..kernels.common import gpu
+from ..kernels.ways import PACKED, SPLIT, STOCK_WAYS, Ways
+
+_PIECE = 32  # rows of a packed product: what a tile of Metal's has at least
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ def attend(
     *,
     offset: mx.array,
     slots: mx.array | None,
+    ways: Ways = STOCK_WAYS,
 ) -> tuple[mx.array, SharedKV]:
     """Attend from a few places of each row.
 
@@ -50,6 +64,7 @@ def attend(
         offset: Position of each row's first query, int32 [B].
         slots: Where the layer writes its keys and values, int32 [B, L]; None for a
             layer that owns none.
+        ways: What was chosen on this machine.
 
     Returns:
         What the layer adds to its input, before any norm, [B, L, H], and what was
@@ -60,9 +75,7 @@ def attend(
     queries = _turned(attention, attention.q_norm(queries), offset)
     if slots is not None:
         kv = _written(attention, x, kv, offset=offset, slots=slots)
-    found = mx.fast.scaled_dot_product_attention(
-        queries, kv.keys, kv.values, scale=attention.scale, mask=kv.mask
-    )
+    found = _attended(queries, kv, attention.scale, ways)
     found = found.transpose(0, 2, 1, 3).reshape(num_rows, num_queries, -1)
     return attention.o_proj(found), kv
 
@@ -98,3 +111,67 @@ def _turned(
 ) -> mx.array:
     """Queries or keys [B, L, heads, D] turned by their positions, [B, heads, L, D]."""
     return attention.rope(normed.transpose(0, 2, 1, 3), offset=offset)
+
+
+def _attended(queries: mx.array, kv: SharedKV, scale: float, ways: Ways) -> mx.array:
+    """What queries [B, heads, L, D] find, of the same shape."""
+    num_heads, num_queries, head_dim = queries.shape[1:]
+    shared_by = num_heads // kv.keys.shape[1]
+    if shared_by > 1 and _is_packed(head_dim, ways):
+        return _packed(queries, kv, scale)
+    most = num_queries
+    if SPLIT in ways and head_dim in FUSED_HEAD_DIMS:
+        most = fused_queries(shared_by)
+    pieces = [
+        mx.fast.scaled_dot_product_attention(
+            queries[:, :, i : i + most],
+            kv.keys,
+            kv.values,
+            scale=scale,
+            mask=kv.mask if kv.mask.shape[2] == 1 else kv.mask[:, :, i : i + most],
+        )
+        for i in range(0, num_queries, most)
+    ]
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
+
+
+def _is_packed(head_dim: int, ways: Ways) -> bool:
+    """Whether heads are packed: always on the CPU, which has no fused attention."""
+    where = gpu()
+    is_fused = where is not None and head_dim in FUSED_HEAD_DIMS
+    return not is_fused and (where is None or PACKED in ways)
+
+
+def _packed(queries: mx.array, kv: SharedKV, scale: float) -> mx.array:
+    """Attention with all queries of a head of keys in the rows of one product."""
+    num_rows, _, num_queries, head_dim = queries.shape
+    groups = kv.keys.shape[1]
+    rows = queries.reshape(num_rows, groups, -1, head_dim)  # [B, G, heads / G * L, D]
+    if scale != 1:
+        rows = rows * scale
+    repeats = rows.shape[2] // num_queries
+    mask = mx.tile(kv.mask, (1, 1, repeats if kv.mask.shape[2] > 1 else 1, 1))
+    if gpu() is None:  # products there give a row the same bytes beside any others
+        return _product(rows, kv, mask).reshape(queries.shape)
+    found = []
+    for i in range(0, rows.shape[2], _PIECE):
+        piece, seen = rows[:, :, i : i + _PIECE], mask
+        if mask.shape[2] > 1:
+            seen = _filled(mask[:, :, i : i + _PIECE])
+        found.append(_product(_filled(piece), kv, seen)[:, :, : piece.shape[2]])
+    return mx.concatenate(found, axis=2).reshape(queries.shape)
+
+
+def _filled(rows: mx.array) -> mx.array:
+    """Rows on the last axis but one, the last one repeated until there are enough."""
+    missing = _PIECE - rows.shape[2]
+    if not missing:
+        return rows
+    return mx.concatenate([rows, mx.repeat(rows[:, :, -1:], missing, axis=2)], axis=2)
+
+
+def _product(rows: mx.array, kv: SharedKV, mask: mx.array) -> mx.array:
+    """Attention of rows [B, G, n, D] over their keys."""
+    scores = rows @ kv.keys.swapaxes(-1, -2)
+    scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+    return mx.softmax(scores, axis=-1, precise=True) @ kv.values

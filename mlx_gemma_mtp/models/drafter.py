@@ -22,6 +22,7 @@ import mlx.nn as nn
 from mlx_lm.models import gemma4_text
 
 from ..cache.masks import over_heads
+from ..kernels.ways import STOCK_WAYS, Ways
 from .attention import SharedKV
 from .centroid_head import MaskedEmbedding
 from .drafter_config import DrafterConfig
@@ -64,7 +65,12 @@ class Drafter(nn.Module):
 
     Args:
         config: The drafter's checked settings.
+
+    Attributes:
+        ways: How its layers are run.
     """
+
+    ways: Ways = STOCK_WAYS
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -122,6 +128,7 @@ class Drafter(nn.Module):
             [replace(kv, mask=masks[kind]) for kind, kv in shared_kv.items()],
             sources=[kinds.index(kind) for kind in self.layer_types],
             offset=position,
+            ways=self.ways,
         )
         if self.masked_embedding is None:
             logits, token_ids = self.model.embed_tokens.as_linear(x), None

@@ -25,6 +25,7 @@ import mlx.nn as nn
 from mlx_lm.models import gemma4_text
 
 from ..cache.slabs import SlabView
+from ..kernels.ways import STOCK_WAYS, Ways
 from .attention import SharedKV, attend
 
 logger = logging.getLogger("mlx_gemma_mtp")
@@ -40,6 +41,7 @@ def run_layers(
     offset: mx.array,
     slots: Mapping[str, mx.array] | None = None,
     per_layer: Sequence[mx.array | None] | None = None,
+    ways: Ways = STOCK_WAYS,
 ) -> tuple[mx.array, list[SharedKV]]:
     """Run all layers of a model over a few places.
 
@@ -53,6 +55,7 @@ def run_layers(
         slots: Where a layer writes its keys and values that has the number of what it
             attends to, int32 [B, L] by layer type; None where no layer writes any.
         per_layer: Each layer's input from the per-layer embeddings, [B, L, P].
+        ways: What was chosen on this machine.
 
     Returns:
         What comes out, after the final norm, [B, L, H], and ``kvs`` with what was
@@ -68,6 +71,7 @@ def run_layers(
             offset,
             slots[layer.layer_type] if slots is not None and is_owner else None,
             None if per_layer is None else per_layer[i],
+            ways,
         )
         run = _run if _is_known(layer) else _run_other
         h, x, kvs[sources[i]] = run(layer, h, x, place, next_norm)
@@ -83,12 +87,14 @@ class _Place:
         offset: Position of each row's first place, int32 [B].
         slots: Where it writes, int32 [B, L]; None for a layer that owns no K/V.
         per_layer_input: Its input from the per-layer embeddings, [B, L, P].
+        ways: What was chosen on this machine.
     """
 
     kv: SharedKV
     offset: mx.array
     slots: mx.array | None
     per_layer_input: mx.array | None
+    ways: Ways
 
 
 _Ran = tuple[mx.array, mx.array, SharedKV]
@@ -115,7 +121,12 @@ def _run(
         attended to.
     """
     found, kv = attend(
-        layer.self_attn, x, place.kv, offset=place.offset, slots=place.slots
+        layer.self_attn,
+        x,
+        place.kv,
+        offset=place.offset,
+        slots=place.slots,
+        ways=place.ways,
     )
     h = h + layer.post_attention_layernorm(found)
     x = layer.pre_feedforward_layernorm(h)

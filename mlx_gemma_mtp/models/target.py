@@ -21,6 +21,7 @@ from ..cache.masks import over_heads, verify_masks, verify_slots
 from ..cache.prompt import PrefillCache
 from ..cache.slabs import LayerKV, SlabLayout
 from ..errors import PairingError
+from ..kernels.ways import SPLIT, STOCK_WAYS, Ways
 from .attention import SharedKV
 from .layers import run_layers
 
@@ -71,6 +72,7 @@ class Target:
 
     def __init__(self, model: nn.Module) -> None:
         self._lm = text_model(model)
+        self._ways = STOCK_WAYS
         args = self._lm.args
         self._first_shared = args.num_hidden_layers - args.num_kv_shared_layers
         self.vocab_size: int = args.vocab_size
@@ -90,10 +92,15 @@ class Target:
             dtype=self._lm.model.norm.weight.dtype,
         )
 
-    def over(self, lm: gemma4_text.Model) -> Target:
-        """The same target with another language model, of the same structure."""
+    def over(self, lm: gemma4_text.Model, ways: Ways = STOCK_WAYS) -> Target:
+        """The same target with another language model, of the same structure.
+
+        Args:
+            lm: The model.
+            ways: How its layers are run.
+        """
         target = copy(self)
-        target._lm = lm
+        target._lm, target._ways = lm, ways
         return target
 
     def embed(self, tokens: mx.array) -> mx.array:
@@ -178,6 +185,7 @@ class Target:
                 mask,
                 slabs[2 * layout.source(kind)],
                 num_heads=self._lm.args.num_attention_heads,
+                is_split=SPLIT in self._ways,
             )
             for kind, mask in masks.items()
         }
@@ -199,6 +207,7 @@ class Target:
             offset=offset,
             slots=slots,
             per_layer=self._per_layer_inputs(tokens, embeddings, h),
+            ways=self._ways,
         )
         written = [array for kv in kvs for array in (kv.keys, kv.values)]
         return TargetOutput(head_logits(lm, hidden), hidden, written)

@@ -18,8 +18,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_gemma_mtp.cache import masks as masks_module
 from mlx_gemma_mtp.cache.masks import draft_masks, verify_masks, verify_slots
 from mlx_gemma_mtp.cache.slabs import SlabView
+from mlx_gemma_mtp.kernels.ways import WAYS
+from mlx_gemma_mtp.models import attention
 from mlx_gemma_mtp.models import layers as layers_module
 from mlx_gemma_mtp.models.attention import SharedKV
 from mlx_gemma_mtp.models.target import Target, head_logits, text_model
@@ -182,3 +185,59 @@ def test_a_layer_that_is_not_mlx_lms_is_called_as_it_is(family, kind, caplog):
         check_verify(model, 1)
     (said,) = caplog.messages
     assert said.startswith(f"layers with {kind.__name__} run as they are")
+
+
+# ------------------------------------------------------------------ ways to attend
+
+
+@pytest.fixture
+def as_metal(monkeypatch):
+    """Attention as on Metal: fused for the smaller heads, never for the larger."""
+
+    def set_up(model):
+        args = text_model(model).args
+        small = (args.head_dim,)
+        for module in (masks_module, attention):
+            monkeypatch.setattr(module, "gpu", lambda: "metal")
+            monkeypatch.setattr(module, "FUSED_HEAD_DIMS", small)
+        monkeypatch.setattr(masks_module, "MAX_FUSED_ROWS", 8)
+        monkeypatch.setattr(attention, "_PIECE", 8)
+
+    return set_up
+
+
+@by_family
+@pytest.mark.parametrize("way", WAYS)
+def test_a_way_gives_every_row_the_bytes_it_has_alone(family, way, as_metal):
+    """Rows of a block, against the same tokens one by one; and near to MLX's own."""
+    model = reference_pair(family).target
+    as_metal(model)
+    lm = text_model(model)
+    target, stock = (Target(model).over(lm, w) for w in (frozenset({way}), frozenset()))
+    tokens, slabs = random_tokens(9), random_slabs(target.layout)
+    where = {"first_position": FIRST}
+    block = target.verify(tokens, list(slabs), offset=OFFSET, **where)
+    expected = stock.verify(tokens, list(slabs), offset=OFFSET, **where)
+    assert mx.allclose(block.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    rows = []
+    for i in range(9):
+        one = target.verify(tokens[:, i : i + 1], slabs, offset=OFFSET + i, **where)
+        slabs = one.slabs
+        rows.append(one.logits)
+    assert mx.array_equal(block.logits, mx.concatenate(rows, axis=1))
+
+
+@pytest.mark.parametrize("num_queries", [1, 5])
+@pytest.mark.parametrize("shared_by", [2, 8])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_packed_heads_find_what_mlx_finds(num_queries, shared_by, dtype):
+    """On the CPU every byte, a row that sees nothing included."""
+    keys = [mx.random.key(i) for i in range(3)]
+    queries = mx.random.normal((2, 2 * shared_by, num_queries, 16), key=keys[0])
+    k, v = (mx.random.normal((2, 2, 40, 16), key=key) for key in keys[1:])
+    seen = mx.arange(40) <= (30 + mx.arange(num_queries))[:, None]
+    mask = mx.stack([seen, mx.zeros_like(seen)])[:, None]
+    queries, k, v = (array.astype(dtype) for array in (queries, k, v))
+    expected = mx.fast.scaled_dot_product_attention(queries, k, v, scale=0.5, mask=mask)
+    found = attention._packed(queries, SharedKV(k, v, mask), 0.5)
+    assert mx.array_equal(found, expected)
