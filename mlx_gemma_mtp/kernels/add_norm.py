@@ -24,7 +24,7 @@ import mlx.core as mx
 from . import common
 from .common import Kernel
 
-MAX_WIDTH = 8192  # H: more would not fit in registers
+MAX_WIDTH = 6144  # H: more would not fit in registers
 _THREADS = common.MAX_THREADS
 _FOUR = 4  # numbers of a piece
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)

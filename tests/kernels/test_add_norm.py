@@ -16,6 +16,7 @@ import re
 import sys
 from functools import partial
 from itertools import product
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -40,7 +41,9 @@ from tests.metal.tsan import run_under_tsan
 DTYPES = [mx.bfloat16, mx.float16, mx.float32]
 WIDTHS = (64, 256, 1024, 1536, 2560, 2816, 3840, 5376, add_norm.MAX_WIDTH)
 NAMES = ("is_scaled", "is_normed", "has_branches")
-OPTIONS = [dict(zip(NAMES, v, strict=True)) for v in product((False, True), repeat=3)]
+OPTIONS: list[dict[str, Any]] = [
+    dict(zip(NAMES, v, strict=True)) for v in product((False, True), repeat=3)
+]
 ALL = OPTIONS[-1]
 by_options = pytest.mark.parametrize(
     "options", OPTIONS, ids=lambda o: " ".join(n for n in o if o[n]) or "none"

@@ -16,6 +16,7 @@ import re
 import sys
 from functools import partial
 from itertools import product
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -232,7 +233,7 @@ def test_plain_operations_are_those_of_attention(
     q = attention.q_proj(x).reshape(2, 3, 4, D)
     k = attention.k_proj(x).reshape(2, 3, G, D)
     v = k if is_shared else attention.v_proj(x).reshape(2, 3, G, D)
-    turn = {"base": 10000.0}
+    turn: dict[str, Any] = {"base": 10000.0}
     if layer_type == "full_attention":
         turn = {"freqs": attention.rope._freqs}
     found = norm_rope.norm_rope(
