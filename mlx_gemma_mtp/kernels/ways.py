@@ -7,7 +7,9 @@ from __future__ import annotations
 
 PACKED = "packed"  # unfused attention reads K and V once for each head of theirs
 SPLIT = "split"  # as many queries at a time as fused attention takes
-WAYS = (PACKED, SPLIT)
+ADD_NORM = "add_norm"  # a residual sum in one kernel with the norms around it
+NORM_ROPE = "norm_rope"  # norm and rotation of queries and keys in one kernel
+WAYS = (PACKED, SPLIT, ADD_NORM, NORM_ROPE)
 
 Ways = frozenset[str]
 

@@ -20,12 +20,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models import gemma4_text
+from mlx_lm.models.rope_utils import ProportionalRoPE
 
 from ..cache.masks import FUSED_HEAD_DIMS, fused_queries
 from ..cache.slabs import write
 from ..kernels.common import gpu
-from ..kernels.ways import PACKED, SPLIT, STOCK_WAYS, Ways
+from ..kernels.norm_rope import norm_rope
+from ..kernels.ways import NORM_ROPE, PACKED, SPLIT, STOCK_WAYS, Ways
 
 _PIECE = 32  # rows of a packed product: what a tile of Metal's has at least
 
@@ -70,47 +73,94 @@ def attend(
         What the layer adds to its input, before any norm, [B, L, H], and what was
         attended to.
     """
-    num_rows, num_queries, _ = x.shape
     queries = _heads(attention, attention.q_proj(x))
-    queries = _turned(attention, attention.q_norm(queries), offset)
+    keys = values = None
     if slots is not None:
-        kv = _written(attention, x, kv, offset=offset, slots=slots)
+        keys = values = _heads(attention, attention.k_proj(x))
+        if not attention.use_k_eq_v:
+            values = _heads(attention, attention.v_proj(x))
+    turn = _turned
+    if NORM_ROPE in ways and _is_known(attention):
+        turn = _turned_by_kernel
+    queries, keys, values = turn(attention, queries, keys, values, offset)
+    if slots is not None and keys is not None and values is not None:
+        kv = replace(
+            kv,
+            keys=write(kv.keys, slots, keys.astype(kv.keys.dtype)),
+            values=write(kv.values, slots, values.astype(kv.values.dtype)),
+        )
     found = _attended(queries, kv, attention.scale, ways)
-    found = found.transpose(0, 2, 1, 3).reshape(num_rows, num_queries, -1)
+    found = found.transpose(0, 2, 1, 3).reshape(*x.shape[:-1], -1)
     return attention.o_proj(found), kv
 
 
-def _written(
+_Turned = tuple[mx.array, mx.array | None, mx.array | None]
+
+
+def _turned(
     attention: gemma4_text.Attention,
-    x: mx.array,
-    kv: SharedKV,
-    *,
+    queries: mx.array,
+    keys: mx.array | None,
+    values: mx.array | None,
     offset: mx.array,
-    slots: mx.array,
-) -> SharedKV:
-    """The slabs with the keys and values of the places of x [B, L, H]."""
-    keys = values = _heads(attention, attention.k_proj(x))
-    if not attention.use_k_eq_v:
-        values = _heads(attention, attention.v_proj(x))
-    keys = _turned(attention, attention.k_norm(keys), offset)
-    values = attention.v_norm(values).transpose(0, 2, 1, 3)
-    return replace(
-        kv,
-        keys=write(kv.keys, slots, keys.astype(kv.keys.dtype)),
-        values=write(kv.values, slots, values.astype(kv.values.dtype)),
+) -> _Turned:
+    """Queries and keys normed and turned by their positions, and values normed.
+
+    Each is [B, L, heads, D], and comes out [B, heads, L, D].
+    """
+
+    def turned(normed: mx.array) -> mx.array:
+        return attention.rope(normed.transpose(0, 2, 1, 3), offset=offset)
+
+    queries = turned(attention.q_norm(queries))
+    if keys is None or values is None:
+        return queries, None, None
+    keys = turned(attention.k_norm(keys))
+    return queries, keys, attention.v_norm(values).transpose(0, 2, 1, 3)
+
+
+def _turned_by_kernel(
+    attention: gemma4_text.Attention,
+    queries: mx.array,
+    keys: mx.array | None,
+    values: mx.array | None,
+    offset: mx.array,
+) -> _Turned:
+    """The same in one launch."""
+    rope = attention.rope
+    is_of_base = type(rope) is nn.RoPE
+    return norm_rope(
+        queries,
+        keys,
+        values,
+        q_weight=attention.q_norm.weight,
+        k_weight=None if keys is None else attention.k_norm.weight,
+        eps=attention.q_norm.eps,
+        offset=offset,
+        base=rope.base if is_of_base else None,
+        freqs=None if is_of_base else rope._freqs,
     )
+
+
+def _is_known(attention: gemma4_text.Attention) -> bool:
+    """Whether norms and rotation are those that the kernel computes."""
+    rope = attention.rope
+    norms = [attention.get(name) for name in ("q_norm", "k_norm")]
+    known = [norm for norm in norms if norm is not None]
+    if any(type(norm) is not nn.RMSNorm for norm in known):
+        return False
+    if len({norm.eps for norm in (*known, attention.get("v_norm", known[0]))}) > 1:
+        return False
+    if type(rope) is nn.RoPE:
+        is_plain = rope.scale == 1.0
+    else:
+        is_plain = type(rope) is ProportionalRoPE
+    return is_plain and rope.dims == attention.head_dim and not rope.traditional
 
 
 def _heads(attention: gemma4_text.Attention, projected: mx.array) -> mx.array:
     """A projection by heads, [B, L, heads, D]."""
     return projected.reshape(*projected.shape[:-1], -1, attention.head_dim)
-
-
-def _turned(
-    attention: gemma4_text.Attention, normed: mx.array, offset: mx.array
-) -> mx.array:
-    """Queries or keys [B, L, heads, D] turned by their positions, [B, heads, L, D]."""
-    return attention.rope(normed.transpose(0, 2, 1, 3), offset=offset)
 
 
 def _attended(queries: mx.array, kv: SharedKV, scale: float, ways: Ways) -> mx.array:

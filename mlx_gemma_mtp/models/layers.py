@@ -25,7 +25,9 @@ import mlx.nn as nn
 from mlx_lm.models import gemma4_text
 
 from ..cache.slabs import SlabView
-from ..kernels.ways import STOCK_WAYS, Ways
+from ..kernels.add_norm import Branches, add_norm, plain
+from ..kernels.common import MIN_ELEMENTS
+from ..kernels.ways import ADD_NORM, STOCK_WAYS, Ways
 from .attention import SharedKV, attend
 
 logger = logging.getLogger("mlx_gemma_mtp")
@@ -62,6 +64,7 @@ def run_layers(
         written.
     """
     kvs = list(kvs)
+    ends = _ends(layers, ways)
     norms = [*(layer.input_layernorm for layer in layers[1:]), final_norm]
     x = layers[0].input_layernorm(h)
     for i, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
@@ -71,6 +74,7 @@ def run_layers(
             offset,
             slots[layer.layer_type] if slots is not None and is_owner else None,
             None if per_layer is None else per_layer[i],
+            ends[i],
             ways,
         )
         run = _run if _is_known(layer) else _run_other
@@ -87,6 +91,7 @@ class _Place:
         offset: Position of each row's first place, int32 [B].
         slots: Where it writes, int32 [B, L]; None for a layer that owns no K/V.
         per_layer_input: Its input from the per-layer embeddings, [B, L, P].
+        end: What its result is multiplied by; None for nothing.
         ways: What was chosen on this machine.
     """
 
@@ -94,6 +99,7 @@ class _Place:
     offset: mx.array
     slots: mx.array | None
     per_layer_input: mx.array | None
+    end: mx.array | None
     ways: Ways
 
 
@@ -128,25 +134,65 @@ def _run(
         slots=place.slots,
         ways=place.ways,
     )
-    h = h + layer.post_attention_layernorm(found)
-    x = layer.pre_feedforward_layernorm(h)
-    found = layer.mlp(x) if not layer.enable_moe else _mixture(layer, h, x)
-    h = h + layer.post_feedforward_layernorm(found)
-    if place.per_layer_input is not None and layer.per_layer_input_gate is not None:
-        gate = nn.gelu_approx(layer.per_layer_input_gate(h)) * place.per_layer_input
-        found = layer.per_layer_projection(gate)
-        h = h + layer.post_per_layer_input_norm(found)
-    if layer.layer_scalar is not None:
-        h = h * layer.layer_scalar
-    return h, next_norm(h), kv
+    ways = place.ways
+    h, x = _added(
+        h, found, layer.post_attention_layernorm, layer.pre_feedforward_layernorm, ways
+    )
+    branches = _experts(layer, h) if layer.enable_moe else None
+    found = layer.mlp(x)
+    norm, end = layer.post_feedforward_layernorm, place.end
+    if place.per_layer_input is None or layer.per_layer_input_gate is None:
+        h, x = _added(h, found, norm, next_norm, ways, scale=end, branches=branches)
+        return h, x, kv
+    h, _ = _added(h, found, norm, None, ways, branches=branches)
+    gate = nn.gelu_approx(layer.per_layer_input_gate(h)) * place.per_layer_input
+    found = layer.per_layer_projection(gate)
+    norm = layer.post_per_layer_input_norm
+    h, x = _added(h, found, norm, next_norm, ways, scale=end)
+    return h, x, kv
 
 
-def _mixture(layer: gemma4_text.DecoderLayer, h: mx.array, x: mx.array) -> mx.array:
-    """The dense part and the experts that the router chooses, added, [B, L, H]."""
-    dense = layer.post_feedforward_layernorm_1(layer.mlp(x))
+def _experts(layer: gemma4_text.DecoderLayer, h: mx.array) -> Branches:
+    """What the experts of the router's choice add to the dense part."""
     indices, weights = layer.router(h)
     found = layer.experts(layer.pre_feedforward_layernorm_2(h), indices, weights)
-    return dense + layer.post_feedforward_layernorm_2(found)
+    return Branches(
+        layer.post_feedforward_layernorm_1.weight,
+        found,
+        layer.post_feedforward_layernorm_2.weight,
+    )
+
+
+def _added(
+    h: mx.array,
+    y: mx.array,
+    norm: nn.RMSNorm,
+    next_norm: nn.Module | None,
+    ways: Ways,
+    *,
+    scale: mx.array | None = None,
+    branches: Branches | None = None,
+) -> tuple[mx.array, mx.array]:
+    """The residual stream with the norm of y added, and the same after the next norm.
+
+    Without a next norm the stream itself stands in its place.
+    """
+    next_weight = None
+    if type(next_norm) is nn.RMSNorm and next_norm.eps == norm.eps:
+        next_weight = next_norm.weight
+    add = add_norm if ADD_NORM in ways else plain
+    h, x = add(
+        h,
+        y,
+        norm.weight,
+        eps=norm.eps,
+        scale=scale,
+        next_weight=next_weight,
+        branches=branches,
+    )
+    if x is None:
+        x = h if next_norm is None else next_norm(h)
+    return h, x
 
 
 def _run_other(
@@ -167,14 +213,35 @@ def _run_other(
     return h, next_norm(h), replace(kv, keys=keys, values=values)
 
 
+def _ends(layers: Sequence[Any], ways: Ways) -> list[mx.array | None]:
+    """What each layer's result is multiplied by; None for nothing."""
+    found = [layer.get("layer_scalar") for layer in layers]
+    if ADD_NORM not in ways or len({s.dtype for s in found if s is not None}) > 1:
+        return found
+    if any(scalar is None for scalar in found):
+        return found
+    # As kernels take them, made once: each launch would pad its own.
+    rows = mx.repeat(mx.concatenate(found), MIN_ELEMENTS)
+    return [rows[i : i + MIN_ELEMENTS] for i in range(0, rows.size, MIN_ELEMENTS)]
+
+
 def _is_known(layer: Any) -> bool:
-    """Whether a layer is mlx-lm's own, down to its attention."""
+    """Whether a layer is mlx-lm's own, down to its attention and its norms."""
+    parts = (layer, layer.get("self_attn"))
     kinds = (gemma4_text.DecoderLayer, gemma4_text.Attention)
-    for module, kind in zip((layer, layer.get("self_attn")), kinds, strict=True):
-        if type(module) is not kind:
-            _tell(type(module).__qualname__)
-            return False
-    return True
+    others = [
+        module
+        for module, kind in zip(parts, kinds, strict=True)
+        if type(module) is not kind
+    ]
+    others += [
+        module
+        for name, module in layer.items()
+        if "norm" in name and module is not None and type(module) is not nn.RMSNorm
+    ]
+    for module in others[:1]:
+        _tell(type(module).__qualname__)
+    return not others
 
 
 @cache

@@ -179,7 +179,7 @@ def _count(
 @contextmanager
 def _as_metal() -> Iterator[None]:
     """While a graph is built: what is one kernel on Metal is one node."""
-    fast = {
+    fast: dict[str, Any] = {
         "rms_norm": lambda x, weight, *_: _node(x.shape, x.dtype, x, weight),
         "rope": lambda x, *_, offset, freqs=None, **__: _node(
             x.shape, x.dtype, x, offset, freqs
