@@ -10,6 +10,7 @@ SPLIT = "split"  # as many queries at a time as fused attention takes
 ADD_NORM = "add_norm"  # a residual sum in one kernel with the norms around it
 NORM_ROPE = "norm_rope"  # norm and rotation of queries and keys in one kernel
 WAYS = (PACKED, SPLIT, ADD_NORM, NORM_ROPE)
+LONG_WAYS = frozenset((PACKED,))  # those that are worth something in long texts
 
 Ways = frozenset[str]
 

@@ -166,6 +166,10 @@ class Choices:
         own = {s: c for s, c in self.by_shape.items() if s in shapes}
         return Choices(own, self.ways)
 
+    def with_way(self, way: str) -> Choices:
+        """The same, with another way to run layers."""
+        return Choices(self.by_shape, self.ways | {way})
+
 
 # MLX multiplies everything.
 STOCK = Choices()

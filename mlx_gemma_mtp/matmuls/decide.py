@@ -22,8 +22,9 @@ from statistics import median
 import mlx.core as mx
 
 from ..errors import described, is_of_others
-from ..kernels import common, matmul
+from ..kernels import common, layer_trial, matmul
 from ..kernels.matmul import DENSE, MAX_ROWS, Form, default_columns
+from ..kernels.ways import Ways
 from ..machine import apple_gpu
 from .bench import Products
 from .choices import STOCK, Choice, Choices, Shape
@@ -44,7 +45,7 @@ _CLIFF_WINDOW_S = 0.01
 _Pipeline = tuple[Form, int, int]  # form, M, R
 
 _lock = threading.Lock()
-_ran: set[_Pipeline] = set()  # in this process
+_ran: set[_Pipeline | str] = set()  # in this process: kernels, and ways' kernels
 
 
 def decide(shapes: Mapping[Shape, int], *, folder: Path | None) -> Choices:
@@ -77,6 +78,7 @@ def blame(choices: Choices, *, folder: Path | None) -> None:
     with _lock:
         for shape, choice in choices.by_shape.items():
             _ran.difference_update(_pipelines(shape, choice))
+        _ran.difference_update(choices.ways)
         _that_run(choices, Kept(folder))
 
 
@@ -183,7 +185,34 @@ def _that_run(choices: Choices, kept: Kept) -> Choices:
                     del left[user]
                 break
             _ran.add(pipeline)
-    return Choices(left)
+    return Choices(left, _ways_that_run(choices.ways, kept))
+
+
+def _ways_that_run(ways: Ways, kept: Kept) -> Ways:
+    """Those ways whose kernels have run alone in this process, and were right."""
+    return frozenset(way for way in ways if way in _ran or _runs(way, kept))
+
+
+def _runs(way: str, kept: Kept) -> bool:
+    """Whether the kernels of a way run, and are right; else it is bad."""
+    try:
+        reason = "" if layer_trial.is_right(way) else "wrong numbers"
+    except Exception as error:  # noqa: BLE001 - whatever Metal and its compiler say
+        if is_of_others(error):
+            logger.info("layers cannot be run %r now, MLX's way takes its place", way)
+            return False
+        reason = described(error)
+    if reason:
+        kept.mark_bad_way(way, reason)
+        logger.warning(
+            "layers cannot be run %r here, MLX's way takes its place, which may be "
+            "slower: %s",
+            way,
+            reason,
+        )
+        return False
+    _ran.add(way)
+    return True
 
 
 def _pipelines(shape: Shape, choice: Choice) -> list[_Pipeline]:

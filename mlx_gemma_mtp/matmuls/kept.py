@@ -20,15 +20,17 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..kernels import add_norm, norm_rope
 from ..kernels.matmul import COLUMNS, FORMS, MAX_ROWS, MAX_SUMS, kernel
+from ..kernels.ways import STOCK_WAYS, WAYS, Ways
 from ..machine import mlx_settings, system_version
 from ..store import Store
 from .choices import Choice, Choices, Shape
 
 # Another set of candidates, or another way to judge them, gets another number.
 _CANDIDATES = 1
-_SECTIONS = ("choices", "gains", "bad", "passes")
-_MOST_PASSES = 16  # sets of shapes whose passes are kept
+_SECTIONS = ("choices", "gains", "bad", "passes", "ways")
+_MOST_PASSES = 16  # sets of shapes whose passes and ways are kept
 _MAX_REASON = 200  # characters
 
 _lock = threading.Lock()
@@ -53,15 +55,41 @@ class Kept:
             self._found = self._read()
 
     def choices(self, shapes: Iterable[Shape]) -> Choices:
-        """The choices for those of some shapes that have one; MLX has the others."""
+        """The choices for those of some shapes that have one; MLX has the others.
+
+        And the ways to run the layers of a pair that has exactly these shapes.
+        """
         found: dict[Shape, Choice] = {}
+        shapes = set(shapes)
         for shape in shapes:
             if not self.is_bad(shape):
                 try:
                     found[shape] = Choice.from_dict(self._found["choices"][str(shape)])
                 except (KeyError, ValueError):  # none, or MLX's, or damage
                     continue
-        return Choices(found)
+        return Choices(found, self._ways(shapes))
+
+    def keep_ways(self, shapes: set[Shape], ways: Mapping[str, bool]) -> None:
+        """Keep whether the layers of a pair that has these shapes are faster so."""
+        name = _name(shapes)
+        known = self._found["ways"].get(name)
+        found = {**(known if isinstance(known, dict) else {}), **ways}
+        self._change("ways", {name: found})
+
+    def mark_bad_way(self, way: str, reason: str) -> None:
+        """No layer runs so from now on: a kernel failed, or was wrong."""
+        self._change("bad", {way: reason[:_MAX_REASON]})
+
+    def _ways(self, shapes: set[Shape]) -> Ways:
+        """The ways that were faster for a pair that has these shapes."""
+        found = self._found["ways"].get(_name(shapes))
+        if not isinstance(found, dict):
+            return STOCK_WAYS
+        return frozenset(
+            way
+            for way in WAYS
+            if found.get(way) is True and way not in self._found["bad"]
+        )
 
     def is_decided(self, shape: Shape) -> bool:
         """Whether it is known what multiplies a shape, be it MLX."""
@@ -113,8 +141,7 @@ class Kept:
 
     def _name_of(self, shapes: set[Shape]) -> str:
         """What a set of shapes is called, with what multiplies each."""
-        names = [*sorted(map(str, shapes)), self.choices(shapes).digest]
-        return hashlib.sha256("\n".join(names).encode()).hexdigest()[:24]
+        return _name(shapes, self.choices(shapes).digest)
 
     def _change(self, section: str, values: Mapping[str, Any]) -> None:
         """Write some values, beside what others have written meanwhile."""
@@ -123,8 +150,9 @@ class Kept:
             for name, value in values.items():
                 found[section].pop(name, None)
                 found[section][name] = value
-            for name in list(found["passes"])[:-_MOST_PASSES]:
-                del found["passes"][name]
+            for by_pair in (found["passes"], found["ways"]):
+                for name in list(by_pair)[:-_MOST_PASSES]:
+                    del by_pair[name]
             self._found = _known[self._place] = found
             self._store.write(found)
 
@@ -166,7 +194,15 @@ def kernels_digest() -> str:
                 if num_rows * columns <= MAX_SUMS:
                     text = kernel(form, num_rows, columns)
                     found.update(f"{text.header}{text.source}".encode())
+    for text in (*add_norm.kernels(), *norm_rope.kernels()):
+        found.update(f"{text.header}{text.source}".encode())
     return found.hexdigest()
+
+
+def _name(shapes: Iterable[Shape], *more: str) -> str:
+    """What a set of shapes is called."""
+    names = [*sorted(map(str, shapes)), *more]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:24]
 
 
 def _named(by_rows: Mapping[int, float]) -> dict[str, float]:

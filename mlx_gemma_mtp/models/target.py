@@ -17,11 +17,26 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gemma4, gemma4_text
 
-from ..cache.masks import over_heads, verify_masks, verify_slots
+from ..cache.masks import (
+    FUSED_HEAD_DIMS,
+    MAX_FUSED_QUERIES,
+    fused_queries,
+    over_heads,
+    verify_masks,
+    verify_slots,
+)
 from ..cache.prompt import PrefillCache
 from ..cache.slabs import LayerKV, SlabLayout
 from ..errors import PairingError
-from ..kernels.ways import SPLIT, STOCK_WAYS, Ways
+from ..kernels.ways import (
+    ADD_NORM,
+    NORM_ROPE,
+    PACKED,
+    SPLIT,
+    STOCK_WAYS,
+    WAYS,
+    Ways,
+)
 from .attention import SharedKV
 from .layers import run_layers
 
@@ -102,6 +117,19 @@ class Target:
         target = copy(self)
         target._lm, target._ways = lm, ways
         return target
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The ways to run layers that make a difference to this model."""
+        num_heads = self._lm.args.num_attention_heads
+        found = [ADD_NORM, NORM_ROPE]
+        for layer in set(self.layout.layers):
+            shared_by = num_heads // layer.num_kv_heads
+            if layer.head_dim not in FUSED_HEAD_DIMS:
+                found += [PACKED] if shared_by > 1 else []
+            elif fused_queries(shared_by) < MAX_FUSED_QUERIES:
+                found += [SPLIT]
+        return tuple(way for way in WAYS if way in found)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Scaled embeddings of tokens [B, L], as the drafter takes them, [B, L, H]."""

@@ -24,6 +24,7 @@ from ..matmuls.kept import Kept
 from ..matmuls.modules import shapes_of
 from ..matmuls.tuned import Tuned
 from ..matmuls.tuner import expected_s, tune
+from ..models.target import Target
 from ..pair.pair import Pair
 from ..store import cache_folder
 from .busy import disturbed
@@ -44,10 +45,12 @@ def why_not() -> str:
 def plan(pair: Pair, budget_s: float) -> str:
     """What tuning will do, and how long it may take."""
     num_shapes = len(_shapes(pair))
-    likely = min(expected_s(num_shapes, len(_in_passes(pair))), budget_s)
+    expected = expected_s(num_shapes, len(_in_passes(pair)), len(_ways(pair)))
+    likely = min(expected, budget_s)
     return (
         f"times {num_shapes} shapes of matrices, 1 to {MAX_ROWS} rows each, by MLX and "
-        f"by this package's kernel, then whole passes: about {duration(likely)}, "
+        f"by this package's kernel, then whole passes, also with layers run in other "
+        f"ways: about {duration(likely)}, "
         f"{duration(budget_s)} at most. Leave the machine alone meanwhile."
     )
 
@@ -79,6 +82,7 @@ def look(
             in_passes=_in_passes(pair),
             budget_s=budget_s,
             progress=progress,
+            ways=_ways(pair),
         )
     keep(found, set(shapes), kept)
     lines, figures = what_runs(shapes, kept)
@@ -86,8 +90,11 @@ def look(
         "passes_s": _named(found.passes),
         "stock_passes_s": _named(found.stock_passes),
         "reasons": {str(shape): reason for shape, reason in found.reasons.items()},
+        "ways": dict(found.ways),
         "failed": {str(shape): reason for shape, reason in found.bad.items()},
     }
+    for way, is_faster in found.ways.items():
+        lines.append(f"layers, {way}: {'faster' if is_faster else 'not faster'}")
     for shape, reason in {**found.reasons, **found.bad}.items():
         lines.append(f"{shape}: MLX, {reason}")
     took = time.perf_counter() - start
@@ -100,6 +107,8 @@ def keep(found: Tuned, shapes: set[Shape], kept: Kept) -> None:
         kept.mark_bad([shape], reason)
     for shape, choice in found.decided.items():
         kept.keep(shape, choice, found.gains.get(shape))
+    if found.ways:
+        kept.keep_ways(shapes, found.ways)
     # What is undecided may have an older choice, which was not in these passes.
     if found.passes and kept.choices(shapes) == found.choices:
         kept.keep_passes(shapes, found.passes)
@@ -154,21 +163,25 @@ class Passes:
     def __init__(self, pair: Pair) -> None:
         self._rounds = pair.rounds
         self._layout = pair.rounds.target.layout
-        self._place = places(self._layout)[1]
+        _, short, long = places(self._layout)
+        self._places = {False: short, True: long}
         self._slabs: list[mx.array] = []
+        self._is_long = False  # where the slabs are
         self._engines: dict[str, GivenRounds] = {}
         size = (1, MAX_ROWS)
         self._tokens = mx.random.randint(0, pair.vocab_size, size, key=mx.random.key(0))
-        self._offset = mx.array([self._place.offset])
 
-    def run(self, choices: Choices, num_rows: int) -> None:
-        """Run one pass to its end."""
-        engine = self._engine(choices)
+    def run(self, choices: Choices, num_rows: int, is_long: bool = False) -> None:
+        """Run one pass to its end, over a long text or not."""
+        engine, place = self._engine(choices), self._places[is_long]
+        if is_long != self._is_long:
+            self._is_long, self._slabs = is_long, []
         # A pass that fails has lost them; who else holds them has them copied.
         slabs, self._slabs = self._slabs, []
-        slabs = slabs or random_slabs(self._layout, 1, self._place)
+        slabs = slabs or random_slabs(self._layout, 1, place)
         tokens = self._tokens[:, :num_rows]
-        found = engine.run(tokens, slabs, offset=self._offset, min_rows=1)
+        offset = mx.array([place.offset])
+        found = engine.run(tokens, slabs, offset=offset, min_rows=1)
         del slabs
         mx.eval(found.logits, found.hidden, found.slabs)
         self._slabs = found.slabs
@@ -192,6 +205,11 @@ def _shapes(pair: Pair) -> Mapping[Shape, int]:
 def _in_passes(pair: Pair) -> Mapping[Shape, int]:
     """Those of the target, which passes are of."""
     return shapes_of([pair.target])
+
+
+def _ways(pair: Pair) -> tuple[str, ...]:
+    """The ways to run layers that make a difference to the target."""
+    return Target(pair.target).ways
 
 
 def _judged(found: Tuned) -> tuple[str, str]:

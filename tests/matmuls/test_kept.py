@@ -15,6 +15,7 @@ import pytest
 
 from mlx_gemma_mtp.kernels import common, matmul
 from mlx_gemma_mtp.kernels.matmul import DENSE, Form
+from mlx_gemma_mtp.kernels.ways import ADD_NORM, PACKED, SPLIT
 from mlx_gemma_mtp.matmuls import kept as module
 from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices, Shape
 from mlx_gemma_mtp.matmuls.kept import Kept
@@ -50,6 +51,21 @@ def test_what_was_kept_is_found_by_others(monkeypatch, tmp_path):
         assert kept.choices([LARGE]) == STOCK
         assert [kept.is_decided(s) for s in (SMALL, LARGE, PLAIN)] == [1, 1, 0]
         assert kept.pass_seconds({SMALL, LARGE}) == PASSES
+
+
+def test_ways_are_kept_for_pairs_that_have_these_shapes(monkeypatch, tmp_path):
+    first = Kept(tmp_path)
+    first.keep_ways({SMALL, LARGE}, {ADD_NORM: True, SPLIT: False})
+    first.keep_ways({SMALL, LARGE}, {PACKED: True})
+    for kept in (first, other_process(monkeypatch, tmp_path)):
+        found = kept.choices({LARGE, SMALL})
+        assert found == Choices({}, frozenset({ADD_NORM, PACKED}))
+        assert kept.choices({SMALL}) == STOCK
+    first.mark_bad_way(PACKED, "no such\nlibrary")
+    kept = other_process(monkeypatch, tmp_path)
+    assert kept.choices({LARGE, SMALL}).ways == {ADD_NORM}
+    first.keep_ways({SMALL, LARGE}, {ADD_NORM: False})
+    assert first.choices({LARGE, SMALL}) == STOCK
 
 
 def test_what_is_bad_is_mlx_until_the_key_changes(monkeypatch, tmp_path):
