@@ -232,12 +232,11 @@ class _Text:
         # Matrices that one simdgroup takes outputs of, so many of each.
         self._beside = num_matrices if fusion == GATED else 1
         self._per_matrix = num_columns // self._beside
+        num_outputs = num_matrices if fusion == APART else 1
         self._names = ("w", "scales", "biases") if form.group_size else ("w",)
-        numbers = ["", *range(1, num_matrices)]
+        numbers = ["", *(str(i) for i in range(1, num_matrices))]
         self.arrays = tuple(f"{name}{i}" for i in numbers for name in self._names)
-        self.outputs = ("y",)
-        if fusion == APART:
-            self.outputs = tuple(f"y{i}" for i in numbers)
+        self.outputs = tuple(f"y{i}" for i in numbers[:num_outputs])
         self._rows = range(num_rows)
         self._columns = range(num_columns)
         self._order = _ORDERS[form.bits]

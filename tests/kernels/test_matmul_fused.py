@@ -43,6 +43,7 @@ from tests.kernels.products import (
 )
 from tests.kernels.test_counts import check_outputs_written_once
 from tests.kernels.test_matmul_counts import exchanges
+from tests.kernels.test_matmul_mistakes import by_name
 from tests.metal.lint import lint
 from tests.metal.run import MetalError, run_on_cpu, run_schedules
 from tests.metal.text import metal_text
@@ -123,7 +124,8 @@ def gated_bits(gate, up, dtype):
 def check_gated(form, M, N, K=640, seed=0, **options):
     products = gate_and_up(form, M, N, K, seed)
     y = run_gated(products, form, **options)
-    want = gated_bits(*(p.bits for p in products), form.dtype)
+    gate, up = products
+    want = gated_bits(gate.bits, up.bits, form.dtype)
     assert same_bits(y, want)
 
 
@@ -139,15 +141,14 @@ def check_apart(form, M, sizes=SIZES, K=640, seed=0, **options):
 
 @by_few_forms
 def test_gate_up(form):
-    rows, columns = GATED_TILES[5 * FEW_FORMS.index(form) + 2]
-    check_gated(form, rows, 24, num_columns=columns)
+    check_gated(form, 5, 24)
 
 
 @by_few_forms
 def test_qkv(form):
     number = FEW_FORMS.index(form)
     sizes = SIZES if number else SIZES[:2]
-    check_apart(form, 2 + 3 * number, sizes, num_columns=COLUMNS[number])
+    check_apart(form, 5, sizes, num_columns=COLUMNS[number])
 
 
 @pytest.mark.slow
@@ -180,7 +181,7 @@ def test_rows_have_the_bits_of_one_row():
 
     gated = run_gated(pair, PLAIN, num_columns=1)
     apart = run_apart(three, PLAIN)
-    for rows in [slice(0, M) for M in range(1, 9)] + [slice(8, 9)]:
+    for rows in (slice(0, 1), slice(8, 9), slice(2, 7)):
         assert same_bits(run_gated(part(pair, rows), PLAIN), gated[rows])
         found = run_apart(part(three, rows), PLAIN)
         assert all(
@@ -192,8 +193,8 @@ def test_rows_have_the_bits_of_one_row():
 @pytest.mark.parametrize("outputs", [1, 2, 3, 8, 9])
 def test_any_number_of_outputs(outputs):
     for columns in GATED_COLUMNS:
-        check_gated(PLAIN, 3, outputs, 128, num_columns=columns)
-    check_apart(PLAIN, 3, (outputs, 17, outputs), 128)
+        check_gated(PLAIN, 5, outputs, 128, num_columns=columns)
+    check_apart(PLAIN, 5, (outputs, 17, outputs), 128)
 
 
 @by_few_forms
@@ -203,11 +204,28 @@ def test_schedules(form, monkeypatch):
     check_apart(form, 5)
 
 
-@by_few_forms
+@pytest.mark.parametrize("form", FEW_FORMS[:2], ids=str)
 def test_contraction_has_nothing_to_fuse(form, monkeypatch):
     monkeypatch.setattr(common, "launch", partial(run_on_cpu, contract=True))
     check_gated(form, 3, 24)
     check_apart(form, 3)
+
+
+@pytest.mark.slow
+def test_every_number_of_rows_has_the_bits_of_one_row():
+    pair, three = gate_and_up(PLAIN, MAX_ROWS, 8), products_of(PLAIN, 9, SIZES)
+    gated = [
+        run_gated([p.but(x=p.x[m : m + 1]) for p in pair], PLAIN) for m in range(9)
+    ]
+    apart = [
+        run_apart([p.but(x=p.x[m : m + 1]) for p in three], PLAIN) for m in range(9)
+    ]
+    for rows, columns in GATED_TILES:
+        y = run_gated([p.but(x=p.x[:rows]) for p in pair], PLAIN, num_columns=columns)
+        assert same_bits(y, np.concatenate(gated[:rows]))
+        found = run_apart([p.but(x=p.x[:rows]) for p in three], PLAIN)
+        for y, *each in zip(found, *apart[:rows], strict=True):
+            assert same_bits(y, np.concatenate(each))
 
 
 @given(
@@ -315,8 +333,16 @@ def check_weights(counts, form, names):
         assert loads.num_bytes == loads.unique_bytes == counts.sizes[name]
 
 
-@pytest.mark.parametrize("M", [1, 5, 9])
-@pytest.mark.parametrize("form", [PLAIN, Form(DENSE, 0, mx.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("form", "M"),
+    [
+        (PLAIN, 5),
+        (PLAIN, 9),
+        pytest.param(PLAIN, 1, marks=pytest.mark.slow),
+        pytest.param(FEW_FORMS[2], 5, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_gate_up_counts(form, M):
     products = products_of(form, M, (N, N), K)
     x, (gate, up) = rows_of(products[0], form), (tuple(p.matrix) for p in products)
@@ -337,7 +363,7 @@ def test_gate_up_counts(form, M):
     assert counts.operations["fma"] == weights * M + making
 
 
-@pytest.mark.parametrize("M", [1, 5])
+@pytest.mark.parametrize("M", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_qkv_counts(M):
     products = products_of(PLAIN, M, (N, N, N), K)
     matrices = [tuple(p.matrix) for p in products]
@@ -364,18 +390,15 @@ def _mistaken(mistake, monkeypatch):
     monkeypatch.setattr(common, "launch", launch)
 
 
-by_mistake = partial(pytest.mark.parametrize, "mistake", ids=lambda m: m.name)
-
-
-@by_mistake(mistakes.GATED)
+@by_name(mistakes.GATED, most=4)
 @pytest.mark.usefixtures("_mistaken")
 def test_mistakes_of_gate_up_are_seen(mistake):
-    products = gate_and_up(PLAIN, 3, 64, 704)
-    y = run_gated(products, PLAIN)
-    assert not same_bits(y, gated_bits(*(p.bits for p in products), mx.bfloat16))
+    gate, up = gate_and_up(PLAIN, 3, 64, 704)
+    y = run_gated((gate, up), PLAIN)
+    assert not same_bits(y, gated_bits(gate.bits, up.bits, PLAIN.dtype))
 
 
-@by_mistake(mistakes.APART)
+@by_name(mistakes.APART, most=2)
 @pytest.mark.usefixtures("_mistaken")
 def test_mistakes_of_qkv_are_seen(mistake):
     products = products_of(PLAIN, 3, (19, 19, 19), 704)
@@ -383,7 +406,7 @@ def test_mistakes_of_qkv_are_seen(mistake):
     assert not all(map(same_bits, found, (p.bits for p in products)))
 
 
-@by_mistake(mistakes.APART_STOPPING)
+@by_name(mistakes.APART_STOPPING)
 @pytest.mark.usefixtures("_mistaken")
 def test_mistakes_of_qkv_stop_the_launch(mistake):
     products = products_of(PLAIN, 3, (33, 5, 19), 704)
