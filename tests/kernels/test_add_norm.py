@@ -33,6 +33,7 @@ from mlx_gemma_mtp.kernels.add_norm import Branches
 from tests.kernels import norm_mistakes as mistakes
 from tests.kernels.norms import EPS, Sum
 from tests.kernels.products import as_float32, same_bits
+from tests.kernels.test_matmul_mistakes import by_name
 from tests.metal.lint import lint
 from tests.metal.run import MetalError, run_on_cpu, run_schedules
 from tests.metal.text import metal_text
@@ -341,23 +342,20 @@ def run_with(mistake, launch):
         return mistakes.ADDED.run()
 
 
-by_mistake = partial(pytest.mark.parametrize, "mistake", ids=lambda m: m.name)
-
-
-@by_mistake(mistakes.ADD_WRONG)
+@by_name(mistakes.ADD_WRONG, most=6)
 def test_bits_are_wrong(mistake):
     found = run_with(mistake, run_on_cpu)
     assert not all(map(same_bits, found, mistakes.ADDED.bits))
 
 
-@by_mistake(mistakes.ADD_STOPPING)
+@by_name(mistakes.ADD_STOPPING)
 def test_the_launch_stops(mistake):
     with pytest.raises(MetalError, match=mistake.error):
         run_with(mistake, run_schedules)
 
 
 @pytest.mark.tsan
-@by_mistake(mistakes.ADD_RACING)
+@by_name(mistakes.ADD_RACING)
 def test_race_is_reported(mistake):
     races = looked_at(
         mistakes.ADDED,

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.kernels import add_norm, common, matmul, norm_rope
+from mlx_gemma_mtp.kernels import add_norm, common, matmul, matmul_fused, norm_rope
 from mlx_gemma_mtp.sampling import fused
 from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.params import SamplingParams
@@ -220,3 +220,18 @@ def test_nvidias_compiler_takes_every_rotation(is_proportional, dtype, monkeypat
         )
         for text in texts_of(case.run, monkeypatch):
             check_taken(text, stack=STACK_OF_COSINES)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_nvidias_compiler_takes_every_fused_matmul(form, monkeypatch):
+    for num_rows in range(1, matmul.MAX_ROWS + 1):
+        product = random_product(form, num_rows, 8, 128)
+        x, matrix = mx.array(product.x).astype(form.dtype), tuple(product.matrix)
+
+        def run(x=x, matrix=matrix):
+            matmul_fused.gate_up(x, matrix, matrix, form=form)
+            for count in (2, 3):
+                matmul_fused.qkv(x, [matrix] * count, form=form)
+
+        for text in texts_of(run, monkeypatch):
+            check_taken(text)

@@ -3,6 +3,7 @@
 Every number of a row and of a head is read once and written once.
 
 Run: python -m pytest tests/kernels/test_norm_counts.py
+     python -m pytest -m slow tests/kernels/test_norm_counts.py    other options
 """
 
 import sys
@@ -71,7 +72,14 @@ def check_sum(counts, *, is_scaled, is_normed, has_branches):
     assert counts.operations["function"] == num_means * M * THREADS
 
 
-@pytest.mark.parametrize("options", list(product((False, True), repeat=3)), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        # The others read what these read.
+        pytest.param(options, marks=[pytest.mark.slow] * (sum(options) in (1, 2)))
+        for options in product((False, True), repeat=3)
+    ],
+)
 def test_add_norm(options):
     names = ("is_scaled", "is_normed", "has_branches")
     options = dict(zip(names, options, strict=True))
@@ -133,8 +141,15 @@ def check_heads(counts, kind, *, is_proportional):
     assert operations["function"] == roots + 2 * turned + of_base
 
 
-@pytest.mark.parametrize("is_proportional", [False, True])
-@pytest.mark.parametrize("kind", [QUERIES, SHARED, SEPARATE])
+@pytest.mark.parametrize(
+    ("kind", "is_proportional"),
+    [
+        (QUERIES, True),
+        (SHARED, True),
+        (SEPARATE, False),
+        pytest.param(SEPARATE, True, marks=pytest.mark.slow),
+    ],
+)
 def test_norm_rope(kind, is_proportional):
     options = {"kind": kind, "is_proportional": is_proportional}
     counts = run(norm_rope, Heads.random(B, L, Q, G, D, mx.bfloat16, **options))

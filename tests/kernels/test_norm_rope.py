@@ -33,6 +33,7 @@ from mlx_gemma_mtp.kernels.norm_rope import QUERIES, SEPARATE, SHARED
 from tests.kernels import norm_mistakes as mistakes
 from tests.kernels.norms import EPS, Heads
 from tests.kernels.products import as_float32, same_bits
+from tests.kernels.test_matmul_mistakes import by_name
 from tests.metal.lint import lint
 from tests.metal.run import MetalError, run_on_cpu, run_schedules
 from tests.metal.text import metal_text
@@ -361,22 +362,19 @@ def run_with(mistake, launch):
         return mistakes.HEADS.run()
 
 
-by_mistake = partial(pytest.mark.parametrize, "mistake", ids=lambda m: m.name)
-
-
-@by_mistake(mistakes.ROPE_WRONG)
+@by_name(mistakes.ROPE_WRONG, most=6)
 def test_numbers_are_wrong(mistake):
     assert any(differs(mistakes.HEADS, run_with(mistake, run_on_cpu)))
 
 
-@by_mistake(mistakes.ROPE_STOPPING)
+@by_name(mistakes.ROPE_STOPPING)
 def test_the_launch_stops(mistake):
     with pytest.raises(MetalError, match=mistake.error):
         run_with(mistake, run_schedules)
 
 
 @pytest.mark.tsan
-@by_mistake(mistakes.ROPE_RACING)
+@by_name(mistakes.ROPE_RACING)
 def test_race_is_reported(mistake):
     races = looked_at(
         mistakes.HEADS,

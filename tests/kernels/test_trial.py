@@ -1,6 +1,7 @@
 """Whether a trial runs the very kernel that it is for.
 
 Run: python -m pytest tests/kernels/test_trial.py
+     python -m pytest -m slow tests/kernels/test_trial.py    the other kernels
 """
 
 import sys
@@ -14,6 +15,7 @@ from mlx_gemma_mtp.kernels import add_norm, common, norm_rope, trial
 from tests.metal.run import run_on_cpu
 
 KERNELS = [*add_norm.kernels(), *norm_rope.kernels()]
+FEW = {"add_norm_scaled_normed_branches", "norm_rope_queries", "norm_rope_shared_freqs"}
 
 
 @pytest.fixture
@@ -31,7 +33,13 @@ def launched(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(k, id=k.name, marks=[pytest.mark.slow] * (k.name not in FEW))
+        for k in KERNELS
+    ],
+)
 def test_a_trial_launches_its_kernel_once(kernel, launched):
     assert trial.works(kernel)
     assert trial.works(kernel)
