@@ -5,13 +5,18 @@ Each is run over a few rows of published sizes and compared with MLX's operation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from . import add_norm, norm_rope
-from .ways import ADD_NORM, NORM_ROPE
+from .matmul import DENSE, MAX_ROWS, Form
+from .matmul_fused import Matrix, gate_up, qkv
+from .ways import ADD_NORM, GATE_UP, MATRIX_WAYS, NORM_ROPE, QKV
 
 # How far a number may be off, in units in the last place of the largest: the order of
 # a sum may change its last bit, and each rounding behind it one more.
@@ -19,26 +24,35 @@ _MOST_UNITS = 4
 _EPS = 1e-6
 _ROWS = 3
 _WIDTH, _HEAD_DIMS = 1536, (256, 512)
+_NUM_OUTPUTS = 67
 _DTYPE = mx.bfloat16
 
 _Pair = tuple[mx.array, mx.array]  # of a kernel, and of MLX's operations
 
 
-def is_right(way: str) -> bool:
+def is_right(way: str, forms: Iterable[Form] = ()) -> bool:
     """Whether the kernels of a way give what MLX's operations give.
 
     Ways without kernels are right.
 
+    Args:
+        way: The way.
+        forms: Of the matrices that it multiplies, if it does.
+
     Raises:
         Exception: What MLX raises where one does not run.
     """
-    pairs = _PAIRS.get(way)
-    return pairs is None or all(_is_near(own, truth) for own, truth in pairs())
+    pairs: Iterable[_Pair] = ()
+    if way in MATRIX_WAYS:
+        pairs = chain.from_iterable(_PRODUCTS[way](form) for form in forms)
+    elif way in _PAIRS:
+        pairs = _PAIRS[way]()
+    return all(_is_near(own, truth) for own, truth in pairs)
 
 
 def _is_near(own: mx.array, truth: mx.array) -> bool:
+    unit = mx.finfo(own.dtype).eps * mx.abs(truth.astype(mx.float32)).max()
     own, truth = own.astype(mx.float32), truth.astype(mx.float32)
-    unit = mx.finfo(_DTYPE).eps * mx.abs(truth).max()
     return bool((mx.abs(own - truth).max() <= _MOST_UNITS * unit).item())
 
 
@@ -90,6 +104,61 @@ def _heads() -> Iterator[_Pair]:
                         yield a, b
 
 
+def _gates(form: Form) -> Iterator[_Pair]:
+    """Of ``gate_up``: every number of rows."""
+    x, (gate, up) = _rows(form), [_Matrix.random(i, form) for i in range(2)]
+    for num_rows in range(1, MAX_ROWS + 1):
+        rows = x[:num_rows]
+        own = gate_up(rows, gate.arrays, up.arrays, form=form)
+        yield own, nn.gelu_approx(gate.product(rows)) * up.product(rows)
+
+
+def _projections(form: Form) -> Iterator[_Pair]:
+    """Of ``qkv``: every number of rows, two and three matrices."""
+    x, matrices = _rows(form), [_Matrix.random(i, form) for i in range(3)]
+    for num_rows in range(1, MAX_ROWS + 1):
+        for used in (matrices, matrices[:2]):
+            rows = x[:num_rows]
+            own = qkv(rows, [matrix.arrays for matrix in used], form=form)
+            for found, matrix in zip(own, used, strict=True):
+                yield found, matrix.product(rows)
+
+
+def _rows(form: Form) -> mx.array:
+    return mx.random.normal((MAX_ROWS, _WIDTH), key=mx.random.key(9)).astype(form.dtype)
+
+
+class _Matrix(NamedTuple):
+    """A random matrix as kernels take it, and as MLX multiplies by it."""
+
+    arrays: Matrix
+    form: Form
+
+    @classmethod
+    def random(cls, seed: int, form: Form) -> _Matrix:
+        """Outputs that end inside a simdgroup's; of unit size for inputs of it."""
+        weight = mx.random.normal((_NUM_OUTPUTS, _WIDTH), key=mx.random.key(seed))
+        weight = (weight / math.sqrt(_WIDTH)).astype(form.dtype)
+        if form.bits == DENSE:
+            return cls((weight,), form)
+        arrays = mx.quantize(weight, group_size=form.group_size, bits=form.bits)
+        return cls(tuple(arrays), form)
+
+    def product(self, x: mx.array) -> mx.array:
+        """Of float32, in the form's type."""
+        weight = self.arrays[0]
+        if self.form.bits != DENSE:
+            weight, scales, biases = self.arrays
+            sizes = {"group_size": self.form.group_size, "bits": self.form.bits}
+            weight = mx.dequantize(weight, scales, biases, **sizes)
+        found = x.astype(mx.float32) @ weight.astype(mx.float32).T
+        return found.astype(self.form.dtype)
+
+
+_PRODUCTS: dict[str, Callable[[Form], Iterator[_Pair]]] = {
+    GATE_UP: _gates,
+    QKV: _projections,
+}
 _PAIRS: dict[str, Callable[[], Iterator[_Pair]]] = {
     ADD_NORM: _sums,
     NORM_ROPE: _heads,

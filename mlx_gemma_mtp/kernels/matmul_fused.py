@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from . import matmul
+from .common import Kernel
 from .matmul import APART, GATED, Form, default_columns, groups_of, kernel
 
 Matrix = tuple[mx.array, ...]  # weight, and scales and biases of a quantized one
@@ -99,4 +100,13 @@ def qkv(
     )
     return [
         y.reshape(*x.shape[:-1], size) for y, size in zip(outputs, sizes, strict=True)
+    ]
+
+
+def kernels(form: Form, num_rows: int) -> list[Kernel]:
+    """Those that rounds take for M rows."""
+    columns = default_columns(num_rows)
+    return [
+        kernel(form, num_rows, 2 * default_gated_columns(num_rows), GATED, 2),
+        *(kernel(form, num_rows, columns, APART, count) for count in (2, 3)),
     ]

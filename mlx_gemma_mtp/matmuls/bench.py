@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import cycle
 
 import mlx.core as mx
 
 from ..kernels import layer_trial, matmul
-from ..kernels.matmul import DENSE, MAX_ROWS
+from ..kernels.matmul import DENSE, MAX_ROWS, Form
 from .choices import Choices, Shape
 
 COPY_BYTES = 256_000_000  # more than three times what caches of M1 to M5 hold
@@ -141,9 +141,9 @@ class Bench(Products):
         self._run_pass = run_pass
         self.disturbed = disturbed
 
-    def is_right_way(self, way: str) -> bool:
-        """Whether the kernels of a way to run layers are right."""
-        return layer_trial.is_right(way)
+    def is_right_way(self, way: str, forms: Iterable[Form]) -> bool:
+        """Whether the kernels of a way to run layers are right, for such matrices."""
+        return layer_trial.is_right(way, forms)
 
     def clock(self) -> float:
         """Seconds since some moment."""

@@ -145,6 +145,11 @@ class Choices:
         return bool(self.by_shape or self.ways)
 
     @property
+    def forms(self) -> tuple[Form, ...]:
+        """Of the matrices that the kernel multiplies."""
+        return tuple(dict.fromkeys(shape.form for shape in self.by_shape))
+
+    @property
     def named(self) -> dict[str, int]:
         """The fewest rows that the kernel takes of each, by the shapes' names."""
         return {str(s): choice.first_row for s, choice in self.by_shape.items()}

@@ -24,7 +24,7 @@ import mlx.core as mx
 from ..errors import described, is_of_others
 from ..kernels import common, layer_trial, matmul
 from ..kernels.matmul import DENSE, MAX_ROWS, Form, default_columns
-from ..kernels.ways import Ways
+from ..kernels.ways import MATRIX_WAYS
 from ..machine import apple_gpu
 from .bench import Products
 from .choices import STOCK, Choice, Choices, Shape
@@ -43,9 +43,10 @@ _WINDOW_S, _NUM_WINDOWS = 0.04, 3
 _CLIFF_WINDOW_S = 0.01
 
 _Pipeline = tuple[Form, int, int]  # form, M, R
+_Way = tuple[str, tuple[Form, ...]]  # a way to run layers, for matrices of these forms
 
 _lock = threading.Lock()
-_ran: set[_Pipeline | str] = set()  # in this process: kernels, and ways' kernels
+_ran: set[_Pipeline | _Way] = set()  # in this process: kernels, and ways' kernels
 
 
 def decide(shapes: Mapping[Shape, int], *, folder: Path | None) -> Choices:
@@ -78,7 +79,7 @@ def blame(choices: Choices, *, folder: Path | None) -> None:
     with _lock:
         for shape, choice in choices.by_shape.items():
             _ran.difference_update(_pipelines(shape, choice))
-        _ran.difference_update(choices.ways)
+        _ran.difference_update(ran for ran in list(_ran) if ran[0] in choices.ways)
         _that_run(choices, Kept(folder))
 
 
@@ -185,18 +186,21 @@ def _that_run(choices: Choices, kept: Kept) -> Choices:
                     del left[user]
                 break
             _ran.add(pipeline)
-    return Choices(left, _ways_that_run(choices.ways, kept))
+    own = Choices(left)
+    ways = (way for way in choices.ways if _runs(way, own.forms, kept))
+    return Choices(left, frozenset(ways))
 
 
-def _ways_that_run(ways: Ways, kept: Kept) -> Ways:
-    """Those ways whose kernels have run alone in this process, and were right."""
-    return frozenset(way for way in ways if way in _ran or _runs(way, kept))
+def _runs(way: str, forms: tuple[Form, ...], kept: Kept) -> bool:
+    """Whether the kernels of a way run in this process, and are right; else it is bad.
 
-
-def _runs(way: str, kept: Kept) -> bool:
-    """Whether the kernels of a way run, and are right; else it is bad."""
+    Those of a way that multiplies run for matrices of some forms.
+    """
+    used = forms if way in MATRIX_WAYS else ()
+    if (way, used) in _ran:
+        return True
     try:
-        reason = "" if layer_trial.is_right(way) else "wrong numbers"
+        reason = "" if layer_trial.is_right(way, used) else "wrong numbers"
     except Exception as error:  # noqa: BLE001 - whatever Metal and its compiler say
         if is_of_others(error):
             logger.info("layers cannot be run %r now, MLX's way takes its place", way)
@@ -211,7 +215,7 @@ def _runs(way: str, kept: Kept) -> bool:
             reason,
         )
         return False
-    _ran.add(way)
+    _ran.add((way, used))
     return True
 
 

@@ -15,12 +15,13 @@ import platform
 import threading
 from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..kernels import add_norm, norm_rope
+from ..kernels import add_norm, matmul_fused, norm_rope
 from ..kernels.matmul import COLUMNS, FORMS, MAX_ROWS, MAX_SUMS, kernel
 from ..kernels.ways import STOCK_WAYS, WAYS, Ways
 from ..machine import mlx_settings, system_version
@@ -188,13 +189,15 @@ def kept_key() -> dict[str, Any]:
 def kernels_digest() -> str:
     """A text that differs for kernels of other texts."""
     found = hashlib.sha256()
-    for form in FORMS:
-        for num_rows in range(1, MAX_ROWS + 1):
-            for columns in COLUMNS:
-                if num_rows * columns <= MAX_SUMS:
-                    text = kernel(form, num_rows, columns)
-                    found.update(f"{text.header}{text.source}".encode())
-    for text in (*add_norm.kernels(), *norm_rope.kernels()):
+    texts = [*add_norm.kernels(), *norm_rope.kernels()]
+    for form, num_rows in product(FORMS, range(1, MAX_ROWS + 1)):
+        texts += [
+            kernel(form, num_rows, columns)
+            for columns in COLUMNS
+            if num_rows * columns <= MAX_SUMS
+        ]
+        texts += matmul_fused.kernels(form, num_rows)
+    for text in texts:
         found.update(f"{text.header}{text.source}".encode())
     return found.hexdigest()
 

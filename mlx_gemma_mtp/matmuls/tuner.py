@@ -22,7 +22,8 @@ from functools import partial
 from typing import Protocol
 
 from ..errors import described, is_of_others
-from ..kernels.ways import LONG_WAYS
+from ..kernels.matmul import Form
+from ..kernels.ways import LONG_WAYS, MATRIX_WAYS
 from .choices import STOCK, Choice, Choices, Shape
 from .judgement import (
     MARGIN,
@@ -62,7 +63,7 @@ class Machine(PassMachine, Protocol):
     def is_right(self, shape: Shape, num_rows: int, columns: int) -> bool:
         """Whether the kernel's numbers are right; raises what MLX raises."""
 
-    def is_right_way(self, way: str) -> bool:
+    def is_right_way(self, way: str, forms: Iterable[Form]) -> bool:
         """Whether the kernels of a way are right; raises what MLX raises."""
 
     def product_s(
@@ -389,9 +390,11 @@ class _Tuner:
         choices = Choices({s: c for s, c in kept.items() if c is not None})
         found: dict[str, bool] = {}
         for way in self._candidates:
+            if way in MATRIX_WAYS and not choices.by_shape:
+                continue
             self._progress(f"whole passes, {way}")
             with_it = choices.with_way(way)
-            if not self._is_right_way(way):
+            if not self._is_right_way(way, choices.forms):
                 found[way] = False
                 continue
             try:
@@ -408,10 +411,10 @@ class _Tuner:
                     self._passes = _own(duels), self._passes[1]
         return found
 
-    def _is_right_way(self, way: str) -> bool:
+    def _is_right_way(self, way: str, forms: Iterable[Form]) -> bool:
         """Whether the kernels of a way run and are right."""
         try:
-            return self._machine.is_right_way(way)
+            return self._machine.is_right_way(way, forms)
         except Exception:  # noqa: BLE001 - whatever Metal and its compiler say
             return False
 

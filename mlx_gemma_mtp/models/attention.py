@@ -33,6 +33,10 @@ from ..kernels.ways import NORM_ROPE, PACKED, SPLIT, STOCK_WAYS, Ways
 _PIECE = 32  # rows of a packed product: what a tile of Metal's has at least
 
 
+# Of queries, keys and values; None for what there is not.
+_Turned = tuple[mx.array, mx.array | None, mx.array | None]
+
+
 @dataclass(frozen=True)
 class SharedKV:
     """What layers of one type attend to.
@@ -46,6 +50,17 @@ class SharedKV:
     keys: mx.array
     values: mx.array
     mask: mx.array
+
+
+class JoinedProjections(gemma4_text.Attention):
+    """mlx-lm's attention whose projections somebody can compute together."""
+
+    def project(self, x: mx.array) -> list[mx.array] | None:
+        """Queries, keys and, unless they are the keys, values of x [B, L, H].
+
+        Each is [B, L, outputs]. None where they are to be computed one by one.
+        """
+        raise NotImplementedError
 
 
 def attend(
@@ -73,12 +88,7 @@ def attend(
         What the layer adds to its input, before any norm, [B, L, H], and what was
         attended to.
     """
-    queries = _heads(attention, attention.q_proj(x))
-    keys = values = None
-    if slots is not None:
-        keys = values = _heads(attention, attention.k_proj(x))
-        if not attention.use_k_eq_v:
-            values = _heads(attention, attention.v_proj(x))
+    queries, keys, values = _projected(attention, x, has_kv=slots is not None)
     turn = _turned
     if NORM_ROPE in ways and _is_known(attention):
         turn = _turned_by_kernel
@@ -94,7 +104,19 @@ def attend(
     return attention.o_proj(found), kv
 
 
-_Turned = tuple[mx.array, mx.array | None, mx.array | None]
+def _projected(
+    attention: gemma4_text.Attention, x: mx.array, *, has_kv: bool
+) -> _Turned:
+    """Queries, and keys and values where there are any, [B, L, heads, D]."""
+    found = None
+    if has_kv and isinstance(attention, JoinedProjections):
+        found = attention.project(x)
+    if found is None:
+        found = [attention.q_proj(x)]
+        found += [attention.k_proj(x)] if has_kv else []
+        found += [attention.v_proj(x)] if has_kv and not attention.use_k_eq_v else []
+    queries, *others = (_heads(attention, each) for each in found)
+    return queries, *((others[0], others[-1]) if others else (None, None))
 
 
 def _turned(

@@ -28,7 +28,7 @@ from ..cache.slabs import SlabView
 from ..kernels.add_norm import Branches, add_norm, plain
 from ..kernels.common import MIN_ELEMENTS
 from ..kernels.ways import ADD_NORM, STOCK_WAYS, Ways
-from .attention import SharedKV, attend
+from .attention import JoinedProjections, SharedKV, attend
 
 logger = logging.getLogger("mlx_gemma_mtp")
 
@@ -227,13 +227,11 @@ def _ends(layers: Sequence[Any], ways: Ways) -> list[mx.array | None]:
 
 def _is_known(layer: Any) -> bool:
     """Whether a layer is mlx-lm's own, down to its attention and its norms."""
-    parts = (layer, layer.get("self_attn"))
-    kinds = (gemma4_text.DecoderLayer, gemma4_text.Attention)
-    others = [
-        module
-        for module, kind in zip(parts, kinds, strict=True)
-        if type(module) is not kind
-    ]
+    attention = layer.get("self_attn")
+    others = [] if type(layer) is gemma4_text.DecoderLayer else [layer]
+    is_ours = isinstance(attention, JoinedProjections)
+    if not (is_ours or type(attention) is gemma4_text.Attention):
+        others.append(attention)
     others += [
         module
         for name, module in layer.items()

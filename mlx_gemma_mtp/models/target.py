@@ -30,8 +30,10 @@ from ..cache.slabs import LayerKV, SlabLayout
 from ..errors import PairingError
 from ..kernels.ways import (
     ADD_NORM,
+    GATE_UP,
     NORM_ROPE,
     PACKED,
+    QKV,
     SPLIT,
     STOCK_WAYS,
     WAYS,
@@ -122,7 +124,7 @@ class Target:
     def ways(self) -> tuple[str, ...]:
         """The ways to run layers that make a difference to this model."""
         num_heads = self._lm.args.num_attention_heads
-        found = [ADD_NORM, NORM_ROPE]
+        found = [ADD_NORM, NORM_ROPE, GATE_UP, QKV]
         for layer in set(self.layout.layers):
             shared_by = num_heads // layer.num_kv_heads
             if layer.head_dim not in FUSED_HEAD_DIMS:

@@ -18,6 +18,7 @@ import pytest
 from mlx_gemma_mtp.cache import masks
 from mlx_gemma_mtp.generation.tokens import generate_tokens
 from mlx_gemma_mtp.kernels import add_norm, common, layer_trial
+from mlx_gemma_mtp.kernels.matmul import Form
 from mlx_gemma_mtp.kernels.ways import ADD_NORM, NORM_ROPE, WAYS
 from mlx_gemma_mtp.matmuls import decide as decide_module
 from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices
@@ -83,13 +84,19 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "greedy",
+        *(pytest.param(rule, marks=pytest.mark.slow) for rule in list(RULES)[1:]),
+    ],
+)
 def test_texts_are_mlxs_for_every_number_of_drafts(rule, launches):
     def text(pair, num_draft_tokens):
         steps = generate_tokens(
             pair,
             [PROMPT],
-            max_tokens=10,
+            max_tokens=8,
             num_draft_tokens=num_draft_tokens,
             eos_token_ids=(),
             exactness="fast",
@@ -100,7 +107,7 @@ def test_texts_are_mlxs_for_every_number_of_drafts(rule, launches):
     pair = new_pair("e2b")
     by_mlx = text(pair, 0)
     use(pair, ALL_WAYS)
-    for num_draft_tokens in (0, 1, 8):
+    for num_draft_tokens in (0, 3, 8):
         assert text(pair, num_draft_tokens) == by_mlx
     assert has_kernels_of_layers(launches)
 
@@ -111,8 +118,11 @@ def test_ways_go_together_with_the_kernel_of_few_rows(launches):
     use(pair, Choices({shape: Choice(1) for shape in shapes}, frozenset(WAYS)))
     found = logits(pair, 3)
     assert has_kernels_of_layers(launches)
-    assert any(name.startswith("matmul") for name in launches)
+    for beginning in ("matmul", "gate_up", "qkv3"):
+        assert any(name.startswith(beginning) for name in launches), launches
     assert mx.array_equal(found, logits(pair, 1, 2))
+    use(pair, Choices({shape: Choice(1) for shape in shapes}))
+    assert distance(found, logits(pair, 3)) < 0.1
 
 
 def test_weights_that_are_exchanged_are_followed(launches):
@@ -158,6 +168,11 @@ def test_ways_whose_kernels_are_right_are_taken(kept, launches):
     assert launches.total() == count  # once in a process
 
 
+def test_ways_that_multiply_run_for_the_forms_of_the_kernel(launches, kept):
+    kept()
+    assert not any(name.startswith(("gate_up", "qkv")) for name in launches)
+
+
 def test_a_way_whose_kernel_is_wrong_is_mlxs(kept, launches, monkeypatch, caplog):
     launch = common.launch
 
@@ -184,9 +199,15 @@ def test_a_way_that_cannot_be_tried_now_is_kept_for_later(kept, launches, monkey
     assert kept() == set(WAYS)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=[pytest.mark.slow] if way in MATRIX_WAYS else [])
+        for way in WAYS
+    ],
+)
 def test_kernels_are_right_in_the_harness(way, launches):
-    assert layer_trial.is_right(way)
+    assert layer_trial.is_right(way, [Form(4, 64, mx.bfloat16)])
 
 
 def test_numbers_a_little_off_are_wrong(launches, monkeypatch):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -160,7 +160,7 @@ class Simulated:
             raise RuntimeError("timed out")
         return self._window(truth.kernel(num_rows, columns), window_s)
 
-    def is_right_way(self, way: str) -> bool:
+    def is_right_way(self, way: str, forms: Iterable[Form]) -> bool:
         if way == self.raising_way:
             raise RuntimeError("no such\nlibrary")
         return way != self.wrong_way
