@@ -149,8 +149,8 @@ class _Matrix(NamedTuple):
         weight = self.arrays[0]
         if self.form.bits != DENSE:
             weight, scales, biases = self.arrays
-            sizes = {"group_size": self.form.group_size, "bits": self.form.bits}
-            weight = mx.dequantize(weight, scales, biases, **sizes)
+            size, bits = self.form.group_size, self.form.bits
+            weight = mx.dequantize(weight, scales, biases, group_size=size, bits=bits)
         found = x.astype(mx.float32) @ weight.astype(mx.float32).T
         return found.astype(self.form.dtype)
 

@@ -19,7 +19,7 @@ from mlx_gemma_mtp.cache import masks
 from mlx_gemma_mtp.generation.tokens import generate_tokens
 from mlx_gemma_mtp.kernels import add_norm, common, layer_trial
 from mlx_gemma_mtp.kernels.matmul import Form
-from mlx_gemma_mtp.kernels.ways import ADD_NORM, NORM_ROPE, WAYS
+from mlx_gemma_mtp.kernels.ways import ADD_NORM, MATRIX_WAYS, NORM_ROPE, WAYS
 from mlx_gemma_mtp.matmuls import decide as decide_module
 from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices
 from mlx_gemma_mtp.matmuls.decide import decide
@@ -39,6 +39,8 @@ pytestmark = pytest.mark.usefixtures("plain_graphs")
 PROMPT = [2, 17, 300, 45]
 ALL_WAYS = Choices({}, frozenset(WAYS))
 LAYERS = ("add_norm", "norm_rope")
+
+slow = pytest.mark.slow
 
 
 @pytest.fixture
@@ -86,10 +88,7 @@ RULES = {
 
 @pytest.mark.parametrize(
     "rule",
-    [
-        "greedy",
-        *(pytest.param(rule, marks=pytest.mark.slow) for rule in list(RULES)[1:]),
-    ],
+    ["greedy", pytest.param("coupled", marks=slow), pytest.param("block", marks=slow)],
 )
 def test_texts_are_mlxs_for_every_number_of_drafts(rule, launches):
     def text(pair, num_draft_tokens):
@@ -201,10 +200,7 @@ def test_a_way_that_cannot_be_tried_now_is_kept_for_later(kept, launches, monkey
 
 @pytest.mark.parametrize(
     "way",
-    [
-        pytest.param(way, marks=[pytest.mark.slow] if way in MATRIX_WAYS else [])
-        for way in WAYS
-    ],
+    [pytest.param(w, marks=[slow] if w in MATRIX_WAYS else []) for w in WAYS],
 )
 def test_kernels_are_right_in_the_harness(way, launches):
     assert layer_trial.is_right(way, [Form(4, 64, mx.bfloat16)])
