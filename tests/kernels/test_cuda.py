@@ -230,6 +230,8 @@ def test_nvidias_compiler_takes_every_fused_matmul(form, monkeypatch):
 
         def run(x=x, matrix=matrix):
             matmul_fused.gate_up(x, matrix, matrix, form=form)
+            values = mx.zeros((len(x), 8), dtype=form.dtype)
+            matmul_fused.gate_by(x, matrix, values, form=form)
             for count in (2, 3):
                 matmul_fused.qkv(x, [matrix] * count, form=form)
 
