@@ -8,7 +8,8 @@ beside each other, and knows the mean square after one reduction.
 Numbers are rounded to the row's type where MLX's own operations round them: the norm,
 its product with the weight, the sum, the product with the scale. So only the order in
 which squares are added differs, and that depends on H alone: a row has the same bits
-whatever the number of rows.
+whatever the number of rows. (Of float32, which is not rounded there, a compiler may
+fuse the product and the sum.)
 
 This file knows nothing of layers.
 """
