@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from . import add_norm, norm_rope
 from .matmul import DENSE, MAX_ROWS, Form
-from .matmul_fused import Matrix, gate_up, qkv
+from .matmul_fused import Matrix, gate_by, gate_up, qkv
 from .ways import ADD_NORM, GATE_UP, MATRIX_WAYS, NORM_ROPE, QKV
 
 # How far a number may be off, in units in the last place of the largest: the order of
@@ -105,12 +105,15 @@ def _heads() -> Iterator[_Pair]:
 
 
 def _gates(form: Form) -> Iterator[_Pair]:
-    """Of ``gate_up``: every number of rows."""
+    """Of ``gate_up`` and ``gate_by``: every number of rows."""
     x, (gate, up) = _rows(form), [_Matrix.random(i, form) for i in range(2)]
     for num_rows in range(1, MAX_ROWS + 1):
         rows = x[:num_rows]
         own = gate_up(rows, gate.arrays, up.arrays, form=form)
-        yield own, nn.gelu_approx(gate.product(rows)) * up.product(rows)
+        values = up.product(rows)
+        truth = nn.gelu_approx(gate.product(rows)) * values
+        yield own, truth
+        yield gate_by(rows, gate.arrays, values, form=form), truth
 
 
 def _projections(form: Form) -> Iterator[_Pair]:

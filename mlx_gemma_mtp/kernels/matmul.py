@@ -29,7 +29,8 @@ import mlx.core as mx
 from . import common, matmul_parts
 from .common import Kernel
 
-ALONE, GATED, APART = "matmul", "gate_up", "qkv"  # what one launch multiplies by
+# What one launch multiplies by, and what becomes of the products.
+ALONE, GATED, GATED_BY, APART = "matmul", "gate_up", "gate_by", "qkv"
 MAX_ROWS = 9
 MAX_SUMS = 32  # M * R: sums of a lane
 COLUMNS = (2, 3, 4)  # R that kernels are made for
@@ -185,8 +186,8 @@ def kernel(
         form: How the numbers are stored.
         num_rows: M.
         num_columns: R; of ``GATED`` those of both matrices together.
-        fusion: ``ALONE``; ``GATED`` for gelu(x @ gate.T) * (x @ up.T); ``APART`` for
-            matrices with an output each.
+        fusion: ``ALONE``; ``GATED`` for gelu(x @ gate.T) * (x @ up.T); ``GATED_BY``
+            for gelu(x @ gate.T) * values; ``APART`` for matrices with an output each.
         num_matrices: 1; of ``GATED`` 2; of ``APART`` 2 or 3.
     """
     assert form.is_known, form
@@ -214,7 +215,7 @@ class _Text:
     ``GATED`` the outputs r are the gate's and up's by turns.
 
     Attributes:
-        arrays: Names of the matrices' arrays.
+        arrays: Names of the inputs beside x.
         outputs: Names of the outputs.
     """
 
@@ -236,6 +237,7 @@ class _Text:
         self._names = ("w", "scales", "biases") if form.group_size else ("w",)
         numbers = ["", *(str(i) for i in range(1, num_matrices))]
         self.arrays = tuple(f"{name}{i}" for i in numbers for name in self._names)
+        self.arrays += ("values",) if fusion == GATED_BY else ()
         self.outputs = tuple(f"y{i}" for i in numbers[:num_outputs])
         self._rows = range(num_rows)
         self._columns = range(num_columns)
@@ -406,13 +408,18 @@ class _Text:
         lines, total = matmul_parts.sums_over_lanes(sums)
         num_columns = self._per_matrix
         y = "own_y" if self._fusion == APART else "y"
+        gate: list[str] = []
+        at = f"place / {num_columns}u * outputs + n"
         if self._fusion == GATED:
-            lines += matmul_parts.gated(total)
-            total = "gated"
+            lines += matmul_parts.partner(total)
+            gate = matmul_parts.gated(total, "beside")
+        if self._fusion == GATED_BY:
+            gate = matmul_parts.gated(total, f"values[{at}]")
         lines += [
             f"uint n = base + place % {num_columns}u;",
             "if (is_first && n >= first && n < outputs) {",
-            f"  {y}[place / {num_columns}u * outputs + n] = T({total});",
+            *(f"  {line}" for line in gate),
+            f"  {y}[{at}] = T({'gated' if gate else total});",
             "}",
         ]
         return lines

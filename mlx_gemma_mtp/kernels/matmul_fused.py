@@ -1,9 +1,10 @@
 """A few rows times several matrices in one launch, by the body of ``matmul``.
 
 ``gate_up`` has a matrix of gates beside one of values: a simdgroup computes the same
-outputs of both and stores gelu(gate) * up. ``qkv`` has up to three matrices one behind
-the other: a threadgroup has outputs of one of them. A sum is added up as ``multiply``
-adds it, bit by bit, so a row's bits depend on neither M nor R here too.
+outputs of both and stores gelu(gate) * up. ``gate_by`` has a gate alone, for values
+that are there. ``qkv`` has up to three matrices one behind the other: a threadgroup has
+outputs of one of them. A sum is added up as ``multiply`` adds it, bit by bit, so a
+row's bits depend on neither M nor R here too.
 
 This file knows nothing of the text.
 """
@@ -16,7 +17,7 @@ import mlx.core as mx
 
 from . import matmul
 from .common import Kernel
-from .matmul import APART, GATED, Form, default_columns, groups_of, kernel
+from .matmul import APART, GATED, GATED_BY, Form, default_columns, groups_of, kernel
 
 Matrix = tuple[mx.array, ...]  # weight, and scales and biases of a quantized one
 
@@ -67,6 +68,44 @@ def gate_up(
     return y.reshape(*x.shape[:-1], num_outputs)
 
 
+def gate_by(
+    x: mx.array,
+    gate: Matrix,
+    values: mx.array,
+    *,
+    form: Form,
+    num_columns: int | None = None,
+) -> mx.array:
+    """Multiply rows by a matrix: gelu of the product times values.
+
+    Rounded as ``gate_up`` rounds.
+
+    Args:
+        x: [..., K], 1 to 9 rows in all, as for ``multiply``.
+        gate: The arrays of a matrix [N, K], as for ``multiply``.
+        values: [..., N] of the form's type, 8 or more. Where they do not lie in memory
+            row by row they are copied first.
+        form: How the matrix is stored, one that is known.
+        num_columns: R, one of ``matmul.COLUMNS``; None for the default. It changes no
+            bit.
+
+    Returns:
+        [..., N] of the form's type.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    num_rows, num_outputs = len(rows), gate[0].shape[0]
+    columns = default_columns(num_rows) if num_columns is None else num_columns
+    assert values.shape == (*x.shape[:-1], num_outputs), (values.shape, x.shape)
+    (y,) = matmul.launch(
+        kernel(form, num_rows, columns, GATED_BY),
+        [rows, *gate, values],
+        form=form,
+        num_groups=groups_of(num_outputs, columns),
+        output_shapes=[(num_rows, num_outputs)],
+    )
+    return y.reshape(values.shape)
+
+
 def qkv(
     x: mx.array,
     matrices: Sequence[Matrix],
@@ -108,5 +147,6 @@ def kernels(form: Form, num_rows: int) -> list[Kernel]:
     columns = default_columns(num_rows)
     return [
         kernel(form, num_rows, 2 * default_gated_columns(num_rows), GATED, 2),
+        kernel(form, num_rows, columns, GATED_BY),
         *(kernel(form, num_rows, columns, APART, count) for count in (2, 3)),
     ]

@@ -77,18 +77,28 @@ def sums_over_lanes(sums: list[str]) -> tuple[list[str], str]:
     return lines, sums[0]
 
 
-def gated(total: str) -> list[str]:
-    """The gate's gelu times what stands beside it, in the lane of the gate's sum.
+def partner(total: str) -> list[str]:
+    """The sum beside the gate's as ``beside``, in the lane of the gate's.
 
-    Two sums that stand beside each other end in lanes that are 16 apart. Every result
-    is rounded as MLX's operations round it, those of ``nn.gelu_approx``.
+    Two sums that stand beside each other end in lanes that are 16 apart.
+    """
+    return [
+        f"float beside = simd_shuffle_xor({total}, {_STEPS[0]}u);",
+        "is_first = is_first && place % 2u == 0u;",
+        "place = place / 2u;",
+    ]
+
+
+def gated(total: str, value: str) -> list[str]:
+    """The gate's gelu times a value, as ``gated``.
+
+    Every result is rounded as MLX's operations round it, those of ``nn.gelu_approx``.
     """
 
     def step(name: str, value: str) -> str:
         return f"float {name} = float(T({value}));"
 
     return [
-        step("up", f"simd_shuffle_xor({total}, {_STEPS[0]}u)"),
         step("gate", total),
         step("cube", "gate * gate * gate"),
         step("share", "float(T(0.044715f)) * cube"),
@@ -98,7 +108,5 @@ def gated(total: str) -> list[str]:
         step("raised", "1.0f + bend"),
         step("half_gate", "0.5f * gate"),
         step("gelu", "half_gate * raised"),
-        "float gated = gelu * up;",
-        "is_first = is_first && place % 2u == 0u;",
-        "place = place / 2u;",
+        f"float gated = gelu * float(T({value}));",
     ]

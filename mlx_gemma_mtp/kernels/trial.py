@@ -139,19 +139,21 @@ def _try_resample() -> list[mx.array]:
     ]
 
 
-def _try_add_norm(kernel: Kernel) -> list[mx.array]:
+def _try_add_norm(
+    is_scaled: bool, num_norms: int, has_branches: bool
+) -> list[mx.array]:
     """In the widest row: a threadgroup must fit beside its registers."""
     row = mx.ones((1, add_norm.MAX_WIDTH), dtype=mx.bfloat16)
     weight = row[0]
-    has = set(kernel.input_names)
+    next_weight = mx.stack([weight] * num_norms) if num_norms > 1 else weight
     outputs = add_norm.add_norm(
         row,
         row,
         weight,
         eps=_EPS,
-        scale=weight[:1] if "scale" in has else None,
-        next_weight=weight if "next_weight" in has else None,
-        branches=add_norm.Branches(weight, row, weight) if "other" in has else None,
+        scale=weight[:1] if is_scaled else None,
+        next_weight=next_weight if num_norms else None,
+        branches=add_norm.Branches(weight, row, weight) if has_branches else None,
     )
     return [array for array in outputs if array is not None]
 
@@ -181,6 +183,6 @@ _TRIALS: dict[str, Callable[[], list[mx.array]]] = {
     threshold.KERNEL.name: _try_threshold,
     judge.KERNEL.name: _try_judge,
     resample.KERNEL.name: _try_resample,
-    **{k.name: partial(_try_add_norm, k) for k in add_norm.kernels()},
+    **{add_norm.kernel(*o).name: partial(_try_add_norm, *o) for o in add_norm.OPTIONS},
     **{k.name: partial(_try_norm_rope, k) for k in norm_rope.kernels()},
 }

@@ -18,9 +18,10 @@ import mlx.nn as nn
 from mlx_lm.models import gemma4_text
 
 from ..kernels.matmul import DENSE, Form, multiply
-from ..kernels.matmul_fused import Matrix, gate_up, qkv
+from ..kernels.matmul_fused import Matrix, gate_by, gate_up, qkv
 from ..kernels.ways import GATE_UP, QKV
 from ..models.attention import JoinedProjections
+from ..models.layers import JoinedGate
 from .choices import Choice, Choices, Shape
 
 _QUANTIZED = ("weight", "scales", "biases")
@@ -109,6 +110,24 @@ class FewRowsMLP(gemma4_text.MLP):
         return self.down_proj(gate_up(x, gate.matrix, up.matrix, form=gate.form))
 
 
+class _FewRowsGate(_FewRowsLayer, JoinedGate):
+    """A gate whose projection and activation come from one launch."""
+
+    def gated(self, h: mx.array, values: mx.array) -> mx.array | None:
+        """See ``JoinedGate``."""
+        if not self.takes(h) or values.dtype != h.dtype:
+            return None
+        return gate_by(h, self.matrix, values, form=self.form)
+
+
+class FewRowsLinearGate(_FewRowsGate, FewRowsLinear):
+    """Of a dense layer."""
+
+
+class FewRowsQuantizedGate(_FewRowsGate, FewRowsQuantizedLinear):
+    """Of a quantized layer."""
+
+
 class FewRowsAttention(JoinedProjections):
     """Attention whose queries, keys and values come from one launch."""
 
@@ -144,6 +163,11 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.QuantizedEmbedding: FewRowsQuantizedEmbedding,
 }
 
+_GATES: dict[type[nn.Module], type[nn.Module]] = {
+    FewRowsLinear: FewRowsLinearGate,
+    FewRowsQuantizedLinear: FewRowsQuantizedGate,
+}
+
 
 def few_rows(layer: nn.Module, choices: Choices) -> None:
     """Let a layer take the kernel where that was chosen for its matrix.
@@ -160,6 +184,11 @@ def few_rows(layer: nn.Module, choices: Choices) -> None:
     if type(layer) is gemma4_text.Attention and QKV in choices.ways:
         if layer.has_kv and _are_alike(_projections(layer)):
             layer.__class__ = FewRowsAttention
+        return
+    if type(layer) is gemma4_text.DecoderLayer and GATE_UP in choices.ways:
+        gate: Any = layer.per_layer_input_gate
+        if type(gate) in _GATES and "bias" not in gate:
+            gate.__class__ = _GATES[type(gate)]
         return
     kind = _KINDS.get(type(layer))
     if kind is None:

@@ -33,6 +33,14 @@ from .attention import JoinedProjections, SharedKV, attend
 logger = logging.getLogger("mlx_gemma_mtp")
 
 
+class JoinedGate(nn.Module):
+    """A projection of gates that somebody can compute with what they let through."""
+
+    def gated(self, h: mx.array, values: mx.array) -> mx.array | None:
+        """gelu(projection of h [B, L, H]) times values [B, L, P]; None: one by one."""
+        raise NotImplementedError
+
+
 def run_layers(
     layers: Sequence[Any],
     final_norm: nn.Module,
@@ -145,11 +153,17 @@ def _run(
         h, x = _added(h, found, norm, next_norm, ways, scale=end, branches=branches)
         return h, x, kv
     h, _ = _added(h, found, norm, None, ways, branches=branches)
-    gate = nn.gelu_approx(layer.per_layer_input_gate(h)) * place.per_layer_input
+    gate = _gated(layer.per_layer_input_gate, h, place.per_layer_input)
     found = layer.per_layer_projection(gate)
     norm = layer.post_per_layer_input_norm
     h, x = _added(h, found, norm, next_norm, ways, scale=end)
     return h, x, kv
+
+
+def _gated(gate: nn.Module, h: mx.array, values: mx.array) -> mx.array:
+    """The values [B, L, P] that a gate lets through."""
+    found = gate.gated(h, values) if isinstance(gate, JoinedGate) else None
+    return nn.gelu_approx(gate(h)) * values if found is None else found
 
 
 def _experts(layer: gemma4_text.DecoderLayer, h: mx.array) -> Branches:

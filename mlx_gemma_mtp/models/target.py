@@ -282,7 +282,11 @@ class Target:
         inputs = model._project_per_layer_inputs(
             h, model._get_per_layer_inputs(tokens, embeddings)
         )
-        return [inputs[:, :, i] for i in range(len(model.layers))]
+        if GATE_UP not in self._ways:
+            return [inputs[:, :, i] for i in range(len(model.layers))]
+        # A kernel takes each in one piece: all are laid out at once.
+        each = mx.contiguous(inputs.transpose(2, 0, 1, 3))
+        return [each[i : i + 1].squeeze(0) for i in range(len(model.layers))]
 
 
 class _InGroups:

@@ -117,7 +117,7 @@ def test_ways_go_together_with_the_kernel_of_few_rows(launches):
     use(pair, Choices({shape: Choice(1) for shape in shapes}, frozenset(WAYS)))
     found = logits(pair, 3)
     assert has_kernels_of_layers(launches)
-    for beginning in ("matmul", "gate_up", "qkv3"):
+    for beginning in ("matmul", "gate_up", "gate_by", "qkv3"):
         assert any(name.startswith(beginning) for name in launches), launches
     assert mx.array_equal(found, logits(pair, 1, 2))
     use(pair, Choices({shape: Choice(1) for shape in shapes}))

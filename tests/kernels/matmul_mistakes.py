@@ -240,6 +240,10 @@ GATED = (
     Mistake("gelu without its half", "0.5f * gate", "gate"),
     Mistake("a sigmoid's place", "1.0f + bend", "bend"),
 )
+GATED_BY = (
+    Mistake("values of the first row", "values[place / 4u * outputs + n]", "values[n]"),
+    Mistake("values that are gates", "0.5f * gate", "0.5f * float(values[n])"),
+)
 APART = (
     Mistake("the first matrix for all", "own_w = w1", "own_w = w"),
     Mistake("scales of the first", "own_scales = scales1", "own_scales = scales"),

@@ -208,6 +208,9 @@ def test_nvidias_compiler_takes_every_sum(H, dtype, monkeypatch):
         case = Sum.random(2, H, dtype, **dict(zip(names, options, strict=True)))
         for text in texts_of(case.run, monkeypatch):
             check_taken(text)
+    case = Sum.random(2, H, dtype, num_norms=add_norm.MAX_NORMS)
+    for text in texts_of(case.run, monkeypatch):
+        check_taken(text)
 
 
 @pytest.mark.parametrize("dtype", TYPES_OF_ROWS)
@@ -230,6 +233,8 @@ def test_nvidias_compiler_takes_every_fused_matmul(form, monkeypatch):
 
         def run(x=x, matrix=matrix):
             matmul_fused.gate_up(x, matrix, matrix, form=form)
+            values = mx.zeros((len(x), 8), dtype=form.dtype)
+            matmul_fused.gate_by(x, matrix, values, form=form)
             for count in (2, 3):
                 matmul_fused.qkv(x, [matrix] * count, form=form)
 

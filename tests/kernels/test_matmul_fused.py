@@ -1,7 +1,7 @@
 """A few rows times several matrices in one launch, from the Metal text on the CPU.
 
 Compared                    with                                    tolerance
-gate_up                     products and gelu in numpy              0: every bit
+gate_up, gate_by            products and gelu in numpy              0: every bit
 the same                    MLX's gelu_approx of the products       a last place, rare
 qkv                         a launch for each matrix                0: every bit
 M = 1 to 9, R, schedules,
@@ -29,6 +29,7 @@ from mlx_gemma_mtp.kernels.matmul import COLUMNS, DENSE, MAX_ROWS, MAX_SUMS, For
 from mlx_gemma_mtp.kernels.matmul_fused import (
     GATED_COLUMNS,
     default_gated_columns,
+    gate_by,
     gate_up,
     qkv,
 )
@@ -41,7 +42,7 @@ from tests.kernels.products import (
     rounded,
     same_bits,
 )
-from tests.kernels.test_counts import check_outputs_written_once
+from tests.kernels.test_counts import check_loads, check_outputs_written_once
 from tests.kernels.test_matmul_counts import exchanges
 from tests.kernels.test_matmul_mistakes import by_name
 from tests.metal.lint import lint
@@ -100,6 +101,18 @@ def run_gated(products, form, **options):
     )
 
 
+def values_of(form, M, N):
+    """What a gate lets through: as its own product would be."""
+    values = mx.random.normal((M, N), key=mx.random.key(M))
+    return values.astype(form.dtype)
+
+
+def run_gated_by(gate, form, **options):
+    x, M, N = rows_of(gate, form), len(gate.x), len(gate.weight)
+    values = values_of(form, MAX_ROWS, N)[:M]
+    return as_float32(gate_by(x, tuple(gate.matrix), values, form=form, **options))
+
+
 def run_apart(products, form, **options):
     matrices = [tuple(p.matrix) for p in products]
     found = qkv(rows_of(products[0], form), matrices, form=form, **options)
@@ -129,6 +142,13 @@ def check_gated(form, M, N, K=640, seed=0, **options):
     assert same_bits(y, want)
 
 
+def check_gated_by(form, M, N, K=640, seed=0, **options):
+    gate, _ = gate_and_up(form, M, N, K, seed)
+    y = run_gated_by(gate, form, **options)
+    values = as_float32(values_of(form, MAX_ROWS, N)[:M])
+    assert same_bits(y, gated_bits(gate.bits, values, form.dtype))
+
+
 def check_apart(form, M, sizes=SIZES, K=640, seed=0, **options):
     products = products_of(form, M, sizes, K, seed)
     found = run_apart(products, form, **options)
@@ -145,6 +165,11 @@ def test_gate_up(form):
 
 
 @by_few_forms
+def test_gate_by(form):
+    check_gated_by(form, 5, 24)
+
+
+@by_few_forms
 def test_qkv(form):
     number = FEW_FORMS.index(form)
     sizes = SIZES if number else SIZES[:2]
@@ -156,6 +181,7 @@ def test_qkv(form):
 def test_bits_of_every_text(form):
     for number, (rows, columns) in enumerate(GATED_TILES):
         check_gated(form, rows, 24, seed=number, num_columns=columns)
+        check_gated_by(form, rows, 24, seed=number, num_columns=2 * columns)
         for sizes in (SIZES, SIZES[1:]):
             check_apart(form, rows, sizes, seed=number)
 
@@ -180,9 +206,13 @@ def test_rows_have_the_bits_of_one_row():
         return [p.but(x=p.x[rows]) for p in products]
 
     gated = run_gated(pair, PLAIN, num_columns=1)
+    gated_by = run_gated_by(pair[0], PLAIN)
     apart = run_apart(three, PLAIN)
     for rows in (slice(0, 1), slice(8, 9), slice(2, 7)):
         assert same_bits(run_gated(part(pair, rows), PLAIN), gated[rows])
+        if rows.start == 0:  # values are of the first rows
+            (gate,) = part(pair[:1], rows)
+            assert same_bits(run_gated_by(gate, PLAIN), gated_by[rows])
         found = run_apart(part(three, rows), PLAIN)
         assert all(
             same_bits(y, all_rows[rows])
@@ -195,12 +225,14 @@ def test_any_number_of_outputs(outputs):
     for columns in GATED_COLUMNS:
         check_gated(PLAIN, 5, outputs, 128, num_columns=columns)
     check_apart(PLAIN, 5, (outputs, 17, outputs), 128)
+    check_gated_by(PLAIN, 5, outputs, 128)
 
 
 @by_few_forms
 def test_schedules(form, monkeypatch):
     monkeypatch.setattr(common, "launch", run_schedules)
     check_gated(form, 5, 24)
+    check_gated_by(form, 5, 24)
     check_apart(form, 5)
 
 
@@ -208,6 +240,7 @@ def test_schedules(form, monkeypatch):
 def test_contraction_has_nothing_to_fuse(form, monkeypatch):
     monkeypatch.setattr(common, "launch", partial(run_on_cpu, contract=True))
     check_gated(form, 3, 24)
+    check_gated_by(form, 3, 24)
     check_apart(form, 3)
 
 
@@ -275,10 +308,12 @@ def test_default_columns_are_of_a_kernel():
 
 
 def launches(form, rows, launch):
-    """Launch gate_up and qkv by a function."""
+    """Launch gate_up, gate_by and qkv by a function."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "launch", launch)
-        run_gated(gate_and_up(form, rows, 24), form)
+        pair = gate_and_up(form, rows, 24)
+        run_gated(pair, form)
+        run_gated_by(pair[0], form)
         for sizes in (SIZES, SIZES[1:]):
             run_apart(products_of(form, rows, sizes), form)
 
@@ -317,7 +352,7 @@ def test_no_races(form):
         return run_on_cpu(kernel, inputs, **options)
 
     launches(form, 5, launch)
-    assert races == [[]] * 3
+    assert races == [[]] * 4
 
 
 # ------------------------------------------------------------------------ counts
@@ -356,11 +391,23 @@ def test_gate_up_counts(form, M):
     simdgroups = N // R
     calls = exchanges(M * 2 * R) + 1  # the gate's partner
     assert counts.calls == {"simd_shuffle_xor": calls * simdgroups * LANES}
-    # Every lane bends something; what counts is a line of a launch, not of a weight.
-    assert counts.operations["function"] == simdgroups * LANES
+    assert counts.operations["function"] == N * M  # bends
     weights = 2 * N * K
     making = 0 if form.bits == DENSE else weights + 2 * weights // 8
     assert counts.operations["fma"] == weights * M + making
+
+
+@pytest.mark.parametrize("M", [pytest.param(1, marks=pytest.mark.slow), 5])
+def test_gate_by_counts(M):
+    (product,) = products_of(PLAIN, M, (N,), K)
+    x, values = rows_of(product, PLAIN), values_of(PLAIN, M, N)
+    (counts,) = counted(gate_by, x, tuple(product.matrix), values, form=PLAIN)
+    check_weights(counts, PLAIN, ("w",))
+    check_loads(counts, "values", N * M, unique=N * M, width=2)
+    check_outputs_written_once(counts, "y")
+    calls = exchanges(M * 4) * N // 4 * LANES
+    assert counts.calls == {"simd_shuffle_xor": calls}
+    assert counts.operations["function"] == N * M
 
 
 @pytest.mark.parametrize("M", [pytest.param(1, marks=pytest.mark.slow), 5])
@@ -396,6 +443,15 @@ def test_mistakes_of_gate_up_are_seen(mistake):
     gate, up = gate_and_up(PLAIN, 3, 64, 704)
     y = run_gated((gate, up), PLAIN)
     assert not same_bits(y, gated_bits(gate.bits, up.bits, PLAIN.dtype))
+
+
+@by_name(mistakes.GATED_BY)
+@pytest.mark.usefixtures("_mistaken")
+def test_mistakes_of_gate_by_are_seen(mistake):
+    gate, _ = gate_and_up(PLAIN, 3, 64, 704)
+    y = run_gated_by(gate, PLAIN)
+    values = as_float32(values_of(PLAIN, MAX_ROWS, 64)[:3])
+    assert not same_bits(y, gated_bits(gate.bits, values, PLAIN.dtype))
 
 
 @by_name(mistakes.APART, most=2)

@@ -15,7 +15,12 @@ from mlx_gemma_mtp.kernels import add_norm, common, norm_rope, trial
 from tests.metal.run import run_on_cpu
 
 KERNELS = [*add_norm.kernels(), *norm_rope.kernels()]
-FEW = {"add_norm_scaled_normed_branches", "norm_rope_queries", "norm_rope_shared_freqs"}
+FEW = {
+    "add_norm_scaled_normed_branches",
+    "add_norm_normed3",
+    "norm_rope_queries",
+    "norm_rope_shared_freqs",
+}
 
 
 @pytest.fixture
