@@ -72,11 +72,12 @@ def _attention_width(family: Family, layer_type: str, *, has_kv: bool) -> int:
     width = 2 * text["num_attention_heads"] * head_dim  # queries and output
     if has_kv:
         is_one = is_full and text["attention_k_eq_v"]
-        width += (1 if is_one else 2) * _kv_heads(family, layer_type) * head_dim
+        width += (1 if is_one else 2) * num_kv_heads(family, layer_type) * head_dim
     return int(width)
 
 
-def _kv_heads(family: Family, layer_type: str) -> int:
+def num_kv_heads(family: Family, layer_type: str) -> int:
+    """Heads of keys in a layer of a type."""
     text = family.target_text
     heads = text["num_key_value_heads"]
     if layer_type == FULL:
@@ -121,8 +122,8 @@ def _kv_bytes(family: Family, layer_types: Sequence[str], context: int) -> int:
     num_full = layer_types.count(FULL)
     seen = min(context, family.target_text["sliding_window"])
     sliding = len(layer_types) - num_full
-    sliding *= _kv_heads(family, SLIDING) * HEAD_DIM * seen
-    full = num_full * _kv_heads(family, FULL) * GLOBAL_HEAD_DIM * context
+    sliding *= num_kv_heads(family, SLIDING) * HEAD_DIM * seen
+    full = num_full * num_kv_heads(family, FULL) * GLOBAL_HEAD_DIM * context
     return int(2 * _KV_BYTES * (sliding + full))
 
 

@@ -190,7 +190,7 @@ def _attended(queries: mx.array, kv: SharedKV, scale: float, ways: Ways) -> mx.a
     num_heads, num_queries, head_dim = queries.shape[1:]
     shared_by = num_heads // kv.keys.shape[1]
     if shared_by > 1 and _is_packed(head_dim, ways):
-        return _packed(queries, kv, scale)
+        return packed(queries, kv, scale)
     most = num_queries
     if SPLIT in ways and head_dim in FUSED_HEAD_DIMS:
         most = fused_queries(shared_by)
@@ -214,7 +214,7 @@ def _is_packed(head_dim: int, ways: Ways) -> bool:
     return not is_fused and (where is None or PACKED in ways)
 
 
-def _packed(queries: mx.array, kv: SharedKV, scale: float) -> mx.array:
+def packed(queries: mx.array, kv: SharedKV, scale: float) -> mx.array:
     """Attention with all queries of a head of keys in the rows of one product."""
     num_rows, _, num_queries, head_dim = queries.shape
     groups = kv.keys.shape[1]

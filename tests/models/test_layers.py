@@ -239,5 +239,5 @@ def test_packed_heads_find_what_mlx_finds(num_queries, shared_by, dtype):
     mask = mx.stack([seen, mx.zeros_like(seen)])[:, None]
     queries, k, v = (array.astype(dtype) for array in (queries, k, v))
     expected = mx.fast.scaled_dot_product_attention(queries, k, v, scale=0.5, mask=mask)
-    found = attention._packed(queries, SharedKV(k, v, mask), 0.5)
+    found = attention.packed(queries, SharedKV(k, v, mask), 0.5)
     assert mx.array_equal(found, expected)
