@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from . import matmul
-from .matmul import APART, GATED, GATED_BY, Form, default_columns, groups_of, kernel
+from .matmul import APART, GATED, Form, default_columns, groups_of, kernel
 
 Matrix = tuple[mx.array, ...]  # weight, and scales and biases of a quantized one
 
@@ -96,7 +96,7 @@ def gate_by(
     columns = default_columns(num_rows) if num_columns is None else num_columns
     assert values.shape == (*x.shape[:-1], num_outputs), (values.shape, x.shape)
     (y,) = matmul.launch(
-        kernel(form, num_rows, columns, GATED_BY),
+        kernel(form, num_rows, columns, matmul.GATED_BY),
         [rows, *gate, values],
         form=form,
         num_groups=groups_of(num_outputs, columns),
