@@ -11,6 +11,7 @@ rules       tokens per round of the rules of sampled decoding
 context     time per round by the length of the context
 useless     what automatic draft lengths cost with a drafter of random weights
 batch       many requests at once: this package's batches and mlx-lm's
+first       time to the first token of short prompts that come at once
 structure   what masks cost, and what forced tokens give (needs the extra structure)
 engines     engines against each other by kind of prompt, each in its own process:
             mlx-lm, this package plain and drafting, mlx-lm with two models, mlx-vlm
@@ -40,6 +41,7 @@ from scripts.benchmarks import plot, sections
 from scripts.benchmarks.acceptance import acceptance, rules
 from scripts.benchmarks.arguments import SECTIONS, configure_parser, model_spec
 from scripts.benchmarks.batch import batch
+from scripts.benchmarks.first_token import first_token
 from scripts.benchmarks.prompts import random_prompts, read_documents
 from scripts.benchmarks.report import Report
 from scripts.benchmarks.speed import context, speed
@@ -98,6 +100,7 @@ def in_this_process(args: argparse.Namespace, wanted: Any) -> dict[str, Any]:
         "context": context,
         "useless": useless,
         "batch": batch,
+        "first": first_token,
     }
     names = [name for name in functions if name in wanted]
     if not names and "structure" not in wanted:

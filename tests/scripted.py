@@ -43,13 +43,17 @@ class ScriptedTarget:
     def embed(self, tokens: mx.array) -> mx.array:
         return tokens[..., None].astype(mx.float32)
 
-    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
+    def prefill(
+        self, tokens: mx.array, caches: list[PrefillCache], sizes: Sequence[int]
+    ) -> Prefilled:
+        num_rows, num_tokens = tokens.shape
         if not caches[0].offset:
-            self._num_prefilled += 1
-        row = self._num_prefilled - 1
-        zeros = mx.zeros((1, 1, tokens.size, 1))
+            self._num_prefilled += num_rows
+        first, start = self._num_prefilled - num_rows, caches[0].offset
+        zeros = mx.zeros((num_rows, 1, num_tokens, 1))
         caches[0].update_and_fetch(zeros, zeros)
-        hidden = mx.array([[[row, caches[0].offset]]], dtype=mx.float32)
+        rows = [[[first + i, start + size]] for i, size in enumerate(sizes)]
+        hidden = mx.array(rows, dtype=mx.float32)
         return Prefilled(self._logits(hidden), hidden, caches)
 
     def verify(
@@ -128,12 +132,19 @@ class ChainTarget:
     def embed(self, tokens: mx.array) -> mx.array:
         return tokens[..., None].astype(mx.float32)
 
-    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
-        positions = caches[0].offset + mx.arange(tokens.size)
-        zeros = mx.zeros((1, 1, tokens.size, 1))
+    def prefill(
+        self, tokens: mx.array, caches: list[PrefillCache], sizes: Sequence[int]
+    ) -> Prefilled:
+        last = mx.array([[size - 1] for size in sizes])
+        positions = caches[0].offset + last
+        self._fill(tokens, caches)
+        ends = mx.take_along_axis(tokens, last, axis=1)
+        return Prefilled(*self._predict(ends, positions), caches)
+
+    def _fill(self, tokens: mx.array, caches: list[PrefillCache]) -> None:
+        """Let caches hold keys and values of the tokens behind them."""
+        zeros = mx.zeros((tokens.shape[0], 1, tokens.shape[1], 1))
         caches[0].update_and_fetch(zeros, zeros)
-        logits, hidden = self._predict(tokens[None], positions[None])
-        return Prefilled(logits[:, -1:], hidden[:, -1:], caches)
 
     def verify(self, tokens, slabs, *, offset, first_position) -> TargetOutput:
         positions = offset[:, None] + mx.arange(tokens.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -86,6 +87,55 @@ def insert_row(
             mx.eval(slabs[j])
 
 
+def joined(rows: Sequence[list[PrefillCache]]) -> list[PrefillCache]:
+    """One cache a layer for a chunk of several prompts; a single one's own.
+
+    Args:
+        rows: The caches of each prompt, which hold the same positions. They stay as
+            they are where there are several.
+    """
+    if len(rows) == 1:
+        return rows[0]
+    return [_stacked(caches) for caches in zip(*rows, strict=True)]
+
+
+def _stacked(caches: Sequence[PrefillCache]) -> PrefillCache:
+    """A layer's caches as one that keeps all, because the newest may be padding."""
+    stacked = PrefillCache()
+    if caches[0].offset:
+        keys, values = (
+            mx.concatenate(list(arrays))
+            for arrays in zip(
+                *(cache.keys_and_values() for cache in caches), strict=True
+            )
+        )
+        stacked.fill(keys, values, offset=caches[0].offset)
+    return stacked
+
+
+def parted(
+    whole: Sequence[PrefillCache],
+    rows: Sequence[list[PrefillCache]],
+    sizes: Sequence[int],
+) -> list[list[PrefillCache]]:
+    """Each prompt's own caches after a chunk of several, without padding.
+
+    Args:
+        whole: What ``joined`` gave, and the chunk behind it.
+        rows: What it was given.
+        sizes: Tokens of each prompt's chunk.
+    """
+    if len(rows) == 1:
+        return [rows[0]]
+    return [
+        [
+            cache.followed_by(layer, row, size)
+            for layer, cache in zip(whole, caches, strict=True)
+        ]
+        for row, (caches, size) in enumerate(zip(rows, sizes, strict=True))
+    ]
+
+
 class PrefillCache:
     """One layer's keys and values while a prompt is read in chunks.
 
@@ -135,6 +185,21 @@ class PrefillCache:
             values = mx.concatenate([self._values, values], axis=2)
         self._keys, self._values = self._kept(keys), self._kept(values)
         return keys, values
+
+    def followed_by(self, whole: PrefillCache, row: int, size: int) -> PrefillCache:
+        """What this one holds and the first tokens behind it in a row of another.
+
+        Args:
+            whole: The other one, which begins with the same positions.
+            row: Which row of it.
+            size: How many tokens.
+        """
+        begin = self.offset - self.oldest
+        chunk = [a[row : row + 1, :, begin : begin + size] for a in whole.state]
+        made = copy(self)
+        # Copies: slices would keep all rows alive.
+        made.update_and_fetch(*map(mx.contiguous, chunk))
+        return made
 
     def make_mask(
         self, num_tokens: int, *, window_size: int | None = None, **_: object

@@ -103,7 +103,7 @@ class Decoder:
         policy: BatchPolicy = OpenBatch(max_rows, max_kv_bytes)
         if requests:
             policy = ClosedBatch(len(requests))
-        self._queue = RequestQueue(layout, policy)
+        self._queue = RequestQueue(layout, policy, pads=route.pads_prompts)
         self._batch = Batch(layout, policy)
         self._reader = PromptReader(
             rounds.target,

@@ -5,7 +5,7 @@ It knows nothing of how rounds use them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -26,8 +26,10 @@ class TargetLike(Protocol):
     def embed(self, tokens: mx.array) -> mx.array:
         """Scaled embeddings of tokens."""
 
-    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
-        """Read a chunk of a prompt into caches."""
+    def prefill(
+        self, tokens: mx.array, caches: list[PrefillCache], sizes: Sequence[int]
+    ) -> Prefilled:
+        """Read a chunk of each of some prompts into caches."""
 
     def verify(
         self,

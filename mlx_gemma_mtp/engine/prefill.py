@@ -1,4 +1,4 @@
-"""A prompt on its way into caches, a chunk at a time.
+"""Prompts on their way into caches, a chunk at a time, one or several in a forward.
 
 It knows what a target gives for a chunk: nothing of rows, rounds or of when to read.
 """
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..cache.prompt import PrefillCache, prefill_caches
+from ..cache.prompt import PrefillCache, joined, parted, prefill_caches
 from ..cache.slabs import SlabLayout
 from ..models.target import Prefilled
 
@@ -22,8 +22,10 @@ class Reader(Protocol):
 
     layout: SlabLayout
 
-    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
-        """Read a chunk of tokens into caches."""
+    def prefill(
+        self, tokens: mx.array, caches: list[PrefillCache], sizes: Sequence[int]
+    ) -> Prefilled:
+        """Read a chunk of each of some prompts into caches."""
 
 
 class Prefill:
@@ -72,6 +74,14 @@ class Prefill:
         return self.num_read in self._stops
 
     @property
+    def places(self) -> list[tuple[int, int]]:
+        """Of each layer's cache the oldest position it holds, and the next one.
+
+        Prompts with the same ones can be read on in one forward.
+        """
+        return [(cache.oldest, cache.offset) for cache in self.caches]
+
+    @property
     def filled(self) -> Prefilled:
         """What reading the whole prompt gives."""
         assert self._filled is not None
@@ -82,26 +92,59 @@ class Prefill:
         stop = next(s for s in self._stops if s > self.num_read)
         return min(most, stop - self.num_read)
 
-    def read(self, most: int) -> int:
+    def next_chunk(self, most: int) -> mx.array:
+        """The tokens of the next chunk, int32 [L], at most so many."""
+        return self._prompt[self.num_read : self.num_read + self.next_size(most)]
+
+    def add(self, filled: Prefilled, size: int) -> None:
+        """Note that the next chunk was read.
+
+        Args:
+            filled: What that gave, of this prompt alone.
+            size: Its tokens.
+        """
+        self.caches = filled.caches
+        self.num_read += size
+        if self.is_done:
+            self._filled = filled
+
+    def read(self, most: int) -> None:
         """Read the next chunk.
 
         Args:
             most: Most tokens in it, 1 or more.
-
-        Returns:
-            How many were read.
         """
-        size = self.next_size(most)
-        chunk = self._prompt[self.num_read : self.num_read + size]
-        filled = self._target.prefill(chunk, self.caches)
-        # A read per chunk bounds the graph's memory; the prompt is not a round.
-        mx.eval(filled.hidden, [cache.state for cache in self.caches])
-        self.num_read += size
-        if self.is_done:
-            mx.eval(filled.logits)  # of earlier chunks nobody wants them
-            self._filled = filled
-        mx.clear_cache()
-        return size
+        read_together(self._target, [self], most)
+
+
+def read_together(target: Reader, prefills: Sequence[Prefill], most: int) -> None:
+    """Read the next chunk of some prompts in one forward, padded on the right.
+
+    Args:
+        target: Reads.
+        prefills: The prompts. Where there are several, what was read of each must look
+            alike (``Prefill.places``). Where an exception ends this, several are left
+            as they were; the caches of one alone may be filled in part.
+        most: Most tokens of a chunk, 1 or more.
+    """
+    chunks = [prefill.next_chunk(most) for prefill in prefills]
+    sizes = [chunk.size for chunk in chunks]
+    longest = max(sizes)
+    tokens = mx.stack([mx.pad(chunk, (0, longest - chunk.size)) for chunk in chunks])
+    rows = [prefill.caches for prefill in prefills]
+    whole = joined(rows)
+    filled = target.prefill(tokens, whole, sizes)
+    rows = parted(whole, rows, sizes)
+    # A read per chunk bounds the graph's memory; the prompt is not a round.
+    mx.eval(filled.hidden, [cache.state for row in rows for cache in row])
+    left = (prefill.num_tokens - prefill.num_read for prefill in prefills)
+    if any(size == rest for size, rest in zip(sizes, left, strict=True)):
+        mx.eval(filled.logits)  # of earlier chunks nobody wants them
+    for i, prefill in enumerate(prefills):
+        row = slice(i, i + 1)
+        own = Prefilled(filled.logits[row], filled.hidden[row], rows[i])
+        prefill.add(own, sizes[i])
+    mx.clear_cache()
 
 
 def read_prompt(
@@ -119,6 +162,7 @@ def read_prompt(
 
 def read_on(target: Reader, prompt_cache: Sequence[Any], tokens: Sequence[int]) -> None:
     """Read a few tokens into mlx-lm's cache objects, which grow as mlx-lm's do."""
-    target.prefill(mx.array(list(tokens), dtype=mx.int32), list(prompt_cache))
+    ids = mx.array([list(tokens)], dtype=mx.int32)
+    target.prefill(ids, list(prompt_cache), [len(tokens)])
     for cache in prompt_cache:  # one by one: each grows by a copy
         mx.eval(cache.keys, cache.values)

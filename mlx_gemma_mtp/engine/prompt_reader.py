@@ -1,5 +1,7 @@
 """Reads prompts a chunk at a time, and seats those that were read to their ends.
 
+Short ones are read together, where the queue says so; all else is each one's own.
+
 No running sequence waits longer than for one chunk. Knows nothing of rounds.
 """
 
@@ -19,8 +21,8 @@ from ..sampling.masks import allow
 from .batch import Batch
 from .extract import filled, with_cache
 from .masked import RoundMasks
-from .prefill import Prefill, Reader
-from .queue import RequestQueue, Waiting
+from .prefill import Prefill, Reader, read_together
+from .queue import SHORT, RequestQueue, Waiting
 from .request import Request
 from .results import (
     Decision,
@@ -34,10 +36,6 @@ from .results import (
 from .sequence import TokenSequence
 from .state import Report, row_settings
 from .timing import RoundTimer
-
-# A short prompt takes hardly less time than this many tokens: the weights are read for
-# either. So few of them are read between two rounds.
-_SMALLEST_CHUNK = 256
 
 
 class PromptReader:
@@ -99,40 +97,73 @@ class PromptReader:
         """
         paused: set[TokenSequence] = set()
         budget = self._step_size
-        while budget > 0 and (entry := self._queue.next(self._batch.live, paused)):
-            sequence, prefill = entry.sequence, entry.prefill
-            before = prefill.num_read
-            try:
-                decision = self._read_chunk(entry, budget)
-            except Exception as error:
-                if not isolates:
-                    raise
-                self._queue.remove(sequence)
-                step.outputs.append(failure_of(sequence, error))
+        while budget > 0:
+            entries = self._queue.next(self._batch.live, paused, most=budget)
+            if not entries:
                 return
-            size = prefill.num_read - before
-            step.num_read += size
-            budget -= max(size, _SMALLEST_CHUNK)
-            is_paused = prefill.is_stopped and not prefill.is_done
-            step.progress.append(
-                PromptProgress(
-                    sequence, prefill.num_read, prefill.num_tokens, is_paused
-                )
-            )
-            if decision is not None:
-                step.outputs.append(self._begin(sequence, prefill.filled, decision))
-                self._queue.remove(sequence)
-            elif is_paused:
-                paused.add(sequence)  # for the caller to take the caches
+            before = [entry.prefill.num_read for entry in entries]
+            errors = self._read_chunks(entries, budget)
+            for entry, start, error in zip(entries, before, errors, strict=True):
+                try:
+                    decision = self._decision(entry, error)
+                except Exception as failure:
+                    if not isolates:
+                        raise
+                    self._queue.remove(entry.sequence)
+                    step.outputs.append(failure_of(entry.sequence, failure))
+                    budget = 0
+                    continue
+                size = entry.prefill.num_read - start
+                step.num_read += size
+                # As if it was read alone: who decodes waits no longer than then.
+                budget -= max(size, SHORT)
+                self._take(entry, decision, step, paused)
 
-    def _read_chunk(self, entry: Waiting, budget: int) -> Decision | None:
-        """Read a chunk of a prompt; its first token, where that was the last one."""
+    def _read_chunks(
+        self, entries: Sequence[Waiting], budget: int
+    ) -> list[Exception | None]:
+        """Read a chunk of each of some prompts; what each has failed with."""
         self._timer.disturb()
-        with self._timer.prefill():
-            entry.prefill.read(budget)
+        try:
+            with self._timer.prefill():
+                read_together(self._target, [e.prefill for e in entries], budget)
+        except Exception as error:  # noqa: BLE001 (whatever MLX raises)
+            if len(entries) == 1:
+                return [error]
+            # Whichever of them it was: alone it fails, and the others do not.
+            return [e for entry in entries for e in self._read_chunks([entry], budget)]
+        return [None] * len(entries)
+
+    def _decision(self, entry: Waiting, error: Exception | None) -> Decision | None:
+        """The token behind a prompt, where the chunk that was read is its last one.
+
+        Raises:
+            Exception: What it has failed with, then or now.
+        """
+        if error is not None:
+            raise error
         if not entry.prefill.is_done:
             return None
         return self._first(entry.sequence, entry.prefill.filled)
+
+    def _take(
+        self,
+        entry: Waiting,
+        decision: Decision | None,
+        step: StepOutput,
+        paused: set[TokenSequence],
+    ) -> None:
+        """Tell of a chunk that was read; one whose prompt that ends is seated."""
+        sequence, prefill = entry.sequence, entry.prefill
+        is_paused = prefill.is_stopped and not prefill.is_done
+        step.progress.append(
+            PromptProgress(sequence, prefill.num_read, prefill.num_tokens, is_paused)
+        )
+        if decision is not None:
+            step.outputs.append(self._begin(sequence, prefill.filled, decision))
+            self._queue.remove(sequence)
+        elif is_paused:
+            paused.add(sequence)  # for the caller to take the caches
 
     def _first(self, sequence: TokenSequence, read_prompt: Prefilled) -> Decision:
         """Choose the token behind a prompt."""

@@ -2,7 +2,8 @@
 
 Sequences are let in in the order they came, and only where all of them fit into memory
 at their longest, so none that runs is ever sent away. Prompts that were begun are read
-in turn, and short ones pass long ones. Knows nothing of rounds.
+in turn, and short ones pass long ones, several in one forward where that is faster.
+Knows nothing of rounds.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from ..errors import RequestError
 from .capacity import BatchPolicy, longest_text, most_slots
 from .prefill import Prefill
 from .sequence import TokenSequence
+from .together import companions
 
 # Prompts that are read side by side; each holds the caches of what was read of it.
 # Short ones hold next to nothing and are not counted.
 _MAX_READING = 8
-SHORT = 256  # tokens still to be read; they take hardly longer than one
+# Tokens still to be read that take hardly longer than one: the weights are read for
+# either. So few short prompts are read between two rounds.
+SHORT = 256
 # Short prompts that may pass before one is read in turn: half of a chunk.
 MAX_PASSING = 4
 
@@ -44,11 +48,15 @@ class RequestQueue:
     Args:
         layout: Of the slabs.
         policy: How many sequences may decode together, and their memory.
+        pads: Whether short prompts may be padded and read in one forward.
     """
 
-    def __init__(self, layout: SlabLayout, policy: BatchPolicy) -> None:
+    def __init__(
+        self, layout: SlabLayout, policy: BatchPolicy, *, pads: bool = False
+    ) -> None:
         self._layout = layout
         self._policy = policy
+        self._pads = pads
         self._reading: deque[Waiting] = deque()
         self._outside: deque[Waiting] = deque()
         self._num_passed = 0  # since one was read in turn
@@ -98,28 +106,48 @@ class RequestQueue:
         self._outside.clear()
 
     def next(
-        self, seated: Sequence[TokenSequence], paused: Collection[TokenSequence]
-    ) -> Waiting | None:
-        """Whose prompt is to be read next.
+        self,
+        seated: Sequence[TokenSequence],
+        paused: Collection[TokenSequence],
+        *,
+        most: int,
+    ) -> list[Waiting]:
+        """Whose prompts are to be read next, in one forward.
 
         Args:
             seated: The sequences that decode.
             paused: Those whose prompts are not to be read on for now.
+            most: Tokens to read; a short prompt counts as ``SHORT`` of them.
 
         Returns:
-            Its entry; None where there is none, or no seat or memory for it yet.
+            One entry, or several short ones; none where there is none, or no seat or
+            memory for it yet.
         """
         self._let_in(seated)
         entries = [entry for entry in self._reading if entry.sequence not in paused]
-        short = next((entry for entry in entries if entry.is_short), None)
+        short = [entry for entry in entries if entry.is_short]
         long = next((entry for entry in entries if not entry.is_short), None)
-        if long is None or (short is not None and self._num_passed < MAX_PASSING):
-            self._num_passed += 1
-            return short
+        if long is None or (short and self._num_passed < MAX_PASSING):
+            num_prompts = most // SHORT
+            if long is not None:
+                num_prompts = min(num_prompts, MAX_PASSING - self._num_passed)
+            chosen = self._together(short, num_prompts)
+            self._num_passed += len(chosen)
+            return chosen
         self._num_passed = 0
         self._reading.remove(long)
         self._reading.append(long)
-        return long
+        return [long]
+
+    def _together(self, short: Sequence[Waiting], most: int) -> list[Waiting]:
+        """The first of some short prompts, and those that it is read with."""
+        if not self._pads or len(short) < 2 or most < 2:
+            return list(short[:1])
+        first, *others = short
+        places = first.prefill.places
+        alike = [entry for entry in others if entry.prefill.places == places]
+        size, *sizes = (e.prefill.next_size(SHORT) for e in (first, *alike))
+        return [first, *(alike[i] for i in companions(size, sizes, most=most - 1))]
 
     def _let_in(self, seated: Sequence[TokenSequence]) -> None:
         """Let those in for whom there is a seat and memory."""

@@ -40,12 +40,15 @@ class Route:
         is_exact: Whether bytes were proved equal for all of them.
         max_difference: Largest difference of a logit that the probe has seen; None
             where it has not come to its end.
+        pads_prompts: Whether short prompts may be padded and read in one forward, which
+            a kernel may round otherwise than each alone.
         state: What was proved, or why nothing was, in words.
     """
 
     min_rows: int = 1
     allowed: tuple[int, ...] = ALL_DRAFTS
     is_exact: bool = False
+    pads_prompts: bool = False
     max_difference: float | None = None
     state: str = field(default="", compare=False)
 
@@ -56,11 +59,15 @@ class Route:
 
 
 # All numbers of drafts, nothing compared.
-ANY_ROUTE = Route(state="not exact: nothing was compared")
+ANY_ROUTE = Route(pads_prompts=True, state="not exact: nothing was compared")
 # Plain decoding of the caller's choice: nothing to compare with.
 PLAIN = Route(allowed=(0,), state="plain decoding")
 
 
 def inexact_route(reason: str, *, max_difference: float | None = None) -> Route:
     """All numbers of drafts, whatever bytes they give."""
-    return Route(max_difference=max_difference, state=f"not exact: {reason}")
+    return Route(
+        pads_prompts=True,
+        max_difference=max_difference,
+        state=f"not exact: {reason}",
+    )

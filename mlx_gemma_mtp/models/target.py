@@ -64,11 +64,11 @@ class TargetOutput:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What reading a chunk of a prompt gives.
+    """What reading a chunk of each of some prompts gives.
 
     Attributes:
-        logits: Of the chunk's last token, [1, 1, V].
-        hidden: Of the chunk's last token, after the final norm, [1, 1, H].
+        logits: Of each chunk's last token, [B, 1, V].
+        hidden: Of each chunk's last token, after the final norm, [B, 1, H].
         caches: The cache of each layer that owns its K/V.
     """
 
@@ -137,35 +137,41 @@ class Target:
         """Scaled embeddings of tokens [B, L], as the drafter takes them, [B, L, H]."""
         return scaled_embedding(self._lm, tokens)
 
-    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
-        """Read a chunk of a prompt, as ``read`` does.
+    def prefill(
+        self, tokens: mx.array, caches: list[PrefillCache], sizes: Sequence[int]
+    ) -> Prefilled:
+        """Read a chunk of each of some prompts, as ``read`` does.
 
         Args:
-            tokens: At least one token id, int32 [L].
-            caches: One for each layer that owns K/V; they are filled further.
+            tokens: A chunk a row, int32 [B, L]. Shorter ones are padded on the right,
+                which no token before sees.
+            caches: One for each layer that owns K/V; they are filled further, with
+                padding too.
+            sizes: Tokens of each chunk, 1 to L.
 
         Returns:
-            The last token's logits and hidden state, and the caches.
+            The last tokens' logits and hidden states, and the caches.
         """
-        hidden = self.read(tokens, caches)[:, -1:]
-        hidden = mx.contiguous(hidden)  # a slice would keep the whole chunk
+        hidden = self.read(tokens, caches)
+        last = mx.array([size - 1 for size in sizes])
+        # Copies: slices would keep the whole chunk.
+        hidden = hidden[mx.arange(len(sizes)), last][:, None]
         return Prefilled(self.logits(hidden), hidden, caches)
 
     def read(self, tokens: mx.array, caches: Sequence[Any]) -> mx.array:
-        """Read a chunk of a text.
+        """Read a chunk of each of some texts, which stand at the same place.
 
         A few layers at a time are evaluated, the last ones by the caller: Python hears
         of a signal only between two evaluations. How many they are changes no result.
 
         Args:
-            tokens: At least one token id, int32 [L].
+            tokens: At least one token id a row, int32 [B, L].
             caches: One for each layer that owns K/V; they are filled further. Where an
                 exception ends this, only some of them are.
 
         Returns:
-            The hidden states after the final norm, [1, L, H].
+            The hidden states after the final norm, [B, L, H].
         """
-        tokens = tokens[None]
         model = self._lm.model
         masks = model._make_masks(tokens, caches)  # of its argument the length counts
         types = (layer.layer_type for layer in self.layout.layers)

@@ -106,7 +106,8 @@ def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
     """
     look_ahead = can_look_ahead(pair)
     if why_plain := _why_plain(pair, num_draft_tokens):
-        return Plan(DraftPolicy(0), PLAIN, why_plain, look_ahead=look_ahead)
+        route = replace(PLAIN, pads_prompts=True)
+        return Plan(DraftPolicy(0), route, why_plain, look_ahead=look_ahead)
     route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
     policy = _draft_policy(pair, route, num_draft_tokens)
     return Plan(policy, route, look_ahead=look_ahead)

@@ -19,6 +19,7 @@ SECTIONS = (
     "context",
     "useless",
     "batch",
+    "first",
     "structure",
     "engines",
     "graph",
@@ -93,7 +94,7 @@ def _add_sizes(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prompts", type=int, default=100, help="held-out prompts")
     group.add_argument("--places", type=int, default=500, help="random places")
     group.add_argument(
-        "--repeats", type=int, default=7, help="of speed, context, batch"
+        "--repeats", type=int, default=7, help="of speed, context, batch, first"
     )
     group.add_argument(
         "--batch-rows",
@@ -101,6 +102,9 @@ def _add_sizes(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[4],
         help="rows of batch, which has twice as many requests",
+    )
+    group.add_argument(
+        "--prompts-at-once", type=int, nargs="+", default=[16], help="of first"
     )
     group.add_argument("--temp", type=float, default=0.0, help="for the speed")
     group.add_argument("--top-k", type=int, default=0, help="for the speed")

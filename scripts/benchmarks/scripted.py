@@ -11,6 +11,7 @@ The price is one more pass over the block's logits in each round.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -41,9 +42,11 @@ class ScriptedTarget:
         self.vocab_size = target.vocab_size
         self.embed = target.embed
 
-    def prefill(self, tokens: mx.array, caches: list[PrefillCache]) -> Prefilled:
-        """Read a chunk of a prompt as the target does."""
-        return self._target.prefill(tokens, caches)
+    def prefill(
+        self, tokens: mx.array, caches: list[PrefillCache], sizes: Sequence[int]
+    ) -> Prefilled:
+        """Read chunks of prompts as the target does."""
+        return self._target.prefill(tokens, caches, sizes)
 
     def verify(
         self, tokens: mx.array, slabs: list[mx.array], **places: Any

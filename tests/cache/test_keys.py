@@ -27,7 +27,7 @@ from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.models.drafter import DraftOutput
-from mlx_gemma_mtp.models.target import Prefilled, TargetOutput
+from mlx_gemma_mtp.models.target import TargetOutput
 from tests.engine.test_joining import chain_text
 from tests.scripted import CHAIN_SIZE, ChainDrafter, ChainTarget
 
@@ -80,13 +80,11 @@ class KeyTarget(ChainTarget):
         layers = (LayerKV(SLIDING, 1, 1), LayerKV(FULL, 1, 1))
         self.layout = SlabLayout(layers, window, mx.float32)
 
-    def prefill(self, tokens, caches) -> Prefilled:
-        positions = caches[0].offset + mx.arange(tokens.size)
-        keys = key_of(tokens, positions).astype(mx.float32)[None, None, :, None]
+    def _fill(self, tokens, caches) -> None:
+        positions = caches[0].offset + mx.arange(tokens.shape[1])
+        keys = key_of(tokens, positions).astype(mx.float32)[:, None, :, None]
         for cache in caches:
             cache.update_and_fetch(keys, keys + 0.5)
-        logits, hidden = self._predict(tokens[None], positions[None])
-        return Prefilled(logits[:, -1:], hidden[:, -1:], caches)
 
     def verify(self, tokens, slabs, *, offset, first_position) -> TargetOutput:
         num_tokens, capacity = tokens.shape[1], self.layout.capacity(slabs)
@@ -286,7 +284,8 @@ def test_mlx_lms_rings_come_back_from_every_phase(chunks, window, num_drafts):
     text = [(37 * i) % 96 for i in range(sum(chunks))]
     start = 0
     for size in chunks:
-        rounds.target.prefill(mx.array(text[start : start + size]), cache)
+        chunk = mx.array([text[start : start + size]])
+        rounds.target.prefill(chunk, cache, [size])
         start += size
     check_cache(cache, text, window)
     request = Request([4], 25)

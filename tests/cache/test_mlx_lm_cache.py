@@ -28,7 +28,6 @@ from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.generation.text import stream_generate
 from mlx_gemma_mtp.generation.tokens import generate_tokens
-from mlx_gemma_mtp.models.target import Prefilled
 from mlx_gemma_mtp.pair.pair import pair_of
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.scripted import ChainDrafter, ChainTarget
@@ -421,14 +420,10 @@ class WideTarget(ChainTarget):
         super().__init__()
         self.layout = SlabLayout((LayerKV(FULL, 4, 64),) * 8, 4, mx.float32)
 
-    def prefill(self, tokens, caches) -> Prefilled:
-        offset = caches[0].offset
+    def _fill(self, tokens, caches) -> None:
         for cache in caches:
-            zeros = mx.zeros((1, 4, tokens.size, 64))
+            zeros = mx.zeros((tokens.shape[0], 4, tokens.shape[1], 64))
             cache.update_and_fetch(zeros, zeros)
-        positions = offset + mx.arange(tokens.size)
-        logits, hidden = self._predict(tokens[None], positions[None])
-        return Prefilled(logits[:, -1:], hidden[:, -1:], caches)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 12])

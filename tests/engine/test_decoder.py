@@ -80,7 +80,7 @@ def test_the_round_has_no_other_way_to_the_host():
         "pipeline.py": {"_queue_shadow", "rest"},
         "runner.py": {"start", "decide", "commit"},
         "state.py": {"read", "read_drafts"},
-        "prefill.py": {"read", "read_on"},
+        "prefill.py": {"read_together", "read_on"},
         "slabs.py": {"resize"},
         "prompt.py": {"insert_row", "take_row"},
         "batch.py": {"_start"},

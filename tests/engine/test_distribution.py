@@ -33,9 +33,10 @@ class FixedTarget(ScriptedTarget):
     def __init__(self) -> None:
         super().__init__([[0]])
 
-    def prefill(self, tokens, caches) -> Prefilled:
-        filled = super().prefill(tokens, caches)
-        logits = mx.log(mx.array(TARGET_PROBS))[None, None]
+    def prefill(self, tokens, caches, sizes) -> Prefilled:
+        filled = super().prefill(tokens, caches, sizes)
+        shape = (len(sizes), 1, TARGET_PROBS.size)
+        logits = mx.broadcast_to(mx.log(mx.array(TARGET_PROBS)), shape)
         return Prefilled(logits, filled.hidden, filled.caches)
 
     def verify(self, tokens, slabs, **kwargs) -> TargetOutput:

@@ -516,10 +516,10 @@ class TestFailures:
 
     def test_a_prompt_that_cannot_be_read(self, chain):
         class Target(ChainTarget):
-            def prefill(self, tokens, caches):
-                if tokens.size > 20:
+            def prefill(self, tokens, caches, sizes):
+                if max(sizes) > 20:
                     raise RuntimeError("no memory")
-                return super().prefill(tokens, caches)
+                return super().prefill(tokens, caches, sizes)
 
         decoder = Decoder(
             Rounds(Target(), ChainDrafter(), use_compile=False), num_draft_tokens=1

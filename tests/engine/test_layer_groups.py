@@ -36,7 +36,7 @@ def evaluated(monkeypatch, target, tokens_of_layers):
         patch.setattr(target_module, "_TOKENS_OF_LAYERS", tokens_of_layers)
         patch.setattr(mx, "async_eval", counting)
         caches = prefill_caches(target.layout)
-        filled = target.prefill(mx.array(PROMPT, dtype=mx.int32), caches)
+        filled = target.prefill(mx.array([PROMPT]), caches, [len(PROMPT)])
     arrays = [filled.logits, filled.hidden, *(a for c in caches for a in c.state)]
     return [np.array(array) for array in arrays], count
 

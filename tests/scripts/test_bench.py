@@ -5,9 +5,11 @@ Run: python -m pytest tests/scripts/test_bench.py
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +39,7 @@ from scripts.benchmarks.engines import (
     TwoModel,
     make_engine,
 )
+from scripts.benchmarks.first_token import first_token
 from scripts.benchmarks.graph import counting
 from scripts.benchmarks.measure import measure
 from scripts.benchmarks.models import ModelSpec
@@ -65,13 +68,26 @@ def run_bench(*arguments, cwd, **environment):
     )
 
 
+@pytest.mark.usefixtures("plain_graphs")
+def test_first_tokens_of_prompts_at_once(capsys):
+    pair = reference_pair()
+    documents = random_prompts(pair.vocab_size, "", count=2, length=80)
+    args = argparse.Namespace(prompts_at_once=[3], repeats=1)
+    found = first_token(pair, documents, random.Random(0), args)["3"]
+    assert list(found) == ["one by one", "together"]
+    for figures in found.values():
+        assert figures["last_ms"] == figures["mean_ms"] > 0  # all in the first step
+    assert found["one by one"]["x_last"] == 1
+    assert "together" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_all_sections_run(tmp_path):
     figures, tables = tmp_path / "figures.json", tmp_path / "tables.md"
     run = run_bench(
         *(name for name in SECTIONS if name != "graph"),
         *("--prompts", "2", "--places", "2", "--repeats", "1", "--max-tokens", "8"),
-        *("--batch-rows", "1"),
+        *("--batch-rows", "1", "--prompts-at-once", "2"),
         *("--contexts", "32", "--kinds", "code", "chat", "--samplings", "greedy"),
         *("--prompts-per-kind", "2", "--num-draft-tokens", "4", "auto"),
         *("--engines", "mlx-lm", "plain", "draft", "mlx-vlm"),
@@ -89,6 +105,8 @@ def test_all_sections_run(tmp_path):
         "context",
         "useless",
         "batch",
+        "first",
+        "structure",
         "engines",
     }
     assert set(found) == {"machine", *sections}
@@ -97,6 +115,8 @@ def test_all_sections_run(tmp_path):
         assert figure["tokens_per_second"] > 0
     for figure in found["batch"]["1"].values():
         assert figure["tokens_per_second"] > 0
+    for figure in found["first"]["2"].values():
+        assert figure["last_ms"] >= figure["mean_ms"] > 0
     for figure in found["acceptance"].values():
         assert 1 <= figure["acceptance_length"] <= 5
     for lengths in found["rules"].values():

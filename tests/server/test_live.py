@@ -219,6 +219,30 @@ def test_requests_of_every_kind_together(client):
     assert len({text for text, *_ in alone}) >= 6
 
 
+def test_short_prompts_of_sixteen_clients_at_once(client):
+    """They are read together, while another one decodes: each has its own text."""
+    kinds = [
+        {
+            "prompt": PROMPT + "    x = 1\n" * (i % 5) + f"    y = {i}",
+            "max_tokens": 3,
+            "temperature": i % 2,
+            "seed": i,
+        }
+        for i in range(16)
+    ]
+
+    def ask(kind):
+        body = client.complete(**kind).json()
+        return body["choices"][0]["text"], body["usage"]
+
+    def long():
+        return client.text(PROMPT, max_tokens=30)
+
+    found = together(long, *(lambda k=kind: ask(k) for kind in kinds))
+    assert found == [long(), *(ask(kind) for kind in kinds)]
+    assert len({text for text, _ in found[1:]}) > 4
+
+
 def test_a_longer_prompt_is_taken_from_the_caches(client):
     prompt = PROMPT + "    # area of a circle\n" * 8
     first = client.complete(prompt, max_tokens=12).json()

@@ -335,6 +335,14 @@ class TestMistakes:
                         "schema": {"type": "thing"},
                     }
                 },
+                "output_format.schema: ",
+            ),
+            (
+                {
+                    "output_config": {
+                        "format": {"type": "json_schema", "schema": {"type": "thing"}}
+                    }
+                },
                 "output_config.format.schema: ",
             ),
         ],

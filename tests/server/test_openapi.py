@@ -16,6 +16,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from mlx_gemma_mtp.server import openai_format as formats
 from mlx_gemma_mtp.server.answer_parser import Delta
 from mlx_gemma_mtp.server.messages.answer_schema import MessageError
 from mlx_gemma_mtp.server.openapi import CHUNKS, WHOLE, _numbers_to
+from tests.server.agreement import agrees
 from tests.server.serving import (
     EOS,
     ROOT,
@@ -47,6 +49,24 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/messages": {"messages": [{"role": "user", "content": "a b"}]},
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "a b"}]},
 }
+FORM = {"type": "json_schema", "schema": {"type": "object"}}
+BAD_FORM = {"type": "json_schema", "schema": {"type": "thing"}}
+NAMED = {"name": "answer"}
+BEGUN = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "{"}]
+# Nothing is wrong with each field by itself.
+DISAGREEING: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"response_format": {"type": "json_object"}}),
+    ("/v1/messages", {"output_format": FORM}),
+    ("/v1/messages", {"output_config": {"format": FORM}}),
+    ("/v1/messages/count_tokens", {"output_format": FORM}),
+    ("/v1/responses", {"text": {"format": {**FORM, **NAMED}}}),
+    ("/v1/responses", {"text": {"format": {"type": "json_object"}}}),
+]
+UNKNOWN: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/messages", {"output_format": BAD_FORM}),
+    ("/v1/messages/count_tokens", {"output_config": {"format": BAD_FORM}}),
+    ("/v1/responses", {"text": {"format": {**BAD_FORM, **NAMED}}}),
+]
 CHOICES = ("/v1/chat/completions", "/v1/completions")
 
 
@@ -190,6 +210,28 @@ class TestKeys:
                 is_open = path == "/health"
                 assert operation["security"] == ([] if is_open else [{name: []}])
                 assert ("401" in operation["responses"]) != is_open
+
+
+class TestAgreement:
+    """What schemathesis is not to try is what is refused, and no more than that."""
+
+    @pytest.mark.parametrize("path", BODIES)
+    def test_what_is_answered(self, client, path):
+        body = {"max_tokens": 3, **BODIES[path], "top_logprobs": 0}
+        assert agrees(body)
+        assert client.ask("POST", path, body).status == 200
+
+    @pytest.mark.parametrize(("path", "fields"), DISAGREEING + UNKNOWN)
+    def test_what_is_refused(self, client, described, path, fields):
+        body = {"max_tokens": 3, **BODIES[path], **fields, "top_logprobs": 0}
+        if (path, fields) in DISAGREEING:
+            assert client.ask("POST", path, body).status == 200
+            body["input" if "input" in body else "messages"] = BEGUN
+        content = described["paths"][path]["post"]["requestBody"]["content"]
+        schema = {**described, **content["application/json"]["schema"]}
+        assert jsonschema.Draft202012Validator(schema).is_valid(body)
+        assert client.ask("POST", path, body).status == 400
+        assert not agrees(body)
 
 
 @pytest.mark.schema

@@ -117,7 +117,7 @@ def test_record_is_what_one_pass_gives(family):
     pair = float32_pair(family)
     start, tokens = len(PROMPT), mx.array(text.tokens)[None]
     target = Target(pair.target)
-    hidden = target.read(tokens[0], prefill_caches(target.layout))
+    hidden = target.read(tokens, prefill_caches(target.layout))
     logits = pair.target(tokens)[0]
     assert record.num_places == len(text.tokens) - start - 1
     assert mx.allclose(record.hidden, hidden[0, start - 1 : -2], atol=1e-4)

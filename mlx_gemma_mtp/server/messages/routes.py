@@ -13,7 +13,7 @@ from ..errors import renamed
 from .answer import MessageWriter
 from .errors import PATH
 from .schema import REFUSED, WITHOUT_EFFECT, CountBody, MessagesBody
-from .translation import NAMES, chat_body
+from .translation import chat_body, names
 
 COUNT_PATH = f"{PATH}/count_tokens"
 
@@ -24,7 +24,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     @app.post(PATH, summary="Answer a message, in Anthropic's form")
     async def messages(request: Request, body: MessagesBody) -> Response:
         arrived = time.perf_counter()
-        with renamed(NAMES):
+        with renamed(names(body)):
             asked = await _asked(request, desk, body)
             choices = asked.choices(desk)
         (reader,) = asked.readers(desk)
@@ -39,7 +39,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 
     @app.post(COUNT_PATH, summary="Count a message's tokens")
     async def count(request: Request, body: CountBody) -> Response:
-        with renamed(NAMES):
+        with renamed(names(body)):
             asked = await _asked(request, desk, body)
         return JSONResponse({"input_tokens": len(asked.prompt.tokens)})
 

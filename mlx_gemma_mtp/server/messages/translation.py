@@ -16,6 +16,7 @@ from .schema import (
     Block,
     CountBody,
     MessagesBody,
+    MessagesFormat,
     MessagesTool,
     MessagesToolChoice,
     MessagesTurn,
@@ -26,10 +27,7 @@ from .schema import (
     ToolUseBlock,
 )
 
-# What a chat calls what a body has by another name: for what is said of mistakes.
-NAMES = {
-    "response_format.json_schema.schema": "output_config.format.schema",
-    "response_format": "output_config.format",
+_NAMES = {
     "function.parameters": "input_schema",
     "max_thinking_tokens": "thinking.budget_tokens",
     "continue_final_message": "messages",
@@ -39,6 +37,17 @@ NAMES = {
 _BILLING = re.compile(r"^x-anthropic-billing-header:[^\n]*\n*", re.MULTILINE)
 _THINKING = "high"  # Anthropic's own default
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+
+
+def names(body: CountBody) -> dict[str, str]:
+    """What a chat calls what a body calls otherwise: for what is said of mistakes."""
+    has_old_name = _configured_form(body) is None and body.output_format is not None
+    form = "output_format" if has_old_name else "output_config.format"
+    return {
+        "response_format.json_schema.schema": f"{form}.schema",
+        "response_format": form,
+        **_NAMES,
+    }
 
 
 def chat_body(body: CountBody) -> ChatBody:
@@ -56,9 +65,7 @@ def chat_body(body: CountBody) -> ChatBody:
         fields["tools"] = [_tool(i, tool) for i, tool in enumerate(body.tools)]
     if body.tool_choice is not None:
         fields |= _tool_choice(body.tool_choice)
-    asked = body.output_format
-    if body.output_config is not None and body.output_config.format is not None:
-        asked = body.output_config.format
+    asked = _configured_form(body) or body.output_format
     if asked is not None:
         form = {"name": "answer", "strict": True, "schema": asked.schema_}
         fields["response_format"] = {"type": "json_schema", "json_schema": form}
@@ -66,6 +73,11 @@ def chat_body(body: CountBody) -> ChatBody:
         fields["max_tokens"] = body.max_tokens
         fields["stop"] = body.stop_sequences
     return translated(fields)
+
+
+def _configured_form(body: CountBody) -> MessagesFormat | None:
+    """The form that the answer is to have, where the newer field says it."""
+    return None if body.output_config is None else body.output_config.format
 
 
 def _effort(body: CountBody) -> str:

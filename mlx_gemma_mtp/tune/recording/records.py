@@ -121,7 +121,7 @@ class Recorder:
         rows = []
         for first in range(0, num_read, self._step_size):
             chunk = tokens[first : min(first + self._step_size, num_read)]
-            hidden = self._target.read(chunk, caches)
+            hidden = self._target.read(chunk[None], caches)
             mx.eval(hidden, [cache.state for cache in caches])
             rows.append(hidden[0, max(start - 1 - first, 0) :])
         hidden = mx.concatenate(rows)  # from position start - 1 on
