@@ -1,19 +1,22 @@
 """Whether the kernels of a way to run layers are right on this machine.
 
-Each is run over a few rows of published sizes and compared with MLX's operations.
+Each text that the layers of a pair may take is run over a few rows, in the pair's sizes
+and type, and compared with MLX's operations.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, compress, product
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import add_norm, norm_rope
+from .common import MIN_ELEMENTS
 from .matmul import DENSE, MAX_ROWS, Form
 from .matmul_fused import Matrix, gate_by, gate_up, qkv
 from .ways import ADD_NORM, GATE_UP, MATRIX_WAYS, NORM_ROPE, QKV
@@ -23,20 +26,37 @@ from .ways import ADD_NORM, GATE_UP, MATRIX_WAYS, NORM_ROPE, QKV
 _MOST_UNITS = 4
 _EPS = 1e-6
 _ROWS = 3
-_WIDTH, _HEAD_DIMS = 1536, (256, 512)
-_NUM_OUTPUTS = 67
-_DTYPE = mx.bfloat16
+_WIDTH, _NUM_OUTPUTS = 1536, 67  # of matrices
 
 _Pair = tuple[mx.array, mx.array]  # of a kernel, and of MLX's operations
 
 
-def is_right(way: str, forms: Iterable[Form] = ()) -> bool:
+@dataclass(frozen=True)
+class LayerSizes:
+    """What the layers of a pair have.
+
+    Attributes:
+        widths: H of the target and of the drafter, with the type of their norms.
+        head_dims: D of all layers, with the same.
+        structure: A text that differs for pairs of other arrays.
+    """
+
+    widths: tuple[tuple[int, mx.Dtype], ...] = ()
+    head_dims: tuple[tuple[int, mx.Dtype], ...] = ()
+    structure: str = ""
+
+
+NO_LAYERS = LayerSizes()
+
+
+def is_right(way: str, sizes: LayerSizes, forms: Iterable[Form] = ()) -> bool:
     """Whether the kernels of a way give what MLX's operations give.
 
     Ways without kernels are right.
 
     Args:
         way: The way.
+        sizes: Of the layers that it runs.
         forms: Of the matrices that it multiplies, if it does.
 
     Raises:
@@ -46,7 +66,7 @@ def is_right(way: str, forms: Iterable[Form] = ()) -> bool:
     if way in MATRIX_WAYS:
         pairs = chain.from_iterable(_PRODUCTS[way](form) for form in forms)
     elif way in _PAIRS:
-        pairs = _PAIRS[way]()
+        pairs = _PAIRS[way](sizes)
     return all(_is_near(own, truth) for own, truth in pairs)
 
 
@@ -56,52 +76,55 @@ def _is_near(own: mx.array, truth: mx.array) -> bool:
     return bool((mx.abs(own - truth).max() <= _MOST_UNITS * unit).item())
 
 
-def _random(seed: int, *shape: int) -> mx.array:
-    return mx.random.normal(shape, key=mx.random.key(seed)).astype(_DTYPE)
+def _random(seed: int, dtype: mx.Dtype, *shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
 
 
-def _sums() -> Iterator[_Pair]:
-    """Of ``add_norm``: with all it may have, and with nothing."""
-    rows = [_random(i, _ROWS, _WIDTH) for i in range(3)]
-    weights = [_random(i, _WIDTH) for i in range(3, 7)]
-    whole: dict[str, Any] = {
-        "scale": mx.array([0.5], dtype=_DTYPE),
-        "next_weight": weights[1],
-        "branches": add_norm.Branches(weights[2], rows[2], weights[3]),
-    }
-    each: list[dict[str, Any]] = [{}, {"next_weight": weights[1]}, whole]
-    for options in each:
-        arrays = (*rows[:2], weights[0])
-        own = add_norm.add_norm(*arrays, eps=_EPS, **options)
-        truth = add_norm.plain(*arrays, eps=_EPS, **options)
-        for a, b in zip(own, truth, strict=True):
-            if a is not None and b is not None:
-                yield a, b
+def _sums(sizes: LayerSizes) -> Iterator[_Pair]:
+    """Of ``add_norm``: with and without all that it may have."""
+    for width, dtype in sizes.widths:
+        residual, y, other = (_random(i, dtype, _ROWS, width) for i in range(3))
+        weights = [_random(i, dtype, width) for i in range(3, 7)]
+        choices: list[tuple[str, Any]] = [
+            ("scale", mx.full((MIN_ELEMENTS,), 0.5, dtype)),
+            ("next_weight", weights[1]),
+            ("branches", add_norm.Branches(weights[2], other, weights[3])),
+        ]
+        for has in product((False, True), repeat=len(choices)):
+            options = dict(compress(choices, has))
+            arrays = (residual, y, weights[0])
+            own = add_norm.add_norm(*arrays, eps=_EPS, **options)
+            yield from _both(own, add_norm.plain(*arrays, eps=_EPS, **options))
 
 
-def _heads() -> Iterator[_Pair]:
+def _heads(sizes: LayerSizes) -> Iterator[_Pair]:
     """Of ``norm_rope``: queries alone, with keys, with keys that are values."""
     offset = mx.array([1000, 7], dtype=mx.int32)
-    for head_dim in _HEAD_DIMS:
-        q, k, v = (_random(i, 2, _ROWS, 8 >> i, head_dim) for i in (0, 1, 1))
-        weights = {"q_weight": _random(3, head_dim), "k_weight": _random(4, head_dim)}
+    for head_dim, dtype in sizes.head_dims:
+        q = _random(0, dtype, 2, _ROWS, 8, head_dim)
+        k, v = (_random(i, dtype, 2, _ROWS, 4, head_dim) for i in (1, 2))
+        q_weight, k_weight = (_random(i, dtype, head_dim) for i in (3, 4))
         freqs = mx.exp(mx.arange(head_dim // 2) / 16)
-        for heads in ((q, k, v), (q, k, k), (q, None, None)):
-            given = (
-                weights if heads[1] is not None else {"q_weight": weights["q_weight"]}
-            )
-            for turn in ({"base": 10000.0}, {"freqs": freqs}):
-                options: dict[str, Any] = {
-                    "eps": _EPS,
-                    "offset": offset,
-                    **given,
-                    **turn,
-                }
-                own = norm_rope.norm_rope(*heads, **options)
-                truth = norm_rope.plain(*heads, **options)
-                for a, b in zip(own, truth, strict=True):
-                    if a is not None and b is not None:
-                        yield a, b
+        turns: list[dict[str, Any]] = [{"base": 10000.0}, {"freqs": freqs}]
+        for heads, turn in product(((q, k, v), (q, k, k), (q, None, None)), turns):
+            options: dict[str, Any] = {
+                "q_weight": q_weight,
+                "k_weight": None if heads[1] is None else k_weight,
+                "eps": _EPS,
+                "offset": offset,
+                **turn,
+            }
+            own = norm_rope.norm_rope(*heads, **options)
+            yield from _both(own, norm_rope.plain(*heads, **options))
+
+
+def _both(
+    own: Iterable[mx.array | None], truth: Iterable[mx.array | None]
+) -> Iterator[_Pair]:
+    """What both have given, pair by pair."""
+    for a, b in zip(own, truth, strict=True):
+        if a is not None and b is not None:
+            yield a, b
 
 
 def _gates(form: Form) -> Iterator[_Pair]:
@@ -162,7 +185,7 @@ _PRODUCTS: dict[str, Callable[[Form], Iterator[_Pair]]] = {
     GATE_UP: _gates,
     QKV: _projections,
 }
-_PAIRS: dict[str, Callable[[], Iterator[_Pair]]] = {
+_PAIRS: dict[str, Callable[[LayerSizes], Iterator[_Pair]]] = {
     ADD_NORM: _sums,
     NORM_ROPE: _heads,
 }

@@ -23,6 +23,7 @@ from itertools import cycle
 import mlx.core as mx
 
 from ..kernels import layer_trial, matmul
+from ..kernels.layer_trial import NO_LAYERS, LayerSizes
 from ..kernels.matmul import DENSE, MAX_ROWS, Form
 from .choices import Choices, Shape
 
@@ -129,6 +130,7 @@ class Bench(Products):
             long text or not.
         disturbed: Says why timings are not to be relied on now; empty where they are.
         copy_bytes: As for ``Products``.
+        sizes: Of the layers of the pair.
     """
 
     def __init__(
@@ -136,14 +138,17 @@ class Bench(Products):
         run_pass: Callable[[Choices, int, bool], None],
         disturbed: Callable[[], str],
         copy_bytes: int = COPY_BYTES,
+        *,
+        sizes: LayerSizes = NO_LAYERS,
     ) -> None:
         super().__init__(copy_bytes)
+        self._sizes = sizes
         self._run_pass = run_pass
         self.disturbed = disturbed
 
     def is_right_way(self, way: str, forms: Iterable[Form]) -> bool:
         """Whether the kernels of a way to run layers are right, for such matrices."""
-        return layer_trial.is_right(way, forms)
+        return layer_trial.is_right(way, self._sizes, forms)
 
     def clock(self) -> float:
         """Seconds since some moment."""

@@ -56,41 +56,38 @@ class Kept:
             self._found = self._read()
 
     def choices(self, shapes: Iterable[Shape]) -> Choices:
-        """The choices for those of some shapes that have one; MLX has the others.
-
-        And the ways to run the layers of a pair that has exactly these shapes.
-        """
+        """The choices for those of some shapes that have one; MLX has the others."""
         found: dict[Shape, Choice] = {}
-        shapes = set(shapes)
         for shape in shapes:
             if not self.is_bad(shape):
                 try:
                     found[shape] = Choice.from_dict(self._found["choices"][str(shape)])
                 except (KeyError, ValueError):  # none, or MLX's, or damage
                     continue
-        return Choices(found, self._ways(shapes))
+        return Choices(found)
 
-    def keep_ways(self, shapes: set[Shape], ways: Mapping[str, bool]) -> None:
-        """Keep whether the layers of a pair that has these shapes are faster so."""
-        name = _name(shapes)
-        known = self._found["ways"].get(name)
+    def ways(self, structure: str) -> Ways:
+        """The ways that were faster for pairs of a structure, without bad ones."""
+        found = self._found["ways"].get(structure)
+        if not isinstance(found, dict):
+            return STOCK_WAYS
+        return frozenset(
+            way for way in WAYS if found.get(way) is True and not self.is_bad_way(way)
+        )
+
+    def keep_ways(self, structure: str, ways: Mapping[str, bool]) -> None:
+        """Keep whether the layers of pairs of a structure are faster so."""
+        known = self._found["ways"].get(structure)
         found = {**(known if isinstance(known, dict) else {}), **ways}
-        self._change("ways", {name: found})
+        self._change("ways", {structure: found})
 
     def mark_bad_way(self, way: str, reason: str) -> None:
         """No layer runs so from now on: a kernel failed, or was wrong."""
         self._change("bad", {way: reason[:_MAX_REASON]})
 
-    def _ways(self, shapes: set[Shape]) -> Ways:
-        """The ways that were faster for a pair that has these shapes."""
-        found = self._found["ways"].get(_name(shapes))
-        if not isinstance(found, dict):
-            return STOCK_WAYS
-        return frozenset(
-            way
-            for way in WAYS
-            if found.get(way) is True and way not in self._found["bad"]
-        )
+    def is_bad_way(self, way: str) -> bool:
+        """Whether a kernel of a way failed, or was wrong."""
+        return way in self._found["bad"]
 
     def is_decided(self, shape: Shape) -> bool:
         """Whether it is known what multiplies a shape, be it MLX."""
@@ -142,7 +139,8 @@ class Kept:
 
     def _name_of(self, shapes: set[Shape]) -> str:
         """What a set of shapes is called, with what multiplies each."""
-        return _name(shapes, self.choices(shapes).digest)
+        names = [*sorted(map(str, shapes)), self.choices(shapes).digest]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()[:24]
 
     def _change(self, section: str, values: Mapping[str, Any]) -> None:
         """Write some values, beside what others have written meanwhile."""
@@ -200,12 +198,6 @@ def kernels_digest() -> str:
     for text in texts:
         found.update(f"{text.header}{text.source}".encode())
     return found.hexdigest()
-
-
-def _name(shapes: Iterable[Shape], *more: str) -> str:
-    """What a set of shapes is called."""
-    names = [*sorted(map(str, shapes)), *more]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:24]
 
 
 def _named(by_rows: Mapping[int, float]) -> dict[str, float]:

@@ -9,19 +9,22 @@ A layer of a class that is not MLX's own is left alone: it may compute something
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text
 
+from ..kernels.layer_trial import LayerSizes
 from ..kernels.matmul import DENSE, Form, multiply
 from ..kernels.matmul_fused import Matrix, gate_by, gate_up, qkv
 from ..kernels.ways import GATE_UP, QKV
 from ..models.attention import JoinedProjections
-from ..models.layers import JoinedGate
+from ..models.layers import JoinedGate, is_known
 from .choices import Choice, Choices, Shape
 
 _QUANTIZED = ("weight", "scales", "biases")
@@ -231,3 +234,20 @@ def shapes_of(models: Iterable[nn.Module | None]) -> Counter[Shape]:
             if type(layer) in _KINDS and (shape := shape_of(layer)).is_known:
                 found[shape] += 1
     return found
+
+
+def sizes_of(models: Iterable[nn.Module | None]) -> LayerSizes:
+    """What the layers of some models have."""
+    widths: dict[tuple[int, mx.Dtype], None] = {}
+    head_dims: dict[tuple[int, mx.Dtype], None] = {}
+    arrays: list[object] = []
+    for model in models:
+        flat: Any = [] if model is None else tree_flatten(model.parameters())
+        arrays += [(name, array.shape, str(array.dtype)) for name, array in flat]
+        for _, layer in [] if model is None else model.named_modules():
+            if type(layer) is gemma4_text.DecoderLayer and is_known(layer):
+                weight = layer.input_layernorm.weight
+                widths[weight.shape[-1], weight.dtype] = None
+                head_dims[layer.self_attn.head_dim, weight.dtype] = None
+    structure = hashlib.sha256(repr(arrays).encode()).hexdigest()
+    return LayerSizes(tuple(widths), tuple(head_dims), structure)

@@ -22,6 +22,7 @@ class Tuned:
             none was timed.
         stock_passes: The same with MLX alone.
         ways: Whether layers are faster by each way that was timed.
+        bad_ways: Why a way must not be used, by way.
     """
 
     reason: str = ""
@@ -32,6 +33,7 @@ class Tuned:
     passes: Mapping[int, float] = field(default_factory=dict)
     stock_passes: Mapping[int, float] = field(default_factory=dict)
     ways: Mapping[str, bool] = field(default_factory=dict)
+    bad_ways: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def choices(self) -> Choices:

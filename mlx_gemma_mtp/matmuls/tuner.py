@@ -143,6 +143,7 @@ class _Tuner:
         self._machine = machine
         self._progress = progress
         self._candidates = ways
+        self._bad_ways: dict[str, str] = {}
         self._windows = Windows(machine.clock, budget_s)
         self._windows.reserved_s = _CONTEXT_SHARE * budget_s  # for whole passes
         self._decided: dict[Shape, Choice | None] = {}
@@ -166,7 +167,7 @@ class _Tuner:
         others = {s: c for s, c in winners.items() if s not in tried}
         decided = self._decided | others | kept
         found = decided, self._bad, self._reasons, self._gains
-        return Tuned("", *found, *self._passes, ways)
+        return Tuned("", *found, *self._passes, ways, self._bad_ways)
 
     # ------------------------------------------------------------------- shapes alone
 
@@ -385,7 +386,8 @@ class _Tuner:
     def _ways(self, kept: Mapping[Shape, Choice | None]) -> dict[str, bool]:
         """Whether passes are faster with each way to run layers, one after another.
 
-        What there is no time for is left out.
+        What there is no time or no memory for is left out, and what others disturb, too:
+        what was found before stays.
         """
         choices = Choices({s: c for s, c in kept.items() if c is not None})
         found: dict[str, bool] = {}
@@ -394,15 +396,17 @@ class _Tuner:
                 continue
             self._progress(f"whole passes, {way}")
             with_it = choices.with_way(way)
-            if not self._is_right_way(way, choices.forms):
-                found[way] = False
-                continue
             try:
+                if not self._is_right_way(way, choices.forms):
+                    continue
                 duels = self._timed.duels(
                     choices, with_it, PASS_ROWS, is_long=way in LONG_WAYS
                 )
             except NoTimeError:
                 break
+            except Exception as error:  # noqa: BLE001 - MLX's own: memory ends, say
+                self._progress(f"{way} was not timed: {described(error)}")
+                continue
             is_lost = any(duel.loses for duel in duels.values())
             found[way] = not is_lost and gain(duels) > widest(duels)
             if found[way]:
@@ -412,11 +416,22 @@ class _Tuner:
         return found
 
     def _is_right_way(self, way: str, forms: Iterable[Form]) -> bool:
-        """Whether the kernels of a way run and are right."""
+        """Whether the kernels of a way run and are right; else it is bad.
+
+        Raises:
+            Exception: It cannot be tried now.
+        """
         try:
-            return self._machine.is_right_way(way, forms)
-        except Exception:  # noqa: BLE001 - whatever Metal and its compiler say
-            return False
+            reason = ""
+            if not self._machine.is_right_way(way, forms):
+                reason = "wrong numbers"
+        except Exception as error:
+            if is_of_others(error):
+                raise
+            reason = described(error)
+        if reason:
+            self._bad_ways[way] = reason
+        return not reason
 
 
 def _own(duels: Mapping[int, Duel]) -> dict[int, float]:

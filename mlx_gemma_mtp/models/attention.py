@@ -167,11 +167,15 @@ def _turned_by_kernel(
 def _is_known(attention: gemma4_text.Attention) -> bool:
     """Whether norms and rotation are those that the kernel computes."""
     rope = attention.rope
-    norms = [attention.get(name) for name in ("q_norm", "k_norm")]
-    known = [norm for norm in norms if norm is not None]
-    if any(type(norm) is not nn.RMSNorm for norm in known):
+    kinds = {
+        "q_norm": nn.RMSNorm,
+        "k_norm": nn.RMSNorm,
+        "v_norm": gemma4_text.RMSNormNoScale,
+    }
+    norms = {name: attention[name] for name in kinds if name in attention}
+    if any(type(norm) is not kinds[name] for name, norm in norms.items()):
         return False
-    if len({norm.eps for norm in (*known, attention.get("v_norm", known[0]))}) > 1:
+    if len({norm.eps for norm in norms.values()}) > 1:
         return False
     if type(rope) is nn.RoPE:
         is_plain = rope.scale == 1.0

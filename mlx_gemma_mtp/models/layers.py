@@ -73,9 +73,8 @@ def run_layers(
     """
     kvs = list(kvs)
     ends = _ends(layers, ways)
-    norms = [*(layer.input_layernorm for layer in layers[1:]), final_norm]
-    x = layers[0].input_layernorm(h)
-    for i, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
+    x = None
+    for i, layer in enumerate(layers):
         is_owner = slots is not None and sources[i] == i
         place = _Place(
             kvs[sources[i]],
@@ -85,9 +84,22 @@ def run_layers(
             ends[i],
             ways,
         )
-        run = _run if _is_known(layer) else _run_other
-        h, x, kvs[sources[i]] = run(layer, h, x, place, next_norm)
-    return x, kvs
+        if is_known(layer):
+            x = layer.input_layernorm(h) if x is None else x
+            next_norm = _next_norm(layers[i + 1 :], final_norm)
+            h, x, kvs[sources[i]] = _run(layer, h, x, place, next_norm)
+        else:
+            h, kvs[sources[i]] = _run_other(layer, h, place)
+            x = None
+    return final_norm(h) if x is None else x, kvs
+
+
+def _next_norm(rest: Sequence[Any], final_norm: nn.Module) -> nn.Module | None:
+    """The norm that the next layer begins with; None where that is its own business."""
+    if not rest:
+        return final_norm
+    norm: nn.Module | None = rest[0].input_layernorm if is_known(rest[0]) else None
+    return norm
 
 
 @dataclass(frozen=True)
@@ -111,16 +123,13 @@ class _Place:
     ways: Ways
 
 
-_Ran = tuple[mx.array, mx.array, SharedKV]
-
-
 def _run(
     layer: gemma4_text.DecoderLayer,
     h: mx.array,
     x: mx.array,
     place: _Place,
-    next_norm: nn.Module,
-) -> _Ran:
+    next_norm: nn.Module | None,
+) -> tuple[mx.array, mx.array | None, SharedKV]:
     """Run a layer.
 
     Args:
@@ -128,11 +137,11 @@ def _run(
         h: The residual stream, [B, L, H].
         x: The same after the layer's first norm, [B, L, H].
         place: What it runs over.
-        next_norm: In front of what comes next.
+        next_norm: In front of what comes next; None for none.
 
     Returns:
-        The residual stream behind it, the same after the next norm, and what was
-        attended to.
+        The residual stream behind it, the same after the next norm if there is one, and
+        what was attended to.
     """
     found, kv = attend(
         layer.self_attn,
@@ -143,21 +152,24 @@ def _run(
         ways=place.ways,
     )
     ways = place.ways
-    h, x = _added(
+    h, normed = _added(
         h, found, layer.post_attention_layernorm, layer.pre_feedforward_layernorm, ways
     )
+    assert normed is not None  # there is a next norm
     branches = _experts(layer, h) if layer.enable_moe else None
-    found = layer.mlp(x)
+    found = layer.mlp(normed)
     norm, end = layer.post_feedforward_layernorm, place.end
     if place.per_layer_input is None or layer.per_layer_input_gate is None:
-        h, x = _added(h, found, norm, next_norm, ways, scale=end, branches=branches)
-        return h, x, kv
+        h, normed = _added(
+            h, found, norm, next_norm, ways, scale=end, branches=branches
+        )
+        return h, normed, kv
     h, _ = _added(h, found, norm, None, ways, branches=branches)
     gate = _gated(layer.per_layer_input_gate, h, place.per_layer_input)
     found = layer.per_layer_projection(gate)
     norm = layer.post_per_layer_input_norm
-    h, x = _added(h, found, norm, next_norm, ways, scale=end)
-    return h, x, kv
+    h, normed = _added(h, found, norm, next_norm, ways, scale=end)
+    return h, normed, kv
 
 
 def _gated(gate: nn.Module, h: mx.array, values: mx.array) -> mx.array:
@@ -186,16 +198,16 @@ def _added(
     *,
     scale: mx.array | None = None,
     branches: Branches | None = None,
-) -> tuple[mx.array, mx.array]:
+) -> tuple[mx.array, mx.array | None]:
     """The residual stream with the norm of y added, and the same after the next norm.
 
-    Without a next norm the stream itself stands in its place.
+    None stands for that where there is no next norm.
     """
     next_weight = None
     if type(next_norm) is nn.RMSNorm and next_norm.eps == norm.eps:
         next_weight = next_norm.weight
     add = add_norm if ADD_NORM in ways else plain
-    h, x = add(
+    h, normed = add(
         h,
         y,
         norm.weight,
@@ -204,15 +216,13 @@ def _added(
         next_weight=next_weight,
         branches=branches,
     )
-    if x is None:
-        x = h if next_norm is None else next_norm(h)
-    return h, x
+    if normed is None and next_norm is not None:
+        normed = next_norm(h)
+    return h, normed
 
 
-def _run_other(
-    layer: Any, h: mx.array, x: mx.array, place: _Place, next_norm: nn.Module
-) -> _Ran:
-    """Call a layer that is not mlx-lm's own; as ``_run``."""
+def _run_other(layer: Any, h: mx.array, place: _Place) -> tuple[mx.array, SharedKV]:
+    """Call a layer that is not mlx-lm's own: its result, and what was attended to."""
     kv, cache = place.kv, None
     if place.slots is not None:
         cache = SlabView(kv.keys, kv.values, offset=place.offset, slots=place.slots)
@@ -224,7 +234,7 @@ def _run_other(
         shared_kv=None if cache is not None else (kv.keys, kv.values),
         offset=place.offset,
     )
-    return h, next_norm(h), replace(kv, keys=keys, values=values)
+    return h, replace(kv, keys=keys, values=values)
 
 
 def _ends(layers: Sequence[Any], ways: Ways) -> list[mx.array | None]:
@@ -239,21 +249,20 @@ def _ends(layers: Sequence[Any], ways: Ways) -> list[mx.array | None]:
     return [rows[i : i + MIN_ELEMENTS] for i in range(0, rows.size, MIN_ELEMENTS)]
 
 
-def _is_known(layer: Any) -> bool:
+def is_known(layer: Any) -> bool:
     """Whether a layer is mlx-lm's own, down to its attention and its norms."""
     attention = layer.get("self_attn")
     others = [] if type(layer) is gemma4_text.DecoderLayer else [layer]
     is_ours = isinstance(attention, JoinedProjections)
     if not (is_ours or type(attention) is gemma4_text.Attention):
         others.append(attention)
-    others += [
-        module
-        for name, module in layer.items()
-        if "norm" in name and module is not None and type(module) is not nn.RMSNorm
+    norms = [
+        norm for name, norm in layer.items() if "norm" in name and norm is not None
     ]
+    others += [norm for norm in norms if type(norm) is not nn.RMSNorm]
     for module in others[:1]:
         _tell(type(module).__qualname__)
-    return not others
+    return not others and len({norm.eps for norm in norms}) == 1
 
 
 @cache

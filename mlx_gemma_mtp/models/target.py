@@ -128,7 +128,8 @@ class Target:
         for layer in set(self.layout.layers):
             shared_by = num_heads // layer.num_kv_heads
             if layer.head_dim not in FUSED_HEAD_DIMS:
-                found += [PACKED] if shared_by > 1 else []
+                # Those of a single head MLX packs by itself.
+                found += [PACKED] if shared_by > 1 and layer.num_kv_heads > 1 else []
             elif fused_queries(shared_by) < MAX_FUSED_QUERIES:
                 found += [SPLIT]
         return tuple(way for way in WAYS if way in found)

@@ -21,7 +21,7 @@ from ..kernels.matmul import MAX_ROWS
 from ..matmuls.bench import Bench
 from ..matmuls.choices import STOCK, Choices, Shape
 from ..matmuls.kept import Kept
-from ..matmuls.modules import shapes_of
+from ..matmuls.modules import shapes_of, sizes_of
 from ..matmuls.tuned import Tuned
 from ..matmuls.tuner import expected_s, tune
 from ..models.target import Target
@@ -70,21 +70,21 @@ def look(
     """
     start = time.perf_counter()
     shapes, kept = _shapes(pair), Kept(folder)
-    if not shapes:
-        return Result("tune", SKIP, "the kernel multiplies no matrix of this pair")
+    sizes = sizes_of([pair.target, pair.drafter])
+    ways = tuple(way for way in _ways(pair) if not kept.is_bad_way(way))
     tried = {s: count for s, count in shapes.items() if not kept.is_bad(s)}
     with pair.wired():
         passes = Passes(pair)
-        machine = Bench(passes.run, disturbed)
+        machine = Bench(passes.run, disturbed, sizes=sizes)
         found = tune(
             tried,
             machine,
             in_passes=_in_passes(pair),
             budget_s=budget_s,
             progress=progress,
-            ways=_ways(pair),
+            ways=ways,
         )
-    keep(found, set(shapes), kept)
+    keep(found, set(shapes), sizes.structure, kept)
     lines, figures = what_runs(shapes, kept)
     figures |= {
         "passes_s": _named(found.passes),
@@ -95,22 +95,26 @@ def look(
     }
     for way, is_faster in found.ways.items():
         lines.append(f"layers, {way}: {'faster' if is_faster else 'not faster'}")
+    for way, reason in found.bad_ways.items():
+        lines.append(f"layers, {way}: not used, {reason}")
     for shape, reason in {**found.reasons, **found.bad}.items():
         lines.append(f"{shape}: MLX, {reason}")
     took = time.perf_counter() - start
     return Result("tune", *_judged(found), tuple(lines), figures, took)
 
 
-def keep(found: Tuned, shapes: set[Shape], kept: Kept) -> None:
-    """Keep what was found for a pair that has these shapes."""
+def keep(found: Tuned, shapes: set[Shape], structure: str, kept: Kept) -> None:
+    """Keep what was found for a pair that has these shapes, and this structure."""
     for shape, reason in found.bad.items():
         kept.mark_bad([shape], reason)
     for shape, choice in found.decided.items():
         kept.keep(shape, choice, found.gains.get(shape))
+    for way, reason in found.bad_ways.items():
+        kept.mark_bad_way(way, reason)
     if found.ways:
-        kept.keep_ways(shapes, found.ways)
+        kept.keep_ways(structure, found.ways)
     # What is undecided may have an older choice, which was not in these passes.
-    if found.passes and kept.choices(shapes) == found.choices:
+    if found.passes and kept.choices(shapes).by_shape == found.choices.by_shape:
         kept.keep_passes(shapes, found.passes)
 
 
@@ -216,13 +220,17 @@ def _judged(found: Tuned) -> tuple[str, str]:
     """Status and sentence."""
     if found.reason:
         return SKIP, f"not tuned, what was chosen before stays: {found.reason}"
-    if found.bad:
-        where = ", ".join(map(str, found.bad))
+    if found.bad or found.bad_ways:
+        where = ", ".join(map(str, (*found.bad, *found.bad_ways)))
         return FAIL, f"a kernel failed here, MLX takes its place: {where}"
     undecided = [r for shape, r in found.reasons.items() if shape not in found.decided]
     why = ", ".join(dict.fromkeys(reason.partition(":")[0] for reason in undecided))
     rest = f"; {len(undecided)} undecided, {why}" if undecided else ""
-    if not found.choices:
+    if found.choices.ways:
+        rest += (
+            f"; layers are run in other ways: {', '.join(sorted(found.choices.ways))}"
+        )
+    if not found.choices.by_shape:
         return INFO, f"MLX is as fast for {len(found.decided)} shapes{rest}"
     num_chosen = len(found.choices.by_shape)
     sentence = f"the kernel for {num_chosen} of {len(found.decided)} shapes"

@@ -79,6 +79,11 @@ class Counted:
         )
         self._arrays = ModelArrays(self._target, self._drafter)
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The ways that make a difference to the target."""
+        return Target(self._target).ways
+
     def launches(
         self, ways: Ways = STOCK_WAYS, *, num_rows: int = NUM_ROWS
     ) -> Launches:

@@ -11,6 +11,9 @@ Run: python -m pytest tests/engine/test_ways.py
 
 import sys
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -18,18 +21,19 @@ import pytest
 from mlx_gemma_mtp.cache import masks
 from mlx_gemma_mtp.generation.tokens import generate_tokens
 from mlx_gemma_mtp.kernels import add_norm, common, layer_trial
+from mlx_gemma_mtp.kernels.layer_trial import LayerSizes
 from mlx_gemma_mtp.kernels.matmul import Form
 from mlx_gemma_mtp.kernels.ways import ADD_NORM, MATRIX_WAYS, NORM_ROPE, WAYS
 from mlx_gemma_mtp.matmuls import decide as decide_module
-from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices
-from mlx_gemma_mtp.matmuls.decide import decide
+from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices, Shape
+from mlx_gemma_mtp.matmuls.decide import blame, decide
 from mlx_gemma_mtp.matmuls.kept import Kept
-from mlx_gemma_mtp.matmuls.modules import shapes_of
+from mlx_gemma_mtp.matmuls.modules import shapes_of, sizes_of
 from mlx_gemma_mtp.models import attention
-from mlx_gemma_mtp.models.target import Target, text_model
+from mlx_gemma_mtp.models.target import text_model
 from tests.engine.test_few_rows import distance, half_pair, logits, use
 from tests.metal.run import run_on_cpu
-from tests.tiny import FAMILIES, families, new_pair
+from tests.tiny import families, new_pair
 
 if sys.platform == "darwin":
     pytest.skip("MLX's own Metal runs here", allow_module_level=True)
@@ -39,6 +43,10 @@ pytestmark = pytest.mark.usefixtures("plain_graphs")
 PROMPT = [2, 17, 300, 45]
 ALL_WAYS = Choices({}, frozenset(WAYS))
 LAYERS = ("add_norm", "norm_rope")
+ALONE = set(WAYS) - MATRIX_WAYS  # what is taken where MLX multiplies
+SIZES = LayerSizes(
+    widths=((64, mx.bfloat16), (1088, mx.float32)), head_dims=((32, mx.bfloat16),)
+)
 
 slow = pytest.mark.slow
 
@@ -79,7 +87,7 @@ def test_blocks_give_the_bytes_of_plain_rounds(family, launches):
     assert distance(by_ways, by_mlx) < 1e-4
 
 
-RULES = {
+RULES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "coupled": {"temp": 1.0, "seed": 3},
     "block": {"temp": 1.0, "top_k": 1},  # one candidate: the law is a text
@@ -137,13 +145,6 @@ def test_weights_that_are_exchanged_are_followed(launches):
     assert distance(after, logits(pair, 1)) < 1e-4 < distance(after, before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_ways_that_make_a_difference(family):
-    """By the sizes of the published ones; the small ones have the same shares."""
-    target = Target(new_pair(family).target)
-    assert {ADD_NORM, NORM_ROPE} <= set(target.ways) <= set(WAYS)
-
-
 # ----------------------------------------------------------------- run alone, first
 
 
@@ -151,19 +152,30 @@ def test_ways_that_make_a_difference(family):
 def kept(monkeypatch, tmp_path):
     """A machine that has found every way faster."""
     pair = half_pair("e2b")
-    shapes = shapes_of([pair.target, pair.drafter])
+    models = [pair.target, pair.drafter]
+    shapes, sizes = shapes_of(models), sizes_of(models)
     found = Kept(tmp_path)
-    found.keep_ways(set(shapes), dict.fromkeys(WAYS, True))
+    found.keep_ways(sizes.structure, dict.fromkeys(WAYS, True))
     monkeypatch.setattr(decide_module, "_ran", set())
     monkeypatch.setattr(decide_module, "_rereads", lambda: False)
-    return lambda: decide(shapes, folder=tmp_path).ways
+    return Deciding(shapes, sizes, tmp_path)
+
+
+@dataclass
+class Deciding:
+    shapes: dict[Shape, int]
+    sizes: LayerSizes
+    folder: Path
+
+    def __call__(self):
+        return decide(self.shapes, self.sizes, folder=self.folder).ways
 
 
 def test_ways_whose_kernels_are_right_are_taken(kept, launches):
-    assert kept() == set(WAYS)
+    assert kept() == ALONE
     assert has_kernels_of_layers(launches)
     count = launches.total()
-    assert kept() == set(WAYS)
+    assert kept() == ALONE
     assert launches.total() == count  # once in a process
 
 
@@ -180,10 +192,10 @@ def test_a_way_whose_kernel_is_wrong_is_mlxs(kept, launches, monkeypatch, caplog
         return [a * 1.1 for a in found] if "rope" in kernel.name else found
 
     monkeypatch.setattr(common, "launch", wrong)
-    assert kept() == set(WAYS) - {NORM_ROPE}
+    assert kept() == ALONE - {NORM_ROPE}
     assert "layers cannot be run 'norm_rope' here" in caplog.text
     monkeypatch.setattr(common, "launch", launch)
-    assert kept() == set(WAYS) - {NORM_ROPE}  # in later processes too
+    assert kept() == ALONE - {NORM_ROPE}  # in later processes too
 
 
 def test_a_way_that_cannot_be_tried_now_is_kept_for_later(kept, launches, monkeypatch):
@@ -193,9 +205,9 @@ def test_a_way_that_cannot_be_tried_now_is_kept_for_later(kept, launches, monkey
         raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
 
     monkeypatch.setattr(common, "launch", fail)
-    assert kept() == set(WAYS) - {ADD_NORM, NORM_ROPE}
+    assert kept() == ALONE - {ADD_NORM, NORM_ROPE}
     monkeypatch.setattr(common, "launch", launch)
-    assert kept() == set(WAYS)
+    assert kept() == ALONE
 
 
 @pytest.mark.parametrize(
@@ -203,7 +215,26 @@ def test_a_way_that_cannot_be_tried_now_is_kept_for_later(kept, launches, monkey
     [pytest.param(w, marks=[slow] if w in MATRIX_WAYS else []) for w in WAYS],
 )
 def test_kernels_are_right_in_the_harness(way, launches):
-    assert layer_trial.is_right(way, [Form(4, 64, mx.bfloat16)])
+    assert layer_trial.is_right(way, SIZES, [Form(4, 64, mx.bfloat16)])
+
+
+@pytest.mark.parametrize("name", ["add_norm", "add_norm_scaled_normed"])
+def test_every_kernel_of_add_norm_is_tried(name, launches, monkeypatch):
+    """That of the end of a layer among them."""
+    launch = common.launch
+
+    def wrong(kernel, *arrays, **settings):
+        found = launch(kernel, *arrays, **settings)
+        return [a * 0 for a in found] if kernel.name == name else found
+
+    monkeypatch.setattr(common, "launch", wrong)
+    assert not layer_trial.is_right(ADD_NORM, SIZES)
+
+
+def test_a_round_that_fails_with_ways_that_are_right_alone(kept, launches, monkeypatch):
+    assert kept() == ALONE
+    blame(Choices({}, frozenset(ALONE)), kept.sizes, folder=kept.folder)
+    assert kept() == set()
 
 
 def test_numbers_a_little_off_are_wrong(launches, monkeypatch):
@@ -213,4 +244,4 @@ def test_numbers_a_little_off_are_wrong(launches, monkeypatch):
         "plain",
         lambda *a, eps, **options: plain(*a, eps=3e-2, **options),
     )
-    assert not layer_trial.is_right(ADD_NORM)
+    assert not layer_trial.is_right(ADD_NORM, SIZES)

@@ -102,6 +102,8 @@ class Simulated:
         way_shares: What a pass takes with each way to run layers, over one without.
         wrong_way: One whose kernels are wrong.
         raising_way: One whose kernels raise.
+        no_memory_ways: Those for whose passes there is no memory.
+        timed_ways: Those that were in a pass.
         no_memory: The shapes and places (prepare, is_right, MLX, kernel, pass) where
             memory ends.
     """
@@ -119,6 +121,8 @@ class Simulated:
     way_shares: dict[str, float] = field(default_factory=dict)
     wrong_way: str = ""
     raising_way: str = ""
+    no_memory_ways: set[str] = field(default_factory=set)
+    timed_ways: set[str] = field(default_factory=set)
     now: float = 0.0
     traced: set[object] = field(default_factory=set)
     ran: list[tuple[Shape, int, int]] = field(default_factory=list)
@@ -185,6 +189,9 @@ class Simulated:
                 raise RuntimeError("no such\nlibrary")
         total = self.pass_truth(choices, num_rows)
         for way in choices.ways:
+            self.timed_ways.add(way)
+            if way in self.no_memory_ways:
+                raise RuntimeError("[malloc] Unable to allocate 2818572288 bytes.")
             share = self.way_shares[way]
             total *= share if way not in LONG_WAYS or is_long else 1
         return self._window(total, window_s)
@@ -667,7 +674,7 @@ def test_a_pass_that_fails_with_mlx_alone_is_no_kernels_fault():
     def pass_s(choices, num_rows, window_s, *, is_long):
         raise RuntimeError("no such model")
 
-    machine.pass_s = pass_s  # type: ignore[method-assign]
+    machine.pass_s = pass_s  # type: ignore[assignment,method-assign]
     with pytest.raises(RuntimeError, match="no such model"):
         tuned(machine)
 
@@ -770,11 +777,33 @@ def test_ways_are_tried_where_mlx_multiplies_all():
 
 
 @pytest.mark.parametrize("kind", ["wrong_way", "raising_way"])
-def test_a_way_whose_kernels_are_wrong_is_not_run(kind):
-    machine = Simulated(all_of(), way_shares={ADD_NORM: 0.5}, **{kind: ADD_NORM})
+def test_a_way_whose_kernels_are_wrong_is_bad(kind):
+    machine = Simulated(all_of(), way_shares={ADD_NORM: 0.5})
+    setattr(machine, kind, ADD_NORM)
     found = tuned(machine, ways=(ADD_NORM,))
-    assert found.ways == {ADD_NORM: False}
-    assert not any("ways" in str(digest) for digest in machine.traced)
+    assert found.ways == {}
+    assert set(found.bad_ways) == {ADD_NORM}
+    assert machine.timed_ways == set()
+
+
+def test_a_way_without_memory_is_left_out_and_others_are_not():
+    machine = Simulated(all_of(speed=1.5), way_shares=SHARES, no_memory_ways={PACKED})
+    found = tuned(machine, ways=(ADD_NORM, PACKED, NORM_ROPE))
+    assert found.ways == {ADD_NORM: True, NORM_ROPE: False}
+    assert found.bad_ways == {}
+    assert set(found.choices.by_shape) == set(SHAPES)
+
+
+def test_what_disturbs_ways_takes_nothing_away():
+    quiet = Simulated(all_of(speed=1.5), way_shares=SHARES)
+    expected = tuned(quiet)
+    machine = Simulated(
+        all_of(speed=1.5), way_shares=SHARES, disturbed_from=quiet.now + 1
+    )
+    found = tuned(machine, ways=tuple(SHARES))
+    assert found.reason == ""
+    assert found.choices.by_shape == expected.choices.by_shape
+    assert len(found.ways) < len(SHARES)
 
 
 def test_ways_without_time_are_left_out():

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from mlx_gemma_mtp.kernels.ways import PACKED, STOCK_WAYS, WAYS
+from mlx_gemma_mtp.kernels.ways import (
+    ADD_NORM,
+    GATE_UP,
+    NORM_ROPE,
+    PACKED,
+    QKV,
+    SPLIT,
+    STOCK_WAYS,
+    WAYS,
+)
 from mlx_gemma_mtp.models.families import FAMILIES
 from scripts.benchmarks.launches import Counted, Launches
 
@@ -22,10 +31,20 @@ COUNTS = {
     "31b": (Launches(1379, 69), Launches(671, 43)),
 }
 
+ALWAYS = (ADD_NORM, NORM_ROPE, GATE_UP, QKV)
+WAYS_OF = {
+    "e2b": (*ALWAYS, SPLIT),
+    "e4b": (*ALWAYS, PACKED),
+    "12b": ALWAYS,
+    "26b-a4b": (*ALWAYS, PACKED),
+    "31b": (*ALWAYS, PACKED),
+}
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts(family):
     counted = Counted(FAMILIES[family])
+    assert counted.ways == WAYS_OF[family]
     found = counted.launches(STOCK_WAYS), counted.launches(frozenset(WAYS) - {PACKED})
     assert found == COUNTS[family]
 

@@ -10,6 +10,7 @@ Run: python -m pytest tests/models/test_layers.py
 """
 
 import logging
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +22,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_gemma_mtp.cache import masks as masks_module
 from mlx_gemma_mtp.cache.masks import draft_masks, verify_masks, verify_slots
 from mlx_gemma_mtp.cache.slabs import SlabView
-from mlx_gemma_mtp.kernels.ways import WAYS
+from mlx_gemma_mtp.kernels.ways import NORM_ROPE, PACKED, SPLIT
 from mlx_gemma_mtp.models import attention
 from mlx_gemma_mtp.models import layers as layers_module
 from mlx_gemma_mtp.models.attention import SharedKV
@@ -50,9 +51,9 @@ def random_tokens(num_tokens):
     return mx.random.randint(0, VOCAB_SIZE, size, key=mx.random.key(5))
 
 
-def mlx_lm_verify(model, tokens, slabs):
+def mlx_lm_verify(model, tokens, slabs, layout=None):
     """Logits, hidden states and slabs of mlx-lm's layers."""
-    lm, layout = text_model(model), Target(model).layout
+    lm, layout = text_model(model), layout or Target(model).layout
     where = {"num_tokens": tokens.shape[1], "capacity": CAPACITY}
     masks = verify_masks(layout, offset=OFFSET, first_position=FIRST, **where)
     slots = verify_slots(layout, offset=OFFSET, **where)
@@ -62,12 +63,12 @@ def mlx_lm_verify(model, tokens, slabs):
     ]
     embeddings = lm.model.embed_tokens(tokens)
     h = embeddings * lm.model.embed_scale
-    inputs = [None] * len(lm.layers)
+    inputs: list[Any] = [None] * len(lm.layers)
     if lm.args.hidden_size_per_layer_input:
         given = lm.model._get_per_layer_inputs(tokens, embeddings)
         projected = lm.model._project_per_layer_inputs(h, given)
         inputs = [projected[:, :, i] for i in range(len(lm.layers))]
-    seen = []
+    seen: list[Any] = []
     for i, layer in enumerate(lm.layers):
         view = views[i] if i < len(views) else None
         kv, offset = (None, None) if view else seen[lm.model.previous_kvs[i]]
@@ -115,9 +116,10 @@ def test_quantized_with_adapters(family):
     model = quantized(new_pair(family).target)
     check_verify(model, 3)
     linear_to_lora_layers(model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0})
+    flat: Any = tree_flatten(model.parameters())
     adapters = [
         (name, mx.random.normal(array.shape, array.dtype, key=mx.random.key(1)))
-        for name, array in tree_flatten(model.parameters())
+        for name, array in flat
         if "lora_b" in name
     ]
     assert adapters
@@ -138,6 +140,7 @@ def test_half_precision(family):
 def test_a_draft_step_gives_the_bytes_of_mlx_lm(family):
     pair = reference_pair(family)
     drafter, layout = pair.drafter, Target(pair.target).layout
+    assert drafter is not None
     slabs = random_slabs(layout)
     masks = draft_masks(layout, offset=OFFSET, first_position=FIRST, capacity=CAPACITY)
     shared = {
@@ -152,7 +155,8 @@ def test_a_draft_step_gives_the_bytes_of_mlx_lm(family):
         kv = shared[layer.layer_type]
         x, *_ = layer(x, kv.mask, None, shared_kv=(kv.keys, kv.values), offset=OFFSET)
     expected = drafter.post_projection(drafter.model.norm(x))
-    found = drafter(*given, shared, position=OFFSET)
+    embedding, hidden = given
+    found = drafter(embedding, hidden, shared, position=OFFSET)
     assert mx.array_equal(found.hidden, expected)
 
 
@@ -162,6 +166,45 @@ class Doubled(gemma4_text.Attention):
     def __call__(self, *arrays, **options):
         found, *others = super().__call__(*arrays, **options)
         return 2 * found, *others
+
+
+class Wrapped(nn.Module):
+    """A layer inside somebody's own module."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = layer
+        self.layer_type = layer.layer_type
+
+    def __call__(self, *arrays, **options):
+        h, *others = self.inner(*arrays, **options)
+        return h + 1, *others
+
+
+@pytest.mark.parametrize("place", [0, 1, -1])
+@pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
+def test_a_layer_may_be_wrapped(family, place):
+    model = new_pair(family).target
+    target = Target(model)  # whose layout was read from the layers
+    lm = text_model(model)
+    lm.model.layers[place] = Wrapped(lm.model.layers[place])
+    slabs, tokens = random_slabs(target.layout), random_tokens(3)
+    expected = mlx_lm_verify(model, tokens, slabs, layout=target.layout)
+    found = target.verify(tokens, slabs, offset=OFFSET, first_position=FIRST)
+    assert mx.array_equal(found.logits, expected[0])
+
+
+def test_a_norm_of_values_with_a_weight_is_followed():
+    """By MLX's operations also where heads are turned by the kernel."""
+    model = new_pair("e2b").target
+    attention_of = text_model(model).layers[0].self_attn
+    attention_of.v_norm = nn.RMSNorm(attention_of.head_dim)
+    attention_of.v_norm.weight = attention_of.v_norm.weight * 2
+    target = Target(model).over(text_model(model), frozenset({NORM_ROPE}))
+    slabs, tokens = random_slabs(target.layout), random_tokens(3)
+    found = target.verify(tokens, list(slabs), offset=OFFSET, first_position=FIRST)
+    expected = mlx_lm_verify(model, tokens, slabs)
+    assert mx.allclose(found.logits, expected[0], atol=1e-5)
 
 
 class Louder(gemma4_text.DecoderLayer):
@@ -207,7 +250,7 @@ def as_metal(monkeypatch):
 
 
 @by_family
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [PACKED, SPLIT])
 def test_a_way_gives_every_row_the_bytes_it_has_alone(family, way, as_metal):
     """Rows of a block, against the same tokens one by one; and near to MLX's own."""
     model = reference_pair(family).target
@@ -241,3 +284,22 @@ def test_packed_heads_find_what_mlx_finds(num_queries, shared_by, dtype):
     expected = mx.fast.scaled_dot_product_attention(queries, k, v, scale=0.5, mask=mask)
     found = attention.packed(queries, SharedKV(k, v, mask), 0.5)
     assert mx.array_equal(found, expected)
+
+
+def test_packed_rows_are_products_of_one_size(monkeypatch, as_metal):
+    """Whatever the number of queries is."""
+    seen = set()
+    product = attention._product
+
+    def recorded(rows, kv, mask):
+        seen.add(rows.shape[2])
+        return product(rows, kv, mask)
+
+    monkeypatch.setattr(attention, "_product", recorded)
+    model = reference_pair("31b").target
+    as_metal(model)
+    target = Target(model).over(text_model(model), frozenset({PACKED}))
+    for num_tokens in (1, 2, 5, 9):
+        where = {"offset": OFFSET, "first_position": FIRST}
+        target.verify(random_tokens(num_tokens), random_slabs(target.layout), **where)
+    assert seen == {attention._PIECE}
