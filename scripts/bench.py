@@ -13,6 +13,7 @@ useless     what automatic draft lengths cost with a drafter of random weights
 batch       many requests at once: this package's batches and mlx-lm's
 first       time to the first token of short prompts that come at once
 structure   what masks cost, and what forced tokens give (needs the extra structure)
+sources     what drafts from the text itself add, by kind of text
 engines     engines against each other by kind of prompt, each in its own process:
             mlx-lm, this package plain and drafting, mlx-lm with two models, mlx-vlm
 graph       nodes, kernel launches and host time per round and per token
@@ -44,6 +45,7 @@ from scripts.benchmarks.batch import batch
 from scripts.benchmarks.first_token import first_token
 from scripts.benchmarks.prompts import random_prompts, read_documents
 from scripts.benchmarks.report import Report
+from scripts.benchmarks.sources import sources
 from scripts.benchmarks.speed import context, speed
 from scripts.benchmarks.structure import structure
 from scripts.benchmarks.useless import useless
@@ -103,7 +105,8 @@ def in_this_process(args: argparse.Namespace, wanted: Any) -> dict[str, Any]:
         "first": first_token,
     }
     names = [name for name in functions if name in wanted]
-    if not names and "structure" not in wanted:
+    with_tokenizer = {"structure", "sources"} & {*wanted}
+    if not names and not with_tokenizer:
         return {}
     model = model_spec(args)
     pair, tokenizer = model.load(), model.tokenizer()
@@ -119,9 +122,11 @@ def in_this_process(args: argparse.Namespace, wanted: Any) -> dict[str, Any]:
         rng = random.Random(args.seed)
         settings = (counts, args) if name in ("speed", "context") else (args,)
         figures[name] = functions[name](pair, documents, rng, *settings)
+    if with_tokenizer and tokenizer is None:
+        raise SystemExit("sections of kinds of text need a pair with a tokenizer")
+    if "sources" in wanted:
+        figures["sources"] = sources(pair, tokenizer, args)
     if "structure" in wanted:
-        if tokenizer is None:
-            raise SystemExit("text of a given form needs a pair with a tokenizer")
         rng = random.Random(args.seed)
         figures["structure"] = structure(pair, documents, rng, args, tokenizer)
     return figures

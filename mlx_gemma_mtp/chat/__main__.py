@@ -161,6 +161,7 @@ def _make_session(args: argparse.Namespace) -> Session:
         else TemplatePrompts(tokenizer, checked.template_config),
         settings,
         num_draft_tokens=args.num_draft_tokens,
+        draft_source=args.draft_source,
         system=args.system_prompt,
         prompt_folder=args.prompt_cache_dir,
     )

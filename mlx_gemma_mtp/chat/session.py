@@ -18,7 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..cache.kept import KeptCaches
 from ..cache.mlx_lm_cache import read_prompt_cache
 from ..cache.rungs import RUNG, rung_interval, rungs_between
-from ..constants import LAST_WRITES_S
+from ..constants import DEFAULT_DRAFT_SOURCE, LAST_WRITES_S
 from ..engine.extract import filled
 from ..engine.prefill import Prefill
 from ..engine.stats import RoundStats
@@ -122,6 +122,7 @@ class Session:
         prompts: What makes prompts of conversations.
         settings: How answers are made.
         num_draft_tokens: Drafts per round, 0 to 8, or ``"auto"``.
+        draft_source: Where they come from, see ``GenerationSettings``.
         system: The system prompt; None for none.
         prompt_folder: Where caches are also kept, for later sessions; None for nowhere.
 
@@ -132,6 +133,7 @@ class Session:
         has_drafter: Whether the model has a drafter.
         conversation: What was said; may be replaced by another one.
         num_draft_tokens: Drafts per round of the answers from here on.
+        draft_source: Where they come from.
         kept: Caches of earlier turns.
         last: The last answer's figures; None before the first one.
         totals: The figures of all answers.
@@ -146,6 +148,7 @@ class Session:
         settings: Settings,
         *,
         num_draft_tokens: int | str,
+        draft_source: str = DEFAULT_DRAFT_SOURCE,
         system: str | None = None,
         prompt_folder: str | None = None,
     ) -> None:
@@ -160,6 +163,7 @@ class Session:
         self.has_drafter = pair.drafter is not None
         self.conversation = Conversation(system)
         self.num_draft_tokens = num_draft_tokens
+        self.draft_source = draft_source
         self.kept = KeptCaches(
             max_size=_MAX_KEPT,
             max_bytes=_MAX_KEPT_BYTES,
@@ -220,6 +224,8 @@ class Session:
             prompt[num_held:],
             max_tokens=max_tokens,
             num_draft_tokens=self.num_draft_tokens,
+            draft_source=self.draft_source,
+            cached_tokens=prompt[:num_held],
             exactness=settings.exactness,
             **settings.sampling,
             logits_processors=[_after(before, p) for p in settings.logits_processors]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..constants import AUTO, MODES
+from ..constants import AUTO, DEFAULT_DRAFT_SOURCE, DRAFT_SOURCES, MODES
 from ..generation.chat_template import DEFAULT_THINKING
 from .command_table import make_parser
 from .refused import TEXT_FLAGS
@@ -72,6 +72,7 @@ def add_draft_arguments(group: argparse._ActionsContainer) -> None:
     """
     add_drafter(group)
     add_num_draft_tokens(group)
+    add_draft_source(group)
 
 
 def add_drafter(group: argparse._ActionsContainer) -> None:
@@ -95,6 +96,18 @@ def add_num_draft_tokens(group: argparse._ActionsContainer) -> None:
         metavar="K",
         help="drafts per round, 0 (plain decoding) to 8, or auto for as many in each "
         "round as are expected to be fastest (default: auto)",
+    )
+
+
+def add_draft_source(group: argparse._ActionsContainer) -> None:
+    """Add --draft-source."""
+    group.add_argument(
+        "--draft-source",
+        choices=DRAFT_SOURCES,
+        default=DEFAULT_DRAFT_SOURCE,
+        help="where drafts come from: the drafter; lookup, the text itself, where its "
+        "newest tokens stood before, which needs no drafter; or auto for the one that "
+        f"is expected to be faster in each round (default: {DEFAULT_DRAFT_SOURCE})",
     )
 
 

@@ -101,6 +101,7 @@ def _run(args: argparse.Namespace) -> int:
             whole,
             max_tokens=args.max_tokens,
             num_draft_tokens=args.num_draft_tokens,
+            draft_source=args.draft_source,
             exactness=args.exactness,
             **sampling_settings(args, defaults, tokenizer),
             logits_processors=processors,

@@ -29,6 +29,7 @@ from typing import Any
 from ..constants import MAX_DRAFT_TOKENS
 from .acceptance_model import AcceptanceModel
 from .cost_model import TYPICAL_COST, CostModel
+from .lookup_model import LookupModel, verify_cost
 from .saved_numbers import numbers
 from .trials import PAYOFF, SEEN, Credit, Outlook, Trial, find_trial
 
@@ -41,6 +42,9 @@ _PLAIN_TRIES = 3  # rounds of K = 0 that may pass unmeasured
 _PLAIN_HORIZON = 128  # tokens left that justify tracing K = 0 to measure it
 _FLIGHT = 2  # rounds until a trial has been observed
 _LAST_TOKENS = MAX_DRAFT_TOKENS  # tokens left that justify no trial
+_LOOKUP_EDGE = 0.98  # of the time of others: less is not worth another source
+_LOOKUPS = (2, 4, 8)  # drafts from the text: few numbers, for few traces
+_MISSED = 1.0  # of what tracing takes, that must have been missed before
 _FIRST_OPTIMISM = 0.25  # standard deviations, where nothing is traced yet
 
 
@@ -52,6 +56,8 @@ class Prior:
         relative_cost: Round time for K = 0..8 over that of K = 0: 9 numbers, the
             first 1.0.
         acceptance: P(a draft is accepted | those before it were), 0 to 1.
+        relative_verify: The same times of rounds that run no drafter; ``()`` where
+            they are to be derived.
 
     Raises:
         ValueError: Not such numbers.
@@ -59,6 +65,12 @@ class Prior:
 
     relative_cost: tuple[float, ...]
     acceptance: float
+    relative_verify: tuple[float, ...] = ()
+
+    @property
+    def verify(self) -> tuple[float, ...]:
+        """Round times without a drafter for K = 0..8 over that of K = 0."""
+        return self.relative_verify or verify_cost(self.relative_cost)
 
     def __post_init__(self) -> None:
         costs = self.relative_cost
@@ -87,6 +99,7 @@ class DraftLengthController:
         acceptance: What is known of the text by now.
         costs: What is known of the machine by now.
         credit: What trials may still cost.
+        lookup: What is known of drafts from the text itself.
     """
 
     def __init__(
@@ -99,10 +112,13 @@ class DraftLengthController:
         self.acceptance = acceptance or AcceptanceModel(prior.acceptance)
         self.costs = costs or CostModel(prior.relative_cost)
         self.credit = Credit()
+        self.lookup = LookupModel(prior.verify)
         self._trial: Trial | None = None
         self._flight = 0
         self._plain_tries = _PLAIN_TRIES
         self._num_shadow_drafts = 0
+        self._looks_up = False
+        self._missed_s = [0.0] * len(_ANY)  # by not having traced a K from the text
 
     def resume(self, prior: Prior = DEFAULT_PRIOR) -> None:
         """Begin a process with what another one has learnt.
@@ -112,12 +128,14 @@ class DraftLengthController:
         """
         self.acceptance.resume()
         self.costs.resume(prior.relative_cost)
+        self.lookup.resume(prior.verify)
         self.credit.resume()
 
     def start(self) -> None:
         """Begin a request: other text, another context length."""
         self.acceptance.start()
         self.costs.start()
+        self.lookup.start()
         self._trial, self._flight, self.credit.num_shadows = None, 0, 0
 
     def choose(
@@ -159,6 +177,71 @@ class DraftLengthController:
                 return trial.num_draft_tokens
         return outlook.best if self._flight else self._explored(outlook, can_shadow)
 
+    def choose_lookup(
+        self,
+        lengths: Sequence[int],
+        *,
+        allowed: Collection[int] = _ANY,
+        drafter_allowed: Collection[int] = _ANY,
+        setup_s: Mapping[int, float] = _NOTHING,
+        drafter_setup_s: Mapping[int, float] = _NOTHING,
+        tokens_left: int | None = None,
+    ) -> int:
+        """K of the next round where its drafts should come from the text, else 0.
+
+        Where it is 0, `choose` says how the round drafts.
+
+        Args:
+            lengths: How long each row's match is, see `lookup_model.continued`.
+            allowed: K's that may be run so.
+            drafter_allowed: K's that may be run with the drafter; 0 alone without one.
+            setup_s: What the first round of a K takes on top, from the text.
+            drafter_setup_s: The same with the drafter.
+            tokens_left: See `choose`.
+        """
+        choices = [k for k in _sorted_choices(allowed) if k in _LOOKUPS]
+        others = _sorted_choices(drafter_allowed)
+        left = _HORIZON if tokens_left is None else max(1, min(tokens_left, _HORIZON))
+        self._looks_up = True
+        if not choices or self._needs_plain(others, drafter_setup_s, left):
+            return 0
+        other = self._outlook(others, drafter_setup_s, left, can_shadow=False)
+        seconds = self.lookup.all_seconds(self.costs)
+        tokens = self.lookup.expected_tokens(lengths)
+        cost = [seconds[k] / tokens[min(k, left - 1)] for k in _ANY]  # per token
+        best = other.best
+        drafted = self.lookup.drafted_tokens(lengths, best, other.tokens[best])
+        other_s = other.seconds[best] / drafted
+        other_s += PAYOFF * drafter_setup_s.get(best, 0.0) / left
+        ready = [k for k in choices if k not in setup_s]
+        best = min(ready, key=cost.__getitem__, default=0)
+        if not best or cost[best] > _LOOKUP_EDGE * other_s:
+            best, best_s = 0, other_s
+        else:
+            best_s = cost[best]
+        new = min(setup_s.keys() & set(choices), key=cost.__getitem__, default=0)
+        saved_s = best_s - cost[new] if new else 0.0
+        if saved_s <= (1 - _LOOKUP_EDGE) * best_s:
+            return best
+        # It is traced once it would have saved as much as that takes.
+        self._missed_s[new] += saved_s * tokens[new]
+        is_paid = self._missed_s[new] >= _MISSED * setup_s[new]
+        return new if is_paid and left * saved_s >= setup_s[new] else best
+
+    def observe_lookup(self, num_draft_tokens: int, seconds: float | None) -> None:
+        """Learn what a round took whose drafts came from the text.
+
+        Args:
+            num_draft_tokens: Its K.
+            seconds: See `observe`.
+        """
+        self.acceptance.observe(0, 0)
+        if seconds is None or not math.isfinite(seconds):
+            return
+        self.lookup.costs.observe(num_draft_tokens, seconds)
+        typical_s = self.lookup.costs.seconds(num_draft_tokens)
+        self.credit.earn(min(max(seconds, 0.0), 2 * typical_s), self.costs.seconds(0))
+
     @property
     def num_shadow_drafts(self) -> int:
         """Drafts to make beside the round last chosen, a plain one; mostly 0."""
@@ -195,6 +278,8 @@ class DraftLengthController:
             self.credit.learn_shadow(num_shadow_drafts, took_s, plain_s)
             return
         self.costs.observe(num_draft_tokens, seconds)
+        if num_draft_tokens == 0 and self._looks_up:
+            self.lookup.costs.observe(0, seconds)
         plain_s = self.costs.seconds(0)
         typical_s = self.costs.seconds(num_draft_tokens)
         self.credit.earn(min(max(seconds, 0.0), 2 * typical_s), plain_s)
@@ -236,11 +321,13 @@ class DraftLengthController:
 
     def to_dict(self) -> dict[str, Any]:
         """All that was learnt, in values that JSON has."""
+        lookup = {"lookup": self.lookup.to_dict()} if self._looks_up else {}
         return {
             "version": _VERSION,
             "acceptance": self.acceptance.to_dict(),
             "costs": self.costs.to_dict(),
             "credit_s": self.credit.seconds,
+            **lookup,
         }
 
     @classmethod
@@ -258,6 +345,9 @@ class DraftLengthController:
         if data.get("credit_s") is not None:
             (credit_s,) = numbers(data, "credit_s", 1, low=-1e6, high=1e6)
             controller.credit.seconds = credit_s
+        if "lookup" in data:
+            controller.lookup = LookupModel.from_dict(data["lookup"])
+            controller._looks_up = True
         return controller
 
     def _needs_plain(

@@ -6,16 +6,38 @@ Numbers in, numbers out; the controller itself is in controller.py.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
+from ..constants import DRAFTER, LOOKUP
 from .controller import DraftLengthController
 
 # Seconds to trace a round, until some were traced: a guess that keeps short texts from
 # paying for many numbers of drafts.
 _SETUP_S = 0.2
+
+
+class Way(NamedTuple):
+    """How a round drafts.
+
+    Attributes:
+        num_draft_tokens: K.
+        source: Where drafts come from, ``"drafter"`` or ``"lookup"``; a round without
+            drafts is one of the drafter's.
+    """
+
+    num_draft_tokens: int
+    source: str = DRAFTER
+
+
+def ways(numbers: Iterable[int], sources: Collection[str]) -> list[Way]:
+    """The ways of numbers of drafts and of sources; plain rounds are always there."""
+    counts = list(numbers)
+    plain = [Way(0)] if 0 in counts else []
+    return [*plain, *(Way(k, source) for source in sources for k in counts if k)]
 
 
 @dataclass(frozen=True)
@@ -83,36 +105,59 @@ class DraftPolicy:
         self,
         allowed: Collection[int],
         *,
-        not_ready: Collection[int],
+        not_ready: Collection[Way],
         tokens_left: int | None,
+        sources: Sequence[str] = (DRAFTER,),
+        matches: Sequence[int] = (),
         can_shadow: bool = False,
-    ) -> int:
-        """The number of drafts of the next round.
+    ) -> Way:
+        """How the next round drafts.
 
         Args:
-            allowed: The numbers to choose from, 0 among them.
-            not_ready: Those of which no round was traced before.
+            allowed: The numbers of drafts to choose from, 0 among them.
+            not_ready: The ways of which no round was traced before.
             tokens_left: Most tokens that any sequence still wants; None for no limit.
+            sources: Where drafts may come from; ``()`` for plain rounds alone.
+            matches: Of each live sequence, see ``LookupModel.expected_tokens``; where
+                drafts may come from the text.
             can_shadow: Whether drafts may be made beside the round to learn from.
         """
+        if not sources:
+            allowed = (0,)
         if self._fixed is not None:
-            return max(k for k in allowed if k <= self._fixed)
+            allowed = [max(k for k in allowed if k <= self._fixed)]
+            if len(sources) < 2 or self._controller is None:
+                (count,) = allowed
+                return Way(count, sources[0]) if count else Way(0)
         assert self._learning is not None
         assert self._controller is not None  # see for_batch
         with self._learning.lock:
-            setup_s = dict.fromkeys(not_ready, self._setup_s) if not_ready else {}
+            setup_s = self._setups(not_ready, DRAFTER)
+            drafted = allowed if DRAFTER in sources else [k for k in allowed if not k]
+            if LOOKUP in sources:
+                count = self._controller.choose_lookup(
+                    matches,
+                    allowed=allowed,
+                    drafter_allowed=drafted,
+                    setup_s=self._setups(not_ready, LOOKUP),
+                    drafter_setup_s=setup_s,
+                    tokens_left=tokens_left,
+                )
+                if count:
+                    self.num_shadow_drafts = 0
+                    return Way(count, LOOKUP)
             count = self._controller.choose(
-                allowed=allowed,
+                allowed=drafted,
                 setup_s=setup_s,
                 tokens_left=tokens_left,
                 can_shadow=can_shadow,
             )
             self.num_shadow_drafts = self._controller.num_shadow_drafts
-        return count
+        return Way(count)
 
     def observe(
         self,
-        num_draft_tokens: int,
+        way: Way,
         accepted: Sequence[int],
         seconds: float | None,
         *,
@@ -121,16 +166,19 @@ class DraftPolicy:
         """Learn from a round.
 
         Args:
-            num_draft_tokens: Its drafts.
-            accepted: How many of them each live sequence accepted.
+            way: How it drafted.
+            accepted: How many drafts each live sequence accepted.
             seconds: Its time; None where it says nothing.
             num_shadow_drafts: Drafts that were made beside it.
         """
         if self._learning is None or self._controller is None:
             return
         with self._learning.lock:
+            if way.source == LOOKUP:
+                self._controller.observe_lookup(way.num_draft_tokens, seconds)
+                return
             self._controller.observe(
-                num_draft_tokens,
+                way.num_draft_tokens,
                 accepted,
                 seconds,
                 num_shadow_drafts=num_shadow_drafts,
@@ -148,6 +196,24 @@ class DraftPolicy:
         with self._learning.lock:
             self._controller.observe_shadow(num_draft_tokens, accepted)
 
+    def observe_match(self, length: int, num_same: int) -> None:
+        """Learn from what was looked up; see ``LookupModel.observe``."""
+        if self._learning is None or self._controller is None:
+            return
+        with self._learning.lock:
+            self._controller.lookup.observe(length, num_same)
+
+    def observe_drafted(
+        self, length: int, num_draft_tokens: int, num_accepted: int
+    ) -> None:
+        """Learn from a round of the drafter; see ``LookupModel.observe_drafted``."""
+        if self._learning is None or self._controller is None:
+            return
+        with self._learning.lock:
+            self._controller.lookup.observe_drafted(
+                length, num_draft_tokens, num_accepted
+            )
+
     def observe_setup(self, seconds: float) -> None:
         """Learn what it took to trace a round."""
         if self._learning is not None:
@@ -158,6 +224,11 @@ class DraftPolicy:
         """The requests have ended: what was learnt may be kept."""
         if self._learning is not None:
             self._learning.keep()
+
+    def _setups(self, not_ready: Collection[Way], source: str) -> dict[int, float]:
+        """What tracing rounds of a source is expected to take, by K."""
+        counts = [way.num_draft_tokens for way in not_ready if way.source == source]
+        return dict.fromkeys(counts, self._setup_s) if counts else {}
 
     @property
     def _setup_s(self) -> float:

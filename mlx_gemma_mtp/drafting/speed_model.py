@@ -359,5 +359,7 @@ def prior(
     )
     if matmuls.pass_seconds:
         modelled = MeasuredModel(**vars(modelled), pass_seconds=matmuls.pass_seconds)
-    costs = (modelled.relative_cost(k) for k in range(MAX_DRAFT_TOKENS + 1))
-    return Prior(tuple(costs), shapes.acceptance)
+    numbers = range(MAX_DRAFT_TOKENS + 1)
+    costs = tuple(modelled.relative_cost(k) for k in numbers)
+    verify = tuple(modelled.pass_s(k + 1) / modelled.pass_s(1) for k in numbers)
+    return Prior(costs, shapes.acceptance, verify)

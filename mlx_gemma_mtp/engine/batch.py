@@ -17,7 +17,9 @@ from ..cache.slabs import SlabLayout, resize
 from ..models.target import Prefilled
 from ..sampling.graph import SamplingGraph
 from .capacity import BatchPolicy, Capacity
+from .lookup import empty_text, resized_text
 from .sequence import TokenSequence
+from .sources import least_matches
 from .state import (
     RoundState,
     RowSettings,
@@ -36,6 +38,7 @@ class Batch:
     Args:
         layout: Of the slabs.
         policy: How many seats and slots there are.
+        has_text: Whether the tokens of every row stand beside its keys and values.
 
     Attributes:
         sequences: Who sits where; None for a seat that was never taken.
@@ -46,12 +49,16 @@ class Batch:
         rules: The rules that judge their drafts, in words.
         capacity: How many slots there must be.
         policy: As given.
+        has_text: As given.
     """
 
     settings: RowSettings
 
-    def __init__(self, layout: SlabLayout, policy: BatchPolicy) -> None:
+    def __init__(
+        self, layout: SlabLayout, policy: BatchPolicy, *, has_text: bool = False
+    ) -> None:
         self.policy = policy
+        self.has_text = has_text
         self.sequences: list[TokenSequence | None] = []
         self.state: RoundState | None = None
         self.rules = ""
@@ -81,7 +88,8 @@ class Batch:
         """Memory of the slabs."""
         if self.state is None:
             return 0
-        return self._layout.num_bytes(len(self), self.num_slots)
+        text = 0 if self.state.text is None else self.state.text.nbytes
+        return self._layout.num_bytes(len(self), self.num_slots) + text
 
     def expect(self, sequences: Sequence[TokenSequence]) -> None:
         """These will sit here, and nobody else.
@@ -129,6 +137,7 @@ class Batch:
             last_token=last_token,
             hidden=filled.hidden,
             offset=sequence.offset,
+            tokens=sequence.known,
         )
         self.sequences[seat] = sequence
         self._first_positions[sequence] = first_position
@@ -208,6 +217,7 @@ class Batch:
             is_host=[s.request.is_host for s in seated],
             num_logprobs=max((c for c in counts if c is not None), default=None),
             max_drafts=[s.request.max_draft_tokens for s in seated],
+            least_match=least_matches(seated),
         )
         # What costs little stays: as sequences come and go, few graphs are traced.
         graph = settings.graph
@@ -236,8 +246,10 @@ class Batch:
         self.capacity.sequences = [*self.live, sequence, *self._expected]
         if self.state is None:
             num_seats = self.policy.seats(1)
-            slabs = self._layout.allocate(num_seats, self.capacity.initial())
-            self.state = empty_state(slabs, hidden)
+            num_slots = self.capacity.initial()
+            slabs = self._layout.allocate(num_seats, num_slots)
+            text = empty_text(num_seats, num_slots) if self.has_text else None
+            self.state = empty_state(slabs, hidden, text=text)
             self.sequences = [None] * num_seats
         elif self.policy.may_shrink:
             num_seats = self.policy.seats(len(self.capacity.sequences))
@@ -280,7 +292,10 @@ class Batch:
             taken = self._taken(num_seats)
             state = with_rows(state, taken)
         slabs = list(state.slabs)
-        state = replace(state, slabs=[])
+        text = state.text
+        if text is not None:
+            text = resized_text(text, num_slots)
+        state = replace(state, slabs=[], text=text)
         resize(slabs, self._layout, num_slots, rows=taken)
         mx.clear_cache()
         self.state = replace(state, slabs=slabs)

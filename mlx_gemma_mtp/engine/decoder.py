@@ -56,6 +56,7 @@ class Decoder:
         max_kv_bytes: See ``OpenBatch``; for sequences that join and leave.
         prompt_caches: mlx-lm's caches that hold what comes before each request's
             prompt; ``()`` for none.
+        has_text: Whether drafts may come from the text itself.
 
     Attributes:
         stats: Counts of the rounds read so far.
@@ -81,6 +82,7 @@ class Decoder:
         max_rows: int = DEFAULT_MAX_ROWS,
         max_kv_bytes: int | None = None,
         prompt_caches: Sequence[Sequence[Any] | None] = (),
+        has_text: bool = False,
     ) -> None:
         self._rounds = rounds = rounds.own()
         if isinstance(num_draft_tokens, int):
@@ -104,7 +106,7 @@ class Decoder:
         if requests:
             policy = ClosedBatch(len(requests))
         self._queue = RequestQueue(layout, policy, pads=route.pads_prompts)
-        self._batch = Batch(layout, policy)
+        self._batch = Batch(layout, policy, has_text=has_text)
         self._reader = PromptReader(
             rounds.target,
             self._queue,

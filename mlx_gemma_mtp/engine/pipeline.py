@@ -20,16 +20,20 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from ..constants import DRAFTER, MIXED
 from ..cpu_kernels import clock
-from ..drafting.policy import DraftPolicy
+from ..drafting.lookup_model import BROKEN
+from ..drafting.policy import DraftPolicy, Way, ways
 from .batch import Batch
 from .early_start import EarlyStart
+from .followed import Followed
 from .results import SequenceOutput, outputs_of
 from .rounds import Rounds
 from .route import Route
 from .runner import QueuedRound, RoundRunner
 from .sequence import TokenSequence
 from .shadows import Shadows
+from .sources import least_matches, round_source, sources_of
 from .state import Decision, RoundState
 from .stats import RoundStats
 from .timing import RoundTimer
@@ -47,6 +51,7 @@ class _InFlight:
         policy: Who chose its number of drafts.
         setup_s: What it took the host to trace it; None where it was traced before.
         num_shadow_drafts: Drafts that were made beside it.
+        matches: How long the match of each seat was when it was chosen.
         is_early: Whether it was started before the report of the one before was read.
         seconds: Its time; None while it is not known.
     """
@@ -55,6 +60,7 @@ class _InFlight:
     policy: DraftPolicy
     setup_s: float | None
     num_shadow_drafts: int
+    matches: tuple[int, ...] = ()
     is_early: bool = False
     seconds: float | None = None
 
@@ -96,6 +102,7 @@ class RoundPipeline:
         self._in_flight: deque[_InFlight] = deque()
         self._num_queued = 0
         self._shadows = Shadows()
+        self._followed = Followed()
         self._untraced = _Untraced(rounds, route)
         self._runner = RoundRunner(rounds, batch, min_rows=route.min_rows, timer=timer)
 
@@ -151,6 +158,7 @@ class RoundPipeline:
         finally:
             self._in_flight.clear()
             self._shadows.clear()
+            self._followed.clear()
             self._runner.clear()
             self._batch.clear()
 
@@ -203,18 +211,24 @@ class RoundPipeline:
         policy = self._draft_policy.for_batch(
             len(batch), rule=batch.rules, context=max(s.offset for s in batch.live)
         )
-        self._untraced.look(batch)
-        count = self._choose_drafts(policy)
-        is_ready = count not in self._untraced.counts
+        sources = sources_of(
+            batch.live,
+            has_drafter=self._rounds.drafter is not None,
+            has_text=batch.has_text,
+        )
+        self._untraced.look(batch, sources)
+        way = self._choose_way(policy, sources)
+        is_ready = way not in self._untraced.ways
         state = batch.take_state()
         num_shadow = self._queue_shadow(state, policy)
         start = clock()
-        queued = self._runner.queue(state, count, self._last)
+        queued = self._runner.queue(state, way, self._last)
         setup_s = None if is_ready else clock() - start
-        self._in_flight.append(_InFlight(queued, policy, setup_s, num_shadow))
+        matches = tuple(s.match_length if s else BROKEN for s in batch.sequences)
+        self._in_flight.append(_InFlight(queued, policy, setup_s, num_shadow, matches))
         self._num_queued += 1
         if not is_ready:
-            self._untraced.counts.discard(count)
+            self._untraced.ways.discard(way)
             self._stats.traced += 1
             self._timer.disturb()
         if self._num_queued % _ROUNDS_PER_CACHE_CLEAR == 0:
@@ -267,8 +281,8 @@ class RoundPipeline:
             )
         return count
 
-    def _choose_drafts(self, policy: DraftPolicy) -> int:
-        """K of the next round."""
+    def _choose_way(self, policy: DraftPolicy, sources: Sequence[str]) -> Way:
+        """How the next round drafts."""
         batch = self._batch
         left = [s.num_left for s in batch.live]
         limits = [n - len(self._in_flight) for n in left if n is not None]
@@ -276,9 +290,12 @@ class RoundPipeline:
         most = max(s.request.max_draft_tokens for s in batch.live)
         # Drafts beside a plain round say something where their places are known.
         can_shadow = bool(most) and not any(self._drafts_in_flight)
+        can_shadow &= DRAFTER in sources
         return policy.choose(
             [k for k in allowed if k <= most],
-            not_ready=self._untraced.counts,
+            sources=sources,
+            matches=[s.match_length for s in batch.live],
+            not_ready=self._untraced.ways,
             tokens_left=max(limits) if len(limits) == len(left) else None,
             can_shadow=can_shadow and not batch.settings.graph.has_host,
         )
@@ -292,6 +309,7 @@ class RoundPipeline:
         self._learn(done, decisions)
         outputs = outputs_of(done.queued.sequences, decisions)
         self._shadows.compare()
+        self._followed.compare()
         return outputs
 
     def _measure(self, done: _InFlight) -> None:
@@ -309,19 +327,31 @@ class RoundPipeline:
     def _learn(self, done: _InFlight, decisions: Sequence[Decision]) -> None:
         """Count a round, and tell who chooses for the next ones how it went."""
         accepted = []
-        num_drafts = done.queued.num_draft_tokens
-        for sequence, decision in zip(done.queued.sequences, decisions, strict=True):
+        queued, num_drafts = done.queued, done.queued.num_draft_tokens
+        for seat, (sequence, decision) in enumerate(
+            zip(queued.sequences, decisions, strict=True)
+        ):
             if sequence is None or not sequence.is_live or decision.error is not None:
                 continue
             sequence.offset += decision.num_accepted + 1
             most = sequence.request.max_draft_tokens
             drafted = min(num_drafts, most)
+            source = queued.source_of(seat, decision)
             for stats in (self._stats, sequence.stats):
-                stats.add_round(drafted=drafted, accepted=decision.num_accepted)
-            if most >= num_drafts:
+                stats.add_round(
+                    drafted=drafted, accepted=decision.num_accepted, source=source
+                )
+            self._followed.note(
+                sequence,
+                decision,
+                length=done.matches[seat],
+                num_drafted=drafted if source == DRAFTER else 0,
+                policy=done.policy,
+            )
+            if most >= num_drafts and source == queued.source:
                 accepted.append(decision.num_accepted)
         done.policy.observe(
-            num_drafts,
+            Way(num_drafts, queued.source),
             accepted,
             done.seconds,
             num_shadow_drafts=done.num_shadow_drafts,
@@ -332,38 +362,47 @@ class RoundPipeline:
 
 
 class _Untraced:
-    """Which numbers of drafts have rounds that were not traced before.
+    """Which ways of drafting have rounds that were not traced before.
 
     Args:
         rounds: Knows.
-        route: Which numbers there may be.
+        route: Which numbers of drafts there may be.
 
     Attributes:
-        counts: These numbers, for the batch last looked at.
+        ways: These ways, for the batch last looked at.
     """
 
     def __init__(self, rounds: Rounds, route: Route) -> None:
-        self.counts: set[int] = set()
+        self.ways: set[Way] = set()
         self._rounds = rounds
         self._route = route
         self._key: Hashable = None
 
-    def look(self, batch: Batch) -> None:
-        """Ask about the rounds of a batch as it is now."""
+    def look(self, batch: Batch, sources: Sequence[str]) -> None:
+        """Ask about the rounds of a batch as it is now.
+
+        Args:
+            batch: The batch.
+            sources: Where its drafts may come from.
+        """
         graph, num_slots = batch.settings.graph, batch.num_slots
         thread = threading.get_ident()  # every thread has traces of its own
-        key = (graph, num_slots, len(batch), thread)
+        least_match = least_matches(batch.sequences) if batch.has_text else ()
+        is_mixed = round_source(DRAFTER, least_match) == MIXED
+        key = (graph, num_slots, len(batch), thread, sources, is_mixed)
         if self._key == key:
             return
         self._key = key
-        self.counts = {
-            count
-            for count in self._route.allowed
+        self.ways = {
+            way
+            for way in ways(self._route.allowed, sources)
             if not self._rounds.is_ready(
                 graph,
-                num_draft_tokens=count,
+                num_draft_tokens=way.num_draft_tokens,
+                source=round_source(way.source, least_match),
                 min_rows=self._route.min_rows,
                 num_rows=len(batch),
                 capacity=num_slots,
+                has_text=batch.has_text,
             )
         }

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from ..constants import MAX_DRAFT_TOKENS
+from ..constants import AUTO, MAX_DRAFT_TOKENS
 from ..sampling.host import LogitsProcessor, Sampler
 from ..sampling.masks import BlockMasks
 from ..sampling.params import SamplingParams
@@ -30,7 +30,11 @@ class Request:
         num_logprobs: How many of the most likely tokens come with each token's
             log-probability; None for no log-probabilities.
         max_draft_tokens: How many drafts the row accepts in a round at most, 0 to 8.
+        draft_source: Where the row's drafts may come from: the drafter, the text
+            (``"lookup"``), or either (``"auto"``).
         history: Tokens before the prompt that logits processors shall see.
+        cached: Tokens in the caches before the prompt, where drafts may come from them
+            and ``history`` does not say them.
         stop_sequences: Sequences of tokens that end the text; their last token is
             emitted. mlx-lm's ``StopSequences``.
         pauses: Numbers of the prompt's tokens after which reading it pauses, so that
@@ -47,7 +51,9 @@ class Request:
     sampler: Sampler | None = None
     num_logprobs: int | None = None
     max_draft_tokens: int = MAX_DRAFT_TOKENS
+    draft_source: str = AUTO
     history: tuple[int, ...] = ()
+    cached: tuple[int, ...] = ()
     stop_sequences: StopSequences | None = None
     pauses: tuple[int, ...] = ()
     keeps_cache: bool = False

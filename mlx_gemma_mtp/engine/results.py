@@ -38,7 +38,7 @@ def decisions_of(
         if sequence is not None and sequence in errors:
             found = Decision(0, [], decision.logits, error=errors[sequence])
         elif sequence is not None and sequence.host is not None and sequence.is_live:
-            found = _judge(sequence, i, decision.logits, decision.tokens[:-1])
+            found = _judge(sequence, i, decision)
         else:
             found = replace(decision, logprobs=logprobs[i])
         decisions.append(found)
@@ -91,12 +91,11 @@ def _asks(sequence: TokenSequence | None) -> bool:
     )
 
 
-def _judge(
-    sequence: TokenSequence, place: int, logits: mx.array, drafts: list[int]
-) -> Decision:
-    """Let the host decide one sequence of the block's logits [B, K + 1, V]."""
+def _judge(sequence: TokenSequence, place: int, shown: Decision) -> Decision:
+    """Let the host decide one sequence, of which it was shown all drafts."""
+    logits = shown.logits  # of the block, [B, K + 1, V]
     try:
-        judged = sequence.judge(logits[place], drafts)
+        judged = sequence.judge(logits[place], shown.tokens[:-1])
     except Exception as error:  # noqa: BLE001 (a caller's function: any may come)
         return Decision(0, [], logits, error=error)
     logprobs: list[TokenLogprobs] = []
@@ -110,7 +109,13 @@ def _judge(
     shape = (logits.shape[0], *judged.logits.shape[1:])
     logits = mx.broadcast_to(judged.logits, shape)
     mx.async_eval(logits)  # another thread may ask for log-probabilities
-    return Decision(judged.num_accepted, judged.tokens, logits, logprobs)
+    return replace(
+        shown,
+        num_accepted=judged.num_accepted,
+        tokens=judged.tokens,
+        logits=logits,
+        logprobs=logprobs,
+    )
 
 
 @dataclass(frozen=True)

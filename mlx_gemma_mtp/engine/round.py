@@ -17,12 +17,21 @@ from typing import Any
 import mlx.core as mx
 
 from ..cache.masks import draft_masks
+from ..constants import DRAFTER, LOOKUP, MIXED
 from ..models.attention import SharedKV
 from ..models.target import TargetOutput
 from ..sampling.acceptance import Accepted, Draft, cut
-from ..sampling.decision import Verification, decide, joined, propose, with_given
+from ..sampling.decision import (
+    Verification,
+    decide,
+    given,
+    joined,
+    propose,
+    with_given,
+)
 from ..sampling.graph import SamplingGraph
 from ..sampling.masks import allow
+from .lookup import Match, find, with_tokens
 from .model_types import DrafterLike, TargetLike
 from .state import Begun, Proposals, Report, RoundState, RowSettings, Verified
 
@@ -31,11 +40,22 @@ Models = tuple[TargetLike, DrafterLike | None]
 
 @dataclass(frozen=True)
 class RoundShape:
-    """What shapes the graph of a round, beside the shapes of its arrays."""
+    """What shapes the graph of a round, beside the shapes of its arrays.
+
+    Attributes:
+        num_draft_tokens: K.
+        min_rows: Rows that the target verifies at least.
+        graph: Of the rows' settings.
+        source: Where drafts come from: the drafter, the text without it, or either,
+            the text in rows whose match is long enough.
+        has_text: Whether the text is there.
+    """
 
     num_draft_tokens: int
     min_rows: int
     graph: SamplingGraph
+    source: str = DRAFTER
+    has_text: bool = False
 
 
 def whole(
@@ -57,9 +77,10 @@ def whole(
     report, accepted = _judge(verification, shape.graph, begun, settings)
     if shape.graph.has_host:
         verified = {"slabs": begun.slabs, "hidden": begun.hidden}
-        return {"verified": verified, "report": report.named}
+        text = begun.before.text_by_name
+        return {"verified": verified, "report": report.named, **text}
     committed = commit(begun.verified, settings, accepted)
-    return {"state": vars(committed), "report": report.named}
+    return {"state": committed.named, "report": report.named}
 
 
 def begin(
@@ -87,7 +108,7 @@ def begin(
     settings = RowSettings.of_named(shape.graph, settings_arrays)
     given_tokens = Proposals(**proposals) if shape.num_draft_tokens else None
     begun = _begin(verification, shape, models, state, settings, given_tokens)
-    return {**begun.small, "slabs": begun.slabs}
+    return {**begun.small, "slabs": begun.slabs, **begun.before.text_by_name}
 
 
 def finish(
@@ -135,7 +156,7 @@ def _begin(
 ) -> Begun:
     """Draft and verify: row i judges draft i, row K yields the bonus token."""
     (target, drafter), num_draft_tokens = models, shape.num_draft_tokens
-    tokens = None if proposals is None else proposals.behind(state.last_token)
+    state, match = _looked_up(state)
     drafts = draft(
         target,
         drafter,
@@ -143,15 +164,49 @@ def _begin(
         state,
         settings,
         num_draft_tokens,
-        given_tokens=tokens,
+        given_tokens=_given_tokens(shape, state, settings, proposals, match),
+        is_given=shape.source == LOOKUP,
     )
     block = state.last_token
     if num_draft_tokens:
         block = mx.concatenate([block, drafts.tokens], axis=1)  # [B, K + 1]
     output = _verify(target, block, state, settings, min_rows=shape.min_rows)
-    return Begun(
-        drafts, output.logits, output.hidden, output.slabs, replace(state, slabs=[])
-    )
+    text = state.text
+    if text is not None:
+        text = with_tokens(text, state.offset, block)
+    before = replace(state, slabs=[], text=text)
+    packed = None if match is None else match.packed
+    return Begun(drafts, output.logits, output.hidden, output.slabs, before, packed)
+
+
+def _looked_up(state: RoundState) -> tuple[RoundState, Match | None]:
+    """The state whose text has the newest token, and where its suffix was before."""
+    if state.text is None:
+        return state, None
+    text = with_tokens(state.text, state.offset, state.last_token)
+    return replace(state, text=text), find(text, state.offset)
+
+
+def _given_tokens(
+    shape: RoundShape,
+    state: RoundState,
+    settings: RowSettings,
+    proposals: Proposals | None,
+    match: Match | None,
+) -> mx.array | None:
+    """Drafts that need no drafter, -1 for none: forced tokens before those looked up.
+
+    Returns:
+        int32 [B, K]; None for none at all.
+    """
+    forced = None if proposals is None else proposals.behind(state.last_token)
+    if match is None or not shape.num_draft_tokens or shape.source == DRAFTER:
+        return forced
+    tokens = match.tokens[:, : shape.num_draft_tokens]
+    if shape.source == MIXED:
+        is_long = match.length >= settings.least_match
+        tokens = mx.where(is_long[:, None], tokens, -1)
+    return tokens if forced is None else mx.where(forced >= 0, forced, tokens)
 
 
 def _judge(
@@ -171,7 +226,8 @@ def _judge(
     )
     if graph.has_max_drafts:
         accepted = cut(begun.draft.tokens, accepted, settings.max_drafts)
-    return Report.of(begun.draft.tokens, accepted, begun.logits, graph), accepted
+    report = Report.of(begun.draft.tokens, accepted, begun.logits, graph, begun.match)
+    return report, accepted
 
 
 def _verify(
@@ -216,6 +272,7 @@ def commit(verified: Verified, settings: RowSettings, accepted: Accepted) -> Rou
         mx.where(is_active[:, None], accepted.next_token, before.last_token),
         mx.where(is_active[:, None, None], new_hidden, before.hidden),
         mx.where(is_active, offset, before.offset),
+        before.text,
     )
 
 
@@ -228,6 +285,7 @@ def draft(
     num_draft_tokens: int,
     *,
     given_tokens: mx.array | None = None,
+    is_given: bool = False,
 ) -> Draft:
     """The proposals for the positions after the last token.
 
@@ -242,7 +300,11 @@ def draft(
         settings: Of its rows.
         num_draft_tokens: K.
         given_tokens: Proposals in place of the drafter's, -1 for none, int32 [B, K].
+        is_given: Whether all of them are given: the drafter does not run.
     """
+    if num_draft_tokens and is_given:
+        assert given_tokens is not None
+        return given(given_tokens, settings.graph)
     if num_draft_tokens == 0 or drafter is None:
         return Draft(mx.zeros((state.last_token.shape[0], 0), dtype=mx.int32), None)
     shared_kv = _shared_kv(target, drafter, state, settings)

@@ -20,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..constants import DRAFTER
 from ..errors import KernelError, MTPError, described, is_of_others
 from ..matmuls.choices import STOCK, Choices
 from ..models.target import Target
@@ -152,9 +153,12 @@ class Rounds:
         min_rows: int,
         num_rows: int,
         capacity: int,
+        source: str = DRAFTER,
+        has_text: bool = False,
     ) -> bool:
         """Whether such a round has run before: the first one is traced and compiled."""
-        shape = RoundShape(num_draft_tokens, min_rows, graph)
+        source = source if num_draft_tokens else DRAFTER
+        shape = RoundShape(num_draft_tokens, min_rows, graph, source, has_text)
         parts = (begin, finish) if graph.has_masks else (whole,)
         keys = [self._key(part, shape, num_rows, capacity) for part in parts]
         return all(key in self._traces for key in keys)
@@ -166,6 +170,7 @@ class Rounds:
         *,
         num_draft_tokens: int,
         min_rows: int = 1,
+        source: str = DRAFTER,
     ) -> tuple[RoundState, Report]:
         """Queue one round; nothing is evaluated here.
 
@@ -178,13 +183,14 @@ class Rounds:
             num_draft_tokens: K, the same for all rows.
             min_rows: The target verifies no fewer rows; repetitions of the last token
                 fill them, and what they give is dropped.
+            source: See ``RoundShape``.
 
         Returns:
             The new state and the round's report.
         """
         assert not settings.graph.has_host  # see verify
         assert not settings.graph.has_masks  # see begin
-        shape = RoundShape(num_draft_tokens, min_rows, settings.graph)
+        shape = _shape(state, settings, num_draft_tokens, min_rows, source)
         found = self._call_models(whole, shape, state, settings)
         return RoundState(**found["state"]), Report.of_named(found["report"])
 
@@ -195,6 +201,7 @@ class Rounds:
         *,
         num_draft_tokens: int,
         min_rows: int = 1,
+        source: str = DRAFTER,
     ) -> tuple[Verified, Report]:
         """Queue a round up to its commit, for the host to decide rows in between.
 
@@ -202,9 +209,9 @@ class Rounds:
         """
         assert settings.graph.has_host
         assert not settings.graph.has_masks  # see begin
-        shape = RoundShape(num_draft_tokens, min_rows, settings.graph)
+        shape = _shape(state, settings, num_draft_tokens, min_rows, source)
         found = self._call_models(whole, shape, state, settings)
-        before = replace(state, slabs=[])
+        before = replace(state, slabs=[], text=found.get("text"))
         return Verified(**found["verified"], before=before), Report.of_named(
             found["report"]
         )
@@ -216,6 +223,7 @@ class Rounds:
         *,
         num_draft_tokens: int,
         min_rows: int = 1,
+        source: str = DRAFTER,
         proposals: Proposals | None = None,
     ) -> Begun:
         """Queue a round up to its decision, for the host to make masks in between.
@@ -227,12 +235,14 @@ class Rounds:
             settings: Each row's settings.
             num_draft_tokens: K, the same for all rows.
             min_rows: See ``run``.
+            source: See ``RoundShape``.
             proposals: Tokens in place of drafts; None where K is 0.
         """
-        shape = RoundShape(num_draft_tokens, min_rows, settings.graph)
+        shape = _shape(state, settings, num_draft_tokens, min_rows, source)
         given = {} if proposals is None else vars(proposals)
         found = self._call_models(begin, shape, state, settings, given)
-        return Begun.of_named(found, before=replace(state, slabs=[]))
+        before = replace(state, slabs=[], text=found.get("text"))
+        return Begun.of_named(found, before=before)
 
     def finish(
         self, begun: Begun, settings: RowSettings, masks: mx.array
@@ -249,7 +259,8 @@ class Rounds:
             and the report.
         """
         num_rows, num_tokens = begun.logits.shape[:2]
-        shape = RoundShape(num_tokens - 1, 1, settings.graph)
+        has_text = begun.before.text is not None
+        shape = RoundShape(num_tokens - 1, 1, settings.graph, has_text=has_text)
         compiled = self._traced(finish, shape, num_rows)
         arrays, before = begun.small, begun.before.small
         found = compiled(_no_models, [], arrays, before, settings.named, masks)
@@ -306,7 +317,7 @@ class Rounds:
                 return compiled(
                     partial(self._bound, model_arrays),
                     model_arrays,
-                    vars(state),
+                    state.named,
                     settings.named,
                     *arrays,
                 )
@@ -337,7 +348,8 @@ class Rounds:
         """What a trace depends on; MLX traces anew for every stream."""
         stream = str(mx.default_stream(mx.default_device()))
         if part is finish:  # it sees no models and no slabs
-            return finish, shape.num_draft_tokens, shape.graph, num_rows, stream
+            numbers = shape.num_draft_tokens, shape.has_text, num_rows
+            return finish, *numbers, shape.graph, stream
         return part, shape, num_rows, capacity, self.choices.digest, stream
 
     def _made(self, part: Callable[..., Any], shape: RoundShape) -> CompiledRound:
@@ -355,6 +367,19 @@ class Rounds:
         lm, drafter = self._arrays.bound(arrays, inputs)
         target = self.target.over(lm, self.choices.ways)
         return target, self.drafter if drafter is None else drafter
+
+
+def _shape(
+    state: RoundState,
+    settings: RowSettings,
+    num_draft_tokens: int,
+    min_rows: int,
+    source: str,
+) -> RoundShape:
+    """The shape of a round from a state; without drafts no source is another one."""
+    source = source if num_draft_tokens else DRAFTER
+    has_text = state.text is not None
+    return RoundShape(num_draft_tokens, min_rows, settings.graph, source, has_text)
 
 
 def _no_models(arrays: list[mx.array]) -> None:

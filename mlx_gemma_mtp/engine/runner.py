@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
+from ..constants import DRAFTER, LOOKUP
+from ..drafting.policy import Way
 from ..sampling.acceptance import Accepted
 from .batch import Batch
 from .masked import RoundMasks, proposed_tokens
@@ -21,6 +24,7 @@ from .results import decisions_of
 from .round import commit
 from .rounds import Rounds
 from .sequence import TokenSequence
+from .sources import least_matches, round_source
 from .state import Begun, Decision, Proposals, Report, RoundState, Verified
 from .timing import RoundTimer
 
@@ -32,6 +36,8 @@ class QueuedRound:
     Attributes:
         sequences: Who sat where when it was built.
         num_draft_tokens: Its K.
+        source: Where its drafts come from, see ``RoundShape``.
+        least_match: Of each seat, see ``RowSettings``.
         report: What it will tell; None while it stands before its decision.
         begun: The round where it stands before its decision.
         drafts: Of each seat, once they were read.
@@ -42,6 +48,8 @@ class QueuedRound:
 
     sequences: Sequence[TokenSequence | None]
     num_draft_tokens: int
+    source: str = DRAFTER
+    least_match: Sequence[int] = ()
     report: Report | None = None
     begun: Begun | None = None
     drafts: list[list[int]] | None = None
@@ -56,6 +64,12 @@ class QueuedRound:
         if self.report is not None:
             return [self.report.tokens]
         return [] if self.begun is None else [self.begun.logits]
+
+    def source_of(self, seat: int, decision: Decision) -> str:
+        """Where the drafts of a row came from."""
+        is_long = decision.match_length >= self.least_match[seat]
+        is_found = bool(decision.followed) and is_long
+        return LOOKUP if self.source == LOOKUP or is_found else DRAFTER
 
     def read_drafts(self) -> None:
         """Wait for the drafts of a round that stands before its decision."""
@@ -83,18 +97,26 @@ class RoundRunner:
         self._verified: Verified | None = None
 
     def queue(
-        self, state: RoundState, num_draft_tokens: int, last: QueuedRound | None
+        self, state: RoundState, way: Way, last: QueuedRound | None
     ) -> QueuedRound:
         """Let a round follow a state; nothing of it is evaluated here.
 
         Args:
             state: The batch's, taken out of it.
-            num_draft_tokens: K.
+            way: How it drafts.
             last: The round in flight.
         """
-        settings = self._batch.settings
-        shape = {"num_draft_tokens": num_draft_tokens, "min_rows": self._min_rows}
-        queued = QueuedRound(tuple(self._batch.sequences), num_draft_tokens)
+        settings, num_draft_tokens = self._batch.settings, way.num_draft_tokens
+        sequences = tuple(self._batch.sequences)
+        least_match = least_matches(sequences)
+        shape: dict[str, Any] = {
+            "num_draft_tokens": num_draft_tokens,
+            "min_rows": self._min_rows,
+            "source": way.source,
+        }
+        if self._batch.has_text:
+            shape["source"] = round_source(way.source, least_match)
+        queued = QueuedRound(sequences, num_draft_tokens, way.source, least_match)
         if settings.graph.has_masks:
             proposals = self.proposals(num_draft_tokens, last)
             begun = self._rounds.begin(state, settings, proposals=proposals, **shape)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from ..drafting.lookup_model import BROKEN
 from ..sampling.host import HostRow, Judged, LogitsProcessor
 from ..sampling.masks import BlockMasks
 from .request import Matcher, Request, RowMasks, settled
@@ -31,6 +32,8 @@ class TokenSequence:
         finish_reason: Why it has ended; None while it is live.
         stats: Counts of its rounds.
         masks: What it may choose, as far as it was followed; None for anything.
+        match_length: How long it has repeated itself, see ``lookup_model.continued``,
+            as of the last report read.
     """
 
     request: Request
@@ -42,6 +45,7 @@ class TokenSequence:
     finish_reason: str | None = None
     stats: RoundStats = field(default_factory=RoundStats)
     masks: RowMasks | None = None
+    match_length: int = BROKEN
     _matcher: Matcher | None = None
     _num_followed: int = 0  # of the emitted tokens, by the masks
 
@@ -69,6 +73,12 @@ class TokenSequence:
         if request.stop_sequences is not None:
             sequence._matcher = request.stop_sequences.matcher()
         return sequence
+
+    @property
+    def known(self) -> list[int]:
+        """The tokens before those emitted, as far as anybody said what they are."""
+        request = self.request
+        return [*(request.history or request.cached), *request.prompt]
 
     @property
     def num_emitted(self) -> int:

@@ -57,7 +57,7 @@ class _Shadow:
             if sequence is None:
                 continue
             tokens = sequence.emitted[start : start + len(drafts)]
-            count = _num_equal(drafts, tokens)
+            count = num_equal(drafts, tokens)
             if count < len(tokens) or count == len(drafts):  # else its text has ended
                 counts.append(count)
         return counts
@@ -104,7 +104,7 @@ class Shadows:
             shadow.policy.observe_shadow(shadow.drafts.shape[1], [])
 
 
-def _num_equal(drafts: Sequence[int], tokens: Sequence[int]) -> int:
+def num_equal(drafts: Sequence[int], tokens: Sequence[int]) -> int:
     """Length of the longest common prefix."""
     count = 0
     for draft, token in zip(drafts, tokens, strict=False):

@@ -23,6 +23,7 @@ from ..sampling.graph import (
 )
 from ..sampling.logprobs import Logprobs, TokenLogprobs, reported_logprobs
 from ..sampling.params import SamplingParams
+from .lookup import LONGEST, text_row
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,15 @@ class RoundState:
         last_token: The newest token, whose K/V is not in the slabs yet, int32 [B, 1].
         hidden: The target's post-norm row that predicted it, [B, 1, H].
         offset: Tokens in the slabs, and so the last token's position, int32 [B].
+        text: The token at each place, where drafts may come from it: see lookup.py.
+            It is written as the slabs are, int32 [B, capacity].
     """
 
     slabs: list[mx.array]
     last_token: mx.array
     hidden: mx.array
     offset: mx.array
+    text: mx.array | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -49,17 +53,30 @@ class RoundState:
     @property
     def small(self) -> dict[str, mx.array]:
         """All arrays but the slabs, by name."""
-        arrays = {**vars(self)}
+        arrays = self.named
         del arrays["slabs"]
         return arrays
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """All arrays by name."""
+        return {name: a for name, a in vars(self).items() if a is not None}
 
-def empty_state(slabs: list[mx.array], hidden: mx.array) -> RoundState:
+    @property
+    def text_by_name(self) -> dict[str, mx.array]:
+        """The text under its name; empty where there is none."""
+        return {} if self.text is None else {"text": self.text}
+
+
+def empty_state(
+    slabs: list[mx.array], hidden: mx.array, *, text: mx.array | None = None
+) -> RoundState:
     """The state of seats that nobody has taken yet.
 
     Args:
         slabs: Empty ones.
         hidden: Of any row, for its shape and type, [1, 1, H].
+        text: An empty one; None where no drafts come from it.
     """
     num_rows = slabs[0].shape[0]
     return RoundState(
@@ -67,19 +84,40 @@ def empty_state(slabs: list[mx.array], hidden: mx.array) -> RoundState:
         last_token=mx.zeros((num_rows, 1), dtype=mx.int32),
         hidden=mx.zeros((num_rows, *hidden.shape[1:]), dtype=hidden.dtype),
         offset=mx.zeros((num_rows,), dtype=mx.int32),
+        text=text,
     )
 
 
 def with_row(
-    state: RoundState, row: int, *, last_token: int, hidden: mx.array, offset: int
+    state: RoundState,
+    row: int,
+    *,
+    last_token: int,
+    hidden: mx.array,
+    offset: int,
+    tokens: Sequence[int] = (),
 ) -> RoundState:
-    """The state with one row exchanged; its slabs are the caller's to fill."""
+    """The state with one row exchanged; its slabs are the caller's to fill.
+
+    Args:
+        state: The state.
+        row: Which row.
+        last_token: As of ``RoundState``, and so are the next two.
+        hidden: [1, 1, H].
+        offset: See there.
+        tokens: Those before the last one, as far as they are known.
+    """
     is_row = mx.arange(state.offset.shape[0]) == row
+    text = state.text
+    if text is not None:
+        new = text_row(tokens, end=offset, capacity=text.shape[1])
+        text = mx.where(is_row[:, None], new, text)
     return RoundState(
         state.slabs,
         mx.where(is_row[:, None], last_token, state.last_token),
         mx.where(is_row[:, None, None], hidden, state.hidden),
         mx.where(is_row, offset, state.offset),
+        text,
     )
 
 
@@ -104,7 +142,11 @@ def with_rows(state: RoundState, rows: Sequence[int]) -> RoundState:
     """The state of other rows, each of which was one of the old; slabs as they are."""
     index = mx.array(list(rows), dtype=mx.int32)
     return RoundState(
-        state.slabs, state.last_token[index], state.hidden[index], state.offset[index]
+        state.slabs,
+        state.last_token[index],
+        state.hidden[index],
+        state.offset[index],
+        None if state.text is None else state.text[index],
     )
 
 
@@ -119,6 +161,8 @@ class RowSettings:
         first_position: The oldest position that the row's rings hold keys for, int32
             [B].
         max_drafts: How many drafts the row accepts at most, int32 [B].
+        least_match: Drafts come from the text where a match is so long, also in a round
+            with a drafter, int32 [B].
     """
 
     graph: SamplingGraph
@@ -126,6 +170,7 @@ class RowSettings:
     is_active: mx.array
     first_position: mx.array
     max_drafts: mx.array
+    least_match: mx.array
 
     @property
     def named(self) -> dict[str, Any]:
@@ -147,6 +192,7 @@ def row_settings(
     is_host: Sequence[bool] = (),
     num_logprobs: int | None = None,
     max_drafts: Sequence[int] = (),
+    least_match: Sequence[int] = (),
 ) -> RowSettings:
     """The settings of rows that are all active and hold their keys from position 0.
 
@@ -156,6 +202,8 @@ def row_settings(
         num_logprobs: How many of the best tokens are reported with each token's
             log-probability; None for no log-probabilities.
         max_drafts: How many drafts each row accepts at most; ``()`` for any.
+        least_match: From which length of a match on each row's drafts come from the
+            text in a round with a drafter; ``()`` for never.
     """
     most = list(max_drafts) or [MAX_DRAFT_TOKENS] * len(params)
     graph = sampling_graph(params, is_host=is_host, num_logprobs=num_logprobs)
@@ -165,6 +213,9 @@ def row_settings(
         is_active=mx.array([True] * len(params)),
         first_position=mx.array([0] * len(params), dtype=mx.int32),
         max_drafts=mx.array(most, dtype=mx.int32),
+        least_match=mx.array(
+            list(least_match) or [LONGEST + 1] * len(params), dtype=mx.int32
+        ),
     )
 
 
@@ -179,6 +230,9 @@ class Decision:
         logits: The target's of all rows, [B, K + 1, V]; see ``SequenceOutput``.
         logprobs: One entry per token; empty where nobody asks.
         error: What a function or the masks of the row's own raised.
+        match_length: How many of the newest tokens before the round stood in the text
+            before; 0 where nobody looks.
+        followed: What followed there; empty where nobody looks.
     """
 
     num_accepted: int
@@ -186,6 +240,8 @@ class Decision:
     logits: mx.array
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: Exception | None = None
+    match_length: int = 0
+    followed: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -194,7 +250,8 @@ class Report:
 
     Attributes:
         tokens: num_accepted, then K + 1 tokens, of which the first num_accepted + 1
-            are the round's, int32 [B, K + 2].
+            are the round's, int32 [B, K + 2]; behind them the match before the round
+            where there is a text, int32 [B, K + 12].
         logits: The target's logits behind those tokens, behind the rows' masks where
             they have some, [B, K + 1, V].
         logprobs: Log-probabilities of those tokens; None where nobody asks, or where
@@ -212,6 +269,7 @@ class Report:
         accepted: Accepted,
         logits: mx.array,
         graph: SamplingGraph,
+        match: mx.array | None = None,
     ) -> Report:
         """The report of a round.
 
@@ -220,6 +278,7 @@ class Report:
             accepted: What was decided; of a row that the host decides all drafts.
             logits: The target's, [B, K + 1, V].
             graph: Of the rows.
+            match: See ``Match.packed``; None where there is no text.
         """
         num_accepted, next_token = accepted.num_accepted[:, None], accepted.next_token
         tokens = next_token
@@ -228,7 +287,8 @@ class Report:
             is_draft = mx.arange(tokens.shape[1]) < num_accepted
             tokens = mx.where(is_draft, tokens, next_token)
         logprobs = reported_logprobs(graph, logits, tokens)
-        return cls(mx.concatenate([num_accepted, tokens], axis=1), logits, logprobs)
+        parts = [num_accepted, tokens] + ([] if match is None else [match])
+        return cls(mx.concatenate(parts, axis=1), logits, logprobs)
 
     @property
     def named(self) -> dict[str, Any]:
@@ -251,10 +311,20 @@ class Report:
     def read(self) -> list[Decision]:
         """Wait for it: the only place where a round's result reaches the host."""
         rows = cast(list[list[int]], self.tokens.tolist())
-        return [
-            Decision(num_accepted, tokens[: num_accepted + 1], self.logits)
-            for num_accepted, *tokens in rows
-        ]
+        num_tokens = self.logits.shape[1]
+        decisions = []
+        for num_accepted, *tokens in rows:
+            match_length, *followed = tokens[num_tokens:] or [0]
+            decisions.append(
+                Decision(
+                    num_accepted,
+                    tokens[: num_accepted + 1],
+                    self.logits,
+                    match_length=match_length,
+                    followed=followed,
+                )
+            )
+        return decisions
 
 
 @dataclass(frozen=True)
@@ -284,7 +354,7 @@ class Verified:
     Attributes:
         slabs: With the keys and values of the whole block.
         hidden: The target's post-norm rows of the block, [B, K + 1, H].
-        before: The state it started from, without its slabs.
+        before: The state it started from, without its slabs, with the block's text.
     """
 
     slabs: list[mx.array]
@@ -294,7 +364,7 @@ class Verified:
     @property
     def arrays(self) -> list[mx.array]:
         """What has to be evaluated."""
-        return [self.hidden, *self.slabs]
+        return [self.hidden, *self.before.text_by_name.values(), *self.slabs]
 
 
 @dataclass(frozen=True)
@@ -306,7 +376,8 @@ class Begun:
         logits: The target's, [B, K + 1, V].
         hidden: Its post-norm rows, [B, K + 1, H].
         slabs: With the keys and values of the whole block.
-        before: The state it started from, without its slabs.
+        before: The state it started from, without its slabs, with the block's text.
+        match: See ``Match.packed``; None where there is no text.
     """
 
     draft: Draft
@@ -314,6 +385,7 @@ class Begun:
     hidden: mx.array
     slabs: list[mx.array]
     before: RoundState
+    match: mx.array | None = None
 
     @property
     def verified(self) -> Verified:
@@ -329,6 +401,8 @@ class Begun:
             arrays["drafts"] = self.draft.tokens
         if source is not None:
             arrays["source"] = {"scores": source.scores, "token_ids": source.token_ids}
+        if self.match is not None:
+            arrays["match"] = self.match
         return arrays
 
     @classmethod
@@ -346,6 +420,7 @@ class Begun:
             arrays["hidden"],
             arrays.get("slabs", []),
             before,
+            arrays.get("match"),
         )
 
     def read_drafts(self) -> list[list[int]]:

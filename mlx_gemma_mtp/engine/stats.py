@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..constants import DRAFTER, LOOKUP
+
 
 @dataclass
 class Phases:
@@ -40,8 +42,11 @@ class RoundStats:
         accepted: Draft tokens that the target accepted, those past the cut of the
             last round included.
         num_draft_tokens: Rounds by the number K of drafts.
+        looked_up: The same, of rounds whose drafts came from the text itself alone.
         accepted_at: accepted_at[i] counts the rounds that accepted draft i + 1.
         drafted_at: drafted_at[i] counts the rounds that proposed draft i + 1.
+        drafted_from: Draft tokens proposed, by where they came from.
+        accepted_from: Those that the target accepted.
         rule: The rule that judged the drafts, in words.
         traced: Rounds that were traced, which takes the host much longer.
         exactness: What is known of the text's equality with plain decoding, in words.
@@ -60,6 +65,9 @@ class RoundStats:
     num_draft_tokens: Counter[int] = field(default_factory=Counter)
     accepted_at: Counter[int] = field(default_factory=Counter)
     drafted_at: Counter[int] = field(default_factory=Counter)
+    looked_up: Counter[int] = field(default_factory=Counter)
+    drafted_from: Counter[str] = field(default_factory=Counter)
+    accepted_from: Counter[str] = field(default_factory=Counter)
     rule: str = ""
     traced: int = 0
     exactness: str = ""
@@ -69,8 +77,12 @@ class RoundStats:
     matmuls: dict[str, int] = field(default_factory=dict)
     phases: Phases = field(default_factory=Phases)
 
-    def add_round(self, *, drafted: int, accepted: int) -> None:
-        """Count one row's part of one round."""
+    def add_round(self, *, drafted: int, accepted: int, source: str = DRAFTER) -> None:
+        """Count one row's part of one round, whose drafts came from a source."""
+        if drafted:
+            self.drafted_from[source] += drafted
+            self.accepted_from[source] += accepted
+            self.looked_up[drafted] += source == LOOKUP
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted
@@ -85,6 +97,9 @@ class RoundStats:
             num_draft_tokens=self.num_draft_tokens.copy(),
             accepted_at=self.accepted_at.copy(),
             drafted_at=self.drafted_at.copy(),
+            looked_up=self.looked_up.copy(),
+            drafted_from=self.drafted_from.copy(),
+            accepted_from=self.accepted_from.copy(),
             phases=replace(self.phases),
         )
 
@@ -96,6 +111,9 @@ class RoundStats:
         self.accepted += other.accepted
         self.num_draft_tokens += other.num_draft_tokens
         self.drafted_at += other.drafted_at
+        self.looked_up += other.looked_up
+        self.drafted_from += other.drafted_from
+        self.accepted_from += other.accepted_from
         self.traced += other.traced
         self.max_difference = _largest(self.max_difference, other.max_difference)
         self.exactness = _both(self.exactness, other.exactness)
@@ -152,6 +170,8 @@ class RoundStats:
             "rounds_by_num_draft_tokens": {
                 str(k): self.num_draft_tokens[k] for k in sorted(self.num_draft_tokens)
             },
+            "drafted_from": dict(self.drafted_from),
+            "accepted_from": dict(self.accepted_from),
             "rule": self.rule,
             "traced": self.traced,
             "engaged": self.engaged,

@@ -6,6 +6,7 @@ in, text out.
 
 from __future__ import annotations
 
+from ..constants import LOOKUP
 from ..cpu_kernels import compile_seconds, num_compiled
 from ..engine.stats import RoundStats
 from .response import GenerationResponse
@@ -102,7 +103,15 @@ def _describe_drafts(stats: RoundStats) -> str:
         f"{count} with K = {k}" for k, count in sorted(stats.num_draft_tokens.items())
     )
     rates = ", ".join(f"{rate:.2f}" for rate in stats.acceptance_by_position)
-    return f"Drafts: rounds {rounds}; accepted by position {rates}"
+    return f"Drafts: rounds {rounds}; accepted by position {rates}{_from_text(stats)}"
+
+
+def _from_text(stats: RoundStats) -> str:
+    """How many drafts came from the text itself; empty where none did."""
+    if not stats.drafted_from[LOOKUP]:
+        return ""
+    counts = f"{stats.accepted_from[LOOKUP]} of {stats.drafted_from[LOOKUP]}"
+    return f"; {counts} from the text accepted"
 
 
 def _describe_difference(stats: RoundStats) -> str:

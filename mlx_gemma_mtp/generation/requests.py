@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..constants import DEFAULT_DRAFT_SOURCE, DRAFTER
 from ..engine.request import Request, RowConstraint
 from ..errors import RequestError
 from ..pair.pair import Pair
@@ -139,8 +140,17 @@ def check_prompt(pair: Pair, prompt: Sequence[int] | mx.array) -> list[int]:
     return tokens
 
 
-def drafts_of(pair: Pair, num_draft_tokens: int | str | None) -> int | None:
+def drafts_of(
+    pair: Pair,
+    num_draft_tokens: int | str | None,
+    draft_source: str = DEFAULT_DRAFT_SOURCE,
+) -> int | None:
     """The K of a request, of what ``check_num_draft_tokens`` has let through.
+
+    Args:
+        pair: Target and drafter.
+        num_draft_tokens: What the caller asks for.
+        draft_source: Where drafts may come from.
 
     Returns:
         K; None for the controller's choice.
@@ -150,10 +160,10 @@ def drafts_of(pair: Pair, num_draft_tokens: int | str | None) -> int | None:
     """
     if num_draft_tokens is None or isinstance(num_draft_tokens, str):
         return None
-    if num_draft_tokens and pair.drafter is None:
+    if num_draft_tokens and pair.drafter is None and draft_source == DRAFTER:
         raise RequestError(
             f"num_draft_tokens must be 0 without a drafter: got {num_draft_tokens}. "
-            "Load the pair with a drafter."
+            "Load the pair with a drafter, or set draft_source to lookup."
         )
     return int(num_draft_tokens)
 

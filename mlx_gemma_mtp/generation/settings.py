@@ -10,7 +10,13 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, TypedDict
 
-from ..constants import AUTO, MAX_DRAFT_TOKENS, MAX_LOGPROBS
+from ..constants import (
+    AUTO,
+    DEFAULT_DRAFT_SOURCE,
+    DRAFT_SOURCES,
+    MAX_DRAFT_TOKENS,
+    MAX_LOGPROBS,
+)
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from ..engine.route import check_mode
 from ..errors import RequestError
@@ -24,6 +30,7 @@ class Keywords(TypedDict, total=False):
     """The fields of ``GenerationSettings`` that have a default, for type checkers."""
 
     num_draft_tokens: int | str | None
+    draft_source: str
     exactness: str
     temp: float
     top_p: float
@@ -51,6 +58,9 @@ class GenerationSettings:
         max_tokens: Tokens to generate for each prompt, 1 or more; -1 for no limit.
         num_draft_tokens: Drafts per round, 0 (plain decoding) to 8; ``"auto"`` or
             None for as many in each round as are expected to be fastest.
+        draft_source: Where drafts come from: ``"drafter"``; ``"lookup"``, the text
+            itself, where its newest tokens stood before, which needs no drafter;
+            ``"auto"``, in each round the one that is expected to be faster.
         exactness: ``"auto"``: the bytes of plain decoding, where a short probe (once
             per machine and pair) proves that drafting gives them; elsewhere drafts are
             judged all the same, and the statistics say so. ``"exact"``: only what was
@@ -88,6 +98,7 @@ class GenerationSettings:
 
     max_tokens: int
     num_draft_tokens: int | str | None = None
+    draft_source: str = DEFAULT_DRAFT_SOURCE
     exactness: str = AUTO
     temp: float = 0.0
     top_p: float = 1.0
@@ -107,6 +118,7 @@ class GenerationSettings:
         """Check every field; processors and sampler are checked with the request."""
         check_max_tokens(self.max_tokens)
         check_num_draft_tokens(self.num_draft_tokens)
+        check_draft_source(self.draft_source)
         check_mode(self.exactness)
         check_prefill_step_size(self.prefill_step_size)
         names = [each.name for each in fields(SamplingParams)]
@@ -139,6 +151,19 @@ def check_num_draft_tokens(value: Any) -> None:
         raise RequestError(
             f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}, or auto: got "
             f"{value!r}. auto suits most pairs."
+        )
+
+
+def check_draft_source(value: Any) -> None:
+    """Check where drafts come from.
+
+    Raises:
+        RequestError: Not one of ``DRAFT_SOURCES``.
+    """
+    if not isinstance(value, str) or value not in DRAFT_SOURCES:
+        raise RequestError(
+            f"draft_source must be {', '.join(DRAFT_SOURCES[:-1])} or "
+            f"{DRAFT_SOURCES[-1]}: got {value!r}. auto takes the faster one."
         )
 
 

@@ -59,6 +59,7 @@ def stream_generate(
     regex: str | None = None,
     grammar: str | None = None,
     max_thinking_tokens: int | None = None,
+    cached_tokens: Sequence[int] = (),
     **settings: Unpack[Keywords],
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text from a prompt, a token at a time.
@@ -90,6 +91,8 @@ def stream_generate(
             number. Marks, a thought's name, and what the prompt holds of one do not
             count. With 0 a thought that the prompt opens is closed at once, and none
             begins.
+        cached_tokens: The tokens of ``prompt_cache``, as far as they are known: drafts
+            may come from them too, see ``draft_source``.
         settings: The other keywords, see ``generation.settings.GenerationSettings``.
 
     Yields:
@@ -120,12 +123,15 @@ def stream_generate(
         logits_processors=chosen.logits_processors,
         sampler=chosen.sampler,
         num_logprobs=num_logprobs,
+        draft_source=chosen.draft_source,
+        cached=tuple(cached_tokens),
         constraint=_bound(asked_for, tokenizer, pair, max_thinking_tokens),
     )
     decoder = make_decoder(
         pair,
         [request],
-        num_draft_tokens=drafts_of(pair, chosen.num_draft_tokens),
+        num_draft_tokens=drafts_of(pair, chosen.num_draft_tokens, chosen.draft_source),
+        draft_source=chosen.draft_source,
         exactness=chosen.exactness,
         prefill_step_size=chosen.prefill_step_size,
         prompt_caches=() if prompt_cache is None else [prompt_cache],

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..cache.prompt import insert_row
 from ..cache.slabs import next_capacity
+from ..constants import DEFAULT_DRAFT_SOURCE
 from ..engine.capacity import DEFAULT_MAX_ROWS
 from ..engine.decoder import Decoder
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE, read_prompt
@@ -27,6 +28,7 @@ from .requests import check_prompt, drafts_of, eos_set, listed, make_request
 from .settings import (
     GenerationSettings,
     Keywords,
+    check_draft_source,
     check_num_draft_tokens,
     check_prefill_step_size,
     is_whole,
@@ -74,13 +76,15 @@ def generate_tokens(
             eos=eos,
             logits_processors=chosen.logits_processors,
             sampler=chosen.sampler,
+            draft_source=chosen.draft_source,
         )
         for p in prompts
     ]
     decoder = make_decoder(
         pair,
         requests,
-        num_draft_tokens=drafts_of(pair, chosen.num_draft_tokens),
+        num_draft_tokens=drafts_of(pair, chosen.num_draft_tokens, chosen.draft_source),
+        draft_source=chosen.draft_source,
         exactness=chosen.exactness,
         prefill_step_size=chosen.prefill_step_size,
     )
@@ -141,12 +145,17 @@ def make_decoder(
     num_draft_tokens: int | None,
     exactness: str,
     prefill_step_size: int,
+    draft_source: str = DEFAULT_DRAFT_SOURCE,
     prompt_caches: Sequence[Sequence[Any] | None] = (),
 ) -> Decoder:
     """A decoder of checked requests, planned for this machine; see ``make_plan``."""
     pair.refresh()
     plan = make_plan(
-        pair, requests, num_draft_tokens=num_draft_tokens, exactness=exactness
+        pair,
+        requests,
+        num_draft_tokens=num_draft_tokens,
+        exactness=exactness,
+        draft_source=draft_source,
     )
     return Decoder(
         pair.rounds,
@@ -159,6 +168,7 @@ def make_decoder(
         prompt_caches=prompt_caches,
         why_plain=plan.why_plain,
         probe_s=plan.probe_s,
+        has_text=plan.has_text,
     )
 
 
@@ -166,6 +176,7 @@ def make_batch_decoder(
     pair: Pair,
     *,
     num_draft_tokens: int | str | None = None,
+    draft_source: str = DEFAULT_DRAFT_SOURCE,
     max_rows: int = DEFAULT_MAX_ROWS,
     max_kv_bytes: int | None = None,
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
@@ -176,6 +187,7 @@ def make_batch_decoder(
         pair: Target and drafter.
         num_draft_tokens: Most drafts per round, 0 to 8; ``"auto"`` or None for as many
             as are expected to be fastest for the rows at hand.
+        draft_source: Where drafts may come from; each request may ask for less.
         max_rows: Most requests that are decoded together, 1 or more.
         max_kv_bytes: Most memory of their keys and values, bytes; None for what the
             machine has beside the weights.
@@ -185,6 +197,7 @@ def make_batch_decoder(
         RequestError: A setting is outside its range.
     """
     check_num_draft_tokens(num_draft_tokens)
+    check_draft_source(draft_source)
     check_prefill_step_size(prefill_step_size)
     for name, value in (("max_rows", max_rows), ("max_kv_bytes", max_kv_bytes)):
         if value is not None and (not is_whole(value) or value < 1):
@@ -192,7 +205,11 @@ def make_batch_decoder(
                 f"{name} must be 1 or more: got {value!r}. Leave it out."
             )
     pair.refresh()
-    plan = make_batch_plan(pair, num_draft_tokens=drafts_of(pair, num_draft_tokens))
+    plan = make_batch_plan(
+        pair,
+        num_draft_tokens=drafts_of(pair, num_draft_tokens, draft_source),
+        draft_source=draft_source,
+    )
     return Decoder(
         pair.rounds,
         num_draft_tokens=plan.draft_policy,
@@ -202,6 +219,7 @@ def make_batch_decoder(
         max_rows=max_rows,
         max_kv_bytes=max_kv_bytes or pair.default_kv_bytes,
         why_plain=plan.why_plain,
+        has_text=plan.has_text,
     )
 
 

@@ -22,6 +22,7 @@ from mlx_lm.generate import (
 )
 from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
 
+from ..constants import DEFAULT_DRAFT_SOURCE
 from ..cpu_kernels import clock
 from ..engine.capacity import DEFAULT_MAX_ROWS
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
@@ -58,6 +59,8 @@ class BatchGenerator:
         max_kv_size: Of no effect, as in mlx-lm for models that make their own caches.
         stream: What ``stream`` returns; rounds run on the thread's own stream.
         num_draft_tokens: Most drafts per round, 0 to 8, or "auto".
+        draft_source: Where they come from: "drafter", "lookup" or "auto", see
+            ``GenerationSettings``.
         max_kv_bytes: Most memory of the keys and values of requests that decode; None
             for what the machine has beside the weights. Requests wait for it. One that
             asks for more tokens than fit ends where they do, with "length".
@@ -85,6 +88,7 @@ class BatchGenerator:
         max_kv_size: int | None = None,
         stream: Any = None,
         num_draft_tokens: int | str | None = None,
+        draft_source: str = DEFAULT_DRAFT_SOURCE,
         max_kv_bytes: int | None = None,
         draw_seed: Callable[[Sampler | None], int | None] | None = None,
         tally: DraftTally | None = None,
@@ -100,11 +104,13 @@ class BatchGenerator:
         self._decoder = make_batch_decoder(
             self._pair,
             num_draft_tokens=num_draft_tokens,
+            draft_source=draft_source,
             max_rows=max(completion_batch_size, prefill_batch_size),
             max_kv_bytes=max_kv_bytes,
             prefill_step_size=prefill_step_size,
         )
         self._stop_sequences = StopSequences(stop_tokens or None)
+        self._draft_source = draft_source
         self._draw_seed = draw_seed
         self._tally = tally or DraftTally()
         self._counters = BatchCounters()
@@ -291,6 +297,7 @@ class BatchGenerator:
             logits_processors=options["logits_processors"],
             sampler=sampler,
             history=tuple(options["all_tokens"]),
+            draft_source=self._draft_source,
             stop_sequences=options["stop_sequences"],
             pauses=_ends(parts) if options["pauses"] else (),
             keeps_cache=True,

@@ -16,6 +16,7 @@ from typing import Any
 
 from mlx_lm import __version__
 
+from ..constants import DEFAULT_DRAFT_SOURCE
 from ..engine.stats import DraftTally
 from ..errors import HookError
 from .replacements import Hook, Own, Settings
@@ -33,6 +34,7 @@ def install(
     speculative_decoding: bool = True,
     draft_model: str | Path | None = None,
     num_draft_tokens: int | str | None = None,
+    draft_source: str = DEFAULT_DRAFT_SOURCE,
 ) -> None:
     """Let mlx-lm's own functions decode Gemma 4 with its drafter.
 
@@ -49,14 +51,18 @@ def install(
             None for the one that is found.
         num_draft_tokens: Drafts per round, 0 to 8; ``"auto"`` or None for as many as
             are expected to be fastest.
+        draft_source: Where drafts come from, for models that bring a drafter:
+            ``"drafter"``, ``"lookup"`` or ``"auto"``, see ``GenerationSettings``.
 
     Raises:
         HookError: This mlx-lm is older than 0.32, or one of the names that the hook
             relies on is called in another way; nothing is changed then.
-        RequestError: ``num_draft_tokens`` is outside its range.
+        RequestError: ``num_draft_tokens`` or ``draft_source`` is outside its range.
     """
     global _hook
-    settings = Settings(speculative_decoding, draft_model, num_draft_tokens)
+    settings = Settings(
+        speculative_decoding, draft_model, num_draft_tokens, draft_source
+    )
     with _lock:
         _check_version()
         if _hook is None or not _hook.is_on:

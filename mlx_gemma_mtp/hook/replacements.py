@@ -25,11 +25,15 @@ from ..checkpoints.checkpoint import open_checkpoint, read_json
 from ..checkpoints.hub import fetch, fetch_config
 from ..checkpoints.packing import without_stale_keys
 from ..checkpoints.tokenizer import model_kind
-from ..constants import DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
+from ..constants import (
+    DEFAULT_DRAFT_SOURCE,
+    DRAFTER_MODEL_TYPES,
+    TARGET_MODEL_TYPES,
+)
 from ..engine.stats import DraftTally
 from ..errors import CheckpointError, PairingError, RequestError
 from ..generation.response import GenerationResponse
-from ..generation.settings import check_num_draft_tokens
+from ..generation.settings import check_draft_source, check_num_draft_tokens
 from ..generation.text import stream_generate
 from ..models.drafter import Drafter
 from ..models.target import text_model
@@ -57,17 +61,20 @@ class Settings:
         draft_model: The drafter that ``load`` takes, a folder or a Hub id; None for
             the one that it finds.
         num_draft_tokens: Drafts per round, ``"auto"``, or None for the same.
+        draft_source: Where drafts come from, see ``GenerationSettings``.
 
     Raises:
-        RequestError: ``num_draft_tokens`` is outside its range.
+        RequestError: ``num_draft_tokens`` or ``draft_source`` is outside its range.
     """
 
     speculative_decoding: bool = True
     draft_model: str | Path | None = None
     num_draft_tokens: int | str | None = None
+    draft_source: str = DEFAULT_DRAFT_SOURCE
 
     def __post_init__(self) -> None:
         check_num_draft_tokens(self.num_draft_tokens)
+        check_draft_source(self.draft_source)
 
 
 @dataclass(frozen=True)
@@ -329,6 +336,7 @@ def _decode(
         max_tokens=max_tokens,
         draft_model=draft_model,
         num_draft_tokens=num_drafts,
+        draft_source=hook.settings.draft_source,
         seed=hook.draw_seed(sampler),
         sampler=sampler,
         logits_processors=logits_processors,
@@ -379,6 +387,7 @@ def _drafting_batch(
     return DraftingBatchGenerator(
         **call,
         num_draft_tokens=hook.settings.num_draft_tokens,
+        draft_source=hook.settings.draft_source,
         draw_seed=hook.draw_seed,
         tally=hook.tally,
     )

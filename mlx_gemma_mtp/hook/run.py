@@ -76,6 +76,7 @@ def _run(args: argparse.Namespace) -> int:
         speculative_decoding=is_drafting,
         draft_model=args.draft_model,
         num_draft_tokens=args.num_draft_tokens,
+        draft_source=args.draft_source,
     )
     try:
         run = program.load()

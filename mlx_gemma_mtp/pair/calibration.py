@@ -51,6 +51,7 @@ class Calibration:
         self._prior = prior
         self._kept = _sections(store.read())
         self._acceptance: dict[str, AcceptanceModel] = {}
+        self._lookups: dict[str, list[AcceptanceModel]] = {}
         self._controllers: dict[tuple[str, int, int], DraftLengthController] = {}
         self._verdicts: dict[int, Verdict] = {}
         self._compared: dict[int, Compared] = {}
@@ -84,6 +85,9 @@ class Calibration:
                 controller.acceptance = self._acceptance.setdefault(
                     rule, controller.acceptance
                 )
+                controller.lookup.acceptance = self._lookups.setdefault(
+                    rule, controller.lookup.acceptance
+                )
                 self._controllers[key] = controller
             return self._controllers[key]
 
@@ -107,11 +111,17 @@ class Calibration:
             controller = self._controllers.get((stats.rule, 1, min_rows))
             if controller is None:
                 return None
-            costs = controller.costs
-            if not all(map(costs.has_measured, {0, *counts})):
+            costs, lookup_costs = controller.costs, controller.lookup.costs
+            looked_up = +stats.looked_up
+            drafted = counts - looked_up
+            if not (
+                all(map(costs.has_measured, {0, *drafted}))
+                and all(map(lookup_costs.has_measured, looked_up))
+            ):
                 return None
             plain_s = costs.seconds(0) / self._fill_cost(min_rows)
-            took_s = sum(n * costs.seconds(k) for k, n in counts.items())
+            took_s = sum(n * costs.seconds(k) for k, n in drafted.items())
+            took_s += sum(n * lookup_costs.seconds(k) for k, n in looked_up.items())
             return num_tokens * plain_s / took_s
 
     def _fill_cost(self, min_rows: int) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..constants import AUTO
+from ..constants import AUTO, DEFAULT_DRAFT_SOURCE, DRAFTER
 from ..drafting.controller import DraftLengthController
 from ..drafting.policy import DraftPolicy, Learning
 from ..engine.command_buffers import LEAST_BUFFERS, Limits, num_buffers
@@ -62,6 +62,7 @@ class Plan:
         probe_s: What the probe took, if it ran for this plan, seconds.
         early_start: Decides when rounds are started.
         look_ahead: Whether a round is built before the last one's report is read.
+        has_text: Whether drafts may come from the text itself.
     """
 
     draft_policy: DraftPolicy
@@ -70,6 +71,7 @@ class Plan:
     probe_s: float = 0.0
     early_start: EarlyStart = field(default_factory=EarlyStart)
     look_ahead: bool = True
+    has_text: bool = False
 
 
 def make_plan(
@@ -78,6 +80,7 @@ def make_plan(
     *,
     num_draft_tokens: int | None,
     exactness: str,
+    draft_source: str = DEFAULT_DRAFT_SOURCE,
 ) -> Plan:
     """Plan the rounds of requests that are decoded together.
 
@@ -86,15 +89,21 @@ def make_plan(
         requests: At least one.
         num_draft_tokens: Checked K; None for the controller's choice.
         exactness: One of ``constants.MODES``.
+        draft_source: One of ``constants.DRAFT_SOURCES``.
 
     Returns:
         The plan. The probe may have run for it.
     """
-    plan = _Planner(pair, requests, num_draft_tokens, exactness).plan()
-    return replace(plan, look_ahead=can_look_ahead(pair))
+    planner = _Planner(pair, requests, num_draft_tokens, exactness, draft_source)
+    return replace(planner.plan(), look_ahead=can_look_ahead(pair))
 
 
-def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
+def make_batch_plan(
+    pair: Pair,
+    *,
+    num_draft_tokens: int | None,
+    draft_source: str = DEFAULT_DRAFT_SOURCE,
+) -> Plan:
     """Plan the rounds of requests that join and leave.
 
     Nothing is compared with plain decoding: kernels may change with the number of
@@ -103,14 +112,16 @@ def make_batch_plan(pair: Pair, *, num_draft_tokens: int | None) -> Plan:
     Args:
         pair: Target and drafter.
         num_draft_tokens: Checked K; None for the controllers' choice.
+        draft_source: One of ``constants.DRAFT_SOURCES``.
     """
     look_ahead = can_look_ahead(pair)
-    if why_plain := _why_plain(pair, num_draft_tokens):
+    if why_plain := _why_plain(pair, num_draft_tokens, draft_source):
         route = replace(PLAIN, pads_prompts=True)
         return Plan(DraftPolicy(0), route, why_plain, look_ahead=look_ahead)
     route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
     policy = _draft_policy(pair, route, num_draft_tokens)
-    return Plan(policy, route, look_ahead=look_ahead)
+    has_text = draft_source != DRAFTER
+    return Plan(policy, route, look_ahead=look_ahead, has_text=has_text)
 
 
 def can_look_ahead(pair: Pair) -> bool:
@@ -145,9 +156,9 @@ def _tell_of_buffers(num_buffers: int, operations: int, megabytes: int) -> None:
     )
 
 
-def _why_plain(pair: Pair, num_draft_tokens: int | None) -> str:
+def _why_plain(pair: Pair, num_draft_tokens: int | None, draft_source: str) -> str:
     """Why requests decode plainly whatever the machine does, in words."""
-    if pair.drafter is None:
+    if pair.drafter is None and draft_source == DRAFTER:
         return pair.drafter_source or _NO_DRAFTER
     return "num_draft_tokens is 0" if num_draft_tokens == 0 else ""
 
@@ -178,19 +189,27 @@ class _Planner:
         requests: Sequence[Request],
         num_draft_tokens: int | None,
         exactness: str,
+        draft_source: str,
     ) -> None:
         self._pair = pair
         self._requests = requests
         self._rule = joined_rules(sorted({r.accept_rule for r in requests}))
         self._num_draft_tokens = num_draft_tokens
         self._exactness = exactness
+        self._draft_source = draft_source
         self._probe_s = 0.0
 
     def plan(self) -> Plan:
         """Choose the route, then who chooses the drafts."""
-        why_plain = _why_plain(self._pair, self._num_draft_tokens)
+        plan = self._plan()
+        has_text = self._draft_source != DRAFTER and not plan.why_plain
+        return replace(plan, has_text=has_text)
+
+    def _plan(self) -> Plan:
+        """The plan, but for whether there is a text."""
+        why_plain = _why_plain(self._pair, self._num_draft_tokens, self._draft_source)
         route = self._route(is_plain=bool(why_plain))
-        if self._pair.drafter is None:
+        if self._pair.drafter is None and self._draft_source == DRAFTER:
             return Plan(DraftPolicy(0), route, why_plain, self._probe_s)
         if not why_plain and not route.has_drafts:
             why_plain = route.state

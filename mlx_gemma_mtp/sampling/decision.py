@@ -106,6 +106,15 @@ def with_given(draft: Draft, tokens: mx.array) -> Draft:
     return Draft(chosen, Distribution(scores, ids, is_whole=False))
 
 
+def given(tokens: mx.array, graph: SamplingGraph) -> Draft:
+    """A block of given drafts [B, K], each proposed with probability one."""
+    source = None
+    if any(group.has_block for group in graph.groups):
+        ids = tokens[..., None]
+        source = Distribution(mx.zeros(ids.shape), ids, is_whole=False)
+    return Draft(tokens, source)
+
+
 def joined(drafts: Sequence[Draft]) -> Draft:
     """The steps of a block as one draft of K tokens."""
     sources = [draft.source for draft in drafts if draft.source is not None]

@@ -14,7 +14,7 @@ from typing import Any
 from ..cli.tables import duration
 from ..constants import MAX_DRAFT_TOKENS
 from ..drafting.controller import Prior
-from ..drafting.policy import DraftPolicy
+from ..drafting.policy import DraftPolicy, Way
 from ..engine.decoder import Decoder, Request
 from ..pair.pair import Pair
 from .busy import spread
@@ -37,7 +37,7 @@ class _Recorder(DraftPolicy):
 
     def observe(
         self,
-        num_draft_tokens: int,
+        way: Way,
         accepted: Sequence[int],
         seconds: float | None,
         *,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from ..cli.arguments import (
     add_checkpoint_arguments,
+    add_draft_source,
     add_drafter,
     add_filters,
     add_num_draft_tokens,
@@ -117,6 +118,7 @@ def _add_vllms_drafts(group: argparse._ArgumentGroup) -> None:
 def _add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding")
     add_num_draft_tokens(group)
+    add_draft_source(group)
     _add_vllms_drafts(group)
     group.add_argument(
         "--max-rows",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..constants import MAX_DRAFT_TOKENS
+from ..constants import AUTO, MAX_DRAFT_TOKENS
 from ..generation.chat_template import THINKING
 from ..sampling.params import SamplingParams
 from ..structure.masks import BoundConstraint
@@ -223,6 +223,9 @@ class BodyParser:
                 max_draft_tokens=drafts
                 if isinstance(drafts, int)
                 else MAX_DRAFT_TOKENS,
+                draft_source=body.speculative.draft_source
+                if body.speculative
+                else AUTO,
                 penalties=penalties,
                 places=prompt.places,
                 min_tokens=min_tokens,

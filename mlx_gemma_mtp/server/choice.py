@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..constants import MAX_DRAFT_TOKENS
+from ..constants import AUTO, MAX_DRAFT_TOKENS
 from ..sampling.params import SamplingParams
 from .errors import AnswerError
 
@@ -43,6 +43,7 @@ class Choice:
         stop: Strings that end the text.
         num_logprobs: Most likely tokens to report; None for no log-probabilities.
         max_draft_tokens: Most drafts a round.
+        draft_source: Where they may come from.
         penalties: Keywords for mlx-lm's ``make_logits_processors``; empty for none.
         places: Where the prompt's caches are kept, in rising order.
         min_tokens: Tokens before which nothing ends the text but ``max_tokens``.
@@ -60,6 +61,7 @@ class Choice:
     stop: tuple[str, ...] = ()
     num_logprobs: int | None = None
     max_draft_tokens: int = MAX_DRAFT_TOKENS
+    draft_source: str = AUTO
     penalties: dict[str, Any] = field(default_factory=dict)
     places: tuple[Place, ...] = ()
     min_tokens: int = 0

@@ -192,6 +192,17 @@ class Metrics:
             yield _labelled(
                 name, f"{text}, by place in the block", "position", by_number
             )
+        sources = {
+            "draft_tokens_by_source": ("Tokens drafted", drafting.drafted_from),
+            "accepted_draft_tokens_by_source": (
+                "Drafts accepted",
+                drafting.accepted_from,
+            ),
+        }
+        for name, (text, counts_from) in sources.items():
+            yield _labelled(
+                name, f"{text}, by where they came from", "source", counts_from
+            )
 
     def _note_draft_tokens(self, drafting: RoundStats) -> None:
         """Note the K of the newest round."""
@@ -228,7 +239,7 @@ class _Standing:
 
 
 def _labelled(
-    name: str, text: str, label: str, counts: Mapping[int, int]
+    name: str, text: str, label: str, counts: Mapping[Any, int]
 ) -> CounterMetricFamily:
     family = CounterMetricFamily(_PREFIX + name, text, labels=[label])
     for key in sorted(counts):

@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ..cli.checks import MAX_BIAS
-from ..constants import MAX_DRAFT_TOKENS, MAX_INTEGER
+from ..constants import AUTO, MAX_DRAFT_TOKENS, MAX_INTEGER
 from ..markup.tool_calls import MAX_DEPTH
 from ..structure.constraint import MAX_TEXTS
 from .errors import bad_request
@@ -115,11 +115,22 @@ class Speculative(Numbers):
     Attributes:
         num_draft_tokens: Most drafts a round, 0 for plain decoding; ``"auto"`` for as
             many as are expected to be fastest.
+        sources: Where drafts may come from: ``"drafter"``, ``"lookup"`` or both; left
+            out, wherever the server lets them.
     """
 
     num_draft_tokens: (
         Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | Literal["auto"] | None
     ) = None
+    sources: (
+        Annotated[list[Literal["drafter", "lookup"]], Field(min_length=1)] | None
+    ) = None
+
+    @property
+    def draft_source(self) -> str:
+        """The one source that is left, or either."""
+        named = set(self.sources or ())
+        return named.pop() if len(named) == 1 else AUTO
 
 
 class StreamOptions(_Body):

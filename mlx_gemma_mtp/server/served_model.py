@@ -16,6 +16,7 @@ from ..cache.kept import KeptCaches
 from ..cache.rungs import rung_interval
 from ..cache.slabs import SlabLayout, stepped_capacity
 from ..checkpoints.template_files import missing_template_note
+from ..constants import AUTO
 from ..engine.capacity import longest_text, seats_for, slots_for
 from ..engine.request import Request
 from ..errors import RequestError
@@ -105,6 +106,7 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> ServedModel:
     decoder = make_batch_decoder(
         pair,
         num_draft_tokens=settings.num_draft_tokens,
+        draft_source=settings.draft_source,
         max_rows=limits.rows,
         max_kv_bytes=max_kv_bytes,
         prefill_step_size=settings.prefill_step_size,
@@ -116,7 +118,9 @@ def make_engine(settings: Settings, pair: Pair, tokenizer: Any) -> ServedModel:
         settings=settings,
         means=Means(
             decoder=decoder,
-            make_request=lambda choice: request_of(pair, choice, eos),
+            make_request=lambda choice: request_of(
+                pair, choice, eos, settings.draft_source
+            ),
             make_transcript=lambda choice: Transcript(
                 tokenizer.detokenizer, choice, marks
             ),
@@ -176,12 +180,16 @@ def check_memory(settings: Settings, layout: SlabLayout) -> None:
         )
 
 
-def request_of(pair: Pair, choice: Choice, eos: frozenset[int]) -> Request:
+def request_of(
+    pair: Pair, choice: Choice, eos: frozenset[int], draft_source: str = AUTO
+) -> Request:
     """What the decoder is asked for; called in its thread.
 
     Raises:
         RequestError: The choice cannot be decoded.
     """
+    source = choice.draft_source if draft_source == AUTO else draft_source
+    is_there = choice.draft_source in (AUTO, source)
     processors = make_logits_processors(**choice.penalties)
     ends = eos | choice.stop_token_ids
     if choice.min_tokens and ends:
@@ -196,7 +204,8 @@ def request_of(pair: Pair, choice: Choice, eos: frozenset[int]) -> Request:
         logits_processors=processors,
         constraint=choice.constraint,
         num_logprobs=choice.num_logprobs,
-        max_draft_tokens=choice.max_draft_tokens,
+        max_draft_tokens=choice.max_draft_tokens if is_there else 0,
+        draft_source=source,
     )
 
 

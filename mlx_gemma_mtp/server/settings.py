@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.checks import check_sampling, json_object, with_thinking
-from ..constants import AUTO, MAX_DRAFT_TOKENS, MAX_INTEGER, MAX_LOGPROBS
+from ..constants import AUTO, DRAFTER, MAX_DRAFT_TOKENS, MAX_INTEGER, MAX_LOGPROBS
 from ..errors import RequestError, shorten
 from .addresses import api_key, host_names, origins
 
@@ -108,6 +108,7 @@ class Settings:
         draft_model: Folder or Hub id of the drafter; None to find it.
         is_drafting: Whether a drafter is loaded.
         num_draft_tokens: K; None for the controller's choice.
+        draft_source: Where drafts may come from.
         api_key: What requests must bring; None for nothing.
         given_sampling: ``temp``, ``top_p``, ``top_k``, ``min_p``; None where the
             checkpoint's counts.
@@ -128,6 +129,7 @@ class Settings:
     revision: str | None
     trust_remote_code: bool
     num_draft_tokens: int | None
+    draft_source: str
     host: str
     port: int
     backlog: int
@@ -181,6 +183,7 @@ def check(args: argparse.Namespace) -> Settings:
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
         num_draft_tokens=drafts.count,
+        draft_source=args.draft_source,
         host=args.host,
         port=args.port,
         backlog=args.backlog,
@@ -269,7 +272,8 @@ class _Drafts:
                     "beside it. Leave one out."
                 )
             model, count = _speculative(given, flag)
-        if args.no_draft and (model or count not in (0, AUTO)):
+        is_counted = args.draft_source == DRAFTER and count not in (0, AUTO)
+        if args.no_draft and (model or is_counted):
             raise RequestError(
                 "--no-draft must stand alone: got a drafter or a number of drafts "
                 "beside it. Leave one out."

@@ -21,6 +21,7 @@ SECTIONS = (
     "batch",
     "first",
     "structure",
+    "sources",
     "engines",
     "graph",
 )

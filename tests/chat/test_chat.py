@@ -102,6 +102,7 @@ def make_session(
     config: Any = None,
     system: Any = None,
     drafts: Any = "auto",
+    source: Any = "drafter",
     folder: Any = None,
     **changes: Any,
 ) -> Any:
@@ -124,6 +125,7 @@ def make_session(
         prompts,
         Settings(**settings | changes),
         num_draft_tokens=drafts,
+        draft_source=source,
         system=system,
         prompt_folder=folder,
     )
@@ -532,6 +534,18 @@ class TestSession:
         say(session, "def area(radius):")
         prompt = session.prompts.prompt(Conversation(), "def area(radius):").tokens
         assert session.last.num_cached <= len(prompt)
+
+    def test_drafts_from_what_was_said(self, embedded):
+        """Kept prompts name their tokens; the answers stay as they are."""
+        sessions = [
+            make_session(embedded, drafts=3, source=s) for s in ("drafter", "lookup")
+        ]
+        question = "def area(radius):"
+        answers = [[say(each, question) for _ in range(2)] for each in sessions]
+        assert answers[0] == answers[1]
+        stats = sessions[1].totals.stats
+        assert stats.drafted_from.keys() == {"lookup"}
+        assert sessions[1].last.num_cached > 0
 
     def test_totals(self, embedded):
         session = make_session(embedded, drafts=2)

@@ -312,6 +312,7 @@ class TestOutput:
         assert own - theirs == {
             "--no-draft",
             "--no-reproducible",
+            "--draft-source",
             "--exactness",
             "--regex",
             "--max-thinking-tokens",

@@ -9,7 +9,7 @@ from collections import deque
 from contextlib import nullcontext
 
 from mlx_gemma_mtp.drafting.controller import DraftLengthController
-from mlx_gemma_mtp.drafting.policy import DraftPolicy, Learning
+from mlx_gemma_mtp.drafting.policy import DraftPolicy, Learning, Way
 
 
 class Observed(DraftLengthController):
@@ -37,9 +37,9 @@ def test_a_fixed_number_is_the_next_smaller_one_that_is_allowed():
     policy = DraftPolicy(4)
     assert policy.for_batch(3, rule="greedy", context=9) is policy
     for allowed, expected in (((0, 2, 4), 4), ((0, 2, 8), 2), ((0,), 0)):
-        count = policy.choose(allowed, not_ready=(), tokens_left=None)
-        assert count == expected
-    policy.observe(4, [2], 0.1)  # nobody learns
+        way = policy.choose(allowed, not_ready=(), tokens_left=None)
+        assert way == Way(expected)
+    policy.observe(Way(4), [2], 0.1)  # nobody learns
     policy.observe_shadow(4, [2])
     policy.observe_setup(0.1)
     policy.finish()
@@ -64,6 +64,6 @@ def test_rounds_of_a_fixed_number_teach_the_controller():
         lambda *kind: controller, deque(), nullcontext(), keep=lambda: None
     )
     policy = DraftPolicy(3, learning=learning).for_batch(1, rule="greedy", context=0)
-    assert policy.choose((0, 3, 5), not_ready=(), tokens_left=None) == 3
-    policy.observe(3, [1], 0.5)
+    assert policy.choose((0, 3, 5), not_ready=(), tokens_left=None) == Way(3)
+    policy.observe(Way(3), [1], 0.5)
     assert controller.seen == [(3, [1], 0.5)]

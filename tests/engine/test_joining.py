@@ -667,7 +667,7 @@ class Told(DraftPolicy):
     def for_batch(self, num_seats, *, rule, context):
         return Told(self._tell, num_seats)
 
-    def observe(self, num_draft_tokens, accepted, seconds, *, num_shadow_drafts=0):
+    def observe(self, way, accepted, seconds, *, num_shadow_drafts=0):
         self._tell(self._num_seats)
 
 

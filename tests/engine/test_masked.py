@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.drafting.policy import DraftPolicy
+from mlx_gemma_mtp.drafting.policy import DraftPolicy, Way
 from mlx_gemma_mtp.engine import runner as runner_module
 from mlx_gemma_mtp.engine.decoder import Decoder
 from mlx_gemma_mtp.engine.masked import proposed_tokens
@@ -430,7 +430,7 @@ class Listening(DraftPolicy):
 
     def choose(self, allowed, *, can_shadow=False, **_):
         self.num_shadow_drafts = 4 if can_shadow else 0
-        return 0
+        return Way(0)
 
     def observe_shadow(self, num_draft_tokens, accepted):
         self.accepted += accepted

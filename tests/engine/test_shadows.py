@@ -51,11 +51,11 @@ class Watcher(DraftPolicy):
         self.rounds = []
         self.could_shadow = []
 
-    def choose(self, allowed, *, not_ready, tokens_left, can_shadow=False):
+    def choose(self, allowed, *, can_shadow=False, **rest):
         self.could_shadow.append(can_shadow)
-        return super().choose(allowed, not_ready=not_ready, tokens_left=tokens_left)
+        return super().choose(allowed, **rest)
 
-    def observe(self, num_draft_tokens, accepted, seconds, *, num_shadow_drafts=0):
+    def observe(self, way, accepted, seconds, *, num_shadow_drafts=0):
         self.rounds.append(list(accepted))
 
     def observe_shadow(self, num_draft_tokens, accepted):

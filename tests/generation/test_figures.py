@@ -110,7 +110,39 @@ class TestTimesPlain:
         self.learn(calibration, measured)
         assert calibration.times_plain(stats_of((4, 4), rule="greedy")) is None
 
+    def test_rounds_that_draft_from_the_text_have_times_of_their_own(self, calibration):
+        self.learn(calibration, {0: 0.010, 4: 0.020})
+        stats = stats_of((4, 3), rule="greedy")
+        stats.add_round(drafted=8, accepted=8, source="lookup")
+        assert calibration.times_plain(stats) is None  # never measured
+        controller = calibration.controller("greedy", num_rows=1, min_rows=1)
+        for _ in range(30):
+            controller.lookup.costs.observe(8, 0.030)
+        # 13 tokens, which plain rounds would have made in 0.13 s, in 0.05 s.
+        assert calibration.times_plain(stats) == pytest.approx(2.6, rel=0.02)
+
+    def test_rows_together_learn_of_one_text(self, calibration):
+        """What stands of drafts from the text is that of every number of rows."""
+        one, four = (
+            calibration.controller("greedy", num_rows=n, min_rows=1) for n in (1, 4)
+        )
+        one.lookup.observe(20, 8)
+        assert four.lookup.expected_tokens([20]) == one.lookup.expected_tokens([20])
+        assert four.lookup.costs is not one.lookup.costs
+
     def test_says_nothing_of_other_rules_or_plain_decoding(self, calibration):
         self.learn(calibration, {0: 0.010, 4: 0.020})
         assert calibration.times_plain(stats_of((4, 4), rule="coupled")) is None
         assert calibration.times_plain(stats_of((0, 0), rule="greedy")) is None
+
+
+def test_drafts_from_the_text_are_counted_apart():
+    stats = stats_of((4, 3), exactness="exact")
+    assert "from the text" not in " ".join(figures.describe_rounds(stats))
+    stats.add_round(drafted=8, accepted=5, source="lookup")
+    assert "; 5 of 8 from the text accepted" in " ".join(figures.describe_rounds(stats))
+    other = stats_of((4, 1))
+    other.merge(stats.snapshot())
+    assert other.drafted_from == {"drafter": 8, "lookup": 8}
+    assert other.accepted_from == {"drafter": 4, "lookup": 5}
+    assert other.looked_up == {8: 1}

@@ -5,7 +5,7 @@ Run: python -m pytest tests/generation/test_tokens.py
 
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -401,3 +401,38 @@ def test_without_a_seed_drafts_are_judged_by_block(pair, monkeypatch):
     groups = [group for graph in graphs for group in graph.groups]
     assert [group.has_block for group in groups] == [True, False, True]
     assert [group.has_coupled for group in groups] == [False, True, False]
+
+
+class TestDraftSource:
+    """The same text whatever drafts come from."""
+
+    SETTINGS: ClassVar[dict[str, Any]] = {
+        "max_tokens": 24,
+        "eos_token_ids": (),
+        "exactness": "fast",
+    }
+
+    @pytest.mark.parametrize("source", ["lookup", "auto"])
+    def test_text(self, pair, plain_pair, source):
+        for sampling in ({}, {"temp": 0.8, "seed": 5}):
+            settings = {**self.SETTINGS, **sampling}
+            expected = run(pair, PROMPT, num_draft_tokens=0, **settings)
+            settings["draft_source"] = source
+            for each, number in ((pair, "auto"), (plain_pair, 8), (plain_pair, None)):
+                found = run(each, PROMPT, num_draft_tokens=number, **settings)
+                assert found == expected
+            rows = run(pair, [PROMPT, PROMPT[:2]], num_draft_tokens=3, **settings)
+            assert [row[0] for row in rows] == expected
+
+    def test_statistics_say_where_drafts_came_from(self, plain_pair, decoders):
+        settings = {**self.SETTINGS, "draft_source": "lookup"}
+        run(plain_pair, PROMPT, num_draft_tokens=4, **settings)
+        found = decoders[-1].stats.to_dict()
+        assert found["drafted_from"].keys() == {"lookup"}
+        assert found["drafted_from"]["lookup"] == found["drafted"] > 0
+        assert found["accepted_from"]["lookup"] == found["accepted"]
+        assert decoders[-1].stats.why_not_engaged == ""
+
+    def test_other_words(self, pair):
+        with pytest.raises(RequestError, match="auto, drafter or lookup: got 'text'"):
+            generate_tokens(pair, PROMPT, max_tokens=4, draft_source="text")

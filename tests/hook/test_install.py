@@ -445,7 +445,23 @@ class TestSettings:
     def test_a_number_out_of_range(self):
         with pytest.raises(RequestError, match="from 0 to 8, or auto: got 9"):
             install(num_draft_tokens=9)
+        with pytest.raises(RequestError, match="auto, drafter or lookup: got 'text'"):
+            install(draft_source="text")
         assert mlx_lm.load is own("load")
+
+    def test_drafts_from_the_text(self, drafted):
+        """The same text; the hook's setting reaches rows that join, too."""
+        expected = list(generation.stream_generate(*drafted, PROMPTS[0], max_tokens=12))
+        install(num_draft_tokens=3, draft_source="lookup")
+        found = list(generation.stream_generate(*drafted, PROMPTS[0], max_tokens=12))
+        assert [r.token for r in found] == [r.token for r in expected]
+        assert found[-1].stats.drafted_from.keys() == {"lookup"}
+        batch = generation.BatchGenerator(drafted[0], max_tokens=12)
+        batch.insert([[2, 5, 6, 5, 6]])
+        while batch.next_generated():
+            pass
+        assert batch._decoder.stats.drafted_from.keys() == {"lookup"}
+        batch.close()
 
 
 class TestSeeds:

@@ -23,7 +23,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
 from mlx_gemma_mtp.drafting.controller import DraftLengthController
-from mlx_gemma_mtp.drafting.policy import DraftPolicy, Learning
+from mlx_gemma_mtp.drafting.policy import DraftPolicy, Learning, Way
 from mlx_gemma_mtp.engine import traces as traces_module
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.model_arrays import (
@@ -568,7 +568,8 @@ class TestLearning:
         policy = DraftPolicy(None, learning=learning)
         policy = policy.for_batch(1, rule="greedy", context=0)
         policy.observe_setup(0.5)
-        assert policy.choose([0, 1], not_ready=[1], tokens_left=None) in (0, 1)
+        way = policy.choose([0, 1], not_ready=[Way(1)], tokens_left=None)
+        assert way in (Way(0), Way(1))
 
 
 PLANS = (8, 20, 40, 12)  # most steps before, tokens of a prompt and text, steps until

@@ -242,6 +242,7 @@ def make_scripted_request(choice: Choice) -> Request:
         eos_token_ids=frozenset([EOS]),
         num_logprobs=choice.num_logprobs,
         max_draft_tokens=choice.max_draft_tokens,
+        draft_source=choice.draft_source,
     )
 
 

@@ -417,6 +417,23 @@ class TestEnds:
         assert ignoring.eos_token_ids == {7, 8}
         assert self.request(pair, ignores_eos=True).eos_token_ids == frozenset()
 
+    @pytest.mark.parametrize(
+        ("asked", "allowed", "source", "num_drafts"),
+        [
+            ("auto", "auto", "auto", 8),
+            ("lookup", "auto", "lookup", 8),
+            ("auto", "drafter", "drafter", 8),
+            ("drafter", "drafter", "drafter", 8),
+            ("lookup", "drafter", "drafter", 0),
+        ],
+    )
+    def test_sources_of_drafts(self, pair, asked, allowed, source, num_drafts):
+        """A request has no drafts where the server does not let its source."""
+        choice = Choice([2, 5], 9, draft_source=asked)
+        request = request_of(pair, choice, frozenset(), allowed)
+        assert request.draft_source == source
+        assert request.max_draft_tokens == num_drafts
+
     def test_only_requests_that_need_it_are_decided_on_the_host(self, pair):
         assert not self.request(pair, stop_token_ids=frozenset([7])).is_host
         assert self.request(pair, min_tokens=1).is_host

@@ -169,6 +169,25 @@ class TestCompletions:
         client.complete(max_tokens=3, speculative={"num_draft_tokens": "auto"})
         assert decoder.added[-1][0].max_draft_tokens == 8
 
+    @pytest.mark.parametrize(
+        ("sources", "expected"),
+        [
+            (None, "auto"),
+            (["lookup"], "lookup"),
+            (["drafter"], "drafter"),
+            (["lookup", "drafter"], "auto"),
+        ],
+    )
+    def test_sources_of_drafts(self, server, sources, expected):
+        client, _, decoder = server
+        client.complete(max_tokens=3, speculative={"sources": sources})
+        assert decoder.added[-1][0].draft_source == expected
+
+    @pytest.mark.parametrize("sources", [[], ["text"], "lookup"])
+    def test_other_sources(self, client, sources):
+        response = client.complete(max_tokens=3, speculative={"sources": sources})
+        assert response.status == 400
+
     def test_length_by_default(self, server):
         client, _, decoder = server
         client.complete([2] * 600)
@@ -421,6 +440,7 @@ class TestState:
         assert float(values["draft_tokens_total"]) > 0
         assert float(values['rounds_total{num_draft_tokens="3"}']) > 0
         assert float(values['draft_tokens_by_position_total{position="1"}']) > 0
+        assert float(values['draft_tokens_by_source_total{source="drafter"}']) > 0
         assert float(values["time_to_first_token_seconds_count"]) >= 1
         assert float(values["inter_token_seconds_count"]) >= 3
         assert float(values["live_requests"]) == 0

@@ -1,0 +1,185 @@
+"""What drafts from the text itself are worth: how many stand, and what rounds take.
+
+While a text repeats what it said before, nearly all of them stand, else nearly none.
+Which it is shows in how long it has done so: the length of the match that a round
+reported, and whether the tokens of that round were those that followed it. As rounds
+are chosen before the last report is read, this is a round or two old; what is learnt is
+how many drafts stand *then*. Every round teaches it, whatever it drafted.
+
+Numbers in, numbers out: knows neither texts nor time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+from ..constants import MAX_DRAFT_TOKENS
+from .acceptance_model import AcceptanceModel
+from .cost_model import CostModel
+
+BROKEN = -1  # in place of a length: a text has left what it repeated
+
+# Lengths from which on matches are alike, and what is thought of each kind at first:
+# P(a draft is accepted | those before it were).
+_LENGTHS = (0, 3, 5, 9, 16)
+_LONG = 9
+_FIRST_DRAFTED = 0.8
+_FIRST = (0.15, 0.25, 0.5, 0.65, 0.8, 0.9)
+# What K rows more are thought to cost without a drafter, where nobody says it: this
+# share of what they cost with one.
+_VERIFY_SHARE = 0.75
+
+
+def continued(match_length: int, *, num_same: int, num_tokens: int) -> int:
+    """How long a match is behind a round.
+
+    Args:
+        match_length: How long it was before the round.
+        num_same: How many of the round's tokens, from the first on, are those that
+            followed it.
+        num_tokens: How many tokens the round has emitted.
+    """
+    return match_length + num_tokens if num_same == num_tokens else BROKEN
+
+
+def kind_of(length: int) -> int:
+    """The kind of match that a length is, 0 to 5."""
+    return bisect_right(_LENGTHS, length)
+
+
+def verify_cost(relative_cost: Sequence[float]) -> tuple[float, ...]:
+    """What a round takes without its drafter, where only the whole is known."""
+    return tuple(1 + _VERIFY_SHARE * (cost - 1) for cost in relative_cost)
+
+
+class LookupModel:
+    """What is known of rounds whose drafts come from the text.
+
+    Args:
+        relative_cost: Their time for K = 0..8 over that of K = 0.
+
+    Attributes:
+        acceptance: For each kind of match, how many drafts stand.
+        drafter: How many of the drafter's stand while a match is long: more than else.
+        costs: Seconds of rounds.
+    """
+
+    def __init__(self, relative_cost: Sequence[float]) -> None:
+        self.acceptance = [AcceptanceModel(first) for first in _FIRST]
+        self.drafter = AcceptanceModel(_FIRST_DRAFTED)
+        self.costs = CostModel(relative_cost)
+
+    def resume(self, relative_cost: Sequence[float]) -> None:
+        """Begin a process; see ``CostModel.resume``."""
+        for model in (*self.acceptance, self.drafter):
+            model.resume()
+        self.costs.resume(relative_cost)
+
+    def start(self) -> None:
+        """Begin a request: other text, another context length."""
+        for model in (*self.acceptance, self.drafter):
+            model.start()
+        self.costs.start()
+
+    def observe(self, length: int, num_same: int) -> None:
+        """Learn from what was looked up.
+
+        Args:
+            length: How long the match was when its round was chosen, or ``BROKEN``.
+            num_same: How many of the tokens that came, up to 8, were those looked up.
+        """
+        self.acceptance[kind_of(length)].observe(MAX_DRAFT_TOKENS, num_same)
+
+    def observe_drafted(
+        self, length: int, num_draft_tokens: int, num_accepted: int
+    ) -> None:
+        """Learn from a round of the drafter; of a short match it says nothing here.
+
+        Args:
+            length: How long the match was when it was chosen, or ``BROKEN``.
+            num_draft_tokens: Its K.
+            num_accepted: How many of its drafts were accepted.
+        """
+        if length >= _LONG:
+            self.drafter.observe(num_draft_tokens, num_accepted)
+
+    def drafted_tokens(
+        self, lengths: Sequence[int], num_draft_tokens: int, others: float
+    ) -> float:
+        """Tokens of a round of the drafter, on average over rows.
+
+        Args:
+            lengths: How long the match of each row is, or ``BROKEN``.
+            num_draft_tokens: Its K.
+            others: What rows of short matches emit.
+        """
+        num_long = sum(length >= _LONG for length in lengths)
+        if not num_long:
+            return others
+        tokens = self.drafter.expected_tokens()[num_draft_tokens]
+        return others + num_long / len(lengths) * (tokens - others)
+
+    def expected_tokens(self, lengths: Sequence[int]) -> list[float]:
+        """Tokens of a round of K = 0..8, on average over rows.
+
+        Args:
+            lengths: How long the match of each row is, or ``BROKEN``.
+        """
+        kinds = [kind_of(length) for length in lengths]
+        tokens = {k: self.acceptance[k].expected_tokens() for k in set(kinds)}
+        return [
+            sum(tokens[kind][k] for kind in kinds) / len(kinds)
+            for k in range(MAX_DRAFT_TOKENS + 1)
+        ]
+
+    def all_seconds(self, with_drafter: CostModel) -> list[float]:
+        """Seconds of rounds of K = 0..8.
+
+        Args:
+            with_drafter: What is known of rounds that also run a drafter: those
+                without take no longer.
+        """
+        limits = with_drafter.all_seconds()
+        is_drafting = any(map(with_drafter.has_measured, range(1, len(limits))))
+        if is_drafting or not self.costs.has_measured_any():
+            # Their share of rounds that draft is known better than their growth.
+            share = [
+                self.costs.usual_ratio(k, 0) / with_drafter.usual_ratio(k, 0)
+                for k in range(len(limits))
+            ]
+            thought = [s * each for s, each in zip(limits, share, strict=True)]
+        else:
+            thought = self.costs.all_seconds()
+        own = self.costs.all_seconds()
+        return [
+            min(own[k], limits[k] if with_drafter.has_measured_here(k) else own[k])
+            if self.costs.has_measured(k)
+            else thought[k]
+            for k in range(len(limits))
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that was learnt, in values that JSON has."""
+        return {
+            "acceptance": [model.to_dict() for model in self.acceptance],
+            "drafter": self.drafter.to_dict(),
+            "costs": self.costs.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> LookupModel:
+        """The model that `to_dict` describes.
+
+        Raises:
+            ValueError: `data` is not what `to_dict` returns.
+        """
+        found = data.get("acceptance") if isinstance(data, dict) else None
+        if not isinstance(found, list) or len(found) != len(_FIRST):
+            raise ValueError(f"acceptance must be {len(_FIRST)} models")
+        model = cls([1.0] * (MAX_DRAFT_TOKENS + 1))
+        model.acceptance = [AcceptanceModel.from_dict(each) for each in found]
+        model.drafter = AcceptanceModel.from_dict(data.get("drafter"))
+        model.costs = CostModel.from_dict(data.get("costs"))
+        return model

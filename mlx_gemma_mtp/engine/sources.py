@@ -1,0 +1,52 @@
+"""Where the drafts of a batch's rows may come from: the drafter, or the text itself.
+
+It knows what rows ask for: nothing of arrays, nor of which source is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..constants import DRAFTER, LOOKUP, MIXED
+from .lookup import LONGEST
+from .sequence import TokenSequence
+
+NEVER = LONGEST + 1  # no match is so long
+
+
+def sources_of(
+    live: Sequence[TokenSequence], *, has_drafter: bool, has_text: bool
+) -> tuple[str, ...]:
+    """Where all drafts of the next round may come from.
+
+    Args:
+        live: The rows.
+        has_drafter: Whether there is one.
+        has_text: Whether their tokens stand beside their keys and values.
+    """
+    asked = {sequence.request.draft_source for sequence in live}
+    sources = (DRAFTER,) if has_drafter else ()
+    if not has_text:
+        return sources
+    if asked == {LOOKUP}:
+        return (LOOKUP,)
+    return sources if DRAFTER in asked else (*sources, LOOKUP)
+
+
+def round_source(source: str, least_match: Sequence[int]) -> str:
+    """The source of a round's graph, see ``RoundShape``.
+
+    Args:
+        source: Where drafts come from.
+        least_match: Of each row, see ``least_matches``.
+    """
+    is_mixed = source == DRAFTER and min(least_match, default=NEVER) < NEVER
+    return MIXED if is_mixed else source
+
+
+def least_matches(sequences: Sequence[TokenSequence | None]) -> tuple[int, ...]:
+    """From which match on drafts of rows come from the text: see ``RowSettings``."""
+    return tuple(
+        0 if s is not None and s.request.draft_source == LOOKUP else NEVER
+        for s in sequences
+    )

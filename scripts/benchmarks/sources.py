@@ -1,0 +1,111 @@
+"""What drafts from the text itself add to those of the drafter, by kind of text.
+
+The drafter alone and the faster of both sources in each round (``draft_source="auto"``)
+take turns, a few tokens each, so that a machine that slows down slows both. Each has a
+pair of its own: what one learns the other does not know. Traces are made and the
+controllers have learnt of another text of the kind before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_gemma_mtp.constants import AUTO, DRAFTER
+from mlx_gemma_mtp.generation.encoding import encode_text
+from mlx_gemma_mtp.pair.pair import Pair
+
+from .prompts import read_kinds
+from .speed import own_tokens, show
+
+_TURN = 18  # tokens
+_WARM_UPS = 3  # texts: rounds of many numbers of drafts must be traced and compiled
+_SAMPLED = {"temp": 1.0, "top_k": 64, "top_p": 0.95}
+_BEGINNING = 3  # a text is said again from so small a part on
+_RENAMED = (("values", "numbers"), ("self", "this"), ("return", "yield"))
+
+
+def source_prompts(tokenizer: Any) -> dict[str, tuple[list[list[int]], dict[str, Any]]]:
+    """Prompts of each kind as token ids, and how their texts are sampled."""
+    texts = {
+        kind: [f"{p.before}{p.text}{p.after}" for p in prompts]
+        for kind, prompts in read_kinds().items()
+    }
+    kinds: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "new code": (texts["code"], _SAMPLED),
+        "edit": ([_again(text, _renamed(text)) for text in texts["code"]], {}),
+        "re-emission": ([_again(text, text) for text in texts["json"]], {}),
+        "quoting": (texts["echo"], {}),
+        "prose": (texts["prose"], _SAMPLED),
+        "repetition": ([_again(2 * text, text) for text in texts["prose"]], {}),
+    }
+    return {
+        kind: ([encode_text(tokenizer, prompt) for prompt in prompts], settings)
+        for kind, (prompts, settings) in kinds.items()
+    }
+
+
+def _again(text: str, other: str) -> str:
+    """A text, and behind it the beginning of another one."""
+    return f"{text}\n\n{other[: len(other) // _BEGINNING]}"
+
+
+def _renamed(text: str) -> str:
+    """A text with a few other names."""
+    for old, new in _RENAMED:
+        text = text.replace(old, new)
+    return text
+
+
+def sources(
+    pair: Pair, tokenizer: Any, args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """How many times as fast as with the drafter alone texts are with both sources."""
+    if pair.drafter is None:
+        raise SystemExit("the pair must have a drafter for the text to compete with")
+    show(f"\n{'drafter and text over the drafter alone':46} median   range")
+    figures = {}
+    for kind, (prompts, settings) in source_prompts(tokenizer).items():
+        pairs = {name: Pair(pair.target, pair.drafter) for name in (DRAFTER, AUTO)}
+        first, *others = prompts
+        for _ in range(_WARM_UPS):
+            side_by_side(pairs, first, args.max_tokens, **settings)
+        ratios = []
+        for prompt in others[: args.repeats]:
+            seconds = side_by_side(pairs, prompt, args.max_tokens, **settings)
+            ratios.append(seconds[DRAFTER] / seconds[AUTO])
+        median = statistics.median(ratios)
+        show(f"{kind:46} {median:6.3f}   {min(ratios):.3f} to {max(ratios):.3f}")
+        figures[kind] = {"x_drafter": median, "ratios": ratios}
+    return figures
+
+
+def side_by_side(
+    pairs: dict[str, Pair], prompt: list[int], max_tokens: int, **settings: Any
+) -> dict[str, float]:
+    """Seconds of each source, a few tokens of one and of the other in turn."""
+    texts = {
+        source: own_tokens(
+            pair, prompt, max_tokens, AUTO, draft_source=source, **settings
+        )
+        for source, pair in pairs.items()
+    }
+    for text in texts.values():
+        next(text)
+    seconds = dict.fromkeys(pairs, 0.0)
+    order = list(pairs)
+    for _ in range((max_tokens - 1) // _TURN):
+        order.reverse()
+        for source in order:
+            start = time.perf_counter()
+            for _ in range(_TURN):
+                next(texts[source])
+            mx.synchronize()  # a round in flight is not the other's
+            seconds[source] += time.perf_counter() - start
+    for text in texts.values():
+        text.close()
+    return seconds
