@@ -386,8 +386,8 @@ class _Tuner:
     def _ways(self, kept: Mapping[Shape, Choice | None]) -> dict[str, bool]:
         """Whether passes are faster with each way to run layers, one after another.
 
-        What there is no time or no memory for is left out, and what others disturb, too:
-        what was found before stays.
+        What there is no time or no memory for is left out, and what others disturb too.
+        What was found before stays.
         """
         choices = Choices({s: c for s, c in kept.items() if c is not None})
         found: dict[str, bool] = {}
