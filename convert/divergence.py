@@ -21,7 +21,7 @@ from mlx_gemma_mtp.checkpoints.tokenizer import load_tokenizer
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
 from mlx_gemma_mtp.constants import FULL
 from mlx_gemma_mtp.generation.encoding import encode_text
-from mlx_gemma_mtp.models.drafter import SharedKV
+from mlx_gemma_mtp.models.attention import SharedKV
 
 from .plan import PartPlan
 from .planner import plan_drafter, plan_target

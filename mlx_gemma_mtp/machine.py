@@ -29,6 +29,10 @@ MLX_SETTINGS = (
     "MLX_USE_CUDA_GRAPHS",
 )
 
+# Operations and megabytes of a command buffer, by the size of the GPU (MLX 0.32).
+_LIMITS = {"p": (20, 40), "s": (50, 50), "d": (50, 50)}
+_OTHER_LIMITS = (40, 40)
+
 _ARCHITECTURE = re.compile(r"applegpu_g(\d+)([a-z])")
 
 
@@ -71,6 +75,35 @@ def system_version() -> str:
 def mlx_settings() -> dict[str, str]:
     """Return the variables of ``MLX_SETTINGS`` that are set."""
     return {name: os.environ[name] for name in MLX_SETTINGS if name in os.environ}
+
+
+def command_buffer_limits(architecture: str | None) -> tuple[int, int] | None:
+    """Return the user's limits of Metal's command buffers; None where none is set.
+
+    Args:
+        architecture: As for ``apple_gpu``; MLX has other limits for other sizes.
+
+    Returns:
+        Operations, and megabytes of inputs.
+    """
+    found = mlx_settings()
+    gpu = apple_gpu(architecture)
+    operations, megabytes = _LIMITS.get(gpu[1] if gpu else "", _OTHER_LIMITS)
+    names = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
+    if not any(name in found for name in names):
+        return None
+    return (
+        _whole(found.get(names[0]), operations),
+        _whole(found.get(names[1]), megabytes),
+    )
+
+
+def _whole(text: str | None, other: int) -> int:
+    """The whole number that a text begins with, as C reads it; else the other one."""
+    if text is None:
+        return other
+    match = re.match(r"\s*[+-]?\d+", text)
+    return int(match[0]) if match else 0
 
 
 def apple_gpu(architecture: str | None) -> tuple[int, str] | None:

@@ -9,7 +9,8 @@ import mlx.core as mx
 from mlx_gemma_mtp.cache.prompt import PrefillCache
 from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout
 from mlx_gemma_mtp.constants import FULL
-from mlx_gemma_mtp.models.drafter import DraftOutput, SharedKV
+from mlx_gemma_mtp.models.attention import SharedKV
+from mlx_gemma_mtp.models.drafter import DraftOutput
 from mlx_gemma_mtp.models.target import Prefilled, TargetOutput
 
 VOCAB_SIZE = 64

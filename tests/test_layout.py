@@ -20,11 +20,11 @@ PLAIN = {"_version", "constants", "cpu_kernels", "errors", "machine", "store"}
 # Which packages each package imports. All may import the modules above; nothing else.
 BELOW: dict[str, set[str]] = {
     "kernels": set(),
-    "matmuls": {"kernels"},
+    "matmuls": {"kernels", "models"},
     "markup": set(),
     "cache": {"kernels"},
     "sampling": {"kernels"},
-    "models": {"cache"},
+    "models": {"cache", "kernels"},
     "drafting": {"models"},
     "checkpoints": {"models", "markup"},
     "engine": {"cache", "models", "sampling", "drafting", "matmuls"},

@@ -10,8 +10,8 @@ from .slabs import SlabLayout
 
 # What Metal's fused attention with an array as its mask takes: these sizes of a head,
 # so many queries, and so many of them for each head of keys.
-_FUSED_HEAD_DIMS = (64, 96, 128, 256)
-_MAX_FUSED_QUERIES, _MAX_FUSED_ROWS = 8, 32
+FUSED_HEAD_DIMS = (64, 96, 128, 256)
+MAX_FUSED_QUERIES, MAX_FUSED_ROWS = 8, 32
 
 
 def verify_slots(
@@ -99,7 +99,14 @@ def draft_masks(
     }
 
 
-def over_heads(mask: mx.array, keys: mx.array, *, num_heads: int) -> mx.array:
+def fused_queries(shared_by: int) -> int:
+    """Most queries that fused attention takes where so many heads share one of keys."""
+    return max(1, min(MAX_FUSED_QUERIES, MAX_FUSED_ROWS // shared_by))
+
+
+def over_heads(
+    mask: mx.array, keys: mx.array, *, num_heads: int, is_split: bool = False
+) -> mx.array:
     """A mask as attention over these keys takes it without a copy in every layer.
 
     By MLX's source (ScaledDotProductAttention::eval_gpu of Metal) the fused kernel for
@@ -110,20 +117,23 @@ def over_heads(mask: mx.array, keys: mx.array, *, num_heads: int) -> mx.array:
         mask: What each query sees, bool [B, 1, L, slots].
         keys: The slab, [B, G, slots, D].
         num_heads: Of the queries.
+        is_split: Whether as many queries attend at a time as the fused kernel takes.
 
     Returns:
         The mask; where it would be copied [B, num_heads, L, slots], in one piece.
     """
     num_rows, _, num_queries, num_slots = mask.shape
     _, num_kv_heads, _, head_dim = keys.shape
+    if is_split:
+        num_queries = min(num_queries, fused_queries(num_heads // num_kv_heads))
     is_fused = (
-        head_dim in _FUSED_HEAD_DIMS
-        and num_queries <= _MAX_FUSED_QUERIES
-        and num_queries * num_heads <= _MAX_FUSED_ROWS * num_kv_heads
+        head_dim in FUSED_HEAD_DIMS
+        and num_queries <= MAX_FUSED_QUERIES
+        and num_queries * num_heads <= MAX_FUSED_ROWS * num_kv_heads
     )
     if num_rows == 1 or not is_fused or gpu() != "metal":
         return mask
-    shape = (num_rows, num_heads, num_queries, num_slots)
+    shape = (num_rows, num_heads, mask.shape[2], num_slots)
     return mx.contiguous(mx.broadcast_to(mask, shape))
 
 

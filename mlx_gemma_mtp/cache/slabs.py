@@ -28,8 +28,8 @@ there are, by the source of MLX 0.32:
 Where the drafter reads the target's last layers, a whole pass lies between. Where later
 layers share keys (E4B, E2B), it is the layers up to the one that writes: some 600
 launches of E4B, which is enough, and some 360 of E2B, which may not be. There, modelled
-and not measured, the slabs of two layers of 15 are copied in a round. A larger
-``MLX_MAX_OPS_PER_BUFFER`` makes the distance shorter for all families.
+and not measured, the slabs of two layers of 15 are copied in a round. Larger command
+buffers make the distance shorter for all families: see engine/command_buffers.py.
 """
 
 from __future__ import annotations

@@ -75,11 +75,12 @@ def _attention_width(family: Family, layer_type: str, *, has_kv: bool) -> int:
     width = 2 * text["num_attention_heads"] * head_dim  # queries and output
     if has_kv:
         is_one = is_full and text["attention_k_eq_v"]
-        width += (1 if is_one else 2) * _kv_heads(family, layer_type) * head_dim
+        width += (1 if is_one else 2) * num_kv_heads(family, layer_type) * head_dim
     return int(width)
 
 
-def _kv_heads(family: Family, layer_type: str) -> int:
+def num_kv_heads(family: Family, layer_type: str) -> int:
+    """Heads of keys in a layer of a type."""
     text = family.target_text
     heads = text["num_key_value_heads"]
     if layer_type == FULL:
@@ -113,13 +114,13 @@ def sliding_bytes(family: Family, layer_types: Sequence[str], context: int) -> i
     A layer that shares another's K/V saves memory, no reading.
     """
     seen = min(context, family.target_text["sliding_window"])
-    width = layer_types.count(SLIDING) * _kv_heads(family, SLIDING) * HEAD_DIM
+    width = layer_types.count(SLIDING) * num_kv_heads(family, SLIDING) * HEAD_DIM
     return int(2 * _KV_BYTES * width * seen)
 
 
 def key_bytes(family: Family, layer_types: Sequence[str]) -> int:
     """Bytes of one token's keys and values in full layers."""
-    width = layer_types.count(FULL) * _kv_heads(family, FULL) * GLOBAL_HEAD_DIM
+    width = layer_types.count(FULL) * num_kv_heads(family, FULL) * GLOBAL_HEAD_DIM
     return 2 * _KV_BYTES * width
 
 
@@ -192,7 +193,7 @@ class Model:
 
     def _key_s(self, layer_types: Sequence[str], rows: int, heads: int) -> float:
         """Time of full layers' attention to one token of every sequence."""
-        kv_heads = _kv_heads(self.family, FULL)
+        kv_heads = num_kv_heads(self.family, FULL)
         times = reads(
             rows,
             sharing=heads // kv_heads,

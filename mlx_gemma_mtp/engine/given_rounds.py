@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from ..models.drafter import DraftOutput, SharedKV
+from ..models.attention import SharedKV
+from ..models.drafter import DraftOutput
 from ..models.target import TargetOutput
 from ..sampling.params import SamplingParams
 from .rounds import Rounds

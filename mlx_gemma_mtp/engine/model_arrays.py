@@ -87,12 +87,12 @@ class ModelArrays:
             ArraysChangedError: The modules hold other arrays by now.
         """
         rest = iter(zip(arrays, inputs, strict=True))
-        copied: tuple[gemma4_text.Model, Drafter | None] = _copied(
-            self._modules, rest, self.choices
-        )
+        lm, drafter = _copied(self._modules, rest, self.choices)
         if next(rest, None) is not None:
             raise ArraysChangedError
-        return copied
+        if drafter is not None:
+            drafter.ways = self.choices.ways
+        return lm, drafter
 
 
 @dataclass

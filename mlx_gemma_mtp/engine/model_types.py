@@ -12,7 +12,8 @@ import mlx.core as mx
 
 from ..cache.prompt import PrefillCache
 from ..cache.slabs import SlabLayout
-from ..models.drafter import DraftOutput, SharedKV
+from ..models.attention import SharedKV
+from ..models.drafter import DraftOutput
 from ..models.target import Prefilled, TargetOutput
 
 

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..cache.masks import draft_masks
 from ..constants import DRAFTER, LOOKUP, MIXED
-from ..models.drafter import SharedKV
+from ..models.attention import SharedKV
 from ..models.target import TargetOutput
 from ..sampling.acceptance import Accepted, Draft, cut
 from ..sampling.decision import (

@@ -365,7 +365,8 @@ class Rounds:
             return self.target, self.drafter
         assert isinstance(self.target, Target)
         lm, drafter = self._arrays.bound(arrays, inputs)
-        return self.target.over(lm), self.drafter if drafter is None else drafter
+        target = self.target.over(lm, self.choices.ways)
+        return target, self.drafter if drafter is None else drafter
 
 
 def _shape(

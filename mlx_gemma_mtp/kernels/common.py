@@ -17,6 +17,7 @@ This file knows nothing of what the kernels compute.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -96,12 +97,14 @@ template <class T> __device__ inline T simd_shuffle_xor(T x, unsigned short mask
 #define BFLOAT_HIGH(word) __uint_as_float((word) & 0xFFFF0000u)
 #define HALF_OF(value) float(value)
 #define BFLOAT_OF(value) float(value)
+#define TURN_COS(angle) cos(angle)
+#define TURN_SIN(angle) sin(angle)
 """
 
 # LOAD2, LOAD4: piece `index` of 8 or 16 bytes of an input, by one instruction; the
 # input must be aligned to them. HALF_, BFLOAT_: one of the two numbers in a word as a
 # float; _OF: a number that stands alone. A bfloat is neither shifted nor converted:
-# either would cost M1 and M2 four cycles.
+# either would cost M1 and M2 four cycles. TURN_: as MLX's own rotation has them.
 _METAL = r"""
 #include <metal_simdgroup>
 #define HELPER inline
@@ -114,6 +117,8 @@ _METAL = r"""
 #define BFLOAT_HIGH(word) as_type<float>((word) & 0xFFFF0000u)
 #define HALF_OF(value) float(value)
 #define BFLOAT_OF(value) as_type<float>(ushort2(0, as_type<ushort>(value)))
+#define TURN_COS(angle) metal::fast::cos(angle)
+#define TURN_SIN(angle) metal::fast::sin(angle)
 """
 
 # The numbers of noise.py, the order of sampling.most_likely, mlx-lm's soft-cap.
@@ -222,10 +227,19 @@ class Kernel:
         return _CUDA + self.helpers
 
 
+def bits_of(number: float) -> int:
+    """A positive float32 as a whole number, which a kernel's template can have.
+
+    A number in the text costs no launch; ``as_type<float>`` makes a float of it.
+    """
+    return int.from_bytes(struct.pack("<f", number), "little")
+
+
 def padded(array: mx.array) -> mx.array:
     """An array without its shape, zeros behind it where it is too small an input."""
     flat = array.reshape(-1) if array.size else mx.zeros((1,), dtype=array.dtype)
-    return mx.pad(flat, (0, max(0, MIN_ELEMENTS - flat.size)))
+    missing = MIN_ELEMENTS - flat.size
+    return mx.pad(flat, (0, missing)) if missing > 0 else flat
 
 
 def gpu() -> str | None:

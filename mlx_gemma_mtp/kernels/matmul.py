@@ -26,9 +26,11 @@ from functools import cache
 
 import mlx.core as mx
 
-from . import common
+from . import common, matmul_parts
 from .common import Kernel
 
+# What one launch multiplies by, and what becomes of the products.
+ALONE, GATED, GATED_BY, APART = "matmul", "gate_up", "gate_by", "qkv"
 MAX_ROWS = 9
 MAX_SUMS = 32  # M * R: sums of a lane
 COLUMNS = (2, 3, 4)  # R that kernels are made for
@@ -135,32 +137,70 @@ def multiply(
         assert scales is not None
         assert biases is not None
         inputs += [scales, biases]
-    num_groups = -(-num_outputs // (_SIMDGROUPS * columns))
-    (y,) = common.launch(
+    (y,) = launch(
         kernel(form, num_rows, columns),
         inputs,
-        template=[("T", form.dtype)],
-        grid=(num_groups * _THREADS, 1, 1),
-        threadgroup=(_THREADS, 1, 1),
+        form=form,
+        num_groups=groups_of(num_outputs, columns),
         output_shapes=[(num_rows, num_outputs)],
-        output_dtypes=[form.dtype],
     )
     return y.reshape(*x.shape[:-1], num_outputs)
 
 
+def groups_of(num_outputs: int, num_columns: int) -> int:
+    """Threadgroups that N outputs take, R to a simdgroup."""
+    return -(-num_outputs // (_SIMDGROUPS * num_columns))
+
+
+def launch(
+    text: Kernel,
+    inputs: list[mx.array],
+    *,
+    form: Form,
+    num_groups: int,
+    output_shapes: list[tuple[int, ...]],
+) -> list[mx.array]:
+    """Queue one of the kernels on so many threadgroups."""
+    return common.launch(
+        text,
+        inputs,
+        template=[("T", form.dtype)],
+        grid=(num_groups * _THREADS, 1, 1),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=output_shapes,
+        output_dtypes=[form.dtype] * len(output_shapes),
+    )
+
+
 @cache
-def kernel(form: Form, num_rows: int, num_columns: int) -> Kernel:
-    """The kernel for M rows that computes R outputs at a time."""
+def kernel(
+    form: Form,
+    num_rows: int,
+    num_columns: int,
+    fusion: str = ALONE,
+    num_matrices: int = 1,
+) -> Kernel:
+    """The kernel for M rows that computes R outputs at a time.
+
+    Args:
+        form: How the numbers are stored.
+        num_rows: M.
+        num_columns: R; of ``GATED`` those of both matrices together.
+        fusion: ``ALONE``; ``GATED`` for gelu(x @ gate.T) * (x @ up.T); ``GATED_BY``
+            for gelu(x @ gate.T) * values; ``APART`` for matrices with an output each.
+        num_matrices: 1; of ``GATED`` 2; of ``APART`` 2 or 3.
+    """
     assert form.is_known, form
     assert 1 <= num_rows <= MAX_ROWS, num_rows
     assert num_columns in COLUMNS, num_columns
     assert num_rows * num_columns <= MAX_SUMS, (num_rows, num_columns)
-    names = ("x", "w") if form.bits == DENSE else ("x", "w", "scales", "biases")
+    text = _Text(form, num_rows, num_columns, fusion, num_matrices)
+    number = num_matrices if fusion == APART else ""
     return Kernel(
-        name=f"matmul_{form}_{num_rows}x{num_columns}",
-        input_names=names,
-        output_names=("y",),
-        source=_Text(form, num_rows, num_columns).source(),
+        name=f"{fusion}{number}_{form}_{num_rows}x{num_columns}",
+        input_names=("x", *text.arrays),
+        output_names=text.outputs,
+        source=text.source(),
         helpers="",
     )
 
@@ -171,10 +211,34 @@ class _Text:
     Names: ``x{m}`` a row's chunk as words, ``x{m}_{i}`` its number i, ``p{r}`` an
     output's chunk as words, ``w{r}_{i}`` its weight i, ``a{m}_{r}`` the sum of row m
     and output r; ``x_row{m}``, ``w_row{r}`` ... where the rows of arrays begin.
+    The arrays of matrices beside the first have its names and a number behind them. Of
+    ``GATED`` the outputs r are the gate's and up's by turns.
+
+    Attributes:
+        arrays: Names of the inputs beside x.
+        outputs: Names of the outputs.
     """
 
-    def __init__(self, form: Form, num_rows: int, num_columns: int) -> None:
+    def __init__(
+        self,
+        form: Form,
+        num_rows: int,
+        num_columns: int,
+        fusion: str = ALONE,
+        num_matrices: int = 1,
+    ) -> None:
         self._form = form
+        self._fusion = fusion
+        self._num_matrices = num_matrices
+        # Matrices that one simdgroup takes outputs of, so many of each.
+        self._beside = num_matrices if fusion == GATED else 1
+        self._per_matrix = num_columns // self._beside
+        num_outputs = num_matrices if fusion == APART else 1
+        self._names = ("w", "scales", "biases") if form.group_size else ("w",)
+        numbers = ["", *(str(i) for i in range(1, num_matrices))]
+        self.arrays = tuple(f"{name}{i}" for i in numbers for name in self._names)
+        self.arrays += ("values",) if fusion == GATED_BY else ()
+        self.outputs = tuple(f"y{i}" for i in numbers[:num_outputs])
         self._rows = range(num_rows)
         self._columns = range(num_columns)
         self._order = _ORDERS[form.bits]
@@ -186,7 +250,7 @@ class _Text:
             "for (uint c = lane; c < chunks; c += 32u) {",
             *(f"  {line}" for line in self._step()),
             "}",
-            *self._reduction(),
+            *self._store(),
         ]
         return "".join(f"  {line}\n" for line in lines)
 
@@ -197,13 +261,19 @@ class _Text:
         So every lane reads at one index of R arrays that begin a row apart: where they
         begin depends on no thread, and costs neither registers nor additions.
         """
-        num_columns = len(self._columns)
-        lines = [
-            "uint lane = thread_index_in_simdgroup;",
-            "uint outputs = uint(w_shape[0]);",
+        num_columns = self._per_matrix
+        group = "threadgroup_position_in_grid.x"
+        lines = ["uint lane = thread_index_in_simdgroup;"]
+        if self._fusion == APART:
+            wide = _SIMDGROUPS * num_columns
+            lines += matmul_parts.choice(self._names, self._num_matrices, wide)
+            group = "group"
+        else:
+            lines += ["uint outputs = uint(w_shape[0]);"]
+        lines += [
             "uint words = uint(w_shape[1]);",
             f"uint chunks = words{self._over(self._words_per_chunk)};",
-            f"uint first = (threadgroup_position_in_grid.x * {_SIMDGROUPS}u + "
+            f"uint first = ({group} * {_SIMDGROUPS}u + "
             f"simdgroup_index_in_threadgroup) * {num_columns}u;",
             "if (first >= outputs) return;  // the whole simdgroup",
             f"uint base = min(first, max(outputs, {num_columns}u) - {num_columns}u);",
@@ -233,10 +303,15 @@ class _Text:
 
     def _row_starts(self, name: str, length: str) -> list[str]:
         """Where rows begin; of fewer than R outputs the last one stands for others."""
-        return [
-            f"auto {name}_row{r} = {name} + min({r}u, outputs - 1u) * {length};"
-            for r in self._columns
-        ]
+        lines = []
+        for r in self._columns:
+            number, matrix = divmod(r, self._beside)
+            array = f"{name}{matrix or ''}"
+            if self._fusion == APART:
+                array = f"own_{name}"
+            start = f"{array} + min({number}u, outputs - 1u) * {length}"
+            lines.append(f"auto {name}_row{r} = {start};")
+        return lines
 
     def _step(self) -> list[str]:
         """One chunk: what comes from memory is asked for first, rows are cached.
@@ -327,45 +402,24 @@ class _Text:
         part = "HIGH" if place % 2 else "LOW"
         return f"{_DTYPES[self._form.dtype]}_{part}({words}.{'xyzw'[place // 2]})"
 
-    def _reduction(self) -> list[str]:
-        """The sums over lanes: every exchange halves what a lane has to add up.
-
-        Of two sums a lane keeps one and gives the other to its partner. Both add the
-        same two numbers, so the tree is the same for every sum and whatever M is.
-        """
+    def _store(self) -> list[str]:
+        """The sums over lanes: a lane that has one stores it, if it is its own."""
         sums = [f"a{m}_{r}" for m in self._rows for r in self._columns]
-        lines, counts = [], []
-        for level, step in enumerate((16, 8, 4, 2, 1)):
-            counts.append((step, len(sums)))
-            lines += [f"bool is_high_{step} = (lane & {step}u) != 0u;"]
-            kept = []
-            for pair in range(0, len(sums), 2):
-                name, (low, *high) = f"r{level}_{pair // 2}", sums[pair : pair + 2]
-                given = low
-                own = low
-                if high:
-                    own = f"(is_high_{step} ? {high[0]} : {low})"
-                    given = f"(is_high_{step} ? {low} : {high[0]})"
-                lines += [f"float {name} = {own} + simd_shuffle_xor({given}, {step}u);"]
-                kept.append(name)
-            sums = kept
-        return [*lines, *self._store(sums[0], counts)]
-
-    def _store(self, total: str, counts: list[tuple[int, int]]) -> list[str]:
-        """One lane of those that have a sum stores it, if the output is its own."""
-        lines = ["uint place = 0u;  // of the sum that this lane has", "uint wide;"]
-        lines += ["bool is_first = true;  // of the lanes that have it"]
-        for step, count in reversed(counts):
-            lines += [
-                f"wide = 2u * place + (is_high_{step} ? 1u : 0u);",
-                f"is_first = is_first && wide < {count}u;",
-                f"place = min(wide, {count - 1}u);",
-            ]
-        num_columns = len(self._columns)
+        lines, total = matmul_parts.sums_over_lanes(sums)
+        num_columns = self._per_matrix
+        y = "own_y" if self._fusion == APART else "y"
+        gate: list[str] = []
+        at = f"place / {num_columns}u * outputs + n"
+        if self._fusion == GATED:
+            lines += matmul_parts.partner(total)
+            gate = matmul_parts.gated(total, "beside")
+        if self._fusion == GATED_BY:
+            gate = matmul_parts.gated(total, f"values[{at}]")
         lines += [
             f"uint n = base + place % {num_columns}u;",
             "if (is_first && n >= first && n < outputs) {",
-            f"  y[place / {num_columns}u * outputs + n] = T({total});",
+            *(f"  {line}" for line in gate),
+            f"  {y}[{at}] = T({'gated' if gate else total});",
             "}",
         ]
         return lines

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import cycle
 
 import mlx.core as mx
 
-from ..kernels import matmul
-from ..kernels.matmul import DENSE, MAX_ROWS
+from ..kernels import layer_trial, matmul
+from ..kernels.layer_trial import NO_LAYERS, LayerSizes
+from ..kernels.matmul import DENSE, MAX_ROWS, Form
 from .choices import Choices, Shape
 
 COPY_BYTES = 256_000_000  # more than three times what caches of M1 to M5 hold
@@ -125,30 +126,46 @@ class Bench(Products):
     """This machine, as the tuner takes one.
 
     Args:
-        run_pass: Runs one pass of a target with some choices and so many rows.
+        run_pass: Runs one pass of a target with some choices and so many rows, over a
+            long text or not.
         disturbed: Says why timings are not to be relied on now; empty where they are.
         copy_bytes: As for ``Products``.
+        sizes: Of the layers of the pair.
     """
 
     def __init__(
         self,
-        run_pass: Callable[[Choices, int], None],
+        run_pass: Callable[[Choices, int, bool], None],
         disturbed: Callable[[], str],
         copy_bytes: int = COPY_BYTES,
+        *,
+        sizes: LayerSizes = NO_LAYERS,
     ) -> None:
         super().__init__(copy_bytes)
+        self._sizes = sizes
         self._run_pass = run_pass
         self.disturbed = disturbed
+
+    def is_right_way(self, way: str, forms: Iterable[Form]) -> bool:
+        """Whether the kernels of a way to run layers are right, for such matrices."""
+        return layer_trial.is_right(way, self._sizes, forms)
 
     def clock(self) -> float:
         """Seconds since some moment."""
         return time.perf_counter()
 
-    def pass_s(self, choices: Choices, num_rows: int, window_s: float) -> float:
+    def pass_s(
+        self,
+        choices: Choices,
+        num_rows: int,
+        window_s: float,
+        *,
+        is_long: bool = False,
+    ) -> float:
         """What a pass takes, seconds, by those of so many seconds, or one."""
         start, count = time.perf_counter(), 0
         while True:
-            self._run_pass(choices, num_rows)
+            self._run_pass(choices, num_rows, is_long)
             count += 1
             passed = time.perf_counter() - start
             if passed >= window_s:

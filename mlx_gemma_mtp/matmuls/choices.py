@@ -26,6 +26,7 @@ from ..kernels.matmul import (
     default_columns,
     parse_form,
 )
+from ..kernels.ways import STOCK_WAYS, Ways
 
 DEFAULT_COLUMNS = tuple(default_columns(m) for m in range(1, MAX_ROWS + 1))
 
@@ -127,17 +128,26 @@ class Choice:
 
 @dataclass(frozen=True)
 class Choices:
-    """The matrices that the kernel multiplies; MLX multiplies all others.
+    """The matrices that the kernel multiplies, and how layers are run.
+
+    MLX multiplies all others.
 
     Attributes:
         by_shape: The choice for each of them.
+        ways: Ways to run layers that were faster.
     """
 
     by_shape: Mapping[Shape, Choice] = field(default_factory=dict)
+    ways: Ways = STOCK_WAYS
 
     def __bool__(self) -> bool:
         """Whether there are any."""
-        return bool(self.by_shape)
+        return bool(self.by_shape or self.ways)
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Of the matrices that the kernel multiplies."""
+        return tuple(dict.fromkeys(shape.form for shape in self.by_shape))
 
     @property
     def named(self) -> dict[str, int]:
@@ -149,12 +159,21 @@ class Choices:
         """A text that differs for other choices; empty where MLX multiplies all."""
         if not self:
             return ""
-        named = {str(s): choice.to_dict() for s, choice in self.by_shape.items()}
+        named: dict[str, Any] = {
+            str(s): choice.to_dict() for s, choice in self.by_shape.items()
+        }
+        if self.ways:
+            named["ways"] = sorted(self.ways)
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
     def only(self, shapes: set[Shape]) -> Choices:
         """The choices for these shapes alone."""
-        return Choices({s: c for s, c in self.by_shape.items() if s in shapes})
+        own = {s: c for s, c in self.by_shape.items() if s in shapes}
+        return Choices(own, self.ways)
+
+    def with_way(self, way: str) -> Choices:
+        """The same, with another way to run layers."""
+        return Choices(self.by_shape, self.ways | {way})
 
 
 # MLX multiplies everything.

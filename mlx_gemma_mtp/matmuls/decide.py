@@ -22,8 +22,10 @@ from statistics import median
 import mlx.core as mx
 
 from ..errors import described, is_of_others
-from ..kernels import common, matmul
+from ..kernels import common, layer_trial, matmul
+from ..kernels.layer_trial import NO_LAYERS, LayerSizes
 from ..kernels.matmul import DENSE, MAX_ROWS, Form, default_columns
+from ..kernels.ways import MATRIX_WAYS
 from ..machine import apple_gpu
 from .bench import Products
 from .choices import STOCK, Choice, Choices, Shape
@@ -42,42 +44,57 @@ _WINDOW_S, _NUM_WINDOWS = 0.04, 3
 _CLIFF_WINDOW_S = 0.01
 
 _Pipeline = tuple[Form, int, int]  # form, M, R
+_Way = tuple[str, LayerSizes, tuple[Form, ...]]  # a way to run layers, and for which
 
 _lock = threading.Lock()
-_ran: set[_Pipeline] = set()  # in this process
+_ran: set[_Pipeline | _Way] = set()  # in this process: kernels, and ways' kernels
 
 
-def decide(shapes: Mapping[Shape, int], *, folder: Path | None) -> Choices:
+def decide(
+    shapes: Mapping[Shape, int],
+    sizes: LayerSizes = NO_LAYERS,
+    *,
+    folder: Path | None,
+) -> Choices:
     """What multiplies in this process; to be called before anything is traced.
 
     Args:
         shapes: How many matrices of each shape a pair has.
+        sizes: Of its layers.
         folder: Where decisions are kept; None for nowhere.
     """
     known = {shape: count for shape, count in shapes.items() if shape.is_known}
-    if common.backend() != "metal" or not known:
+    if common.backend() != "metal":
         return STOCK
     with _lock:
         kept = Kept(folder)
         if _rereads():
             _check_forms(known, kept)
-        return _that_run(kept.choices(known), kept)
+        chosen = Choices(kept.choices(known).by_shape, kept.ways(sizes.structure))
+        return _that_run(chosen, sizes, kept)
 
 
-def blame(choices: Choices, *, folder: Path | None) -> None:
+def blame(
+    choices: Choices, sizes: LayerSizes = NO_LAYERS, *, folder: Path | None
+) -> None:
     """Find out which kernels made a round fail: each runs alone again.
 
-    What fails, or is wrong, is MLX's from now on. A round may also have failed for want
-    of memory, or by other programs: then nothing is.
+    What fails, or is wrong, is MLX's from now on. Where all are right alone, the ways
+    that layers were run in are given up: a round may hold more of them than was tried.
 
     Args:
-        choices: What the round multiplied by.
+        choices: What the round multiplied by, and how it ran layers.
+        sizes: Of the layers.
         folder: Where decisions are kept; None for nowhere.
     """
     with _lock:
         for shape, choice in choices.by_shape.items():
             _ran.difference_update(_pipelines(shape, choice))
-        _that_run(choices, Kept(folder))
+        _ran.difference_update(ran for ran in list(_ran) if ran[0] in choices.ways)
+        kept = Kept(folder)
+        if _that_run(choices, sizes, kept) == choices:
+            for way in choices.ways:
+                kept.mark_bad_way(way, "a round with it failed")
 
 
 def _rereads() -> bool:
@@ -164,7 +181,7 @@ def _times(
 # ------------------------------------------------------------------- kernels alone
 
 
-def _that_run(choices: Choices, kept: Kept) -> Choices:
+def _that_run(choices: Choices, sizes: LayerSizes, kept: Kept) -> Choices:
     """Those choices whose kernels have all run alone in this process, and were right.
 
     Each runs with the smallest matrix that it multiplies. Shapes of what fails are bad.
@@ -183,7 +200,42 @@ def _that_run(choices: Choices, kept: Kept) -> Choices:
                     del left[user]
                 break
             _ran.add(pipeline)
-    return Choices(left)
+    forms = Choices(left).forms
+    ways = {way for way in choices.ways if forms or way not in MATRIX_WAYS}
+    found = (way for way in sorted(ways) if _runs(way, sizes, forms, kept))
+    return Choices(left, frozenset(found))
+
+
+def _runs(way: str, sizes: LayerSizes, forms: tuple[Form, ...], kept: Kept) -> bool:
+    """Whether the kernels of a way run in this process, and are right; else it is bad.
+
+    Args:
+        way: The way.
+        sizes: Of the layers that it runs.
+        forms: Of the matrices, where it multiplies.
+        kept: Where it is marked as bad.
+    """
+    used = way, sizes, forms if way in MATRIX_WAYS else ()
+    if used in _ran:
+        return True
+    try:
+        reason = "" if layer_trial.is_right(*used) else "wrong numbers"
+    except Exception as error:  # noqa: BLE001 - whatever Metal and its compiler say
+        if is_of_others(error):
+            logger.info("layers cannot be run %r now, MLX's way takes its place", way)
+            return False
+        reason = described(error)
+    if reason:
+        kept.mark_bad_way(way, reason)
+        logger.warning(
+            "layers cannot be run %r here, MLX's way takes its place, which may be "
+            "slower: %s",
+            way,
+            reason,
+        )
+        return False
+    _ran.add(used)
+    return True
 
 
 def _pipelines(shape: Shape, choice: Choice) -> list[_Pipeline]:

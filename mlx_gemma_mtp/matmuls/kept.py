@@ -15,20 +15,23 @@ import platform
 import threading
 from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ..kernels import add_norm, matmul_fused, norm_rope
 from ..kernels.matmul import COLUMNS, FORMS, MAX_ROWS, MAX_SUMS, kernel
+from ..kernels.ways import STOCK_WAYS, WAYS, Ways
 from ..machine import mlx_settings, system_version
 from ..store import Store
 from .choices import Choice, Choices, Shape
 
 # Another set of candidates, or another way to judge them, gets another number.
 _CANDIDATES = 1
-_SECTIONS = ("choices", "gains", "bad", "passes")
-_MOST_PASSES = 16  # sets of shapes whose passes are kept
+_SECTIONS = ("choices", "gains", "bad", "passes", "ways")
+_MOST_PASSES = 16  # sets of shapes whose passes and ways are kept
 _MAX_REASON = 200  # characters
 
 _lock = threading.Lock()
@@ -62,6 +65,29 @@ class Kept:
                 except (KeyError, ValueError):  # none, or MLX's, or damage
                     continue
         return Choices(found)
+
+    def ways(self, structure: str) -> Ways:
+        """The ways that were faster for pairs of a structure, without bad ones."""
+        found = self._found["ways"].get(structure)
+        if not isinstance(found, dict):
+            return STOCK_WAYS
+        return frozenset(
+            way for way in WAYS if found.get(way) is True and not self.is_bad_way(way)
+        )
+
+    def keep_ways(self, structure: str, ways: Mapping[str, bool]) -> None:
+        """Keep whether the layers of pairs of a structure are faster so."""
+        known = self._found["ways"].get(structure)
+        found = {**(known if isinstance(known, dict) else {}), **ways}
+        self._change("ways", {structure: found})
+
+    def mark_bad_way(self, way: str, reason: str) -> None:
+        """No layer runs so from now on: a kernel failed, or was wrong."""
+        self._change("bad", {way: reason[:_MAX_REASON]})
+
+    def is_bad_way(self, way: str) -> bool:
+        """Whether a kernel of a way failed, or was wrong."""
+        return way in self._found["bad"]
 
     def is_decided(self, shape: Shape) -> bool:
         """Whether it is known what multiplies a shape, be it MLX."""
@@ -123,8 +149,9 @@ class Kept:
             for name, value in values.items():
                 found[section].pop(name, None)
                 found[section][name] = value
-            for name in list(found["passes"])[:-_MOST_PASSES]:
-                del found["passes"][name]
+            for by_pair in (found["passes"], found["ways"]):
+                for name in list(by_pair)[:-_MOST_PASSES]:
+                    del by_pair[name]
             self._found = _known[self._place] = found
             self._store.write(found)
 
@@ -160,12 +187,16 @@ def kept_key() -> dict[str, Any]:
 def kernels_digest() -> str:
     """A text that differs for kernels of other texts."""
     found = hashlib.sha256()
-    for form in FORMS:
-        for num_rows in range(1, MAX_ROWS + 1):
-            for columns in COLUMNS:
-                if num_rows * columns <= MAX_SUMS:
-                    text = kernel(form, num_rows, columns)
-                    found.update(f"{text.header}{text.source}".encode())
+    texts = [*add_norm.kernels(), *norm_rope.kernels()]
+    for form, num_rows in product(FORMS, range(1, MAX_ROWS + 1)):
+        texts += [
+            kernel(form, num_rows, columns)
+            for columns in COLUMNS
+            if num_rows * columns <= MAX_SUMS
+        ]
+        texts += matmul_fused.kernels(form, num_rows)
+    for text in texts:
+        found.update(f"{text.header}{text.source}".encode())
     return found.hexdigest()
 
 

@@ -21,6 +21,8 @@ class Tuned:
         passes: What a pass takes with what was decided, seconds by rows; empty where
             none was timed.
         stock_passes: The same with MLX alone.
+        ways: Whether layers are faster by each way that was timed.
+        bad_ways: Why a way must not be used, by way.
     """
 
     reason: str = ""
@@ -30,8 +32,13 @@ class Tuned:
     gains: Mapping[Shape, Mapping[int, float]] = field(default_factory=dict)
     passes: Mapping[int, float] = field(default_factory=dict)
     stock_passes: Mapping[int, float] = field(default_factory=dict)
+    ways: Mapping[str, bool] = field(default_factory=dict)
+    bad_ways: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def choices(self) -> Choices:
-        """The kernel's matrices."""
-        return Choices({s: c for s, c in self.decided.items() if c is not None})
+        """The kernel's matrices, and the ways that won."""
+        return Choices(
+            {s: c for s, c in self.decided.items() if c is not None},
+            frozenset(way for way, has_won in self.ways.items() if has_won),
+        )

@@ -4,7 +4,8 @@ Each shape is timed alone first, for 1 to 9 rows: MLX against the kernel with tw
 numbers R of columns, whose numbers are checked before. Then whole passes of the target
 are timed, with all winners that it has against MLX alone. Shapes are dropped that
 passes are faster without; where the rest still loses, forms are, then all. What only
-the drafter has is judged alone.
+the drafter has is judged alone. Ways to run layers come last, one after another: each
+is kept that makes passes faster with all that was kept before.
 
 Things are timed as windows.py says. Where windows of one thing lie too far apart, MLX
 stays. What is chosen is not slower in the sense of judgement.py.
@@ -21,7 +22,9 @@ from functools import partial
 from typing import Protocol
 
 from ..errors import described, is_of_others
-from .choices import Choice, Choices, Shape
+from ..kernels.matmul import Form
+from ..kernels.ways import LONG_WAYS, MATRIX_WAYS
+from .choices import STOCK, Choice, Choices, Shape
 from .judgement import (
     MARGIN,
     ROW_SHARES,
@@ -32,8 +35,9 @@ from .judgement import (
     gain,
     widest,
 )
+from .passes import DisturbedError, PassMachine, PassTimer
 from .tuned import Tuned
-from .windows import NUM_WINDOWS, WARM_UP_S, WINDOW_S, NoTimeError, Window, Windows
+from .windows import NUM_WINDOWS, WARM_UP_S, WINDOW_S, NoTimeError, Windows
 
 PASS_ROWS = tuple(ROW_SHARES)  # rows of the whole passes that are timed
 _USUAL_ROWS = (3, 5)  # what most passes have
@@ -43,25 +47,24 @@ _USUAL_ROWS = (3, 5)  # what most passes have
 _ROWS = {5: 1.0, 3: 1.0, 9: 1.0, 2: 1.0, 8: 0.5, 7: 0.5, 6: 0.5, 4: 0.5, 1: 1.0}
 _CONTEXT_SHARE = 0.25  # of the budget, for whole passes
 _LEAST_SHARE = 0.01  # of the bytes, for a shape that passes are timed without
-_CAUTION = 1.2  # passes may slow down while they are timed
 _CHECK_S = 2.0  # making a matrix and checking numbers: assumed
 _DUEL_S = 3 * NUM_WINDOWS * WINDOW_S
 
 
-class Machine(Protocol):
+class Machine(PassMachine, Protocol):
     """What is timed on."""
 
     def clock(self) -> float:
         """Seconds since some moment."""
-
-    def disturbed(self) -> str:
-        """Why timings are not to be relied on now, in words; empty where they are."""
 
     def prepare(self, shape: Shape) -> None:
         """Make ready a matrix without the kernel; raises what MLX raises."""
 
     def is_right(self, shape: Shape, num_rows: int, columns: int) -> bool:
         """Whether the kernel's numbers are right; raises what MLX raises."""
+
+    def is_right_way(self, way: str, forms: Iterable[Form]) -> bool:
+        """Whether the kernels of a way are right; raises what MLX raises."""
 
     def product_s(
         self, shape: Shape, num_rows: int, columns: int | None, window_s: float
@@ -71,9 +74,6 @@ class Machine(Protocol):
         R is None for MLX's own; raises what MLX raises.
         """
 
-    def pass_s(self, choices: Choices, num_rows: int, window_s: float) -> float:
-        """What a pass of the target takes, by passes of so many seconds, or one."""
-
 
 def tune(
     shapes: Mapping[Shape, int],
@@ -82,6 +82,7 @@ def tune(
     in_passes: Mapping[Shape, int],
     budget_s: float,
     progress: Callable[[str], None],
+    ways: Sequence[str] = (),
 ) -> Tuned:
     """Choose for every shape of a pair.
 
@@ -91,26 +92,25 @@ def tune(
         in_passes: How many of them the target has: its passes are timed.
         budget_s: Longest time, seconds; what does not fit stays MLX's, undecided.
         progress: Told what is done, a line each.
+        ways: Ways to run layers that make a difference to the target.
     """
-    return _Tuner(shapes, in_passes, machine, budget_s, progress).tuned()
+    return _Tuner(shapes, in_passes, machine, budget_s, progress, ways).tuned()
 
 
-def expected_s(num_shapes: int, num_in_passes: int) -> float:
+def expected_s(num_shapes: int, num_in_passes: int, num_ways: int = 0) -> float:
     """How long it takes about to tune so many shapes, seconds.
 
     Args:
         num_shapes: All of them.
         num_in_passes: Those that the target has.
+        num_ways: Ways to run layers.
     """
     alone_s = _CHECK_S + WARM_UP_S + sum(_ROWS.values()) * _DUEL_S
     rows_s = 2 * NUM_WINDOWS * WINDOW_S
     without_s = WARM_UP_S + len(_USUAL_ROWS) * rows_s
     passes_s = WARM_UP_S + len(PASS_ROWS) * rows_s
-    return num_shapes * alone_s + num_in_passes * without_s + passes_s
-
-
-class _DisturbedError(Exception):
-    """Timings are not to be relied on; the message says why."""
+    contexts_s = (1 + num_ways) * passes_s
+    return num_shapes * alone_s + num_in_passes * without_s + contexts_s
 
 
 class _UndecidedError(Exception):
@@ -135,12 +135,15 @@ class _Tuner:
         machine: Machine,
         budget_s: float,
         progress: Callable[[str], None],
+        ways: Sequence[str],
     ) -> None:
         # Where time ends, the largest ones are done.
         self._shapes = sorted(shapes, key=lambda s: -shapes[s] * s.num_bytes)
         self._in_passes = in_passes
         self._machine = machine
         self._progress = progress
+        self._candidates = ways
+        self._bad_ways: dict[str, str] = {}
         self._windows = Windows(machine.clock, budget_s)
         self._windows.reserved_s = _CONTEXT_SHARE * budget_s  # for whole passes
         self._decided: dict[Shape, Choice | None] = {}
@@ -148,7 +151,7 @@ class _Tuner:
         self._reasons: dict[Shape, str] = {}
         self._gains: dict[Shape, dict[int, float]] = {}
         self._passes: tuple[dict[int, float], dict[int, float]] = {}, {}
-        self._last_s = 0.0  # of a pass
+        self._timed = PassTimer(machine, self._windows)
         self._failure = ""
 
     def tuned(self) -> Tuned:
@@ -156,15 +159,15 @@ class _Tuner:
         try:
             winners = self._alone()
             self._windows.reserved_s = 0.0
-            self._failure = ""
             tried = {s: c for s, c in winners.items() if s in self._in_passes}
             kept = self._in_context(tried)
-        except _DisturbedError as error:
+            ways = self._ways(kept)
+        except DisturbedError as error:
             return Tuned(str(error), bad=self._bad)
         others = {s: c for s, c in winners.items() if s not in tried}
         decided = self._decided | others | kept
         found = decided, self._bad, self._reasons, self._gains
-        return Tuned("", *found, *self._passes)
+        return Tuned("", *found, *self._passes, ways, self._bad_ways)
 
     # ------------------------------------------------------------------- shapes alone
 
@@ -193,7 +196,7 @@ class _Tuner:
             _StockError: MLX multiplies it.
             _UndecidedError: There is no telling now.
         """
-        self._look()
+        self._timed.look()
         self._windows.need(_CHECK_S + WARM_UP_S + _DUEL_S)
         self._ready(shape)
         # Most rows first: those of the others must have the same bits.
@@ -306,7 +309,7 @@ class _Tuner:
     def _that_win(self, tried: dict[Shape, Choice]) -> Iterator[dict[Shape, Choice]]:
         """Choices that are faster than MLX alone, or none; later ones are better."""
         won, rows = self._that_beats_stock(tried)
-        if self._failure:
+        if self._timed.failure:
             tried = self._without_failing(tried)
             won, rows = self._that_beats_stock(tried)
         yield won
@@ -322,14 +325,11 @@ class _Tuner:
         """The choices without those that make a pass fail alone: these are bad."""
         left = dict(tried)
         for shape, choice in tried.items():
-            self._failure = ""
+            self._timed.failure = ""
             alone = Choices({shape: choice})
-            for num_rows in PASS_ROWS:
-                self._windows.need(2 * self._last_s)
-                if math.isinf(self._pass_window(alone, num_rows, 0.0)):
-                    self._bad[shape] = self._failure
-                    del left[shape]
-                    break
+            if any(self._timed.fails(alone, num_rows) for num_rows in PASS_ROWS):
+                self._bad[shape] = self._timed.failure
+                del left[shape]
         return left
 
     def _that_beats_stock(
@@ -339,12 +339,12 @@ class _Tuner:
 
         And the number of rows that loses most, if one does.
         """
-        duels = self._pass_duels({}, tried, PASS_ROWS)
+        duels = self._timed.duels(STOCK, Choices(tried), PASS_ROWS)
         if duels[1].loses:
             tried = {s: replace(c, first_row=2) for s, c in tried.items()}
             duels[1] = Duel(duels[1].stock, duels[1].stock)
         stock = {m: duel.stock.seconds for m, duel in duels.items()}
-        own = {m: duel.own.seconds for m, duel in duels.items()}
+        own = _own(duels)
         lost = [m for m, duel in duels.items() if duel.loses]
         if lost or not gain(duels) > widest(duels):
             tried = {}
@@ -369,7 +369,8 @@ class _Tuner:
             if self._num_bytes(rest) > (1 - _LEAST_SHARE) * self._num_bytes(tried):
                 continue
             self._progress(f"whole passes without {group}")
-            duels = self._pass_duels(tried, rest, sorted({*_USUAL_ROWS, *lost}))
+            rows = sorted({*_USUAL_ROWS, *lost})
+            duels = self._timed.duels(Choices(tried), Choices(rest), rows)
             usual = {m: duels[m] for m in _USUAL_ROWS}
             compared = [usual, *({m: duels[m]} for m in lost)]
             if any(gain(each) > widest(each) for each in compared):
@@ -380,66 +381,59 @@ class _Tuner:
         """Bytes of all matrices of some shapes in a pass."""
         return float(sum(self._in_passes[s] * s.num_bytes for s in shapes))
 
-    def _pass_duels(
-        self,
-        before: dict[Shape, Choice],
-        after: dict[Shape, Choice],
-        rows: Sequence[int],
-    ) -> dict[int, Duel]:
-        """Whole passes with some choices against those with others, by rows."""
-        self._look()
-        sides = [Choices(before), Choices(after)]
-        runs: dict[int, list[Window]] = {
-            m: [partial(self._pass_window, c, m) for c in _different(sides, m)]
-            for m in rows
-        }
-        needed_s = WARM_UP_S
-        for num_rows in rows:
-            for run in runs[num_rows]:
-                self._windows.need(2 * self._last_s)
-                run(0.0)  # traced and compiled
-                pass_s = run(0.0)
-                if math.isfinite(pass_s):
-                    self._last_s = pass_s
-                    needed_s += NUM_WINDOWS * max(WINDOW_S, _CAUTION * pass_s)
-        self._windows.need(needed_s)
-        self._windows.warm_up(runs[rows[0]][0])
-        duels = {}
-        for m in rows:
-            stock, *own = self._windows.compared(runs[m])
-            duels[m] = Duel(stock, *(own or [stock]))
-        return duels
+    # ------------------------------------------------------------------------ layers
 
-    def _pass_window(self, choices: Choices, num_rows: int, window_s: float) -> float:
-        """Seconds of a pass; infinite where it fails with the kernel in it.
+    def _ways(self, kept: Mapping[Shape, Choice | None]) -> dict[str, bool]:
+        """Whether passes are faster with each way to run layers, one after another.
+
+        What there is no time or no memory for is left out, and what others disturb too.
+        What was found before stays.
+        """
+        choices = Choices({s: c for s, c in kept.items() if c is not None})
+        found: dict[str, bool] = {}
+        for way in self._candidates:
+            if way in MATRIX_WAYS and not choices.by_shape:
+                continue
+            self._progress(f"whole passes, {way}")
+            with_it = choices.with_way(way)
+            try:
+                if not self._is_right_way(way, choices.forms):
+                    continue
+                duels = self._timed.duels(
+                    choices, with_it, PASS_ROWS, is_long=way in LONG_WAYS
+                )
+            except NoTimeError:
+                break
+            except Exception as error:  # noqa: BLE001 - MLX's own: memory ends, say
+                self._progress(f"{way} was not timed: {described(error)}")
+                continue
+            is_lost = any(duel.loses for duel in duels.values())
+            found[way] = not is_lost and gain(duels) > widest(duels)
+            if found[way]:
+                choices = with_it
+                if way not in LONG_WAYS:
+                    self._passes = _own(duels), self._passes[1]
+        return found
+
+    def _is_right_way(self, way: str, forms: Iterable[Form]) -> bool:
+        """Whether the kernels of a way run and are right; else it is bad.
 
         Raises:
-            _DisturbedError: It was not the kernel that failed.
+            Exception: It cannot be tried now.
         """
         try:
-            return self._machine.pass_s(choices, num_rows, window_s)
+            reason = ""
+            if not self._machine.is_right_way(way, forms):
+                reason = "wrong numbers"
         except Exception as error:
-            if not choices:
-                raise
             if is_of_others(error):
-                raise _DisturbedError(described(error)) from error
-            self._failure = described(error)
-            return math.inf
-
-    def _look(self) -> None:
-        """Stop where timings are not to be relied on.
-
-        Raises:
-            _DisturbedError: They are not.
-        """
-        if reason := self._machine.disturbed():
-            raise _DisturbedError(reason)
+                raise
+            reason = described(error)
+        if reason:
+            self._bad_ways[way] = reason
+        return not reason
 
 
-def _different(sides: Sequence[Choices], num_rows: int) -> list[Choices]:
-    """Both choices, or the first where they do the same with so many rows."""
-    first, second = (
-        {s: c.columns[num_rows - 1] for s, c in x.by_shape.items() if c.takes(num_rows)}
-        for x in sides
-    )
-    return list(sides) if first != second else [sides[0]]
+def _own(duels: Mapping[int, Duel]) -> dict[int, float]:
+    """What passes took that won, seconds by rows."""
+    return {m: duel.own.seconds for m, duel in duels.items()}

@@ -14,7 +14,7 @@ Source: transformers 5.22.2, models/gemma4_assistant/modeling_gemma4_assistant.p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -22,24 +22,12 @@ import mlx.nn as nn
 from mlx_lm.models import gemma4_text
 
 from ..cache.masks import over_heads
+from ..kernels.ways import STOCK_WAYS, Ways
+from .attention import SharedKV
 from .centroid_head import MaskedEmbedding
 from .drafter_config import DrafterConfig
+from .layers import run_layers
 from .tensor_names import TOKEN_ORDERING, drafter_names
-
-
-@dataclass(frozen=True)
-class SharedKV:
-    """What drafter layers of one type attend to.
-
-    Attributes:
-        keys: The target's keys, after norm and rope, [B, G, S, D].
-        values: The target's values, [B, G, S, D].
-        mask: True where a key may be seen, [B, 1, 1, S].
-    """
-
-    keys: mx.array
-    values: mx.array
-    mask: mx.array
 
 
 @dataclass(frozen=True)
@@ -77,7 +65,12 @@ class Drafter(nn.Module):
 
     Args:
         config: The drafter's checked settings.
+
+    Attributes:
+        ways: How its layers are run.
     """
+
+    ways: Ways = STOCK_WAYS
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -127,16 +120,16 @@ class Drafter(nn.Module):
             kind: over_heads(kv.mask, kv.keys, num_heads=self._num_heads)
             for kind, kv in shared_kv.items()
         }
-        for layer in self.model.layers:
-            kv = shared_kv[layer.layer_type]
-            x, _, _ = layer(
-                x,
-                masks[layer.layer_type],
-                None,
-                shared_kv=(kv.keys, kv.values),
-                offset=position,
-            )
-        x = self.model.norm(x)  # [B, 1, h]
+        kinds = list(shared_kv)
+        x, _ = run_layers(  # [B, 1, h]
+            self.model.layers,
+            self.model.norm,
+            x,
+            [replace(kv, mask=masks[kind]) for kind, kv in shared_kv.items()],
+            sources=[kinds.index(kind) for kind in self.layer_types],
+            offset=position,
+            ways=self.ways,
+        )
         if self.masked_embedding is None:
             logits, token_ids = self.model.embed_tokens.as_linear(x), None
             scores = None

@@ -17,10 +17,30 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gemma4, gemma4_text
 
-from ..cache.masks import over_heads, verify_masks, verify_slots
+from ..cache.masks import (
+    FUSED_HEAD_DIMS,
+    MAX_FUSED_QUERIES,
+    fused_queries,
+    over_heads,
+    verify_masks,
+    verify_slots,
+)
 from ..cache.prompt import PrefillCache
-from ..cache.slabs import LayerKV, SlabLayout, SlabView
+from ..cache.slabs import LayerKV, SlabLayout
 from ..errors import PairingError
+from ..kernels.ways import (
+    ADD_NORM,
+    GATE_UP,
+    NORM_ROPE,
+    PACKED,
+    QKV,
+    SPLIT,
+    STOCK_WAYS,
+    WAYS,
+    Ways,
+)
+from .attention import SharedKV
+from .layers import run_layers
 
 # A chunk's tokens times the layers that are evaluated together. Modelled, half a second
 # of the slowest: of 12B on a chip of 2 TFLOPS, and of 31B on one of 4.
@@ -69,6 +89,7 @@ class Target:
 
     def __init__(self, model: nn.Module) -> None:
         self._lm = text_model(model)
+        self._ways = STOCK_WAYS
         args = self._lm.args
         self._first_shared = args.num_hidden_layers - args.num_kv_shared_layers
         self.vocab_size: int = args.vocab_size
@@ -88,11 +109,30 @@ class Target:
             dtype=self._lm.model.norm.weight.dtype,
         )
 
-    def over(self, lm: gemma4_text.Model) -> Target:
-        """The same target with another language model, of the same structure."""
+    def over(self, lm: gemma4_text.Model, ways: Ways = STOCK_WAYS) -> Target:
+        """The same target with another language model, of the same structure.
+
+        Args:
+            lm: The model.
+            ways: How its layers are run.
+        """
         target = copy(self)
-        target._lm = lm
+        target._lm, target._ways = lm, ways
         return target
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The ways to run layers that make a difference to this model."""
+        num_heads = self._lm.args.num_attention_heads
+        found = [ADD_NORM, NORM_ROPE, GATE_UP, QKV]
+        for layer in set(self.layout.layers):
+            shared_by = num_heads // layer.num_kv_heads
+            if layer.head_dim not in FUSED_HEAD_DIMS:
+                # Those of a single head MLX packs by itself.
+                found += [PACKED] if shared_by > 1 and layer.num_kv_heads > 1 else []
+            elif fused_queries(shared_by) < MAX_FUSED_QUERIES:
+                found += [SPLIT]
+        return tuple(way for way in WAYS if way in found)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Scaled embeddings of tokens [B, L], as the drafter takes them, [B, L, H]."""
@@ -182,24 +222,32 @@ class Target:
                 mask,
                 slabs[2 * layout.source(kind)],
                 num_heads=self._lm.args.num_attention_heads,
+                is_split=SPLIT in self._ways,
             )
             for kind, mask in masks.items()
         }
         slots = verify_slots(
             layout, offset=offset, num_tokens=num_tokens, capacity=capacity
         )
-        views = [
-            SlabView(
-                slabs[2 * i],
-                slabs[2 * i + 1],
-                offset=offset,
-                slots=slots[layer.layer_type],
-            )
-            for i, layer in enumerate(layout.layers)
-        ]
-        hidden = self._layers(tokens, views, masks)
-        written = [array for view in views for array in (view.keys, view.values)]
-        return TargetOutput(head_logits(self._lm, hidden), hidden, written)
+        model, lm = self._lm.model, self._lm
+        embeddings = model.embed_tokens(tokens)
+        h = embeddings * model.embed_scale
+        hidden, kvs = run_layers(
+            model.layers,
+            model.norm,
+            h,
+            [
+                SharedKV(slabs[2 * i], slabs[2 * i + 1], masks[layer.layer_type])
+                for i, layer in enumerate(layout.layers)
+            ],
+            sources=model.previous_kvs,
+            offset=offset,
+            slots=slots,
+            per_layer=self._per_layer_inputs(tokens, embeddings, h),
+            ways=self._ways,
+        )
+        written = [array for kv in kvs for array in (kv.keys, kv.values)]
+        return TargetOutput(head_logits(lm, hidden), hidden, written)
 
     def _layers(
         self,
@@ -241,7 +289,11 @@ class Target:
         inputs = model._project_per_layer_inputs(
             h, model._get_per_layer_inputs(tokens, embeddings)
         )
-        return [inputs[:, :, i] for i in range(len(model.layers))]
+        if GATE_UP not in self._ways:
+            return [inputs[:, :, i] for i in range(len(model.layers))]
+        # A kernel takes each in one piece: all are laid out at once.
+        each = mx.contiguous(inputs.transpose(2, 0, 1, 3))
+        return [each[i : i + 1].squeeze(0) for i in range(len(model.layers))]
 
 
 class _InGroups:

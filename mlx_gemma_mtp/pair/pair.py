@@ -25,11 +25,12 @@ from ..engine.model_arrays import ModelArrays
 from ..engine.rounds import CompiledRound, Rounds
 from ..engine.traces import Traces
 from ..kernels.common import backend
+from ..kernels.layer_trial import NO_LAYERS
 from ..matmuls.choices import STOCK, Choices, Shape
 from ..matmuls.decide import blame, decide
 from ..matmuls.kept import Kept as Decisions
 from ..matmuls.kept import kernels_digest
-from ..matmuls.modules import shapes_of
+from ..matmuls.modules import shapes_of, sizes_of
 from ..models.drafter import Drafter
 from ..models.families import family_of
 from ..models.target import Target, text_model
@@ -66,6 +67,7 @@ class Kept:
         self.choices: Choices | None = None
         self.matmuls = MLX_ALONE
         self._decided_on = ""
+        self._sizes = NO_LAYERS
         self._learnt_of: list[ReferenceType[mx.array]] = []
 
     def follow(self, weights: Sequence[mx.array]) -> None:
@@ -82,7 +84,8 @@ class Kept:
             return self.choices
         self._decided_on = backend()
         folder, shapes = cache_folder(), shapes_of(models)
-        choices = decide(shapes, folder=folder)
+        self._sizes = sizes_of(models)
+        choices = decide(shapes, self._sizes, folder=folder)
         took_s = Decisions(folder).pass_seconds(set(shapes)) if choices else None
         self.matmuls = Matmuls(_has_most(choices, shapes), took_s or {})
         if self.choices not in (None, choices):
@@ -96,7 +99,7 @@ class Kept:
         In later processes too, where the kernel fails again by itself.
         """
         if self.choices:
-            blame(self.choices, folder=cache_folder())
+            blame(self.choices, self._sizes, folder=cache_folder())
         self.choices, self.matmuls, self.calibration = STOCK, MLX_ALONE, None
 
 

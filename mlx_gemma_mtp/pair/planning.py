@@ -10,12 +10,16 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..constants import AUTO, DEFAULT_DRAFT_SOURCE, DRAFTER
 from ..drafting.controller import DraftLengthController
 from ..drafting.policy import DraftPolicy, Learning
+from ..engine.command_buffers import LEAST_BUFFERS, Limits, num_buffers
 from ..engine.early_start import EarlyStart
 from ..engine.request import Request
 from ..engine.rounds import Rounds
@@ -23,6 +27,9 @@ from ..engine.route import ANY_ROUTE, PLAIN, Route, inexact_route
 from ..engine.stats import joined_rules
 from ..exactness.probe import TIMING_PASSES, probe
 from ..exactness.verdict import Verdict, exact_routes
+from ..kernels.common import gpu
+from ..machine import command_buffer_limits
+from ..models.target import text_model
 from .calibration import Calibration
 from .pair import Pair
 
@@ -54,6 +61,7 @@ class Plan:
         why_plain: Why there are no drafts, in words; empty where there may be.
         probe_s: What the probe took, if it ran for this plan, seconds.
         early_start: Decides when rounds are started.
+        look_ahead: Whether a round is built before the last one's report is read.
         has_text: Whether drafts may come from the text itself.
     """
 
@@ -62,6 +70,7 @@ class Plan:
     why_plain: str = ""
     probe_s: float = 0.0
     early_start: EarlyStart = field(default_factory=EarlyStart)
+    look_ahead: bool = True
     has_text: bool = False
 
 
@@ -86,7 +95,7 @@ def make_plan(
         The plan. The probe may have run for it.
     """
     planner = _Planner(pair, requests, num_draft_tokens, exactness, draft_source)
-    return planner.plan()
+    return replace(planner.plan(), look_ahead=can_look_ahead(pair))
 
 
 def make_batch_plan(
@@ -105,11 +114,46 @@ def make_batch_plan(
         num_draft_tokens: Checked K; None for the controllers' choice.
         draft_source: One of ``constants.DRAFT_SOURCES``.
     """
+    look_ahead = can_look_ahead(pair)
     if why_plain := _why_plain(pair, num_draft_tokens, draft_source):
-        return Plan(DraftPolicy(0), replace(PLAIN, pads_prompts=True), why_plain)
+        route = replace(PLAIN, pads_prompts=True)
+        return Plan(DraftPolicy(0), route, why_plain, look_ahead=look_ahead)
     route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
     policy = _draft_policy(pair, route, num_draft_tokens)
-    return Plan(policy, route, has_text=draft_source != DRAFTER)
+    has_text = draft_source != DRAFTER
+    return Plan(policy, route, look_ahead=look_ahead, has_text=has_text)
+
+
+def can_look_ahead(pair: Pair) -> bool:
+    """Whether a round may be queued behind another one, and none copies its caches.
+
+    Only limits of the user's own can stand against it; they win.
+    """
+    limits = command_buffer_limits(str(mx.device_info().get("architecture")))
+    if limits is None or gpu() != "metal":
+        return True
+    model = text_model(pair.target)
+    flat: Any = tree_flatten(model.parameters())
+    sizes = [array.nbytes for _, array in flat]
+    found = num_buffers(sizes, len(model.layers), Limits(*limits))
+    if found >= LEAST_BUFFERS:
+        return True
+    _tell_of_buffers(found, *limits)
+    return False
+
+
+@cache
+def _tell_of_buffers(num_buffers: int, operations: int, megabytes: int) -> None:
+    """Say once why rounds are not queued ahead."""
+    logger.warning(
+        "rounds are not queued ahead: MLX_MAX_OPS_PER_BUFFER and "
+        "MLX_MAX_MB_PER_BUFFER (%d, %d) must let a round fill %d command buffers, or "
+        "it may copy its caches: it fills %d. Lower one of them.",
+        operations,
+        megabytes,
+        LEAST_BUFFERS,
+        num_buffers,
+    )
 
 
 def _why_plain(pair: Pair, num_draft_tokens: int | None, draft_source: str) -> str:

@@ -26,7 +26,7 @@ from .names import MODEL, SECTIONS
 EXIT_FAILED = 2
 _NO_TEMPLATE = "the section on it gives it plain text"
 DEFAULT_SECONDS = 120.0
-TUNE_SECONDS = 1200.0
+TUNE_SECONDS = 1500.0
 _FORGET, _TUNE = "forget", "tune"
 
 

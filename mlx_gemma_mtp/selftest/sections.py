@@ -93,7 +93,7 @@ class _Run:
             MACHINE: machine.look,
             MODEL: self._model,
             "kernels": kernels.look,
-            "slabs": lambda allowance_s: slabs.look(self._pair, allowance_s),
+            "slabs": self._slabs,
             "exactness": self._exactness,
             "rows": self._rows,
             "costs": self._costs,
@@ -132,6 +132,11 @@ class _Run:
             result = Result(name, FAIL, f"the section ended: {reason[:_MAX_REASON]}")
         mx.clear_cache()
         return replace(result, seconds=time.perf_counter() - start)
+
+    def _slabs(self, allowance_s: float) -> Result:
+        """Section ``slabs``: of the user's own model where it is given."""
+        loaded = self._options.loaded
+        return slabs.look(self._pair if loaded is None else loaded.pair, allowance_s)
 
     @cached_property
     def _pair(self) -> Pair:

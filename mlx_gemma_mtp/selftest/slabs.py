@@ -48,7 +48,7 @@ def look(
     """Run rounds over slabs of several capacities.
 
     Args:
-        pair: The embedded pair.
+        pair: Whose rounds are run.
         allowance_s: Larger slabs are left out when it is used up, seconds.
         capacities: Slots, the fewest first; None for ``CAPACITIES``.
     """

@@ -21,9 +21,10 @@ from ..kernels.matmul import MAX_ROWS
 from ..matmuls.bench import Bench
 from ..matmuls.choices import STOCK, Choices, Shape
 from ..matmuls.kept import Kept
-from ..matmuls.modules import shapes_of
+from ..matmuls.modules import shapes_of, sizes_of
 from ..matmuls.tuned import Tuned
 from ..matmuls.tuner import expected_s, tune
+from ..models.target import Target
 from ..pair.pair import Pair
 from ..store import cache_folder
 from .busy import disturbed
@@ -44,10 +45,12 @@ def why_not() -> str:
 def plan(pair: Pair, budget_s: float) -> str:
     """What tuning will do, and how long it may take."""
     num_shapes = len(_shapes(pair))
-    likely = min(expected_s(num_shapes, len(_in_passes(pair))), budget_s)
+    expected = expected_s(num_shapes, len(_in_passes(pair)), len(_ways(pair)))
+    likely = min(expected, budget_s)
     return (
         f"times {num_shapes} shapes of matrices, 1 to {MAX_ROWS} rows each, by MLX and "
-        f"by this package's kernel, then whole passes: about {duration(likely)}, "
+        f"by this package's kernel, then whole passes, also with layers run in other "
+        f"ways: about {duration(likely)}, "
         f"{duration(budget_s)} at most. Leave the machine alone meanwhile."
     )
 
@@ -67,41 +70,51 @@ def look(
     """
     start = time.perf_counter()
     shapes, kept = _shapes(pair), Kept(folder)
-    if not shapes:
-        return Result("tune", SKIP, "the kernel multiplies no matrix of this pair")
+    sizes = sizes_of([pair.target, pair.drafter])
+    ways = tuple(way for way in _ways(pair) if not kept.is_bad_way(way))
     tried = {s: count for s, count in shapes.items() if not kept.is_bad(s)}
     with pair.wired():
         passes = Passes(pair)
-        machine = Bench(passes.run, disturbed)
+        machine = Bench(passes.run, disturbed, sizes=sizes)
         found = tune(
             tried,
             machine,
             in_passes=_in_passes(pair),
             budget_s=budget_s,
             progress=progress,
+            ways=ways,
         )
-    keep(found, set(shapes), kept)
+    keep(found, set(shapes), sizes.structure, kept)
     lines, figures = what_runs(shapes, kept)
     figures |= {
         "passes_s": _named(found.passes),
         "stock_passes_s": _named(found.stock_passes),
         "reasons": {str(shape): reason for shape, reason in found.reasons.items()},
+        "ways": dict(found.ways),
         "failed": {str(shape): reason for shape, reason in found.bad.items()},
     }
+    for way, is_faster in found.ways.items():
+        lines.append(f"layers, {way}: {'faster' if is_faster else 'not faster'}")
+    for way, reason in found.bad_ways.items():
+        lines.append(f"layers, {way}: not used, {reason}")
     for shape, reason in {**found.reasons, **found.bad}.items():
         lines.append(f"{shape}: MLX, {reason}")
     took = time.perf_counter() - start
     return Result("tune", *_judged(found), tuple(lines), figures, took)
 
 
-def keep(found: Tuned, shapes: set[Shape], kept: Kept) -> None:
-    """Keep what was found for a pair that has these shapes."""
+def keep(found: Tuned, shapes: set[Shape], structure: str, kept: Kept) -> None:
+    """Keep what was found for a pair that has these shapes, and this structure."""
     for shape, reason in found.bad.items():
         kept.mark_bad([shape], reason)
     for shape, choice in found.decided.items():
         kept.keep(shape, choice, found.gains.get(shape))
+    for way, reason in found.bad_ways.items():
+        kept.mark_bad_way(way, reason)
+    if found.ways:
+        kept.keep_ways(structure, found.ways)
     # What is undecided may have an older choice, which was not in these passes.
-    if found.passes and kept.choices(shapes) == found.choices:
+    if found.passes and kept.choices(shapes).by_shape == found.choices.by_shape:
         kept.keep_passes(shapes, found.passes)
 
 
@@ -154,21 +167,25 @@ class Passes:
     def __init__(self, pair: Pair) -> None:
         self._rounds = pair.rounds
         self._layout = pair.rounds.target.layout
-        self._place = places(self._layout)[1]
+        _, short, long = places(self._layout)
+        self._places = {False: short, True: long}
         self._slabs: list[mx.array] = []
+        self._is_long = False  # where the slabs are
         self._engines: dict[str, GivenRounds] = {}
         size = (1, MAX_ROWS)
         self._tokens = mx.random.randint(0, pair.vocab_size, size, key=mx.random.key(0))
-        self._offset = mx.array([self._place.offset])
 
-    def run(self, choices: Choices, num_rows: int) -> None:
-        """Run one pass to its end."""
-        engine = self._engine(choices)
+    def run(self, choices: Choices, num_rows: int, is_long: bool = False) -> None:
+        """Run one pass to its end, over a long text or not."""
+        engine, place = self._engine(choices), self._places[is_long]
+        if is_long != self._is_long:
+            self._is_long, self._slabs = is_long, []
         # A pass that fails has lost them; who else holds them has them copied.
         slabs, self._slabs = self._slabs, []
-        slabs = slabs or random_slabs(self._layout, 1, self._place)
+        slabs = slabs or random_slabs(self._layout, 1, place)
         tokens = self._tokens[:, :num_rows]
-        found = engine.run(tokens, slabs, offset=self._offset, min_rows=1)
+        offset = mx.array([place.offset])
+        found = engine.run(tokens, slabs, offset=offset, min_rows=1)
         del slabs
         mx.eval(found.logits, found.hidden, found.slabs)
         self._slabs = found.slabs
@@ -194,17 +211,26 @@ def _in_passes(pair: Pair) -> Mapping[Shape, int]:
     return shapes_of([pair.target])
 
 
+def _ways(pair: Pair) -> tuple[str, ...]:
+    """The ways to run layers that make a difference to the target."""
+    return Target(pair.target).ways
+
+
 def _judged(found: Tuned) -> tuple[str, str]:
     """Status and sentence."""
     if found.reason:
         return SKIP, f"not tuned, what was chosen before stays: {found.reason}"
-    if found.bad:
-        where = ", ".join(map(str, found.bad))
+    if found.bad or found.bad_ways:
+        where = ", ".join(map(str, (*found.bad, *found.bad_ways)))
         return FAIL, f"a kernel failed here, MLX takes its place: {where}"
     undecided = [r for shape, r in found.reasons.items() if shape not in found.decided]
     why = ", ".join(dict.fromkeys(reason.partition(":")[0] for reason in undecided))
     rest = f"; {len(undecided)} undecided, {why}" if undecided else ""
-    if not found.choices:
+    if found.choices.ways:
+        rest += (
+            f"; layers are run in other ways: {', '.join(sorted(found.choices.ways))}"
+        )
+    if not found.choices.by_shape:
         return INFO, f"MLX is as fast for {len(found.decided)} shapes{rest}"
     num_chosen = len(found.choices.by_shape)
     sentence = f"the kernel for {num_chosen} of {len(found.decided)} shapes"

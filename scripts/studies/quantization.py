@@ -39,7 +39,8 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_gemma_mtp.checkpoints.quantization import Format
 from mlx_gemma_mtp.constants import FULL, SLIDING
 from mlx_gemma_mtp.generation.encoding import encode_text
-from mlx_gemma_mtp.models.drafter import Drafter, SharedKV
+from mlx_gemma_mtp.models.attention import SharedKV
+from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.models.target import Target, text_model
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load_pair
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.models import gemma4_text
 
 from mlx_gemma_mtp.cache import masks as cache_module
 from mlx_gemma_mtp.cache.masks import (
@@ -35,6 +34,7 @@ from mlx_gemma_mtp.cache.slabs import (
 from mlx_gemma_mtp.constants import FULL, SLIDING
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.models import attention
 from mlx_gemma_mtp.pair.load import load_pair
 from tests.tiny import REFERENCE
 
@@ -256,10 +256,11 @@ class TestOverHeads:
     @pytest.mark.parametrize("family", ["e2b", "31b"])
     def test_rounds_of_several_rows_say_the_same(self, monkeypatch, family):
         pair = load_pair(REFERENCE / family / "target", REFERENCE / family / "drafter")
-        monkeypatch.setattr(cache_module, "_FUSED_HEAD_DIMS", (16, 32, 64))
-        shapes: dict[str, set[tuple[int, ...]]] = {"ops": set(), "metal": set()}
+        for module in (cache_module, attention):
+            monkeypatch.setattr(module, "FUSED_HEAD_DIMS", (16, 32, 64))
+        shapes: dict[str, set[tuple[int, ...]]] = {"cuda": set(), "metal": set()}
         texts = []
-        attend = gemma4_text.scaled_dot_product_attention
+        attend = mx.fast.scaled_dot_product_attention
         for name, seen in shapes.items():
 
             def recorded(*arrays: Any, seen: Any = seen, **options: Any) -> mx.array:
@@ -267,12 +268,13 @@ class TestOverHeads:
                     seen.add(options["mask"].shape[:2])
                 return attend(*arrays, **options)
 
-            monkeypatch.setattr(cache_module, "gpu", lambda name=name: name)
-            monkeypatch.setattr(gemma4_text, "scaled_dot_product_attention", recorded)
+            for module in (cache_module, attention):
+                monkeypatch.setattr(module, "gpu", lambda name=name: name)
+            monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", recorded)
             rounds = Rounds(pair.rounds.target, pair.drafter, use_compile=False)
             requests = [Request([2, 17, 300], 30), Request([2, 5], 20)]
             decoder = Decoder(rounds, requests, num_draft_tokens=3)
             texts.append([e.tokens for es in decoder.run() for e in es])
         assert texts[0] == texts[1]
-        assert shapes["ops"] == {(2, 1)}
+        assert shapes["cuda"] == {(2, 1)}
         assert not shapes["metal"] & {(2, 1)}

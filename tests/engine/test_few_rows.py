@@ -258,7 +258,7 @@ def test_kernel_that_fails_in_a_round_gives_way(error, launches, monkeypatch):
     use(pair, choices)
     blamed = []
     monkeypatch.setattr(
-        pair_module, "blame", lambda choices, *, folder: blamed.append(choices)
+        pair_module, "blame", lambda choices, sizes, *, folder: blamed.append(choices)
     )
 
     def fail(*_, **__):

@@ -17,7 +17,8 @@ import pytest
 from mlx_gemma_mtp.constants import FULL
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
-from mlx_gemma_mtp.models.drafter import DraftOutput, SharedKV
+from mlx_gemma_mtp.models.attention import SharedKV
+from mlx_gemma_mtp.models.drafter import DraftOutput
 from tests.tiny import families, reference_pair
 
 PROMPT = [2, 17, 300, 45, 99, *range(60, 80)]

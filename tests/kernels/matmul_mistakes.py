@@ -210,3 +210,52 @@ REFUSED = (
         r"use of undeclared identifier '__shfl_xor_sync'",
     ),
 )
+
+# Several matrices in one launch: of 3 rows, by 2 outputs of both, or of one.
+GATED = (
+    Mistake("the gate for what it lets through", "simd_shuffle_xor(r4_0, 16u)", "r4_0"),
+    Mistake("gate and up exchanged", "place % 2u == 0u", "place % 2u == 1u"),
+    Mistake(
+        "a partner one step nearer",
+        "simd_shuffle_xor(r4_0, 16u)",
+        "simd_shuffle_xor(r4_0, 8u)",
+    ),
+    Mistake("the gate's weights twice", "w_row1 = w1", "w_row1 = w"),
+    Mistake(
+        "the gate's scales for up", "scales_row1 = scales1", "scales_row1 = scales"
+    ),
+    Mistake(
+        "the gate's biases for up", "biases_row3 = biases1", "biases_row3 = biases"
+    ),
+    Mistake(
+        "outputs of up one further", "w_row1 = w1 + min(0u", "w_row1 = w1 + min(1u"
+    ),
+    Mistake("a constant of float32", "float(T(0.044715f))", "0.044715f"),
+    Mistake(
+        "a product that is not rounded",
+        "float gate = float(T(r4_0))",
+        "float gate = r4_0",
+    ),
+    Mistake("a square for a cube", "gate * gate * gate", "gate * gate"),
+    Mistake("gelu without its half", "0.5f * gate", "gate"),
+    Mistake("a sigmoid's place", "1.0f + bend", "bend"),
+)
+GATED_BY = (
+    Mistake("values of the first row", "values[place / 4u * outputs + n]", "values[n]"),
+    Mistake("values that are gates", "0.5f * gate", "0.5f * float(values[n])"),
+)
+APART = (
+    Mistake("the first matrix for all", "own_w = w1", "own_w = w"),
+    Mistake("scales of the first", "own_scales = scales1", "own_scales = scales"),
+    Mistake("biases of the last", "own_biases = biases1", "own_biases = biases2"),
+    Mistake("a matrix too early", "group >= groups1", "group + 1u >= groups1"),
+    Mistake("groups counted from the first matrix", "group -= groups2;", ""),
+)
+APART_STOPPING = (
+    Mistake(
+        "as many outputs as the first matrix",
+        "outputs = uint(w1_shape[0]);",
+        "",
+        r"memory fault: buffer '\w+' at byte \d+|written up to 16 bytes past its end",
+    ),
+)

@@ -137,16 +137,7 @@ class Product:
         for step in (16, 8, 4, 2, 1):
             with np.errstate(all="ignore"):
                 sums = flushed(sums + sums[..., lanes ^ step])
-        return self._rounded(sums[..., 0])
-
-    def _rounded(self, values: np.ndarray) -> np.ndarray:
-        """Float32 as the form's type, and back."""
-        if self.form.dtype == mx.float16:
-            with np.errstate(all="ignore"):
-                return values.astype(np.float16).astype(np.float32)
-        bits = values.view(np.uint32)
-        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
-        return np.where(np.isnan(values), np.float32(np.nan), bits.view(np.float32))
+        return rounded(sums[..., 0], self.form.dtype)
 
     def but(self, **changed) -> Product:
         """The same with other numbers."""
@@ -205,6 +196,18 @@ def as_float32(array: mx.array) -> np.ndarray:
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether float32 arrays are equal, zeros by their sign; a NaN is a NaN."""
     return bool(np.all((a.view(np.uint32) == b.view(np.uint32)) | (a != a) & (b != b)))
+
+
+def rounded(values: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
+    """Float32 as a type, and back."""
+    if dtype == mx.float32:
+        return values
+    if dtype == mx.float16:
+        with np.errstate(all="ignore"):
+            return values.astype(np.float16).astype(np.float32)
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(values), np.float32(np.nan), bits.view(np.float32))
 
 
 def flushed(values: np.ndarray) -> np.ndarray:

@@ -12,21 +12,25 @@ import ctypes
 import re
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.kernels import common, matmul
+from mlx_gemma_mtp.kernels import add_norm, common, matmul, matmul_fused, norm_rope
 from mlx_gemma_mtp.sampling import fused
 from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.params import SamplingParams
+from tests.kernels.norms import Heads, Sum
 from tests.kernels.products import FORMS, random_product
 from tests.metal.run import run_on_cpu
 
 pytestmark = pytest.mark.cuda
 
+STACK_OF_COSINES = 32  # bytes, of NVIDIA's own function for large angles
+TYPES_OF_ROWS = [mx.float32, mx.float16, mx.bfloat16]
 MAX_REGISTERS = 128  # of a lane, on Apple's GPUs
 TYPES = {
     mx.float32: "float",
@@ -167,3 +171,72 @@ def test_nvidias_compiler_takes_every_matmul(form, monkeypatch):
         assert " 0 bytes spill stores" in said
         (registers,) = re.findall(r"Used (\d+) registers", said)
         assert int(registers) <= MAX_REGISTERS
+
+
+def texts_of(run, monkeypatch):
+    """The texts that a call launches; their outputs are zeros."""
+    texts = []
+
+    def launch(kernel, inputs, *, template, output_shapes, output_dtypes, **_):
+        texts.append(cuda_text(kernel, inputs, template, output_dtypes))
+        pairs = zip(output_shapes, output_dtypes, strict=True)
+        return [mx.zeros(shape, dtype=dtype) for shape, dtype in pairs]
+
+    monkeypatch.setattr(common, "backend", lambda: "cuda")
+    monkeypatch.setattr(common, "launch", launch)
+    run()
+    return texts
+
+
+def check_taken(text, *, stack=0):
+    """NVIDIA's compiler takes a text, and keeps all arrays of it in registers."""
+    said, is_taken = compiled(text)
+    assert is_taken, said
+    assert " 0 bytes spill stores" in said
+    frames = [int(size) for size in re.findall(r"(\d+) bytes stack frame", said)]
+    assert frames
+    assert max(frames) <= stack
+    (registers,) = re.findall(r"Used (\d+) registers", said)
+    assert int(registers) <= MAX_REGISTERS
+
+
+@pytest.mark.parametrize("dtype", TYPES_OF_ROWS)
+@pytest.mark.parametrize("H", [1536, add_norm.MAX_WIDTH])
+def test_nvidias_compiler_takes_every_sum(H, dtype, monkeypatch):
+    for options in product((False, True), repeat=3):
+        names = ("is_scaled", "is_normed", "has_branches")
+        case = Sum.random(2, H, dtype, **dict(zip(names, options, strict=True)))
+        for text in texts_of(case.run, monkeypatch):
+            check_taken(text)
+    case = Sum.random(2, H, dtype, num_norms=add_norm.MAX_NORMS)
+    for text in texts_of(case.run, monkeypatch):
+        check_taken(text)
+
+
+@pytest.mark.parametrize("dtype", TYPES_OF_ROWS)
+@pytest.mark.parametrize("is_proportional", [False, True])
+def test_nvidias_compiler_takes_every_rotation(is_proportional, dtype, monkeypatch):
+    kinds = (norm_rope.QUERIES, norm_rope.SHARED, norm_rope.SEPARATE)
+    for kind, D in product(kinds, (64, 256, 512)):
+        case = Heads.random(
+            1, 2, 4, 2, D, dtype, kind=kind, is_proportional=is_proportional
+        )
+        for text in texts_of(case.run, monkeypatch):
+            check_taken(text, stack=STACK_OF_COSINES)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_nvidias_compiler_takes_every_fused_matmul(form, monkeypatch):
+    for num_rows in range(1, matmul.MAX_ROWS + 1):
+        product = random_product(form, num_rows, 8, 128)
+        x, matrix = mx.array(product.x).astype(form.dtype), tuple(product.matrix)
+
+        def run(x=x, matrix=matrix):
+            matmul_fused.gate_up(x, matrix, matrix, form=form)
+            values = mx.zeros((len(x), 8), dtype=form.dtype)
+            matmul_fused.gate_by(x, matrix, values, form=form)
+            for count in (2, 3):
+                matmul_fused.qkv(x, [matrix] * count, form=form)
+
+        for text in texts_of(run, monkeypatch):
+            check_taken(text)

@@ -249,7 +249,7 @@ def test_the_kernel_itself_is_right(monkeypatch):
 
 def test_the_tuner_takes_this_machine(kernel, monkeypatch):
     """All of it, with windows of no time."""
-    passes: list[tuple[Choices, int]] = []
+    passes: list[tuple[Choices, int, bool]] = []
     lines: list[str] = []
     monkeypatch.setattr("mlx_gemma_mtp.matmuls.windows.WINDOW_S", 0.0)
     monkeypatch.setattr("mlx_gemma_mtp.matmuls.windows.WARM_UP_S", 0.0)
@@ -258,19 +258,19 @@ def test_the_tuner_takes_this_machine(kernel, monkeypatch):
     found = tune(shapes, machine, in_passes=shapes, budget_s=600, progress=lines.append)
     assert set(found.decided) == {SMALL}
     assert found.bad == {}
-    assert {num_rows for _, num_rows in passes} == set(range(1, 10))
+    assert {num_rows for _, num_rows, _ in passes} == set(range(1, 10))
     assert {(m, r) for _, m, r in kernel.calls} >= {(5, 4), (5, 2), (9, 2), (9, 3)}
 
 
 def test_passes_run_until_the_window_is_over(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock) * 0.1)
-    passes: list[tuple[Choices, int]] = []
+    passes: list[tuple[Choices, int, bool]] = []
     machine = Bench(lambda *a: passes.append(a), lambda: "hot", copy_bytes=1)
     choices = Choices({SMALL: Choice()})
     assert machine.pass_s(choices, 3, 0.4) == pytest.approx(0.1)
-    assert passes == [(choices, 3)] * 4
-    assert machine.pass_s(STOCK, 1, 0.0) == pytest.approx(0.1)
-    assert len(passes) == 5
+    assert passes == [(choices, 3, False)] * 4
+    assert machine.pass_s(STOCK, 1, 0.0, is_long=True) == pytest.approx(0.1)
+    assert passes[4:] == [(STOCK, 1, True)]
     assert machine.disturbed() == "hot"
     assert machine.clock() < machine.clock()

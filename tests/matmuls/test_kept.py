@@ -13,8 +13,9 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from mlx_gemma_mtp.kernels import common, matmul
+from mlx_gemma_mtp.kernels import add_norm, common, matmul, norm_rope
 from mlx_gemma_mtp.kernels.matmul import DENSE, Form
+from mlx_gemma_mtp.kernels.ways import ADD_NORM, PACKED, SPLIT
 from mlx_gemma_mtp.matmuls import kept as module
 from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices, Shape
 from mlx_gemma_mtp.matmuls.kept import Kept
@@ -50,6 +51,33 @@ def test_what_was_kept_is_found_by_others(monkeypatch, tmp_path):
         assert kept.choices([LARGE]) == STOCK
         assert [kept.is_decided(s) for s in (SMALL, LARGE, PLAIN)] == [1, 1, 0]
         assert kept.pass_seconds({SMALL, LARGE}) == PASSES
+
+
+def test_ways_are_kept_for_pairs_of_a_structure(monkeypatch, tmp_path):
+    first = Kept(tmp_path)
+    first.keep_ways("a", {ADD_NORM: True, SPLIT: False})
+    first.keep_ways("a", {PACKED: True})
+    for kept in (first, other_process(monkeypatch, tmp_path)):
+        assert kept.ways("a") == {ADD_NORM, PACKED}
+        assert kept.ways("b") == frozenset()
+    first.mark_bad_way(PACKED, "no such\nlibrary")
+    kept = other_process(monkeypatch, tmp_path)
+    assert kept.ways("a") == {ADD_NORM}
+    assert [kept.is_bad_way(way) for way in (PACKED, ADD_NORM)] == [True, False]
+    first.keep_ways("a", {ADD_NORM: False})
+    assert first.ways("a") == frozenset()
+
+
+def test_another_text_of_a_kernel_of_layers_is_another_key(monkeypatch):
+    module.kernels_digest.cache_clear()
+    before = module.kernels_digest()
+    for kernels in (add_norm, norm_rope):
+        changed = [replace(k, source=k.source + "\n") for k in kernels.kernels()]
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "kernels", lambda changed=changed: changed)
+            module.kernels_digest.cache_clear()
+            assert module.kernels_digest() != before
+    module.kernels_digest.cache_clear()
 
 
 def test_what_is_bad_is_mlx_until_the_key_changes(monkeypatch, tmp_path):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import pytest
 
 from mlx_gemma_mtp.kernels.matmul import DENSE, MAX_ROWS, Form, default_columns
+from mlx_gemma_mtp.kernels.ways import ADD_NORM, LONG_WAYS, NORM_ROPE, PACKED, SPLIT
 from mlx_gemma_mtp.matmuls.choices import Choices, Shape
 from mlx_gemma_mtp.matmuls.judgement import (
     ROW_SHARES,
@@ -98,6 +99,11 @@ class Simulated:
         disturbed_from: From when on others disturb it, seconds.
         fixed_s: What a pass takes beside its matrices, seconds.
         counts: How many matrices of each shape a pass has.
+        way_shares: What a pass takes with each way to run layers, over one without.
+        wrong_way: One whose kernels are wrong.
+        raising_way: One whose kernels raise.
+        no_memory_ways: Those for whose passes there is no memory.
+        timed_ways: Those that were in a pass.
         no_memory: The shapes and places (prepare, is_right, MLX, kernel, pass) where
             memory ends.
     """
@@ -112,6 +118,11 @@ class Simulated:
     fixed_s: float = 2e-3
     counts: dict[Shape, int] = field(default_factory=lambda: SHAPES)
     no_memory: set[tuple[Shape, str]] = field(default_factory=set)
+    way_shares: dict[str, float] = field(default_factory=dict)
+    wrong_way: str = ""
+    raising_way: str = ""
+    no_memory_ways: set[str] = field(default_factory=set)
+    timed_ways: set[str] = field(default_factory=set)
     now: float = 0.0
     traced: set[object] = field(default_factory=set)
     ran: list[tuple[Shape, int, int]] = field(default_factory=list)
@@ -153,7 +164,19 @@ class Simulated:
             raise RuntimeError("timed out")
         return self._window(truth.kernel(num_rows, columns), window_s)
 
-    def pass_s(self, choices: Choices, num_rows: int, window_s: float) -> float:
+    def is_right_way(self, way: str, forms: Iterable[Form]) -> bool:
+        if way == self.raising_way:
+            raise RuntimeError("no such\nlibrary")
+        return way != self.wrong_way
+
+    def pass_s(
+        self,
+        choices: Choices,
+        num_rows: int,
+        window_s: float,
+        *,
+        is_long: bool = False,
+    ) -> float:
         kind = choices.digest, num_rows
         if kind not in self.traced:
             self.traced.add(kind)
@@ -164,7 +187,14 @@ class Simulated:
             if choice.takes(num_rows) and self.truths[shape].raises_in_context:
                 self.now += 0.01
                 raise RuntimeError("no such\nlibrary")
-        return self._window(self.pass_truth(choices, num_rows), window_s)
+        total = self.pass_truth(choices, num_rows)
+        for way in choices.ways:
+            self.timed_ways.add(way)
+            if way in self.no_memory_ways:
+                raise RuntimeError("[malloc] Unable to allocate 2818572288 bytes.")
+            share = self.way_shares[way]
+            total *= share if way not in LONG_WAYS or is_long else 1
+        return self._window(total, window_s)
 
     def pass_truth(self, choices: Choices, num_rows: int) -> float:
         """What a pass takes in truth."""
@@ -200,6 +230,7 @@ def tuned(
     machine: Simulated,
     budget_s: float = 600.0,
     progress: Callable[[str], None] = lambda line: None,
+    ways: Sequence[str] = (),
 ) -> Tuned:
     shapes = {shape: SHAPES.get(shape, 9) for shape in machine.truths}
     return tune(
@@ -208,6 +239,7 @@ def tuned(
         in_passes=machine.counts,
         budget_s=budget_s,
         progress=progress,
+        ways=ways,
     )
 
 
@@ -639,10 +671,10 @@ def test_a_kernel_that_raises_in_passes_is_found():
 def test_a_pass_that_fails_with_mlx_alone_is_no_kernels_fault():
     machine = Simulated(fast())
 
-    def pass_s(choices, num_rows, window_s):
+    def pass_s(choices, num_rows, window_s, *, is_long):
         raise RuntimeError("no such model")
 
-    machine.pass_s = pass_s  # type: ignore[method-assign]
+    machine.pass_s = pass_s  # type: ignore[assignment,method-assign]
     with pytest.raises(RuntimeError, match="no such model"):
         tuned(machine)
 
@@ -717,3 +749,65 @@ def test_windows_that_lie_apart_are_timed_once_more():
     assert set(tuned(machine).choices.by_shape) == set(tuned(quiet).choices.by_shape)
     assert machine.now > quiet.now + 14 * WINDOW_S
     assert NUM_WINDOWS == 5
+
+
+# ----------------------------------------------------------------- ways to run layers
+
+SHARES = {ADD_NORM: 0.9, NORM_ROPE: 1.002, SPLIT: 1.1, PACKED: 0.85}
+
+
+def test_ways_that_make_passes_faster_are_kept():
+    machine = Simulated(all_of(speed=1.5), way_shares=SHARES)
+    found = tuned(machine, ways=tuple(SHARES))
+    assert found.ways == {ADD_NORM: True, NORM_ROPE: False, SPLIT: False, PACKED: True}
+    assert found.choices.ways == {ADD_NORM, PACKED}
+    assert set(found.choices.by_shape) == set(SHAPES)
+    # What a pass takes is told of short texts, with all that was kept.
+    for num_rows in PASS_ROWS:
+        truth = 0.9 * machine.pass_truth(found.choices, num_rows)
+        assert found.passes[num_rows] == pytest.approx(truth, rel=0.02)
+        stock = machine.pass_truth(Choices(), num_rows)
+        assert found.stock_passes[num_rows] == pytest.approx(stock, rel=0.02)
+
+
+def test_ways_are_tried_where_mlx_multiplies_all():
+    machine = Simulated(all_of(speed=0.5), way_shares=SHARES)
+    found = tuned(machine, ways=(ADD_NORM,))
+    assert found.choices == Choices({}, frozenset({ADD_NORM}))
+
+
+@pytest.mark.parametrize("kind", ["wrong_way", "raising_way"])
+def test_a_way_whose_kernels_are_wrong_is_bad(kind):
+    machine = Simulated(all_of(), way_shares={ADD_NORM: 0.5})
+    setattr(machine, kind, ADD_NORM)
+    found = tuned(machine, ways=(ADD_NORM,))
+    assert found.ways == {}
+    assert set(found.bad_ways) == {ADD_NORM}
+    assert machine.timed_ways == set()
+
+
+def test_a_way_without_memory_is_left_out_and_others_are_not():
+    machine = Simulated(all_of(speed=1.5), way_shares=SHARES, no_memory_ways={PACKED})
+    found = tuned(machine, ways=(ADD_NORM, PACKED, NORM_ROPE))
+    assert found.ways == {ADD_NORM: True, NORM_ROPE: False}
+    assert found.bad_ways == {}
+    assert set(found.choices.by_shape) == set(SHAPES)
+
+
+def test_what_disturbs_ways_takes_nothing_away():
+    quiet = Simulated(all_of(speed=1.5), way_shares=SHARES)
+    expected = tuned(quiet)
+    machine = Simulated(
+        all_of(speed=1.5), way_shares=SHARES, disturbed_from=quiet.now + 1
+    )
+    found = tuned(machine, ways=tuple(SHARES))
+    assert found.reason == ""
+    assert found.choices.by_shape == expected.choices.by_shape
+    assert len(found.ways) < len(SHARES)
+
+
+def test_ways_without_time_are_left_out():
+    machine = Simulated(all_of(speed=0.5), way_shares=SHARES)
+    short = expected_s(len(SHAPES), len(SHAPES)) * 0.3
+    found = tuned(machine, budget_s=short, ways=tuple(SHARES))
+    assert set(found.ways) < set(SHARES)

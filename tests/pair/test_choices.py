@@ -27,7 +27,7 @@ def decided(monkeypatch, tmp_path):
     """Everything is the kernel's where it is asked for; what was asked."""
     asked = []
 
-    def decide(shapes, *, folder):
+    def decide(shapes, sizes, *, folder):
         asked.append(shapes)
         return Choices({shape: Choice() for shape in shapes})
 
@@ -83,7 +83,7 @@ def test_kernel_that_failed_is_blamed_and_gives_way(decided, tmp_path, monkeypat
     monkeypatch.setattr(
         pair_module,
         "blame",
-        lambda choices, *, folder: blamed.append((choices, folder)),
+        lambda choices, sizes, *, folder: blamed.append((choices, folder)),
     )
     with pytest.raises(KernelError, match="no such pipeline"), pair.rounds.watched():
         raise ValueError("no such pipeline")
@@ -159,7 +159,9 @@ def test_measured_passes_are_the_prior(decided, tmp_path, monkeypatch):
     for shape in shapes:
         kept.keep(shape, Choice())
     kept.keep_passes(shapes, {1: 0.01, 3: 0.02, 5: 0.03, 9: 0.05})
-    monkeypatch.setattr(pair_module, "decide", lambda s, *, folder: kept.choices(s))
+    monkeypatch.setattr(
+        pair_module, "decide", lambda s, sizes, *, folder: kept.choices(s)
+    )
     pair = half_pair("12b")
     assert pair.kept.matmuls.pass_seconds == {1: 0.01, 3: 0.02, 5: 0.03, 9: 0.05}
 

@@ -15,10 +15,12 @@ import pytest
 
 from mlx_gemma_mtp.engine.given_rounds import GivenRounds
 from mlx_gemma_mtp.kernels import common, matmul
+from mlx_gemma_mtp.kernels.ways import ADD_NORM, NORM_ROPE, PACKED, QKV, SPLIT
 from mlx_gemma_mtp.matmuls import bench, modules, tuner, windows
 from mlx_gemma_mtp.matmuls import kept as kept_module
 from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices, Shape
 from mlx_gemma_mtp.matmuls.kept import Kept
+from mlx_gemma_mtp.matmuls.modules import sizes_of
 from mlx_gemma_mtp.matmuls.tuned import Tuned
 from mlx_gemma_mtp.selftest import __main__ as command
 from mlx_gemma_mtp.selftest import busy, random_pair, sections, tuning
@@ -105,7 +107,9 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     assert len(err.splitlines()) == 1
 
 
-def test_all_of_it(metal, tmp_path, capsys):
+def test_all_of_it(metal, monkeypatch, tmp_path, capsys):
+    """Kernels of layers look right alone, and fail in passes here."""
+    monkeypatch.setattr(bench.layer_trial, "is_right", lambda *_: True)
     file = tmp_path / "found.json"
     assert command.main(["tune", "--family", "12b", "--json", str(file)]) == 0
     out, err = capsys.readouterr()
@@ -121,6 +125,8 @@ def test_all_of_it(metal, tmp_path, capsys):
     figures = document["sections"][1]["figures"]
     assert set(figures["few_rows"]) == set(map(str, SHAPES))
     assert set(figures["passes_s"]) == set("123456789")
+    assert figures["ways"].keys() == {ADD_NORM, NORM_ROPE, PACKED}
+    assert not figures["ways"]["add_norm"]
     kept = Kept(cache_folder())
     assert all(kept.is_decided(shape) for shape in SHAPES)
     assert kept.pass_seconds(set(SHAPES))
@@ -266,11 +272,28 @@ def test_nothing_faster_is_said(found):
     assert look().sentence == "MLX is as fast for 3 shapes"
 
 
-def test_a_pair_without_such_matrices_is_said():
-    pair = reference_pair()  # of float32
+def test_a_pair_without_such_matrices_has_ways(monkeypatch):
+    """Of float32: MLX multiplies, and layers may be run in other ways all the same."""
+    pair = reference_pair()
+    asked = []
+
+    def tune(shapes, machine, *, ways, **_):
+        asked.append((shapes, ways))
+        assert machine.is_right_way(SPLIT, ())
+        return Tuned(ways={ADD_NORM: True, NORM_ROPE: False}, bad_ways={QKV: "wrong"})
+
+    monkeypatch.setattr(tuning, "tune", tune)
     result = tuning.look(pair, 9.0, cache_folder(), lambda line: None)
-    assert result.status == SKIP
-    assert result.sentence == "the kernel multiplies no matrix of this pair"
+    assert result.status == FAIL
+    assert result.sentence.endswith("MLX takes its place: qkv")
+    assert "layers, add_norm: faster" in result.lines
+    assert "layers, norm_rope: not faster" in result.lines
+    assert "layers, qkv: not used, wrong" in result.lines
+    structure = sizes_of([pair.target, pair.drafter]).structure
+    assert Kept(cache_folder()).ways(structure) == {ADD_NORM}
+    tuning.look(pair, 9.0, cache_folder(), lambda line: None)
+    assert [QKV in ways for _, ways in asked] == [True, False]
+    assert asked[0][0] == {}
 
 
 def test_what_failed_is_bad(found):

@@ -17,7 +17,8 @@ from mlx_lm.models import gemma4_text
 from mlx_gemma_mtp.checkpoints.weights import load_drafter
 from mlx_gemma_mtp.constants import FULL
 from mlx_gemma_mtp.errors import RequestError
-from mlx_gemma_mtp.models.drafter import Drafter, DraftOutput, SharedKV
+from mlx_gemma_mtp.models.attention import SharedKV
+from mlx_gemma_mtp.models.drafter import Drafter, DraftOutput
 from mlx_gemma_mtp.pair.load import embedded_pair_path
 from mlx_gemma_mtp.tune.training.adapters import (
     add_adapters,

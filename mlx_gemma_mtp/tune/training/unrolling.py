@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ...cache.slabs import SlabLayout
-from ...models.drafter import Drafter, DraftOutput, SharedKV
+from ...models.attention import SharedKV
+from ...models.drafter import Drafter, DraftOutput
 from ..recording.records import Record, first_seen
 
 # Of what the activations of a chunk of places may take.

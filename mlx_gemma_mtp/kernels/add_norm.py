@@ -1,0 +1,327 @@
+"""A residual sum with the norms before and after it, in one launch.
+
+h = residual + rms_norm(y) * weight, and rms_norm(h) * next_weight beside it: what
+stands between two matrices of a layer, up to five launches of MLX's. A threadgroup has
+a row. It loads the row once and keeps it in registers, each thread fours that stand
+beside each other, and knows the mean square after one reduction.
+
+Numbers are rounded to the row's type where MLX's own operations round them: the norm,
+its product with the weight, the sum, the product with the scale. So only the order in
+which squares are added differs, and that depends on H alone: a row has the same bits
+whatever the number of rows. (Of float32, which is not rounded there, a compiler may
+fuse the product and the sum.)
+
+This file knows nothing of layers.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from . import common
+from .common import Kernel
+
+MAX_NORMS = 4  # W
+MAX_WIDTH = 6144  # H: more would not fit in registers
+_THREADS = common.MAX_THREADS
+_FOUR = 4  # numbers of a piece
+_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+
+# Of kernels that layers take: is_scaled, num_norms, has_branches.
+OPTIONS = (
+    *product((False, True), (0, 1), (False, True)),
+    *((False, num_norms, False) for num_norms in range(2, MAX_NORMS + 1)),
+)
+
+
+class Branches(NamedTuple):
+    """What is added and normed before ``y`` is: rms_norm(y) * weight + the other's.
+
+    Attributes:
+        y_weight: [H], of the first branch, which is ``y``.
+        other: [..., H], the second branch.
+        other_weight: [H].
+    """
+
+    y_weight: mx.array
+    other: mx.array
+    other_weight: mx.array
+
+
+def add_norm(
+    residual: mx.array,
+    y: mx.array,
+    weight: mx.array,
+    *,
+    eps: float,
+    scale: mx.array | None = None,
+    next_weight: mx.array | None = None,
+    branches: Branches | None = None,
+) -> tuple[mx.array, mx.array | None]:
+    """Add the norm of ``y`` to the residual; and the norm of the sum.
+
+    Where there are no kernels, or none for the arrays, MLX's operations give it.
+
+    Args:
+        residual: [..., H].
+        y: [..., H].
+        weight: [H], of the norm of ``y``.
+        eps: What is added to mean squares.
+        scale: One number, times which the sum is taken; None for none. If it is
+            ``common.padded`` once, no launch pads it.
+        next_weight: [H], of the norm of the sum; [W, H], at most ``MAX_NORMS``, for
+            that norm with several weights; None for no such norm.
+        branches: A second branch; ``y`` then becomes the sum of both branches' norms.
+            None for none.
+
+    Returns:
+        The sum [..., H], and its norm [..., H], or [W, ..., H], or None.
+    """
+    arrays = _Arrays.of(residual, y, weight, scale, next_weight, branches)
+    if common.backend() == "ops" or not arrays.are_known:
+        return plain(
+            residual,
+            y,
+            weight,
+            eps=eps,
+            scale=scale,
+            next_weight=next_weight,
+            branches=branches,
+        )
+    shape, width, dtype = residual.shape, residual.shape[-1], residual.dtype
+    num_norms = 0 if next_weight is None else next_weight.size // width
+    rows, shapes = arrays.rows, [shape, *[shape] * (num_norms > 0)]
+    if next_weight is not None and next_weight.ndim > 1:
+        rows = [rows[0].reshape(-1, width), *rows[1:]]  # whose shape the text knows
+        shapes[1] = (num_norms, *shape)
+    outputs = common.launch(
+        kernel(scale is not None, num_norms, branches is not None),
+        [*rows, *arrays.weights, *(common.padded(s) for s in arrays.scales)],
+        template=[
+            ("T", dtype),
+            ("H", width),
+            ("PIECES", -(-width // (_FOUR * _THREADS))),
+            ("EPS", common.bits_of(eps)),
+        ],
+        grid=(residual.size // width * _THREADS, 1, 1),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=shapes,
+        output_dtypes=[dtype] * len(shapes),
+    )
+    return outputs[0], outputs[1] if next_weight is not None else None
+
+
+def plain(
+    residual: mx.array,
+    y: mx.array,
+    weight: mx.array,
+    *,
+    eps: float,
+    scale: mx.array | None = None,
+    next_weight: mx.array | None = None,
+    branches: Branches | None = None,
+) -> tuple[mx.array, mx.array | None]:
+    """The same by MLX's operations, bit by bit as mlx-lm's Gemma 4 layer has it."""
+    norm = mx.fast.rms_norm
+    if branches is not None:
+        other = norm(branches.other, branches.other_weight, eps)
+        y = norm(y, branches.y_weight, eps) + other
+    h = residual + norm(y, weight, eps)
+    if scale is not None:
+        h = h * (scale if scale.size == 1 else scale[:1])
+    if next_weight is None:
+        return h, None
+    if next_weight.ndim == 1:
+        return h, norm(h, next_weight, eps)
+    return h, mx.stack([norm(h, weight, eps) for weight in next_weight])
+
+
+class _Arrays(NamedTuple):
+    """The arrays of a call: rows [..., H], weights [H], and the scale if any."""
+
+    rows: list[mx.array]
+    weights: list[mx.array]
+    scales: list[mx.array]
+
+    @classmethod
+    def of(
+        cls,
+        residual: mx.array,
+        y: mx.array,
+        weight: mx.array,
+        scale: mx.array | None,
+        next_weight: mx.array | None,
+        branches: Branches | None,
+    ) -> _Arrays:
+        """In the order of the kernel's inputs."""
+        rows, weights = [residual, y], [weight]
+        if branches is not None:
+            rows.append(branches.other)
+            weights += [branches.y_weight, branches.other_weight]
+        if next_weight is not None:
+            weights.append(next_weight)
+        return cls(rows, weights, [] if scale is None else [scale])
+
+    @property
+    def are_known(self) -> bool:
+        """Whether the kernel takes them: one shape, one type, a width of fours."""
+        first = self.rows[0]
+        width = first.shape[-1]
+        return (
+            first.dtype in _DTYPES
+            and all(a.dtype == first.dtype for part in self for a in part)
+            and all(row.shape == first.shape for row in self.rows)
+            and 2 * _FOUR <= width <= MAX_WIDTH
+            and width % _FOUR == 0
+            and first.size > 0
+            and all(w.size <= MAX_NORMS * width for w in self.weights)
+        )
+
+
+@cache
+def kernel(is_scaled: bool, num_norms: int, has_branches: bool) -> Kernel:
+    """The kernel of a sum: with a scale, with norms behind it, of two branches."""
+    is_normed = num_norms > 0
+    normed = f"normed{num_norms}" if num_norms > 1 else "normed"
+    words = {"scaled": is_scaled, normed: is_normed, "branches": has_branches}
+    inputs = ["residual", "y"]
+    inputs += ["other"] if has_branches else []
+    inputs += ["weight"]
+    inputs += ["y_weight", "other_weight"] if has_branches else []
+    inputs += ["next_weight"] if is_normed else []
+    inputs += ["scale"] if is_scaled else []
+    return Kernel(
+        name="_".join(["add_norm", *(word for word, is_so in words.items() if is_so)]),
+        input_names=tuple(inputs),
+        output_names=("h", "normed") if is_normed else ("h",),
+        source=_source(is_scaled, num_norms, has_branches),
+    )
+
+
+def kernels() -> list[Kernel]:
+    """Those of ``OPTIONS``."""
+    return [kernel(*options) for options in OPTIONS]
+
+
+def _source(is_scaled: bool, num_norms: int, has_branches: bool) -> str:
+    """The body.
+
+    ``values`` is the row that is normed next, and ``weights`` its weight. What comes
+    from memory is asked for before a reduction waits.
+    """
+    parts = [
+        _START,
+        "float scale_value = float(scale[0]);\n" if is_scaled else "",
+        _each("rests[k] = float(residual[start + at]);"),
+        _branches() if has_branches else _loads("values", "y", "weights", "weight"),
+        _mean_square("values"),
+        _each(
+            f"float sum = float(T(rests[k] + {_NORM}));",
+            *(["sum = float(T(sum * scale_value));"] if is_scaled else []),
+            "h[start + at] = T(sum);",
+            *(["values[k] = sum;"] if num_norms else []),
+            *(["weights[k] = float(next_weight[at]);"] if num_norms else []),
+        ),
+    ]
+    if num_norms:
+        parts += [_mean_square("values"), _norms(num_norms)]
+    return "".join(f"  {line}\n" for part in parts for line in part.splitlines())
+
+
+_START = """\
+// H: numbers of a row. PIECES: of four of them, that a thread has. EPS: bits.
+threadgroup float cells[8];
+uint thread_id = thread_index_in_threadgroup;
+uint lane = thread_index_in_simdgroup;
+uint simdgroup = simdgroup_index_in_threadgroup;
+uint start = threadgroup_position_in_grid.x * uint(H);
+float eps = as_type<float>(EPS);
+float own = 0.0f;
+float total = 0.0f;
+float inverse = 0.0f;
+float values[4 * PIECES];
+float rests[4 * PIECES];
+float weights[4 * PIECES];
+#pragma unroll
+for (int k = 0; k < 4 * PIECES; k++) values[k] = 0.0f;
+"""
+
+# A number of the row over the root of its mean square, times its weight.
+_NORM = "float(T(float(T(values[k] * inverse)) * weights[k]))"
+
+
+def _norms(num_norms: int) -> str:
+    """The norms of the sum: the first one's weight is in registers."""
+    lines = [f"normed[start + at] = T({_NORM});"]
+    lines += [
+        f"normed[{i}u * size + start + at] = "
+        f"T(float(T(values[k] * inverse)) * float(next_weight[{i}u * uint(H) + at]));"
+        for i in range(1, num_norms)
+    ]
+    size = "uint size = uint(residual_shape[0]) * uint(H);\n" if num_norms > 1 else ""
+    return size + _each(*lines)
+
+
+def _branches() -> str:
+    """Both branches' norms, and their sum as the row that is normed next."""
+    return "".join(
+        [
+            _loads("values", "y", "weights", "y_weight"),
+            "float others[4 * PIECES];\n",
+            "#pragma unroll\n",
+            "for (int k = 0; k < 4 * PIECES; k++) others[k] = 0.0f;\n",
+            _each("others[k] = float(other[start + at]);"),
+            _mean_square("values"),
+            _each(f"values[k] = {_NORM};", "weights[k] = float(other_weight[at]);"),
+            _mean_square("others"),
+            _each(
+                f"float norm = {_NORM.replace('values', 'others')};",
+                "values[k] = float(T(values[k] + norm));",
+                "weights[k] = float(weight[at]);",
+            ),
+        ]
+    )
+
+
+def _loads(values: str, row: str, weights: str, weight: str) -> str:
+    """A row and its weight into registers."""
+    return _each(
+        f"{values}[k] = float({row}[start + at]);",
+        f"{weights}[k] = float({weight}[at]);",
+    )
+
+
+def _mean_square(values: str) -> str:
+    """One over the root of a row's mean square, in every thread."""
+    return f"""\
+own = 0.0f;
+#pragma unroll
+for (int k = 0; k < 4 * PIECES; k++) own = fma({values}[k], {values}[k], own);
+REDUCE(total, simd_sum, cells, own, 0.0f);
+inverse = rsqrt(total / float(H) + eps);
+"""
+
+
+def _each(*statements: str) -> str:
+    """Statements for each number k of this thread, which is column ``at`` of the row.
+
+    A piece is within the row or behind it, so that its loads may become one.
+    """
+    body = "".join(f"      {statement}\n" for statement in statements)
+    return f"""\
+#pragma unroll
+for (int p = 0; p < PIECES; p++) {{
+  uint first = {_FOUR * _THREADS}u * uint(p) + {_FOUR}u * thread_id;
+  if (first < uint(H)) {{
+    #pragma unroll
+    for (int i = 0; i < {_FOUR}; i++) {{
+      uint at = first + uint(i);
+      int k = {_FOUR} * p + i;
+{body}    }}
+  }}
+}}
+"""
