@@ -169,10 +169,10 @@ class Commands:
                 "/drafts must be followed by on, off or a number from 0 to "
                 f"{MAX_DRAFT_TOKENS}: got {argument or 'nothing'}."
             )
-        if drafts and not self._session.has_drafter:
+        if drafts and not self._session.has_drafts:
             raise RequestError(
                 f"/drafts must be off without a drafter: got {argument}. Start again "
-                "with --draft-model."
+                "with --draft-model, or with --draft-source lookup."
             )
         self._session.num_draft_tokens = drafts
         return f"Drafts per round: {drafts}."

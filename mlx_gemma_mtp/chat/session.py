@@ -18,7 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..cache.kept import KeptCaches
 from ..cache.mlx_lm_cache import read_prompt_cache
 from ..cache.rungs import RUNG, rung_interval, rungs_between
-from ..constants import DEFAULT_DRAFT_SOURCE, LAST_WRITES_S
+from ..constants import DEFAULT_DRAFT_SOURCE, DRAFTER, LAST_WRITES_S
 from ..engine.extract import filled
 from ..engine.prefill import Prefill
 from ..engine.stats import RoundStats
@@ -130,7 +130,7 @@ class Session:
         prompts: What makes prompts of conversations.
         settings: How answers are made from here on.
         max_context: Most tokens of prompt and answer that the model can look at.
-        has_drafter: Whether the model has a drafter.
+        has_drafts: Whether anything drafts: a drafter, or the text itself.
         conversation: What was said; may be replaced by another one.
         num_draft_tokens: Drafts per round of the answers from here on.
         draft_source: Where they come from.
@@ -160,7 +160,7 @@ class Session:
         self.settings = settings
         self.max_context: int = text_model(model).args.max_position_embeddings
         pair = pair_of(model)
-        self.has_drafter = pair.drafter is not None
+        self.has_drafts = pair.drafter is not None or draft_source != DRAFTER
         self.conversation = Conversation(system)
         self.num_draft_tokens = num_draft_tokens
         self.draft_source = draft_source

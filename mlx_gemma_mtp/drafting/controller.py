@@ -167,7 +167,9 @@ class DraftLengthController:
             tokens_left: See `choose`.
             context: See `choose`.
         """
-        choices = [k for k in _sorted_choices(allowed) if k in _LOOKUPS]
+        choices = [k for k in _sorted_choices(allowed) if k]
+        if len(choices) > 1:  # where the number is fixed it is that
+            choices = [k for k in choices if k in _LOOKUPS]
         others = _sorted_choices(drafter_allowed)
         left = _HORIZON if tokens_left is None else max(1, min(tokens_left, _HORIZON))
         self._looks_up = True
@@ -195,7 +197,10 @@ class DraftLengthController:
         # It is traced once it would have saved as much as that takes.
         self._missed_s[new] += saved_s * tokens[new]
         is_paid = self._missed_s[new] >= _MISSED * setup_s[new]
-        return new if is_paid and left * saved_s >= setup_s[new] else best
+        if not is_paid or left * saved_s < setup_s[new]:
+            return best
+        self._missed_s[new] = 0.0  # the next graph is paid for anew
+        return new
 
     def observe_lookup(
         self, num_draft_tokens: int, seconds: float | None, *, context: int = 0

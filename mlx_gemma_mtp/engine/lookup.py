@@ -18,8 +18,8 @@ import numpy as np
 from ..constants import MAX_DRAFT_TOKENS
 
 LONGEST = 16  # tokens of a suffix that are compared
-SHORTEST = 3  # of one that says something
 NUM_FOUND = MAX_DRAFT_TOKENS + 1  # tokens that are looked up: as many as a round emits
+_IDS = 2**31
 UNKNOWN = -1  # the token at a place of which only keys and values came
 
 
@@ -51,7 +51,8 @@ def text_row(tokens: Sequence[int], *, end: int, capacity: int) -> mx.array:
     """The text of one row.
 
     Args:
-        tokens: Those that are known, the last one at ``end`` - 1.
+        tokens: Those that are known, the last one at ``end`` - 1; those that are no
+            token ids at all are taken to be unknown.
         end: Tokens of the text.
         capacity: Places.
 
@@ -60,7 +61,7 @@ def text_row(tokens: Sequence[int], *, end: int, capacity: int) -> mx.array:
     """
     row = np.full(capacity, UNKNOWN, dtype=np.int32)
     known = tokens[max(len(tokens) - end, 0) :]
-    row[end - len(known) : end] = known
+    row[end - len(known) : end] = [t if 0 <= t < _IDS else UNKNOWN for t in known]
     return mx.array(row)[None]
 
 

@@ -164,7 +164,9 @@ def _begin(
         state,
         settings,
         num_draft_tokens,
-        given_tokens=_given_tokens(shape, state, settings, proposals, match),
+        given_tokens=_given_tokens(
+            shape, state, settings, proposals, match, vocab_size=target.vocab_size
+        ),
         is_given=shape.source == LOOKUP,
     )
     block = state.last_token
@@ -193,8 +195,12 @@ def _given_tokens(
     settings: RowSettings,
     proposals: Proposals | None,
     match: Match | None,
+    *,
+    vocab_size: int,
 ) -> mx.array | None:
     """Drafts that need no drafter, -1 for none: forced tokens before those looked up.
+
+    Callers may have named tokens of a cache that no target knows: none is drafted.
 
     Returns:
         int32 [B, K]; None for none at all.
@@ -202,7 +208,7 @@ def _given_tokens(
     forced = None if proposals is None else proposals.behind(state.last_token)
     if match is None or not shape.num_draft_tokens or shape.source == DRAFTER:
         return forced
-    tokens = match.tokens[:, : shape.num_draft_tokens]
+    tokens = mx.minimum(match.tokens[:, : shape.num_draft_tokens], vocab_size - 1)
     if shape.source == MIXED:
         is_long = match.length >= settings.least_match
         tokens = mx.where(is_long[:, None], tokens, -1)

@@ -25,12 +25,13 @@ def sources_of(
         has_text: Whether their tokens stand beside their keys and values.
     """
     asked = {sequence.request.draft_source for sequence in live}
-    sources = (DRAFTER,) if has_drafter else ()
+    if not has_drafter:  # who asks for one has no drafts, and keeps nobody from theirs
+        return (LOOKUP,) if has_text and asked - {DRAFTER} else ()
     if not has_text:
-        return sources
+        return (DRAFTER,)
     if asked == {LOOKUP}:
         return (LOOKUP,)
-    return sources if DRAFTER in asked else (*sources, LOOKUP)
+    return (DRAFTER,) if DRAFTER in asked else (DRAFTER, LOOKUP)
 
 
 def round_source(source: str, least_match: Sequence[int]) -> str:

@@ -119,12 +119,22 @@ def check_prompt(pair: Pair, prompt: Sequence[int] | mx.array) -> list[int]:
     Raises:
         RequestError: The prompt is empty or holds an id that the target does not know.
     """
-    tokens = [plain(token) for token in listed(prompt)]
+    tokens = check_tokens(pair, prompt)
     if not tokens:
         raise RequestError(
             "prompt must hold at least one token: got none. Give some text, or a "
             "begin-of-sequence token."
         )
+    return tokens
+
+
+def check_tokens(pair: Pair, given: Sequence[int] | mx.array) -> list[int]:
+    """Token ids as a list of ints, maybe of none.
+
+    Raises:
+        RequestError: One of them is not the target's.
+    """
+    tokens = [plain(token) for token in listed(given)]
     for token in tokens:
         if not is_whole(token):
             raise RequestError(

@@ -29,7 +29,7 @@ from ..structure.constraint import Constraint, asked
 from ..structure.masks import BoundConstraint
 from .encoding import encode_text
 from .figures import describe
-from .requests import drafts_of, make_request
+from .requests import check_tokens, drafts_of, make_request
 from .response import GenerationResponse
 from .settings import (
     GenerationSettings,
@@ -124,7 +124,7 @@ def stream_generate(
         sampler=chosen.sampler,
         num_logprobs=num_logprobs,
         draft_source=chosen.draft_source,
-        cached=tuple(cached_tokens),
+        cached=tuple(check_tokens(pair, cached_tokens)),
         constraint=_bound(asked_for, tokenizer, pair, max_thinking_tokens),
     )
     decoder = make_decoder(

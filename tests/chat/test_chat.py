@@ -619,6 +619,11 @@ class TestCommands:
         with pytest.raises(RequestError, match="without a drafter"):
             found.run("/drafts on")
         found.run("/drafts off")
+        session = make_session(pair, source="lookup")
+        found = Commands(session, drafts="auto", shows_stats=False)
+        for argument, expected in [("off", 0), ("on", "auto"), ("4", 4)]:
+            found.run(f"/drafts {argument}")
+            assert session.num_draft_tokens == expected
 
     @pytest.mark.parametrize(
         ("line", "name", "value", "shown"),

@@ -133,6 +133,12 @@ class TestController:
         machine = self.trained("new", tracing=5)
         assert machine.num_rounds[True] == 0
 
+    @pytest.mark.parametrize("num_draft_tokens", [1, 3, 5, 6, 7])
+    def test_a_number_that_is_fixed_is_drafted_from_the_text(self, num_draft_tokens):
+        controller, allowed = self.trained().controller, [num_draft_tokens]
+        found = controller.choose_lookup([20], allowed=allowed, drafter_allowed=[0])
+        assert found == num_draft_tokens
+
     def test_last_tokens(self):
         """Drafts beyond the end are worth nothing."""
         controller = self.trained().controller

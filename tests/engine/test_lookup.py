@@ -5,10 +5,11 @@ Run: python -m pytest tests/engine/test_lookup.py
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.constants import DRAFTER, LOOKUP
+from mlx_gemma_mtp.constants import AUTO, DRAFTER, LOOKUP
 from mlx_gemma_mtp.drafting.lookup_model import BROKEN
 from mlx_gemma_mtp.drafting.policy import DraftPolicy
 from mlx_gemma_mtp.engine.decoder import Decoder
@@ -31,6 +32,8 @@ from mlx_gemma_mtp.engine.lookup import (
 )
 from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.engine.rounds import Rounds
+from mlx_gemma_mtp.engine.sequence import TokenSequence
+from mlx_gemma_mtp.engine.sources import sources_of
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from scripts.benchmarks.graph import counting
 from tests.engine.test_distribution import (
@@ -209,6 +212,53 @@ class TestRounds:
         assert rows == [script[19:38]]
         assert decoder.stats.rounds == rounds
 
+    @pytest.mark.parametrize("kind", ["plain", "host", "masked"])
+    def test_a_text_keeps_its_tokens_where_slabs_grow(self, kind):
+        """Nothing but the whole text drafts what comes: it repeats itself after 300."""
+        kinds: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "host": {"logits_processors": (lambda tokens, logits: logits,)},
+            "masked": {"constraint": Allowing({}, vocab_size=64, fails_at=10**6)},
+        }
+        period = random.Random(1).choices(range(64), k=300)
+        script, num_tokens = period * 6, 1400
+        request = Request(script[:310], None, draft_source=LOOKUP, **kinds[kind])
+        decoder = Decoder(
+            self.rounds([script]), [request], num_draft_tokens=8, has_text=True
+        )
+        tokens: list[int] = []
+        for (output,) in decoder.run():
+            output.check()
+            tokens += output.tokens
+            if len(tokens) >= num_tokens:
+                break
+        assert tokens[:num_tokens] == script[310 : 310 + num_tokens]
+        assert decoder.stats.rounds <= num_tokens // 9 + 3
+
+    def test_ids_that_are_no_tokens_are_never_drafted(self):
+        """An index that large would be read from anywhere in memory."""
+        script = LOOP * 8
+        target = Rounds(ScriptedTarget([script]), use_compile=False)
+        first = Request(script[:16], 1, keeps_cache=True)
+        decoder = Decoder(target, [first], num_draft_tokens=0)
+        caches = [e.prompt_cache for (e,) in decoder.run()][-1]
+        for wrong in (target.target.vocab_size, 2**31 - 1, 2**40, -5):
+            known = (*script[13:17], wrong, wrong, wrong, *script[13:17])
+            request = Request(script[17:19], 19, cached=known, draft_source=LOOKUP)
+            seen: list[Any] = []
+            verify = target.target.verify
+
+            def watched(tokens, *arrays, verify=verify, seen=seen, **where):
+                seen.append(tokens)
+                return verify(tokens, *arrays, **where)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(target.target, "verify", watched)
+                rows, _ = decode(target, [request], 8, prompt_caches=[caches])
+            assert rows == [script[19:38]]
+            ids = [i for tokens in seen for row in tokens.tolist() for i in row]
+            assert 0 <= min(ids) <= max(ids) < target.target.vocab_size
+
 
 def reference_requests(draft_source):
     """Rows of all kinds; the tiny pair repeats itself soon."""
@@ -309,6 +359,34 @@ class TestSameText:
                 rows, decoder = decode(rounds, each, 4)
                 assert rows == expected
                 assert decoder.stats.accepted_from[LOOKUP] > 15
+
+    def test_forced_tokens_go_before_those_that_are_looked_up(self):
+        """Else 9 would be drafted behind 7, which may be followed by 8 alone."""
+        rules = Allowing({7: [8], 8: [7]}, {7: [8], 8: [7]}, vocab_size=VOCAB_SIZE)
+        request = Request([7, 9, 7, 9, 7], 18, constraint=rules, draft_source=LOOKUP)
+        with uncompiled():
+            (row,), decoder = decode(reference_pair().rounds, [request], 2)
+        assert row == [8, 7] * 9
+        assert decoder.stats.rounds <= 7
+
+
+class TestSources:
+    def test_without_a_drafter_nobody_keeps_others_from_their_drafts(self):
+        def of(*asked):
+            live = [
+                TokenSequence.of(Request([1], 4, draft_source=s), index=0)
+                for s in asked
+            ]
+            return [
+                sources_of(live, has_drafter=has_drafter, has_text=True)
+                for has_drafter in (False, True)
+            ]
+
+        assert of(AUTO, DRAFTER) == [(LOOKUP,), (DRAFTER,)]
+        assert of(LOOKUP, DRAFTER) == [(LOOKUP,), (DRAFTER,)]
+        assert of(DRAFTER) == [(), (DRAFTER,)]
+        assert of(AUTO) == [(LOOKUP,), (DRAFTER, LOOKUP)]
+        assert of(LOOKUP) == [(LOOKUP,), (LOOKUP,)]
 
 
 class Learner(DraftPolicy):

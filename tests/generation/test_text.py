@@ -548,3 +548,19 @@ def test_a_mistake_is_one_line_at_the_call(model, tokenizer, settings, message):
     with pytest.raises(RequestError, match=message) as caught:
         stream_generate(model, tokenizer, **{"prompt": PROMPT, **settings})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([10**6], "token ids must be below the vocabulary's size: got 1000000"),
+        ([2**40], "token ids must be below the vocabulary's size"),
+        ([-1], "token ids must be below the vocabulary's size: got -1"),
+        (["a"], "token ids must be whole numbers: got 'a'"),
+        ([1.5], "token ids must be whole numbers: got 1.5"),
+        (5, "must be a sequence of token ids: got 5"),
+    ],
+)
+def test_tokens_of_a_cache_are_checked(model, tokenizer, tokens, message):
+    with pytest.raises(RequestError, match=message):
+        next(stream_generate(model, tokenizer, PROMPT, cached_tokens=tokens))
