@@ -44,19 +44,20 @@ _LABELLED = re.compile(rf"(?:{_LABEL}\b)?\n?")
 THOUGHT_OPENING = f"{THOUGHT_START}{_LABEL}\n"
 
 
-# Stands behind each < of text that ordinary tokens spell, so that none of it is taken
-# for a mark. Unicode has this place for no character.
-_SPELLED = "\ufdd0"
+# Of text that ordinary tokens spell each < has a second character behind it, so that
+# none is taken for a mark. Unicode has that place for no character; where a text has it
+# all the same, it stays.
+_SPELLED = "<\ufdd0"
 
 
 def spelled(text: str) -> str:
     """Text of ordinary tokens, in which no mark is."""
-    return text.replace("<", f"<{_SPELLED}")
+    return text.replace("<", _SPELLED)
 
 
 def plain(text: str) -> str:
     """Text as it is to be seen, of ordinary tokens or not."""
-    return text.replace(_SPELLED, "")
+    return text.replace(_SPELLED, "<")
 
 
 def cut(text: str, num_characters: int) -> tuple[str, str]:
@@ -65,7 +66,7 @@ def cut(text: str, num_characters: int) -> tuple[str, str]:
         return text[:num_characters], text[num_characters:]
     end = 0
     for _ in range(num_characters):
-        end += 2 if text.startswith(_SPELLED, end + 1) else 1
+        end += len(_SPELLED) if text.startswith(_SPELLED, end) else 1
     return text[:end], text[end:]
 
 

@@ -193,6 +193,22 @@ class TestSpelledMarks:
             assert begin + rest == marked
             assert plain(begin) == plain(marked)[:count]
 
+    @given(st.text("ab<\ufdd0"), st.integers(0, 20))
+    def test_no_character_is_lost(self, text, count):
+        """That which is put behind each < may be in the text itself."""
+        assert plain(spelled(text)) == text
+        begin, rest = cut(spelled(text), count)
+        assert (plain(begin), plain(rest)) == (text[:count], text[count:])
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 100])
+    def test_no_character_of_an_answer_is_lost(self, size):
+        text = "a<\ufdd0<<\ufdd0\ufdd0b\ufdd0"
+        assert read(spelled(text), size=size)[0] == (text, "", [])
+        found, _ = read(f"a{THOUGHT}{spelled(text)}<channel|>b", size=size)
+        assert found == ("ab", text, [])
+        call = f"<|tool_call>call:f{{\ufdd0:{QUOTE}{spelled(text)}{QUOTE}}}<tool_call|>"
+        assert read(call, size=size)[0] == ("", "", [("f", {"\ufdd0": text})])
+
     @pytest.mark.gemma
     @pytest.mark.parametrize("stop", [None, "Z", "<", "<eos>", "]", "🌈"])
     def test_tokens_tell(self, gemma_tokenizer, stop):
