@@ -1,9 +1,9 @@
 """A residual sum with the norms before and after it, in one launch.
 
 h = residual + rms_norm(y) * weight, and rms_norm(h) * next_weight beside it: what
-stands between two matrices of a layer, up to five launches of MLX's. A threadgroup has
-a row. It loads the row once and keeps it in registers, each thread fours that stand
-beside each other, and knows the mean square after one reduction.
+stands between two matrices of a layer, five launches of MLX's. A threadgroup has a row.
+It loads the row once and keeps it in registers, each thread fours that stand beside
+each other, and knows the mean square after one reduction.
 
 Numbers are rounded to the row's type where MLX's own operations round them: the norm,
 its product with the weight, the sum, the product with the scale. So only the order in
@@ -25,17 +25,10 @@ import mlx.core as mx
 from . import common
 from .common import Kernel
 
-MAX_NORMS = 4  # W
 MAX_WIDTH = 6144  # H: more would not fit in registers
 _THREADS = common.MAX_THREADS
 _FOUR = 4  # numbers of a piece
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-
-# Of kernels that layers take: is_scaled, num_norms, has_branches.
-OPTIONS = (
-    *product((False, True), (0, 1), (False, True)),
-    *((False, num_norms, False) for num_norms in range(2, MAX_NORMS + 1)),
-)
 
 
 class Branches(NamedTuple):
@@ -73,13 +66,12 @@ def add_norm(
         eps: What is added to mean squares.
         scale: One number, times which the sum is taken; None for none. If it is
             ``common.padded`` once, no launch pads it.
-        next_weight: [H], of the norm of the sum; [W, H], at most ``MAX_NORMS``, for
-            that norm with several weights; None for no such norm.
+        next_weight: [H], of the norm of the sum; None for no such norm.
         branches: A second branch; ``y`` then becomes the sum of both branches' norms.
             None for none.
 
     Returns:
-        The sum [..., H], and its norm [..., H], or [W, ..., H], or None.
+        The sum [..., H], and its norm [..., H] or None.
     """
     arrays = _Arrays.of(residual, y, weight, scale, next_weight, branches)
     if common.backend() == "ops" or not arrays.are_known:
@@ -92,15 +84,10 @@ def add_norm(
             next_weight=next_weight,
             branches=branches,
         )
-    shape, width, dtype = residual.shape, residual.shape[-1], residual.dtype
-    num_norms = 0 if next_weight is None else next_weight.size // width
-    rows, shapes = arrays.rows, [shape, *[shape] * (num_norms > 0)]
-    if next_weight is not None and next_weight.ndim > 1:
-        rows = [rows[0].reshape(-1, width), *rows[1:]]  # whose shape the text knows
-        shapes[1] = (num_norms, *shape)
+    width, dtype = residual.shape[-1], residual.dtype
     outputs = common.launch(
-        kernel(scale is not None, num_norms, branches is not None),
-        [*rows, *arrays.weights, *(common.padded(s) for s in arrays.scales)],
+        kernel(scale is not None, next_weight is not None, branches is not None),
+        [*arrays.rows, *arrays.weights, *(common.padded(s) for s in arrays.scales)],
         template=[
             ("T", dtype),
             ("H", width),
@@ -109,8 +96,8 @@ def add_norm(
         ],
         grid=(residual.size // width * _THREADS, 1, 1),
         threadgroup=(_THREADS, 1, 1),
-        output_shapes=shapes,
-        output_dtypes=[dtype] * len(shapes),
+        output_shapes=[residual.shape] * (1 + (next_weight is not None)),
+        output_dtypes=[dtype] * (1 + (next_weight is not None)),
     )
     return outputs[0], outputs[1] if next_weight is not None else None
 
@@ -133,11 +120,7 @@ def plain(
     h = residual + norm(y, weight, eps)
     if scale is not None:
         h = h * (scale if scale.size == 1 else scale[:1])
-    if next_weight is None:
-        return h, None
-    if next_weight.ndim == 1:
-        return h, norm(h, next_weight, eps)
-    return h, mx.stack([norm(h, weight, eps) for weight in next_weight])
+    return h, None if next_weight is None else norm(h, next_weight, eps)
 
 
 class _Arrays(NamedTuple):
@@ -178,16 +161,13 @@ class _Arrays(NamedTuple):
             and 2 * _FOUR <= width <= MAX_WIDTH
             and width % _FOUR == 0
             and first.size > 0
-            and all(w.size <= MAX_NORMS * width for w in self.weights)
         )
 
 
 @cache
-def kernel(is_scaled: bool, num_norms: int, has_branches: bool) -> Kernel:
-    """The kernel of a sum: with a scale, with norms behind it, of two branches."""
-    is_normed = num_norms > 0
-    normed = f"normed{num_norms}" if num_norms > 1 else "normed"
-    words = {"scaled": is_scaled, normed: is_normed, "branches": has_branches}
+def kernel(is_scaled: bool, is_normed: bool, has_branches: bool) -> Kernel:
+    """The kernel of a sum: with a scale, with a norm behind it, of two branches."""
+    words = {"scaled": is_scaled, "normed": is_normed, "branches": has_branches}
     inputs = ["residual", "y"]
     inputs += ["other"] if has_branches else []
     inputs += ["weight"]
@@ -198,16 +178,16 @@ def kernel(is_scaled: bool, num_norms: int, has_branches: bool) -> Kernel:
         name="_".join(["add_norm", *(word for word, is_so in words.items() if is_so)]),
         input_names=tuple(inputs),
         output_names=("h", "normed") if is_normed else ("h",),
-        source=_source(is_scaled, num_norms, has_branches),
+        source=_source(is_scaled, is_normed, has_branches),
     )
 
 
 def kernels() -> list[Kernel]:
-    """Those of ``OPTIONS``."""
-    return [kernel(*options) for options in OPTIONS]
+    """All of them."""
+    return [kernel(*options) for options in product((False, True), repeat=3)]
 
 
-def _source(is_scaled: bool, num_norms: int, has_branches: bool) -> str:
+def _source(is_scaled: bool, is_normed: bool, has_branches: bool) -> str:
     """The body.
 
     ``values`` is the row that is normed next, and ``weights`` its weight. What comes
@@ -223,12 +203,12 @@ def _source(is_scaled: bool, num_norms: int, has_branches: bool) -> str:
             f"float sum = float(T(rests[k] + {_NORM}));",
             *(["sum = float(T(sum * scale_value));"] if is_scaled else []),
             "h[start + at] = T(sum);",
-            *(["values[k] = sum;"] if num_norms else []),
-            *(["weights[k] = float(next_weight[at]);"] if num_norms else []),
+            *(["values[k] = sum;"] if is_normed else []),
+            *(["weights[k] = float(next_weight[at]);"] if is_normed else []),
         ),
     ]
-    if num_norms:
-        parts += [_mean_square("values"), _norms(num_norms)]
+    if is_normed:
+        parts += [_mean_square("values"), _each(f"normed[start + at] = T({_NORM});")]
     return "".join(f"  {line}\n" for part in parts for line in part.splitlines())
 
 
@@ -252,18 +232,6 @@ for (int k = 0; k < 4 * PIECES; k++) values[k] = 0.0f;
 
 # A number of the row over the root of its mean square, times its weight.
 _NORM = "float(T(float(T(values[k] * inverse)) * weights[k]))"
-
-
-def _norms(num_norms: int) -> str:
-    """The norms of the sum: the first one's weight is in registers."""
-    lines = [f"normed[start + at] = T({_NORM});"]
-    lines += [
-        f"normed[{i}u * size + start + at] = "
-        f"T(float(T(values[k] * inverse)) * float(next_weight[{i}u * uint(H) + at]));"
-        for i in range(1, num_norms)
-    ]
-    size = "uint size = uint(residual_shape[0]) * uint(H);\n" if num_norms > 1 else ""
-    return size + _each(*lines)
 
 
 def _branches() -> str:

@@ -12,28 +12,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-from . import (
-    add_norm,
-    common,
-    decide,
-    judge,
-    norm_rope,
-    propose,
-    resample,
-    select,
-    threshold,
-)
+from . import common, decide, judge, propose, resample, select, threshold
 from .common import LIST, Kernel
 
 logger = logging.getLogger("mlx_gemma_mtp")
 
 _MAX_TEXT = 200  # characters of a compiler's answer
-_EPS = 1e-6
 _THRESHOLD_FLAGS = ("has_top_p", "has_min_p", "has_coupled")
 
 _lock = threading.Lock()
@@ -139,43 +127,6 @@ def _try_resample() -> list[mx.array]:
     ]
 
 
-def _try_add_norm(
-    is_scaled: bool, num_norms: int, has_branches: bool
-) -> list[mx.array]:
-    """In the widest row: a threadgroup must fit beside its registers."""
-    row = mx.ones((1, add_norm.MAX_WIDTH), dtype=mx.bfloat16)
-    weight = row[0]
-    next_weight = mx.stack([weight] * num_norms) if num_norms > 1 else weight
-    outputs = add_norm.add_norm(
-        row,
-        row,
-        weight,
-        eps=_EPS,
-        scale=weight[:1] if is_scaled else None,
-        next_weight=next_weight if num_norms else None,
-        branches=add_norm.Branches(weight, row, weight) if has_branches else None,
-    )
-    return [array for array in outputs if array is not None]
-
-
-def _try_norm_rope(kernel: Kernel) -> list[mx.array]:
-    D, has = norm_rope.MAX_DIMS, set(kernel.input_names)
-    weight = mx.ones((D,), dtype=mx.bfloat16)
-    heads = mx.ones((1, 1, 1, D), dtype=mx.bfloat16)
-    outputs = norm_rope.norm_rope(
-        heads,
-        heads if "k" in has else None,
-        mx.array(heads) if "v" in has else heads if "k" in has else None,
-        q_weight=weight,
-        k_weight=weight if "k" in has else None,
-        eps=_EPS,
-        offset=mx.zeros((1,), dtype=mx.int32),
-        base=None if "freqs" in has else 1e4,
-        freqs=mx.ones((D // 2,)) if "freqs" in has else None,
-    )
-    return [array for array in outputs if array is not None]
-
-
 _TRIALS: dict[str, Callable[[], list[mx.array]]] = {
     select.KERNEL.name: _try_select,
     propose.KERNEL.name: _try_propose,
@@ -183,6 +134,4 @@ _TRIALS: dict[str, Callable[[], list[mx.array]]] = {
     threshold.KERNEL.name: _try_threshold,
     judge.KERNEL.name: _try_judge,
     resample.KERNEL.name: _try_resample,
-    **{add_norm.kernel(*o).name: partial(_try_add_norm, *o) for o in add_norm.OPTIONS},
-    **{k.name: partial(_try_norm_rope, k) for k in norm_rope.kernels()},
 }

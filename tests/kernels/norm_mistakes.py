@@ -50,11 +50,6 @@ ADD_WRONG = (
     Mistake("the residual's first row", "residual[start + at]", "residual[at]"),
 )
 
-SEVERAL_WRONG = (
-    Mistake("the first norm's weight", "next_weight[2u * uint(H) + at]", "weights[k]"),
-    Mistake("norms over each other", "normed[2u * size", "normed[1u * size"),
-)
-
 ADD_STOPPING = (
     Mistake(
         "a piece past the end",

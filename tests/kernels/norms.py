@@ -6,7 +6,6 @@ uses neither MLX's operations nor any code of the package.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,7 +52,7 @@ class Sum:
         y: [M, H].
         weight: [H].
         scale: A number; None for none.
-        next_weight: [H], or [W, H], or None.
+        next_weight: [H], or None.
         branches: Weight of the first branch [H], the other [M, H], and its weight [H];
             None for none.
     """
@@ -76,7 +75,6 @@ class Sum:
         is_scaled: bool = True,
         is_normed: bool = True,
         has_branches: bool = False,
-        num_norms: int = 1,
     ) -> Sum:
         """Of rows whose sizes differ by powers of two."""
         sizes = np.exp2(np.arange(M, dtype=np.float32) % 5)[:, None]
@@ -88,7 +86,7 @@ class Sum:
             normal(dtype, M, H, seed=2) * sizes,
             weights[0],
             0.890625 if is_scaled else None,
-            _stacked(dtype, weights[1], num_norms) if is_normed else None,
+            weights[1] if is_normed else None,
             (weights[2], other, weights[3]) if has_branches else None,
         )
 
@@ -138,7 +136,7 @@ class Sum:
         h = self._rounded(self.residual + self._norm(y, self.weight))
         if self.scale is not None:
             h = self._rounded(h * np.float32(self.scale))
-        return self._with_norms(h, self._norm)
+        return [h] if self.next_weight is None else [h, self._norm(h, self.next_weight)]
 
     def _rounded(self, values: np.ndarray) -> np.ndarray:
         return rounded(values, self.dtype)
@@ -160,23 +158,7 @@ class Sum:
             y_weight, other, other_weight = self.branches
             y = norm(y, y_weight) + norm(other, other_weight)
         h = (self.residual + norm(y, self.weight)) * (self.scale or 1.0)
-        return self._with_norms(h, norm)
-
-    def _with_norms(
-        self, h: np.ndarray, norm: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    ) -> list[np.ndarray]:
-        """The sum, and its norms [M, H] or [W, M, H] if there are some."""
-        if self.next_weight is None:
-            return [h]
-        if self.next_weight.ndim == 1:
-            return [h, norm(h, self.next_weight)]
-        return [h, np.stack([norm(h, weight) for weight in self.next_weight])]
-
-
-def _stacked(dtype: mx.Dtype, weight: np.ndarray, count: int) -> np.ndarray:
-    """So many weights, [H] for one of them; the first one is given."""
-    others = (normal(dtype, len(weight), seed=20 + i) for i in range(1, count))
-    return weight if count == 1 else np.stack([weight, *others])
+        return [h] if self.next_weight is None else [h, norm(h, self.next_weight)]
 
 
 def _squares_of_threads(x: np.ndarray) -> np.ndarray:

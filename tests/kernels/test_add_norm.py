@@ -94,29 +94,6 @@ def test_bits_of_every_text(options, dtype):
         check(Sum.random(2, H, dtype, **options))
 
 
-@pytest.mark.parametrize("num_norms", [2, 3, add_norm.MAX_NORMS])
-def test_several_norms(num_norms):
-    check(Sum.random(3, 1100, is_scaled=False, num_norms=num_norms))
-
-
-def test_several_norms_are_those_of_one_each():
-    """Rows of two dimensions, of which each norm lies in memory as one of its own."""
-    case = Sum.random(6, 64, is_scaled=False, num_norms=3)
-    arrays, options = case.arguments()
-    residual, y = (a.reshape(2, 3, 64) for a in arrays[:2])
-    _, normed = add_norm.add_norm(residual, y, arrays[2], **options)
-    _, plain = add_norm.plain(residual, y, arrays[2], **options)
-    assert normed is not None
-    assert plain is not None
-    assert normed.shape == plain.shape == (3, 2, 3, 64)
-    assert np.allclose(as_float32(normed), as_float32(plain), rtol=2.0**-6)
-    for number, weight in enumerate(options["next_weight"]):
-        options["next_weight"] = weight
-        _, one = add_norm.add_norm(residual, y, arrays[2], **options)
-        assert one is not None
-        assert mx.array_equal(normed[number], one).item()
-
-
 def test_rows_have_the_bits_of_one_row():
     case = Sum.random(9, 1536, **ALL)
     one = [case.rows(slice(m, m + 1)).run() for m in range(9)]
@@ -245,14 +222,8 @@ def test_plain_operations_are_those_of_a_mixture(monkeypatch):
     layer.self_attn, layer.mlp = Fixed(attended, None, None), Fixed(dense)
     layer.router, layer.experts = Fixed(None, None), Fixed(chosen)
     want, *_ = layer(x)
-    norms = (layer.pre_feedforward_layernorm, layer.pre_feedforward_layernorm_2)
-    h, normed = add_norm.add_norm(
-        x, attended, layer.post_attention_layernorm.weight, eps=EPS,
-        next_weight=mx.stack([norm.weight for norm in norms]),
-    )  # fmt: skip
-    assert normed is not None
-    assert mx.array_equal(normed[0], layer.mlp.taken[0]).item()
-    assert mx.array_equal(normed[1], layer.experts.taken[0]).item()
+    weight = layer.post_attention_layernorm.weight
+    h, _ = add_norm.add_norm(x, attended, weight, eps=EPS)
     out, _ = add_norm.add_norm(
         h, dense, layer.post_feedforward_layernorm.weight, eps=EPS,
         scale=layer.layer_scalar,
@@ -345,26 +316,15 @@ def test_lint(options, dtype):
     assert [lint(text) for text in texts] == [[]]
 
 
-def test_lint_of_several_norms():
-    case = Sum.random(2, 64, is_scaled=False, num_norms=3)
-    assert lint(looked_at(case, metal_text)) == []
-
-
 @pytest.mark.tsan
 @by_options
 def test_no_races(options):
     assert looked_at(Sum.random(2, 1100, **options), run_under_tsan) == []
 
 
-@pytest.mark.tsan
-def test_no_races_of_several_norms():
-    case = Sum.random(2, 1100, num_norms=3)
-    assert looked_at(case, run_under_tsan) == []
-
-
 def test_kernels_are_all_that_there_are():
     names = {kernel.name for kernel in add_norm.kernels()}
-    assert len(names) == len(OPTIONS) + add_norm.MAX_NORMS - 1
+    assert len(names) == len(OPTIONS)
     assert {"add_norm", "add_norm_normed", "add_norm_scaled_normed_branches"} <= names
 
 
@@ -386,19 +346,6 @@ def run_with(mistake, launch):
 def test_bits_are_wrong(mistake):
     found = run_with(mistake, run_on_cpu)
     assert not all(map(same_bits, found, mistakes.ADDED.bits))
-
-
-@by_name(mistakes.SEVERAL_WRONG)
-def test_bits_of_several_norms_are_wrong(mistake):
-    case = Sum.random(3, 256, is_scaled=False, num_norms=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            common,
-            "launch",
-            lambda kernel, *a, **k: run_on_cpu(mistake.of(kernel), *a, **k),
-        )
-        found = case.run()
-    assert not all(map(same_bits, found, case.bits))
 
 
 @by_name(mistakes.ADD_STOPPING)

@@ -89,19 +89,6 @@ def test_add_norm(options):
 ALL = {"is_scaled": True, "is_normed": True, "has_branches": True}
 
 
-def test_several_norms():
-    """The sum is not read again, and each weight and norm once."""
-    num_norms = 3
-    case = Sum.random(M, H, mx.bfloat16, is_scaled=False, num_norms=num_norms)
-    counts = run(add_norm, case)
-    for name in ("residual", "y"):
-        check_loads(counts, name, M * H, unique=M * H, width=2)
-    all_weights = num_norms * H
-    check_loads(counts, "next_weight", M * all_weights, unique=all_weights, width=2)
-    check_outputs_written_once(counts, "h", "normed")
-    check_calls(counts, threadgroup_barrier=4, simd_sum=4)
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
