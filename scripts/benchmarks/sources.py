@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from typing import Any
-
-import mlx.core as mx
 
 from mlx_gemma_mtp.constants import AUTO, DRAFTER
 from mlx_gemma_mtp.generation.encoding import encode_text
 from mlx_gemma_mtp.pair.pair import Pair
 
 from .prompts import read_kinds
-from .speed import own_tokens, show
+from .speed import own_tokens, seconds_in_turn, show
 
 _TURN = 18  # tokens
 _WARM_UPS = 3  # texts: rounds of many numbers of drafts must be traced and compiled
@@ -94,18 +91,4 @@ def side_by_side(
         )
         for source, pair in pairs.items()
     }
-    for text in texts.values():
-        next(text)
-    seconds = dict.fromkeys(pairs, 0.0)
-    order = list(pairs)
-    for _ in range((max_tokens - 1) // _TURN):
-        order.reverse()
-        for source in order:
-            start = time.perf_counter()
-            for _ in range(_TURN):
-                next(texts[source])
-            mx.synchronize()  # a round in flight is not the other's
-            seconds[source] += time.perf_counter() - start
-    for text in texts.values():
-        text.close()
-    return seconds
+    return seconds_in_turn(texts, max_tokens, turn=_TURN)

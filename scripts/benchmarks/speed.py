@@ -10,8 +10,8 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
@@ -24,6 +24,8 @@ from mlx_gemma_mtp.pair.pair import Pair
 
 from .prompts import prompts_of
 from .scripted import scripted_rounds
+
+Key = TypeVar("Key", int | str, str)
 
 
 def show(line: str = "") -> None:
@@ -83,6 +85,35 @@ def own_tokens(
         eos_token_ids=(),
         **settings,
     )
+
+
+def seconds_in_turn(
+    texts: Mapping[Key, Generator[Any, None, None]], max_tokens: int, *, turn: int
+) -> dict[Key, float]:
+    """Seconds of texts behind their first tokens, a few tokens of each in turn.
+
+    A machine that slows down for a second then slows all. The texts are closed.
+
+    Args:
+        texts: What gives the tokens of each.
+        max_tokens: Of each text.
+        turn: How many tokens at a time.
+    """
+    for text in texts.values():
+        next(text)
+    seconds = dict.fromkeys(texts, 0.0)
+    order = list(texts)
+    for _ in range((max_tokens - 1) // turn):
+        order.reverse()
+        for key in order:
+            start = time.perf_counter()
+            for _ in range(turn):
+                next(texts[key])
+            mx.synchronize()  # a round in flight is not another's
+            seconds[key] += time.perf_counter() - start
+    for text in texts.values():
+        text.close()
+    return seconds
 
 
 def rate(tokens: Iterator[object]) -> float:

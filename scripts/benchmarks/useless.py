@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +19,7 @@ from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.pair.pair import Pair
 
 from .prompts import prompts_of
-from .speed import own_tokens, show
+from .speed import own_tokens, seconds_in_turn, show
 
 _TURN = 7  # tokens
 SAMPLINGS: dict[str, dict[str, Any]] = {
@@ -68,22 +67,7 @@ def useless(
 def side_by_side(
     pair: Pair, prompt: list[int], max_tokens: int, **settings: Any
 ) -> dict[int | str, float]:
-    """Seconds of both, a few tokens of one and of the other in turn.
-
-    A machine that slows down for a second then slows both.
-    """
+    """Seconds of both, a few tokens of one and of the other in turn."""
     ways: list[int | str] = [0, "auto"]
     texts = {way: own_tokens(pair, prompt, max_tokens, way, **settings) for way in ways}
-    for text in texts.values():
-        next(text)
-    seconds = dict.fromkeys(ways, 0.0)
-    for turn in range((max_tokens - 1) // _TURN):
-        for way in ways if turn % 2 else reversed(ways):
-            start = time.perf_counter()
-            for _ in range(_TURN):
-                next(texts[way])
-            mx.synchronize()  # a round in flight is not the other's
-            seconds[way] += time.perf_counter() - start
-    for text in texts.values():
-        text.close()
-    return seconds
+    return seconds_in_turn(texts, max_tokens, turn=_TURN)
