@@ -19,25 +19,30 @@ CONVERT = ROOT / "convert"
 PLAIN = {"_version", "constants", "cpu_kernels", "errors", "machine", "store"}
 # Which packages each package imports. All may import the modules above; nothing else.
 BELOW: dict[str, set[str]] = {
+    "distributed": set(),
     "kernels": set(),
     "matmuls": {"kernels", "models"},
     "markup": set(),
     "cache": {"kernels"},
     "sampling": {"kernels"},
-    "models": {"cache", "kernels"},
+    "models": {"cache", "kernels", "distributed"},
     "drafting": {"models"},
     "checkpoints": {"models", "markup"},
-    "engine": {"cache", "models", "sampling", "drafting", "matmuls"},
+    "engine": {
+        "cache", "models", "sampling", "drafting", "matmuls", "distributed",
+    },
     "exactness": {"engine", "cache", "drafting"},
     "pair": set(
-        "exactness engine checkpoints drafting models sampling matmuls kernels".split()
+        "exactness engine checkpoints drafting models sampling matmuls kernels "
+        "distributed".split()
     ),
     "structure": {"sampling", "markup"},
     "generation": set(
         "structure pair engine sampling models cache checkpoints markup".split()
     ),
     "cli": set(
-        "generation structure pair engine sampling models checkpoints markup".split()
+        "generation structure pair engine sampling models checkpoints markup "
+        "distributed".split()
     ),
 }
 # The commands import all of these, and never each other.

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.template_files import missing_template_note
 from ..cpu_kernels import compile_header
+from ..distributed.environment import num_launched
+from ..errors import RequestError
 from ..generation.chat_template import apply_chat_template
 from ..markup.answer import AnswerReader, marks_of
 from .arguments import EMBEDDED_PROMPT, configure_parser
@@ -62,6 +66,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    """Load, generate, print; of several machines the first one prints."""
+    if num_launched(os.environ) == 1:
+        return _generate(args)
+    from ..distributed.ranks import launched
+
+    _check_several(args)
+    ranks = launched()
+    if ranks is None or ranks.is_first:
+        return _generate(args)
+    args.stats_json = None
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            return _generate(args)
+
+
+def _check_several(args: argparse.Namespace) -> None:
+    """Refuse what one machine alone has.
+
+    Raises:
+        RequestError: A flag says so.
+    """
+    if args.prompt == "-":
+        raise RequestError(
+            "-p must give the text where several machines were launched: got - (standard "
+            "input). Write it behind -p."
+        )
+    if args.prompt_cache_file is not None:
+        raise RequestError(
+            "--prompt-cache-file must be left out where several machines were launched: "
+            "got one. Give the whole prompt."
+        )
+
+
+def _generate(args: argparse.Namespace) -> int:
     """Load, generate, print."""
     set_up_log(sys.stderr, verbose=args.verbose is not False)
     checked = check(args)

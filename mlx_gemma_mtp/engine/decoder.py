@@ -16,7 +16,9 @@ from typing import Any
 
 from ..drafting.policy import DraftPolicy
 from .batch import Batch
+from ..distributed.ranks import Ranks
 from .capacity import DEFAULT_MAX_ROWS, BatchPolicy, ClosedBatch, OpenBatch
+from .control import Control
 from .early_start import EarlyStart
 from .extract import extracted, filled, with_cache
 from .pipeline import RoundPipeline
@@ -57,6 +59,8 @@ class Decoder:
         prompt_caches: mlx-lm's caches that hold what comes before each request's
             prompt; ``()`` for none.
         has_text: Whether drafts may come from the text itself.
+        ranks: The machines that have a part of the target each, and decode the same
+            requests; None for one. Only what is given at first is decoded.
 
     Attributes:
         stats: Counts of the rounds read so far.
@@ -83,6 +87,7 @@ class Decoder:
         max_kv_bytes: int | None = None,
         prompt_caches: Sequence[Sequence[Any] | None] = (),
         has_text: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self._rounds = rounds = rounds.own()
         if isinstance(num_draft_tokens, int):
@@ -99,6 +104,7 @@ class Decoder:
         )
         self.num_added = 0
         self.min_rows = route.min_rows
+        self._ranks = ranks
         self._is_closed = False
         self._has_freed = False
         layout = rounds.target.layout
@@ -113,6 +119,7 @@ class Decoder:
             self._batch,
             step_size=prefill_step_size,
             timer=self._timer,
+            ranks=ranks,
         )
         self._pipeline = RoundPipeline(
             rounds,
@@ -123,6 +130,7 @@ class Decoder:
             early_start=early_start or EarlyStart(),
             stats=self.stats,
             timer=self._timer,
+            control=None if ranks is None else Control(ranks),
         )
         self._batch.expect(self._add(requests, prompt_caches or [None] * len(requests)))
 
@@ -278,7 +286,7 @@ class Decoder:
                         on_progress(progress)
             with self._timer.caller(is_idle=True):
                 yield step.outputs
-            while self._batch.live:
+            while self._batch.live and not self._pipeline.is_over:
                 step = StepOutput()
                 self._advance(step, isolates=False)
                 with self._timer.caller(is_idle=self._pipeline.is_empty):
@@ -346,6 +354,8 @@ class Decoder:
         self._rest()
         self._timer.stop()
         self._draft_policy.finish()
+        if self._ranks is not None and self._ranks.is_first:
+            self._ranks.rest()  # until there is work
 
     def _rest(self) -> None:
         """Wait for what is still running, which nobody wants, and let go of it."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -25,6 +26,7 @@ from ..cpu_kernels import clock
 from ..drafting.lookup_model import BROKEN
 from ..drafting.policy import DraftPolicy, Way, ways
 from .batch import Batch
+from .control import Control
 from .early_start import EarlyStart
 from .followed import Followed
 from .results import SequenceOutput, outputs_of
@@ -79,6 +81,7 @@ class RoundPipeline:
         early_start: Decides whether it is started before that, too.
         stats: Counts of the rounds read so far.
         timer: Times them.
+        control: What all machines agree on; None for one.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class RoundPipeline:
         early_start: EarlyStart,
         stats: RoundStats,
         timer: RoundTimer,
+        control: Control | None = None,
     ) -> None:
         self._rounds = rounds
         self._batch = batch
@@ -101,6 +105,7 @@ class RoundPipeline:
         self._early_start = early_start
         self._stats = stats
         self._timer = timer
+        self._control = control
         self._in_flight: deque[_InFlight] = deque()
         self._num_queued = 0
         self._shadows = Shadows()
@@ -112,6 +117,11 @@ class RoundPipeline:
     def is_empty(self) -> bool:
         """Whether no round is in flight."""
         return not self._in_flight
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the machine that decides has left, whoever is live."""
+        return self._control is not None and self._control.is_over
 
     def num_written(self, sequence: TokenSequence) -> int:
         """How many of a sequence's tokens have keys and values in the batch's state."""
@@ -135,6 +145,7 @@ class RoundPipeline:
         self._skip_unwanted()
         # Drafts of which masks are made are read with the last round's report.
         is_early = self._batch.settings.graph.has_masks or self._early_start.is_early
+        is_early |= self._control is not None  # a round that is built is run by all
         with self._rounds.watched():
             while self._can_queue() and self._wants_another():
                 is_first = self.is_empty
@@ -156,6 +167,7 @@ class RoundPipeline:
     def rest(self) -> None:
         """Wait for what is still running, and let go of it and of the batch's slabs."""
         try:
+            self._leave()
             mx.eval([f.queued.started for f in self._in_flight])
         finally:
             self._in_flight.clear()
@@ -163,6 +175,15 @@ class RoundPipeline:
             self._followed.clear()
             self._runner.clear()
             self._batch.clear()
+
+    def _leave(self) -> None:
+        """Go on with all machines until rank 0's leave is known to them."""
+        control = self._control
+        if control is None or not self._batch.sequences:
+            return
+        control.is_leaving = True
+        while self._batch.live and not control.is_over:
+            self.advance(is_awaited=False)
 
     def _skip_unwanted(self) -> None:
         """Drop rounds whose sequences have all left since they were queued."""
@@ -174,6 +195,8 @@ class RoundPipeline:
 
     def _can_queue(self) -> bool:
         """Whether a round may be queued beside those in flight."""
+        if self._control is not None and not self._control.may_build:
+            return False
         if len(self._in_flight) >= (2 if self._can_look_ahead else 1):
             return False
         if self.is_empty:
@@ -220,13 +243,19 @@ class RoundPipeline:
             has_text=batch.has_text,
         )
         self._untraced.look(batch, sources)
-        way = self._choose_way(policy, sources, context)
+        way, word = self._choose_way(policy, sources, context), None
+        if self._control is not None:
+            chosen, way = way, self._control.agreed(way, self._allowed)
+            shape = (*way[:1], len(batch), batch.num_slots)
+            word = self._control.word(chosen, *shape)
         is_ready = way not in self._untraced.ways
         state = batch.take_state()
         num_shadow = self._queue_shadow(state, policy)
         start = clock()
-        queued = self._runner.queue(state, way, self._last)
+        queued = self._runner.queue(state, way, self._last, word)
         setup_s = None if is_ready else clock() - start
+        if self._control is not None:
+            self._control.meet((way, len(batch), batch.num_slots))
         matches = tuple(s.match_length if s else BROKEN for s in batch.sequences)
         self._in_flight.append(
             _InFlight(queued, policy, setup_s, num_shadow, context, matches)
@@ -247,7 +276,8 @@ class RoundPipeline:
         built = self._in_flight[-1]
         built.is_early = is_early
         start = clock()
-        self._runner.start(built.queued)
+        with self._waiting(built):
+            self._runner.start(built.queued)
         if built.setup_s is not None:
             built.setup_s += clock() - start
 
@@ -286,6 +316,12 @@ class RoundPipeline:
             )
         return count
 
+    def _waiting(self, flight: _InFlight) -> AbstractContextManager[None]:
+        """Around what waits for other machines, where there are any."""
+        if self._control is None:
+            return nullcontext()
+        return self._control.waiting(is_traced=flight.setup_s is None)
+
     def _choose_way(
         self, policy: DraftPolicy, sources: Sequence[str], context: int
     ) -> Way:
@@ -293,13 +329,13 @@ class RoundPipeline:
         batch = self._batch
         left = [s.num_left for s in batch.live]
         limits = [n - len(self._in_flight) for n in left if n is not None]
-        allowed = batch.capacity.allowed(self._route.allowed, batch.num_slots)
-        most = max(s.request.max_draft_tokens for s in batch.live)
+        allowed = self._allowed
+        most = max(allowed)
         # Drafts beside a plain round say something where their places are known.
         can_shadow = bool(most) and not any(self._drafts_in_flight)
-        can_shadow &= DRAFTER in sources
+        can_shadow &= DRAFTER in sources and self._control is None
         return policy.choose(
-            [k for k in allowed if k <= most],
+            allowed,
             sources=sources,
             matches=[s.match_length for s in batch.live],
             not_ready=self._untraced.ways,
@@ -308,10 +344,24 @@ class RoundPipeline:
             context=context,
         )
 
+    @property
+    def _allowed(self) -> list[int]:
+        """The numbers of drafts that the next round may have."""
+        batch = self._batch
+        allowed = batch.capacity.allowed(self._route.allowed, batch.num_slots)
+        most = max(s.request.max_draft_tokens for s in batch.live)
+        return [k for k in allowed if k <= most]
+
     def _read(self) -> list[SequenceOutput]:
         """Read the oldest report in flight, let the host decide, and count."""
         done = self._in_flight.popleft()
-        decisions = self._runner.read(done.queued, self._last)
+        with self._waiting(done):
+            decisions = self._runner.read(done.queued, self._last)
+        if self._control is not None:
+            assert done.queued.report is not None
+            assert done.queued.report.word is not None
+            tokens = [decision.tokens for decision in decisions]
+            self._control.read(done.queued.report.word, tokens)
         self._measure(done)
         self._runner.commit(decisions)
         self._learn(done, decisions)

@@ -8,12 +8,14 @@ No running sequence waits longer than for one chunk. Knows nothing of rounds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from ..cache.mlx_lm_cache import read_prompt_cache
+from ..distributed.ranks import Ranks
 from ..models.target import Prefilled
 from ..sampling.acceptance import Accepted
 from ..sampling.distribution import choose_tokens
@@ -37,6 +39,9 @@ from .sequence import TokenSequence
 from .state import Report, row_settings
 from .timing import RoundTimer
 
+# That a machine may take longer than others to compile what a chunk needs.
+_FIRST_S = 60.0
+
 
 class PromptReader:
     """Reads the prompts of a queue into a batch.
@@ -47,6 +52,7 @@ class PromptReader:
         batch: Where those sit whose prompts were read.
         step_size: Most tokens in one forward, and of one call of ``read``.
         timer: Times the reading.
+        ranks: The machines that read together; None for one.
     """
 
     def __init__(
@@ -57,7 +63,9 @@ class PromptReader:
         *,
         step_size: int,
         timer: RoundTimer,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
         self._target = target
         self._queue = queue
         self._batch = batch
@@ -125,7 +133,7 @@ class PromptReader:
         """Read a chunk of each of some prompts; what each has failed with."""
         self._timer.disturb()
         try:
-            with self._timer.prefill():
+            with self._timer.prefill(), self._waiting():
                 read_together(self._target, [e.prefill for e in entries], budget)
         except Exception as error:  # noqa: BLE001 (whatever MLX raises)
             if len(entries) == 1:
@@ -133,6 +141,13 @@ class PromptReader:
             # Whichever of them it was: alone it fails, and the others do not.
             return [e for entry in entries for e in self._read_chunks([entry], budget)]
         return [None] * len(entries)
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        """Around what waits for other machines, where there are any."""
+        if self._ranks is None:
+            return nullcontext()
+        # The first chunk of a process compiles what all chunks need.
+        return self._ranks.exchange("a prompt", _FIRST_S)
 
     def _decision(self, entry: Waiting, error: Exception | None) -> Decision | None:
         """The token behind a prompt, where the chunk that was read is its last one.
@@ -185,6 +200,8 @@ class PromptReader:
                 graph=settings.graph,
                 positions=mx.array([[sequence.offset]], dtype=mx.int32),
             )
+        if self._ranks is not None:
+            token = mx.array(self._ranks.share(token.tolist()), dtype=mx.int32)
         report = Report.of(  # as of a round without drafts
             mx.zeros((1, 0), dtype=mx.int32),
             Accepted(mx.zeros((1,), dtype=mx.int32), token),

@@ -31,6 +31,7 @@ from ..sampling.decision import (
 )
 from ..sampling.graph import SamplingGraph
 from ..sampling.masks import allow
+from .control import Agreement
 from .lookup import Match, find, with_tokens
 from .model_types import DrafterLike, TargetLike
 from .state import Begun, Proposals, Report, RoundState, RowSettings, Verified
@@ -49,6 +50,7 @@ class RoundShape:
         source: Where drafts come from: the drafter, the text without it, or either,
             the text in rows whose match is long enough.
         has_text: Whether the text is there.
+        group: The machines that have a part of the target each; None for one.
     """
 
     num_draft_tokens: int
@@ -56,6 +58,13 @@ class RoundShape:
     graph: SamplingGraph
     source: str = DRAFTER
     has_text: bool = False
+    group: mx.distributed.Group | None = None
+
+    def agreement(self, word: mx.array | None) -> Agreement | None:
+        """What agrees on a round whose word is given; None where nobody must."""
+        if self.group is None or word is None:
+            return None
+        return Agreement(self.group, word)
 
 
 def whole(
@@ -64,8 +73,17 @@ def whole(
     models: Models,
     state_arrays: Mapping[str, Any],
     settings_arrays: Mapping[str, Any],
+    word: mx.array | None = None,
 ) -> dict[str, Any]:
     """One round.
+
+    Args:
+        verification: The rule of rows that are not decided by equality.
+        shape: What shapes the graph.
+        models: Target and drafter.
+        state_arrays: The state before it.
+        settings_arrays: Of its rows.
+        word: This machine's, see control.py; None where one machine decides alone.
 
     Returns:
         The report, and the next state; where the host has rows to decide, what was
@@ -73,8 +91,9 @@ def whole(
     """
     state = RoundState(**state_arrays)
     settings = RowSettings.of_named(shape.graph, settings_arrays)
-    begun = _begin(verification, shape, models, state, settings, None)
-    report, accepted = _judge(verification, shape.graph, begun, settings)
+    agreement = shape.agreement(word)
+    begun = _begin(verification, shape, models, state, settings, None, agreement)
+    report, accepted = _judge(verification, shape.graph, begun, settings, agreement)
     if shape.graph.has_host:
         verified = {"slabs": begun.slabs, "hidden": begun.hidden}
         text = begun.before.text_by_name
@@ -153,6 +172,7 @@ def _begin(
     state: RoundState,
     settings: RowSettings,
     proposals: Proposals | None,
+    agreement: Agreement | None = None,
 ) -> Begun:
     """Draft and verify: row i judges draft i, row K yields the bonus token."""
     (target, drafter), num_draft_tokens = models, shape.num_draft_tokens
@@ -170,6 +190,8 @@ def _begin(
         is_given=shape.source == LOOKUP,
     )
     block = state.last_token
+    if num_draft_tokens and agreement is not None:
+        drafts = replace(drafts, tokens=agreement.first(drafts.tokens))
     if num_draft_tokens:
         block = mx.concatenate([block, drafts.tokens], axis=1)  # [B, K + 1]
     output = _verify(target, block, state, settings, min_rows=shape.min_rows)
@@ -220,6 +242,7 @@ def _judge(
     graph: SamplingGraph,
     begun: Begun,
     settings: RowSettings,
+    agreement: Agreement | None = None,
 ) -> tuple[Report, Accepted]:
     """What stands of a block, and what the host is told of it."""
     accepted = decide(
@@ -232,8 +255,11 @@ def _judge(
     )
     if graph.has_max_drafts:
         accepted = cut(begun.draft.tokens, accepted, settings.max_drafts)
+    word = None
+    if agreement is not None:
+        accepted, word = agreement.decided(accepted)
     report = Report.of(begun.draft.tokens, accepted, begun.logits, graph, begun.match)
-    return report, accepted
+    return replace(report, word=word), accepted
 
 
 def _verify(

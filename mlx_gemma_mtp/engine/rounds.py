@@ -48,6 +48,7 @@ class Rounds:
             None for models whose arrays never change.
         traces: Where compiled rounds are kept: for engines that differ in nothing.
         on_failure: Called where a round with a kernel of few rows has failed.
+        group: The machines that have a part of the target each; None for one.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Rounds:
         arrays: ModelArrays | None = None,
         traces: Traces[CompiledRound] | None = None,
         on_failure: Callable[[], None] | None = None,
+        group: mx.distributed.Group | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -69,6 +71,7 @@ class Rounds:
         self._model_arrays: list[mx.array] | None = None  # while something decodes
         self._traces: Traces[CompiledRound] = Traces() if traces is None else traces
         self._on_failure = on_failure
+        self._group = group
 
     def with_drafter(self, drafter: DrafterLike) -> Rounds:
         """The same target with another drafter, whose rounds are traced anew."""
@@ -158,7 +161,9 @@ class Rounds:
     ) -> bool:
         """Whether such a round has run before: the first one is traced and compiled."""
         source = source if num_draft_tokens else DRAFTER
-        shape = RoundShape(num_draft_tokens, min_rows, graph, source, has_text)
+        shape = RoundShape(
+            num_draft_tokens, min_rows, graph, source, has_text, self._group
+        )
         parts = (begin, finish) if graph.has_masks else (whole,)
         keys = [self._key(part, shape, num_rows, capacity) for part in parts]
         return all(key in self._traces for key in keys)
@@ -171,6 +176,7 @@ class Rounds:
         num_draft_tokens: int,
         min_rows: int = 1,
         source: str = DRAFTER,
+        word: mx.array | None = None,
     ) -> tuple[RoundState, Report]:
         """Queue one round; nothing is evaluated here.
 
@@ -184,6 +190,7 @@ class Rounds:
             min_rows: The target verifies no fewer rows; repetitions of the last token
                 fill them, and what they give is dropped.
             source: See ``RoundShape``.
+            word: See control.py; None where there is one machine.
 
         Returns:
             The new state and the round's report.
@@ -191,7 +198,10 @@ class Rounds:
         assert not settings.graph.has_host  # see verify
         assert not settings.graph.has_masks  # see begin
         shape = _shape(state, settings, num_draft_tokens, min_rows, source)
-        found = self._call_models(whole, shape, state, settings)
+        words = () if word is None else (word,)
+        if words:
+            shape = replace(shape, group=self._group)
+        found = self._call_models(whole, shape, state, settings, *words)
         return RoundState(**found["state"]), Report.of_named(found["report"])
 
     def verify(

@@ -97,7 +97,11 @@ class RoundRunner:
         self._verified: Verified | None = None
 
     def queue(
-        self, state: RoundState, way: Way, last: QueuedRound | None
+        self,
+        state: RoundState,
+        way: Way,
+        last: QueuedRound | None,
+        word: mx.array | None = None,
     ) -> QueuedRound:
         """Let a round follow a state; nothing of it is evaluated here.
 
@@ -105,6 +109,7 @@ class RoundRunner:
             state: The batch's, taken out of it.
             way: How it drafts.
             last: The round in flight.
+            word: See control.py; None where there is one machine.
         """
         settings, num_draft_tokens = self._batch.settings, way.num_draft_tokens
         sequences = tuple(self._batch.sequences)
@@ -129,7 +134,9 @@ class RoundRunner:
             queued.report = report
             queued.waiting = [[*report.arrays, *self._verified.arrays]]
         else:
-            self._batch.state, report = self._rounds.run(state, settings, **shape)
+            self._batch.state, report = self._rounds.run(
+                state, settings, word=word, **shape
+            )
             queued.report = report
             queued.waiting = [[*report.arrays, *self._batch.state.arrays]]
         return queued

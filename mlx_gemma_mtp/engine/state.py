@@ -256,11 +256,13 @@ class Report:
             they have some, [B, K + 1, V].
         logprobs: Log-probabilities of those tokens; None where nobody asks, or where
             the host decides every row.
+        word: Of all machines, see control.py; None where there is one.
     """
 
     tokens: mx.array
     logits: mx.array
     logprobs: Logprobs | None
+    word: mx.array | None = None
 
     @classmethod
     def of(
@@ -294,19 +296,22 @@ class Report:
     def named(self) -> dict[str, Any]:
         """All arrays by name."""
         logprobs = {} if self.logprobs is None else self.logprobs.named
-        return {"tokens": self.tokens, "logits": self.logits, "logprobs": logprobs}
+        word = {} if self.word is None else {"word": self.word}
+        named = {"tokens": self.tokens, "logits": self.logits, "logprobs": logprobs}
+        return {**named, **word}
 
     @classmethod
     def of_named(cls, arrays: Mapping[str, Any]) -> Report:
         """The report whose arrays these are."""
         logprobs = Logprobs(**arrays["logprobs"]) if arrays["logprobs"] else None
-        return cls(arrays["tokens"], arrays["logits"], logprobs)
+        return cls(arrays["tokens"], arrays["logits"], logprobs, arrays.get("word"))
 
     @property
     def arrays(self) -> list[mx.array]:
         """What the host reads of every round."""
         logprobs = {} if self.logprobs is None else self.logprobs.named
-        return [self.tokens, *logprobs.values()]
+        word = [] if self.word is None else [self.word]
+        return [self.tokens, *word, *logprobs.values()]
 
     def read(self) -> list[Decision]:
         """Wait for it: the only place where a round's result reaches the host."""

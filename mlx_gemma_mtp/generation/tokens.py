@@ -21,6 +21,7 @@ from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE, read_prompt
 from ..engine.request import Request
 from ..engine.state import RoundState, row_settings
 from ..errors import RequestError
+from ..pair.agreed import agreed_requests, begin_work
 from ..pair.pair import Pair
 from ..pair.planning import make_batch_plan, make_plan
 from ..sampling.params import SamplingParams, plain
@@ -148,7 +149,20 @@ def make_decoder(
     draft_source: str = DEFAULT_DRAFT_SOURCE,
     prompt_caches: Sequence[Sequence[Any] | None] = (),
 ) -> Decoder:
-    """A decoder of checked requests, planned for this machine; see ``make_plan``."""
+    """A decoder of checked requests, planned for this machine; see ``make_plan``.
+
+    Raises:
+        RequestError: Several machines cannot decode them.
+        RanksError: The machines are out of step.
+    """
+    ranks = pair.ranks
+    if ranks is not None:
+        _refuse_caches(prompt_caches)
+        begin_work(ranks)
+        requests, agreed = agreed_requests(
+            ranks, requests, [num_draft_tokens, draft_source, exactness, prefill_step_size]
+        )
+        num_draft_tokens, draft_source, exactness, prefill_step_size = agreed
     pair.refresh()
     plan = make_plan(
         pair,
@@ -169,7 +183,21 @@ def make_decoder(
         why_plain=plan.why_plain,
         probe_s=plan.probe_s,
         has_text=plan.has_text,
+        ranks=ranks,
     )
+
+
+def _refuse_caches(prompt_caches: Sequence[Sequence[Any] | None]) -> None:
+    """Refuse what one machine's caches would be.
+
+    Raises:
+        RequestError: There are some.
+    """
+    if any(caches is not None for caches in prompt_caches):
+        raise RequestError(
+            "a text on several machines must begin with its prompt: got a prompt cache. "
+            "Leave it out, or use one machine."
+        )
 
 
 def make_batch_decoder(
@@ -204,6 +232,11 @@ def make_batch_decoder(
             raise RequestError(
                 f"{name} must be 1 or more: got {value!r}. Leave it out."
             )
+    if pair.ranks is not None:
+        raise RequestError(
+            "requests that join and leave must be on one machine: got "
+            f"{pair.ranks.size}. Load with shard=False, or launch one."
+        )
     pair.refresh()
     plan = make_batch_plan(
         pair,

@@ -45,11 +45,21 @@ class SharedKV:
         keys: After norm and rope, [B, G, S, D].
         values: After their norm, [B, G, S, D].
         mask: True where a key may be seen, [B, 1, L, S] or [B, 1, 1, S].
+        heads: Of G those that queries see; None for all of them.
     """
 
     keys: mx.array
     values: mx.array
     mask: mx.array
+    heads: range | None = None
+
+    @property
+    def seen(self) -> SharedKV:
+        """What queries see of it."""
+        if self.heads is None:
+            return self
+        own = slice(self.heads.start, self.heads.stop)
+        return SharedKV(self.keys[:, own], self.values[:, own], self.mask)
 
 
 class JoinedProjections(gemma4_text.Attention):
@@ -99,7 +109,7 @@ def attend(
             keys=write(kv.keys, slots, keys.astype(kv.keys.dtype)),
             values=write(kv.values, slots, values.astype(kv.values.dtype)),
         )
-    found = _attended(queries, kv, attention.scale, ways)
+    found = _attended(queries, kv.seen, attention.scale, ways)
     found = found.transpose(0, 2, 1, 3).reshape(*x.shape[:-1], -1)
     return attention.o_proj(found), kv
 

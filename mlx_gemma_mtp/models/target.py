@@ -41,6 +41,7 @@ from ..kernels.ways import (
 )
 from .attention import SharedKV
 from .layers import run_layers
+from .sharding import KVHeads, Shard, rows_of, shard_of
 
 # A chunk's tokens times the layers that are evaluated together. Modelled, half a second
 # of the slowest: of 12B on a chip of 2 TFLOPS, and of 31B on one of 4.
@@ -83,6 +84,12 @@ class Target:
     Args:
         model: What ``mlx_lm.load`` returns for a Gemma 4 checkpoint.
 
+    Attributes:
+        layout: Of its slabs.
+        shard: Which part of it is here; None for all of it.
+        vocab_size: Number of token ids.
+        hidden_size: H.
+
     Raises:
         PairingError: The model is not a Gemma 4 of mlx-lm.
     """
@@ -90,6 +97,7 @@ class Target:
     def __init__(self, model: nn.Module) -> None:
         self._lm = text_model(model)
         self._ways = STOCK_WAYS
+        self.shard = shard_of(self._lm)
         args = self._lm.args
         self._first_shared = args.num_hidden_layers - args.num_kv_shared_layers
         self.vocab_size: int = args.vocab_size
@@ -123,13 +131,13 @@ class Target:
     @property
     def ways(self) -> tuple[str, ...]:
         """The ways to run layers that make a difference to this model."""
-        num_heads = self._lm.args.num_attention_heads
         found = [ADD_NORM, NORM_ROPE, GATE_UP, QKV]
-        for layer in set(self.layout.layers):
-            shared_by = num_heads // layer.num_kv_heads
+        for i, layer in enumerate(self.layout.layers):
+            num_seen = self._num_seen(i)
+            shared_by = self._num_heads // num_seen
             if layer.head_dim not in FUSED_HEAD_DIMS:
                 # Those of a single head MLX packs by itself.
-                found += [PACKED] if shared_by > 1 and layer.num_kv_heads > 1 else []
+                found += [PACKED] if shared_by > 1 and num_seen > 1 else []
             elif fused_queries(shared_by) < MAX_FUSED_QUERIES:
                 found += [SPLIT]
         return tuple(way for way in WAYS if way in found)
@@ -180,7 +188,7 @@ class Target:
             tokens,
             caches,
             dict(zip(types, masks, strict=True)),
-            after_layer=_InGroups(tokens.size),
+            after_layer=_InGroups(tokens.size, self.shard),
         )
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -220,8 +228,8 @@ class Target:
         masks = {
             kind: over_heads(
                 mask,
-                slabs[2 * layout.source(kind)],
-                num_heads=self._lm.args.num_attention_heads,
+                self._kv(slabs, layout.source(kind), mask).seen.keys,
+                num_heads=self._num_heads,
                 is_split=SPLIT in self._ways,
             )
             for kind, mask in masks.items()
@@ -237,7 +245,7 @@ class Target:
             model.norm,
             h,
             [
-                SharedKV(slabs[2 * i], slabs[2 * i + 1], masks[layer.layer_type])
+                self._kv(slabs, i, masks[layer.layer_type])
                 for i, layer in enumerate(layout.layers)
             ],
             sources=model.previous_kvs,
@@ -248,6 +256,30 @@ class Target:
         )
         written = [array for kv in kvs for array in (kv.keys, kv.values)]
         return TargetOutput(head_logits(lm, hidden), hidden, written)
+
+    @property
+    def _num_heads(self) -> int:
+        """Heads of queries, in every layer."""
+        found: int = self._lm.layers[0].self_attn.n_heads
+        return found
+
+    def _kv_heads(self, i: int) -> range | None:
+        """The heads of a layer's K/V that queries see; None for all of them."""
+        return None if self.shard is None else self.shard.kv_heads[i]
+
+    def _num_seen(self, i: int) -> int:
+        """How many these are."""
+        seen = self._kv_heads(i)
+        return self.layout.layers[i].num_kv_heads if seen is None else len(seen)
+
+    def _kv(self, slabs: Sequence[mx.array], i: int, mask: mx.array) -> SharedKV:
+        """What there is of a layer's K/V."""
+        return SharedKV(slabs[2 * i], slabs[2 * i + 1], mask, self._kv_heads(i))
+
+    def _cache(self, caches: Sequence[Any], i: int) -> Any:
+        """The cache of a layer that owns its K/V, as its queries see it."""
+        seen = self._kv_heads(i)
+        return caches[i] if seen is None else KVHeads(caches[i], seen)
 
     def _layers(
         self,
@@ -269,7 +301,7 @@ class Target:
             h, kv, offset = layer(
                 h,
                 masks[layer.layer_type],
-                caches[i] if owns_kv else None,
+                self._cache(caches, i) if owns_kv else None,
                 per_layer_input=per_layer[i],
                 shared_kv=kv,
                 offset=offset,
@@ -301,9 +333,11 @@ class _InGroups:
 
     Args:
         num_tokens: Tokens of the chunk: the more there are, the smaller a group.
+        shard: Which part of the target it is; None for all of it.
     """
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, shard: Shard | None) -> None:
+        self._shard = shard
         self._size = max(1, _TOKENS_OF_LAYERS // num_tokens)
         self._num_layers = 0
         self._running: mx.array | None = None
@@ -315,6 +349,8 @@ class _InGroups:
         mx.async_eval(hidden)
         if self._running is not None:
             mx.eval(self._running)
+            if self._shard is not None:  # its sums are those of all
+                self._shard.ranks.watchdog.beat()
         self._running = hidden
 
 
@@ -325,11 +361,17 @@ def scaled_embedding(lm: gemma4_text.Model, tokens: mx.array) -> mx.array:
 
 def head_logits(lm: gemma4_text.Model, hidden: mx.array) -> mx.array:
     """The head and the soft-cap over post-norm hidden states, [B, L, V]."""
-    logits = (
-        lm.model.embed_tokens.as_linear(hidden)
-        if lm.tie_word_embeddings
-        else lm.lm_head(hidden)
-    )
+    part = shard_of(lm)
+    if part is not None and part.vocabulary is not None:
+        rows = rows_of(lm.model.embed_tokens, part.vocabulary)
+        return part.joined(_capped(lm, rows.as_linear(hidden)))
+    if lm.tie_word_embeddings:
+        return _capped(lm, lm.model.embed_tokens.as_linear(hidden))
+    return _capped(lm, lm.lm_head(hidden))
+
+
+def _capped(lm: gemma4_text.Model, logits: mx.array) -> mx.array:
+    """Logits after the soft-cap."""
     cap = lm.final_logit_softcapping
     return logits if cap is None else gemma4_text.logit_softcap(cap, logits)
 

@@ -5,6 +5,7 @@ Knows nothing of decoding or of text.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 from collections.abc import Sequence
@@ -27,9 +28,11 @@ from ..checkpoints.hub import fetch, local_path
 from ..checkpoints.tokenizer import chat_templates, eos_token_ids, load_tokenizer
 from ..checkpoints.weights import load_drafter, one_line, read_target
 from ..cpu_kernels import compile_header
-from ..errors import MTPError, PairingError, cut
+from ..distributed.ranks import Ranks, launched
+from ..errors import MTPError, PairingError, RanksError, RequestError, cut
 from ..models.compatibility import check_fit
 from ..models.drafter import Drafter
+from ..models.sharding import shard as cut_for
 from ..models.target import text_model
 from ..sampling.defaults import SamplingDefaults
 from .pair import Pair, attach
@@ -37,6 +40,7 @@ from .pair import Pair, attach
 logger = logging.getLogger("mlx_gemma_mtp")
 
 _ADAPTER_WEIGHTS = "adapters.safetensors"  # as mlx-lm calls them
+_LOADING_S = 3600.0  # that one machine may take longer than another
 _SWITCH_OFF = "speculative_decoding=False (--no-draft)"
 
 
@@ -48,6 +52,8 @@ def embedded_pair_path() -> Path:
 def load_pair(
     target_path: str | Path | None = None,
     drafter_path: str | Path | Literal[False] | None = None,
+    *,
+    shard: bool = True,
 ) -> Pair:
     """Load a target and its drafter for decoding on token level.
 
@@ -55,26 +61,33 @@ def load_pair(
         target_path: A folder or a Hub id; None for the embedded pair.
         drafter_path: The drafter to take, a folder or a Hub id; None for the one that
             ``load`` finds, False for none.
+        shard: Where several machines were launched: whether each has a part of the
+            target, or all of it.
 
     Raises:
         CheckpointError: The target, or a drafter that was named, cannot be found or
             read.
         PairingError: A drafter that was named does not fit the target.
+        RequestError: The target cannot be split over so many machines.
+        RanksError: The others cannot be reached.
     """
     compile_header()
+    ranks = launched() if shard else None
     if target_path is None:
         target_path = embedded_pair_path()
     folder = fetch(target_path)
     checkpoint = open_checkpoint(folder)
     files = _weight_files(checkpoint)
-    target = read_target(checkpoint, lazy=False)
+    target = _read(checkpoint, ranks)
     if drafter_path is False:
         drafter, source = None, "no drafter: drafter_path is False"
     else:
         drafter, source = _choose_drafter(
             target, target_path, folder, drafter_path, switch_off="drafter_path=False"
         )
-    return _pair(target, checkpoint, target_path, drafter, source, files)
+    pair = _pair(target, checkpoint, target_path, drafter, source, files)
+    _meet(ranks)
+    return pair
 
 
 def load(
@@ -88,6 +101,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     return_config: bool = False,
+    shard: bool = True,
 ) -> tuple[Any, ...]:
     """Load a target with its tokenizer, and its drafter by itself.
 
@@ -107,6 +121,8 @@ def load(
         trust_remote_code: Let the tokenizer run code from the checkpoint. The model
             never does.
         return_config: Return the target's config as well.
+        shard: Where several machines were launched (``mlx.launch``): whether each has a
+            part of the target and all decode together, or each has all of it.
 
     Returns:
         ``(model, tokenizer)`` as ``mlx_lm.load`` returns them, or with the config
@@ -116,12 +132,20 @@ def load(
         CheckpointError: The target, or a drafter that was named, cannot be found or
             read.
         PairingError: A drafter that was named does not fit the target.
+        RequestError: The target cannot be split over so many machines.
+        RanksError: The other machines cannot be reached.
     """
     compile_header()
+    ranks = launched() if shard else None
+    if ranks is not None and adapter_path is not None:
+        raise RequestError(
+            "a target on several machines must be without adapters: got adapter_path. "
+            "Fuse them into the weights (mlx_lm.fuse)."
+        )
     folder = fetch(path_or_hf_repo, revision)
     checkpoint = open_checkpoint(folder)
     files = _weight_files(checkpoint, adapter_path)
-    target = read_target(checkpoint, lazy=lazy)
+    target = _read(checkpoint, ranks, lazy=lazy)
     if adapter_path is not None:
         target = _with_adapters(target, adapter_path)
     templates = chat_templates(folder, tokenizer_config)
@@ -139,6 +163,7 @@ def load(
         drafter, source = None, "no drafter: speculative decoding is switched off"
     pair = _pair(target, checkpoint, path_or_hf_repo, drafter, source, files, eos_ids)
     attach(target, pair)
+    _meet(ranks)
     if return_config:
         return target, tokenizer, mlx_lm.utils.load_config(folder)
     return target, tokenizer
@@ -170,6 +195,35 @@ def attach_drafter(
     drafter, source = _choose_drafter(target, path_or_hf_repo, folder, draft_model)
     files = _weight_files(checkpoint)
     attach(target, _pair(target, checkpoint, path_or_hf_repo, drafter, source, files))
+
+
+def _read(
+    checkpoint: Checkpoint, ranks: Ranks | None, *, lazy: bool = False
+) -> nn.Module:
+    """A target, or this machine's part of it."""
+    if ranks is None:
+        return read_target(checkpoint, lazy=lazy)
+    target = read_target(checkpoint, lazy=True)
+    cut_for(text_model(target), ranks)
+    mx.eval(target.parameters())
+    return target
+
+
+def _meet(ranks: Ranks | None) -> None:
+    """Wait until all machines have loaded, and rest until there is work."""
+    if ranks is None:
+        return
+    ranks.barrier(_LOADING_S)
+    if ranks.is_first:
+        ranks.rest()
+    else:
+        atexit.register(_stay, ranks)
+
+
+def _stay(ranks: Ranks) -> None:
+    """Do not leave before rank 0, which would lose this rank."""
+    with contextlib.suppress(RanksError):
+        ranks.wait_for_work()
 
 
 def _pair(

@@ -128,6 +128,7 @@ class Pair:
 
     Attributes:
         rounds: The engine; see ``refresh`` for weights that change.
+        ranks: The machines that have a part of the target each; None for one.
         num_draft_tokens: Drafts per round that the drafter's checkpoint names, else 4;
             0 without a drafter. Requests that do not say let the controller choose.
 
@@ -156,12 +157,15 @@ class Pair:
         self.weight_files = tuple(weight_files)
         self.num_draft_tokens = _num_draft_tokens(drafter)
         self.kept = Kept() if kept is None else kept
+        part = Target(target)
+        self.ranks = None if part.shard is None else part.shard.ranks
         self.rounds = Rounds(
-            Target(target),
+            part,
             drafter,
             arrays=ModelArrays(target, drafter, self.kept.choices or STOCK),
             traces=self.kept.traces,
             on_failure=self.kept.give_up_kernel,
+            group=None if self.ranks is None else self.ranks.group,
         )
         if kept is None:
             self._evaluate()
@@ -198,6 +202,8 @@ class Pair:
             choices = self.rounds.choices
             matmuls = f"{choices.digest} {kernels_digest()}" if choices else ""
             key = learnt_key(named_arrays(self._modules()), matmuls=matmuls)
+            if self.ranks is not None:
+                key["ranks"] = f"rank {self.ranks.rank} of {self.ranks.size}"
             found = Calibration(Store(key, cache_folder()), self.prior)
             # Another thread may forget it at once, with the weights.
             self.kept.calibration = found

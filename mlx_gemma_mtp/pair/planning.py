@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from ..constants import AUTO, DEFAULT_DRAFT_SOURCE, DRAFTER
 from ..drafting.controller import DraftLengthController
+from ..distributed.ranks import Ranks
 from ..drafting.policy import DraftPolicy, Learning
 from ..engine.command_buffers import LEAST_BUFFERS, Limits, num_buffers
 from ..engine.early_start import EarlyStart
@@ -25,11 +26,13 @@ from ..engine.request import Request
 from ..engine.rounds import Rounds
 from ..engine.route import ANY_ROUTE, PLAIN, Route, inexact_route
 from ..engine.stats import joined_rules
+from ..exactness.compared import Compared
 from ..exactness.probe import TIMING_PASSES, probe
 from ..exactness.verdict import Verdict, exact_routes
 from ..kernels.common import gpu
 from ..machine import command_buffer_limits
 from ..models.target import text_model
+from .agreed import agreed_route, agreed_verdict
 from .calibration import Calibration
 from .pair import Pair
 
@@ -95,7 +98,11 @@ def make_plan(
         The plan. The probe may have run for it.
     """
     planner = _Planner(pair, requests, num_draft_tokens, exactness, draft_source)
-    return replace(planner.plan(), look_ahead=can_look_ahead(pair))
+    plan, look_ahead = planner.plan(), can_look_ahead(pair)
+    if pair.ranks is not None:
+        look_ahead = pair.ranks.share(look_ahead)
+        plan = replace(plan, route=agreed_route(pair.ranks, plan.route))
+    return replace(plan, look_ahead=look_ahead)
 
 
 def make_batch_plan(
@@ -306,6 +313,8 @@ def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict 
         RuntimeError: It does not fit in memory, where there is no budget.
         KernelError: A kernel may have failed; MLX has taken its place.
     """
+    if pair.ranks is not None:
+        return _verdict_of_all(pair, pair.ranks, num_rows)
     calibration = pair.calibration
     verdict = calibration.verdict(num_rows)
     if verdict is not None or (budget_s and calibration.has_given_up_probe(num_rows)):
@@ -314,18 +323,42 @@ def verdict_of(pair: Pair, num_rows: int, *, budget_s: float | None) -> Verdict 
     mx.eval(pair.target.parameters())
     with calibration.probing, pair.wired():
         return calibration.verdict(num_rows) or _probed(
-            pair.rounds, calibration, num_rows, budget_s
+            pair.rounds,
+            calibration,
+            num_rows,
+            budget_s,
+            calibration.compared(num_rows),
         )
 
 
+def _verdict_of_all(pair: Pair, ranks: Ranks, num_rows: int) -> Verdict | None:
+    """The verdict for a target on several machines: a probe goes on to its end.
+
+    Where it stops, or goes on from, would hang on each machine's clock and store.
+    """
+
+    def probed() -> Verdict | None:
+        with calibration.probing, pair.wired():
+            return _probed(pair.rounds, calibration, num_rows, None, Compared())
+
+    calibration = pair.calibration
+    verdict = agreed_verdict(ranks, calibration.verdict(num_rows), probed)
+    if verdict is not None:
+        calibration.keep_verdict(num_rows, verdict)
+    return verdict
+
+
 def _probed(
-    rounds: Rounds, calibration: Calibration, num_rows: int, budget_s: float | None
+    rounds: Rounds,
+    calibration: Calibration,
+    num_rows: int,
+    budget_s: float | None,
+    compared: Compared,
 ) -> Verdict | None:
     """Go on with the probe; see ``verdict_of``."""
     logger.info(
         "checking, once on this machine, which rounds give plain decoding's bytes"
     )
-    compared = calibration.compared(num_rows)
     num_passes, verdict = compared.num_passes, None
     try:
         with rounds.watched():

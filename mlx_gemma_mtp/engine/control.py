@@ -1,0 +1,183 @@
+"""What the ranks of a target on several machines agree on, round by round.
+
+Every rank builds the same rounds from the same tokens. What else a round hangs on, such
+as clocks and what was learnt, is rank 0's: its number of drafts, its drafts, what was
+decided, and when it leaves. Sums carry no names: ranks whose rounds differ would add up
+garbage, and nobody would say so. So what one rank alone knows reaches the others before
+it counts: a word rides on every round and is read with its report, and what it says
+holds for the next round but one, as one round is queued ahead.
+
+With it every rank sends a digest of its round and of all tokens before. They differ
+where ranks are out of step.
+
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import cast
+
+import mlx.core as mx
+
+from ..constants import DRAFTER, LOOKUP
+from ..distributed.ranks import Ranks
+from ..distributed.watchdog import LIMIT_S
+from ..drafting.policy import Way
+from ..errors import RanksError
+from ..sampling.acceptance import Accepted
+
+_SOURCES = (DRAFTER, LOOKUP)
+_LENGTH = 5  # of the word, without digests
+_AHEAD = 2  # rounds until a word holds
+_FIRST_S = 120.0  # that a rank may take longer to trace and compile a round
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The device's side: sums of what only rank 0 does not leave zero.
+
+    Attributes:
+        group: Adds up; ``mx.distributed``'s.
+        word: Of this rank, int32 [5 + ranks]. The first number is 1 on rank 0, 0 on the
+            others.
+    """
+
+    group: mx.distributed.Group
+    word: mx.array
+
+    def first(self, x: mx.array) -> mx.array:
+        """Rank 0's x, of its shape: int32."""
+        own = x.astype(mx.int32) * self.word[0]
+        return mx.distributed.all_sum(own, group=self.group)
+
+    def decided(self, accepted: Accepted) -> tuple[Accepted, mx.array]:
+        """What rank 0 has decided, and the word of all ranks, in one sum."""
+        num_rows = accepted.num_accepted.shape[0]
+        own = mx.concatenate([accepted.num_accepted, accepted.next_token[:, 0]])
+        own = mx.concatenate([own.astype(mx.int32) * self.word[0], self.word])
+        found = mx.distributed.all_sum(own, group=self.group)
+        counts, tokens = found[:num_rows], found[num_rows : 2 * num_rows]
+        agreed = replace(accepted, num_accepted=counts, next_token=tokens[:, None])
+        return agreed, found[2 * num_rows :]
+
+
+class Control:
+    """The host's side, of one decoder.
+
+    Args:
+        ranks: All machines.
+
+    Attributes:
+        is_leaving: Whether this rank asks all to build no more rounds than they must;
+            only rank 0's word counts.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.is_leaving = False
+        self._ranks = ranks
+        self._ways: deque[Way] = deque()
+        self._num_built = 0
+        self._num_read = 0
+        self._last: int | None = None
+        self._digest = 0
+        self._met: set[Hashable] = set()
+
+    def meet(self, shape: Hashable) -> None:
+        """Wait for all ranks before the first round of a shape.
+
+        Each of them traces it, and compiles its kernels, in its own time; a GPU must
+        not wait for that inside a round.
+        """
+        if shape not in self._met:
+            self._met.add(shape)
+            self._ranks.barrier(_FIRST_S)
+
+    @contextmanager
+    def waiting(self, *, is_traced: bool) -> Iterator[None]:
+        """What is done inside needs the other ranks.
+
+        Args:
+            is_traced: Whether rounds like it have run before.
+
+        Raises:
+            RanksError: They were lost.
+        """
+        name = f"round {self._num_read}"
+        with self._ranks.exchange(name, LIMIT_S if is_traced else _FIRST_S):
+            yield
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank decides."""
+        return self._ranks.is_first
+
+    @property
+    def may_build(self) -> bool:
+        """Whether there is another round."""
+        return self._last is None or self._num_built <= self._last
+
+    @property
+    def is_over(self) -> bool:
+        """Whether rank 0 has left and all rounds were read."""
+        return not self.may_build and self._num_read == self._num_built
+
+    def agreed(self, way: Way, allowed: Collection[int]) -> Way:
+        """How the next round drafts.
+
+        Args:
+            way: What the first two rounds shall do; rank 0's counts.
+            allowed: The numbers of drafts that it may have, 0 among them.
+        """
+        if not self._num_built:
+            count, source = self._ranks.share(list(way))
+            self._ways.extend([Way(count, source)] * _AHEAD)
+        due = self._ways.popleft()
+        count = max(k for k in allowed if k <= due.num_draft_tokens)
+        return Way(count, due.source) if count else Way(0)
+
+    def word(self, way: Way, *shape: int) -> mx.array:
+        """This rank's word for the round that is built; rounds are counted by it.
+
+        Args:
+            way: How the round behind the next one shall draft.
+            shape: What all ranks' rounds must have in common.
+        """
+        number, self._num_built = self._num_built, self._num_built + 1
+        self._digest = zlib.crc32(repr((number, shape)).encode(), self._digest)
+        word = [0] * (_LENGTH + self._ranks.size)
+        if self.is_first:
+            source = _SOURCES.index(way.source)
+            leaves = int(self.is_leaving)
+            word[:_LENGTH] = [1, number, way.num_draft_tokens, source, leaves]
+            if self.is_leaving and self._last is None:
+                self._last = number + _AHEAD - 1
+        word[_LENGTH + self._ranks.rank] = self._digest & 0x7FFFFFFF
+        return mx.array(word, dtype=mx.int32)
+
+    def read(self, word: mx.array, tokens: Sequence[Sequence[int]]) -> None:
+        """Follow what a round brought.
+
+        Args:
+            word: Of all ranks.
+            tokens: The round's, of each seat.
+
+        Raises:
+            RanksError: The ranks are out of step.
+        """
+        number, self._num_read = self._num_read, self._num_read + 1
+        found = cast(list[int], word.tolist())
+        first, counted, count, source, leaves = found[:_LENGTH]
+        if first != 1 or counted != number or len(set(found[_LENGTH:])) > 1:
+            raise RanksError(
+                f"all ranks must run the same rounds: got another round {number} on "
+                f"rank {self._ranks.rank}. Run one script, of one version, on all."
+            )
+        self._digest = zlib.crc32(repr(tokens).encode(), self._digest)
+        self._ways.append(Way(count, _SOURCES[source]))
+        if leaves and self._last is None:
+            self._last = number + _AHEAD - 1
