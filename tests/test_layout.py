@@ -29,7 +29,12 @@ BELOW: dict[str, set[str]] = {
     "drafting": {"models"},
     "checkpoints": {"models", "markup"},
     "engine": {
-        "cache", "models", "sampling", "drafting", "matmuls", "distributed",
+        "cache",
+        "models",
+        "sampling",
+        "drafting",
+        "matmuls",
+        "distributed",
     },
     "exactness": {"engine", "cache", "drafting"},
     "pair": set(

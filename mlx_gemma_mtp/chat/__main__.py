@@ -38,6 +38,7 @@ from ..cli.flags import (
 )
 from ..cli.refused import TEXT_FLAGS
 from ..cpu_kernels import compile_header
+from ..distributed.alone import check_alone
 from ..errors import MTPError
 from .interrupt import Interrupts
 from .reader import read_message
@@ -90,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Load, then talk."""
     set_up_log(sys.stderr, verbose=args.verbose)
+    check_alone("the chat")
     session = _make_session(args)
     with closing(session):
         _talk(session, args)

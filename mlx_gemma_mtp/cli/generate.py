@@ -89,13 +89,13 @@ def _check_several(args: argparse.Namespace) -> None:
     """
     if args.prompt == "-":
         raise RequestError(
-            "-p must give the text where several machines were launched: got - (standard "
-            "input). Write it behind -p."
+            "-p must give the text where several machines were launched: got - for "
+            "standard input. Write it behind -p."
         )
     if args.prompt_cache_file is not None:
         raise RequestError(
-            "--prompt-cache-file must be left out where several machines were launched: "
-            "got one. Give the whole prompt."
+            "--prompt-cache-file must be left out where several machines were "
+            "launched: got one. Give the whole prompt."
         )
 
 

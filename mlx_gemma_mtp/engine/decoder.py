@@ -14,9 +14,9 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
+from ..distributed.ranks import Ranks
 from ..drafting.policy import DraftPolicy
 from .batch import Batch
-from ..distributed.ranks import Ranks
 from .capacity import DEFAULT_MAX_ROWS, BatchPolicy, ClosedBatch, OpenBatch
 from .control import Control
 from .early_start import EarlyStart

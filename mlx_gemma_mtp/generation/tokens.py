@@ -21,7 +21,7 @@ from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE, read_prompt
 from ..engine.request import Request
 from ..engine.state import RoundState, row_settings
 from ..errors import RequestError
-from ..pair.agreed import agreed_requests, begin_work
+from ..pair.agreed import agreed_requests, begin_work, end_work
 from ..pair.pair import Pair
 from ..pair.planning import make_batch_plan, make_plan
 from ..sampling.params import SamplingParams, plain
@@ -123,6 +123,8 @@ def draft_block(
             "prompt must be at least 2 tokens long for a block of drafts: got "
             f"{len(tokens)}. The drafter starts from the token before the last."
         )
+    if pair.ranks is not None:
+        begin_work(pair.ranks)
     target = pair.rounds.target
     filled = read_prompt(target, tokens[:-1])
     slabs = target.layout.allocate(1, next_capacity(len(tokens)))
@@ -136,7 +138,10 @@ def draft_block(
     drafts = pair.rounds.draft(
         state, row_settings([SamplingParams()]), num_draft_tokens=num_draft_tokens
     )
-    return cast(list[int], drafts[0].tolist())
+    found = cast(list[int], drafts[0].tolist())
+    if pair.ranks is not None:
+        found = end_work(pair.ranks, found)
+    return found
 
 
 def make_decoder(
@@ -160,7 +165,9 @@ def make_decoder(
         _refuse_caches(prompt_caches)
         begin_work(ranks)
         requests, agreed = agreed_requests(
-            ranks, requests, [num_draft_tokens, draft_source, exactness, prefill_step_size]
+            ranks,
+            requests,
+            [num_draft_tokens, draft_source, exactness, prefill_step_size],
         )
         num_draft_tokens, draft_source, exactness, prefill_step_size = agreed
     pair.refresh()
@@ -195,8 +202,8 @@ def _refuse_caches(prompt_caches: Sequence[Sequence[Any] | None]) -> None:
     """
     if any(caches is not None for caches in prompt_caches):
         raise RequestError(
-            "a text on several machines must begin with its prompt: got a prompt cache. "
-            "Leave it out, or use one machine."
+            "a text on several machines must begin with its prompt: got a prompt "
+            "cache. Leave it out, or use one machine."
         )
 
 

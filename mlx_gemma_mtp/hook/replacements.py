@@ -30,6 +30,7 @@ from ..constants import (
     DRAFTER_MODEL_TYPES,
     TARGET_MODEL_TYPES,
 )
+from ..distributed.alone import check_alone
 from ..engine.stats import DraftTally
 from ..errors import CheckpointError, PairingError, RequestError
 from ..generation.response import GenerationResponse
@@ -187,6 +188,7 @@ def _load(hook: Hook) -> Callable[..., tuple[Any, ...]]:
         if is_wanted and named is not None:
             text_model(model)  # a drafter for another model is a mistake
         if is_wanted and _is_target(model):
+            check_alone("mlx-lm with the hook")
             drafter = hook.settings.draft_model if named is None else named
             attach_drafter(model, path, revision=revision, draft_model=drafter)
         return loaded

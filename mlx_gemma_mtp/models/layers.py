@@ -29,6 +29,7 @@ from ..kernels.add_norm import Branches, add_norm, plain
 from ..kernels.common import MIN_ELEMENTS
 from ..kernels.ways import ADD_NORM, STOCK_WAYS, Ways
 from .attention import JoinedProjections, SharedKV, attend
+from .sharding import Summed
 
 logger = logging.getLogger("mlx_gemma_mtp")
 
@@ -156,8 +157,7 @@ def _run(
         h, found, layer.post_attention_layernorm, layer.pre_feedforward_layernorm, ways
     )
     assert normed is not None  # there is a next norm
-    branches = _experts(layer, h) if layer.enable_moe else None
-    found = layer.mlp(normed)
+    found, branches = _fed(layer, h, normed)
     norm, end = layer.post_feedforward_layernorm, place.end
     if place.per_layer_input is None or layer.per_layer_input_gate is None:
         h, normed = _added(
@@ -178,11 +178,24 @@ def _gated(gate: nn.Module, h: mx.array, values: mx.array) -> mx.array:
     return nn.gelu_approx(gate(h)) * values if found is None else found
 
 
-def _experts(layer: gemma4_text.DecoderLayer, h: mx.array) -> Branches:
-    """What the experts of the router's choice add to the dense part."""
-    indices, weights = layer.router(h)
-    found = layer.experts(layer.pre_feedforward_layernorm_2(h), indices, weights)
-    return Branches(
+def _fed(
+    layer: gemma4_text.DecoderLayer, h: mx.array, normed: mx.array
+) -> tuple[mx.array, Branches | None]:
+    """What the dense part gives, and the experts of the router's choice beside it.
+
+    Args:
+        layer: mlx-lm's.
+        h: The residual stream, [B, L, H].
+        normed: The same as the dense part takes it, [B, L, H].
+    """
+    if not layer.enable_moe:
+        return layer.mlp(normed), None
+    chosen = (layer.pre_feedforward_layernorm_2(h), *layer.router(h))
+    if isinstance(layer.mlp, Summed) and isinstance(layer.experts, Summed):
+        dense, found = layer.mlp.with_other((normed,), layer.experts, chosen)
+    else:
+        found, dense = layer.experts(*chosen), layer.mlp(normed)
+    return dense, Branches(
         layer.post_feedforward_layernorm_1.weight,
         found,
         layer.post_feedforward_layernorm_2.weight,

@@ -2,7 +2,8 @@
 
 Queries, keys, values, gates and what they gate are cut by outputs, what comes behind
 them by inputs: its results are parts of a sum, and every rank adds them all up. So a
-layer has two sums, one with experts three. What is left is whole on every rank: norms,
+layer has two sums; where experts stand beside the dense part, both share one in a
+round, and have one each while a prompt is read. What is left is whole on every rank: norms,
 the router, per-layer inputs, the tables. The head, which is a table too, multiplies a
 rank's rows of it, and all ranks' logits are joined.
 
@@ -73,6 +74,14 @@ class Summed(nn.Module):
         """The sum of all ranks' results."""
         return self._shard.added(self.module(*inputs))
 
+    def with_other(
+        self, inputs: tuple[mx.array, ...], other: Summed, others: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array]:
+        """The sums of this module's results and of another's, of one shape, in one."""
+        both = mx.stack([self.module(*inputs), other.module(*others)])
+        own, found = self._shard.added(both)
+        return own, found
+
 
 class KVHeads:
     """A prompt's cache of a layer whose queries see some heads of it.
@@ -132,7 +141,7 @@ def shard(lm: gemma4_text.Model, ranks: Ranks) -> Shard:
     for i, layer in enumerate(lm.layers):
         _cut_attention(layer.self_attn, part, keeps_kv=i in drafted)
         _cut_gated(layer.mlp, part)
-        layer.mlp.down_proj = Summed(layer.mlp.down_proj, part)
+        layer.mlp = Summed(layer.mlp, part)
         if layer.enable_moe:
             _cut_gated(layer.experts.switch_glu, part)
             layer.experts = Summed(layer.experts, part)
@@ -182,9 +191,7 @@ def _check(lm: gemma4_text.Model) -> None:
             )
 
 
-def _cut_attention(
-    attention: gemma4_text.Attention, part: Shard, *, keeps_kv: bool
-) -> None:
+def _cut_attention(attention: Any, part: Shard, *, keeps_kv: bool) -> None:
     """Leave an attention the rank's heads."""
     rank, size = part.ranks.rank, part.ranks.size
     own = heads(attention.n_heads, attention.n_kv_heads, rank, size)
@@ -204,7 +211,7 @@ def _cut_attention(
 
 
 def _cut_gated(mlp: Any, part: Shard) -> None:
-    """Leave a gated pair of projections, and what comes behind them, the rank's part."""
+    """Leave two gated projections, and what comes behind them, the rank's part."""
     down = mlp.down_proj
     size = part.ranks.size
     own = split(_width(down), size, _unit(down, size))[part.ranks.rank]

@@ -43,6 +43,14 @@ def begin_work(ranks: Ranks) -> None:
         )
 
 
+def end_work(ranks: Ranks, found: list[int]) -> list[int]:
+    """What rank 0 has found; the others sleep until there is work."""
+    shared: list[int] = ranks.share(found)
+    if ranks.is_first:
+        ranks.rest()
+    return shared
+
+
 def agreed_requests(
     ranks: Ranks, requests: Sequence[Request], settings: list[Any]
 ) -> tuple[list[Request], list[Any]]:

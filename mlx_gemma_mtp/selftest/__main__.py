@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from ..checkpoints.template_files import missing_template_note
 from ..cli.command import check_output_file, exit_status, write_file
 from ..cli.command_table import make_parser
+from ..distributed.alone import check_alone
 from ..errors import OutputError, RequestError
 from ..models.families import FAMILIES
 from ..store import cache_folder, forget
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Check, load, run, print."""
     _check(args)
+    check_alone("the self-test")
     if args.instead == _FORGET:
         print(_forget(), flush=True)
         return 0

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ..cli.command import exit_status
+from ..distributed.alone import check_alone
 from ..errors import RequestError
 from .arguments import configure_parser, parse
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     """Check, then serve."""
     settings = parse(argv)
+    check_alone("the server")
     _check_packages()
     # Heavy imports wait until the arguments are known to be good.
     from .serve import serve

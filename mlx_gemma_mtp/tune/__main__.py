@@ -18,6 +18,7 @@ from ..cli.arguments import add_checkpoint_arguments, add_filters
 from ..cli.checks import json_object
 from ..cli.command import exit_status, progress_bar
 from ..cli.command_table import make_parser
+from ..distributed.alone import check_alone
 from ..errors import RequestError
 from .request import TextSettings, TuneRequest
 from .settings import TrainingSettings
@@ -217,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     """Tune, print."""
     request = parse(sys.argv[1:] if argv is None else argv)
+    check_alone("the tuner")
     # Heavy imports wait until the arguments are known to be good.
     from .pipeline import tune
 
