@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from ..distributed.ranks import Ranks
+from ..distributed.work import end_work
 from ..drafting.policy import DraftPolicy
 from .batch import Batch
 from .capacity import DEFAULT_MAX_ROWS, BatchPolicy, ClosedBatch, OpenBatch
@@ -354,8 +355,8 @@ class Decoder:
         self._rest()
         self._timer.stop()
         self._draft_policy.finish()
-        if self._ranks is not None and self._ranks.is_first:
-            self._ranks.rest()  # until there is work
+        if self._ranks is not None:
+            end_work(self._ranks)
 
     def _rest(self) -> None:
         """Wait for what is still running, which nobody wants, and let go of it."""

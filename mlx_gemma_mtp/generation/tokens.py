@@ -15,13 +15,14 @@ import mlx.core as mx
 from ..cache.prompt import insert_row
 from ..cache.slabs import next_capacity
 from ..constants import DEFAULT_DRAFT_SOURCE
+from ..distributed.work import begin_work, end_work
 from ..engine.capacity import DEFAULT_MAX_ROWS
 from ..engine.decoder import Decoder
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE, read_prompt
 from ..engine.request import Request
 from ..engine.state import RoundState, row_settings
 from ..errors import RequestError
-from ..pair.agreed import agreed_requests, begin_work, end_work
+from ..pair.agreed import agreed_requests
 from ..pair.pair import Pair
 from ..pair.planning import make_batch_plan, make_plan
 from ..sampling.params import SamplingParams, plain
@@ -140,7 +141,8 @@ def draft_block(
     )
     found = cast(list[int], drafts[0].tolist())
     if pair.ranks is not None:
-        found = end_work(pair.ranks, found)
+        found = pair.ranks.share(found)
+        end_work(pair.ranks)
     return found
 
 

@@ -3,9 +3,9 @@
 Queries, keys, values, gates and what they gate are cut by outputs, what comes behind
 them by inputs: its results are parts of a sum, and every rank adds them all up. So a
 layer has two sums; where experts stand beside the dense part, both share one in a
-round, and have one each while a prompt is read. What is left is whole on every rank: norms,
-the router, per-layer inputs, the tables. The head, which is a table too, multiplies a
-rank's rows of it, and all ranks' logits are joined.
+round, and have one each while a prompt is read. What is left is whole on every rank:
+norms, the router, per-layer inputs, the tables. The head, which is a table too,
+multiplies a rank's rows of it, and all ranks' logits are joined.
 
 The two layers whose keys and values the drafter reads keep all heads of them, so that
 the drafter, which is whole, asks nobody. The target attends to the rank's part.

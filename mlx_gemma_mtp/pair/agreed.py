@@ -28,29 +28,6 @@ _SHARED = (
 )
 
 
-def begin_work(ranks: Ranks) -> None:
-    """Wake the others on rank 0; wait for that on them.
-
-    Raises:
-        RanksError: Rank 0 has ended.
-    """
-    if ranks.is_first:
-        ranks.wake()
-    elif not ranks.wait_for_work():
-        raise RanksError(
-            "rank 0 must ask for as many texts as the other ranks: got its end. Run "
-            "one script on all ranks."
-        )
-
-
-def end_work(ranks: Ranks, found: list[int]) -> list[int]:
-    """What rank 0 has found; the others sleep until there is work."""
-    shared: list[int] = ranks.share(found)
-    if ranks.is_first:
-        ranks.rest()
-    return shared
-
-
 def agreed_requests(
     ranks: Ranks, requests: Sequence[Request], settings: list[Any]
 ) -> tuple[list[Request], list[Any]]:

@@ -5,7 +5,6 @@ Knows nothing of decoding or of text.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 from collections.abc import Sequence
@@ -29,7 +28,8 @@ from ..checkpoints.tokenizer import chat_templates, eos_token_ids, load_tokenize
 from ..checkpoints.weights import load_drafter, one_line, read_target
 from ..cpu_kernels import compile_header
 from ..distributed.ranks import Ranks, launched
-from ..errors import MTPError, PairingError, RanksError, RequestError, cut
+from ..distributed.work import begin_work, end_work
+from ..errors import MTPError, PairingError, RequestError, cut
 from ..models.compatibility import check_fit
 from ..models.drafter import Drafter
 from ..models.sharding import shard as cut_for
@@ -213,17 +213,9 @@ def _meet(ranks: Ranks | None) -> None:
     """Wait until all machines have loaded, and rest until there is work."""
     if ranks is None:
         return
+    begin_work(ranks)
     ranks.barrier(_LOADING_S)
-    if ranks.is_first:
-        ranks.rest()
-    else:
-        atexit.register(_stay, ranks)
-
-
-def _stay(ranks: Ranks) -> None:
-    """Do not leave before rank 0, which would lose this rank."""
-    with contextlib.suppress(RanksError):
-        ranks.wait_for_work()
+    end_work(ranks)
 
 
 def _pair(

@@ -1,0 +1,88 @@
+"""Targets cut into parts: what several processes decode together is what one decodes.
+
+The ring backend joins processes of this machine. Run: pytest tests/distributed
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+
+from tests.distributed.launching import finish, start_with
+from tests.tiny import FAMILIES, REFERENCE, SHORT, family_folder
+
+TOLERANCE = 5e-4  # of a logit; measured 2e-5
+
+
+def run(size, jobs, folder):
+    """What each rank found, job by job: all must have found the same."""
+    words = [f"{job}:{path}" for job, path in jobs]
+    ended = finish(start_with(size, ["-m", "tests.distributed.parts", *words], folder))
+    assert [rank.status for rank in ended] == [0] * size, ended
+    return [json.loads(rank.output.splitlines()[-1]) for rank in ended]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two ranks found of each family, and of texts of all kinds."""
+    jobs = [("near", REFERENCE / family) for family in FAMILIES]
+    jobs += [("texts", REFERENCE / "12b")]
+    return run(2, jobs, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_give_what_the_whole_gives(two, family):
+    check_near(two, FAMILIES.index(family))
+
+
+@pytest.mark.parametrize("kind", ["plain", "auto", "seed", "rows", "lookup"])
+def test_texts_of_every_kind(two, kind):
+    for rank in two:
+        whole, part = rank[-1][kind]
+        assert part == whole
+
+
+def test_whoever_leaves(tmp_path):
+    """A text ends where rank 0 leaves it, and only there; what follows is whole."""
+    jobs = [("left", family_folder(SHORT)), ("proved", family_folder(SHORT))]
+    (first, proved), (other, others_proved) = run(2, jobs, tmp_path)
+    assert first["counts"] == [9, 60]
+    assert first["counts"][0] <= other["counts"][0] < 9 + 4 * 4
+    assert other["counts"][1] == 9
+    assert first["after"] == other["after"]
+    assert len(first["after"]) == 12
+    # With two ranks every sum is a + b, whatever stands beside it.
+    assert proved == others_proved == {"equal": list(range(1, 9)), "most": 0.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_ranks(tmp_path, family):
+    jobs = [(job, REFERENCE / family) for job in ("near", "texts", "left")]
+    ranks = run(4, jobs, tmp_path)
+    check_near(ranks, 0)
+    for rank in ranks:
+        assert all(whole == part for whole, part in rank[1].values())
+        assert rank[2]["after"] == ranks[0][2]["after"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_numbers_of_drafts_are_proved_for_two(tmp_path, family):
+    jobs = [("proved", REFERENCE / family), ("texts", REFERENCE / family)]
+    for proved, texts in run(2, jobs, tmp_path):
+        assert proved == {"equal": list(range(1, 9)), "most": 0.0}
+        assert all(whole == part for whole, part in texts.values())
+
+
+def check_near(ranks, place):
+    """Logits within the tolerance, drafts and text equal, on all ranks the same."""
+    for rank in ranks:
+        found = rank[place]
+        assert 0 < found["difference"] < TOLERANCE  # 0 is no part
+        for name in ("drafts", "text"):
+            whole, part = found[name]
+            assert part == whole
+    assert all(a[place] == b[place] for a, b in pairwise(ranks))
