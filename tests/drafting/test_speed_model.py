@@ -21,6 +21,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp.drafting.bytes_read import (
+    dense_weights,
+    draft_weights,
+    expert_weights,
+    key_bytes,
+    sliding_bytes,
+)
 from mlx_gemma_mtp.drafting.chips import CHIPS, chip_of
 from mlx_gemma_mtp.drafting.growth import constants_of, with_kernel
 from mlx_gemma_mtp.drafting.prior import DEFAULT_PRIOR
@@ -28,14 +35,9 @@ from mlx_gemma_mtp.drafting.speed_model import (
     Matmuls,
     MeasuredModel,
     acceptance_length,
-    dense_weights,
-    draft_weights,
-    expert_weights,
     experts_read,
-    key_bytes,
     model,
     prior,
-    sliding_bytes,
 )
 from mlx_gemma_mtp.models.families import FAMILIES, family_of
 from tests.drafting.test_chips import UNKNOWN

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.constants import LAYER_TYPES
-from mlx_gemma_mtp.drafting.speed_model import num_kv_heads
+from mlx_gemma_mtp.drafting.bytes_read import num_kv_heads
 from mlx_gemma_mtp.errors import RequestError
 from mlx_gemma_mtp.models.families import FAMILIES
 from mlx_gemma_mtp.models.splits import SIZES, Heads, heads, split
