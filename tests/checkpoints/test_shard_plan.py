@@ -6,6 +6,7 @@ Run: python -m pytest tests/checkpoints/test_shard_plan.py
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import mlx.nn as nn
 import pytest
@@ -61,9 +62,9 @@ def test_one_machine_holds_the_published_files(repo):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 32)])
 def test_one_machine_holds_the_bytes_of_mlx_modules(family, bits, group_size):
-    config = {"model_type": "gemma4_text", "dtype": "float32"}
+    config: dict[str, Any] = {"model_type": "gemma4_text", "dtype": "float32"}
     target, _ = skeletons(family, num_layers=6)
-    quantization = {"bits": bits, "group_size": group_size}
+    quantization: dict[str, Any] = {"bits": bits, "group_size": group_size}
 
     def predicate(path, module):
         found = hasattr(module, "to_quantized") and target.quant_predicate(path, module)
@@ -74,7 +75,8 @@ def test_one_machine_holds_the_bytes_of_mlx_modules(family, bits, group_size):
     nn.quantize(target, class_predicate=predicate, bits=bits, group_size=group_size)
     config |= {**text_config(family, num_layers=6), "quantization": quantization}
     (plan,) = shard_plans(config, 1)
-    measured = sum(array.nbytes for _, array in tree_flatten(target.parameters()))
+    leaves: Any = tree_flatten(target.parameters())
+    measured = sum(array.nbytes for _, array in leaves)
     assert plan.weight_bytes == measured
 
 

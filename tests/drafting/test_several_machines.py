@@ -55,7 +55,7 @@ def test_experts_of_26b_are_split_between_groups():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [2, 4])
 def test_weights_are_those_of_the_plan(name, size):
     """But for the table, of which a part is read, and tables of which rows are."""
     family, text = FAMILIES[name], text_config(name)

@@ -16,6 +16,7 @@ from collections import defaultdict
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -237,7 +238,7 @@ def test_acceptance_length():
 def test_priors(family, matmuls):
     sizes = ((1, 0), (8, 30_000))
     for machine, (batch_size, context) in product(MACHINES, sizes):
-        settings = {"batch_size": batch_size, "context": context}
+        settings: dict[str, Any] = {"batch_size": batch_size, "context": context}
         expected = prior(machine, family, **settings, matmuls=matmuls)
         costs = expected.relative_cost
         assert len(costs) == 9
