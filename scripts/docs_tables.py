@@ -21,7 +21,7 @@ from convert.quantize import RULES
 from mlx_gemma_mtp.chat.commands import COMMANDS as CHAT_COMMANDS
 from mlx_gemma_mtp.cli.command_table import COMMANDS
 from mlx_gemma_mtp.hook.table import REPLACED
-from scripts import kernel_tables, roofline
+from scripts import kernel_tables, roofline, several_macs
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -120,6 +120,9 @@ TABLES: Mapping[str, Callable[[], Iterator[str]]] = {
     "replaced": _replaced,
     "rules": _rules,
     "speed-model": _speed_model,
+    "several-bytes": several_macs.bytes_lines,
+    "several-sums": several_macs.sums_lines,
+    "several-speed": several_macs.speed_lines,
     "kernel-bytes": kernel_tables.bytes_lines,
     "kernel-slots": kernel_tables.slots_lines,
     "kernel-costs": kernel_tables.costs_lines,

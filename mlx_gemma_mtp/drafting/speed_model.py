@@ -14,9 +14,9 @@ more the more drafts. `Constants` holds what was fitted to published figures;
 `scripts/roofline.py` prints how far the model is from them. Where whole passes were
 measured, the shape of what they took stands for c(M) and U(M).
 
-Bytes are counted of matrices; norms, scales and scalars are left out (under 0.1 %). A
-table of which a token gathers one row, as of per-layer embeddings, is not read by a
-pass: only the rows are, which is nothing. The tied embedding is read whole, as head.
+Of several machines each reads its part of a pass, and every layer waits for two sums
+of all, one with experts for three. Logits are gathered, drafts and the decision are
+told in a small sum each. The drafter is whole on all, so a draft step costs the same.
 
 Not in the model: heat, and time that the host takes.
 
@@ -30,98 +30,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..constants import FULL, MAX_DRAFT_TOKENS, SLIDING
-from ..models.families import (
-    DRAFTER_LAYERS,
-    FAMILIES,
-    GLOBAL_HEAD_DIM,
-    HEAD_DIM,
-    NUM_CENTROIDS,
-    VOCAB_SIZE,
-    Family,
-)
+from ..models.families import DRAFTER_LAYERS, FAMILIES, VOCAB_SIZE, Family
 from .attention import reads
+from .bytes_read import (
+    dense_weights,
+    draft_weights,
+    expert_weights,
+    heads_of,
+    key_bytes,
+    num_kv_heads,
+    sliding_bytes,
+)
 from .chips import Chip, chip_of
 from .growth import Constants, bits_per_weight, constants_of, with_kernel
+from .links import JACCL, Link
 from .prior import DEFAULT_PRIOR, Prior
 
 TYPICAL_FAMILY = "12b"
 # Share of the new experts under independent routing that rows have in common: assumed.
 EXPERT_DISCOUNT = 0.25
-_KV_BYTES = 2  # bfloat16
-_ROWS_OF_CENTROID_HEAD = NUM_CENTROIDS + 32 * 128  # and the tokens of the 32 best
-
-
-def dense_weights(family: Family) -> int:
-    """Weights that every pass reads, whatever the tokens are."""
-    text = family.target_text
-    num_layers = text["num_hidden_layers"]
-    num_own = num_layers - text["num_kv_shared_layers"]
-    width = VOCAB_SIZE  # the head
-    # Gate and projection of per-layer inputs, and the model's own projection.
-    width += num_layers * (3 * text["hidden_size_per_layer_input"])
-    width += num_layers * text["num_experts"]  # the router
-    for layer, layer_type in enumerate(family.layer_types):
-        is_shared = layer >= num_own
-        times = 2 if is_shared and text["use_double_wide_mlp"] else 1
-        width += 3 * times * text["intermediate_size"]
-        width += _attention_width(family, layer_type, has_kv=not is_shared)
-    return int(width * text["hidden_size"])
-
-
-def _attention_width(family: Family, layer_type: str, *, has_kv: bool) -> int:
-    """Rows of a layer's attention, each as wide as the hidden state."""
-    text, is_full = family.target_text, layer_type == FULL
-    head_dim = GLOBAL_HEAD_DIM if is_full else HEAD_DIM
-    width = 2 * text["num_attention_heads"] * head_dim  # queries and output
-    if has_kv:
-        is_one = is_full and text["attention_k_eq_v"]
-        width += (1 if is_one else 2) * num_kv_heads(family, layer_type) * head_dim
-    return int(width)
-
-
-def num_kv_heads(family: Family, layer_type: str) -> int:
-    """Heads of keys in a layer of a type."""
-    text = family.target_text
-    heads = text["num_key_value_heads"]
-    if layer_type == FULL:
-        heads = text["num_global_key_value_heads"] or heads
-    return int(heads)
-
-
-def expert_weights(family: Family) -> int:
-    """Weights of the experts that one token chooses, in all layers; 0 if dense."""
-    text = family.target_text
-    expert = 3 * text["hidden_size"] * text["moe_intermediate_size"]
-    return int(text["num_hidden_layers"] * text["top_k_experts"] * expert)
-
-
-def draft_weights(family: Family) -> int:
-    """Weights that a draft step reads."""
-    text = family.drafter_text
-    heads = (len(DRAFTER_LAYERS) - 1) * HEAD_DIM + GLOBAL_HEAD_DIM
-    width = (
-        3 * family.target_text["hidden_size"]  # both projections
-        + 2 * heads * text["num_attention_heads"]
-        + 3 * len(DRAFTER_LAYERS) * text["intermediate_size"]
-        + (_ROWS_OF_CENTROID_HEAD if family.has_centroid_head else VOCAB_SIZE)
-    )
-    return int(text["hidden_size"] * width)
-
-
-def sliding_bytes(family: Family, layer_types: Sequence[str], context: int) -> int:
-    """Bytes of a sequence's keys and values in sliding layers.
-
-    A layer that shares another's K/V saves memory, no reading.
-    """
-    seen = min(context, family.target_text["sliding_window"])
-    width = layer_types.count(SLIDING) * num_kv_heads(family, SLIDING) * HEAD_DIM
-    return int(2 * _KV_BYTES * width * seen)
-
-
-def key_bytes(family: Family, layer_types: Sequence[str]) -> int:
-    """Bytes of one token's keys and values in full layers."""
-    width = layer_types.count(FULL) * num_kv_heads(family, FULL) * GLOBAL_HEAD_DIM
-    return 2 * _KV_BYTES * width
+_ITEM_BYTES = 2  # of hidden states and logits
 
 
 @dataclass(frozen=True)
@@ -136,6 +64,8 @@ class Model:
         draft_bits: Of a drafter's weight.
         batch_size: Sequences decoded together.
         context: Tokens in the cache of each.
+        size: Number of machines that share the target, all alike.
+        link: What joins them.
     """
 
     chip: Chip
@@ -145,6 +75,8 @@ class Model:
     draft_bits: int = 4
     batch_size: int = 1
     context: int = 0
+    size: int = 1
+    link: Link = JACCL
 
     def pass_s(self, rows_each: int) -> float:
         """Time of one forward of the target.
@@ -153,24 +85,34 @@ class Model:
             rows_each: Rows of every sequence: K + 1 to verify K drafts.
         """
         rows_s = self.rows_s(rows_each * self.batch_size)
-        sliding_s = self._sliding_s(self.family.layer_types)
+        _, seen = heads_of(self.family, SLIDING, self.size)
+        share = seen / num_kv_heads(self.family, SLIDING)
+        sliding_s = self._sliding_s(self.family.layer_types) * share
         return rows_s + sliding_s + self.context * self.pass_key_s(rows_each)
 
     def pass_key_s(self, rows_each: int) -> float:
         """Time that each token of context adds to `pass_s`, windows being full."""
-        family = self.family
-        heads = family.target_text["num_attention_heads"]
-        return self._key_s(family.layer_types, rows_each, heads)
+        heads, seen = heads_of(self.family, FULL, self.size)
+        return self._key_s(self.family.layer_types, rows_each, heads, seen)
 
     def rows_s(self, rows: int) -> float:
         """Time of one forward of the target over so many rows, but for their K/V."""
         family, text = self.family, self.family.target_text
-        weights = dense_weights(family) * self._growth(rows, self.bits)
+        weights = dense_weights(family, self.size) * self._growth(rows, self.bits)
         if text["num_experts"]:
             union = experts_read(rows, text["top_k_experts"], text["num_experts"])
-            weights += expert_weights(family) * union
+            weights += expert_weights(family, self.size) * union
         read_s = self._read_s(weights * bits_per_weight(self.bits) / 8)
-        return read_s + self.constants.fixed_s(len(family.layer_types))
+        fixed_s = self.constants.fixed_s(len(family.layer_types))
+        return read_s + fixed_s + self.sums_s(rows)
+
+    def sums_s(self, rows: int) -> float:
+        """Time that the machines wait for each other in such a forward."""
+        width = rows * self.family.target_text["hidden_size"]
+        sum_s = self.link.sum_s(_ITEM_BYTES * width, self.size)
+        logits = rows * VOCAB_SIZE // self.size
+        gather_s = self.link.gather_s(_ITEM_BYTES * logits, self.size)
+        return num_sums(self.family) * sum_s + gather_s
 
     def step_s(self) -> float:
         """Time of one draft step."""
@@ -184,16 +126,17 @@ class Model:
     def _step_key_s(self) -> float:
         """Time that each token of context adds to `step_s`, windows being full."""
         heads = self.family.drafter_text["num_attention_heads"]
-        return self._key_s(DRAFTER_LAYERS, 1, heads)
+        return self._key_s(DRAFTER_LAYERS, 1, heads, num_kv_heads(self.family, FULL))
 
     def _sliding_s(self, layer_types: Sequence[str]) -> float:
         """Time to read the keys and values of sliding layers."""
         each = sliding_bytes(self.family, layer_types, self.context)
         return self._read_s(self.batch_size * each)
 
-    def _key_s(self, layer_types: Sequence[str], rows: int, heads: int) -> float:
+    def _key_s(
+        self, layer_types: Sequence[str], rows: int, heads: int, kv_heads: int
+    ) -> float:
         """Time of full layers' attention to one token of every sequence."""
-        kv_heads = num_kv_heads(self.family, FULL)
         times = reads(
             rows,
             sharing=heads // kv_heads,
@@ -201,11 +144,14 @@ class Model:
             generation=self.chip.generation,
         )
         each = key_bytes(self.family, layer_types)
-        return self._read_s(self.batch_size * each * times)
+        share = kv_heads / num_kv_heads(self.family, FULL)
+        return self._read_s(self.batch_size * each * share * times)
 
     def round_s(self, num_draft_tokens: int) -> float:
         """Time of a round with K drafts; K = 0 is plain decoding's."""
-        return self.pass_s(num_draft_tokens + 1) + num_draft_tokens * self.step_s()
+        told_s = self.link.sum_s(0, self.size) * (2 if num_draft_tokens else 1)
+        drafted_s = num_draft_tokens * self.step_s()
+        return self.pass_s(num_draft_tokens + 1) + drafted_s + told_s
 
     def key_s(self, num_draft_tokens: int) -> float:
         """Time that each token of context adds to `round_s`, windows being full."""
@@ -272,6 +218,12 @@ def _between(points: Mapping[int, float], place: int) -> float:
     return points[low] + share * (points[high] - points[low])
 
 
+def num_sums(family: Family) -> int:
+    """Sums of a pass that several machines share."""
+    each = 3 if family.target_text["num_experts"] else 2
+    return each * len(family.layer_types)
+
+
 def experts_read(rows: int, active: int, experts: int) -> float:
     """Experts that several rows choose, over those of one.
 
@@ -309,6 +261,8 @@ def model(
     batch_size: int = 1,
     context: int = 0,
     constants: Constants | None = None,
+    size: int = 1,
+    link: Link = JACCL,
 ) -> Model:
     """Return the model of a family on a chip.
 
@@ -320,11 +274,15 @@ def model(
         batch_size: Sequences decoded together.
         context: Tokens in the cache of each.
         constants: Others than those of the chip's generation.
+        size: Number of machines that share the target, all of that chip.
+        link: What joins them.
     """
     if draft_bits is None:
         draft_bits = default_draft_bits(family)
     constants = constants or constants_of(chip)
-    return Model(chip, family, constants, bits, draft_bits, batch_size, context)
+    return Model(
+        chip, family, constants, bits, draft_bits, batch_size, context, size, link
+    )
 
 
 @dataclass(frozen=True)
@@ -363,6 +321,8 @@ def prior(
     batch_size: int = 1,
     context: int = 0,
     matmuls: Matmuls = MLX_ALONE,
+    size: int = 1,
+    link: Link = JACCL,
 ) -> Prior:
     """Return what to expect of a machine before it has run its rounds.
 
@@ -378,6 +338,9 @@ def prior(
         context: Tokens in the cache of each, as far as they fill sliding windows.
         matmuls: What multiplies few rows. Costs learnt with others are no start for
             these: see ``CostModel.resume``.
+        size: Number of machines that share the target, all of that chip. Passes that
+            were measured are such as these machines run together.
+        link: What joins them.
     """
     chip = chip_of(architecture)
     if chip is None:
@@ -387,7 +350,13 @@ def prior(
     if matmuls.has_kernel:
         constants = with_kernel(constants)
     modelled = model(
-        chip, shapes, batch_size=batch_size, context=context, constants=constants
+        chip,
+        shapes,
+        batch_size=batch_size,
+        context=context,
+        constants=constants,
+        size=size,
+        link=link,
     )
     if matmuls.pass_seconds:
         modelled = MeasuredModel(**vars(modelled), pass_seconds=matmuls.pass_seconds)

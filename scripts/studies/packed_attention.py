@@ -18,7 +18,7 @@ from statistics import median
 import mlx.core as mx
 
 from mlx_gemma_mtp.constants import FULL
-from mlx_gemma_mtp.drafting.speed_model import num_kv_heads
+from mlx_gemma_mtp.drafting.bytes_read import num_kv_heads
 from mlx_gemma_mtp.machine import describe_machine
 from mlx_gemma_mtp.models.attention import SharedKV, packed
 from mlx_gemma_mtp.models.families import FAMILIES, GLOBAL_HEAD_DIM, Family

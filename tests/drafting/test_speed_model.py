@@ -16,11 +16,19 @@ from collections import defaultdict
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp.drafting.bytes_read import (
+    dense_weights,
+    draft_weights,
+    expert_weights,
+    key_bytes,
+    sliding_bytes,
+)
 from mlx_gemma_mtp.drafting.chips import CHIPS, chip_of
 from mlx_gemma_mtp.drafting.growth import constants_of, with_kernel
 from mlx_gemma_mtp.drafting.prior import DEFAULT_PRIOR
@@ -28,14 +36,9 @@ from mlx_gemma_mtp.drafting.speed_model import (
     Matmuls,
     MeasuredModel,
     acceptance_length,
-    dense_weights,
-    draft_weights,
-    expert_weights,
     experts_read,
-    key_bytes,
     model,
     prior,
-    sliding_bytes,
 )
 from mlx_gemma_mtp.models.families import FAMILIES, family_of
 from tests.drafting.test_chips import UNKNOWN
@@ -235,7 +238,7 @@ def test_acceptance_length():
 def test_priors(family, matmuls):
     sizes = ((1, 0), (8, 30_000))
     for machine, (batch_size, context) in product(MACHINES, sizes):
-        settings = {"batch_size": batch_size, "context": context}
+        settings: dict[str, Any] = {"batch_size": batch_size, "context": context}
         expected = prior(machine, family, **settings, matmuls=matmuls)
         costs = expected.relative_cost
         assert len(costs) == 9
