@@ -9,20 +9,25 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_gemma_mtp.cache.prompt import insert_row
+from mlx_gemma_mtp.checkpoints.shard_plan import shard_plans
 from mlx_gemma_mtp.distributed.ranks import launched
 from mlx_gemma_mtp.distributed.work import begin_work, end_work
 from mlx_gemma_mtp.engine.prefill import read_prompt
 from mlx_gemma_mtp.generation.tokens import draft_block, generate_tokens
-from mlx_gemma_mtp.models.target import Target
+from mlx_gemma_mtp.models.published import text_config
+from mlx_gemma_mtp.models.sharding import shard
+from mlx_gemma_mtp.models.target import Target, text_model
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.pair.planning import verdict_of
+from mlx_gemma_mtp.selftest.random_pair import random_pair
 
 PROMPTS = [
     [(i * 37 + 11 * row) % 500 + 3 for i in range(24 + 9 * row)] for row in (0, 1)
@@ -62,7 +67,7 @@ def text(pair: Pair, prompt: Any = PROMPTS[0], **settings: Any) -> list[Any]:
     return list(generate_tokens(pair, prompt, max_tokens=12, **settings))
 
 
-def near(folder: Path) -> dict[str, Any]:
+def near(folder: str) -> dict[str, Any]:
     """Logits, drafts and a text of a part, beside those of all of it."""
     whole, part = both(folder)
     return {
@@ -72,7 +77,7 @@ def near(folder: Path) -> dict[str, Any]:
     }
 
 
-def texts(folder: Path) -> dict[str, Any]:
+def texts(folder: str) -> dict[str, Any]:
     """Texts of all kinds of a part, beside those of all of it."""
     pairs = both(folder)
     kinds: dict[str, dict[str, Any]] = {
@@ -87,15 +92,20 @@ def texts(folder: Path) -> dict[str, Any]:
     }
 
 
-def both(folder: Path) -> tuple[Pair, Pair]:
+def both(folder: str) -> tuple[Pair, Pair]:
     """All of a pair, and this rank's part of it."""
-    paths = folder / "target", folder / "drafter"
-    return load_pair(*paths, shard=False), load_pair(*paths)
+    whole = load_pair(f"{folder}/target", f"{folder}/drafter", shard=False)
+    return whole, part_of(folder)
 
 
-def proved(folder: Path) -> dict[str, Any]:
+def part_of(folder: str) -> Pair:
+    """This rank's part of a pair."""
+    return load_pair(f"{folder}/target", f"{folder}/drafter")
+
+
+def proved(folder: str) -> dict[str, Any]:
     """The numbers of drafts whose bytes are those of plain decoding."""
-    part = load_pair(folder / "target", folder / "drafter")
+    part = part_of(folder)
     assert part.ranks is not None
     begin_work(part.ranks)
     verdict = verdict_of(part, 1, budget_s=None)
@@ -104,9 +114,9 @@ def proved(folder: Path) -> dict[str, Any]:
     return {"equal": list(verdict.equal[1]), "most": verdict.max_difference}
 
 
-def left(folder: Path) -> dict[str, Any]:
+def left(folder: str) -> dict[str, Any]:
     """A text that rank 0 leaves early, one that the other leaves, and a whole one."""
-    part = load_pair(folder / "target", folder / "drafter")
+    part = part_of(folder)
     assert part.ranks is not None
     counts = []
     for leaver in (0, 1):
@@ -122,16 +132,59 @@ def left(folder: Path) -> dict[str, Any]:
     return {"counts": counts, "after": text(part, num_draft_tokens=3)}
 
 
-JOBS: dict[str, Callable[[Path], dict[str, Any]]] = {
+def published(name: str) -> dict[str, Any]:
+    """A cut of a published shape, of random weights: FAMILY-BITS-GROUP."""
+    family, bits, group = name.rsplit("-", 2)
+    shape: dict[str, Any] = {"num_layers": 2, "vocab_size": 2048}
+    packed = {"bits": int(bits), "group_size": int(group)}
+    whole, other = (
+        random_pair(family, **shape, **packed, dtype=mx.float32) for _ in range(2)
+    )
+    ranks = launched()
+    assert ranks is not None
+    shard(text_model(other.target), ranks)
+    part = Pair(other.target, other.drafter)
+    leaves: Any = tree_flatten([part.target.parameters(), other.drafter.parameters()])
+    config = {
+        "model_type": "gemma4_text",
+        **text_config(family, **shape),
+        "dtype": "float32",
+        "quantization": {**packed, **formats(part.target)},
+    }
+    plan = shard_plans(config, ranks.size)[ranks.rank]
+    drafter_bytes = whole.drafter_bytes
+    return {
+        "difference": differences(whole, part),
+        "text": [text(pair, num_draft_tokens=3) for pair in (whole, part)],
+        "plain": text(part, num_draft_tokens=0),
+        "bytes": sum(array.nbytes for _, array in leaves) - drafter_bytes,
+        "planned": plan.weight_bytes,
+    }
+
+
+def formats(target: Any) -> dict[str, Any]:
+    """What each matrix is packed in, as config.json names it; False for none."""
+    found: dict[str, Any] = {}
+    for path, module in target.named_modules():
+        name = path.replace(".module", "")
+        if "bits" in vars(module):
+            found[name] = {"bits": module.bits, "group_size": module.group_size}
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            found[name] = False
+    return found
+
+
+JOBS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "near": near,
     "texts": texts,
     "proved": proved,
     "left": left,
+    "published": published,
 }
 
 if __name__ == "__main__":
     launched()
     mx.disable_compile()  # it takes longer than all else
     asked = [word.split(":") for word in sys.argv[1:]]
-    found = [JOBS[job](Path(folder)) for job, folder in asked]
+    found = [JOBS[job](name) for job, name in asked]
     sys.stdout.write(json.dumps(found) + "\n")
