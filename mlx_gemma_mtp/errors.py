@@ -52,6 +52,10 @@ class OutputError(MTPError):
     """A place that cannot be written, or that holds something already."""
 
 
+class RanksError(MTPError):
+    """Ranks that are out of step, or that have lost each other."""
+
+
 class HookError(MTPError):
     """An mlx-lm that the load hook does not know."""
 

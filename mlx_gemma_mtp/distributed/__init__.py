@@ -1,0 +1,1 @@
+"""Several processes as one: what ranks say to each other, and when one is missed."""

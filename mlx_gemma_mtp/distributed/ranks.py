@@ -1,0 +1,285 @@
+"""The ranks of a launched program: small values from one to all, and rest between work.
+
+Stands on ``mx.distributed`` alone, whichever backend that finds. Exchanges run on the
+CPU stream and are over when a method returns. All ranks must call the same methods in
+the same order, and no other collective may be under way meanwhile. Knows nothing of
+models.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import RanksError, described
+from .beats import Beats, pauses
+from .environment import num_launched
+from .headers import Header, Kind, Word, headers_of
+from .watchdog import LIMIT_S, Watchdog
+
+# For the others to be launched. A rank that connects to another gives up after 31 s.
+_CONNECT_S = 60.0
+_BACKENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")
+
+
+class Ranks:
+    """This process among the others.
+
+    Args:
+        group: All of them.
+        watchdog: Ends this process when the others are silent; by default a new one,
+            which is started.
+
+    Attributes:
+        group: What the engine's own collectives name.
+        rank: This process.
+        size: How many there are.
+        watchdog: To be lifted where a rank may take any time.
+    """
+
+    def __init__(
+        self, group: mx.distributed.Group, watchdog: Watchdog | None = None
+    ) -> None:
+        self.group = group
+        self.rank = group.rank()
+        self.size = group.size()
+        self._number = 0
+        if watchdog is None:
+            watchdog = Watchdog(self.rank, self.size)
+            watchdog.start()
+        self.watchdog = watchdog
+        self._beats = Beats(self._beat, watchdog.end)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which decides and prints."""
+        return self.rank == 0
+
+    def share(self, value: Any = None) -> Any:
+        """Rank 0's value on every rank.
+
+        Args:
+            value: What JSON can hold; of other ranks it is ignored.
+
+        Returns:
+            The value as JSON gives it back, on rank 0 too.
+
+        Raises:
+            RanksError: The ranks are out of step, or have lost each other.
+        """
+        sent = _to_bytes(value) if self.is_first else b""
+        header = self._meet(self._header(Kind.SHARE, sent))[0]
+        blank = bytes(header.value)
+        with self.exchange(header.name):
+            summed = mx.distributed.all_sum(
+                _array_of(sent if self.is_first else blank),
+                group=self.group,
+                stream=mx.cpu,
+            )
+            received = _bytes_of(summed)
+        header.check(received, 0)
+        return json.loads(received)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value on every rank, by rank.
+
+        Args:
+            value: What JSON can hold.
+
+        Raises:
+            RanksError: The ranks are out of step, or have lost each other.
+        """
+        sent = _to_bytes(value)
+        headers = self._meet(self._header(Kind.GATHER, sent))
+        width = max(header.value for header in headers)
+        with self.exchange(headers[0].name):
+            joined = mx.distributed.all_gather(
+                _array_of(sent.ljust(width)), group=self.group, stream=mx.cpu
+            )
+            received = _bytes_of(joined)
+        values = []
+        for rank, header in enumerate(headers):
+            payload = received[rank * width : rank * width + header.value]
+            header.check(payload, rank)
+            values.append(json.loads(payload))
+        return values
+
+    def barrier(self, limit_s: float = LIMIT_S) -> None:
+        """Wait until all ranks are here.
+
+        Args:
+            limit_s: Seconds after which the watchdog ends this rank.
+
+        Raises:
+            RanksError: The ranks are out of step, or have lost each other.
+        """
+        self._meet(self._header(Kind.BARRIER), limit_s)
+
+    @contextmanager
+    def exchange(self, what: str, limit_s: float = LIMIT_S) -> Iterator[None]:
+        """What is evaluated inside needs the other ranks, and hears of them.
+
+        Args:
+            what: What it is, for messages.
+            limit_s: Seconds after which the watchdog ends this rank.
+
+        Raises:
+            RanksError: The backend has lost a rank.
+        """
+        try:
+            with self.watchdog.waiting(what, limit_s):
+                yield
+        except RuntimeError as error:
+            if not str(error).startswith(_BACKENDS):
+                raise
+            raise RanksError(
+                f"Rank {self.rank} of {self.size} must hear of the others:"
+                f" got {described(error)} in {what}. See what the other ranks wrote,"
+                " then start all again."
+            ) from error
+        self.watchdog.beat()
+
+    def rest(self) -> None:
+        """Rank 0 has no work for now: it and the others sleep, and beat now and then.
+
+        Until ``wake`` this rank takes part in nothing else. If the program ends before,
+        the others' ``wait_for_work`` says so.
+        """
+        if not self._beats.is_resting:
+            atexit.unregister(self.close)
+            atexit.register(self.close)
+            self._beats.start()
+
+    def wake(self) -> None:
+        """Rank 0 has work: the others' ``wait_for_work`` returns True.
+
+        It waits until the others are awake, at most a pause of 45 ms.
+
+        Raises:
+            RanksError: The ranks are out of step, or have lost each other.
+        """
+        self._leave_rest(Word.WORK)
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Rest on rank 0 while what is done inside needs no other rank.
+
+        After an exception it still rests: there is no work.
+        """
+        self.rest()
+        yield
+        self.wake()
+
+    def wait_for_work(self) -> bool:
+        """Sleep on another rank until rank 0 wakes it.
+
+        Returns:
+            Whether there is work; else rank 0 has ended.
+
+        Raises:
+            RanksError: The ranks are out of step, or have lost each other.
+        """
+        for pause_s in pauses():
+            time.sleep(pause_s)
+            word = self._meet_in_beat(Word.IDLE)
+            if word != Word.IDLE:
+                return word == Word.WORK
+        raise AssertionError("pauses have no end")
+
+    def close(self) -> None:
+        """Rank 0, if it rests: the others' ``wait_for_work`` returns False."""
+        with suppress(RanksError):
+            self._leave_rest(Word.END)
+
+    def _leave_rest(self, word: Word) -> None:
+        if self._beats.is_resting:
+            self._beats.stop()
+            self._meet_in_beat(word)
+
+    def _beat(self) -> None:
+        self._meet_in_beat(Word.IDLE)
+
+    def _meet_in_beat(self, word: Word) -> int:
+        """A beat, and rank 0's word in it."""
+        return self._meet(Header(Kind.BEAT, self._number, word))[0].value
+
+    def _header(self, kind: Kind, payload: bytes = b"") -> Header:
+        assert not self._beats.is_resting, "wake the others first"
+        return Header.of(kind, self._number, payload)
+
+    def _meet(self, header: Header, limit_s: float = LIMIT_S) -> list[Header]:
+        """Every rank's header, where all mean the same exchange."""
+        self._number += 1
+        with self.exchange(header.name, limit_s):
+            row = mx.array([header.row], dtype=mx.uint32)  # [1, 4]
+            rows = mx.distributed.all_gather(row, group=self.group, stream=mx.cpu)
+            met: Any = rows.tolist()  # [ranks, 4]
+        return headers_of(met, header, self.rank)
+
+
+@functools.cache
+def launched() -> Ranks | None:
+    """The ranks that this process was launched with; None where it is alone.
+
+    Found in the environment, so that one process pays nothing. Connects to the others
+    when it is first called.
+
+    Raises:
+        RanksError: The environment is wrong, or the others do not come.
+    """
+    size = num_launched(os.environ)
+    if size == 1:
+        return None
+    try:
+        with _interrupted_after(_CONNECT_S):
+            group = mx.distributed.init(strict=True)
+    except RuntimeError as error:
+        raise RanksError(
+            f"All {size} ranks must be reached: got {described(error)}. Start all at"
+            " once with mlx.launch, and see that no other program uses their ports."
+        ) from error
+    return Ranks(group)
+
+
+@contextmanager
+def _interrupted_after(limit_s: float) -> Iterator[None]:
+    """Let a signal end MLX's wait for connections.
+
+    MLX keeps Python's lock in it, so no thread of Python can. Its system call fails
+    when a signal comes, and MLX raises what it says then. Python lets the main thread
+    alone set signals; another waits without a limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _to_bytes(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _array_of(payload: bytes) -> mx.array:
+    data: Any = payload  # MLX takes any buffer; its types do not know
+    return mx.array(data)  # [bytes] uint8
+
+
+def _bytes_of(array: mx.array) -> bytes:
+    data: Any = array
+    return bytes(memoryview(data))

@@ -1,0 +1,86 @@
+"""Processes on the loopback that are ranks, started as ``mlx.launch`` starts them.
+
+Each runs a script that finds its ranks as ``ranks``.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BEGINNING = """
+import json, sys, time
+import mlx.core as mx
+from mlx_gemma_mtp.distributed.ranks import launched
+from mlx_gemma_mtp.errors import RanksError
+ranks = launched()
+print("ready", flush=True)
+"""
+PATIENCE_S = 60  # for what never comes; a busy machine is slow
+
+
+@dataclass
+class Ended:
+    """What a rank left."""
+
+    status: int
+    output: str
+    errors: str
+
+
+def start(size, script, folder, beginning=BEGINNING, ranks=None):
+    """Start ranks of so many; some of them where ``ranks`` names them."""
+    hostfile = folder / "hosts.json"
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _ports(size)]))
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", beginning + script],
+            env={
+                **os.environ,
+                "MLX_RANK": str(rank),
+                "MLX_HOSTFILE": str(hostfile),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in ranks or range(size)
+    ]
+
+
+def finish(processes):
+    """What they left; none outlives this."""
+    try:
+        return [Ended(*_communicate(process)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def read_ready(processes):
+    """Wait until all have met."""
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+
+
+def _communicate(process):
+    output, errors = process.communicate(timeout=PATIENCE_S)
+    return process.returncode, output, errors
+
+
+def _ports(num):
+    """Ports that nobody listens at."""
+    sockets = [socket.socket() for _ in range(num)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
