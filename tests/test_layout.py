@@ -21,6 +21,7 @@ PLAIN = {"_version", "constants", "cpu_kernels", "errors", "machine", "store"}
 BELOW: dict[str, set[str]] = {
     "distributed": set(),
     "kernels": set(),
+    "distributed": set(),
     "matmuls": {"kernels", "models"},
     "markup": set(),
     "cache": {"kernels"},
@@ -62,13 +63,14 @@ FACES = {
 }
 # The converter, which a checkout has beside the package.
 CONVERTER = {"checkpoints", "models", "cli", "generation", "cache", "markup"}
-# generate(verbose=True), when asked; --version.
+# generate(verbose=True), when asked; --version; the last line of a rank that is left.
 PRINTING = {
     PACKAGE / path
     for path in (
         "__main__.py",
         "cli/command_table.py",
         "cli/generate.py",
+        "distributed/watchdog.py",
         "generation/text.py",
         "hook/run.py",
         *(f"{command}/__main__.py" for command in COMMANDS if command != "hook"),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from ..errors import RanksError
 
 _FIRST_S = 0.002
-LONGEST_S = 0.04
+LONGEST_S = 0.045
 
 
 def pauses() -> Iterator[float]:

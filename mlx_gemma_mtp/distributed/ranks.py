@@ -29,6 +29,7 @@ from .watchdog import LIMIT_S, Watchdog
 
 # For the others to be launched. A rank that connects to another gives up after 31 s.
 _CONNECT_S = 60.0
+_ARRIVAL_S = 600.0  # for a rank that does something of its own between texts
 _BACKENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")
 
 
@@ -54,6 +55,7 @@ class Ranks:
         self.rank = group.rank()
         self.size = group.size()
         self._number = 0
+        self._has_met = False  # in a beat of this rest
         if watchdog is None:
             watchdog = Watchdog(self.rank, self.size)
             watchdog.start()
@@ -163,7 +165,7 @@ class Ranks:
     def wake(self) -> None:
         """Rank 0 has work: the others' ``wait_for_work`` returns True.
 
-        It waits until the others are awake, at most a pause of 40 ms.
+        It waits until the others are awake, at most a pause of 45 ms.
 
         Raises:
             RanksError: The ranks are out of step, or have lost each other.
@@ -211,7 +213,11 @@ class Ranks:
 
     def _meet_in_beat(self, word: Word) -> int:
         """A beat, and rank 0's word in it."""
-        return self._meet(Header(Kind.BEAT, self._number, word))[0].value
+        # Until the first one, another rank may still do something of its own.
+        limit_s = LIMIT_S if self._has_met else _ARRIVAL_S
+        found = self._meet(Header(Kind.BEAT, self._number, word), limit_s)[0].value
+        self._has_met = found == Word.IDLE
+        return found
 
     def _header(self, kind: Kind, payload: bytes = b"") -> Header:
         assert not self._beats.is_resting, "wake the others first"

@@ -1,0 +1,237 @@
+"""Ranks on the loopback: values, steps, rest, and what happens when one is gone.
+
+Run: python -m pytest tests/distributed/test_ranks.py
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_gemma_mtp.distributed.ranks import Ranks, launched
+from mlx_gemma_mtp.distributed.watchdog import Watchdog
+from mlx_gemma_mtp.errors import RanksError
+from tests.distributed.launching import BEGINNING, finish, read_ready, start
+
+leaves = st.none() | st.booleans() | st.integers() | st.text() | st.floats()
+json_values = leaves | st.lists(leaves) | st.dictionaries(st.text(), leaves)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return Ranks(mx.distributed.init(), Watchdog(0, 1))
+
+
+@settings(max_examples=20)
+@given(json_values)
+def test_values_of_one_rank_are_json(alone, value):
+    assert repr(alone.share(value)) == repr(value)
+    assert repr(alone.gather(value)) == repr([value])
+
+
+def test_errors_of_others_stay_theirs(alone):
+    with pytest.raises(RuntimeError, match="no memory"), alone.exchange("a round"):
+        raise RuntimeError("no memory")
+
+
+def test_a_lost_rank_is_one_line(alone):
+    lost = RuntimeError("[ring] connection to a peer was lost")
+    with pytest.raises(RanksError) as caught, alone.exchange("round 12"):
+        raise lost
+    assert str(caught.value) == (
+        "Rank 0 of 1 must hear of the others: got RuntimeError: [ring] connection to a"
+        " peer was lost in round 12. See what the other ranks wrote, then start all"
+        " again."
+    )
+
+
+def test_one_process_does_not_ask_mlx(monkeypatch):
+    monkeypatch.setattr(mx.distributed, "init", None)
+    assert launched() is None
+
+
+VALUES = """
+value = {"text": "a\\u00e4\\n", "numbers": [1, 2.5, None, True], "long": "y" * 70_000}
+found = [
+    ranks.share(value if ranks.is_first else None) == value,
+    ranks.share(0 if ranks.is_first else 1),
+    ranks.gather(["r" * 10**ranks.rank, ranks.rank]),
+    [ranks.rank, ranks.size, ranks.is_first],
+]
+ranks.barrier()
+if ranks.is_first:
+    for number in range(3):
+        with ranks.idle():
+            time.sleep(0.01)
+        ranks.share(number)
+    ranks.rest()  # until the program ends
+else:
+    while ranks.wait_for_work():
+        found.append(ranks.share())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_values_and_rest(size, tmp_path):
+    gathered = [["r" * 10**rank, rank] for rank in range(size)]
+    for rank, ended in enumerate(finish(start(size, VALUES, tmp_path))):
+        assert (ended.status, ended.errors) == (0, "")
+        found = json.loads(ended.output.removeprefix("ready\n"))
+        assert found[:4] == [True, 0, gathered, [rank, size, rank == 0]]
+        assert found[4:] == ([0, 1, 2] if rank else [])
+
+
+STEPS = """
+def attempt(step):
+    try:
+        step()
+    except RanksError as error:
+        print(error, flush=True)
+
+attempt((lambda: ranks.share(1)) if ranks.is_first else ranks.barrier)
+attempt(ranks.barrier)
+def add():
+    with ranks.exchange("a layer"):
+        mx.eval(mx.distributed.all_sum(mx.ones([2048]), stream=mx.cpu))
+attempt(add if ranks.is_first else ranks.barrier)
+"""
+
+
+def test_ranks_out_of_step_find_out(tmp_path):
+    first, second = (
+        ended.output.splitlines()[1:] for ended in finish(start(2, STEPS, tmp_path))
+    )
+    same = "Ranks must take the same steps: got {}."
+    same += " Start the same command with the same files on all."
+    assert first[0] == same.format("share 0 on rank 0, barrier 0 on rank 1")
+    assert second[0] == same.format("barrier 0 on rank 1, share 0 on rank 0")
+    # In step again, they work; and bytes of a layer are no header.
+    assert second[1:] == [same.format("something else from rank 0")]
+    assert len(first) == 2
+    assert "connection to a peer was lost in a layer" in first[1]
+
+
+WAITS = """
+if ranks.is_first:
+    with ranks.exchange("a layer", 1.0):
+        mx.eval(mx.distributed.all_sum(mx.ones([2048]), stream=mx.cpu))
+time.sleep(60)
+"""
+# While rank 0's main thread waits for its user.
+RESTS = """
+if ranks.is_first:
+    with ranks.idle():
+        time.sleep(60)
+while ranks.wait_for_work():
+    pass
+"""
+
+
+def left_with(script, what, folder):
+    """What rank 0 leaves when rank 1 is stopped or killed."""
+    processes = start(2, script, folder)
+    try:
+        read_ready(processes)
+        processes[1].send_signal(what)
+        return finish(processes[:1])[0]
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+
+
+def test_a_rank_that_is_stopped_ends_the_other(tmp_path):
+    ended = left_with(WAITS, signal.SIGSTOP, tmp_path)
+    assert (ended.status, ended.errors) == (
+        1,
+        "Rank 0 of 2 must hear of the others within 1 s: got nothing in a layer."
+        " See what the other ranks wrote, then start all again.\n",
+    )
+
+
+@pytest.mark.parametrize("script", [WAITS, RESTS], ids=["waits", "rests"])
+def test_a_rank_that_is_killed_ends_the_other(script, tmp_path):
+    ended = left_with(script, signal.SIGKILL, tmp_path)
+    assert ended.status == 1
+    assert "Rank 0 of 2 must hear of the others: got RuntimeError: " in ended.errors
+
+
+MISSING = """
+import signal
+from mlx_gemma_mtp.distributed import ranks
+ranks._CONNECT_S = 0.3
+try:
+    ranks.launched()
+except ranks.RanksError as error:
+    print(error)
+assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+"""
+
+
+def test_a_rank_that_never_comes_is_one_line(tmp_path):
+    (ended,) = finish(start(2, MISSING, tmp_path, beginning="", ranks=[0]))
+    assert (ended.status, ended.errors) == (0, "")
+    assert ended.output.startswith("All 2 ranks must be reached: got RuntimeError: [ri")
+    assert ended.output.count("\n") == 1
+
+
+def test_mlx_launch_of_two(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"{BEGINNING}\nprint(ranks.gather(ranks.rank), flush=True)\n")
+    command = [sys.executable, "-c", "from mlx._distributed_utils.launch import main"]
+    command[-1] += "; main()"
+    arguments = ["-n", "2", "--starting-port", str(random.randrange(20_000, 30_000))]
+    arguments += ["--env", "PYTHONPATH=.", "--", sys.executable, str(script)]
+    process = subprocess.Popen(
+        command + arguments,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    (ended,) = finish([process])
+    assert ended.output.count("[0, 1]") == 2
+
+
+MANY = """
+number = 0
+while True:
+    number += 1
+    with ranks.exchange(f"layer {number}"):
+        mx.eval(mx.distributed.all_sum(mx.ones([5000]), stream=mx.cpu))
+    if number % 50 == 0:
+        ranks.gather(["x" * number, ranks.share(number)])
+        if ranks.is_first:
+            with ranks.idle():
+                time.sleep(0.2)
+        else:
+            ranks.wait_for_work()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("seed", range(6))
+def test_at_any_moment_all_others_end(size, what, seed, tmp_path):
+    chance = random.Random(seed)
+    victim = chance.randrange(size)
+    processes = start(size, MANY, tmp_path)
+    try:
+        read_ready(processes)
+        with pytest.raises(subprocess.TimeoutExpired):
+            processes[victim].wait(timeout=3 * chance.random())
+        processes[victim].send_signal(what)
+        others = finish([p for i, p in enumerate(processes) if i != victim])
+        assert [ended.status for ended in others] == [1] * (size - 1)
+        assert all("must hear of the others" in ended.errors for ended in others)
+    finally:
+        processes[victim].kill()
+        processes[victim].communicate()
