@@ -75,3 +75,17 @@ JACCL = Link("JACCL", hand_over_s=180e-6, latency_s=26e-6, bandwidth=6.2e9)
 JACCL_FAST = replace(JACCL, name="JACCL, fast synch", hand_over_s=4e-6)
 RING = Link("ring", hand_over_s=180e-6, latency_s=300e-6, bandwidth=3e9, is_ring=True)
 LINKS = (JACCL_FAST, JACCL, RING)
+
+
+def link_of(*, has_rdma: bool, has_fast_synch: bool) -> Link:
+    """What joins machines of these settings.
+
+    Args:
+        has_rdma: Whether they speak by RDMA over Thunderbolt; otherwise by TCP.
+        has_fast_synch: Whether ``MLX_METAL_FAST_SYNCH`` is on.
+    """
+    link = JACCL if has_rdma else RING
+    if not has_fast_synch:
+        return link
+    name = f"{link.name}, fast synch"
+    return replace(link, name=name, hand_over_s=JACCL_FAST.hand_over_s)

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.drafting.links import JACCL, JACCL_FAST, LINKS, RING, Link
+from mlx_gemma_mtp.drafting.links import (
+    JACCL,
+    JACCL_FAST,
+    LINKS,
+    RING,
+    Link,
+    link_of,
+)
 
 links = st.sampled_from(LINKS)
 sizes = st.sampled_from((2, 4))
@@ -50,3 +57,11 @@ def test_more_bytes_and_more_machines_never_take_less(link, one, other, size):
 @given(links, amounts)
 def test_one_machine_waits_for_nobody(link, num_bytes):
     assert link.sum_s(num_bytes, 1) == link.gather_s(num_bytes, 1) == 0
+
+
+def test_the_link_of_settings():
+    assert link_of(has_rdma=True, has_fast_synch=False) == JACCL
+    assert link_of(has_rdma=True, has_fast_synch=True) == JACCL_FAST
+    assert link_of(has_rdma=False, has_fast_synch=False) == RING
+    fast = link_of(has_rdma=False, has_fast_synch=True)
+    assert fast.sum_s(0, 2) == pytest.approx(604e-6)

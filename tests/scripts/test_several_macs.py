@@ -4,6 +4,7 @@ Run: python -m pytest tests/scripts/test_several_macs.py
 """
 
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,16 @@ def test_fast_synch_gains_for_every_large_family(chip):
         for bits in (4, 8):
             fast = gain(chip, name, bits, JACCL_FAST)
             assert fast > max(1.1, gain(chip, name, bits))
+
+
+def test_four_m3_ultra_without_drafts():
+    """Nearly 3 times is published for another family of that size."""
+    gains = []
+    for bits in (4, 8, 16):
+        alone = model(CHIPS["M3 Ultra"], FAMILIES["31b"], bits=bits)
+        four = replace(alone, size=4, link=JACCL_FAST)
+        gains.append(round(alone.round_s(0) / four.round_s(0), 1))
+    assert gains == [1.8, 2.3, 2.8]
 
 
 def test_sums_of_31b_by_hand():
