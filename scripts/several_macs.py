@@ -23,7 +23,7 @@ from mlx_gemma_mtp.drafting.speed_model import (
     Model,
     default_draft_bits,
     model,
-    num_sums,
+    sums_of_a_layer,
 )
 from mlx_gemma_mtp.models.families import FAMILIES, VOCAB_SIZE
 from mlx_gemma_mtp.models.published import text_config
@@ -86,15 +86,17 @@ def sums_lines() -> Iterator[str]:
     heads = ["sums of a pass", "of a round", "KB a sum", "MB of logits", "MB a round"]
     yield from table("2 Macs, 4 drafts", heads)
     for family in FAMILIES.values():
-        passed = num_sums(family)
+        layer, num_layers = sums_of_a_layer(family), len(family.layer_types)
+        passed = len(layer) * num_layers
         each = _ROWS * family.target_text["hidden_size"] * 2
+        kilobytes = " and ".join(f"{count * each / 1e3:.0f}" for count in {*layer})
         logits = _ROWS * VOCAB_SIZE // 2 * 2
         cells = [
             str(passed),
             f"{passed} + 2 + 1 gather",
-            f"{each / 1e3:.0f}",
+            kilobytes,
             f"{logits / 1e6:.1f}",
-            f"{(passed * each + logits) / 1e6:.1f}",
+            f"{(sum(layer) * num_layers * each + logits) / 1e6:.1f}",
         ]
         yield row_of(family.size, cells)
 

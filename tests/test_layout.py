@@ -21,7 +21,6 @@ PLAIN = {"_version", "constants", "cpu_kernels", "errors", "machine", "store"}
 BELOW: dict[str, set[str]] = {
     "distributed": set(),
     "kernels": set(),
-    "distributed": set(),
     "matmuls": {"kernels", "models"},
     "markup": set(),
     "cache": {"kernels"},
@@ -44,7 +43,8 @@ BELOW: dict[str, set[str]] = {
     ),
     "structure": {"sampling", "markup"},
     "generation": set(
-        "structure pair engine sampling models cache checkpoints markup".split()
+        "structure pair engine sampling models cache checkpoints markup "
+        "distributed".split()
     ),
     "cli": set(
         "generation structure pair engine sampling models checkpoints markup "

@@ -14,7 +14,8 @@ from ..errors import RanksError, shorten
 
 _RANK = ("JACCL_RANK", "MLX_RANK")
 # Files with one entry a rank: RDMA devices, addresses.
-_FILES = ("JACCL_IBV_DEVICES", "MLX_IBV_DEVICES", "MLX_HOSTFILE")
+_RDMA = ("JACCL_IBV_DEVICES", "MLX_IBV_DEVICES")
+_FILES = (*_RDMA, "MLX_HOSTFILE")
 _NCCL_SIZE = "MLX_WORLD_SIZE"
 _MPI_SIZE = "OMPI_COMM_WORLD_SIZE"
 
@@ -39,6 +40,11 @@ def num_launched(environ: Mapping[str, str]) -> int:
             " Start with mlx.launch, or unset it."
         )
     return size
+
+
+def has_rdma(environ: Mapping[str, str]) -> bool:
+    """Whether ranks speak by RDMA (JACCL)."""
+    return any(name in environ for name in _RDMA)
 
 
 def _count(environ: Mapping[str, str], name: str) -> int:

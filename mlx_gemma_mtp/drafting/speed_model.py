@@ -108,11 +108,14 @@ class Model:
 
     def sums_s(self, rows: int) -> float:
         """Time that the machines wait for each other in such a forward."""
-        width = rows * self.family.target_text["hidden_size"]
-        sum_s = self.link.sum_s(_ITEM_BYTES * width, self.size)
+        row_bytes = _ITEM_BYTES * self.family.target_text["hidden_size"]
+        told_s = sum(
+            self.link.sum_s(rows * count * row_bytes, self.size)
+            for count in sums_of_a_layer(self.family)
+        )
         logits = rows * VOCAB_SIZE // self.size
         gather_s = self.link.gather_s(_ITEM_BYTES * logits, self.size)
-        return num_sums(self.family) * sum_s + gather_s
+        return len(self.family.layer_types) * told_s + gather_s
 
     def step_s(self) -> float:
         """Time of one draft step."""
@@ -218,10 +221,12 @@ def _between(points: Mapping[int, float], place: int) -> float:
     return points[low] + share * (points[high] - points[low])
 
 
-def num_sums(family: Family) -> int:
-    """Sums of a pass that several machines share."""
-    each = 3 if family.target_text["num_experts"] else 2
-    return each * len(family.layer_types)
+def sums_of_a_layer(family: Family) -> tuple[int, int]:
+    """The sums of a layer that several machines share: rows in each, for one of a pass.
+
+    Experts and the dense part beside them stand in one sum.
+    """
+    return 1, 2 if family.target_text["num_experts"] else 1
 
 
 def experts_read(rows: int, active: int, experts: int) -> float:

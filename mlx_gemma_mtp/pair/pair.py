@@ -19,6 +19,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..constants import MAX_DRAFT_TOKENS
+from ..distributed.environment import has_rdma
+from ..drafting.links import link_of
 from ..drafting.prior import Prior
 from ..drafting.speed_model import MLX_ALONE, Matmuls, prior
 from ..engine.model_arrays import ModelArrays
@@ -187,7 +189,8 @@ class Pair:
         """What the speed model expects of so many rows of so many tokens here."""
         # Who keeps it, such as what was learnt, must not keep the target with it.
         family = family_of(vars(text_model(self.target).args))
-        return partial(_prior, family, self.kept.matmuls)
+        size = 1 if self.ranks is None else self.ranks.size
+        return partial(_prior, family, self.kept.matmuls, size)
 
     @property
     def vocab_size(self) -> int:
@@ -267,8 +270,10 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _prior(family: str | None, matmuls: Matmuls, num_rows: int, context: int) -> Prior:
-    """What the speed model expects of a family on this machine."""
+def _prior(
+    family: str | None, matmuls: Matmuls, size: int, num_rows: int, context: int
+) -> Prior:
+    """What the speed model expects of a family on so many machines like this one."""
     is_gpu = mx.default_device() == mx.gpu
     return prior(
         str(mx.device_info().get("architecture")) if is_gpu else None,
@@ -276,6 +281,11 @@ def _prior(family: str | None, matmuls: Matmuls, num_rows: int, context: int) ->
         batch_size=num_rows,
         context=context,
         matmuls=matmuls,
+        size=size,
+        link=link_of(
+            has_rdma=has_rdma(os.environ),
+            has_fast_synch=os.environ.get("MLX_METAL_FAST_SYNCH", "0") != "0",
+        ),
     )
 
 
