@@ -231,6 +231,7 @@ class DraftLengthController:
         accepted: Sequence[int],
         seconds: float | None,
         *,
+        matches: Sequence[int] = (),
         num_shadow_drafts: int = 0,
         context: int = 0,
     ) -> None:
@@ -241,6 +242,8 @@ class DraftLengthController:
             accepted: For each live row, how many drafts were accepted, 0..K.
             seconds: What it took; None if that says nothing of the next ones: it was
                 traced first, the host was busy elsewhere.
+            matches: How long each row's match was when it was chosen; ``()`` where
+                nobody looks.
             num_shadow_drafts: Drafts that were made beside it.
             context: Tokens that its longest row attended to.
 
@@ -250,6 +253,9 @@ class DraftLengthController:
         self._at(context)
         for num_accepted in accepted:
             self.acceptance.observe(num_draft_tokens, num_accepted)
+        if num_draft_tokens:
+            for length, num_accepted in zip(matches, accepted, strict=False):
+                self.lookup.observe_drafted(length, num_draft_tokens, num_accepted)
         self._flight = max(self._flight - 1, 0)
         if seconds is None or not math.isfinite(seconds):
             return

@@ -1,10 +1,9 @@
 """What drafts from the text itself are worth: how many stand, and what rounds take.
 
 While a text repeats what it said before, nearly all of them stand, else nearly none.
-Which it is shows in how long it has done so: the length of the match that a round
-reported, and whether the tokens of that round were those that followed it. As rounds
-are chosen before the last report is read, this is a round or two old; what is learnt is
-how many drafts stand *then*. Every round teaches it, whatever it drafted.
+Which it is shows in how long it has done so: how many of its newest tokens stood there
+before. As rounds are chosen before the last report is read, this is a round old; what
+is learnt is how many drafts stand *then*. Every round teaches it, whatever it drafted.
 
 Numbers in, numbers out: knows neither texts nor time.
 """
@@ -19,33 +18,19 @@ from ..constants import MAX_DRAFT_TOKENS
 from .acceptance_model import AcceptanceModel
 from .cost_model import NO_KEYS, CostModel
 
-BROKEN = -1  # in place of a length: a text has left what it repeated
-
 # Lengths from which on matches are alike, and what is thought of each kind at first:
 # P(a draft is accepted | those before it were).
-_LENGTHS = (0, 3, 5, 9, 16)
+_LENGTHS = (3, 5, 9, 16)
 _LONG = 9
 _FIRST_DRAFTED = 0.8
-_FIRST = (0.15, 0.25, 0.5, 0.65, 0.8, 0.9)
+_FIRST = (0.2, 0.5, 0.65, 0.8, 0.9)
 # What K rows more are thought to cost without a drafter, where nobody says it: this
 # share of what they cost with one.
 _VERIFY_SHARE = 0.75
 
 
-def continued(match_length: int, *, num_same: int, num_tokens: int) -> int:
-    """How long a match is behind a round.
-
-    Args:
-        match_length: How long it was before the round.
-        num_same: How many of the round's tokens, from the first on, are those that
-            followed it.
-        num_tokens: How many tokens the round has emitted.
-    """
-    return match_length + num_tokens if num_same == num_tokens else BROKEN
-
-
 def kind_of(length: int) -> int:
-    """The kind of match that a length is, 0 to 5."""
+    """The kind of match that a length is, 0 to 4."""
     return bisect_right(_LENGTHS, length)
 
 
@@ -93,7 +78,7 @@ class LookupModel:
         """Learn from what was looked up.
 
         Args:
-            length: How long the match was when its round was chosen, or ``BROKEN``.
+            length: How long the match was when its round was chosen.
             num_same: How many of the tokens that came, up to 8, were those looked up.
         """
         self.acceptance[kind_of(length)].observe(MAX_DRAFT_TOKENS, num_same)
@@ -104,7 +89,7 @@ class LookupModel:
         """Learn from a round of the drafter; of a short match it says nothing here.
 
         Args:
-            length: How long the match was when it was chosen, or ``BROKEN``.
+            length: How long the match was when it was chosen.
             num_draft_tokens: Its K.
             num_accepted: How many of its drafts were accepted.
         """
@@ -117,7 +102,7 @@ class LookupModel:
         """Tokens of a round of the drafter, on average over rows.
 
         Args:
-            lengths: How long the match of each row is, or ``BROKEN``.
+            lengths: How long the match of each row is.
             num_draft_tokens: Its K.
             others: What rows of short matches emit.
         """
@@ -131,7 +116,7 @@ class LookupModel:
         """Tokens of a round of K = 0..8, on average over rows.
 
         Args:
-            lengths: How long the match of each row is, or ``BROKEN``.
+            lengths: How long the match of each row is.
         """
         kinds = [kind_of(length) for length in lengths]
         tokens = {k: self.acceptance[k].expected_tokens() for k in set(kinds)}

@@ -20,9 +20,8 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from ..constants import DRAFTER, MIXED
+from ..constants import DRAFTER
 from ..cpu_kernels import clock
-from ..drafting.lookup_model import BROKEN
 from ..drafting.policy import DraftPolicy, Way, ways
 from .batch import Batch
 from .early_start import EarlyStart
@@ -33,7 +32,7 @@ from .route import Route
 from .runner import QueuedRound, RoundRunner
 from .sequence import TokenSequence
 from .shadows import Shadows
-from .sources import least_matches, round_source, sources_of
+from .sources import looking_up, round_source, sources_of
 from .state import Decision, RoundState
 from .stats import RoundStats
 from .timing import RoundTimer
@@ -227,7 +226,7 @@ class RoundPipeline:
         start = clock()
         queued = self._runner.queue(state, way, self._last)
         setup_s = None if is_ready else clock() - start
-        matches = tuple(s.match_length if s else BROKEN for s in batch.sequences)
+        matches = tuple(s.match_length if s else 0 for s in batch.sequences)
         self._in_flight.append(
             _InFlight(queued, policy, setup_s, num_shadow, context, matches)
         )
@@ -334,7 +333,7 @@ class RoundPipeline:
 
     def _learn(self, done: _InFlight, decisions: Sequence[Decision]) -> None:
         """Count a round, and tell who chooses for the next ones how it went."""
-        accepted = []
+        accepted, matches = [], []
         queued, num_drafts = done.queued, done.queued.num_draft_tokens
         for seat, (sequence, decision) in enumerate(
             zip(queued.sequences, decisions, strict=True)
@@ -344,24 +343,21 @@ class RoundPipeline:
             sequence.offset += decision.num_accepted + 1
             most = sequence.request.max_draft_tokens
             drafted = min(num_drafts, most)
-            source = queued.source_of(seat, decision)
+            source = queued.source_of(seat)
             for stats in (self._stats, sequence.stats):
                 stats.add_round(
                     drafted=drafted, accepted=decision.num_accepted, source=source
                 )
-            self._followed.note(
-                sequence,
-                decision,
-                length=done.matches[seat],
-                num_drafted=drafted if source == DRAFTER else 0,
-                policy=done.policy,
-            )
+            length = done.matches[seat]
+            self._followed.note(sequence, length, policy=done.policy)
             if most >= num_drafts and source == queued.source:
                 accepted.append(decision.num_accepted)
+                matches.append(length)
         done.policy.observe(
             Way(num_drafts, queued.source),
             accepted,
             done.seconds,
+            matches=matches,
             num_shadow_drafts=done.num_shadow_drafts,
             context=done.context,
         )
@@ -396,9 +392,9 @@ class _Untraced:
         """
         graph, num_slots = batch.settings.graph, batch.num_slots
         thread = threading.get_ident()  # every thread has traces of its own
-        least_match = least_matches(batch.sequences) if batch.has_text else ()
-        is_mixed = round_source(DRAFTER, least_match) == MIXED
-        key = (graph, num_slots, len(batch), thread, sources, is_mixed)
+        rows = looking_up(batch.sequences) if batch.has_text else ()
+        text_size = batch.text_size
+        key = (graph, num_slots, text_size, len(batch), thread, sources, any(rows))
         if self._key == key:
             return
         self._key = key
@@ -408,10 +404,10 @@ class _Untraced:
             if not self._rounds.is_ready(
                 graph,
                 num_draft_tokens=way.num_draft_tokens,
-                source=round_source(way.source, least_match),
+                source=round_source(way.source, rows),
                 min_rows=self._route.min_rows,
                 num_rows=len(batch),
                 capacity=num_slots,
-                has_text=batch.has_text,
+                text_size=text_size,
             )
         }

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from ..drafting.lookup_model import BROKEN
 from ..sampling.host import HostRow, Judged, LogitsProcessor
 from ..sampling.masks import BlockMasks
+from .known_text import KnownText
+from .lookup import LONGEST, UNKNOWN
 from .request import Matcher, Request, RowMasks, settled
 from .stats import RoundStats
 
@@ -32,8 +33,8 @@ class TokenSequence:
         finish_reason: Why it has ended; None while it is live.
         stats: Counts of its rounds.
         masks: What it may choose, as far as it was followed; None for anything.
-        match_length: How long it has repeated itself, see ``lookup_model.continued``,
-            as of the last report read.
+        searched: Tokens that are searched before its own.
+        text: These and all its tokens, where drafts may come from them.
     """
 
     request: Request
@@ -45,7 +46,8 @@ class TokenSequence:
     finish_reason: str | None = None
     stats: RoundStats = field(default_factory=RoundStats)
     masks: RowMasks | None = None
-    match_length: int = BROKEN
+    searched: tuple[int, ...] = ()
+    text: KnownText | None = None
     _matcher: Matcher | None = None
     _num_followed: int = 0  # of the emitted tokens, by the masks
 
@@ -79,6 +81,11 @@ class TokenSequence:
         """The tokens before those emitted, as far as anybody said what they are."""
         request = self.request
         return [*(request.history or request.cached), *request.prompt]
+
+    @property
+    def match_length(self) -> int:
+        """How many of its newest tokens stood in the text before, 0 to 16."""
+        return 0 if self.text is None else self.text.length
 
     @property
     def num_emitted(self) -> int:
@@ -118,7 +125,17 @@ class TokenSequence:
             if not self.is_live:
                 break
         self.emitted += taken
+        if self.text is not None:
+            self.text.extend(taken)
         return taken
+
+    def look_up(self) -> None:
+        """From now on its drafts may come from its text."""
+        known, prediction = self.known, self.request.prediction
+        if prediction:
+            # Behind what stands before the answer: it is found from its first token on.
+            self.searched = (*known[-LONGEST:], *prediction, UNKNOWN)
+        self.text = KnownText([*self.searched, *known, *self.emitted])
 
     def block_masks(self, drafts: Sequence[int]) -> BlockMasks | None:
         """What it may choose in a block of drafts; None for anything.

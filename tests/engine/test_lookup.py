@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp.constants import AUTO, DRAFTER, LOOKUP
-from mlx_gemma_mtp.drafting.lookup_model import BROKEN
 from mlx_gemma_mtp.drafting.policy import DraftPolicy
 from mlx_gemma_mtp.engine.decoder import Decoder
+from mlx_gemma_mtp.engine.known_text import KnownText
 from mlx_gemma_mtp.engine.lookup import (
     LONGEST,
     NUM_FOUND,
@@ -93,10 +93,8 @@ class TestFind:
     def test_longest_match_and_what_followed(self, rows):
         text = mx.array([row for row, _ in rows], dtype=mx.int32)
         ends = mx.array([end for _, end in rows], dtype=mx.int32)
-        match = find(text, ends)
         expected = [found_by_hand(row, end) for row, end in rows]
-        assert match.length.tolist() == [length for length, _ in expected]
-        assert match.tokens.tolist() == [tokens for _, tokens in expected]
+        assert listed(find(text, ends)) == expected
 
     @settings(max_examples=20)
     @given(texts(), st.integers(0, 99))
@@ -105,13 +103,39 @@ class TestFind:
         ends = mx.array([end for _, end in rows], dtype=mx.int32)
         is_behind = mx.arange(text.shape[1]) > ends[:, None]
         before, after = find(text, ends), find(mx.where(is_behind, other, text), ends)
-        assert before.packed.tolist() == after.packed.tolist()
+        assert listed(before) == listed(after)
         alone = [find(text[i : i + 1], ends[i : i + 1]) for i in range(len(rows))]
-        assert before.packed.tolist() == [match.packed[0].tolist() for match in alone]
+        assert listed(before) == [match for each in alone for match in listed(each)]
 
     def test_a_seat_that_nobody_took(self):
         match = find(mx.full((1, 32), UNKNOWN, dtype=mx.int32), mx.array([0]))
-        assert match.packed.tolist() == [[0] * (1 + NUM_FOUND)]
+        assert listed(match) == [(0, [0] * NUM_FOUND)]
+
+    @settings(max_examples=60)
+    @given(texts(), st.data())
+    def test_the_host_finds_the_same(self, rows, data):
+        for row, end in rows:
+            known, place = KnownText(row[:1]), 1
+            while place <= end:
+                count = data.draw(st.integers(1, end + 1 - place))
+                known.extend(row[place : place + count])
+                place += count
+            assert (known.length, known.following) == found_by_hand(row, end)
+
+    def test_the_host_knows_long_texts(self):
+        period = random.Random(2).choices(range(64), k=300)
+        known = KnownText(period[:7])
+        for i in range(7, 3000, 7):
+            known.extend((period * 11)[i : i + 7])
+        assert (known.length, known.following) == (LONGEST, (period * 11)[3003:3012])
+        known = KnownText([2**40, -5, 7, 2**40, -5, 7])
+        assert (known.length, known.following[:2]) == (1, [0, 0])
+
+
+def listed(match: tuple[mx.array, mx.array]) -> list[tuple[int, list[int]]]:
+    """The length and the tokens of each row."""
+    length, tokens = match
+    return list(zip(length.tolist(), tokens.tolist(), strict=True))  # type: ignore[arg-type]
 
 
 class TestText:
@@ -172,31 +196,6 @@ class TestRounds:
         assert stats.accepted_from.keys() == {LOOKUP}
         rounds = -(-39 // (num_draft_tokens + 1))
         assert stats.rounds == 2 * rounds + 39
-
-    def test_reports_say_the_match(self):
-        """Of the state before the round, and 0 where nobody looks."""
-        script = LOOP * 8
-        for has_text in (True, False):
-            decoder = Decoder(
-                self.rounds([script]),
-                [Request(script[:11], 20)],
-                num_draft_tokens=0,
-                has_text=has_text,
-            )
-            seen: list[tuple[int, list[int]]] = []
-            read = decoder._pipeline._runner.read
-
-            def watched(*args, read=read, seen=seen):
-                decisions = read(*args)
-                seen.append((decisions[0].match_length, decisions[0].followed))
-                return decisions
-
-            decoder._pipeline._runner.read = watched  # type: ignore[method-assign]
-            tokens = [token for (e,) in decoder.run() for token in e.tokens]
-            assert tokens == script[11:31]
-            texts = [script[: 12 + i] for i in range(19)]
-            expected = [found_by_hand(text, len(text) - 1) for text in texts]
-            assert seen == (expected if has_text else [(0, [])] * 19)
 
     @pytest.mark.parametrize(("num_known", "rounds"), [(17, 2), (8, 2), (0, 9)])
     def test_known_tokens_of_a_cache_are_found(self, num_known, rounds):
@@ -395,60 +394,56 @@ class Learner(DraftPolicy):
     def __init__(self) -> None:
         super().__init__(3)
         self.seen: list[tuple[int, int]] = []
-        self.matches: list[list[int]] = []
-        self.drafted: list[tuple[int, int, int]] = []
+        self.chosen: list[list[int]] = []
+        self.judged: list[tuple[list[int], list[int]]] = []
 
     def choose(self, allowed, *, matches=(), **rest):
-        self.matches.append(list(matches))
+        self.chosen.append(list(matches))
         return super().choose(allowed, matches=matches, **rest)
 
     def observe_match(self, length, num_same):
         self.seen.append((length, num_same))
 
-    def observe_drafted(self, length, num_draft_tokens, num_accepted):
-        self.drafted.append((length, num_draft_tokens, num_accepted))
+    def observe(self, way, accepted, seconds, *, matches=(), **rest):
+        self.judged.append((list(accepted), list(matches)))
 
 
 class TestLearning:
     """What is told of texts that repeat themselves, or do not."""
 
-    def learn(self, script, num_prompt, *, look_ahead=False):
+    def learn(self, script, num_prompt, *, source=LOOKUP, look_ahead=False):
         policy = Learner()
-        request = Request(script[:num_prompt], 20, draft_source=LOOKUP)
-        rounds = Rounds(ScriptedTarget([script]), use_compile=False)
+        request = Request(script[:num_prompt], 20, draft_source=source)
+        rounds = Rounds(
+            ScriptedTarget([script]), ScriptedDrafter([script]), use_compile=False
+        )
         decode(rounds, [request], policy, look_ahead=look_ahead)
         return policy
 
     @pytest.mark.parametrize("look_ahead", [False, True])
-    def test_a_text_that_goes_on(self, look_ahead):
-        policy = self.learn(LOOP * 8, 12, look_ahead=look_ahead)
+    @pytest.mark.parametrize("source", [LOOKUP, AUTO])
+    def test_a_text_that_goes_on(self, source, look_ahead):
+        """Wherever its drafts come from."""
+        policy = self.learn(LOOP * 8, 12, source=source, look_ahead=look_ahead)
         # 13 tokens, of which 5 stood before; then four more with every round.
-        lengths = [BROKEN, 9, 13, 17, 20]
+        lengths = [5, 9, 13, 16, 16]
         if look_ahead:
-            lengths = [BROKEN, *lengths]
-        assert [lengths for (lengths,) in policy.matches] == lengths[
-            : len(policy.matches)
-        ]
+            lengths = [5, *lengths]
+        assert [each for (each,) in policy.chosen] == lengths[: len(policy.chosen)]
+        assert policy.judged == [([3], [n]) for n in lengths[: len(policy.judged)]]
         assert {same for _, same in policy.seen} == {8}
-        assert policy.seen[0] == (BROKEN, 8)
+        assert [n for n, _ in policy.seen] == lengths[: len(policy.seen)]
 
     def test_a_text_that_is_new(self):
         policy = self.learn([*range(60)], 12)
-        assert {length for (length,) in policy.matches} == {BROKEN}
-        assert set(policy.seen) == {(BROKEN, 0)}
+        assert {length for (length,) in policy.chosen} == {0}
+        assert set(policy.seen) == {(0, 0)}
         assert len(policy.seen) == 19  # of every round, at once
-        assert policy.drafted == []
 
-    def test_rounds_of_the_drafter(self):
-        """They teach the same of the text, and what the drafter is worth in it."""
-        policy, script = Learner(), LOOP * 8
-        rounds = Rounds(
-            ScriptedTarget([script]), ScriptedDrafter([script]), use_compile=False
-        )
-        request = Request(script[:12], 20, draft_source=DRAFTER)
-        decode(rounds, [request], policy, look_ahead=False)
-        assert policy.drafted == [(n, 3, 3) for n in (BROKEN, 9, 13, 17, 20)]
-        assert {same for _, same in policy.seen} == {8}
+    def test_nobody_looks_where_a_row_asks_for_the_drafter(self):
+        policy = self.learn(LOOP * 8, 12, source=DRAFTER)
+        assert {length for (length,) in policy.chosen} == {0}
+        assert policy.seen == []
 
 
 def take(decoder, texts):
@@ -526,7 +521,8 @@ class TestGraph:
         plain = self.nodes(has_text=False, num_draft_tokens=0)
         assert plain[0] < looking[0] < drafting[0]
         assert looking[1] == drafting[1]  # the host reads no more often
-        assert self.nodes(has_text=True)[0] < drafting[0] + 80
+        assert self.nodes(has_text=True)[0] < drafting[0] + 10  # nothing is searched
+        assert self.nodes(has_text=True, num_draft_tokens=0)[0] < plain[0] + 10
 
     def test_memory(self):
         """Four bytes a slot."""
