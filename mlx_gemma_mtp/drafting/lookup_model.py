@@ -17,12 +17,14 @@ from typing import Any
 from ..constants import MAX_DRAFT_TOKENS
 from .acceptance_model import AcceptanceModel
 from .cost_model import NO_KEYS, CostModel
+from .saved_numbers import numbers
 
 # Lengths from which on matches are alike, and what is thought of each kind at first:
 # P(a draft is accepted | those before it were).
 _LENGTHS = (3, 5, 9, 16)
 _LONG = 9
 _FIRST_DRAFTED = 0.8
+_SHARE_MEMORY = 500.0  # rounds
 _FIRST = (0.2, 0.5, 0.65, 0.8, 0.9)
 # What K rows more are thought to cost without a drafter, where nobody says it: this
 # share of what they cost with one.
@@ -49,6 +51,7 @@ class LookupModel:
 
     Attributes:
         acceptance: For each kind of match, how many drafts stand.
+        shares: Of rounds, how many of late had a match of each kind.
         drafter: How many of the drafter's stand while a match is long: more than else.
         costs: Seconds of rounds.
     """
@@ -57,6 +60,7 @@ class LookupModel:
         self, relative_cost: Sequence[float], key_cost: Sequence[float] = NO_KEYS
     ) -> None:
         self.acceptance = [AcceptanceModel(first) for first in _FIRST]
+        self.shares = [1.0, *[0.0] * (len(_FIRST) - 1)]
         self.drafter = AcceptanceModel(_FIRST_DRAFTED)
         self.costs = CostModel(relative_cost, key_cost)
 
@@ -81,7 +85,12 @@ class LookupModel:
             length: How long the match was when its round was chosen.
             num_same: How many of the tokens that came, up to 8, were those looked up.
         """
-        self.acceptance[kind_of(length)].observe(MAX_DRAFT_TOKENS, num_same)
+        kind = kind_of(length)
+        self.acceptance[kind].observe(MAX_DRAFT_TOKENS, num_same)
+        self.shares = [
+            share + ((i == kind) - share) / _SHARE_MEMORY
+            for i, share in enumerate(self.shares)
+        ]
 
     def observe_drafted(
         self, length: int, num_draft_tokens: int, num_accepted: int
@@ -151,10 +160,36 @@ class LookupModel:
             for k in range(len(limits))
         ]
 
+    def best_rate(
+        self,
+        choices: Sequence[int],
+        others: Sequence[tuple[float, float]],
+        with_drafter: CostModel,
+    ) -> float:
+        """Tokens per second where each round is the best for its match.
+
+        Args:
+            choices: K's that may be run.
+            others: Tokens and seconds of rounds that may be run in their place.
+            with_drafter: See ``all_seconds``.
+        """
+        seconds = self.all_seconds(with_drafter)
+        rates = []
+        for model in self.acceptance:
+            tokens = model.expected_tokens()
+            rounds = [*others, *((tokens[k], seconds[k]) for k in choices if k)]
+            rates.append(max(rounds, key=lambda each: each[0] / each[1]))
+        total = [
+            sum(w * r[i] for w, r in zip(self.shares, rates, strict=True))
+            for i in (0, 1)
+        ]
+        return total[0] / total[1]
+
     def to_dict(self) -> dict[str, Any]:
         """All that was learnt, in values that JSON has."""
         return {
             "acceptance": [model.to_dict() for model in self.acceptance],
+            "shares": list(self.shares),
             "drafter": self.drafter.to_dict(),
             "costs": self.costs.to_dict(),
         }
@@ -171,6 +206,7 @@ class LookupModel:
             raise ValueError(f"acceptance must be {len(_FIRST)} models")
         model = cls([1.0] * (MAX_DRAFT_TOKENS + 1))
         model.acceptance = [AcceptanceModel.from_dict(each) for each in found]
+        model.shares = numbers(data, "shares", len(_FIRST), low=0, high=1)
         model.drafter = AcceptanceModel.from_dict(data.get("drafter"))
         model.costs = CostModel.from_dict(data.get("costs"))
         return model

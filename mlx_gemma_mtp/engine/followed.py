@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from ..constants import MAX_DRAFT_TOKENS
 from ..drafting.policy import DraftPolicy
+from .known_text import num_equal
 from .sequence import TokenSequence
-from .shadows import num_equal
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,10 @@ class KnownText:
         self._size = end
         self._find()
 
+    def goes_on(self, token: int, *, end: int) -> bool:
+        """Whether a token followed where the newest ones stood, before a place."""
+        return self.place + 1 < end and self.following[0] == token
+
     def _find(self) -> None:
         """Find the longest match, the latest place first."""
         text, last = self._tokens[: self._size], self._size - 1
@@ -62,3 +66,13 @@ class KnownText:
             places = before[is_same] + self.length
         found = text[self.place + 1 :][:NUM_FOUND].tolist() or [0]
         self.following = [max(found[i % len(found)], 0) for i in range(NUM_FOUND)]
+
+
+def num_equal(drafts: Sequence[int], tokens: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    count = 0
+    for draft, token in zip(drafts, tokens, strict=False):
+        if draft != token:
+            break
+        count += 1
+    return count

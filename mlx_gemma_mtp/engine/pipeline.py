@@ -343,10 +343,13 @@ class RoundPipeline:
             sequence.offset += decision.num_accepted + 1
             most = sequence.request.max_draft_tokens
             drafted = min(num_drafts, most)
-            source = queued.source_of(seat)
+            source, forced = queued.source_of(seat), queued.num_forced(seat)
             for stats in (self._stats, sequence.stats):
                 stats.add_round(
-                    drafted=drafted, accepted=decision.num_accepted, source=source
+                    drafted=drafted,
+                    accepted=decision.num_accepted,
+                    source=source,
+                    forced=forced,
                 )
             length = done.matches[seat]
             self._followed.note(sequence, length, policy=done.policy)

@@ -69,6 +69,19 @@ class QueuedRound:
         """Where the drafts of a row came from."""
         return LOOKUP if self.looking_up[seat] else self.source
 
+    def num_forced(self, seat: int) -> int:
+        """How many drafts of a row, from the first on, its masks have forced."""
+        sequence = self.sequences[seat]
+        if self.masks is None or self.drafts is None or sequence is None:
+            return 0
+        forced = self.masks.forced.get(sequence, ())
+        count = 0
+        for draft, run in zip(self.drafts[seat], forced, strict=False):
+            if list(run[:1]) != [draft]:
+                break
+            count += 1
+        return count
+
     def read_drafts(self) -> None:
         """Wait for the drafts of a round that stands before its decision."""
         if self.drafts is None and self.begun is not None:

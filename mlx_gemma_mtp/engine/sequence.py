@@ -35,6 +35,7 @@ class TokenSequence:
         masks: What it may choose, as far as it was followed; None for anything.
         searched: Tokens that are searched before its own.
         text: These and all its tokens, where drafts may come from them.
+        num_predicted: Tokens of the request's prediction that it has emitted.
     """
 
     request: Request
@@ -48,6 +49,7 @@ class TokenSequence:
     masks: RowMasks | None = None
     searched: tuple[int, ...] = ()
     text: KnownText | None = None
+    num_predicted: int = 0
     _matcher: Matcher | None = None
     _num_followed: int = 0  # of the emitted tokens, by the masks
 
@@ -125,8 +127,7 @@ class TokenSequence:
             if not self.is_live:
                 break
         self.emitted += taken
-        if self.text is not None:
-            self.text.extend(taken)
+        self._follow(taken)
         return taken
 
     def look_up(self) -> None:
@@ -135,7 +136,15 @@ class TokenSequence:
         if prediction:
             # Behind what stands before the answer: it is found from its first token on.
             self.searched = (*known[-LONGEST:], *prediction, UNKNOWN)
-        self.text = KnownText([*self.searched, *known, *self.emitted])
+        self.text = KnownText([*self.searched, *known])
+        self._follow(self.emitted)
+
+    @property
+    def num_not_predicted(self) -> int:
+        """Tokens of the prediction that it has not emitted; 0 where nobody looks."""
+        if self.text is None:
+            return 0
+        return len(self.request.prediction) - self.num_predicted
 
     def block_masks(self, drafts: Sequence[int]) -> BlockMasks | None:
         """What it may choose in a block of drafts; None for anything.
@@ -149,6 +158,19 @@ class TokenSequence:
             self._num_followed += 1
             self.masks.advance(token)
         return self.masks.block(drafts)
+
+    def _follow(self, tokens: Sequence[int]) -> None:
+        """Let its text grow, and count tokens that go on as the prediction does."""
+        if self.text is None or not tokens:
+            return
+        if not self.searched:
+            self.text.extend(tokens)
+            return
+        most = len(self.request.prediction)
+        for token in tokens:  # one by one: the count does not depend on rounds
+            is_next = self.text.goes_on(token, end=len(self.searched) - 1)
+            self.num_predicted = min(self.num_predicted + is_next, most)
+            self.text.extend([token])
 
     def judge(self, logits: mx.array, drafts: Sequence[int]) -> Judged:
         """Decide a block on the host; see ``HostRow.judge``."""

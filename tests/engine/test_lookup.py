@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.constants import AUTO, DRAFTER, LOOKUP
+from mlx_gemma_mtp.constants import AUTO, DRAFTER, FORM, LOOKUP
 from mlx_gemma_mtp.drafting.policy import DraftPolicy
 from mlx_gemma_mtp.engine.decoder import Decoder
 from mlx_gemma_mtp.engine.known_text import KnownText
@@ -33,7 +33,7 @@ from mlx_gemma_mtp.engine.lookup import (
 from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.engine.sequence import TokenSequence
-from mlx_gemma_mtp.engine.sources import sources_of
+from mlx_gemma_mtp.engine.sources import looking_up, sources_of
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from scripts.benchmarks.graph import counting
 from tests.engine.test_distribution import (
@@ -259,6 +259,78 @@ class TestRounds:
             assert 0 <= min(ids) <= max(ids) < target.target.vocab_size
 
 
+class TestPrediction:
+    """Tokens that are searched beside the text: no model reads them."""
+
+    SCRIPT = (*range(10, 60), *range(1, 10))
+
+    def run(self, *requests, **options):
+        rounds = Rounds(
+            ScriptedTarget([self.SCRIPT] * len(requests)), use_compile=False
+        )
+        return decode(rounds, requests, 8, **options)
+
+    @pytest.mark.parametrize("look_ahead", [True, False])
+    def test_what_is_predicted_is_drafted_from_its_first_token_on(self, look_ahead):
+        script = [*self.SCRIPT]
+        request = Request(script[:5], 37, draft_source=LOOKUP)
+        foretold = replace(request, prediction=tuple(script[5:42]))
+        for each, num_rounds in ((request, 36), (foretold, 4)):
+            (row,), decoder = self.run(each, look_ahead=look_ahead)
+            assert row == script[5:42]
+            assert decoder.stats.rounds == num_rounds
+
+    def test_what_came_of_it_is_counted(self):
+        script = [*self.SCRIPT]
+        wrong = [*script[5:20], 60, 61, *script[22:42]]
+        found = []
+        for prediction in (script[5:42], wrong, [60, 61, 62], []):
+            request = Request(script[:5], 37, prediction=tuple(prediction))
+            outputs = []
+            for num_draft_tokens in (0, 4):
+                decoder = Decoder(
+                    Rounds(ScriptedTarget([script]), use_compile=False),
+                    [request],
+                    num_draft_tokens=num_draft_tokens,
+                    has_text=True,
+                )
+                outputs.append([e.sequence for (e,) in decoder.run()][-1])
+            one, other = [(s.num_predicted, s.num_not_predicted) for s in outputs]
+            found.append(one)
+            assert one == other
+        # Behind what is wrong one token is needed to find it again.
+        assert found == [(37, 0), (34, 3), (0, 3), (0, 0)]
+
+    def test_no_match_crosses_the_seam(self):
+        """The prediction's last tokens and the prompt's first stand side by side."""
+        script = [7, 8, 1, 2, 3, 4, 5, 1, 2, 7, 8, 9, 9, 9]
+        sequence = TokenSequence.of(Request(script[:6], 9, prediction=(20, 1, 2)))
+        sequence.look_up()
+        sequence.take(script[6:11])
+        assert sequence.text is not None
+        assert sequence.text.length == 2  # 7, 8 as in the prompt: not 1, 2, 7, 8
+        assert sequence.text.following[:3] == [1, 2, 3]
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_rows_that_join_bring_their_own(self, first):
+        """Texts grow for it, and go on."""
+        script = [*self.SCRIPT]
+        plain = Request(script[:5], 50, draft_source=LOOKUP)
+        foretold = replace(plain, prediction=tuple(script[5:] * 9))
+        rounds = Rounds(ScriptedTarget([script] * 2), use_compile=False)
+        decoder = Decoder(rounds, num_draft_tokens=8, has_text=True, max_rows=2)
+        requests = [plain, foretold] if first == 0 else [foretold, plain]
+        texts = {decoder.add(requests[0]): list[int]()}
+        take(decoder, texts)
+        take(decoder, texts)
+        texts[decoder.add(requests[1])] = []
+        while not decoder.is_idle:
+            take(decoder, texts)
+        assert [text[:40] for text in texts.values()] == [script[5:45]] * 2
+        by_prediction = {bool(s.request.prediction): s.stats.rounds for s in texts}
+        assert by_prediction[True] < 10 < by_prediction[False]
+
+
 def reference_requests(draft_source):
     """Rows of all kinds; the tiny pair repeats itself soon."""
     prompts = [[5, 6, 7, 8, 9, 5, 6, 7], [11, 12, 13, 14] * 6, [40, 41], [7] * 9]
@@ -367,6 +439,9 @@ class TestSameText:
             (row,), decoder = decode(reference_pair().rounds, [request], 2)
         assert row == [8, 7] * 9
         assert decoder.stats.rounds <= 7
+        assert decoder.stats.drafted_from.keys() == {FORM}  # and count as the form's
+        assert decoder.stats.drafted_from[FORM] == decoder.stats.drafted
+        assert decoder.stats.accepted_from[FORM] == decoder.stats.accepted
 
 
 class TestSources:
@@ -386,6 +461,28 @@ class TestSources:
         assert of(DRAFTER) == [(), (DRAFTER,)]
         assert of(AUTO) == [(LOOKUP,), (DRAFTER, LOOKUP)]
         assert of(LOOKUP) == [(LOOKUP,), (LOOKUP,)]
+
+    @pytest.mark.parametrize("source", [LOOKUP, DRAFTER])
+    def test_what_a_form_forces_is_counted_apart(self, source):
+        """7 is followed by 9, and that by anything: one forced draft in each block."""
+        rules = Allowing({7: [9]}, {7: [9]}, vocab_size=VOCAB_SIZE)
+        request = Request([7], 12, constraint=rules, draft_source=source)
+        script = [7, 9, 1] * 9
+        rounds = Rounds(
+            ScriptedTarget([script]), ScriptedDrafter([script]), use_compile=False
+        )
+        _, decoder = decode(rounds, [request], 1, look_ahead=False)
+        stats = decoder.stats
+        assert sum(stats.drafted_from.values()) == stats.drafted
+        assert sum(stats.accepted_from.values()) == stats.accepted
+        assert stats.drafted_from.keys() == {FORM, source}
+
+    def test_a_row_that_has_ended_looks_nothing_up(self):
+        sequence = TokenSequence.of(Request([1], 1, draft_source=LOOKUP))
+        other = TokenSequence.of(Request([1], 9, draft_source=DRAFTER))
+        assert looking_up([sequence, other, None]) == (True, False, False)
+        sequence.take([5])
+        assert looking_up([sequence, other, None]) == (False, False, False)
 
 
 class Learner(DraftPolicy):
