@@ -11,6 +11,7 @@ DRAFTER_MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 AUTO = "auto"  # of K: the controller's choice; of exactness: what was proved
 DRAFTER = "drafter"  # where drafts come from
 LOOKUP = "lookup"  # from the text itself
+FORM = "form"  # forced tokens in place of either
 MIXED = "mixed"  # of a batch's round: from either, row by row
 DRAFT_SOURCES = (AUTO, DRAFTER, LOOKUP)
 DEFAULT_DRAFT_SOURCE = DRAFTER

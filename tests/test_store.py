@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gemma_mtp import store as store_module
+from mlx_gemma_mtp.constants import DRAFTER, LOOKUP
 from mlx_gemma_mtp.drafting.prior import DEFAULT_PRIOR
 from mlx_gemma_mtp.exactness.verdict import Verdict, exact_routes
 from mlx_gemma_mtp.pair.calibration import Calibration
@@ -465,6 +466,25 @@ def test_turns_weigh_what_filling_costs(tmp_path, seconds, is_plain):
     assert is_plain == calibration.prefers_unfilled(
         "greedy", num_rows=1, filled=filled, unfilled=unfilled
     )
+
+
+def test_routes_weigh_drafts_from_the_text(tmp_path):
+    """The drafter is of no use; a text that repeats itself pays for filled rounds."""
+    calibration = calibration_of(tmp_path)
+    calibration.keep_verdict(1, VERDICT)
+    controller = calibration.controller("greedy", num_rows=1, min_rows=2)
+    for i in range(300):
+        k = i % 3
+        controller.observe(k, [0], 0.01 * (1 + k / 4))
+        controller.lookup.observe(16, 8)
+    filled, unfilled = exact_routes(VERDICT)
+    found = [
+        calibration.prefers_unfilled(
+            "greedy", num_rows=1, filled=filled, unfilled=unfilled, sources=sources
+        )
+        for sources in ((DRAFTER,), (DRAFTER, LOOKUP), (LOOKUP,))
+    ]
+    assert found == [True, False, False]
 
 
 def test_fewer_drafts_may_win_with_shorter_plain_rounds(tmp_path):

@@ -25,7 +25,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ..constants import MAX_DRAFT_TOKENS
+from ..constants import DRAFTER, LOOKUP, MAX_DRAFT_TOKENS
 from .acceptance_model import AcceptanceModel
 from .cost_model import CostModel
 from .lookup_model import LookupModel
@@ -44,7 +44,9 @@ _FLIGHT = 2  # rounds until a trial has been observed
 _LAST_TOKENS = MAX_DRAFT_TOKENS  # tokens left that justify no trial
 _LOOKUP_EDGE = 0.98  # of the time of others: less is not worth another source
 _LOOKUPS = (2, 4, 8)  # drafts from the text: few numbers, for few traces
-_MISSED = 1.0  # of what tracing takes, that must have been missed before
+_MISSED = 0.25  # of what tracing takes, that must have been missed before
+_SAVED = 2.0  # times what tracing takes, that the tokens left must save
+_UNSEEN = 100  # tokens that count as if nothing had been missed in them
 _FIRST_OPTIMISM = 0.25  # standard deviations, where nothing is traced yet
 
 
@@ -82,6 +84,7 @@ class DraftLengthController:
         self._num_shadow_drafts = 0
         self._looks_up = False
         self._missed_s = [0.0] * len(_ANY)  # by not having traced a K from the text
+        self._num_offered = 0.0  # tokens of rounds that might have been traced so
 
     def resume(self, prior: Prior = DEFAULT_PRIOR) -> None:
         """Begin a process with what another one has learnt.
@@ -190,14 +193,16 @@ class DraftLengthController:
             best, best_s = 0, other_s
         else:
             best_s = cost[best]
+        self._num_offered += tokens[best] if best else drafted
         new = min(setup_s.keys() & set(choices), key=cost.__getitem__, default=0)
         saved_s = best_s - cost[new] if new else 0.0
         if saved_s <= (1 - _LOOKUP_EDGE) * best_s:
             return best
-        # It is traced once it would have saved as much as that takes.
+        # It is traced where the tokens left, if they are as those so far, save enough.
         self._missed_s[new] += saved_s * tokens[new]
-        is_paid = self._missed_s[new] >= _MISSED * setup_s[new]
-        if not is_paid or left * saved_s < setup_s[new]:
+        missed_s, cost_s = self._missed_s[new], setup_s[new]
+        saved_s = left * missed_s / (self._num_offered + _UNSEEN)
+        if missed_s < _MISSED * cost_s or saved_s < _SAVED * cost_s:
             return best
         self._missed_s[new] = 0.0  # the next graph is paid for anew
         return new
@@ -231,6 +236,7 @@ class DraftLengthController:
         accepted: Sequence[int],
         seconds: float | None,
         *,
+        matches: Sequence[int] = (),
         num_shadow_drafts: int = 0,
         context: int = 0,
     ) -> None:
@@ -241,6 +247,8 @@ class DraftLengthController:
             accepted: For each live row, how many drafts were accepted, 0..K.
             seconds: What it took; None if that says nothing of the next ones: it was
                 traced first, the host was busy elsewhere.
+            matches: How long each row's match was when it was chosen; ``()`` where
+                nobody looks.
             num_shadow_drafts: Drafts that were made beside it.
             context: Tokens that its longest row attended to.
 
@@ -250,6 +258,9 @@ class DraftLengthController:
         self._at(context)
         for num_accepted in accepted:
             self.acceptance.observe(num_draft_tokens, num_accepted)
+        if num_draft_tokens:
+            for length, num_accepted in zip(matches, accepted, strict=False):
+                self.lookup.observe_drafted(length, num_draft_tokens, num_accepted)
         self._flight = max(self._flight - 1, 0)
         if seconds is None or not math.isfinite(seconds):
             return
@@ -288,8 +299,17 @@ class DraftLengthController:
         for num_accepted in accepted:
             self.acceptance.observe(num_draft_tokens, num_accepted)
 
-    def best_rate(self, allowed: Collection[int] = _ANY) -> float | None:
+    def best_rate(
+        self,
+        allowed: Collection[int] = _ANY,
+        *,
+        sources: Collection[str] = (DRAFTER,),
+    ) -> float | None:
         """Tokens per second and row of the best K; None before anything was measured.
+
+        Args:
+            allowed: K's that may be run.
+            sources: Where drafts may come from.
 
         Raises:
             ValueError: Nothing is allowed, or a K outside 0..8.
@@ -298,7 +318,11 @@ class DraftLengthController:
         if not self.costs.has_measured_any():
             return None
         tokens, seconds = self.acceptance.expected_tokens(), self.costs.all_seconds()
-        return max(tokens[k] / seconds[k] for k in choices)
+        drafted = [k for k in choices if DRAFTER in sources or not k]
+        rounds = [(tokens[k], seconds[k]) for k in drafted]
+        if LOOKUP in sources:
+            return self.lookup.best_rate(choices, rounds, self.costs)
+        return max(t / s for t, s in rounds)
 
     def to_dict(self) -> dict[str, Any]:
         """All that was learnt, in values that JSON has."""

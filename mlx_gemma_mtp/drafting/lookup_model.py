@@ -1,10 +1,9 @@
 """What drafts from the text itself are worth: how many stand, and what rounds take.
 
 While a text repeats what it said before, nearly all of them stand, else nearly none.
-Which it is shows in how long it has done so: the length of the match that a round
-reported, and whether the tokens of that round were those that followed it. As rounds
-are chosen before the last report is read, this is a round or two old; what is learnt is
-how many drafts stand *then*. Every round teaches it, whatever it drafted.
+Which it is shows in how long it has done so: how many of its newest tokens stood there
+before. As rounds are chosen before the last report is read, this is a round old; what
+is learnt is how many drafts stand *then*. Every round teaches it, whatever it drafted.
 
 Numbers in, numbers out: knows neither texts nor time.
 """
@@ -18,34 +17,22 @@ from typing import Any
 from ..constants import MAX_DRAFT_TOKENS
 from .acceptance_model import AcceptanceModel
 from .cost_model import NO_KEYS, CostModel
-
-BROKEN = -1  # in place of a length: a text has left what it repeated
+from .saved_numbers import numbers
 
 # Lengths from which on matches are alike, and what is thought of each kind at first:
 # P(a draft is accepted | those before it were).
-_LENGTHS = (0, 3, 5, 9, 16)
+_LENGTHS = (3, 5, 9, 16)
 _LONG = 9
 _FIRST_DRAFTED = 0.8
-_FIRST = (0.15, 0.25, 0.5, 0.65, 0.8, 0.9)
+_SHARE_MEMORY = 500.0  # rounds
+_FIRST = (0.2, 0.5, 0.65, 0.8, 0.9)
 # What K rows more are thought to cost without a drafter, where nobody says it: this
 # share of what they cost with one.
 _VERIFY_SHARE = 0.75
 
 
-def continued(match_length: int, *, num_same: int, num_tokens: int) -> int:
-    """How long a match is behind a round.
-
-    Args:
-        match_length: How long it was before the round.
-        num_same: How many of the round's tokens, from the first on, are those that
-            followed it.
-        num_tokens: How many tokens the round has emitted.
-    """
-    return match_length + num_tokens if num_same == num_tokens else BROKEN
-
-
 def kind_of(length: int) -> int:
-    """The kind of match that a length is, 0 to 5."""
+    """The kind of match that a length is, 0 to 4."""
     return bisect_right(_LENGTHS, length)
 
 
@@ -64,6 +51,7 @@ class LookupModel:
 
     Attributes:
         acceptance: For each kind of match, how many drafts stand.
+        shares: Of rounds, how many of late had a match of each kind.
         drafter: How many of the drafter's stand while a match is long: more than else.
         costs: Seconds of rounds.
     """
@@ -72,6 +60,7 @@ class LookupModel:
         self, relative_cost: Sequence[float], key_cost: Sequence[float] = NO_KEYS
     ) -> None:
         self.acceptance = [AcceptanceModel(first) for first in _FIRST]
+        self.shares = [1.0, *[0.0] * (len(_FIRST) - 1)]
         self.drafter = AcceptanceModel(_FIRST_DRAFTED)
         self.costs = CostModel(relative_cost, key_cost)
 
@@ -93,10 +82,15 @@ class LookupModel:
         """Learn from what was looked up.
 
         Args:
-            length: How long the match was when its round was chosen, or ``BROKEN``.
+            length: How long the match was when its round was chosen.
             num_same: How many of the tokens that came, up to 8, were those looked up.
         """
-        self.acceptance[kind_of(length)].observe(MAX_DRAFT_TOKENS, num_same)
+        kind = kind_of(length)
+        self.acceptance[kind].observe(MAX_DRAFT_TOKENS, num_same)
+        self.shares = [
+            share + ((i == kind) - share) / _SHARE_MEMORY
+            for i, share in enumerate(self.shares)
+        ]
 
     def observe_drafted(
         self, length: int, num_draft_tokens: int, num_accepted: int
@@ -104,7 +98,7 @@ class LookupModel:
         """Learn from a round of the drafter; of a short match it says nothing here.
 
         Args:
-            length: How long the match was when it was chosen, or ``BROKEN``.
+            length: How long the match was when it was chosen.
             num_draft_tokens: Its K.
             num_accepted: How many of its drafts were accepted.
         """
@@ -117,7 +111,7 @@ class LookupModel:
         """Tokens of a round of the drafter, on average over rows.
 
         Args:
-            lengths: How long the match of each row is, or ``BROKEN``.
+            lengths: How long the match of each row is.
             num_draft_tokens: Its K.
             others: What rows of short matches emit.
         """
@@ -131,7 +125,7 @@ class LookupModel:
         """Tokens of a round of K = 0..8, on average over rows.
 
         Args:
-            lengths: How long the match of each row is, or ``BROKEN``.
+            lengths: How long the match of each row is.
         """
         kinds = [kind_of(length) for length in lengths]
         tokens = {k: self.acceptance[k].expected_tokens() for k in set(kinds)}
@@ -166,10 +160,36 @@ class LookupModel:
             for k in range(len(limits))
         ]
 
+    def best_rate(
+        self,
+        choices: Sequence[int],
+        others: Sequence[tuple[float, float]],
+        with_drafter: CostModel,
+    ) -> float:
+        """Tokens per second where each round is the best for its match.
+
+        Args:
+            choices: K's that may be run.
+            others: Tokens and seconds of rounds that may be run in their place.
+            with_drafter: See ``all_seconds``.
+        """
+        seconds = self.all_seconds(with_drafter)
+        rates = []
+        for model in self.acceptance:
+            tokens = model.expected_tokens()
+            rounds = [*others, *((tokens[k], seconds[k]) for k in choices if k)]
+            rates.append(max(rounds, key=lambda each: each[0] / each[1]))
+        total = [
+            sum(w * r[i] for w, r in zip(self.shares, rates, strict=True))
+            for i in (0, 1)
+        ]
+        return total[0] / total[1]
+
     def to_dict(self) -> dict[str, Any]:
         """All that was learnt, in values that JSON has."""
         return {
             "acceptance": [model.to_dict() for model in self.acceptance],
+            "shares": list(self.shares),
             "drafter": self.drafter.to_dict(),
             "costs": self.costs.to_dict(),
         }
@@ -186,6 +206,7 @@ class LookupModel:
             raise ValueError(f"acceptance must be {len(_FIRST)} models")
         model = cls([1.0] * (MAX_DRAFT_TOKENS + 1))
         model.acceptance = [AcceptanceModel.from_dict(each) for each in found]
+        model.shares = numbers(data, "shares", len(_FIRST), low=0, high=1)
         model.drafter = AcceptanceModel.from_dict(data.get("drafter"))
         model.costs = CostModel.from_dict(data.get("costs"))
         return model

@@ -165,6 +165,7 @@ class DraftPolicy:
         accepted: Sequence[int],
         seconds: float | None,
         *,
+        matches: Sequence[int] = (),
         num_shadow_drafts: int = 0,
         context: int = 0,
     ) -> None:
@@ -174,6 +175,7 @@ class DraftPolicy:
             way: How it drafted.
             accepted: How many drafts each live sequence accepted.
             seconds: Its time; None where it says nothing.
+            matches: Of each of these sequences, see ``choose``.
             num_shadow_drafts: Drafts that were made beside it.
             context: Tokens of the longest sequence, when it was chosen.
         """
@@ -189,6 +191,7 @@ class DraftPolicy:
                 way.num_draft_tokens,
                 accepted,
                 seconds,
+                matches=matches,
                 num_shadow_drafts=num_shadow_drafts,
                 context=context,
             )
@@ -211,17 +214,6 @@ class DraftPolicy:
             return
         with self._learning.lock:
             self._controller.lookup.observe(length, num_same)
-
-    def observe_drafted(
-        self, length: int, num_draft_tokens: int, num_accepted: int
-    ) -> None:
-        """Learn from a round of the drafter; see ``LookupModel.observe_drafted``."""
-        if self._learning is None or self._controller is None:
-            return
-        with self._learning.lock:
-            self._controller.lookup.observe_drafted(
-                length, num_draft_tokens, num_accepted
-            )
 
     def observe_setup(self, seconds: float) -> None:
         """Learn what it took to trace a round."""

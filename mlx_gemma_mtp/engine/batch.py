@@ -13,13 +13,14 @@ from dataclasses import replace
 import mlx.core as mx
 
 from ..cache.prompt import PrefillCache, insert_row, oldest_kept, take_row
-from ..cache.slabs import SlabLayout, resize
+from ..cache.slabs import SlabLayout, resize, stepped_capacity
+from ..constants import DRAFTER
 from ..models.target import Prefilled
 from ..sampling.graph import SamplingGraph
 from .capacity import BatchPolicy, Capacity
 from .lookup import empty_text, resized_text
 from .sequence import TokenSequence
-from .sources import least_matches
+from .sources import looking_up
 from .state import (
     RoundState,
     RowSettings,
@@ -68,6 +69,7 @@ class Batch:
         self._first_positions: dict[TokenSequence, int] = {}
         self._graph: SamplingGraph | None = None
         self._has_freed = False  # seats, since they were last counted
+        self._num_searched = 0  # places of each text before its first token
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -82,6 +84,12 @@ class Batch:
         """Slots of the full layers."""
         assert self.state is not None
         return self._layout.capacity(self.state.slabs)
+
+    @property
+    def text_size(self) -> int:
+        """Places of each text; 0 where there is none."""
+        assert self.state is not None
+        return self.state.text_size
 
     @property
     def num_bytes(self) -> int:
@@ -128,6 +136,8 @@ class Batch:
             last_token: The token that was chosen behind it.
         """
         first_position = oldest_kept(filled.caches, self._layout)
+        if self.has_text and sequence.request.draft_source != DRAFTER:
+            sequence.look_up()
         seat = self._free_seat(sequence, filled.hidden)
         state = self.take_state()
         insert_row(state.slabs, self._layout, seat, filled.caches)
@@ -138,6 +148,7 @@ class Batch:
             hidden=filled.hidden,
             offset=sequence.offset,
             tokens=sequence.known,
+            before=sequence.searched,
         )
         self.sequences[seat] = sequence
         self._first_positions[sequence] = first_position
@@ -217,7 +228,8 @@ class Batch:
             is_host=[s.request.is_host for s in seated],
             num_logprobs=max((c for c in counts if c is not None), default=None),
             max_drafts=[s.request.max_draft_tokens for s in seated],
-            least_match=least_matches(seated),
+            looks_up=looking_up(seated),
+            text_start=[len(s.searched) for s in seated],
         )
         # What costs little stays: as sequences come and go, few graphs are traced.
         graph = settings.graph
@@ -249,15 +261,26 @@ class Batch:
             num_slots = self.capacity.initial()
             slabs = self._layout.allocate(num_seats, num_slots)
             text = empty_text(num_seats, num_slots) if self.has_text else None
+            self._num_searched = 0
             self.state = empty_state(slabs, hidden, text=text)
             self.sequences = [None] * num_seats
         elif self.policy.may_shrink:
             num_seats = self.policy.seats(len(self.capacity.sequences))
             needed = self.capacity.initial()
             self._resize(max(len(self), num_seats), max(self.num_slots, needed))
+        self._make_room(len(sequence.searched))
         free = [i for i, s in enumerate(self.sequences) if s is None or not s.is_live]
         # The caches of one that has ended can be had as long as it keeps its seat.
         return min(free, key=lambda seat: self.sequences[seat] is not None)
+
+    def _make_room(self, num_searched: int) -> None:
+        """Let so many tokens stand before any text."""
+        state = self.state
+        if num_searched <= self._num_searched or state is None or state.text is None:
+            return
+        self._num_searched = stepped_capacity(num_searched)
+        text = resized_text(state.text, self.num_slots + self._num_searched)
+        self.state = replace(state, text=text)
 
     def _shrunk(self, num_seats: int, num_slots: int) -> tuple[int, int]:
         """Seats and slots where some have left: the same, unless half is enough.
@@ -294,7 +317,7 @@ class Batch:
         slabs = list(state.slabs)
         text = state.text
         if text is not None:
-            text = resized_text(text, num_slots)
+            text = resized_text(text, num_slots + self._num_searched)
         state = replace(state, slabs=[], text=text)
         resize(slabs, self._layout, num_slots, rows=taken)
         mx.clear_cache()

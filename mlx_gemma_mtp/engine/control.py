@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Collection, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -67,64 +67,20 @@ class Agreement:
 
 
 class Control:
-    """The host's side, of one decoder.
-
-    Args:
-        ranks: All machines.
+    """The host's side, of one decoder; by itself that of a machine that is alone.
 
     Attributes:
         is_leaving: Whether this rank asks all to build no more rounds than they must;
             only rank 0's word counts.
+        is_alone: Whether nobody must agree: what is built need not be run.
+        may_build: Whether there is another round.
+        is_over: Whether rank 0 has left and all rounds were read.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.is_leaving = False
-        self._ranks = ranks
-        self._ways: deque[Way] = deque()
-        self._num_built = 0
-        self._num_read = 0
-        self._last: int | None = None
-        self._digest = 0
-        self._met: set[Hashable] = set()
-
-    def meet(self, shape: Hashable) -> None:
-        """Wait for all ranks before the first round of a shape.
-
-        Each of them traces it, and compiles its kernels, in its own time; a GPU must
-        not wait for that inside a round.
-        """
-        if shape not in self._met:
-            self._met.add(shape)
-            self._ranks.barrier(_FIRST_S)
-
-    @contextmanager
-    def waiting(self, *, is_traced: bool) -> Iterator[None]:
-        """What is done inside needs the other ranks.
-
-        Args:
-            is_traced: Whether rounds like it have run before.
-
-        Raises:
-            RanksError: They were lost.
-        """
-        name = f"round {self._num_read}"
-        with self._ranks.exchange(name, LIMIT_S if is_traced else _FIRST_S):
-            yield
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank decides."""
-        return self._ranks.is_first
-
-    @property
-    def may_build(self) -> bool:
-        """Whether there is another round."""
-        return self._last is None or self._num_built <= self._last
-
-    @property
-    def is_over(self) -> bool:
-        """Whether rank 0 has left and all rounds were read."""
-        return not self.may_build and self._num_read == self._num_built
+    is_leaving = False
+    is_alone = True
+    may_build = True
+    is_over = False
 
     def agreed(self, way: Way, allowed: Collection[int]) -> Way:
         """How the next round drafts.
@@ -133,6 +89,77 @@ class Control:
             way: What the first two rounds shall do; rank 0's counts.
             allowed: The numbers of drafts that it may have, 0 among them.
         """
+        return way
+
+    def word(self, way: Way, *shape: int) -> mx.array | None:
+        """This rank's word for the round that is built; rounds are counted by it.
+
+        Args:
+            way: How the round behind the next one shall draft.
+            shape: What all ranks' rounds must have in common.
+        """
+        return None
+
+    def meet(self, shape: Hashable) -> None:
+        """Wait for all ranks before the first round of a shape.
+
+        Each of them traces it, and compiles its kernels, in its own time; a GPU must
+        not wait for that inside a round.
+        """
+
+    def waiting(self, *, is_traced: bool) -> AbstractContextManager[None]:
+        """What is done inside needs the other ranks.
+
+        Args:
+            is_traced: Whether rounds like it have run before.
+
+        Raises:
+            RanksError: They were lost.
+        """
+        return nullcontext()
+
+    def read(self, word: mx.array | None, tokens: Sequence[Sequence[int]]) -> None:
+        """Follow what a round brought.
+
+        Args:
+            word: Of all ranks; None of one.
+            tokens: The round's, of each seat.
+
+        Raises:
+            RanksError: The ranks are out of step.
+        """
+
+
+class RanksControl(Control):
+    """The host's side of one decoder among several.
+
+    Args:
+        ranks: All machines.
+    """
+
+    is_alone = False
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._ways: deque[Way] = deque()
+        self._num_built = 0
+        self._num_read = 0
+        self._last: int | None = None
+        self._digest = 0
+        self._met: set[Hashable] = set()
+
+    @property
+    def may_build(self) -> bool:  # type: ignore[override]
+        """See ``Control``."""
+        return self._last is None or self._num_built <= self._last
+
+    @property
+    def is_over(self) -> bool:  # type: ignore[override]
+        """See ``Control``."""
+        return not self.may_build and self._num_read == self._num_built
+
+    def agreed(self, way: Way, allowed: Collection[int]) -> Way:
+        """See ``Control``."""
         if not self._num_built:
             count, source = self._ranks.share(list(way))
             self._ways.extend([Way(count, source)] * _AHEAD)
@@ -141,16 +168,11 @@ class Control:
         return Way(count, due.source) if count else Way(0)
 
     def word(self, way: Way, *shape: int) -> mx.array:
-        """This rank's word for the round that is built; rounds are counted by it.
-
-        Args:
-            way: How the round behind the next one shall draft.
-            shape: What all ranks' rounds must have in common.
-        """
+        """See ``Control``."""
         number, self._num_built = self._num_built, self._num_built + 1
         self._digest = zlib.crc32(repr((number, shape)).encode(), self._digest)
         word = [0] * (_LENGTH + self._ranks.size)
-        if self.is_first:
+        if self._ranks.is_first:
             source = _SOURCES.index(way.source)
             leaves = int(self.is_leaving)
             word[:_LENGTH] = [1, number, way.num_draft_tokens, source, leaves]
@@ -159,16 +181,20 @@ class Control:
         word[_LENGTH + self._ranks.rank] = self._digest & 0x7FFFFFFF
         return mx.array(word, dtype=mx.int32)
 
-    def read(self, word: mx.array, tokens: Sequence[Sequence[int]]) -> None:
-        """Follow what a round brought.
+    def meet(self, shape: Hashable) -> None:
+        """See ``Control``."""
+        if shape not in self._met:
+            self._met.add(shape)
+            self._ranks.barrier(_FIRST_S)
 
-        Args:
-            word: Of all ranks.
-            tokens: The round's, of each seat.
+    def waiting(self, *, is_traced: bool) -> AbstractContextManager[None]:
+        """See ``Control``."""
+        name = f"round {self._num_read}"
+        return self._ranks.exchange(name, LIMIT_S if is_traced else _FIRST_S)
 
-        Raises:
-            RanksError: The ranks are out of step.
-        """
+    def read(self, word: mx.array | None, tokens: Sequence[Sequence[int]]) -> None:
+        """See ``Control``."""
+        assert word is not None
         number, self._num_read = self._num_read, self._num_read + 1
         found = cast(list[int], word.tolist())
         first, counted, count, source, leaves = found[:_LENGTH]

@@ -19,7 +19,7 @@ from ..distributed.work import end_work
 from ..drafting.policy import DraftPolicy
 from .batch import Batch
 from .capacity import DEFAULT_MAX_ROWS, BatchPolicy, ClosedBatch, OpenBatch
-from .control import Control
+from .control import Control, RanksControl
 from .early_start import EarlyStart
 from .extract import extracted, filled, with_cache
 from .pipeline import RoundPipeline
@@ -106,12 +106,9 @@ class Decoder:
         self.num_added = 0
         self.min_rows = route.min_rows
         self._ranks = ranks
-        self._is_closed = False
-        self._has_freed = False
-        layout = rounds.target.layout
-        policy: BatchPolicy = OpenBatch(max_rows, max_kv_bytes)
-        if requests:
-            policy = ClosedBatch(len(requests))
+        self._control = Control() if ranks is None else RanksControl(ranks)
+        self._is_closed = self._has_freed = False
+        layout, policy = rounds.target.layout, _policy(requests, max_rows, max_kv_bytes)
         self._queue = RequestQueue(layout, policy, pads=route.pads_prompts)
         self._batch = Batch(layout, policy, has_text=has_text)
         self._reader = PromptReader(
@@ -131,7 +128,7 @@ class Decoder:
             early_start=early_start or EarlyStart(),
             stats=self.stats,
             timer=self._timer,
-            control=None if ranks is None else Control(ranks),
+            control=self._control,
         )
         self._batch.expect(self._add(requests, prompt_caches or [None] * len(requests)))
 
@@ -287,7 +284,7 @@ class Decoder:
                         on_progress(progress)
             with self._timer.caller(is_idle=True):
                 yield step.outputs
-            while self._batch.live and not self._pipeline.is_over:
+            while self._batch.live and not self._control.is_over:
                 step = StepOutput()
                 self._advance(step, isolates=False)
                 with self._timer.caller(is_idle=self._pipeline.is_empty):
@@ -366,3 +363,12 @@ class Decoder:
             logger.warning("a round that was not needed has failed", exc_info=error)
         if not self._queue:
             self._rounds.let_go()
+
+
+def _policy(
+    requests: Sequence[Request], max_rows: int, max_kv_bytes: int | None
+) -> BatchPolicy:
+    """How many seats and slots there are."""
+    if requests:
+        return ClosedBatch(len(requests))
+    return OpenBatch(max_rows, max_kv_bytes)

@@ -1,8 +1,8 @@
 """Whether texts go on as they did where their newest tokens stood before.
 
-Every round reports what followed there. Compared with the tokens that come, it says how
-long a text has repeated itself, and how many drafts from it would have stood: so that
-is learnt at no cost, wherever the drafts come from.
+The host knows what a text would have drafted for itself in every round. Compared with
+the tokens that come, it says how many of these drafts would have stood: so that is
+learnt at no cost, wherever the drafts come from.
 
 Knows nothing of arrays, nor of who uses what is learnt.
 """
@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..constants import MAX_DRAFT_TOKENS
-from ..drafting.lookup_model import continued
 from ..drafting.policy import DraftPolicy
+from .known_text import num_equal
 from .sequence import TokenSequence
-from .shadows import num_equal
-from .state import Decision
 
 
 @dataclass(frozen=True)
@@ -52,35 +50,19 @@ class Followed:
         self._expected: list[_Expected] = []
 
     def note(
-        self,
-        sequence: TokenSequence,
-        decision: Decision,
-        *,
-        length: int,
-        num_drafted: int,
-        policy: DraftPolicy,
+        self, sequence: TokenSequence, length: int, *, policy: DraftPolicy
     ) -> None:
-        """Hear what a round has decided of a live sequence, before that is emitted.
+        """Hear that a round of a live sequence was read, before its tokens are emitted.
 
         Args:
             sequence: The sequence.
-            decision: What was decided, with what followed before.
             length: How long its match was when the round was chosen.
-            num_drafted: Drafts of a drafter that it had; 0 where they came from the
-                text.
             policy: Who chose it.
         """
-        if not decision.followed:
+        if sequence.text is None:
             return
-        if num_drafted:
-            policy.observe_drafted(length, num_drafted, decision.num_accepted)
-        tokens = decision.tokens
-        sequence.match_length = continued(
-            decision.match_length,
-            num_same=num_equal(decision.followed, tokens),
-            num_tokens=len(tokens),
-        )
-        start, drafts = sequence.num_emitted, decision.followed[:MAX_DRAFT_TOKENS]
+        drafts = sequence.text.following[:MAX_DRAFT_TOKENS]
+        start = sequence.num_emitted
         self._expected.append(_Expected(sequence, start, drafts, length, policy))
 
     def compare(self) -> None:

@@ -13,19 +13,16 @@ of what is done with a sequence that has ended.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from ..constants import DRAFTER, MIXED
 from ..cpu_kernels import clock
-from ..drafting.lookup_model import BROKEN
-from ..drafting.policy import DraftPolicy, Way, ways
+from ..drafting.policy import DraftPolicy, Way
 from .batch import Batch
+from .chooser import WayChooser
 from .control import Control
 from .early_start import EarlyStart
 from .followed import Followed
@@ -35,7 +32,6 @@ from .route import Route
 from .runner import QueuedRound, RoundRunner
 from .sequence import TokenSequence
 from .shadows import Shadows
-from .sources import least_matches, round_source, sources_of
 from .state import Decision, RoundState
 from .stats import RoundStats
 from .timing import RoundTimer
@@ -81,7 +77,7 @@ class RoundPipeline:
         early_start: Decides whether it is started before that, too.
         stats: Counts of the rounds read so far.
         timer: Times them.
-        control: What all machines agree on; None for one.
+        control: What all machines agree on.
     """
 
     def __init__(
@@ -95,12 +91,10 @@ class RoundPipeline:
         early_start: EarlyStart,
         stats: RoundStats,
         timer: RoundTimer,
-        control: Control | None = None,
+        control: Control,
     ) -> None:
         self._rounds = rounds
         self._batch = batch
-        self._draft_policy = draft_policy
-        self._route = route
         self._look_ahead = look_ahead
         self._early_start = early_start
         self._stats = stats
@@ -110,18 +104,15 @@ class RoundPipeline:
         self._num_queued = 0
         self._shadows = Shadows()
         self._followed = Followed()
-        self._untraced = _Untraced(rounds, route)
+        self._chooser = WayChooser(
+            rounds, batch, policy=draft_policy, route=route, control=control
+        )
         self._runner = RoundRunner(rounds, batch, min_rows=route.min_rows, timer=timer)
 
     @property
     def is_empty(self) -> bool:
         """Whether no round is in flight."""
         return not self._in_flight
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the machine that decides has left, whoever is live."""
-        return self._control is not None and self._control.is_over
 
     def num_written(self, sequence: TokenSequence) -> int:
         """How many of a sequence's tokens have keys and values in the batch's state."""
@@ -145,7 +136,7 @@ class RoundPipeline:
         self._skip_unwanted()
         # Drafts of which masks are made are read with the last round's report.
         is_early = self._batch.settings.graph.has_masks or self._early_start.is_early
-        is_early |= self._control is not None  # a round that is built is run by all
+        is_early |= not self._control.is_alone  # a round that is built is run by all
         with self._rounds.watched():
             while self._can_queue() and self._wants_another():
                 is_first = self.is_empty
@@ -179,10 +170,8 @@ class RoundPipeline:
     def _leave(self) -> None:
         """Go on with all machines until rank 0's leave is known to them."""
         control = self._control
-        if control is None or not self._batch.sequences:
-            return
         control.is_leaving = True
-        while self._batch.live and not control.is_over:
+        while self._batch.live and not (control.is_alone or control.is_over):
             self.advance(is_awaited=False)
 
     def _skip_unwanted(self) -> None:
@@ -195,7 +184,7 @@ class RoundPipeline:
 
     def _can_queue(self) -> bool:
         """Whether a round may be queued beside those in flight."""
-        if self._control is not None and not self._control.may_build:
+        if not self._control.may_build:
             return False
         if len(self._in_flight) >= (2 if self._can_look_ahead else 1):
             return False
@@ -233,36 +222,21 @@ class RoundPipeline:
         batch = self._batch
         if batch.reserve(self._drafts_in_flight, is_awaited=is_awaited):
             self._timer.disturb()
-        context = max(s.offset for s in batch.live)
-        policy = self._draft_policy.for_batch(
-            len(batch), rule=batch.rules, context=context
-        )
-        sources = sources_of(
-            batch.live,
-            has_drafter=self._rounds.drafter is not None,
-            has_text=batch.has_text,
-        )
-        self._untraced.look(batch, sources)
-        way, word = self._choose_way(policy, sources, context), None
-        if self._control is not None:
-            chosen, way = way, self._control.agreed(way, self._allowed)
-            shape = (*way[:1], len(batch), batch.num_slots)
-            word = self._control.word(chosen, *shape)
-        is_ready = way not in self._untraced.ways
+        chosen = self._chooser.choose(self._drafts_in_flight)
+        policy, way = chosen.policy, chosen.way
         state = batch.take_state()
         num_shadow = self._queue_shadow(state, policy)
         start = clock()
-        queued = self._runner.queue(state, way, self._last, word)
-        setup_s = None if is_ready else clock() - start
-        if self._control is not None:
-            self._control.meet((way, len(batch), batch.num_slots))
-        matches = tuple(s.match_length if s else BROKEN for s in batch.sequences)
+        queued = self._runner.queue(state, way, self._last, chosen.word)
+        setup_s = None if chosen.is_traced else clock() - start
+        self._control.meet((way, len(batch), batch.num_slots))
+        matches = tuple(s.match_length if s else 0 for s in batch.sequences)
         self._in_flight.append(
-            _InFlight(queued, policy, setup_s, num_shadow, context, matches)
+            _InFlight(queued, policy, setup_s, num_shadow, chosen.context, matches)
         )
         self._num_queued += 1
-        if not is_ready:
-            self._untraced.ways.discard(way)
+        if not chosen.is_traced:
+            self._chooser.note_traced(way)
             self._stats.traced += 1
             self._timer.disturb()
         if self._num_queued % _ROUNDS_PER_CACHE_CLEAR == 0:
@@ -276,7 +250,7 @@ class RoundPipeline:
         built = self._in_flight[-1]
         built.is_early = is_early
         start = clock()
-        with self._waiting(built):
+        with self._control.waiting(is_traced=built.setup_s is None):
             self._runner.start(built.queued)
         if built.setup_s is not None:
             built.setup_s += clock() - start
@@ -316,52 +290,14 @@ class RoundPipeline:
             )
         return count
 
-    def _waiting(self, flight: _InFlight) -> AbstractContextManager[None]:
-        """Around what waits for other machines, where there are any."""
-        if self._control is None:
-            return nullcontext()
-        return self._control.waiting(is_traced=flight.setup_s is None)
-
-    def _choose_way(
-        self, policy: DraftPolicy, sources: Sequence[str], context: int
-    ) -> Way:
-        """How the next round drafts."""
-        batch = self._batch
-        left = [s.num_left for s in batch.live]
-        limits = [n - len(self._in_flight) for n in left if n is not None]
-        allowed = self._allowed
-        most = max(allowed)
-        # Drafts beside a plain round say something where their places are known.
-        can_shadow = bool(most) and not any(self._drafts_in_flight)
-        can_shadow &= DRAFTER in sources and self._control is None
-        return policy.choose(
-            allowed,
-            sources=sources,
-            matches=[s.match_length for s in batch.live],
-            not_ready=self._untraced.ways,
-            tokens_left=max(limits) if len(limits) == len(left) else None,
-            can_shadow=can_shadow and not batch.settings.graph.has_host,
-            context=context,
-        )
-
-    @property
-    def _allowed(self) -> list[int]:
-        """The numbers of drafts that the next round may have."""
-        batch = self._batch
-        allowed = batch.capacity.allowed(self._route.allowed, batch.num_slots)
-        most = max(s.request.max_draft_tokens for s in batch.live)
-        return [k for k in allowed if k <= most]
-
     def _read(self) -> list[SequenceOutput]:
         """Read the oldest report in flight, let the host decide, and count."""
         done = self._in_flight.popleft()
-        with self._waiting(done):
+        with self._control.waiting(is_traced=done.setup_s is None):
             decisions = self._runner.read(done.queued, self._last)
-        if self._control is not None:
-            assert done.queued.report is not None
-            assert done.queued.report.word is not None
-            tokens = [decision.tokens for decision in decisions]
-            self._control.read(done.queued.report.word, tokens)
+        assert done.queued.report is not None
+        tokens = [decision.tokens for decision in decisions]
+        self._control.read(done.queued.report.word, tokens)
         self._measure(done)
         self._runner.commit(decisions)
         self._learn(done, decisions)
@@ -384,7 +320,7 @@ class RoundPipeline:
 
     def _learn(self, done: _InFlight, decisions: Sequence[Decision]) -> None:
         """Count a round, and tell who chooses for the next ones how it went."""
-        accepted = []
+        accepted, matches = [], []
         queued, num_drafts = done.queued, done.queued.num_draft_tokens
         for seat, (sequence, decision) in enumerate(
             zip(queued.sequences, decisions, strict=True)
@@ -394,74 +330,27 @@ class RoundPipeline:
             sequence.offset += decision.num_accepted + 1
             most = sequence.request.max_draft_tokens
             drafted = min(num_drafts, most)
-            source = queued.source_of(seat, decision)
+            source, forced = queued.source_of(seat), queued.num_forced(seat)
             for stats in (self._stats, sequence.stats):
                 stats.add_round(
-                    drafted=drafted, accepted=decision.num_accepted, source=source
+                    drafted=drafted,
+                    accepted=decision.num_accepted,
+                    source=source,
+                    forced=forced,
                 )
-            self._followed.note(
-                sequence,
-                decision,
-                length=done.matches[seat],
-                num_drafted=drafted if source == DRAFTER else 0,
-                policy=done.policy,
-            )
+            length = done.matches[seat]
+            self._followed.note(sequence, length, policy=done.policy)
             if most >= num_drafts and source == queued.source:
                 accepted.append(decision.num_accepted)
+                matches.append(length)
         done.policy.observe(
             Way(num_drafts, queued.source),
             accepted,
             done.seconds,
+            matches=matches,
             num_shadow_drafts=done.num_shadow_drafts,
             context=done.context,
         )
         can_be_late = self._can_look_ahead and done.queued.masks is None
         if done.seconds is not None and can_be_late:
             self._early_start.observe(num_drafts, done.seconds, is_early=done.is_early)
-
-
-class _Untraced:
-    """Which ways of drafting have rounds that were not traced before.
-
-    Args:
-        rounds: Knows.
-        route: Which numbers of drafts there may be.
-
-    Attributes:
-        ways: These ways, for the batch last looked at.
-    """
-
-    def __init__(self, rounds: Rounds, route: Route) -> None:
-        self.ways: set[Way] = set()
-        self._rounds = rounds
-        self._route = route
-        self._key: Hashable = None
-
-    def look(self, batch: Batch, sources: Sequence[str]) -> None:
-        """Ask about the rounds of a batch as it is now.
-
-        Args:
-            batch: The batch.
-            sources: Where its drafts may come from.
-        """
-        graph, num_slots = batch.settings.graph, batch.num_slots
-        thread = threading.get_ident()  # every thread has traces of its own
-        least_match = least_matches(batch.sequences) if batch.has_text else ()
-        is_mixed = round_source(DRAFTER, least_match) == MIXED
-        key = (graph, num_slots, len(batch), thread, sources, is_mixed)
-        if self._key == key:
-            return
-        self._key = key
-        self.ways = {
-            way
-            for way in ways(self._route.allowed, sources)
-            if not self._rounds.is_ready(
-                graph,
-                num_draft_tokens=way.num_draft_tokens,
-                source=round_source(way.source, least_match),
-                min_rows=self._route.min_rows,
-                num_rows=len(batch),
-                capacity=num_slots,
-                has_text=batch.has_text,
-            )
-        }

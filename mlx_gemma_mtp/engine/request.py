@@ -35,6 +35,8 @@ class Request:
         history: Tokens before the prompt that logits processors shall see.
         cached: Tokens in the caches before the prompt, where drafts may come from them
             and ``history`` does not say them.
+        prediction: Tokens that the text may have, for drafts from the text to come from
+            them too.
         stop_sequences: Sequences of tokens that end the text; their last token is
             emitted. mlx-lm's ``StopSequences``.
         pauses: Numbers of the prompt's tokens after which reading it pauses, so that
@@ -54,6 +56,7 @@ class Request:
     draft_source: str = AUTO
     history: tuple[int, ...] = ()
     cached: tuple[int, ...] = ()
+    prediction: tuple[int, ...] = ()
     stop_sequences: StopSequences | None = None
     pauses: tuple[int, ...] = ()
     keeps_cache: bool = False

@@ -32,7 +32,7 @@ from ..sampling.decision import (
 from ..sampling.graph import SamplingGraph
 from ..sampling.masks import allow
 from .control import Agreement
-from .lookup import Match, find, with_tokens
+from .lookup import find, with_tokens
 from .model_types import DrafterLike, TargetLike
 from .state import Begun, Proposals, Report, RoundState, RowSettings, Verified
 
@@ -48,8 +48,8 @@ class RoundShape:
         min_rows: Rows that the target verifies at least.
         graph: Of the rows' settings.
         source: Where drafts come from: the drafter, the text without it, or either,
-            the text in rows whose match is long enough.
-        has_text: Whether the text is there.
+            the text in rows that look up.
+        text_size: Places of the text; 0 where there is none.
         group: The machines that have a part of the target each; None for one.
     """
 
@@ -57,7 +57,7 @@ class RoundShape:
     min_rows: int
     graph: SamplingGraph
     source: str = DRAFTER
-    has_text: bool = False
+    text_size: int = 0
     group: mx.distributed.Group | None = None
 
     def agreement(self, word: mx.array | None) -> Agreement | None:
@@ -176,7 +176,6 @@ def _begin(
 ) -> Begun:
     """Draft and verify: row i judges draft i, row K yields the bonus token."""
     (target, drafter), num_draft_tokens = models, shape.num_draft_tokens
-    state, match = _looked_up(state)
     drafts = draft(
         target,
         drafter,
@@ -185,7 +184,7 @@ def _begin(
         settings,
         num_draft_tokens,
         given_tokens=_given_tokens(
-            shape, state, settings, proposals, match, vocab_size=target.vocab_size
+            shape, state, settings, proposals, vocab_size=target.vocab_size
         ),
         is_given=shape.source == LOOKUP,
     )
@@ -197,18 +196,9 @@ def _begin(
     output = _verify(target, block, state, settings, min_rows=shape.min_rows)
     text = state.text
     if text is not None:
-        text = with_tokens(text, state.offset, block)
+        text = with_tokens(text, state.offset + settings.text_start, block)
     before = replace(state, slabs=[], text=text)
-    packed = None if match is None else match.packed
-    return Begun(drafts, output.logits, output.hidden, output.slabs, before, packed)
-
-
-def _looked_up(state: RoundState) -> tuple[RoundState, Match | None]:
-    """The state whose text has the newest token, and where its suffix was before."""
-    if state.text is None:
-        return state, None
-    text = with_tokens(state.text, state.offset, state.last_token)
-    return replace(state, text=text), find(text, state.offset)
+    return Begun(drafts, output.logits, output.hidden, output.slabs, before)
 
 
 def _given_tokens(
@@ -216,7 +206,6 @@ def _given_tokens(
     state: RoundState,
     settings: RowSettings,
     proposals: Proposals | None,
-    match: Match | None,
     *,
     vocab_size: int,
 ) -> mx.array | None:
@@ -228,12 +217,14 @@ def _given_tokens(
         int32 [B, K]; None for none at all.
     """
     forced = None if proposals is None else proposals.behind(state.last_token)
-    if match is None or not shape.num_draft_tokens or shape.source == DRAFTER:
+    if shape.source == DRAFTER:
         return forced
-    tokens = mx.minimum(match.tokens[:, : shape.num_draft_tokens], vocab_size - 1)
+    assert state.text is not None
+    place = state.offset + settings.text_start
+    _, following = find(with_tokens(state.text, place, state.last_token), place)
+    tokens = mx.minimum(following[:, : shape.num_draft_tokens], vocab_size - 1)
     if shape.source == MIXED:
-        is_long = match.length >= settings.least_match
-        tokens = mx.where(is_long[:, None], tokens, -1)
+        tokens = mx.where(settings.looks_up[:, None], tokens, -1)
     return tokens if forced is None else mx.where(forced >= 0, forced, tokens)
 
 
@@ -258,7 +249,7 @@ def _judge(
     word = None
     if agreement is not None:
         accepted, word = agreement.decided(accepted)
-    report = Report.of(begun.draft.tokens, accepted, begun.logits, graph, begun.match)
+    report = Report.of(begun.draft.tokens, accepted, begun.logits, graph)
     return replace(report, word=word), accepted
 
 

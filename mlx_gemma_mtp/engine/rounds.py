@@ -157,12 +157,12 @@ class Rounds:
         num_rows: int,
         capacity: int,
         source: str = DRAFTER,
-        has_text: bool = False,
+        text_size: int = 0,
     ) -> bool:
         """Whether such a round has run before: the first one is traced and compiled."""
         source = source if num_draft_tokens else DRAFTER
         shape = RoundShape(
-            num_draft_tokens, min_rows, graph, source, has_text, self._group
+            num_draft_tokens, min_rows, graph, source, text_size, self._group
         )
         parts = (begin, finish) if graph.has_masks else (whole,)
         keys = [self._key(part, shape, num_rows, capacity) for part in parts]
@@ -269,8 +269,8 @@ class Rounds:
             and the report.
         """
         num_rows, num_tokens = begun.logits.shape[:2]
-        has_text = begun.before.text is not None
-        shape = RoundShape(num_tokens - 1, 1, settings.graph, has_text=has_text)
+        text_size = begun.before.text_size
+        shape = RoundShape(num_tokens - 1, 1, settings.graph, text_size=text_size)
         compiled = self._traced(finish, shape, num_rows)
         arrays, before = begun.small, begun.before.small
         found = compiled(_no_models, [], arrays, before, settings.named, masks)
@@ -358,7 +358,7 @@ class Rounds:
         """What a trace depends on; MLX traces anew for every stream."""
         stream = str(mx.default_stream(mx.default_device()))
         if part is finish:  # it sees no models and no slabs
-            numbers = shape.num_draft_tokens, shape.has_text, num_rows
+            numbers = shape.num_draft_tokens, shape.text_size, num_rows
             return finish, *numbers, shape.graph, stream
         return part, shape, num_rows, capacity, self.choices.digest, stream
 
@@ -388,8 +388,8 @@ def _shape(
 ) -> RoundShape:
     """The shape of a round from a state; without drafts no source is another one."""
     source = source if num_draft_tokens else DRAFTER
-    has_text = state.text is not None
-    return RoundShape(num_draft_tokens, min_rows, settings.graph, source, has_text)
+    size = state.text_size
+    return RoundShape(num_draft_tokens, min_rows, settings.graph, source, size)
 
 
 def _no_models(arrays: list[mx.array]) -> None:

@@ -24,7 +24,7 @@ from .results import decisions_of
 from .round import commit
 from .rounds import Rounds
 from .sequence import TokenSequence
-from .sources import least_matches, round_source
+from .sources import looking_up, round_source
 from .state import Begun, Decision, Proposals, Report, RoundState, Verified
 from .timing import RoundTimer
 
@@ -37,7 +37,7 @@ class QueuedRound:
         sequences: Who sat where when it was built.
         num_draft_tokens: Its K.
         source: Where its drafts come from, see ``RoundShape``.
-        least_match: Of each seat, see ``RowSettings``.
+        looking_up: Which seats look up, see ``RowSettings``.
         report: What it will tell; None while it stands before its decision.
         begun: The round where it stands before its decision.
         drafts: Of each seat, once they were read.
@@ -49,7 +49,7 @@ class QueuedRound:
     sequences: Sequence[TokenSequence | None]
     num_draft_tokens: int
     source: str = DRAFTER
-    least_match: Sequence[int] = ()
+    looking_up: Sequence[bool] = ()
     report: Report | None = None
     begun: Begun | None = None
     drafts: list[list[int]] | None = None
@@ -65,11 +65,22 @@ class QueuedRound:
             return [self.report.tokens]
         return [] if self.begun is None else [self.begun.logits]
 
-    def source_of(self, seat: int, decision: Decision) -> str:
+    def source_of(self, seat: int) -> str:
         """Where the drafts of a row came from."""
-        is_long = decision.match_length >= self.least_match[seat]
-        is_found = bool(decision.followed) and is_long
-        return LOOKUP if self.source == LOOKUP or is_found else DRAFTER
+        return LOOKUP if self.looking_up[seat] else self.source
+
+    def num_forced(self, seat: int) -> int:
+        """How many drafts of a row, from the first on, its masks have forced."""
+        sequence = self.sequences[seat]
+        if self.masks is None or self.drafts is None or sequence is None:
+            return 0
+        forced = self.masks.forced.get(sequence, ())
+        count = 0
+        for draft, run in zip(self.drafts[seat], forced, strict=False):
+            if list(run[:1]) != [draft]:
+                break
+            count += 1
+        return count
 
     def read_drafts(self) -> None:
         """Wait for the drafts of a round that stands before its decision."""
@@ -113,15 +124,15 @@ class RoundRunner:
         """
         settings, num_draft_tokens = self._batch.settings, way.num_draft_tokens
         sequences = tuple(self._batch.sequences)
-        least_match = least_matches(sequences)
+        rows = (
+            looking_up(sequences) if self._batch.has_text else (False,) * len(sequences)
+        )
         shape: dict[str, Any] = {
             "num_draft_tokens": num_draft_tokens,
             "min_rows": self._min_rows,
-            "source": way.source,
+            "source": round_source(way.source, rows),
         }
-        if self._batch.has_text:
-            shape["source"] = round_source(way.source, least_match)
-        queued = QueuedRound(sequences, num_draft_tokens, way.source, least_match)
+        queued = QueuedRound(sequences, num_draft_tokens, way.source, rows)
         if settings.graph.has_masks:
             proposals = self.proposals(num_draft_tokens, last)
             begun = self._rounds.begin(state, settings, proposals=proposals, **shape)

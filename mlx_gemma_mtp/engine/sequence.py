@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from ..drafting.lookup_model import BROKEN
 from ..sampling.host import HostRow, Judged, LogitsProcessor
 from ..sampling.masks import BlockMasks
+from .known_text import KnownText
+from .lookup import LONGEST, UNKNOWN
 from .request import Matcher, Request, RowMasks, settled
 from .stats import RoundStats
 
@@ -32,8 +33,9 @@ class TokenSequence:
         finish_reason: Why it has ended; None while it is live.
         stats: Counts of its rounds.
         masks: What it may choose, as far as it was followed; None for anything.
-        match_length: How long it has repeated itself, see ``lookup_model.continued``,
-            as of the last report read.
+        searched: Tokens that are searched before its own.
+        text: These and all its tokens, where drafts may come from them.
+        num_predicted: Tokens of the request's prediction that it has emitted.
     """
 
     request: Request
@@ -45,7 +47,9 @@ class TokenSequence:
     finish_reason: str | None = None
     stats: RoundStats = field(default_factory=RoundStats)
     masks: RowMasks | None = None
-    match_length: int = BROKEN
+    searched: tuple[int, ...] = ()
+    text: KnownText | None = None
+    num_predicted: int = 0
     _matcher: Matcher | None = None
     _num_followed: int = 0  # of the emitted tokens, by the masks
 
@@ -79,6 +83,11 @@ class TokenSequence:
         """The tokens before those emitted, as far as anybody said what they are."""
         request = self.request
         return [*(request.history or request.cached), *request.prompt]
+
+    @property
+    def match_length(self) -> int:
+        """How many of its newest tokens stood in the text before, 0 to 16."""
+        return 0 if self.text is None else self.text.length
 
     @property
     def num_emitted(self) -> int:
@@ -118,7 +127,24 @@ class TokenSequence:
             if not self.is_live:
                 break
         self.emitted += taken
+        self._follow(taken)
         return taken
+
+    def look_up(self) -> None:
+        """From now on its drafts may come from its text."""
+        known, prediction = self.known, self.request.prediction
+        if prediction:
+            # Behind what stands before the answer: it is found from its first token on.
+            self.searched = (*known[-LONGEST:], *prediction, UNKNOWN)
+        self.text = KnownText([*self.searched, *known])
+        self._follow(self.emitted)
+
+    @property
+    def num_not_predicted(self) -> int:
+        """Tokens of the prediction that it has not emitted; 0 where nobody looks."""
+        if self.text is None:
+            return 0
+        return len(self.request.prediction) - self.num_predicted
 
     def block_masks(self, drafts: Sequence[int]) -> BlockMasks | None:
         """What it may choose in a block of drafts; None for anything.
@@ -132,6 +158,19 @@ class TokenSequence:
             self._num_followed += 1
             self.masks.advance(token)
         return self.masks.block(drafts)
+
+    def _follow(self, tokens: Sequence[int]) -> None:
+        """Let its text grow, and count tokens that go on as the prediction does."""
+        if self.text is None or not tokens:
+            return
+        if not self.searched:
+            self.text.extend(tokens)
+            return
+        most = len(self.request.prediction)
+        for token in tokens:  # one by one: the count does not depend on rounds
+            is_next = self.text.goes_on(token, end=len(self.searched) - 1)
+            self.num_predicted = min(self.num_predicted + is_next, most)
+            self.text.extend([token])
 
     def judge(self, logits: mx.array, drafts: Sequence[int]) -> Judged:
         """Decide a block on the host; see ``HostRow.judge``."""

@@ -15,6 +15,7 @@ from typing import cast
 import mlx.core as mx
 
 from ..drafting.policy import DraftPolicy
+from .known_text import num_equal
 from .sequence import TokenSequence
 
 
@@ -102,13 +103,3 @@ class Shadows:
         while self._waiting:
             shadow = self._waiting.popleft()
             shadow.policy.observe_shadow(shadow.drafts.shape[1], [])
-
-
-def num_equal(drafts: Sequence[int], tokens: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    count = 0
-    for draft, token in zip(drafts, tokens, strict=False):
-        if draft != token:
-            break
-        count += 1
-    return count

@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..constants import DRAFTER, LOOKUP, MIXED
-from .lookup import LONGEST
 from .sequence import TokenSequence
-
-NEVER = LONGEST + 1  # no match is so long
 
 
 def sources_of(
@@ -34,20 +31,19 @@ def sources_of(
     return (DRAFTER,) if DRAFTER in asked else (DRAFTER, LOOKUP)
 
 
-def round_source(source: str, least_match: Sequence[int]) -> str:
+def round_source(source: str, looking_up: Sequence[bool]) -> str:
     """The source of a round's graph, see ``RoundShape``.
 
     Args:
         source: Where drafts come from.
-        least_match: Of each row, see ``least_matches``.
+        looking_up: See there.
     """
-    is_mixed = source == DRAFTER and min(least_match, default=NEVER) < NEVER
-    return MIXED if is_mixed else source
+    return MIXED if source == DRAFTER and any(looking_up) else source
 
 
-def least_matches(sequences: Sequence[TokenSequence | None]) -> tuple[int, ...]:
-    """From which match on drafts of rows come from the text: see ``RowSettings``."""
+def looking_up(sequences: Sequence[TokenSequence | None]) -> tuple[bool, ...]:
+    """Which rows look up beside others that do not: see ``RowSettings``."""
     return tuple(
-        0 if s is not None and s.request.draft_source == LOOKUP else NEVER
+        s is not None and s.is_live and s.request.draft_source == LOOKUP
         for s in sequences
     )

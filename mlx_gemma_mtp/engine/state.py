@@ -23,7 +23,7 @@ from ..sampling.graph import (
 )
 from ..sampling.logprobs import Logprobs, TokenLogprobs, reported_logprobs
 from ..sampling.params import SamplingParams
-from .lookup import LONGEST, text_row
+from .lookup import text_row
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RoundState:
         hidden: The target's post-norm row that predicted it, [B, 1, H].
         offset: Tokens in the slabs, and so the last token's position, int32 [B].
         text: The token at each place, where drafts may come from it: see lookup.py.
-            It is written as the slabs are, int32 [B, capacity].
+            It is written as the slabs are, int32 [B, places].
     """
 
     slabs: list[mx.array]
@@ -61,6 +61,11 @@ class RoundState:
     def named(self) -> dict[str, Any]:
         """All arrays by name."""
         return {name: a for name, a in vars(self).items() if a is not None}
+
+    @property
+    def text_size(self) -> int:
+        """Places of the text; 0 where there is none."""
+        return 0 if self.text is None else self.text.shape[1]
 
     @property
     def text_by_name(self) -> dict[str, mx.array]:
@@ -96,6 +101,7 @@ def with_row(
     hidden: mx.array,
     offset: int,
     tokens: Sequence[int] = (),
+    before: Sequence[int] = (),
 ) -> RoundState:
     """The state with one row exchanged; its slabs are the caller's to fill.
 
@@ -106,11 +112,12 @@ def with_row(
         hidden: [1, 1, H].
         offset: See there.
         tokens: Those before the last one, as far as they are known.
+        before: Tokens that are searched too.
     """
     is_row = mx.arange(state.offset.shape[0]) == row
     text = state.text
     if text is not None:
-        new = text_row(tokens, end=offset, capacity=text.shape[1])
+        new = text_row(tokens, end=offset, capacity=text.shape[1], before=before)
         text = mx.where(is_row[:, None], new, text)
     return RoundState(
         state.slabs,
@@ -161,8 +168,9 @@ class RowSettings:
         first_position: The oldest position that the row's rings hold keys for, int32
             [B].
         max_drafts: How many drafts the row accepts at most, int32 [B].
-        least_match: Drafts come from the text where a match is so long, also in a round
-            with a drafter, int32 [B].
+        looks_up: Whether the row's drafts come from the text also in a round with a
+            drafter, bool [B].
+        text_start: The place of its first token in the text, int32 [B].
     """
 
     graph: SamplingGraph
@@ -170,7 +178,8 @@ class RowSettings:
     is_active: mx.array
     first_position: mx.array
     max_drafts: mx.array
-    least_match: mx.array
+    looks_up: mx.array
+    text_start: mx.array
 
     @property
     def named(self) -> dict[str, Any]:
@@ -192,7 +201,8 @@ def row_settings(
     is_host: Sequence[bool] = (),
     num_logprobs: int | None = None,
     max_drafts: Sequence[int] = (),
-    least_match: Sequence[int] = (),
+    looks_up: Sequence[bool] = (),
+    text_start: Sequence[int] = (),
 ) -> RowSettings:
     """The settings of rows that are all active and hold their keys from position 0.
 
@@ -202,8 +212,8 @@ def row_settings(
         num_logprobs: How many of the best tokens are reported with each token's
             log-probability; None for no log-probabilities.
         max_drafts: How many drafts each row accepts at most; ``()`` for any.
-        least_match: From which length of a match on each row's drafts come from the
-            text in a round with a drafter; ``()`` for never.
+        looks_up: Of each row, see ``RowSettings``; ``()`` for none.
+        text_start: The same; ``()`` where nothing stands before any text.
     """
     most = list(max_drafts) or [MAX_DRAFT_TOKENS] * len(params)
     graph = sampling_graph(params, is_host=is_host, num_logprobs=num_logprobs)
@@ -213,9 +223,8 @@ def row_settings(
         is_active=mx.array([True] * len(params)),
         first_position=mx.array([0] * len(params), dtype=mx.int32),
         max_drafts=mx.array(most, dtype=mx.int32),
-        least_match=mx.array(
-            list(least_match) or [LONGEST + 1] * len(params), dtype=mx.int32
-        ),
+        looks_up=mx.array(list(looks_up) or [False] * len(params)),
+        text_start=mx.array(list(text_start) or [0] * len(params), dtype=mx.int32),
     )
 
 
@@ -230,9 +239,6 @@ class Decision:
         logits: The target's of all rows, [B, K + 1, V]; see ``SequenceOutput``.
         logprobs: One entry per token; empty where nobody asks.
         error: What a function or the masks of the row's own raised.
-        match_length: How many of the newest tokens before the round stood in the text
-            before; 0 where nobody looks.
-        followed: What followed there; empty where nobody looks.
     """
 
     num_accepted: int
@@ -240,8 +246,6 @@ class Decision:
     logits: mx.array
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: Exception | None = None
-    match_length: int = 0
-    followed: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -250,8 +254,7 @@ class Report:
 
     Attributes:
         tokens: num_accepted, then K + 1 tokens, of which the first num_accepted + 1
-            are the round's, int32 [B, K + 2]; behind them the match before the round
-            where there is a text, int32 [B, K + 12].
+            are the round's, int32 [B, K + 2].
         logits: The target's logits behind those tokens, behind the rows' masks where
             they have some, [B, K + 1, V].
         logprobs: Log-probabilities of those tokens; None where nobody asks, or where
@@ -271,7 +274,6 @@ class Report:
         accepted: Accepted,
         logits: mx.array,
         graph: SamplingGraph,
-        match: mx.array | None = None,
     ) -> Report:
         """The report of a round.
 
@@ -280,7 +282,6 @@ class Report:
             accepted: What was decided; of a row that the host decides all drafts.
             logits: The target's, [B, K + 1, V].
             graph: Of the rows.
-            match: See ``Match.packed``; None where there is no text.
         """
         num_accepted, next_token = accepted.num_accepted[:, None], accepted.next_token
         tokens = next_token
@@ -289,8 +290,8 @@ class Report:
             is_draft = mx.arange(tokens.shape[1]) < num_accepted
             tokens = mx.where(is_draft, tokens, next_token)
         logprobs = reported_logprobs(graph, logits, tokens)
-        parts = [num_accepted, tokens] + ([] if match is None else [match])
-        return cls(mx.concatenate(parts, axis=1), logits, logprobs)
+        report = mx.concatenate([num_accepted, tokens], axis=1)
+        return cls(report, logits, logprobs)
 
     @property
     def named(self) -> dict[str, Any]:
@@ -316,20 +317,10 @@ class Report:
     def read(self) -> list[Decision]:
         """Wait for it: the only place where a round's result reaches the host."""
         rows = cast(list[list[int]], self.tokens.tolist())
-        num_tokens = self.logits.shape[1]
-        decisions = []
-        for num_accepted, *tokens in rows:
-            match_length, *followed = tokens[num_tokens:] or [0]
-            decisions.append(
-                Decision(
-                    num_accepted,
-                    tokens[: num_accepted + 1],
-                    self.logits,
-                    match_length=match_length,
-                    followed=followed,
-                )
-            )
-        return decisions
+        return [
+            Decision(num_accepted, tokens[: num_accepted + 1], self.logits)
+            for num_accepted, *tokens in rows
+        ]
 
 
 @dataclass(frozen=True)
@@ -382,7 +373,6 @@ class Begun:
         hidden: Its post-norm rows, [B, K + 1, H].
         slabs: With the keys and values of the whole block.
         before: The state it started from, without its slabs, with the block's text.
-        match: See ``Match.packed``; None where there is no text.
     """
 
     draft: Draft
@@ -390,7 +380,6 @@ class Begun:
     hidden: mx.array
     slabs: list[mx.array]
     before: RoundState
-    match: mx.array | None = None
 
     @property
     def verified(self) -> Verified:
@@ -406,8 +395,6 @@ class Begun:
             arrays["drafts"] = self.draft.tokens
         if source is not None:
             arrays["source"] = {"scores": source.scores, "token_ids": source.token_ids}
-        if self.match is not None:
-            arrays["match"] = self.match
         return arrays
 
     @classmethod
@@ -425,7 +412,6 @@ class Begun:
             arrays["hidden"],
             arrays.get("slabs", []),
             before,
-            arrays.get("match"),
         )
 
     def read_drafts(self) -> list[list[int]]:

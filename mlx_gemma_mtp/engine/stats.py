@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..constants import DRAFTER, LOOKUP
+from ..constants import DRAFTER, FORM, LOOKUP
 
 
 @dataclass
@@ -77,12 +77,26 @@ class RoundStats:
     matmuls: dict[str, int] = field(default_factory=dict)
     phases: Phases = field(default_factory=Phases)
 
-    def add_round(self, *, drafted: int, accepted: int, source: str = DRAFTER) -> None:
-        """Count one row's part of one round, whose drafts came from a source."""
-        if drafted:
-            self.drafted_from[source] += drafted
-            self.accepted_from[source] += accepted
-            self.looked_up[drafted] += source == LOOKUP
+    def add_round(
+        self, *, drafted: int, accepted: int, source: str = DRAFTER, forced: int = 0
+    ) -> None:
+        """Count one row's part of one round.
+
+        Args:
+            drafted: Its drafts.
+            accepted: How many of them were accepted.
+            source: Where they came from.
+            forced: How many of them, from the first on, a form has forced.
+        """
+        forced = min(forced, drafted)
+        if forced:
+            self.drafted_from[FORM] += forced
+            self.accepted_from[FORM] += min(forced, accepted)
+        if drafted > forced:
+            self.drafted_from[source] += drafted - forced
+            self.accepted_from[source] += max(accepted - forced, 0)
+        if drafted and source == LOOKUP:
+            self.looked_up[drafted] += 1
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted
@@ -109,11 +123,11 @@ class RoundStats:
         self.rounds += other.rounds
         self.drafted += other.drafted
         self.accepted += other.accepted
-        self.num_draft_tokens += other.num_draft_tokens
-        self.drafted_at += other.drafted_at
-        self.looked_up += other.looked_up
-        self.drafted_from += other.drafted_from
-        self.accepted_from += other.accepted_from
+        self.num_draft_tokens.update(other.num_draft_tokens)
+        self.drafted_at.update(other.drafted_at)
+        self.looked_up.update(other.looked_up)
+        self.drafted_from.update(other.drafted_from)
+        self.accepted_from.update(other.accepted_from)
         self.traced += other.traced
         self.max_difference = _largest(self.max_difference, other.max_difference)
         self.exactness = _both(self.exactness, other.exactness)
@@ -122,7 +136,7 @@ class RoundStats:
         self.matmuls = self.matmuls | other.matmuls
         for name, seconds in asdict(other.phases).items():
             setattr(self.phases, name, getattr(self.phases, name) + seconds)
-        self.accepted_at += other.accepted_at
+        self.accepted_at.update(other.accepted_at)
 
     @property
     def engaged(self) -> bool:

@@ -60,6 +60,7 @@ def stream_generate(
     grammar: str | None = None,
     max_thinking_tokens: int | None = None,
     cached_tokens: Sequence[int] = (),
+    prediction: str | Sequence[int] = (),
     **settings: Unpack[Keywords],
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text from a prompt, a token at a time.
@@ -93,6 +94,8 @@ def stream_generate(
             begins.
         cached_tokens: The tokens of ``prompt_cache``, as far as they are known: drafts
             may come from them too, see ``draft_source``.
+        prediction: What much of the text may be, as text or token ids: drafts may come
+            from it too. The text does not depend on it.
         settings: The other keywords, see ``generation.settings.GenerationSettings``.
 
     Yields:
@@ -125,6 +128,7 @@ def stream_generate(
         num_logprobs=num_logprobs,
         draft_source=chosen.draft_source,
         cached=tuple(check_tokens(pair, cached_tokens)),
+        prediction=tuple(check_tokens(pair, _predicted(tokenizer, prediction))),
         constraint=_bound(asked_for, tokenizer, pair, max_thinking_tokens),
     )
     decoder = make_decoder(
@@ -326,6 +330,13 @@ def _bound(
     if max_thinking_tokens is None:
         return found
     return found.limited(max_thinking_tokens)
+
+
+def _predicted(tokenizer: TokenizerWrapper, given: str | Sequence[int]) -> Any:
+    """Token ids of a text that begins nothing; token ids as they are."""
+    if isinstance(given, str):
+        return encode_text(tokenizer, given, continues=True)
+    return given
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: Any, cache: Any) -> Any:

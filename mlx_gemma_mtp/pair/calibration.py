@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
+from ..constants import DRAFTER, LOOKUP
 from ..drafting.acceptance_model import AcceptanceModel
 from ..drafting.controller import DraftLengthController
 from ..drafting.prior import Prior
@@ -174,7 +176,13 @@ class Calibration:
         return num_rows in self._given_up
 
     def prefers_unfilled(
-        self, rule: str, *, num_rows: int, filled: Route, unfilled: Route
+        self,
+        rule: str,
+        *,
+        num_rows: int,
+        filled: Route,
+        unfilled: Route,
+        sources: Collection[str] = (DRAFTER,),
     ) -> bool:
         """Whether requests had rather take the route whose plain rounds are short.
 
@@ -182,11 +190,23 @@ class Calibration:
         rounds, is expected to be the faster. It is decided by what earlier processes
         have learnt, once for each kind of request, so that this one's texts are alike;
         now and then a process tries the other route again.
+
+        Args:
+            rule: The rule that judges their drafts.
+            num_rows: Of their batch.
+            filled: The route whose plain rounds are filled up.
+            unfilled: The other one.
+            sources: Where drafts may come from.
         """
-        name = f"{rule}, {num_rows} rows"
+        looked = ", looked up" * (LOOKUP in sources) + " alone" * (sources == (LOOKUP,))
+        name = f"{rule}, {num_rows} rows{looked}"
         with self.lock:
             if name not in self._is_unfilled:
-                is_faster = self._is_faster(unfilled, filled, rule, num_rows)
+                controller = self.controller(
+                    rule, num_rows=num_rows, min_rows=filled.min_rows
+                )
+                rate = partial(controller.best_rate, sources=sources)
+                is_faster = self._is_faster(unfilled, filled, num_rows, rate)
                 count = self._num_plain.get(name, 0) + 1 if is_faster else 0
                 is_retry = count in (2, 4) or count % _PLAIN_PROCESSES == 0
                 self._num_plain[name] = count
@@ -194,19 +214,21 @@ class Calibration:
             return self._is_unfilled[name]
 
     def _is_faster(
-        self, unfilled: Route, filled: Route, rule: str, num_rows: int
+        self,
+        unfilled: Route,
+        filled: Route,
+        num_rows: int,
+        rate: Callable[[Collection[int]], float | None],
     ) -> bool:
         """Whether short plain rounds are expected to outweigh fewer drafts."""
         verdict = self.verdict(num_rows)
-        controller = self.controller(rule, num_rows=num_rows, min_rows=filled.min_rows)
-        best = controller.best_rate(filled.allowed)
-        plain = controller.best_rate((0,))
+        best, plain = rate(filled.allowed), rate((0,))
         if verdict is None or best is None or plain is None:
             return False
         other = plain * verdict.fill_cost
         drafts = [k for k in unfilled.allowed if k]
         if drafts:
-            other = max(other, controller.best_rate(drafts) or 0.0)
+            other = max(other, rate(drafts) or 0.0)
         return best <= other
 
     def save(self) -> None:

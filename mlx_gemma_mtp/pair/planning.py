@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..constants import AUTO, DEFAULT_DRAFT_SOURCE, DRAFTER
+from ..constants import AUTO, DEFAULT_DRAFT_SOURCE, DRAFTER, LOOKUP
 from ..distributed.ranks import Ranks
 from ..drafting.controller import DraftLengthController
 from ..drafting.policy import DraftPolicy, Learning
@@ -269,12 +269,21 @@ class _Planner:
             num_rows=len(self._requests),
             filled=filled,
             unfilled=unfilled,
+            sources=self._sources,
         )
         if not is_unfilled:
             return filled
         if unfilled.has_drafts:
             return unfilled
         return replace(unfilled, state="plain decoding: rounds with drafts were slower")
+
+    @property
+    def _sources(self) -> tuple[str, ...]:
+        """Where drafts may come from."""
+        asked = {self._draft_source} - {AUTO} or {DRAFTER, LOOKUP}
+        if self._pair.drafter is None:
+            asked -= {DRAFTER}
+        return tuple(sorted(asked))
 
     def _shares_growth(self) -> bool:
         """Whether slabs would grow for a row at a place that hangs on another's K."""

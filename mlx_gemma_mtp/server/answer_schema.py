@@ -45,7 +45,7 @@ class PromptDetails(TypedDict):
 
 @_exactly
 class CompletionDetails(TypedDict):
-    """What an answer's tokens are: of thoughts, and of the drafter's."""
+    """What an answer's tokens are: of thoughts, and of what was predicted or not."""
 
     reasoning_tokens: int
     accepted_prediction_tokens: int

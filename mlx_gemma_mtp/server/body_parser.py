@@ -234,6 +234,7 @@ class BodyParser:
                 cache_salt=body.cache_salt,
                 constraint=constraint,
                 is_reasoning=prompt.is_reasoning,
+                prediction=prompt.prediction,
             )
             for choice in range(body.n or 1)
         ]

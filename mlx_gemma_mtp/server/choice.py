@@ -53,6 +53,7 @@ class Choice:
             without.
         constraint: What the text must be; None for anything.
         is_reasoning: Whether the prompt has begun a thought.
+        prediction: Token ids that the answer may have.
     """
 
     prompt: list[int]
@@ -70,6 +71,7 @@ class Choice:
     cache_salt: str | None = field(default=None, repr=False)
     constraint: RowConstraint | None = field(default=None, repr=False)
     is_reasoning: bool = False
+    prediction: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Tally:
         accepted: Proposals that stood, those past the end included.
         rule: The rule that judged them, in words.
         num_reasoning: Emitted tokens of thoughts, their marks included.
+        num_predicted: Tokens of its prediction that it has.
+        num_not_predicted: Those that it has not.
     """
 
     num_cached: int
@@ -93,6 +97,8 @@ class Tally:
     accepted: int
     rule: str
     num_reasoning: int = 0
+    num_predicted: int = 0
+    num_not_predicted: int = 0
 
     @property
     def acceptance_length(self) -> float:

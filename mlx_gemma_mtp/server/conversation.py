@@ -75,7 +75,8 @@ async def conversation_of(
     desk.body_parser.check(body)
     desk.bridge.check_room(body.n or 1)
     messages = [message.plain() for message in body.messages]
-    desk.prompts.check_messages(messages)
+    prediction = body.prediction.text if body.prediction else ""
+    desk.prompts.check_messages(messages, prediction)
     tools = desk.body_parser.tools_of(body, has_tools=desk.prompts.has_tools)
     is_begun = continues(messages, body.continue_final_message)
     beginning = messages[-1].get("content") if is_begun else None
@@ -91,6 +92,7 @@ async def conversation_of(
             template_args=desk.body_parser.template_args_of(body),
             continues_last=body.continue_final_message,
             opens_answer=opens_answer,
+            prediction=prediction,
         ),
         form,
     )

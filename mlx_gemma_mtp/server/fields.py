@@ -130,7 +130,6 @@ WITHOUT_EFFECT = frozenset(
         "mm_processor_kwargs",
         "num_draft_tokens",
         "parallel_tool_calls",
-        "prediction",
         "priority",
         "prompt_cache_key",
         "prompt_cache_options",

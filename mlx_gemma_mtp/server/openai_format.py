@@ -71,8 +71,6 @@ def usage(
         tallies: One for each choice.
         num_choices: Choices of each prompt.
     """
-    drafted = sum(tally.drafted for tally in tallies)
-    from_draft = sum(tally.num_from_draft for tally in tallies)
     cached = sum(tally.num_cached for tally in tallies[::num_choices])
     return {
         "prompt_tokens": num_prompt_tokens,
@@ -81,8 +79,8 @@ def usage(
         "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {
             "reasoning_tokens": sum(tally.num_reasoning for tally in tallies),
-            "accepted_prediction_tokens": from_draft,
-            "rejected_prediction_tokens": drafted - from_draft,
+            "accepted_prediction_tokens": sum(t.num_predicted for t in tallies),
+            "rejected_prediction_tokens": sum(t.num_not_predicted for t in tallies),
         },
     }
 

@@ -38,12 +38,14 @@ class Prompt:
         places: Where caches are worth keeping.
         opening: What its end has written of the answer's turn.
         is_reasoning: Whether that has begun a thought.
+        prediction: Token ids that the answer may have.
     """
 
     tokens: list[int]
     places: tuple[Place, ...] = ()
     opening: str = ""
     is_reasoning: bool = False
+    prediction: tuple[int, ...] = ()
 
 
 class Prompts:
@@ -77,13 +79,20 @@ class Prompts:
             if isinstance(each, str):
                 self._lengths.check_text(each)
 
-    def check_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+    def check_messages(
+        self, messages: Sequence[Mapping[str, Any]], prediction: str = ""
+    ) -> None:
         """Refuse a conversation that is too long for certain; it takes no time.
 
+        Args:
+            messages: Its messages.
+            prediction: What the answer may be.
+
         Raises:
-            AnswerError: It is.
+            AnswerError: One of the two is.
         """
         self._lengths.check_messages(messages)
+        self._lengths.check_text(prediction, "prediction")
 
     @property
     def has_tools(self) -> bool:
@@ -110,6 +119,7 @@ class Prompts:
         template_args: Mapping[str, Any] | None = None,
         continues_last: bool | None = None,
         opens_answer: bool = True,
+        prediction: str = "",
     ) -> Prompt:
         """The prompt of a conversation.
 
@@ -120,6 +130,7 @@ class Prompts:
             continues_last: Whether the last message is the beginning of the answer;
                 None where it is an assistant's text.
             opens_answer: Whether the prompt ends where an answer begins.
+            prediction: What the answer may be.
 
         Raises:
             AnswerError: There is no chat template, or it does not take them.
@@ -149,6 +160,7 @@ class Prompts:
             _places(found.num_stable, system_end),
             found.opening,
             reader.is_thought,
+            tuple(self.of_part(prediction).tokens),
         )
 
     def _rendered(

@@ -7,7 +7,7 @@ as they are: ``fields`` says which of them are refused and which mean nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -336,14 +336,31 @@ class Message(_Body):
     def plain(self) -> dict[str, Any]:
         """The message as chat templates read it: its content is text."""
         found = self.model_dump(exclude_unset=True, exclude={"refusal"})
-        content = self.content or ""
-        if isinstance(content, list):
-            content = "".join(
-                part.text if isinstance(part, TextPart) else part.refusal
-                for part in content
-            )
-        found["content"] = content + (self.refusal or "")
+        found["content"] = _joined(self.content) + (self.refusal or "")
         return found
+
+
+def _joined(content: str | Sequence[TextPart | RefusalPart] | None) -> str:
+    """The text of a content and of its parts."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(
+        part.text if isinstance(part, TextPart) else part.refusal for part in content
+    )
+
+
+class Prediction(_Body):
+    """What much of the answer may be, as OpenAI has it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["content"]
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return _joined(self.content)
 
 
 def _whole(value: Any) -> Any:
@@ -383,6 +400,7 @@ class ChatBody(_Generation):
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    prediction: Prediction | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

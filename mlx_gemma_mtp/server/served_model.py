@@ -208,6 +208,7 @@ def request_of(
         num_logprobs=choice.num_logprobs,
         max_draft_tokens=choice.max_draft_tokens if is_there else 0,
         draft_source=source,
+        prediction=choice.prediction,
     )
 
 

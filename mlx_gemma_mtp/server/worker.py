@@ -407,6 +407,8 @@ def _tally(task: _Task, sequence: TokenSequence) -> Tally:
         accepted=stats.accepted,
         rule=stats.rule,
         num_reasoning=task.transcript.num_reasoning,
+        num_predicted=sequence.num_predicted,
+        num_not_predicted=sequence.num_not_predicted,
     )
 
 

@@ -23,7 +23,7 @@ from mlx_gemma_mtp.engine.prefill import read_prompt
 from mlx_gemma_mtp.generation.tokens import draft_block, generate_tokens
 from mlx_gemma_mtp.models.published import text_config
 from mlx_gemma_mtp.models.sharding import shard
-from mlx_gemma_mtp.models.target import Target, text_model
+from mlx_gemma_mtp.models.target import text_model
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.pair.planning import verdict_of
@@ -35,8 +35,9 @@ PROMPTS = [
 BLOCK = [5, 6, 7, 8, 9]
 
 
-def logits_of(target: Target) -> list[mx.array]:
+def logits_of(pair: Pair) -> list[mx.array]:
     """Behind a prompt read in two chunks, and behind a block after it."""
+    target = pair.rounds.target
     filled = read_prompt(target, PROMPTS[0], step_size=16)
     mx.eval(filled.logits)
     slabs = target.layout.allocate(1, 256)
@@ -53,12 +54,10 @@ def differences(whole: Pair, part: Pair) -> float:
     """How far the part's logits are from the whole's."""
     assert part.ranks is not None
     begin_work(part.ranks)
-    pairs = zip(
-        logits_of(whole.rounds.target), logits_of(part.rounds.target), strict=True
-    )
-    largest = max(mx.abs(a - b).astype(mx.float32).max().item() for a, b in pairs)
+    pairs = zip(logits_of(whole), logits_of(part), strict=True)
+    largest = mx.stack([mx.abs(a - b).astype(mx.float32).max() for a, b in pairs]).max()
     end_work(part.ranks)
-    return float(str(largest))
+    return float(str(largest.item()))
 
 
 def text(pair: Pair, prompt: Any = PROMPTS[0], **settings: Any) -> list[Any]:
@@ -144,7 +143,7 @@ def published(name: str) -> dict[str, Any]:
     assert ranks is not None
     shard(text_model(other.target), ranks)
     part = Pair(other.target, other.drafter)
-    leaves: Any = tree_flatten([part.target.parameters(), other.drafter.parameters()])
+    leaves: Any = tree_flatten(part.target.parameters())
     config = {
         "model_type": "gemma4_text",
         **text_config(family, **shape),
@@ -152,12 +151,11 @@ def published(name: str) -> dict[str, Any]:
         "quantization": {**packed, **formats(part.target)},
     }
     plan = shard_plans(config, ranks.size)[ranks.rank]
-    drafter_bytes = whole.drafter_bytes
     return {
         "difference": differences(whole, part),
         "text": [text(pair, num_draft_tokens=3) for pair in (whole, part)],
         "plain": text(part, num_draft_tokens=0),
-        "bytes": sum(array.nbytes for _, array in leaves) - drafter_bytes,
+        "bytes": sum(array.nbytes for _, array in leaves),
         "planned": plan.weight_bytes,
     }
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from mlx_gemma_mtp.drafting.controller import DraftLengthController
-from mlx_gemma_mtp.drafting.lookup_model import BROKEN, continued
 from mlx_gemma_mtp.drafting.prior import Prior
 from tests.drafting.simulator import CURVES, DEPTH, PLAIN_S
 
@@ -105,13 +104,17 @@ class RepeatingMachine:
         self.num_rounds = {False: 0, True: 0}
 
     def run(self, kind, length, seed):
+        """Emit a text of a kind; the time that it took."""
+        return self.emit(repeating_text(kind, length, seed), seed)
+
+    def emit(self, places, seed):
         """Emit a text; the time that it took."""
-        places, rng = repeating_text(kind, length, seed), random.Random(f"{seed}")
+        length, rng = len(places), random.Random(f"{seed}")
         controller = self.controller
         controller.start()
         self._late: list[tuple[int, int, bool, float | None, int]] = []
         self._open: list[tuple[int, int]] = []
-        self._known, self._match = 0, BROKEN
+        self._known, self._match = 0, places[0][1]
         position, time = 0, 0.0
         while position < length:
             k, is_lookup = self._choose(length - self._known)
@@ -157,17 +160,15 @@ class RepeatingMachine:
         """Tell the controller of all rounds but the last."""
         while len(self._late) > 1:
             position, k, is_lookup, seconds, match = self._late.pop(0)
-            drafted, length, same = places[position]
+            drafted, _, same = places[position]
             accepted = min(k, same if is_lookup else drafted)
             if is_lookup:
                 self.controller.observe_lookup(k, seconds)
             else:
-                self.controller.observe(k, [accepted], seconds)
-                self.controller.lookup.observe_drafted(match, k, accepted)
+                self.controller.observe(k, [accepted], seconds, matches=[match])
             self._known = position + 1 + accepted
-            self._match = continued(
-                length, num_same=min(same, accepted + 1), num_tokens=accepted + 1
-            )
+            if self._known < len(places):
+                self._match = places[self._known][1]
         while self._open and self._open[0][0] + DEPTH < self._known:
             position, match = self._open.pop(0)
             self.controller.lookup.observe(match, min(places[position][2], DEPTH))

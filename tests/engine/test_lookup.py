@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_gemma_mtp.constants import AUTO, DRAFTER, LOOKUP
-from mlx_gemma_mtp.drafting.lookup_model import BROKEN
+from mlx_gemma_mtp.constants import AUTO, DRAFTER, FORM, LOOKUP
 from mlx_gemma_mtp.drafting.policy import DraftPolicy
 from mlx_gemma_mtp.engine.decoder import Decoder
+from mlx_gemma_mtp.engine.known_text import KnownText
 from mlx_gemma_mtp.engine.lookup import (
     LONGEST,
     NUM_FOUND,
@@ -33,7 +33,7 @@ from mlx_gemma_mtp.engine.lookup import (
 from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.engine.sequence import TokenSequence
-from mlx_gemma_mtp.engine.sources import sources_of
+from mlx_gemma_mtp.engine.sources import looking_up, sources_of
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from scripts.benchmarks.graph import counting
 from tests.engine.test_distribution import (
@@ -93,10 +93,8 @@ class TestFind:
     def test_longest_match_and_what_followed(self, rows):
         text = mx.array([row for row, _ in rows], dtype=mx.int32)
         ends = mx.array([end for _, end in rows], dtype=mx.int32)
-        match = find(text, ends)
         expected = [found_by_hand(row, end) for row, end in rows]
-        assert match.length.tolist() == [length for length, _ in expected]
-        assert match.tokens.tolist() == [tokens for _, tokens in expected]
+        assert listed(find(text, ends)) == expected
 
     @settings(max_examples=20)
     @given(texts(), st.integers(0, 99))
@@ -105,13 +103,39 @@ class TestFind:
         ends = mx.array([end for _, end in rows], dtype=mx.int32)
         is_behind = mx.arange(text.shape[1]) > ends[:, None]
         before, after = find(text, ends), find(mx.where(is_behind, other, text), ends)
-        assert before.packed.tolist() == after.packed.tolist()
+        assert listed(before) == listed(after)
         alone = [find(text[i : i + 1], ends[i : i + 1]) for i in range(len(rows))]
-        assert before.packed.tolist() == [match.packed[0].tolist() for match in alone]
+        assert listed(before) == [match for each in alone for match in listed(each)]
 
     def test_a_seat_that_nobody_took(self):
         match = find(mx.full((1, 32), UNKNOWN, dtype=mx.int32), mx.array([0]))
-        assert match.packed.tolist() == [[0] * (1 + NUM_FOUND)]
+        assert listed(match) == [(0, [0] * NUM_FOUND)]
+
+    @settings(max_examples=60)
+    @given(texts(), st.data())
+    def test_the_host_finds_the_same(self, rows, data):
+        for row, end in rows:
+            known, place = KnownText(row[:1]), 1
+            while place <= end:
+                count = data.draw(st.integers(1, end + 1 - place))
+                known.extend(row[place : place + count])
+                place += count
+            assert (known.length, known.following) == found_by_hand(row, end)
+
+    def test_the_host_knows_long_texts(self):
+        period = random.Random(2).choices(range(64), k=300)
+        known = KnownText(period[:7])
+        for i in range(7, 3000, 7):
+            known.extend((period * 11)[i : i + 7])
+        assert (known.length, known.following) == (LONGEST, (period * 11)[3003:3012])
+        known = KnownText([2**40, -5, 7, 2**40, -5, 7])
+        assert (known.length, known.following[:2]) == (1, [0, 0])
+
+
+def listed(match: tuple[mx.array, mx.array]) -> list[tuple[int, list[int]]]:
+    """The length and the tokens of each row."""
+    length, tokens = match
+    return list(zip(length.tolist(), tokens.tolist(), strict=True))  # type: ignore[arg-type]
 
 
 class TestText:
@@ -173,31 +197,6 @@ class TestRounds:
         rounds = -(-39 // (num_draft_tokens + 1))
         assert stats.rounds == 2 * rounds + 39
 
-    def test_reports_say_the_match(self):
-        """Of the state before the round, and 0 where nobody looks."""
-        script = LOOP * 8
-        for has_text in (True, False):
-            decoder = Decoder(
-                self.rounds([script]),
-                [Request(script[:11], 20)],
-                num_draft_tokens=0,
-                has_text=has_text,
-            )
-            seen: list[tuple[int, list[int]]] = []
-            read = decoder._pipeline._runner.read
-
-            def watched(*args, read=read, seen=seen):
-                decisions = read(*args)
-                seen.append((decisions[0].match_length, decisions[0].followed))
-                return decisions
-
-            decoder._pipeline._runner.read = watched  # type: ignore[method-assign]
-            tokens = [token for (e,) in decoder.run() for token in e.tokens]
-            assert tokens == script[11:31]
-            texts = [script[: 12 + i] for i in range(19)]
-            expected = [found_by_hand(text, len(text) - 1) for text in texts]
-            assert seen == (expected if has_text else [(0, [])] * 19)
-
     @pytest.mark.parametrize(("num_known", "rounds"), [(17, 2), (8, 2), (0, 9)])
     def test_known_tokens_of_a_cache_are_found(self, num_known, rounds):
         """Those that nobody names are not, until the text has said them again."""
@@ -258,6 +257,78 @@ class TestRounds:
             assert rows == [script[19:38]]
             ids = [i for tokens in seen for row in tokens.tolist() for i in row]
             assert 0 <= min(ids) <= max(ids) < target.target.vocab_size
+
+
+class TestPrediction:
+    """Tokens that are searched beside the text: no model reads them."""
+
+    SCRIPT = (*range(10, 60), *range(1, 10))
+
+    def run(self, *requests, **options):
+        rounds = Rounds(
+            ScriptedTarget([self.SCRIPT] * len(requests)), use_compile=False
+        )
+        return decode(rounds, requests, 8, **options)
+
+    @pytest.mark.parametrize("look_ahead", [True, False])
+    def test_what_is_predicted_is_drafted_from_its_first_token_on(self, look_ahead):
+        script = [*self.SCRIPT]
+        request = Request(script[:5], 37, draft_source=LOOKUP)
+        foretold = replace(request, prediction=tuple(script[5:42]))
+        for each, num_rounds in ((request, 36), (foretold, 4)):
+            (row,), decoder = self.run(each, look_ahead=look_ahead)
+            assert row == script[5:42]
+            assert decoder.stats.rounds == num_rounds
+
+    def test_what_came_of_it_is_counted(self):
+        script = [*self.SCRIPT]
+        wrong = [*script[5:20], 60, 61, *script[22:42]]
+        found = []
+        for prediction in (script[5:42], wrong, [60, 61, 62], []):
+            request = Request(script[:5], 37, prediction=tuple(prediction))
+            outputs = []
+            for num_draft_tokens in (0, 4):
+                decoder = Decoder(
+                    Rounds(ScriptedTarget([script]), use_compile=False),
+                    [request],
+                    num_draft_tokens=num_draft_tokens,
+                    has_text=True,
+                )
+                outputs.append([e.sequence for (e,) in decoder.run()][-1])
+            one, other = [(s.num_predicted, s.num_not_predicted) for s in outputs]
+            found.append(one)
+            assert one == other
+        # Behind what is wrong one token is needed to find it again.
+        assert found == [(37, 0), (34, 3), (0, 3), (0, 0)]
+
+    def test_no_match_crosses_the_seam(self):
+        """The prediction's last tokens and the prompt's first stand side by side."""
+        script = [7, 8, 1, 2, 3, 4, 5, 1, 2, 7, 8, 9, 9, 9]
+        sequence = TokenSequence.of(Request(script[:6], 9, prediction=(20, 1, 2)))
+        sequence.look_up()
+        sequence.take(script[6:11])
+        assert sequence.text is not None
+        assert sequence.text.length == 2  # 7, 8 as in the prompt: not 1, 2, 7, 8
+        assert sequence.text.following[:3] == [1, 2, 3]
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_rows_that_join_bring_their_own(self, first):
+        """Texts grow for it, and go on."""
+        script = [*self.SCRIPT]
+        plain = Request(script[:5], 50, draft_source=LOOKUP)
+        foretold = replace(plain, prediction=tuple(script[5:] * 9))
+        rounds = Rounds(ScriptedTarget([script] * 2), use_compile=False)
+        decoder = Decoder(rounds, num_draft_tokens=8, has_text=True, max_rows=2)
+        requests = [plain, foretold] if first == 0 else [foretold, plain]
+        texts = {decoder.add(requests[0]): list[int]()}
+        take(decoder, texts)
+        take(decoder, texts)
+        texts[decoder.add(requests[1])] = []
+        while not decoder.is_idle:
+            take(decoder, texts)
+        assert [text[:40] for text in texts.values()] == [script[5:45]] * 2
+        by_prediction = {bool(s.request.prediction): s.stats.rounds for s in texts}
+        assert by_prediction[True] < 10 < by_prediction[False]
 
 
 def reference_requests(draft_source):
@@ -368,6 +439,9 @@ class TestSameText:
             (row,), decoder = decode(reference_pair().rounds, [request], 2)
         assert row == [8, 7] * 9
         assert decoder.stats.rounds <= 7
+        assert decoder.stats.drafted_from.keys() == {FORM}  # and count as the form's
+        assert decoder.stats.drafted_from[FORM] == decoder.stats.drafted
+        assert decoder.stats.accepted_from[FORM] == decoder.stats.accepted
 
 
 class TestSources:
@@ -388,6 +462,28 @@ class TestSources:
         assert of(AUTO) == [(LOOKUP,), (DRAFTER, LOOKUP)]
         assert of(LOOKUP) == [(LOOKUP,), (LOOKUP,)]
 
+    @pytest.mark.parametrize("source", [LOOKUP, DRAFTER])
+    def test_what_a_form_forces_is_counted_apart(self, source):
+        """7 is followed by 9, and that by anything: one forced draft in each block."""
+        rules = Allowing({7: [9]}, {7: [9]}, vocab_size=VOCAB_SIZE)
+        request = Request([7], 12, constraint=rules, draft_source=source)
+        script = [7, 9, 1] * 9
+        rounds = Rounds(
+            ScriptedTarget([script]), ScriptedDrafter([script]), use_compile=False
+        )
+        _, decoder = decode(rounds, [request], 1, look_ahead=False)
+        stats = decoder.stats
+        assert sum(stats.drafted_from.values()) == stats.drafted
+        assert sum(stats.accepted_from.values()) == stats.accepted
+        assert stats.drafted_from.keys() == {FORM, source}
+
+    def test_a_row_that_has_ended_looks_nothing_up(self):
+        sequence = TokenSequence.of(Request([1], 1, draft_source=LOOKUP))
+        other = TokenSequence.of(Request([1], 9, draft_source=DRAFTER))
+        assert looking_up([sequence, other, None]) == (True, False, False)
+        sequence.take([5])
+        assert looking_up([sequence, other, None]) == (False, False, False)
+
 
 class Learner(DraftPolicy):
     """Rounds of a fixed number of drafts; keeps what it is told."""
@@ -395,60 +491,56 @@ class Learner(DraftPolicy):
     def __init__(self) -> None:
         super().__init__(3)
         self.seen: list[tuple[int, int]] = []
-        self.matches: list[list[int]] = []
-        self.drafted: list[tuple[int, int, int]] = []
+        self.chosen: list[list[int]] = []
+        self.judged: list[tuple[list[int], list[int]]] = []
 
     def choose(self, allowed, *, matches=(), **rest):
-        self.matches.append(list(matches))
+        self.chosen.append(list(matches))
         return super().choose(allowed, matches=matches, **rest)
 
     def observe_match(self, length, num_same):
         self.seen.append((length, num_same))
 
-    def observe_drafted(self, length, num_draft_tokens, num_accepted):
-        self.drafted.append((length, num_draft_tokens, num_accepted))
+    def observe(self, way, accepted, seconds, *, matches=(), **rest):
+        self.judged.append((list(accepted), list(matches)))
 
 
 class TestLearning:
     """What is told of texts that repeat themselves, or do not."""
 
-    def learn(self, script, num_prompt, *, look_ahead=False):
+    def learn(self, script, num_prompt, *, source=LOOKUP, look_ahead=False):
         policy = Learner()
-        request = Request(script[:num_prompt], 20, draft_source=LOOKUP)
-        rounds = Rounds(ScriptedTarget([script]), use_compile=False)
+        request = Request(script[:num_prompt], 20, draft_source=source)
+        rounds = Rounds(
+            ScriptedTarget([script]), ScriptedDrafter([script]), use_compile=False
+        )
         decode(rounds, [request], policy, look_ahead=look_ahead)
         return policy
 
     @pytest.mark.parametrize("look_ahead", [False, True])
-    def test_a_text_that_goes_on(self, look_ahead):
-        policy = self.learn(LOOP * 8, 12, look_ahead=look_ahead)
+    @pytest.mark.parametrize("source", [LOOKUP, AUTO])
+    def test_a_text_that_goes_on(self, source, look_ahead):
+        """Wherever its drafts come from."""
+        policy = self.learn(LOOP * 8, 12, source=source, look_ahead=look_ahead)
         # 13 tokens, of which 5 stood before; then four more with every round.
-        lengths = [BROKEN, 9, 13, 17, 20]
+        lengths = [5, 9, 13, 16, 16]
         if look_ahead:
-            lengths = [BROKEN, *lengths]
-        assert [lengths for (lengths,) in policy.matches] == lengths[
-            : len(policy.matches)
-        ]
+            lengths = [5, *lengths]
+        assert [each for (each,) in policy.chosen] == lengths[: len(policy.chosen)]
+        assert policy.judged == [([3], [n]) for n in lengths[: len(policy.judged)]]
         assert {same for _, same in policy.seen} == {8}
-        assert policy.seen[0] == (BROKEN, 8)
+        assert [n for n, _ in policy.seen] == lengths[: len(policy.seen)]
 
     def test_a_text_that_is_new(self):
         policy = self.learn([*range(60)], 12)
-        assert {length for (length,) in policy.matches} == {BROKEN}
-        assert set(policy.seen) == {(BROKEN, 0)}
+        assert {length for (length,) in policy.chosen} == {0}
+        assert set(policy.seen) == {(0, 0)}
         assert len(policy.seen) == 19  # of every round, at once
-        assert policy.drafted == []
 
-    def test_rounds_of_the_drafter(self):
-        """They teach the same of the text, and what the drafter is worth in it."""
-        policy, script = Learner(), LOOP * 8
-        rounds = Rounds(
-            ScriptedTarget([script]), ScriptedDrafter([script]), use_compile=False
-        )
-        request = Request(script[:12], 20, draft_source=DRAFTER)
-        decode(rounds, [request], policy, look_ahead=False)
-        assert policy.drafted == [(n, 3, 3) for n in (BROKEN, 9, 13, 17, 20)]
-        assert {same for _, same in policy.seen} == {8}
+    def test_nobody_looks_where_a_row_asks_for_the_drafter(self):
+        policy = self.learn(LOOP * 8, 12, source=DRAFTER)
+        assert {length for (length,) in policy.chosen} == {0}
+        assert policy.seen == []
 
 
 def take(decoder, texts):
@@ -526,7 +618,8 @@ class TestGraph:
         plain = self.nodes(has_text=False, num_draft_tokens=0)
         assert plain[0] < looking[0] < drafting[0]
         assert looking[1] == drafting[1]  # the host reads no more often
-        assert self.nodes(has_text=True)[0] < drafting[0] + 80
+        assert self.nodes(has_text=True)[0] < drafting[0] + 10  # nothing is searched
+        assert self.nodes(has_text=True, num_draft_tokens=0)[0] < plain[0] + 10
 
     def test_memory(self):
         """Four bytes a slot."""

@@ -146,3 +146,13 @@ def test_drafts_from_the_text_are_counted_apart():
     assert other.drafted_from == {"drafter": 8, "lookup": 8}
     assert other.accepted_from == {"drafter": 4, "lookup": 5}
     assert other.looked_up == {8: 1}
+
+
+def test_what_was_never_accepted_is_counted():
+    """Also of several texts together: a source of which nothing stood is no new one."""
+    stats = stats_of((4, 0))
+    stats.add_round(drafted=2, accepted=2, source="lookup", forced=2)
+    total = RoundStats()
+    total.merge(stats)
+    assert total.drafted_from == {"drafter": 4, "form": 2}
+    assert total.accepted_from == {"drafter": 0, "form": 2}

@@ -134,7 +134,6 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "metadata": {"a": "b"},
     "mm_processor_kwargs": {},
     "num_draft_tokens": 3,
-    "prediction": {"type": "content", "content": "x"},
     "priority": 1,
     "prompt_cache_key": "x",
     "prompt_cache_options": {},

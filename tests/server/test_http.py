@@ -74,8 +74,8 @@ class TestCompletions:
             "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens_details": {
                 "reasoning_tokens": 0,
-                "accepted_prediction_tokens": 4,
-                "rejected_prediction_tokens": 5,
+                "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0,
             },
         }
         assert body["speculative"] == {

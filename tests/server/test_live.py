@@ -77,8 +77,6 @@ def test_greedy_text_is_that_of_stream_generate(client, model):
         speculative = {"num_draft_tokens": drafts}
         body = client.complete(PROMPT, max_tokens=24, speculative=speculative).json()
         assert body["choices"][0]["text"] == expected
-        details = body["usage"]["completion_tokens_details"]
-        assert (details["accepted_prediction_tokens"] > 0) == (drafts != 0)
         assert (body["speculative"]["drafted"] > 0) == (drafts != 0)
     chunks = client.stream(PROMPT, max_tokens=24)[:-1]
     assert "".join(c["choices"][0]["text"] for c in chunks) == expected

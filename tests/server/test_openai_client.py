@@ -105,17 +105,11 @@ class TestCompletions:
         for usage in (found.usage, plain.usage):
             assert usage.completion_tokens == 24
             assert usage.total_tokens == usage.prompt_tokens + 24
-        details = plain.usage.completion_tokens_details
-        assert details.accepted_prediction_tokens == 0
-        assert details.rejected_prediction_tokens == 0
+            details = usage.completion_tokens_details  # nothing was predicted
+            assert details.accepted_prediction_tokens == 0
+            assert details.rejected_prediction_tokens == 0
         assert plain.speculative["drafted"] == 0
-        speculative = found.speculative
-        details = found.usage.completion_tokens_details
-        assert details.accepted_prediction_tokens <= speculative["accepted"]
-        assert (
-            details.accepted_prediction_tokens + details.rejected_prediction_tokens
-            == speculative["drafted"]
-        )
+        assert 0 < found.speculative["accepted"] <= found.speculative["drafted"]
 
     def test_stream(self, client):
         whole = client.completions.create(prompt=CODE, **GREEDY)
@@ -186,7 +180,36 @@ class TestChat:
             message.content
             == client.completions.create(prompt=CODE, **GREEDY).choices[0].text
         )
-        assert found.usage.completion_tokens_details.accepted_prediction_tokens >= 0
+
+    def test_predicted_outputs(self, client, openai):
+        """The text is the same; the usage says how much of the prediction it has."""
+        plain = client.chat.completions.create(messages=said(CODE), **GREEDY)
+        text = plain.choices[0].message.content
+        sources = {"speculative": {"sources": ["lookup"]}}
+        parts = [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}]
+        rounds = []
+        for content in (text, parts, "Nothing of the kind."):
+            found = client.chat.completions.create(
+                messages=said(CODE),
+                prediction={"type": "content", "content": content},
+                extra_body=sources,
+                **GREEDY,
+            )
+            assert found.choices[0].message.content == text
+            details = found.usage.completion_tokens_details
+            is_right = content != "Nothing of the kind."
+            assert (details.accepted_prediction_tokens > 15) == is_right
+            assert details.rejected_prediction_tokens >= 0
+            assert is_right or details.rejected_prediction_tokens > 0
+            rounds.append(found.speculative["rounds"])
+        assert rounds[0] == rounds[1] < rounds[2]
+        wrong: Any
+        for wrong in ({"type": "content"}, {"type": "text", "content": "x"}, "x"):
+            with pytest.raises(openai.BadRequestError, match="prediction") as refused:
+                client.chat.completions.create(
+                    messages=said(CODE), prediction=wrong, **GREEDY
+                )
+            assert "\n" not in refused.value.body["message"]
 
     def test_content_in_parts_and_other_names(self, client):
         parts = [{"type": "text", "text": "def area"}, {"type": "text", "text": "(r):"}]
