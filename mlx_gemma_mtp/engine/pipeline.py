@@ -224,12 +224,13 @@ class RoundPipeline:
             self._timer.disturb()
         chosen = self._chooser.choose(self._drafts_in_flight)
         policy, way = chosen.policy, chosen.way
+        shape = (way, len(batch), batch.num_slots)
         state = batch.take_state()
         num_shadow = self._queue_shadow(state, policy)
         start = clock()
         queued = self._runner.queue(state, way, self._last, chosen.word)
         setup_s = None if chosen.is_traced else clock() - start
-        self._control.meet((way, len(batch), batch.num_slots))
+        self._control.meet(shape)
         matches = tuple(s.match_length if s else 0 for s in batch.sequences)
         self._in_flight.append(
             _InFlight(queued, policy, setup_s, num_shadow, chosen.context, matches)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -200,8 +201,6 @@ class PromptReader:
                 graph=settings.graph,
                 positions=mx.array([[sequence.offset]], dtype=mx.int32),
             )
-        if self._ranks is not None:
-            token = mx.array(self._ranks.share(token.tolist()), dtype=mx.int32)
         report = Report.of(  # as of a round without drafts
             mx.zeros((1, 0), dtype=mx.int32),
             Accepted(mx.zeros((1,), dtype=mx.int32), token),
@@ -211,6 +210,8 @@ class PromptReader:
         with self._timer.wait():
             decided = report.read()
         (decision,) = decisions_of(decided, report, (sequence,), errors)
+        if self._ranks is not None:
+            decision = replace(decision, tokens=self._ranks.share(decision.tokens))
         return decision
 
     def _begin(
