@@ -58,10 +58,10 @@ def start_with(size, arguments, folder, ranks=None):
     ]
 
 
-def finish(processes):
+def finish(processes, patience_s=PATIENCE_S):
     """What they left; none outlives this."""
     try:
-        return [Ended(*_communicate(process)) for process in processes]
+        return [Ended(*_communicate(each, patience_s)) for each in processes]
     finally:
         for process in processes:
             process.kill()
@@ -74,8 +74,8 @@ def read_ready(processes):
         assert process.stdout.readline() == "ready\n"
 
 
-def _communicate(process):
-    output, errors = process.communicate(timeout=PATIENCE_S)
+def _communicate(process, patience_s):
+    output, errors = process.communicate(timeout=patience_s)
     return process.returncode, output, errors
 
 

@@ -7,19 +7,26 @@ It prints what each job found as JSON, the last line.
 from __future__ import annotations
 
 import json
+import random
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_gemma_mtp import cpu_kernels
 from mlx_gemma_mtp.cache.prompt import insert_row
 from mlx_gemma_mtp.checkpoints.shard_plan import shard_plans
 from mlx_gemma_mtp.distributed.ranks import launched
 from mlx_gemma_mtp.distributed.work import begin_work, end_work
+from mlx_gemma_mtp.engine import decoder
 from mlx_gemma_mtp.engine.prefill import read_prompt
+from mlx_gemma_mtp.engine.runner import QueuedRound, RoundRunner
+from mlx_gemma_mtp.engine.timing import RoundTimer
 from mlx_gemma_mtp.generation.tokens import draft_block, generate_tokens
 from mlx_gemma_mtp.models.published import text_config
 from mlx_gemma_mtp.models.sharding import shard
@@ -131,6 +138,37 @@ def left(folder: str) -> dict[str, Any]:
     return {"counts": counts, "after": text(part, num_draft_tokens=3)}
 
 
+def disturbed(name: str) -> dict[str, Any]:
+    """Texts while each rank sleeps and reads its clock as it likes: TIMES@FOLDER."""
+    times, _, folder = name.partition("@")
+    part = part_of(folder)
+    assert part.ranks is not None
+    random.seed(part.ranks.rank)
+    start = RoundRunner.start
+
+    def sleepy(runner: RoundRunner, queued: QueuedRound) -> None:
+        time.sleep(random.choice((0, 0, 0.001, 0.01)))
+        start(runner, queued)
+
+    def wrong() -> float:
+        return cpu_kernels.clock() + random.choice((0.0, 0.01, 1.0))
+
+    with mock.patch.object(RoundRunner, "start", sleepy):
+        with mock.patch.object(decoder, "RoundTimer", lambda: RoundTimer(wrong)):
+            found = [text(part, num_draft_tokens="auto") for _ in range(int(times))]
+            seeds = [text(part, temp=1.0, seed=i) for i in range(int(times))]
+    return {"same": all(t == found[0] for t in found), "seeds": seeds}
+
+
+def endless(folder: str) -> dict[str, Any]:
+    """Texts until somebody ends this; the end of the first one is told."""
+    part = part_of(folder)
+    while True:
+        text(part, num_draft_tokens=3)
+        sys.stdout.write("text\n")
+        sys.stdout.flush()
+
+
 def published(name: str) -> dict[str, Any]:
     """A cut of a published shape, of random weights: FAMILY-BITS-GROUP."""
     family, bits, group = name.rsplit("-", 2)
@@ -178,6 +216,8 @@ JOBS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "proved": proved,
     "left": left,
     "published": published,
+    "disturbed": disturbed,
+    "endless": endless,
 }
 
 if __name__ == "__main__":

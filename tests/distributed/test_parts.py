@@ -6,6 +6,9 @@ The ring backend joins processes of this machine. Run: pytest tests/distributed
 from __future__ import annotations
 
 import json
+import random
+import signal
+import time
 from itertools import pairwise
 
 import pytest
@@ -16,10 +19,11 @@ from tests.tiny import FAMILIES, REFERENCE, SHORT, family_folder
 TOLERANCE = 5e-4  # of a logit; measured 2e-5
 
 
-def run(size, jobs, folder):
+def run(size, jobs, folder, patience_s=120):
     """What each rank found, job by job: all must have found the same."""
     words = [f"{job}:{path}" for job, path in jobs]
-    ended = finish(start_with(size, ["-m", "tests.distributed.parts", *words], folder))
+    arguments = ["-m", "tests.distributed.parts", *words]
+    ended = finish(start_with(size, arguments, folder), patience_s)
     assert [rank.status for rank in ended] == [0] * size, ended
     return [json.loads(rank.output.splitlines()[-1]) for rank in ended]
 
@@ -75,6 +79,41 @@ def test_all_numbers_of_drafts_are_proved_for_two(tmp_path, family):
     for proved, texts in run(2, jobs, tmp_path):
         assert proved == {"equal": list(range(1, 9)), "most": 0.0}
         assert all(whole == part for whole, part in texts.values())
+
+
+@pytest.mark.slow
+def test_sleeps_and_clocks_change_nothing(tmp_path):
+    """Two hundred texts; each rank sleeps where it likes, and its clock runs wild."""
+    jobs = [("disturbed", f"100@{family_folder(SHORT)}")]
+    first, other = run(2, jobs, tmp_path, patience_s=900)
+    assert first == other
+    assert first[0]["same"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+@pytest.mark.parametrize("size", [2, 4])
+def test_all_end_with_one(tmp_path, how, size):
+    """Whenever one dies or stops, the others end by themselves, with status 1."""
+    for moment in range(9):
+        draw = random.Random(f"{how} {size} {moment}")
+        words = ["-m", "tests.distributed.parts", f"endless:{family_folder(SHORT)}"]
+        processes = start_with(size, words, tmp_path)
+        try:
+            for process in processes:
+                process.stdout.readline()
+            time.sleep(2 * draw.random())
+            victim = draw.randrange(size)
+            processes[victim].send_signal(how)
+            for rank, process in enumerate(processes):
+                if rank != victim:
+                    _, errors = process.communicate(timeout=15)
+                    assert process.returncode == 1, (moment, rank, errors)
+                    assert f"Rank {rank} of {size} must hear of the others" in errors
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
 
 
 def check_near(ranks, place):
