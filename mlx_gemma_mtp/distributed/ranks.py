@@ -29,6 +29,8 @@ from .watchdog import LIMIT_S, Watchdog
 
 # For the others to be launched. A rank that connects to another gives up after 31 s.
 _CONNECT_S = 60.0
+# What backends raise, and how they begin it.
+_ERRORS = (RuntimeError, ValueError)
 _BACKENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")
 
 
@@ -139,7 +141,7 @@ class Ranks:
         try:
             with self.watchdog.waiting(what, limit_s):
                 yield
-        except RuntimeError as error:
+        except _ERRORS as error:
             if not str(error).startswith(_BACKENDS):
                 raise
             raise RanksError(
@@ -241,34 +243,37 @@ def launched() -> Ranks | None:
     if size == 1:
         return None
     try:
-        with _interrupted_after(_CONNECT_S):
+        with _interrupted_after(_CONNECT_S) as interrupts:
             group = mx.distributed.init(strict=True)
-    except RuntimeError as error:
+    except _ERRORS as error:
+        found = f"none for {_CONNECT_S:g} s" if interrupts else described(error)
         raise RanksError(
-            f"All {size} ranks must be reached: got {described(error)}. Start all at"
-            " once with mlx.launch, and see that no other program uses their ports."
+            f"All {size} ranks must be reached: got {found}. Start all at once with"
+            " mlx.launch, and see that no other program uses their ports."
         ) from error
     return Ranks(group)
 
 
 @contextmanager
-def _interrupted_after(limit_s: float) -> Iterator[None]:
-    """Let a signal end MLX's wait for connections.
+def _interrupted_after(limit_s: float) -> Iterator[list[int]]:
+    """Let a signal end MLX's wait for connections; it stands in the list then.
 
     MLX keeps Python's lock in it, so no thread of Python can. Its system call fails
     when a signal comes, and MLX raises what it says then. Python lets the main thread
     alone set signals; another waits without a limit.
     """
+    interrupts: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield interrupts
         return
-    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    alarm = signal.SIGALRM
+    before = signal.signal(alarm, lambda number, _: interrupts.append(number))
     signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
-        yield
+        yield interrupts
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(alarm, before)
 
 
 def _to_bytes(value: Any) -> bytes:

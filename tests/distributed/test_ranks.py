@@ -35,9 +35,10 @@ def test_values_of_one_rank_are_json(alone, value):
     assert repr(alone.gather(value)) == repr([value])
 
 
-def test_errors_of_others_stay_theirs(alone):
-    with pytest.raises(RuntimeError, match="no memory"), alone.exchange("a round"):
-        raise RuntimeError("no memory")
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, KeyError])
+def test_errors_of_others_stay_theirs(alone, kind):
+    with pytest.raises(kind, match="no memory"), alone.exchange("a round"):
+        raise kind("no memory")
 
 
 def test_a_lost_rank_is_one_line(alone):
@@ -178,8 +179,10 @@ assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 def test_a_rank_that_never_comes_is_one_line(tmp_path):
     (ended,) = finish(start(2, MISSING, tmp_path, beginning="", ranks=[0]))
     assert (ended.status, ended.errors) == (0, "")
-    assert ended.output.startswith("All 2 ranks must be reached: got RuntimeError: [ri")
-    assert ended.output.count("\n") == 1
+    assert ended.output == (
+        "All 2 ranks must be reached: got none for 0.3 s. Start all at once with"
+        " mlx.launch, and see that no other program uses their ports.\n"
+    )
 
 
 def test_mlx_launch_of_two(tmp_path):
