@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp.distributed.headers import Kind
 from mlx_gemma_mtp.distributed.ranks import Ranks, launched
 from mlx_gemma_mtp.distributed.watchdog import Watchdog
 from mlx_gemma_mtp.errors import RanksError
@@ -33,6 +34,35 @@ def alone():
 def test_values_of_one_rank_are_json(alone, value):
     assert repr(alone.share(value)) == repr(value)
     assert repr(alone.gather(value)) == repr([value])
+
+
+def test_bytes_that_changed_on_the_way_are_found(alone, monkeypatch):
+    gather = mx.distributed.all_gather
+
+    def change(x, *, group, stream):
+        is_header = x.ndim == 2
+        return gather(x if is_header else x ^ 1, group=group, stream=stream)
+
+    monkeypatch.setattr(mx.distributed, "all_gather", change)
+    monkeypatch.setattr(mx.distributed, "all_sum", change)
+    for exchange in (alone.share, alone.gather):
+        with pytest.raises(RanksError, match="other bytes than rank 0 sent in"):
+            exchange("text")
+
+
+def test_each_exchange_has_a_number(monkeypatch):
+    ranks, rows = Ranks(mx.distributed.init(), Watchdog(0, 1)), []
+
+    def all_gather(x, *, group, stream):
+        rows.append(x.tolist()[0])
+        return x
+
+    monkeypatch.setattr(mx.distributed, "all_gather", all_gather)
+    for _ in range(3):
+        ranks.barrier()
+    ranks.share("text")
+    assert [row[1] for row in rows] == [0, 1, 2, 3]
+    assert [row[0] & 0xFF for row in rows] == [Kind.BARRIER] * 3 + [Kind.SHARE]
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, KeyError])
