@@ -30,6 +30,8 @@ from .watchdog import LIMIT_S, Watchdog
 # For the others to be launched. A rank that connects to another gives up after 31 s.
 _CONNECT_S = 60.0
 _ARRIVAL_S = 600.0  # for a rank that does something of its own between texts
+# What backends raise, and how they begin it.
+_ERRORS = (RuntimeError, ValueError)
 _BACKENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")
 
 
@@ -46,6 +48,8 @@ class Ranks:
         rank: This process.
         size: How many there are.
         watchdog: To be lifted where a rank may take any time.
+        is_lost: Whether the ranks are out of step, or have lost each other: nothing
+            goes on together.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Ranks:
         self.size = group.size()
         self._number = 0
         self._has_met = False  # in a beat of this rest
+        self.is_lost = False
         if watchdog is None:
             watchdog = Watchdog(self.rank, self.size)
             watchdog.start()
@@ -141,9 +146,10 @@ class Ranks:
         try:
             with self.watchdog.waiting(what, limit_s):
                 yield
-        except RuntimeError as error:
+        except _ERRORS as error:
             if not str(error).startswith(_BACKENDS):
                 raise
+            self.is_lost = True
             raise RanksError(
                 f"Rank {self.rank} of {self.size} must hear of the others:"
                 f" got {described(error)} in {what}. See what the other ranks wrote,"
@@ -230,7 +236,10 @@ class Ranks:
             row = mx.array([header.row], dtype=mx.uint32)  # [1, 4]
             rows = mx.distributed.all_gather(row, group=self.group, stream=mx.cpu)
             met: Any = rows.tolist()  # [ranks, 4]
-        return headers_of(met, header, self.rank)
+        self.is_lost = True  # unless all mean the same
+        found = headers_of(met, header, self.rank)
+        self.is_lost = False
+        return found
 
 
 @functools.cache
@@ -247,34 +256,37 @@ def launched() -> Ranks | None:
     if size == 1:
         return None
     try:
-        with _interrupted_after(_CONNECT_S):
+        with _interrupted_after(_CONNECT_S) as interrupts:
             group = mx.distributed.init(strict=True)
-    except RuntimeError as error:
+    except _ERRORS as error:
+        found = f"none for {_CONNECT_S:g} s" if interrupts else described(error)
         raise RanksError(
-            f"All {size} ranks must be reached: got {described(error)}. Start all at"
-            " once with mlx.launch, and see that no other program uses their ports."
+            f"All {size} ranks must be reached: got {found}. Start all at once with"
+            " mlx.launch, and see that no other program uses their ports."
         ) from error
     return Ranks(group)
 
 
 @contextmanager
-def _interrupted_after(limit_s: float) -> Iterator[None]:
-    """Let a signal end MLX's wait for connections.
+def _interrupted_after(limit_s: float) -> Iterator[list[int]]:
+    """Let a signal end MLX's wait for connections; it stands in the list then.
 
     MLX keeps Python's lock in it, so no thread of Python can. Its system call fails
     when a signal comes, and MLX raises what it says then. Python lets the main thread
     alone set signals; another waits without a limit.
     """
+    interrupts: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield interrupts
         return
-    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    alarm = signal.SIGALRM
+    before = signal.signal(alarm, lambda number, _: interrupts.append(number))
     signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
-        yield
+        yield interrupts
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(alarm, before)
 
 
 def _to_bytes(value: Any) -> bytes:

@@ -34,6 +34,8 @@ def begin_work(ranks: Ranks) -> None:
 
 def end_work(ranks: Ranks) -> None:
     """Sleep until there is work; rank 0 may do anything else meanwhile."""
+    if ranks.is_lost:
+        return
     _AT_REST.add(ranks)
     if ranks.is_first:
         ranks.rest()
@@ -44,4 +46,5 @@ def end_work(ranks: Ranks) -> None:
 def _stay(ranks: Ranks) -> None:
     """Do not end before rank 0, which would lose this rank."""
     with suppress(RanksError):
-        ranks.wait_for_work()
+        if not ranks.is_lost:
+            ranks.wait_for_work()

@@ -74,7 +74,7 @@ class Control:
             only rank 0's word counts.
         is_alone: Whether nobody must agree: what is built need not be run.
         may_build: Whether there is another round.
-        is_over: Whether rank 0 has left and all rounds were read.
+        is_over: Whether rank 0 has left and all rounds were read, or ranks are lost.
     """
 
     is_leaving = False
@@ -156,7 +156,8 @@ class RanksControl(Control):
     @property
     def is_over(self) -> bool:  # type: ignore[override]
         """See ``Control``."""
-        return not self.may_build and self._num_read == self._num_built
+        is_read = not self.may_build and self._num_read == self._num_built
+        return is_read or self._ranks.is_lost
 
     def agreed(self, way: Way, allowed: Collection[int]) -> Way:
         """See ``Control``."""
@@ -199,6 +200,7 @@ class RanksControl(Control):
         found = cast(list[int], word.tolist())
         first, counted, count, source, leaves = found[:_LENGTH]
         if first != 1 or counted != number or len(set(found[_LENGTH:])) > 1:
+            self._ranks.is_lost = True
             raise RanksError(
                 f"all ranks must run the same rounds: got another round {number} on "
                 f"rank {self._ranks.rank}. Run one script, of one version, on all."
