@@ -29,6 +29,7 @@ from .watchdog import LIMIT_S, Watchdog
 
 # For the others to be launched. A rank that connects to another gives up after 31 s.
 _CONNECT_S = 60.0
+FIRST_S = 60.0  # that a rank may take longer to trace and to compile something
 _ARRIVAL_S = 600.0  # for a rank that does something of its own between texts
 # What backends raise, and how they begin it.
 _ERRORS = (RuntimeError, ValueError)
@@ -61,6 +62,7 @@ class Ranks:
         self._number = 0
         self._has_met = False  # in a beat of this rest
         self.is_lost = False
+        self._known: set[str] = set()
         if watchdog is None:
             watchdog = Watchdog(self.rank, self.size)
             watchdog.start()
@@ -156,6 +158,15 @@ class Ranks:
                 " then start all again."
             ) from error
         self.watchdog.beat()
+
+    def patience(self, what: str) -> float:
+        """Seconds that others may take for something: longer the first time.
+
+        They may compile what it needs.
+        """
+        limit_s = LIMIT_S if what in self._known else FIRST_S
+        self._known.add(what)
+        return limit_s
 
     def rest(self) -> None:
         """Rank 0 has no work for now: it and the others sleep, and beat now and then.

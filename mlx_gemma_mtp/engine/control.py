@@ -25,7 +25,7 @@ from typing import cast
 import mlx.core as mx
 
 from ..constants import DRAFTER, LOOKUP
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import FIRST_S, Ranks
 from ..distributed.watchdog import LIMIT_S
 from ..drafting.policy import Way
 from ..errors import RanksError
@@ -34,7 +34,6 @@ from ..sampling.acceptance import Accepted
 _SOURCES = (DRAFTER, LOOKUP)
 _LENGTH = 5  # of the word, without digests
 _AHEAD = 2  # rounds until a word holds
-_FIRST_S = 120.0  # that a rank may take longer to trace and compile a round
 
 
 @dataclass(frozen=True)
@@ -186,12 +185,12 @@ class RanksControl(Control):
         """See ``Control``."""
         if shape not in self._met:
             self._met.add(shape)
-            self._ranks.barrier(_FIRST_S)
+            self._ranks.barrier(FIRST_S)
 
     def waiting(self, *, is_traced: bool) -> AbstractContextManager[None]:
         """See ``Control``."""
         name = f"round {self._num_read}"
-        return self._ranks.exchange(name, LIMIT_S if is_traced else _FIRST_S)
+        return self._ranks.exchange(name, LIMIT_S if is_traced else FIRST_S)
 
     def read(self, word: mx.array | None, tokens: Sequence[Sequence[int]]) -> None:
         """See ``Control``."""

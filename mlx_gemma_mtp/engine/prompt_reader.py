@@ -40,9 +40,6 @@ from .sequence import TokenSequence
 from .state import Report, row_settings
 from .timing import RoundTimer
 
-# That a machine may take longer than others to compile what a chunk needs.
-_FIRST_S = 60.0
-
 
 class PromptReader:
     """Reads the prompts of a queue into a batch.
@@ -147,8 +144,7 @@ class PromptReader:
         """Around what waits for other machines, where there are any."""
         if self._ranks is None:
             return nullcontext()
-        # The first chunk of a process compiles what all chunks need.
-        return self._ranks.exchange("a prompt", _FIRST_S)
+        return self._ranks.exchange("a prompt", self._ranks.patience("a prompt"))
 
     def _decision(self, entry: Waiting, error: Exception | None) -> Decision | None:
         """The token behind a prompt, where the chunk that was read is its last one.

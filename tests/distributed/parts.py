@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -154,7 +155,7 @@ def disturbed(name: str) -> dict[str, Any]:
         return cpu_kernels.clock() + random.choice((0.0, 0.01, 1.0))
 
     with mock.patch.object(RoundRunner, "start", sleepy):
-        with mock.patch.object(decoder, "RoundTimer", lambda: RoundTimer(wrong)):
+        with mock.patch.object(decoder, "RoundTimer", partial(RoundTimer, wrong)):
             found = [text(part, num_draft_tokens="auto") for _ in range(int(times))]
             seeds = [text(part, temp=1.0, seed=i) for i in range(int(times))]
     return {"same": all(t == found[0] for t in found), "seeds": seeds}
