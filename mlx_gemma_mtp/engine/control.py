@@ -189,6 +189,8 @@ class RanksControl(Control):
 
     def waiting(self, *, is_traced: bool) -> AbstractContextManager[None]:
         """See ``Control``."""
+        if self._ranks.is_lost:  # what is in flight never ends
+            raise RanksError("the ranks must hear of each other: they are lost.")
         name = f"round {self._num_read}"
         return self._ranks.exchange(name, LIMIT_S if is_traced else FIRST_S)
 

@@ -159,7 +159,8 @@ class RoundPipeline:
         """Wait for what is still running, and let go of it and of the batch's slabs."""
         try:
             self._leave()
-            mx.eval([f.queued.started for f in self._in_flight])
+            with self._control.waiting(is_traced=True):
+                mx.eval([f.queued.started for f in self._in_flight])
         finally:
             self._in_flight.clear()
             self._shadows.clear()
