@@ -40,10 +40,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..constants import FULL, MAX_DRAFT_TOKENS
+from ..kernels.common import gpu
 
 # Slabs grow in whole blocks, and by at least a quarter: each capacity is a new trace
 # of the compiled round and one copy of the slabs.
 CAPACITY_BLOCK = 256
+_AHEAD, _AHEAD_ON_GPU = 256, 1024
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,15 @@ class SlabLayout:
             shape = (num_rows, layer.num_kv_heads, slots, layer.head_dim)
             slabs += [mx.zeros(shape, dtype=self.dtype) for _ in range(2)]
         return slabs
+
+
+def slots_ahead() -> int:
+    """How many slots a sequence is given at first, beyond those that it fills.
+
+    Every round reads them, and where they end its rounds are traced anew. On a CPU the
+    first costs more, measured for the embedded pair; on a GPU the second, modelled.
+    """
+    return _AHEAD if gpu() is None else _AHEAD_ON_GPU
 
 
 def next_capacity(needed: int, capacity: int = 0) -> int:

@@ -11,14 +11,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ..cache.slabs import SlabLayout, next_capacity, stepped_capacity
+from ..cache.slabs import SlabLayout, next_capacity, slots_ahead, stepped_capacity
 from ..constants import MAX_DRAFT_TOKENS
 from .sequence import TokenSequence
 
 DEFAULT_MAX_ROWS = 32
-# Slabs for a request are reserved up to this many tokens ahead, so that an ordinary
-# one never grows; a longer one grows as it goes.
-RESERVED_TOKENS = 1024
 
 _BLOCK = MAX_DRAFT_TOKENS + 1
 _LONGEST = 2**31  # positions are int32
@@ -123,7 +120,7 @@ class Capacity:
         # The same for every K: unfused attention may round by the capacity.
         needed = 0
         for sequence in self.sequences:
-            left, ahead = sequence.num_left, RESERVED_TOKENS
+            left, ahead = sequence.num_left, slots_ahead()
             if left is not None:
                 ahead = left if self._policy.reserves_all else min(left, ahead)
             needed = max(needed, sequence.offset + ahead + 2 * _BLOCK)

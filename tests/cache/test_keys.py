@@ -40,7 +40,7 @@ def _small_blocks():
     """Slabs grow often."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_module, "CAPACITY_BLOCK", 32)
-        patch.setattr(capacity_module, "RESERVED_TOKENS", 8)
+        patch.setattr(capacity_module, "slots_ahead", lambda: 8)
         yield
 
 

@@ -8,19 +8,16 @@ from __future__ import annotations
 import random
 
 import mlx.core as mx
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp.cache import slabs as cache_module
 from mlx_gemma_mtp.cache.prompt import prefill_caches
-from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout
+from mlx_gemma_mtp.cache.slabs import LayerKV, SlabLayout, slots_ahead, stepped_capacity
 from mlx_gemma_mtp.constants import FULL, SLIDING
 from mlx_gemma_mtp.engine.batch import Batch
-from mlx_gemma_mtp.engine.capacity import (
-    RESERVED_TOKENS,
-    Capacity,
-    ClosedBatch,
-    OpenBatch,
-)
+from mlx_gemma_mtp.engine.capacity import Capacity, ClosedBatch, OpenBatch
 from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.engine.sequence import TokenSequence
 from mlx_gemma_mtp.models.target import Prefilled
@@ -118,11 +115,37 @@ def test_a_row_that_has_ended_makes_nothing_grow():
 
 
 def test_several_that_are_there_from_the_start_are_reserved_in_full():
-    limit = 10 * RESERVED_TOKENS
+    limit = 10 * slots_ahead()
     capacity, _ = capacity_of((10, limit), (20, limit), is_closed=True)
     assert capacity.initial() >= 20 + limit
     capacity, _ = capacity_of((10, limit), (20, limit), is_closed=False)
-    assert capacity.initial() < 2 * RESERVED_TOKENS
+    assert capacity.initial() < limit
+
+
+@pytest.mark.parametrize(("device", "ahead"), [(None, 256), ("metal", 1024)])
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_as_many_slots_are_ahead_as_the_device_is_worth(
+    monkeypatch, device, ahead, is_closed
+):
+    monkeypatch.setattr(cache_module, "gpu", lambda: device)
+    for length in (50, 500, 2000):
+        capacity, (row,) = capacity_of((length, None), is_closed=is_closed)
+        num_slots = capacity.initial()
+        row.offset = length + ahead
+        assert not capacity.must_grow(num_slots, [8])
+        # And no more than a block beyond them, or the next of few capacities.
+        most = length + ahead + 18
+        assert num_slots <= (stepped_capacity(most) if not is_closed else most + 255)
+
+
+def test_long_texts_are_traced_seldom():
+    """Slots grow by a quarter: a text of any length is traced a few times."""
+    for length, end, most in ((50, 1050, 5), (50, 8242, 14), (2000, 10_192, 9)):
+        capacity, _ = capacity_of((length, None), is_closed=True)
+        found = [capacity.initial()]
+        while found[-1] < end:
+            found.append(capacity.grown(found[-1]))
+        assert len(found) <= most
 
 
 def test_shapes_of_a_long_day_are_few():

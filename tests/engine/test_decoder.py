@@ -190,7 +190,7 @@ def test_growing_does_not_hold_two_copies_of_everything():
 def test_text_does_not_change_where_the_slabs_grow(monkeypatch, num_draft_tokens):
     pair = reference_pair("e2b")
     expected = tokens_of(start(pair, 70, num_draft_tokens))
-    monkeypatch.setattr(capacity_module, "RESERVED_TOKENS", 8)
+    monkeypatch.setattr(capacity_module, "slots_ahead", lambda: 8)
     monkeypatch.setattr(cache_module, "CAPACITY_BLOCK", 32)
     decoder = start(pair, 70, num_draft_tokens)
     layout, capacities, tokens = pair.rounds.target.layout, set(), []

@@ -5,7 +5,7 @@ Run: python -m pytest tests/engine/test_rounds.py
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp.cache import slabs as cache_module
+from mlx_gemma_mtp.drafting.policy import DraftPolicy, Way
+from mlx_gemma_mtp.engine import capacity as capacity_module
 from mlx_gemma_mtp.engine import traces as traces_module
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
@@ -244,3 +247,38 @@ def test_traces_are_let_go_of_when_there_are_too_many(monkeypatch):
         texts.append([t for r in decoder.run() for e in r for t in e.tokens])
         assert len(rounds._traces) <= 3
     assert all(text == texts[0] for text in texts)
+
+
+class Alternating(DraftPolicy):
+    """Drafts in every other round."""
+
+    def __init__(self):
+        super().__init__(0)
+        self._wanted = cycle((0, 2))
+
+    def choose(self, allowed, **_):
+        wanted = next(self._wanted)
+        return Way(max(k for k in allowed if k <= wanted))
+
+
+def test_growth_lets_go_of_no_trace_in_use(monkeypatch):
+    """Each number of slots has traces of its own; those of fewer slots go first."""
+    monkeypatch.setattr(traces_module, "MAX_TRACES", 4)
+    monkeypatch.setattr(cache_module, "CAPACITY_BLOCK", 32)
+    monkeypatch.setattr(capacity_module, "slots_ahead", lambda: 8)
+    pair, used = reference_pair(), []
+    run = Rounds.run
+
+    def noted_run(self, state, *args, num_draft_tokens, **kwargs):
+        used.append((num_draft_tokens, self.target.layout.capacity(state.slabs)))
+        kwargs["num_draft_tokens"] = num_draft_tokens
+        return run(self, state, *args, **kwargs)
+
+    monkeypatch.setattr(Rounds, "run", noted_run)
+    rounds = Rounds(pair.rounds.target, pair.drafter, use_compile=False)
+    request = Request([2, 5, 9], 150)
+    decoder = Decoder(rounds, [request], num_draft_tokens=Alternating())
+    for _ in decoder.run():
+        pass
+    assert len({num_slots for _, num_slots in used}) > 3
+    assert decoder.stats.traced == len(set(used)) > 4

@@ -530,7 +530,7 @@ def by_capacity(monkeypatch):
     pair = new_pair()
     rounds = pair.rounds
     monkeypatch.setattr(rounds, "target", ByCapacity(pair.target))
-    monkeypatch.setattr(capacity_module, "RESERVED_TOKENS", 8)
+    monkeypatch.setattr(capacity_module, "slots_ahead", lambda: 8)
     monkeypatch.setattr(cache_module, "CAPACITY_BLOCK", 32)
     return pair
 
