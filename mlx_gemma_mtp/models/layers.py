@@ -28,6 +28,7 @@ from ..cache.slabs import SlabView
 from ..kernels.add_norm import Branches, add_norm, plain
 from ..kernels.common import MIN_ELEMENTS
 from ..kernels.ways import ADD_NORM, STOCK_WAYS, Ways
+from . import mixture
 from .attention import JoinedProjections, SharedKV, attend
 
 logger = logging.getLogger("mlx_gemma_mtp")
@@ -152,12 +153,8 @@ def _run(
         ways=place.ways,
     )
     ways = place.ways
-    h, normed = _added(
-        h, found, layer.post_attention_layernorm, layer.pre_feedforward_layernorm, ways
-    )
-    assert normed is not None  # there is a next norm
-    branches = _experts(layer, h) if layer.enable_moe else None
-    found = layer.mlp(normed)
+    h, x, branches = _attended(layer, h, found, ways)
+    found = layer.mlp(x)
     norm, end = layer.post_feedforward_layernorm, place.end
     if place.per_layer_input is None or layer.per_layer_input_gate is None:
         h, normed = _added(
@@ -172,21 +169,23 @@ def _run(
     return h, normed, kv
 
 
+def _attended(
+    layer: gemma4_text.DecoderLayer, h: mx.array, found: mx.array, ways: Ways
+) -> tuple[mx.array, mx.array, Branches | None]:
+    """The residual stream behind attention, the same normed, and what experts add."""
+    if layer.enable_moe:
+        h, normed = mixture.added(layer, h, found, ways)
+        return h, normed.dense, mixture.experts_branch(layer, h, normed, ways)
+    norm, next_norm = layer.post_attention_layernorm, layer.pre_feedforward_layernorm
+    h, x = _added(h, found, norm, next_norm, ways)
+    assert x is not None  # there is a next norm
+    return h, x, None
+
+
 def _gated(gate: nn.Module, h: mx.array, values: mx.array) -> mx.array:
     """The values [B, L, P] that a gate lets through."""
     found = gate.gated(h, values) if isinstance(gate, JoinedGate) else None
     return nn.gelu_approx(gate(h)) * values if found is None else found
-
-
-def _experts(layer: gemma4_text.DecoderLayer, h: mx.array) -> Branches:
-    """What the experts of the router's choice add to the dense part."""
-    indices, weights = layer.router(h)
-    found = layer.experts(layer.pre_feedforward_layernorm_2(h), indices, weights)
-    return Branches(
-        layer.post_feedforward_layernorm_1.weight,
-        found,
-        layer.post_feedforward_layernorm_2.weight,
-    )
 
 
 def _added(

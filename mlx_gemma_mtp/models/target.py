@@ -30,17 +30,20 @@ from ..cache.slabs import LayerKV, SlabLayout
 from ..errors import PairingError
 from ..kernels.ways import (
     ADD_NORM,
+    EXPERTS,
     GATE_UP,
     NORM_ROPE,
     PACKED,
     QKV,
+    ROUTE,
     SPLIT,
     STOCK_WAYS,
     WAYS,
     Ways,
 )
 from .attention import SharedKV
-from .layers import run_layers
+from .layers import is_known, run_layers
+from .mixture import mixture_of
 
 # A chunk's tokens times the layers that are evaluated together. Modelled, half a second
 # of the slowest: of 12B on a chip of 2 TFLOPS, and of 31B on one of 4.
@@ -125,6 +128,9 @@ class Target:
         """The ways to run layers that make a difference to this model."""
         num_heads = self._lm.args.num_attention_heads
         found = [ADD_NORM, NORM_ROPE, GATE_UP, QKV]
+        mixtures = [mixture_of(layer) for layer in self._lm.layers if is_known(layer)]
+        found += [ROUTE] if any(mixtures) else []
+        found += [EXPERTS] if any(m is not None and m.form for m in mixtures) else []
         for layer in set(self.layout.layers):
             shared_by = num_heads // layer.num_kv_heads
             if layer.head_dim not in FUSED_HEAD_DIMS:
