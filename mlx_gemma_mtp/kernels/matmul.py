@@ -21,6 +21,7 @@ several outputs) and the half's bits from Kim et al. 2022, arXiv 2211.10017, sec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,6 +32,7 @@ from .common import Kernel
 
 # What one launch multiplies by, and what becomes of the products.
 ALONE, GATED, GATED_BY, APART = "matmul", "gate_up", "gate_by", "qkv"
+GATHERED = "gather_gate_up"  # as GATED, of the matrices that a row has chosen
 MAX_ROWS = 9
 MAX_SUMS = 32  # M * R: sums of a lane
 COLUMNS = (2, 3, 4)  # R that kernels are made for
@@ -159,12 +161,13 @@ def launch(
     form: Form,
     num_groups: int,
     output_shapes: list[tuple[int, ...]],
+    numbers: Mapping[str, int] | None = None,
 ) -> list[mx.array]:
-    """Queue one of the kernels on so many threadgroups."""
+    """Queue one of the kernels on so many threadgroups, with numbers by name."""
     return common.launch(
         text,
         inputs,
-        template=[("T", form.dtype)],
+        template=[("T", form.dtype), *(numbers or {}).items()],
         grid=(num_groups * _THREADS, 1, 1),
         threadgroup=(_THREADS, 1, 1),
         output_shapes=output_shapes,
@@ -187,8 +190,9 @@ def kernel(
         num_rows: M.
         num_columns: R; of ``GATED`` those of both matrices together.
         fusion: ``ALONE``; ``GATED`` for gelu(x @ gate.T) * (x @ up.T); ``GATED_BY``
-            for gelu(x @ gate.T) * values; ``APART`` for matrices with an output each.
-        num_matrices: 1; of ``GATED`` 2; of ``APART`` 2 or 3.
+            for gelu(x @ gate.T) * values; ``APART`` for matrices with an output each;
+            ``GATHERED`` as ``GATED``, of one row at a time.
+        num_matrices: 1; of ``GATED`` and ``GATHERED`` 2; of ``APART`` 2 or 3.
     """
     assert form.is_known, form
     assert 1 <= num_rows <= MAX_ROWS, num_rows
@@ -212,7 +216,7 @@ class _Text:
     output's chunk as words, ``w{r}_{i}`` its weight i, ``a{m}_{r}`` the sum of row m
     and output r; ``x_row{m}``, ``w_row{r}`` ... where the rows of arrays begin.
     The arrays of matrices beside the first have its names and a number behind them. Of
-    ``GATED`` the outputs r are the gate's and up's by turns.
+    ``GATED`` the outputs r are the gate's and up's by turns, and of ``GATHERED`` too.
 
     Attributes:
         arrays: Names of the inputs beside x.
@@ -231,13 +235,13 @@ class _Text:
         self._fusion = fusion
         self._num_matrices = num_matrices
         # Matrices that one simdgroup takes outputs of, so many of each.
-        self._beside = num_matrices if fusion == GATED else 1
+        self._beside = num_matrices if fusion in (GATED, GATHERED) else 1
         self._per_matrix = num_columns // self._beside
         num_outputs = num_matrices if fusion == APART else 1
         self._names = ("w", "scales", "biases") if form.group_size else ("w",)
         numbers = ["", *(str(i) for i in range(1, num_matrices))]
         self.arrays = tuple(f"{name}{i}" for i in numbers for name in self._names)
-        self.arrays += ("values",) if fusion == GATED_BY else ()
+        self.arrays += {GATED_BY: ("values",), GATHERED: ("experts",)}.get(fusion, ())
         self.outputs = tuple(f"y{i}" for i in numbers[:num_outputs])
         self._rows = range(num_rows)
         self._columns = range(num_columns)
@@ -264,28 +268,35 @@ class _Text:
         num_columns = self._per_matrix
         group = "threadgroup_position_in_grid.x"
         lines = ["uint lane = thread_index_in_simdgroup;"]
+        wide = _SIMDGROUPS * num_columns
+        axis, row, output = 0, "", "base"
         if self._fusion == APART:
-            wide = _SIMDGROUPS * num_columns
             lines += matmul_parts.choice(self._names, self._num_matrices, wide)
             group = "group"
+        elif self._fusion == GATHERED:
+            lines += matmul_parts.gathered(wide)
+            group, axis = "group", 1
+            row, output = f" + row * {CHUNK}u * chunks", "(expert * outputs + base)"
         else:
             lines += ["uint outputs = uint(w_shape[0]);"]
         lines += [
-            "uint words = uint(w_shape[1]);",
+            f"uint words = uint(w_shape[{axis + 1}]);",
             f"uint chunks = words{self._over(self._words_per_chunk)};",
             f"uint first = ({group} * {_SIMDGROUPS}u + "
             f"simdgroup_index_in_threadgroup) * {num_columns}u;",
             "if (first >= outputs) return;  // the whole simdgroup",
             f"uint base = min(first, max(outputs, {num_columns}u) - {num_columns}u);",
-            "uint start = base * chunks;",
+            f"uint start = {output} * chunks;",
         ]
-        lines += [f"auto x_row{m} = x + {m * CHUNK}u * chunks;" for m in self._rows]
+        lines += [
+            f"auto x_row{m} = x + {m * CHUNK}u * chunks{row};" for m in self._rows
+        ]
         lines += self._row_starts("w", "words")
         if self._form.group_size:
             per_group = self._form.group_size // CHUNK
             lines += [
                 f"uint groups = chunks / {per_group}u;",
-                f"uint g = base * groups + lane / {per_group}u;",
+                f"uint g = {output} * groups + lane / {per_group}u;",
                 *self._row_starts("scales", "groups"),
                 *self._row_starts("biases", "groups"),
             ]
@@ -410,7 +421,9 @@ class _Text:
         y = "own_y" if self._fusion == APART else "y"
         gate: list[str] = []
         at = f"place / {num_columns}u * outputs + n"
-        if self._fusion == GATED:
+        if self._fusion == GATHERED:
+            at = "pair * outputs + n"
+        if self._fusion in (GATED, GATHERED):
             lines += matmul_parts.partner(total)
             gate = matmul_parts.gated(total, "beside")
         if self._fusion == GATED_BY:

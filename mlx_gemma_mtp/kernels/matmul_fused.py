@@ -1,8 +1,9 @@
 """A few rows times several matrices in one launch, by the body of ``matmul``.
 
 ``gate_up`` has a matrix of gates beside one of values: a simdgroup computes the same
-outputs of both and stores gelu(gate) * up. ``gate_by`` has a gate alone, for values
-that are there. ``qkv`` has up to three matrices one behind the other: a threadgroup has
+outputs of both and stores gelu(gate) * up. ``gather_gate_up`` is that for experts: each
+row has chosen some of the matrices. ``gate_by`` has a gate alone, for values that are
+there. ``qkv`` has up to three matrices one behind the other: a threadgroup has
 outputs of one of them. A sum is added up as ``multiply`` adds it, bit by bit, so a
 row's bits depend on neither M nor R here too.
 
@@ -15,9 +16,18 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from . import matmul
+from . import common, matmul
 from .common import Kernel
-from .matmul import APART, GATED, GATED_BY, Form, default_columns, groups_of, kernel
+from .matmul import (
+    APART,
+    GATED,
+    GATED_BY,
+    GATHERED,
+    Form,
+    default_columns,
+    groups_of,
+    kernel,
+)
 
 Matrix = tuple[mx.array, ...]  # weight, and scales and biases of a quantized one
 
@@ -66,6 +76,37 @@ def gate_up(
         output_shapes=[(num_rows, num_outputs)],
     )
     return y.reshape(*x.shape[:-1], num_outputs)
+
+
+def gather_gate_up(
+    x: mx.array, gate: Matrix, up: Matrix, experts: mx.array, *, form: Form
+) -> mx.array:
+    """Multiply each row by the matrices that it has chosen: ``gate_up`` of each.
+
+    Rows that have chosen the same one read it one after the other.
+
+    Args:
+        x: [..., K], any number of rows; K a multiple of 8.
+        gate: The arrays of matrices [E, N, K], as MLX packs them.
+        up: Those of matrices of the same shape.
+        experts: Which each row has chosen, uint32 [..., C], below E.
+        form: How both are stored, one that is known.
+
+    Returns:
+        [..., C, N] of the form's type.
+    """
+    num_outputs, num_chosen = gate[0].shape[1], experts.shape[-1]
+    columns = default_gated_columns(1)
+    assert gate[0].shape == up[0].shape, (gate[0].shape, up[0].shape)
+    (y,) = matmul.launch(
+        kernel(form, 1, 2 * columns, GATHERED, 2),
+        [x, *gate, *up, common.padded(experts)],
+        form=form,
+        num_groups=experts.size * groups_of(num_outputs, columns),
+        output_shapes=[(*experts.shape, num_outputs)],
+        numbers={"CHOSEN": num_chosen},
+    )
+    return y
 
 
 def gate_by(
@@ -143,9 +184,11 @@ def qkv(
 
 
 def kernels(form: Form, num_rows: int) -> list[Kernel]:
-    """Those that rounds take for M rows."""
+    """Those that rounds take for M rows; of experts for one row each."""
     columns = default_columns(num_rows)
+    gathered = [kernel(form, 1, 2 * default_gated_columns(1), GATHERED, 2)]
     return [
+        *(gathered if num_rows == 1 else []),
         kernel(form, num_rows, 2 * default_gated_columns(num_rows), GATED, 2),
         kernel(form, num_rows, columns, GATED_BY),
         *(kernel(form, num_rows, columns, APART, count) for count in (2, 3)),

@@ -41,6 +41,25 @@ def choice(names: Sequence[str], num_matrices: int, wide: int) -> list[str]:
     return lines
 
 
+def gathered(wide: int) -> list[str]:
+    """The row and the expert of a threadgroup, and which of its outputs.
+
+    A pair is a row and one of its experts; CHOSEN of them are a row's.
+
+    Args:
+        wide: Outputs of a threadgroup.
+    """
+    group = "threadgroup_position_in_grid.x"
+    return [
+        "uint outputs = uint(w_shape[1]);",
+        f"uint groups_of_pair = (outputs + {wide - 1}u) / {wide}u;",
+        f"uint group = {group} % groups_of_pair;",
+        f"uint pair = {group} / groups_of_pair;",
+        "uint row = pair / uint(CHOSEN);",
+        "uint expert = uint(experts[pair]);",
+    ]
+
+
 def sums_over_lanes(sums: list[str]) -> tuple[list[str], str]:
     """The sums over lanes: every exchange halves what a lane has to add up.
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..kernels import add_norm, matmul_fused, norm_rope
+from ..kernels import add_norm, matmul_fused, norm_rope, route
 from ..kernels.matmul import COLUMNS, FORMS, MAX_ROWS, MAX_SUMS, kernel
 from ..kernels.ways import STOCK_WAYS, WAYS, Ways
 from ..machine import mlx_settings, system_version
@@ -187,7 +187,7 @@ def kept_key() -> dict[str, Any]:
 def kernels_digest() -> str:
     """A text that differs for kernels of other texts."""
     found = hashlib.sha256()
-    texts = [*add_norm.kernels(), *norm_rope.kernels()]
+    texts = [*add_norm.kernels(), *norm_rope.kernels(), route.KERNEL]
     for form, num_rows in product(FORMS, range(1, MAX_ROWS + 1)):
         texts += [
             kernel(form, num_rows, columns)

@@ -19,12 +19,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma4_text
 
-from ..kernels.layer_trial import LayerSizes
+from ..kernels.layer_trial import LayerSizes, Mixture
 from ..kernels.matmul import DENSE, Form, multiply
 from ..kernels.matmul_fused import Matrix, gate_by, gate_up, qkv
 from ..kernels.ways import GATE_UP, QKV
 from ..models.attention import JoinedProjections
 from ..models.layers import JoinedGate, is_known
+from ..models.mixture import mixture_of
 from .choices import Choice, Choices, Shape
 
 _QUANTIZED = ("weight", "scales", "biases")
@@ -240,14 +241,17 @@ def sizes_of(models: Iterable[nn.Module | None]) -> LayerSizes:
     """What the layers of some models have."""
     widths: dict[tuple[int, mx.Dtype], None] = {}
     head_dims: dict[tuple[int, mx.Dtype], None] = {}
+    mixtures: dict[Mixture, None] = {}
     arrays: list[object] = []
     for model in models:
         flat: Any = [] if model is None else tree_flatten(model.parameters())
         arrays += [(name, array.shape, str(array.dtype)) for name, array in flat]
         for _, layer in [] if model is None else model.named_modules():
             if type(layer) is gemma4_text.DecoderLayer and is_known(layer):
+                if (mixture := mixture_of(layer)) is not None:
+                    mixtures[mixture] = None
                 weight = layer.input_layernorm.weight
                 widths[weight.shape[-1], weight.dtype] = None
                 head_dims[layer.self_attn.head_dim, weight.dtype] = None
     structure = hashlib.sha256(repr(arrays).encode()).hexdigest()
-    return LayerSizes(tuple(widths), tuple(head_dims), structure)
+    return LayerSizes(tuple(widths), tuple(head_dims), structure, tuple(mixtures))

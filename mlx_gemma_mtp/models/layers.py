@@ -28,6 +28,7 @@ from ..cache.slabs import SlabView
 from ..kernels.add_norm import Branches, add_norm, plain
 from ..kernels.common import MIN_ELEMENTS
 from ..kernels.ways import ADD_NORM, STOCK_WAYS, Ways
+from . import mixture
 from .attention import JoinedProjections, SharedKV, attend
 from .sharding import Summed
 
@@ -153,11 +154,8 @@ def _run(
         ways=place.ways,
     )
     ways = place.ways
-    h, normed = _added(
-        h, found, layer.post_attention_layernorm, layer.pre_feedforward_layernorm, ways
-    )
-    assert normed is not None  # there is a next norm
-    found, branches = _fed(layer, h, normed)
+    h, x, branches = _attended(layer, h, found, ways)
+    found, branches = _fed(layer, x, branches)
     norm, end = layer.post_feedforward_layernorm, place.end
     if place.per_layer_input is None or layer.per_layer_input_gate is None:
         h, normed = _added(
@@ -172,6 +170,19 @@ def _run(
     return h, normed, kv
 
 
+def _attended(
+    layer: gemma4_text.DecoderLayer, h: mx.array, found: mx.array, ways: Ways
+) -> tuple[mx.array, mx.array, Branches | None]:
+    """The residual stream behind attention, the same normed, and what experts add."""
+    if layer.enable_moe:
+        h, normed = mixture.added(layer, h, found, ways)
+        return h, normed.dense, mixture.experts_branch(layer, h, normed, ways)
+    norm, next_norm = layer.post_attention_layernorm, layer.pre_feedforward_layernorm
+    h, x = _added(h, found, norm, next_norm, ways)
+    assert x is not None  # there is a next norm
+    return h, x, None
+
+
 def _gated(gate: nn.Module, h: mx.array, values: mx.array) -> mx.array:
     """The values [B, L, P] that a gate lets through."""
     found = gate.gated(h, values) if isinstance(gate, JoinedGate) else None
@@ -179,27 +190,16 @@ def _gated(gate: nn.Module, h: mx.array, values: mx.array) -> mx.array:
 
 
 def _fed(
-    layer: gemma4_text.DecoderLayer, h: mx.array, normed: mx.array
+    layer: gemma4_text.DecoderLayer, x: mx.array, branches: Branches | None
 ) -> tuple[mx.array, Branches | None]:
-    """What the dense part gives, and the experts of the router's choice beside it.
+    """What the dense part gives for x [B, L, H], and what experts add to it.
 
-    Args:
-        layer: mlx-lm's.
-        h: The residual stream, [B, L, H].
-        normed: The same as the dense part takes it, [B, L, H].
+    Of a part of a layer both are parts of a sum: one sum for both.
     """
-    if not layer.enable_moe:
-        return layer.mlp(normed), None
-    chosen = (layer.pre_feedforward_layernorm_2(h), *layer.router(h))
-    if isinstance(layer.mlp, Summed) and isinstance(layer.experts, Summed):
-        dense, found = layer.mlp.with_other((normed,), layer.experts, chosen)
-    else:
-        found, dense = layer.experts(*chosen), layer.mlp(normed)
-    return dense, Branches(
-        layer.post_feedforward_layernorm_1.weight,
-        found,
-        layer.post_feedforward_layernorm_2.weight,
-    )
+    if branches is None or not isinstance(layer.mlp, Summed):
+        return layer.mlp(x), branches
+    dense, found = layer.mlp.with_part((x,), branches.other)
+    return dense, branches._replace(other=found)
 
 
 def _added(

@@ -74,12 +74,11 @@ class Summed(nn.Module):
         """The sum of all ranks' results."""
         return self._shard.added(self.module(*inputs))
 
-    def with_other(
-        self, inputs: tuple[mx.array, ...], other: Summed, others: tuple[mx.array, ...]
+    def with_part(
+        self, inputs: tuple[mx.array, ...], other: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """The sums of this module's results and of another's, of one shape, in one."""
-        both = mx.stack([self.module(*inputs), other.module(*others)])
-        own, found = self._shard.added(both)
+        """The sums of this module's results and of others of their shape, in one."""
+        own, found = self._shard.added(mx.stack([self.module(*inputs), other]))
         return own, found
 
 

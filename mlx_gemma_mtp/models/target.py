@@ -30,17 +30,20 @@ from ..cache.slabs import LayerKV, SlabLayout
 from ..errors import PairingError
 from ..kernels.ways import (
     ADD_NORM,
+    EXPERTS,
     GATE_UP,
     NORM_ROPE,
     PACKED,
     QKV,
+    ROUTE,
     SPLIT,
     STOCK_WAYS,
     WAYS,
     Ways,
 )
 from .attention import SharedKV
-from .layers import run_layers
+from .layers import is_known, run_layers
+from .mixture import mixture_of
 from .sharding import KVHeads, Shard, rows_of, shard_of
 
 # A chunk's tokens times the layers that are evaluated together. Modelled, half a second
@@ -132,6 +135,9 @@ class Target:
     def ways(self) -> tuple[str, ...]:
         """The ways to run layers that make a difference to this model."""
         found = [ADD_NORM, NORM_ROPE, GATE_UP, QKV]
+        mixtures = [mixture_of(layer) for layer in self._lm.layers if is_known(layer)]
+        found += [ROUTE] if any(mixtures) else []
+        found += [EXPERTS] if any(m is not None and m.form for m in mixtures) else []
         for i, layer in enumerate(self.layout.layers):
             num_seen = self._num_seen(i)
             shared_by = self._num_heads // num_seen
@@ -260,8 +266,8 @@ class Target:
     @property
     def _num_heads(self) -> int:
         """Heads of queries, in every layer."""
-        found: int = self._lm.layers[0].self_attn.n_heads
-        return found
+        whole: int = self._lm.args.num_attention_heads
+        return whole if self.shard is None else whole // self.shard.ranks.size
 
     def _kv_heads(self, i: int) -> range | None:
         """The heads of a layer's K/V that queries see; None for all of them."""

@@ -21,9 +21,14 @@ import pytest
 from mlx_gemma_mtp.cache import masks
 from mlx_gemma_mtp.generation.tokens import generate_tokens
 from mlx_gemma_mtp.kernels import add_norm, common, layer_trial
-from mlx_gemma_mtp.kernels.layer_trial import LayerSizes
+from mlx_gemma_mtp.kernels.layer_trial import LayerSizes, Mixture
 from mlx_gemma_mtp.kernels.matmul import Form
-from mlx_gemma_mtp.kernels.ways import ADD_NORM, MATRIX_WAYS, NORM_ROPE, WAYS
+from mlx_gemma_mtp.kernels.ways import (
+    ADD_NORM,
+    MATRIX_WAYS,
+    NORM_ROPE,
+    WAYS,
+)
 from mlx_gemma_mtp.matmuls import decide as decide_module
 from mlx_gemma_mtp.matmuls.choices import STOCK, Choice, Choices, Shape
 from mlx_gemma_mtp.matmuls.decide import blame, decide
@@ -45,8 +50,12 @@ ALL_WAYS = Choices({}, frozenset(WAYS))
 LAYERS = ("add_norm", "norm_rope")
 ALONE = set(WAYS) - MATRIX_WAYS  # what is taken where MLX multiplies
 SIZES = LayerSizes(
-    widths=((64, mx.bfloat16), (1088, mx.float32)), head_dims=((32, mx.bfloat16),)
+    widths=((64, mx.bfloat16), (1088, mx.float32)),
+    head_dims=((32, mx.bfloat16),),
+    mixtures=(Mixture(16, 4, Form(4, 32, mx.bfloat16)),),
 )
+# Of a mixture, beside those of all layers.
+MIXTURE = ("add_norm_normed_thrice", "add_norm_scaled_normed_branches_experts", "route")
 
 slow = pytest.mark.slow
 
@@ -70,8 +79,11 @@ def launches(monkeypatch):
     return counts
 
 
-def has_kernels_of_layers(launches):
-    return all(any(name.startswith(layer) for name in launches) for layer in LAYERS)
+def has_kernels_of_layers(launches, family=""):
+    of_mixture = MIXTURE if family == "26b-a4b" else ()
+    return set(of_mixture) <= set(launches) and all(
+        any(name.startswith(layer) for name in launches) for layer in LAYERS
+    )
 
 
 @pytest.mark.parametrize("family", families("e2b", "26b-a4b"))
@@ -81,7 +93,7 @@ def test_blocks_give_the_bytes_of_plain_rounds(family, launches):
     assert not launches
     use(pair, ALL_WAYS)
     by_ways = logits(pair, 9)
-    assert has_kernels_of_layers(launches)
+    assert has_kernels_of_layers(launches, family)
     assert mx.array_equal(by_ways, logits(pair, *[1] * 9))
     assert mx.array_equal(by_ways, logits(pair, 4, 5))
     assert distance(by_ways, by_mlx) < 1e-4
@@ -94,41 +106,61 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
+def text(pair, num_draft_tokens, rule="greedy"):
+    steps = generate_tokens(
+        pair,
+        [PROMPT],
+        max_tokens=8,
+        num_draft_tokens=num_draft_tokens,
+        eos_token_ids=(),
+        exactness="fast",
+        **RULES[rule],
+    )
+    return [token for (token,) in steps]
+
+
+@pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
 @pytest.mark.parametrize(
     "rule",
     ["greedy", pytest.param("coupled", marks=slow), pytest.param("block", marks=slow)],
 )
-def test_texts_are_mlxs_for_every_number_of_drafts(rule, launches):
-    def text(pair, num_draft_tokens):
-        steps = generate_tokens(
-            pair,
-            [PROMPT],
-            max_tokens=8,
-            num_draft_tokens=num_draft_tokens,
-            eos_token_ids=(),
-            exactness="fast",
-            **RULES[rule],
-        )
-        return [token for (token,) in steps]
-
-    pair = new_pair("e2b")
-    by_mlx = text(pair, 0)
+def test_texts_are_mlxs_for_every_number_of_drafts(family, rule, launches):
+    pair = new_pair(family)
+    by_mlx = text(pair, 0, rule)
     use(pair, ALL_WAYS)
     for num_draft_tokens in (0, 3, 8):
-        assert text(pair, num_draft_tokens) == by_mlx
-    assert has_kernels_of_layers(launches)
+        assert text(pair, num_draft_tokens, rule) == by_mlx
+    assert has_kernels_of_layers(launches, family)
 
 
-def test_ways_go_together_with_the_kernel_of_few_rows(launches):
-    pair = half_pair("e2b")
+@slow
+def test_texts_of_quantized_experts_are_the_same_for_every_number_of_drafts(launches):
+    pair = half_pair("26b-a4b")
+    use(pair, all_kernels(pair))
+    plain = text(pair, 0)
+    for num_draft_tokens in range(1, 9):
+        assert text(pair, num_draft_tokens) == plain
+    assert any(name.startswith("gather_gate_up") for name in launches)
+
+
+def all_kernels(pair):
+    """Every way, and the kernel of few rows for every matrix."""
     shapes = shapes_of([pair.target, pair.drafter])
-    use(pair, Choices({shape: Choice(1) for shape in shapes}, frozenset(WAYS)))
+    return Choices({shape: Choice(1) for shape in shapes}, frozenset(WAYS))
+
+
+@pytest.mark.parametrize(
+    ("family", "own"), [("e2b", "gate_by"), ("26b-a4b", "gather_gate_up")]
+)
+def test_ways_go_together_with_the_kernel_of_few_rows(family, own, launches):
+    pair = half_pair(family)
+    use(pair, all_kernels(pair))
     found = logits(pair, 3)
-    assert has_kernels_of_layers(launches)
-    for beginning in ("matmul", "gate_up", "gate_by", "qkv3"):
+    assert has_kernels_of_layers(launches, family)
+    for beginning in ("matmul", "gate_up", "qkv3", own):
         assert any(name.startswith(beginning) for name in launches), launches
     assert mx.array_equal(found, logits(pair, 1, 2))
-    use(pair, Choices({shape: Choice(1) for shape in shapes}))
+    use(pair, Choices(all_kernels(pair).by_shape))
     assert distance(found, logits(pair, 3)) < 0.1
 
 

@@ -50,6 +50,59 @@ ADD_WRONG = (
     Mistake("the residual's first row", "residual[start + at]", "residual[at]"),
 )
 
+OF_EXPERTS = Sum.random(2, 64, has_branches=True, has_experts=True)
+THRICE = Sum.random(2, 64, is_scaled=False, is_thrice=True)
+
+EXPERTS_WRONG = (
+    Mistake(
+        "the first row's experts",
+        "threadgroup_position_in_grid.x * uint(EX",
+        "0u * uint(EX",
+    ),
+    Mistake("the first row's shares", "shares[e]", "shares[e - first_expert]"),
+    Mistake(
+        "an expert too few",
+        "e < first_expert + uint(EXPERTS)",
+        "e + 1u < first_expert + uint(EXPERTS)",
+    ),
+    Mistake(
+        "one expert for all",
+        "other[e * uint(H) + at]",
+        "other[first_expert * uint(H) + at]",
+    ),
+    Mistake("the last expert alone", "others[k] += float(T(", "others[k] = float(T("),
+    Mistake(
+        "products that are not rounded",
+        "others[k] += float(T(share",
+        "others[k] += ((share",
+    ),
+    Mistake("a sum that is not rounded", "others[k] = float(T(others[k]));", ""),
+)
+
+THRICE_WRONG = (
+    Mistake(
+        "a weight without its root",
+        "float(next_weight2[at]) * root",
+        "float(next_weight2[at])",
+    ),
+    Mistake(
+        "the second norm's weight again",
+        "float(next_weight2[at])",
+        "float(next_weight1[at])",
+    ),
+    Mistake(
+        "a root of float32",
+        "float root = float(T(as_type<float>(ROOT)))",
+        "float root = as_type<float>(ROOT)",
+    ),
+    Mistake(
+        "a weight that is not rounded",
+        "weights[k] = float(T(float(next_weight2[at]) * root))",
+        "weights[k] = float(next_weight2[at]) * root",
+    ),
+    Mistake("the first weight again", "weights[k] = float(next_weight1[at]);", ""),
+)
+
 ADD_STOPPING = (
     Mistake(
         "a piece past the end",

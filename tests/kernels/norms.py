@@ -6,6 +6,7 @@ uses neither MLX's operations nor any code of the package.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.kernels.products import as_float32, fma, rounded
 
 EPS = 1e-6
 THREADS, LANES, PIECE = 256, 32, 4
+NUM_EXPERTS, ROOT = 8, 2816**-0.5  # of a mixture; what the router's weight is taken by
 
 
 def tree(values: np.ndarray) -> np.ndarray:
@@ -55,6 +57,8 @@ class Sum:
         next_weight: [H], or None.
         branches: Weight of the first branch [H], the other [M, H], and its weight [H];
             None for none.
+        shares: [M, N], where the other is the sum of experts' rows [M, N, H]; or None.
+        more_weights: [H] each, of two more norms; the last is taken times ROOT.
     """
 
     dtype: mx.Dtype
@@ -64,6 +68,8 @@ class Sum:
     scale: float | None = None
     next_weight: np.ndarray | None = None
     branches: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    shares: np.ndarray | None = None
+    more_weights: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def random(
@@ -75,11 +81,14 @@ class Sum:
         is_scaled: bool = True,
         is_normed: bool = True,
         has_branches: bool = False,
+        has_experts: bool = False,
+        is_thrice: bool = False,
     ) -> Sum:
         """Of rows whose sizes differ by powers of two."""
         sizes = np.exp2(np.arange(M, dtype=np.float32) % 5)[:, None]
-        weights = [normal(dtype, H, seed=10 + i, middle=1.0) for i in range(4)]
-        other = normal(dtype, M, H, seed=3)
+        weights = [normal(dtype, H, seed=10 + i, middle=1.0) for i in range(6)]
+        count = [NUM_EXPERTS] if has_experts else []
+        other = normal(dtype, M, *count, H, seed=3)
         return cls(
             dtype,
             normal(dtype, M, H, seed=1),
@@ -88,6 +97,8 @@ class Sum:
             0.890625 if is_scaled else None,
             weights[1] if is_normed else None,
             (weights[2], other, weights[3]) if has_branches else None,
+            normal(dtype, M, NUM_EXPERTS, seed=4) if has_experts else None,
+            (weights[4], weights[5]) if is_thrice else None,
         )
 
     def arguments(self) -> tuple[list[mx.array], dict[str, Any]]:
@@ -99,7 +110,11 @@ class Sum:
             options["next_weight"] = self._array(self.next_weight)
         if self.branches is not None:
             arrays = map(self._array, self.branches)
-            options["branches"] = add_norm.Branches(*arrays)
+            shares = None if self.shares is None else self._array(self.shares)
+            options["branches"] = add_norm.Branches(*arrays, shares)
+        if self.more_weights is not None:
+            weights = options.pop("next_weight"), *map(self._array, self.more_weights)
+            options |= {"next_weights": weights, "root": ROOT}
         return [self._array(a) for a in (self.residual, self.y, self.weight)], options
 
     def _array(self, values: np.ndarray) -> mx.array:
@@ -109,10 +124,20 @@ class Sum:
         """What the kernel gives: the sum, and its norm if there is one."""
         arrays, options = self.arguments()
         return [
-            as_float32(a)
-            for a in add_norm.add_norm(*arrays, **options)
-            if a is not None
+            as_float32(a) for a in self.function(*arrays, **options) if a is not None
         ]
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """That which is tested."""
+        return add_norm.add_norms if self.more_weights else add_norm.add_norm
+
+    @property
+    def plain(self) -> list[np.ndarray]:
+        """What its twin of MLX's operations gives."""
+        arrays, options = self.arguments()
+        plain: Any = add_norm.plain_norms if self.more_weights else add_norm.plain
+        return [as_float32(a) for a in plain(*arrays, **options) if a is not None]
 
     def rows(self, chosen: slice) -> Sum:
         """Of some rows alone."""
@@ -124,6 +149,7 @@ class Sum:
             residual=self.residual[chosen],
             y=self.y[chosen],
             branches=branches,
+            shares=None if self.shares is None else self.shares[chosen],
         )
 
     @property
@@ -132,11 +158,24 @@ class Sum:
         y = self.y
         if self.branches is not None:
             y_weight, other, other_weight = self.branches
+            if self.shares is not None:
+                parts = self._rounded(self.shares[..., None] * other)
+                total = np.zeros_like(self.residual)
+                for e in range(parts.shape[1]):
+                    total = total + parts[:, e]
+                other = self._rounded(total)
             y = self._rounded(self._norm(y, y_weight) + self._norm(other, other_weight))
         h = self._rounded(self.residual + self._norm(y, self.weight))
         if self.scale is not None:
             h = self._rounded(h * np.float32(self.scale))
-        return [h] if self.next_weight is None else [h, self._norm(h, self.next_weight)]
+        weights = [] if self.next_weight is None else [self.next_weight]
+        if self.more_weights is not None:
+            root = self._rounded(np.float32(ROOT))
+            weights += [
+                self.more_weights[0],
+                self._rounded(self.more_weights[1] * root),
+            ]
+        return [h, *(self._norm(h, weight) for weight in weights)]
 
     def _rounded(self, values: np.ndarray) -> np.ndarray:
         return rounded(values, self.dtype)
@@ -156,9 +195,14 @@ class Sum:
         y = self.y
         if self.branches is not None:
             y_weight, other, other_weight = self.branches
+            if self.shares is not None:
+                other = np.einsum("me,meh->mh", *map(np.float64, (self.shares, other)))
             y = norm(y, y_weight) + norm(other, other_weight)
         h = (self.residual + norm(y, self.weight)) * (self.scale or 1.0)
-        return [h] if self.next_weight is None else [h, norm(h, self.next_weight)]
+        weights = [] if self.next_weight is None else [self.next_weight]
+        if self.more_weights is not None:
+            weights += [self.more_weights[0], self.more_weights[1] * ROOT]
+        return [h, *(norm(h, weight) for weight in weights)]
 
 
 def _squares_of_threads(x: np.ndarray) -> np.ndarray:

@@ -46,6 +46,11 @@ OPTIONS: list[dict[str, Any]] = [
     dict(zip(NAMES, v, strict=True)) for v in product((False, True), repeat=3)
 ]
 ALL = OPTIONS[-1]
+# As a mixture has them: behind attention, and at the end of a layer.
+THRICE = {"is_scaled": False, "is_normed": True, "is_thrice": True}
+EXPERTS = {**ALL, "has_experts": True}
+OPTIONS += [THRICE, EXPERTS]
+OTHERS = [{**each, "has_experts": True} for each in OPTIONS[1:7:2]]
 by_options = pytest.mark.parametrize(
     "options", OPTIONS, ids=lambda o: " ".join(n for n in o if o[n]) or "none"
 )
@@ -65,7 +70,7 @@ def units(dtype):
 def check(case):
     """Every bit, and how near the numbers are."""
     outputs = case.run()
-    assert len(outputs) == len(case.bits) == 1 + (case.next_weight is not None)
+    assert len(outputs) == len(case.bits)
     for found, bits, exact in zip(outputs, case.bits, case.exact, strict=True):
         assert same_bits(found, bits)
         # A few roundings of the row's largest numbers.
@@ -87,7 +92,7 @@ def test_bits(options):
 
 
 @pytest.mark.slow
-@by_options
+@pytest.mark.parametrize("options", [*OPTIONS, *OTHERS], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_of_every_text(options, dtype):
     for H in WIDTHS:
@@ -95,7 +100,7 @@ def test_bits_of_every_text(options, dtype):
 
 
 def test_rows_have_the_bits_of_one_row():
-    case = Sum.random(9, 1536, **ALL)
+    case = Sum.random(9, 1536, **EXPERTS)
     one = [case.rows(slice(m, m + 1)).run() for m in range(9)]
     for M in range(1, 10):
         for found, *rows in zip(case.rows(slice(M)).run(), *one[:M], strict=True):
@@ -104,18 +109,19 @@ def test_rows_have_the_bits_of_one_row():
 
 def test_schedules(monkeypatch):
     monkeypatch.setattr(common, "launch", run_schedules)
-    check(Sum.random(2, 1536, **ALL))
+    check(Sum.random(2, 1536, **EXPERTS))
+    check(Sum.random(2, 1536, **THRICE))
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_contraction_has_nothing_to_fuse(dtype, monkeypatch):
     """Between a product and a sum a number is rounded, of float32 alone it is not."""
     monkeypatch.setattr(common, "launch", partial(run_on_cpu, contract=True))
-    check(Sum.random(2, 1536, dtype, **ALL))
+    check(Sum.random(2, 1536, dtype, **EXPERTS))
 
 
 @given(
-    st.sampled_from([ALL, OPTIONS[2]]),
+    st.sampled_from([EXPERTS, OPTIONS[2]]),
     st.integers(1, 5),
     st.sampled_from([8, 1028]),
     st.integers(-20, 20),
@@ -223,7 +229,21 @@ def test_plain_operations_are_those_of_a_mixture(monkeypatch):
     layer.router, layer.experts = Fixed(None, None), Fixed(chosen)
     want, *_ = layer(x)
     weight = layer.post_attention_layernorm.weight
-    h, _ = add_norm.add_norm(x, attended, weight, eps=EPS)
+    h, first, second, routed = add_norm.add_norms(
+        x, attended, weight, eps=EPS, root=64**-0.5,
+        next_weights=(
+            layer.pre_feedforward_layernorm.weight,
+            layer.pre_feedforward_layernorm_2.weight,
+            mx.ones((64,), dtype=mx.bfloat16) * 1.25,
+        ),
+    )  # fmt: skip
+    assert mx.array_equal(layer.mlp.taken[0], first)
+    assert mx.array_equal(layer.experts.taken[0], second)
+    assert mx.array_equal(layer.router.taken[0], h)
+    router = gemma4_text.Router(layer.config)
+    router.scale, router.proj = mx.full((64,), 1.25, mx.bfloat16), Fixed(chosen)
+    router(h)
+    assert mx.array_equal(router.proj.taken[0], routed)
     out, _ = add_norm.add_norm(
         h, dense, layer.post_feedforward_layernorm.weight, eps=EPS,
         scale=layer.layer_scalar,
@@ -235,15 +255,34 @@ def test_plain_operations_are_those_of_a_mixture(monkeypatch):
     assert mx.array_equal(out, want).item()
 
 
+def test_plain_operations_are_those_of_experts(monkeypatch):
+    monkeypatch.setattr(common, "backend", lambda: "ops")
+    layer = layer_of(
+        mx.bfloat16, hidden_size_per_layer_input=0, enable_moe_block=True,
+        num_experts=4, top_k_experts=3, moe_intermediate_size=32,
+    )  # fmt: skip
+    given = mx.random.normal((2, 3, 3, 64), key=mx.random.key(1)).astype(mx.bfloat16)
+    shares = mx.random.normal((2, 3, 3), key=mx.random.key(2)).astype(mx.bfloat16)
+    layer.experts.switch_glu = Fixed(given)
+    x, y = random_rows(mx.bfloat16, 0), random_rows(mx.bfloat16, 1)
+    weight = mx.ones((64,), dtype=mx.bfloat16)
+    found, want = (
+        add_norm.add_norm(
+            x, y, weight, eps=EPS, branches=Branches(weight, other, weight, of_experts)
+        )[0]
+        for other, of_experts in (
+            (given, shares), (layer.experts(x, None, shares), None)
+        )
+    )  # fmt: skip
+    assert mx.array_equal(found, want)
+
+
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_the_kernel_differs_from_plain_by_a_sum(dtype):
-    """A mean square in another order may move a number by one place, seldom."""
-    case = Sum.random(5, 2816, dtype, **ALL)
-    arrays, options = case.arguments()
-    plain = add_norm.plain(*arrays, **options)
-    for found, array in zip(case.run(), plain, strict=True):
-        assert array is not None
-        want = as_float32(array)
+@pytest.mark.parametrize("options", [EXPERTS, THRICE], ids=["end", "thrice"])
+def test_the_kernel_differs_from_plain_by_a_sum(options, dtype):
+    """A sum in another order may move a number by one place, seldom."""
+    case = Sum.random(5, 2816, dtype, **options)
+    for found, want in zip(case.run(), case.plain, strict=True):
         differs = found != want
         assert differs.mean() < 0.02
         most = np.abs(want).max(axis=-1, keepdims=True)
@@ -275,12 +314,9 @@ def test_arrays_of_other_types_are_left_to_mlx(changed):
 @pytest.mark.parametrize("H", [4, 66, add_norm.MAX_WIDTH + 4])
 def test_widths_that_are_left_to_mlx(H, monkeypatch):
     monkeypatch.setattr(common, "launch", None)
-    case = Sum.random(2, H)
-    arrays, options = case.arguments()
-    plain = add_norm.plain(*arrays, **options)
-    for found, want in zip(case.run(), plain, strict=True):
-        assert want is not None
-        assert same_bits(found, as_float32(want))
+    for options in (EXPERTS, THRICE):
+        case = Sum.random(2, H, **options)
+        assert all(map(same_bits, case.run(), case.plain))
 
 
 # -------------------------------------------------------------------------- text
@@ -324,14 +360,15 @@ def test_no_races(options):
 
 def test_kernels_are_all_that_there_are():
     names = {kernel.name for kernel in add_norm.kernels()}
-    assert len(names) == len(OPTIONS)
-    assert {"add_norm", "add_norm_normed", "add_norm_scaled_normed_branches"} <= names
+    assert len(names) == len(OPTIONS) + len(OTHERS)
+    assert {"add_norm", "add_norm_normed_thrice", "add_norm_normed"} <= names
+    assert "add_norm_scaled_normed_branches_experts" in names
 
 
 # ---------------------------------------------------------------------- mistakes
 
 
-def run_with(mistake, launch):
+def run_with(mistake, launch, case=mistakes.ADDED):
     """The case of the mistakes with one of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -339,13 +376,25 @@ def run_with(mistake, launch):
             "launch",
             lambda kernel, *a, **k: launch(mistake.of(kernel), *a, **k),
         )
-        return mistakes.ADDED.run()
+        return case.run()
 
 
 @by_name(mistakes.ADD_WRONG, most=6)
 def test_bits_are_wrong(mistake):
     found = run_with(mistake, run_on_cpu)
     assert not all(map(same_bits, found, mistakes.ADDED.bits))
+
+
+@by_name(mistakes.EXPERTS_WRONG, most=2)
+def test_bits_of_experts_are_wrong(mistake):
+    found = run_with(mistake, run_on_cpu, mistakes.OF_EXPERTS)
+    assert not all(map(same_bits, found, mistakes.OF_EXPERTS.bits))
+
+
+@by_name(mistakes.THRICE_WRONG, most=2)
+def test_bits_of_three_norms_are_wrong(mistake):
+    found = run_with(mistake, run_on_cpu, mistakes.THRICE)
+    assert not all(map(same_bits, found, mistakes.THRICE.bits))
 
 
 @by_name(mistakes.ADD_STOPPING)

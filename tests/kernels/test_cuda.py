@@ -19,10 +19,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma_mtp.kernels import add_norm, common, matmul, matmul_fused, norm_rope
+from mlx_gemma_mtp.kernels import (
+    add_norm,
+    common,
+    matmul,
+    matmul_fused,
+    norm_rope,
+    route,
+)
 from mlx_gemma_mtp.sampling import fused
 from mlx_gemma_mtp.sampling.graph import sampling_arrays, sampling_graph
 from mlx_gemma_mtp.sampling.params import SamplingParams
+from tests.kernels import test_add_norm
 from tests.kernels.norms import Heads, Sum
 from tests.kernels.products import FORMS, random_product
 from tests.metal.run import run_on_cpu
@@ -203,11 +211,24 @@ def check_taken(text, *, stack=0):
 @pytest.mark.parametrize("dtype", TYPES_OF_ROWS)
 @pytest.mark.parametrize("H", [1536, add_norm.MAX_WIDTH])
 def test_nvidias_compiler_takes_every_sum(H, dtype, monkeypatch):
-    for options in product((False, True), repeat=3):
-        names = ("is_scaled", "is_normed", "has_branches")
-        case = Sum.random(2, H, dtype, **dict(zip(names, options, strict=True)))
+    for options in [*test_add_norm.OPTIONS, *test_add_norm.OTHERS]:
+        case = Sum.random(2, H, dtype, **options)
         for text in texts_of(case.run, monkeypatch):
             check_taken(text)
+
+
+@pytest.mark.parametrize("dtype", TYPES_OF_ROWS)
+@pytest.mark.parametrize("num_experts", [128, route.MAX_EXPERTS])
+def test_nvidias_compiler_takes_every_choice(num_experts, dtype, monkeypatch):
+    scores, scales = (
+        mx.zeros(shape, dtype=dtype) for shape in ((2, num_experts), (num_experts,))
+    )
+
+    def run():
+        route.route(scores, scales, num_chosen=8)
+
+    for text in texts_of(run, monkeypatch):
+        check_taken(text)
 
 
 @pytest.mark.parametrize("dtype", TYPES_OF_ROWS)
@@ -234,6 +255,9 @@ def test_nvidias_compiler_takes_every_fused_matmul(form, monkeypatch):
             matmul_fused.gate_by(x, matrix, values, form=form)
             for count in (2, 3):
                 matmul_fused.qkv(x, [matrix] * count, form=form)
+            experts = tuple(array[None] for array in matrix)
+            chosen = mx.zeros((len(x), 8), dtype=mx.uint32)
+            matmul_fused.gather_gate_up(x, experts, experts, chosen, form=form)
 
         for text in texts_of(run, monkeypatch):
             check_taken(text)

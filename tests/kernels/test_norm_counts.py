@@ -19,7 +19,7 @@ from mlx_gemma_mtp.kernels import common
 from mlx_gemma_mtp.kernels.add_norm import add_norm
 from mlx_gemma_mtp.kernels.norm_rope import QUERIES, SEPARATE, SHARED, norm_rope
 from tests.kernels.launches import LANES, counted, replacing
-from tests.kernels.norms import Heads, Sum
+from tests.kernels.norms import NUM_EXPERTS, Heads, Sum
 from tests.kernels.test_counts import (
     check_calls,
     check_loads,
@@ -47,20 +47,38 @@ def run(function, case, *, change=None):
 # ------------------------------------------------------------------------ add_norm
 
 M, H = 3, 1536
+NAMES = ("is_scaled", "is_normed", "has_branches")
+ALL = dict.fromkeys(NAMES, True)
+EXPERTS = {**ALL, "has_experts": True}
+THRICE = {"is_scaled": False, "is_normed": True, "is_thrice": True}
 
 
-def check_sum(counts, *, is_scaled, is_normed, has_branches):
+def check_sum(
+    counts,
+    *,
+    is_scaled,
+    is_normed,
+    has_branches=False,
+    has_experts=False,
+    is_thrice=False,
+):
     width = 2
-    rows = ["residual", "y"] + ["other"] * has_branches
+    rows = ["residual", "y"] + ["other"] * (has_branches and not has_experts)
     weights = ["weight"] + ["y_weight", "other_weight"] * has_branches
     weights += ["next_weight"] * is_normed
+    weights += ["next_weight1", "next_weight2"] * is_thrice
     for name in rows:
         check_loads(counts, name, M * H, unique=M * H, width=width)
     for name in weights:
         check_loads(counts, name, M * H, unique=H, width=width)
     if is_scaled:
         check_loads(counts, "scale", M * THREADS, unique=1, width=width)
-    check_outputs_written_once(counts, "h", *["normed"] * is_normed)
+    if has_experts:
+        given = M * NUM_EXPERTS
+        check_loads(counts, "other", given * H, unique=given * H, width=width)
+        check_loads(counts, "shares", given * THREADS, unique=given, width=width)
+    outputs = ["h"] + ["normed"] * is_normed + ["normed1", "normed2"] * is_thrice
+    check_outputs_written_once(counts, *outputs)
     # Four numbers that stand beside each other: a simdgroup asks for whole lines.
     assert counts.loads["y"].most_lines == 2
     num_means = 1 + is_normed + 2 * has_branches
@@ -76,17 +94,22 @@ def check_sum(counts, *, is_scaled, is_normed, has_branches):
     "options",
     [
         # The others read what these read.
-        pytest.param(options, marks=[pytest.mark.slow] * (sum(options) in (1, 2)))
+        pytest.param(options, marks=[pytest.mark.slow] * any(options))
         for options in product((False, True), repeat=3)
     ],
 )
 def test_add_norm(options):
-    names = ("is_scaled", "is_normed", "has_branches")
-    options = dict(zip(names, options, strict=True))
-    check_sum(run(add_norm, Sum.random(M, H, mx.bfloat16, **options)), **options)
+    check_add_norm(dict(zip(NAMES, options, strict=True)))
 
 
-ALL = {"is_scaled": True, "is_normed": True, "has_branches": True}
+@pytest.mark.parametrize("options", [EXPERTS, THRICE], ids=["end", "thrice"])
+def test_add_norm_of_a_mixture(options):
+    check_add_norm(options)
+
+
+def check_add_norm(options):
+    case = Sum.random(M, H, mx.bfloat16, **options)
+    check_sum(run(case.function, case), **options)
 
 
 @pytest.mark.parametrize(

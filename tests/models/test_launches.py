@@ -10,10 +10,12 @@ import pytest
 
 from mlx_gemma_mtp.kernels.ways import (
     ADD_NORM,
+    EXPERTS,
     GATE_UP,
     NORM_ROPE,
     PACKED,
     QKV,
+    ROUTE,
     SPLIT,
     STOCK_WAYS,
     WAYS,
@@ -27,7 +29,7 @@ COUNTS = {
     "e2b": (Launches(992, 74), Launches(549, 48)),
     "e4b": (Launches(1083, 74), Launches(588, 48)),
     "12b": (Launches(1109, 69), Launches(543, 43)),
-    "26b-a4b": (Launches(1244, 69), Launches(801, 43)),
+    "26b-a4b": (Launches(1244, 69), Launches(471, 43)),
     "31b": (Launches(1379, 69), Launches(671, 43)),
 }
 
@@ -36,7 +38,7 @@ WAYS_OF = {
     "e2b": (*ALWAYS, SPLIT),
     "e4b": (*ALWAYS, PACKED),
     "12b": ALWAYS,
-    "26b-a4b": (*ALWAYS, PACKED),
+    "26b-a4b": (*ALWAYS, ROUTE, EXPERTS, PACKED),
     "31b": (*ALWAYS, PACKED),
 }
 
