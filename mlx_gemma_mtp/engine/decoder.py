@@ -17,6 +17,7 @@ from typing import Any
 from ..distributed.ranks import Ranks
 from ..distributed.work import end_work
 from ..drafting.policy import DraftPolicy
+from ..errors import RanksError
 from .batch import Batch
 from .capacity import DEFAULT_MAX_ROWS, BatchPolicy, ClosedBatch, OpenBatch
 from .control import Control, RanksControl
@@ -359,6 +360,8 @@ class Decoder:
         """Wait for what is still running, which nobody wants, and let go of it."""
         try:
             self._pipeline.rest()
+        except RanksError:
+            logger.debug("ranks are lost, and with them what was in flight")
         except Exception as error:
             logger.warning("a round that was not needed has failed", exc_info=error)
         if not self._queue:

@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from ..checkpoints.template_files import missing_template_note
 from ..cli.command import check_output_file, exit_status, write_file
 from ..cli.command_table import make_parser
-from ..distributed.alone import check_alone
+from ..distributed.environment import num_launched
 from ..errors import OutputError, RequestError
 from ..models.families import FAMILIES
 from ..store import cache_folder, forget
@@ -89,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Check, load, run, print."""
     _check(args)
-    check_alone("the self-test")
+    if num_launched(os.environ) > 1:
+        return _several(args)
     if args.instead == _FORGET:
         print(_forget(), flush=True)
         return 0
@@ -119,6 +123,42 @@ def _run(args: argparse.Namespace) -> int:
         write_file("--json", args.json, to_json(results))
     print(verdict(results), flush=True)
     return EXIT_FAILED if any(r.status == FAIL for r in results) else 0
+
+
+def _several(args: argparse.Namespace) -> int:
+    """Look at several machines that were launched as one; the exit status.
+
+    The first one prints.
+
+    Raises:
+        RequestError: Something else is asked for.
+    """
+    from ..distributed.ranks import launched
+    from ..pair.load import embedded_pair_path
+    from . import several
+    from .model import open_model
+    from .page import TITLE, section, to_json, verdict
+    from .result import FAIL
+
+    own = ("model", "draft_model", "json")
+    given = {name for name, value in vars(args).items() if value is not None}
+    if given - set(own):
+        raise RequestError(
+            "the self-test of several ranks must be without other options than "
+            "--model, --draft-model and --json: got some. Launch one for these."
+        )
+    ranks = launched()
+    assert ranks is not None
+    logging.getLogger("mlx_gemma_mtp").setLevel(logging.ERROR)
+    start = time.perf_counter()
+    loaded = open_model(args.model or str(embedded_pair_path()), args.draft_model)
+    result = several.look(loaded, ranks)
+    result = replace(result, seconds=time.perf_counter() - start)
+    if ranks.is_first:
+        print(TITLE, section(result), verdict([result]), sep="\n", flush=True)
+        if args.json is not None:
+            write_file("--json", args.json, to_json([result]))
+    return EXIT_FAILED if result.status == FAIL else 0
 
 
 def _tune(args: argparse.Namespace) -> int:

@@ -83,14 +83,14 @@ def look(loaded: Loaded, allowance_s: float) -> Result:
     start = time.perf_counter()
     pair = loaded.pair
     fixed = pair.num_draft_tokens
-    exact = {k: _generate(loaded, k, "exact") for k in (0, _AUTO, fixed)}
+    exact = {k: generate(loaded, k, "exact") for k in (0, _AUTO, fixed)}
     differing = [k for k in (_AUTO, fixed) if exact[k].tokens != exact[0].tokens]
     tps: dict[str, list[float]] = {str(k): [] for k in (0, _AUTO, fixed)}
     drafted = exact[fixed]
     for repeat in range(_MAX_REPEATS):
         begun = time.perf_counter()
         for k in (0, _AUTO, fixed):
-            found = _generate(loaded, k, _AUTO)
+            found = generate(loaded, k, _AUTO)
             tps[str(k)].append(found.last.generation_tps)
             drafted = found if k == fixed else drafted
         now = time.perf_counter()
@@ -138,7 +138,7 @@ def look(loaded: Loaded, allowance_s: float) -> Result:
     return Result("model", PASS, sentence, lines, figures)
 
 
-def _generate(loaded: Loaded, num_draft_tokens: int | str, exactness: str) -> _Text:
+def generate(loaded: Loaded, num_draft_tokens: int | str, exactness: str) -> _Text:
     """A greedy text."""
     tokens: list[int] = []
     last: GenerationResponse | None = None

@@ -82,6 +82,18 @@ def test_all_numbers_of_drafts_are_proved_for_two(tmp_path, family):
 
 
 @pytest.mark.slow
+def test_the_self_test_of_ranks(tmp_path):
+    arguments = ["-m", "mlx_gemma_mtp.selftest", "--json", str(tmp_path / "found.json")]
+    first, other = finish(start_with(2, arguments, tmp_path), patience_s=300)
+    assert (first.status, other.status) == (0, 0), (first, other)
+    assert "[pass] ranks" in first.output
+    assert other.output == ""
+    (section,) = json.loads((tmp_path / "found.json").read_text())["sections"]
+    assert section["figures"]["ranks"] == 2
+    assert min(section["figures"]["sum_s"].values()) > 0
+
+
+@pytest.mark.slow
 def test_sleeps_and_clocks_change_nothing(tmp_path):
     """Two hundred texts; each rank sleeps where it likes, and its clock runs wild."""
     jobs = [("disturbed", f"100@{family_folder(SHORT)}")]
