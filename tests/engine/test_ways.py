@@ -133,16 +133,6 @@ def test_texts_are_mlxs_for_every_number_of_drafts(family, rule, launches):
     assert has_kernels_of_layers(launches, family)
 
 
-@slow
-def test_texts_of_quantized_experts_are_the_same_for_every_number_of_drafts(launches):
-    pair = half_pair("26b-a4b")
-    use(pair, all_kernels(pair))
-    plain = text(pair, 0)
-    for num_draft_tokens in range(1, 9):
-        assert text(pair, num_draft_tokens) == plain
-    assert any(name.startswith("gather_gate_up") for name in launches)
-
-
 def all_kernels(pair):
     """Every way, and the kernel of few rows for every matrix."""
     shapes = shapes_of([pair.target, pair.drafter])

@@ -111,7 +111,7 @@ class Sum:
         if self.branches is not None:
             arrays = map(self._array, self.branches)
             shares = None if self.shares is None else self._array(self.shares)
-            options["branches"] = add_norm.Branches(*arrays, shares)
+            options["branches"] = add_norm.Branches(*arrays)._replace(shares=shares)
         if self.more_weights is not None:
             weights = options.pop("next_weight"), *map(self._array, self.more_weights)
             options |= {"next_weights": weights, "root": ROOT}
@@ -170,7 +170,7 @@ class Sum:
             h = self._rounded(h * np.float32(self.scale))
         weights = [] if self.next_weight is None else [self.next_weight]
         if self.more_weights is not None:
-            root = self._rounded(np.float32(ROOT))
+            root = self._rounded(np.array(ROOT, np.float32))
             weights += [
                 self.more_weights[0],
                 self._rounded(self.more_weights[1] * root),

@@ -47,8 +47,8 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 ALL = OPTIONS[-1]
 # As a mixture has them: behind attention, and at the end of a layer.
-THRICE = {"is_scaled": False, "is_normed": True, "is_thrice": True}
-EXPERTS = {**ALL, "has_experts": True}
+THRICE: dict[str, Any] = {"is_scaled": False, "is_normed": True, "is_thrice": True}
+EXPERTS: dict[str, Any] = {**ALL, "has_experts": True}
 OPTIONS += [THRICE, EXPERTS]
 OTHERS = [{**each, "has_experts": True} for each in OPTIONS[1:7:2]]
 by_options = pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_plain_operations_are_those_of_a_mixture(monkeypatch):
     assert mx.array_equal(layer.mlp.taken[0], first)
     assert mx.array_equal(layer.experts.taken[0], second)
     assert mx.array_equal(layer.router.taken[0], h)
-    router = gemma4_text.Router(layer.config)
+    router: Any = gemma4_text.Router(layer.config)
     router.scale, router.proj = mx.full((64,), 1.25, mx.bfloat16), Fixed(chosen)
     router(h)
     assert mx.array_equal(router.proj.taken[0], routed)

@@ -11,6 +11,7 @@ Run: python -m pytest tests/kernels/test_gather_gate_up.py
 
 import sys
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -138,7 +139,7 @@ def test_contraction_has_nothing_to_fuse(monkeypatch):
 
 def test_it_is_what_mlx_lms_experts_compute():
     """Before the last matrix, which is left away here; leading dimensions stay."""
-    glu = SwitchGLU(64, 32, 4, activation=gemma4_text.GeGLU())
+    glu: Any = SwitchGLU(64, 32, 4, activation=gemma4_text.GeGLU())
     for number, name in enumerate(("gate_proj", "up_proj")):
         layer = glu[name]
         layer.weight = mx.random.normal((4, 32, 64), key=mx.random.key(number)) / 8
@@ -148,11 +149,11 @@ def test_it_is_what_mlx_lms_experts_compute():
     x = mx.random.normal((1, 3, 64), key=mx.random.key(2)).astype(mx.bfloat16)
     chosen = mx.array([[[2, 0], [1, 3], [3, 2]]], dtype=mx.uint32)
     want = as_float32(glu(x, chosen))
-    arrays = [
+    gate, up = (
         (layer.weight, layer.scales, layer.biases)
         for layer in (glu.gate_proj, glu.up_proj)
-    ]
-    y = gather_gate_up(x, *arrays, chosen, form=Form(4, 32, mx.bfloat16))
+    )
+    y = gather_gate_up(x, gate, up, chosen, form=Form(4, 32, mx.bfloat16))
     assert (y.shape, y.dtype) == ((1, 3, 2, 32), mx.bfloat16)
     assert (np.abs(as_float32(y) - want) <= 0.03 * np.abs(want).max()).all()
 

@@ -12,6 +12,7 @@ Run: python -m pytest tests/kernels/test_route.py
 """
 
 import sys
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -145,7 +146,7 @@ def test_schedules(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_operations_are_those_of_a_router(dtype, monkeypatch):
     monkeypatch.setattr(common, "backend", lambda: "ops")
-    router = gemma4_text.Router(
+    router: Any = gemma4_text.Router(
         gemma4_text.ModelArgs(hidden_size=64, num_experts=E, top_k_experts=CHOSEN)
     )
     router.per_expert_scale = mx.array(normal(dtype, E, seed=2)).astype(dtype)
