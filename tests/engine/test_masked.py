@@ -144,7 +144,7 @@ class ListingDrafter:
 class TestLaw:
     """What is drawn follows the masked target, given the token before."""
 
-    NUM_ROWS, NUM_TOKENS = 40, 100
+    NUM_ROWS, NUM_TOKENS = 80, 50
 
     @cache  # noqa: B019 (of the module's life)
     def draw(
