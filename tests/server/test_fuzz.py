@@ -304,7 +304,7 @@ def test_the_description_names_these_fields(client, path):
 def test_bodies_of_every_kind(client, path):
     statuses = []
 
-    @settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
     @given(bodies(path))
     def ask(body):
         statuses.append(check(client, path, dump(body)))
