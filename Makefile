@@ -31,6 +31,9 @@ PROMPT ?= class Stack:
 ARGS ?=
 WORKERS ?= 2
 
+# Workers and the processes that tests start need not compile every module again.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 RUN_STAMP := $(VENV)/run.stamp

@@ -33,6 +33,9 @@ from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.scripted import ChainDrafter, ChainTarget
 from tests.tiny import reference_pair, tiny_tokenizer
 
+# Compiled rounds write the same slabs: tests/engine/test_decoder.py.
+pytestmark = pytest.mark.usefixtures("plain_graphs")
+
 PROMPT = [2, 17, 300, 45, 99, 8, 120]
 WINDOW = 16  # of the reference pairs
 

@@ -848,8 +848,17 @@ def test_a_float_target_in_mlx_names(shop, oracle, tmp_path, family):
 # Types
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("mode", ["float", "affine-4"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        ("float", "bfloat16"),
+        ("float", "float16"),
+        ("float", "float32"),
+        ("affine-4", "float16"),
+        pytest.param("affine-4", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("affine-4", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_types(shop, mode, dtype):
     folder = shop.converted(CENTROIDS, mode, dtype=dtype)
     name = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]

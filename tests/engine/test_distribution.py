@@ -22,7 +22,7 @@ from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.sampling.test_distribution import chi_squared_bound
 from tests.scripted import ScriptedTarget
 
-NUM_ROWS, NUM_TOKENS = 60, 120  # 7,200 draws
+NUM_ROWS, NUM_TOKENS = 120, 60  # 7,200 draws
 TARGET_PROBS = np.array([0.35, 0.2, 0.15, 0.1, 0.1, 0.06, 0.03, 0.01])
 DRAFT_PROBS = np.array([0.1, 0.3, 0.1, 0.2, 0.05, 0.05, 0.15, 0.05])
 
@@ -151,13 +151,13 @@ def check_chi_squared(counts, probs):
 @pytest.mark.parametrize(
     ("is_whole", "num_draft_tokens", "settings"),
     [
-        (False, 1, {}),
+        pytest.param(False, 1, {}, marks=pytest.mark.slow),
         (False, 4, {}),
-        (False, 4, {"top_k": 4}),
+        pytest.param(False, 4, {"top_k": 4}, marks=pytest.mark.slow),
         (False, 4, {"min_p": 0.2}),  # no list is drawn from here either
         (False, 4, {"top_k": 6, "top_p": 0.75}),
         (True, 4, {}),
-        (True, 4, {"top_k": 4}),
+        pytest.param(True, 4, {"top_k": 4}, marks=pytest.mark.slow),
         (True, 4, {"top_k": 6, "top_p": 0.75}),
     ],
     ids=str,
@@ -241,7 +241,12 @@ def test_a_row_is_decided_alone():
 
 @pytest.mark.parametrize(
     ("num_draft_tokens", "reproducible"),
-    [(0, True), (1, False), (4, True), (4, False)],
+    [
+        (0, True),
+        (4, False),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(4, True, marks=pytest.mark.slow),
+    ],
 )
 def test_xtc_keeps_its_law_under_drafting(num_draft_tokens, reproducible):
     """Chi-squared over tokens and pairs of neighbours, false alarm 1e-6 each.

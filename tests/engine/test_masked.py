@@ -55,6 +55,7 @@ class Allowing:
     ) -> None:
         self.allowed, self.forced = allowed, forced or {}
         self.vocab_size, self.fails_at = vocab_size, fails_at
+        self._masks: dict[int, np.ndarray] = {}
 
     def row(self, prompt: Sequence[int], ends: Collection[int]) -> _Row:
         return _Row(self, prompt[-1])
@@ -64,8 +65,11 @@ class Allowing:
 
     def mask(self, last: int) -> np.ndarray:
         """Which ids may follow a token, bool [V]."""
-        ids = np.arange(self.vocab_size)
-        return np.isin(ids, self.allowed[last]) if last in self.allowed else ids >= 0
+        if last not in self._masks:
+            ids = np.arange(self.vocab_size)
+            allowed = self.allowed.get(last)
+            self._masks[last] = ids >= 0 if allowed is None else np.isin(ids, allowed)
+        return self._masks[last]
 
     def banned(self, history: mx.array, logits: mx.array) -> mx.array:
         """As a logits processor: the textbook's way."""
@@ -140,7 +144,7 @@ class ListingDrafter:
 class TestLaw:
     """What is drawn follows the masked target, given the token before."""
 
-    NUM_ROWS, NUM_TOKENS = 40, 100
+    NUM_ROWS, NUM_TOKENS = 80, 50
 
     @cache  # noqa: B019 (of the module's life)
     def draw(

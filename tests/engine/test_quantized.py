@@ -16,12 +16,12 @@ from mlx_gemma_mtp.errors import CheckpointError
 from mlx_gemma_mtp.generation.tokens import draft_block, generate_tokens
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair, named_arrays
-from tests.tiny import FAMILIES, REFERENCE, uncompiled
+from tests.tiny import REFERENCE, families, uncompiled
 
 PROMPT = [2, 17, 300, 45, 99, 8, 120, 33, 71]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=families("e2b", "12b", "26b-a4b"))
 def pairs(request):
     """The pair as it is, and with 8-bit weights wherever groups of 32 fit."""
 

@@ -63,7 +63,7 @@ class Watcher(DraftPolicy):
         self.shadows.append(list(accepted))
 
 
-def decoded(watcher, prompts, sampling, *, look_ahead=True, max_tokens=36):
+def decoded(watcher, prompts, sampling, *, look_ahead=True, max_tokens=32):
     requests = [Request(p, max_tokens, sampling) for p in prompts]
     decoder = Decoder(
         pair().rounds,

@@ -34,11 +34,15 @@ FLAGS = (
 )
 # An access that is not aligned to its type calls the runtime: it has that function of
 # the sanitizer's library, which stays out.
-KERNEL_FLAGS = ("-fsanitize=alignment", "-shared", "-Wl,--as-needed")
+CHECKED = "-fsanitize=alignment"
+# Whoever loads it has libstdc++ (launch.py): half of a link is reading what that has.
+LINKED = ("-shared", "-nodefaultlibs")
+LIBRARIES = ("-lgcc", "-lc", "-lm")
 CONTRACTED = ("-ffp-contract=fast", "-fexpensive-optimizations")  # -O1 alone has none
 # The runtime's accesses are not the kernel's: it is not instrumented, only told.
 TSAN_RUNTIME_FLAGS = ("-DSHIM_TSAN",)
 TSAN_KERNEL_FLAGS = ("-fsanitize=thread", "-g")
+TSAN_LINKED = ("-shared", "-Wl,--as-needed")
 COUNTS_FLAGS = ("-DSHIM_COUNTS",)
 WORDS_FLAGS = (*COUNTS_FLAGS, "-DSHIM_COUNTS_WORDS")
 
@@ -95,13 +99,20 @@ def compile_kernel(
         raise MetalError("the text must hold a kernel as MLX prints it: got none")
     parameters = [line.strip() for line in signature[2].split(",\n")]
     buffers = [match for match in map(BUFFER.match, parameters) if match]
-    source = _cpp(text, signature[1], parameters, is_counted=bool(counts))
-    flags = (*FLAGS, *(CONTRACTED if contract else ("-ffp-contract=off",)))
+    is_counted = bool(counts)
+    flags = (
+        *(*FLAGS, *(CONTRACTED if contract else ("-ffp-contract=off",))),
+        *(*(TSAN_KERNEL_FLAGS if tsan else ()), *counts, CHECKED),
+    )
     path = _cached(
-        source,
-        (*flags, *(TSAN_KERNEL_FLAGS if tsan else ()), *counts, *KERNEL_FLAGS),
+        _cpp(text, signature[1], parameters, is_counted=is_counted),
+        (*flags, *(TSAN_LINKED if tsan else LINKED)),
         ".so",
-        inputs=_runtime(tsan=tsan, is_counted=bool(counts)),
+        inputs=(
+            *_runtime(tsan=tsan, is_counted=is_counted),
+            *(() if tsan else LIBRARIES),
+        ),
+        header=_header(flags, is_counted=is_counted),
     )
     return Library(path, tuple(match[5] for match in buffers))
 
@@ -109,7 +120,7 @@ def compile_kernel(
 def _cpp(
     text: str, kernel_name: str, parameters: list[str], *, is_counted: bool
 ) -> str:
-    """The C++ of a kernel: shim, MLX's headers, the text, and a call of the kernel."""
+    """The C++ of a kernel behind the header: the text, and a call of the kernel."""
     instance = INSTANCE.search(text)
     called = instance[1] if instance else kernel_name
     body = text[: instance.start()] if instance else text
@@ -118,9 +129,6 @@ def _cpp(
         body = DEVICE_POINTER.sub(r"shim::Pointer<\1\2>", body)
     return "\n".join(
         [
-            '#include "shim.hpp"',
-            _without_metal_includes(mlx_headers()),
-            '#include "counting.hpp"' if is_counted else "",
             '#line 1 "kernel"',
             _with_storage(_without_metal_includes(body)),
             '#line 1 "call"',
@@ -165,6 +173,19 @@ def _argument(parameter: str, *, is_counted: bool) -> str:
 
 
 @cache
+def _header(flags: tuple[str, ...], *, is_counted: bool) -> Path:
+    """What stands before every kernel, precompiled for its flags: the shim, MLX's."""
+    text = "\n".join(
+        [
+            '#include "shim.hpp"',
+            _without_metal_includes(mlx_headers()),
+            '#include "counting.hpp"' if is_counted else "",
+        ]
+    )
+    return _cached(text, (*flags, "-x", "c++-header"), ".gch").with_suffix("")
+
+
+@cache
 def _runtime(*, tsan: bool, is_counted: bool) -> tuple[Path, ...]:
     """The compiled runtime, one for all kernels."""
     extra = TSAN_RUNTIME_FLAGS if tsan else COUNTS_FLAGS if is_counted else ()
@@ -178,10 +199,23 @@ def _runtime(*, tsan: bool, is_counted: bool) -> tuple[Path, ...]:
 
 
 def _cached(
-    source: str, flags: tuple[str, ...], suffix: str, inputs: tuple[Path, ...] = ()
+    source: str,
+    flags: tuple[str, ...],
+    suffix: str,
+    inputs: tuple[Path | str, ...] = (),
+    header: Path | None = None,
 ) -> Path:
-    """What g++ makes of a source. The file's name is a hash of all that went in."""
-    parts = [_environment(), source, *flags, *(path.name for path in inputs)]
+    """What g++ makes of a source. The file's name is a hash of all that went in.
+
+    Args:
+        source: C++.
+        flags: g++'s.
+        suffix: Of the file.
+        inputs: Files and libraries to link with.
+        header: What to read first; g++ finds what is precompiled beside it.
+    """
+    names = [Path(each).name for each in (*inputs, *([header] if header else []))]
+    parts = [_environment(), source, *flags, *names]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     path = CACHE / (key + suffix)
     if path.exists():
@@ -191,6 +225,7 @@ def _cached(
         cpp, made = Path(folder, "kernel.cpp"), Path(folder, "made")
         cpp.write_text(source, encoding="utf-8")
         command = ["g++", *flags, f"-I{SHIM}", "-o", *map(str, (made, cpp, *inputs))]
+        command += ["-include", str(header)] if header else []
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise MetalError(_first_errors(done.stderr))

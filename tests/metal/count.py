@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from tests.metal.build import COUNTS_FLAGS, WORDS_FLAGS
-from tests.metal.launch import Launch, MetalError
+from tests.metal.launch import Launch, MetalError, load
 from tests.metal.run import make_launch, quote_lines, to_mlx
 from tests.metal.text import Kernel
 
@@ -137,7 +137,7 @@ def count_on_cpu(
 
 def _counted_run(launch: Launch, seed: int) -> dict[str, Any]:
     """Run it; what the runtime has counted."""
-    library = ctypes.CDLL(str(launch.library))
+    library = load(launch.library)
     sizes = [buffer.array.nbytes for buffer in launch.buffers]
     library.shim_start_counts((ctypes.c_size_t * len(sizes))(*sizes), len(sizes))
     launch.run(seed=seed)

@@ -84,7 +84,7 @@ class Launch:
         )
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         with _lock:
-            failed = ctypes.CDLL(str(self.library)).shim_launch(
+            failed = load(self.library).shim_launch(
                 ctypes.byref(settings),
                 buffers,
                 len(buffers),
@@ -93,6 +93,12 @@ class Launch:
             )
         if failed:
             raise MetalError(message.value.decode(errors="replace"))
+
+
+def load(library: Path) -> ctypes.CDLL:
+    """Load a compiled kernel, and libstdc++ before it: it is linked without."""
+    ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(library))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ from tests.tiny import (
     uncompiled,
 )
 
+pytestmark = pytest.mark.usefixtures("every_core")
+
 PROMPT = [2, 17, 300, 45, 9]
 
 

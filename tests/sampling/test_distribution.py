@@ -474,12 +474,12 @@ PROMPTS = [[2, 17, 300, 45], list(range(40, 70)), [9]]
 @pytest.mark.parametrize(
     ("family", "settings", "lengths"),
     [
-        (SHORT, SETTINGS[1], range(1, 9)),
-        ("12b", SETTINGS[1], [4]),
+        (SHORT, SETTINGS[1], [1, 4, 8]),
+        pytest.param(SHORT, SETTINGS[1], range(1, 9), marks=pytest.mark.slow),
         ("26b-a4b", SETTINGS[1], [4]),
         *(
             pytest.param(family, SETTINGS[1], [4], marks=pytest.mark.slow)
-            for family in ("e2b", "e4b", "31b")
+            for family in ("e2b", "e4b", "12b", "31b")
         ),
         (SHORT, SETTINGS[0], [8]),
         ("e2b", SETTINGS[2], [3]),

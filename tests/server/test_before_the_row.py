@@ -223,7 +223,7 @@ class TestRoom:
             return encode(tokenizer, text)
 
         monkeypatch.setattr(prompts_module, "encode_text", slow)
-        long = "ab " * MOST_SHORT
+        long = "ab " * (MOST_SHORT // 3 + 1)
         means = scripted_means(ScriptedDecoder(echo))
         with scripted_server(means, "--max-model-len", "200000") as (client, parts):
             first, gone = client.connect(), client.connect()

@@ -176,9 +176,9 @@ def test_log_probabilities_are_those_of_stream_generate(client, model):
 
 
 def test_a_seed_has_one_text_alone_and_in_company(client, model):
-    settings = {"temperature": 0.9, "top_k": 50, "max_tokens": 20}
+    settings = {"temperature": 0.9, "top_k": 50, "max_tokens": 12}
     alone = client.text(PROMPT, seed=5, **settings)
-    expected = generated(model, max_tokens=20, temp=0.9, top_k=50, seed=5)
+    expected = generated(model, max_tokens=12, temp=0.9, top_k=50, seed=5)
     assert alone == text_of(expected)
     asks = [
         lambda i=i: client.text(PROMPT if i % 2 else "import ", seed=5, **settings)
@@ -196,13 +196,13 @@ def test_a_seed_has_one_text_alone_and_in_company(client, model):
 def test_requests_of_every_kind_together(client):
     """What one request asks for changes nothing for another."""
     kinds = [
-        {"max_tokens": 24},
+        {"max_tokens": 14},
         {"max_tokens": 7, "logprobs": 2},
-        {"max_tokens": 24, "temperature": 1.0, "seed": 1},
-        {"max_tokens": 20, "presence_penalty": 1.0},
-        {"max_tokens": 20, "logit_bias": {"100": 50}},
+        {"max_tokens": 14, "temperature": 1.0, "seed": 1},
+        {"max_tokens": 12, "presence_penalty": 1.0},
+        {"max_tokens": 12, "logit_bias": {"100": 50}},
         {"max_tokens": 24, "stop": "\n"},
-        {"max_tokens": 24, "speculative": {"num_draft_tokens": 0}},
+        {"max_tokens": 14, "speculative": {"num_draft_tokens": 0}},
         {"max_tokens": 1},
     ]
 
@@ -217,7 +217,7 @@ def test_requests_of_every_kind_together(client):
     assert len({text for text, *_ in alone}) >= 6
 
 
-def test_short_prompts_of_sixteen_clients_at_once(client):
+def test_short_prompts_of_eight_clients_at_once(client):
     """They are read together, while another one decodes: each has its own text."""
     kinds = [
         {
@@ -226,7 +226,7 @@ def test_short_prompts_of_sixteen_clients_at_once(client):
             "temperature": i % 2,
             "seed": i,
         }
-        for i in range(16)
+        for i in range(8)
     ]
 
     def ask(kind):
@@ -234,11 +234,11 @@ def test_short_prompts_of_sixteen_clients_at_once(client):
         return body["choices"][0]["text"], body["usage"]
 
     def long():
-        return client.text(PROMPT, max_tokens=30)
+        return client.text(PROMPT, max_tokens=20)
 
     found = together(long, *(lambda k=kind: ask(k) for kind in kinds))
     assert found == [long(), *(ask(kind) for kind in kinds)]
-    assert len({text for text, _ in found[1:]}) > 4
+    assert len({text for text, _ in found[1:]}) > 3
 
 
 def test_a_longer_prompt_is_taken_from_the_caches(client):
