@@ -129,7 +129,7 @@ class TestController:
 
     def test_text_that_repeats_itself_drafts_itself(self):
         machine = self.trained()
-        assert machine.num_rounds[True] > machine.num_rounds[False]
+        assert machine.num_rounds[True] > 40  # for more than half of the tokens
         assert machine.controller.choose_lookup([20]) in (4, 8)
         assert machine.controller.choose_lookup([0]) == 0
         # Of many rows one that repeats itself is not enough.
