@@ -94,8 +94,7 @@ def stream_generate(
             begins.
         cached_tokens: The tokens of ``prompt_cache``, as far as they are known: drafts
             may come from them too, see ``draft_source``.
-        prediction: What much of the text may be, as text or token ids: drafts may come
-            from it too. The text does not depend on it.
+        prediction: Text or token ids that the text may have, for drafts to come from.
         settings: The other keywords, see ``generation.settings.GenerationSettings``.
 
     Yields:
