@@ -42,7 +42,8 @@ _PLAIN_TRIES = 3  # rounds of K = 0 that may pass unmeasured
 _PLAIN_HORIZON = 128  # tokens left that justify tracing K = 0 to measure it
 _FLIGHT = 2  # rounds until a trial has been observed
 _LAST_TOKENS = MAX_DRAFT_TOKENS  # tokens left that justify no trial
-_LOOKUP_EDGE = 0.98  # of the time of others: less is not worth another source
+_SHORTEST = 3  # tokens of a match that is used in a drafter's place
+_LOOKUP_EDGE = 0.93  # of the time of others: less is not worth another source
 _LOOKUPS = (2, 4, 8)  # drafts from the text: few numbers, for few traces
 _MISSED = 0.25  # of what tracing takes, that must have been missed before
 _SAVED = 2.0  # times what tracing takes, that the tokens left must save
@@ -177,7 +178,9 @@ class DraftLengthController:
         left = _HORIZON if tokens_left is None else max(1, min(tokens_left, _HORIZON))
         self._looks_up = True
         self._at(context)
-        if not choices or self._needs_plain(others, drafter_setup_s, left):
+        # What a drafter is worth must be seen where a text does not repeat itself.
+        is_new = max(lengths, default=0) < _SHORTEST and others != [0]
+        if not choices or is_new or self._needs_plain(others, drafter_setup_s, left):
             return 0
         other = self._outlook(others, drafter_setup_s, left, can_shadow=False)
         seconds = self.lookup.all_seconds(self.costs)

@@ -19,15 +19,15 @@ class Observed(DraftLengthController):
         super().__init__()
         self.seen = []
         self.contexts = []
+        self.matches = []
 
     def choose(self, *, context=0, **rest):
         self.contexts.append(context)
         return super().choose(context=context, **rest)
 
-    def observe(
-        self, num_draft_tokens, accepted, seconds, *, num_shadow_drafts=0, context=0
-    ):
+    def observe(self, num_draft_tokens, accepted, seconds, *, context=0, **rest):
         self.seen.append((num_draft_tokens, list(accepted), seconds, context))
+        self.matches = rest["matches"]
 
 
 def learnt(kinds, kept):
@@ -72,8 +72,9 @@ def test_rounds_of_a_fixed_number_teach_the_controller():
     )
     policy = DraftPolicy(3, learning=learning).for_batch(1, rule="greedy", context=0)
     assert policy.choose((0, 3, 5), not_ready=(), tokens_left=None) == Way(3)
-    policy.observe(Way(3), [1], 0.5, context=700)
+    policy.observe(Way(3), [1], 0.5, matches=[16], context=700)
     assert controller.seen == [(3, [1], 0.5, 700)]
+    assert controller.matches == [16]
 
 
 def test_a_controller_is_told_the_length_of_context():

@@ -597,13 +597,13 @@ def test_a_model_of_the_users(tmp_path, capsys, monkeypatch):
 
 def test_a_model_whose_exact_texts_differ(tmp_path, monkeypatch):
     loaded = model.open_model(str(model_folder(tmp_path / "pair")), None)
-    generate = model._generate
+    generate = model.generate
 
     def tampered(loaded, num_draft_tokens, exactness):
         text = generate(loaded, num_draft_tokens, exactness)
         return replace(text, tokens=[]) if num_draft_tokens == "auto" else text
 
-    monkeypatch.setattr(model, "_generate", tampered)
+    monkeypatch.setattr(model, "generate", tampered)
     monkeypatch.setattr(model, "MAX_TOKENS", 8)
     result = model.look(loaded, 0.0)
     assert result.status == FAIL

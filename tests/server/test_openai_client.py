@@ -65,7 +65,8 @@ def openai() -> Any:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    with served_chat(tmp_path_factory.mktemp("openai"), KEY) as address:
+    folder = tmp_path_factory.mktemp("openai")
+    with served_chat(folder, KEY, "--draft-source", "auto") as address:
         yield address
 
 
