@@ -275,6 +275,12 @@ def launched() -> Ranks | None:
             f"All {size} ranks must be reached: got {found}. Start all at once with"
             " mlx.launch, and see that no other program uses their ports."
         ) from error
+    return ranks_of(group)
+
+
+@functools.cache
+def ranks_of(group: mx.distributed.Group) -> Ranks:
+    """The ranks of a group: always the same object, as exchanges are numbered."""
     return Ranks(group)
 
 

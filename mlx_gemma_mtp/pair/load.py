@@ -27,7 +27,7 @@ from ..checkpoints.hub import fetch, local_path
 from ..checkpoints.tokenizer import chat_templates, eos_token_ids, load_tokenizer
 from ..checkpoints.weights import load_drafter, one_line, read_target
 from ..cpu_kernels import compile_header
-from ..distributed.ranks import Ranks, launched
+from ..distributed.ranks import Ranks, launched, ranks_of
 from ..distributed.work import begin_work, end_work
 from ..errors import MTPError, PairingError, RequestError, cut
 from ..models.compatibility import check_fit
@@ -54,6 +54,7 @@ def load_pair(
     drafter_path: str | Path | Literal[False] | None = None,
     *,
     shard: bool = True,
+    group: mx.distributed.Group | None = None,
 ) -> Pair:
     """Load a target and its drafter for decoding on token level.
 
@@ -63,6 +64,7 @@ def load_pair(
             ``load`` finds, False for none.
         shard: Where several machines were launched: whether each has a part of the
             target, or all of it.
+        group: These machines; None for all that were launched.
 
     Raises:
         CheckpointError: The target, or a drafter that was named, cannot be found or
@@ -72,7 +74,7 @@ def load_pair(
         RanksError: The others cannot be reached.
     """
     compile_header()
-    ranks = launched() if shard else None
+    ranks = _ranks(shard, group)
     if target_path is None:
         target_path = embedded_pair_path()
     folder = fetch(target_path)
@@ -102,6 +104,7 @@ def load(
     trust_remote_code: bool = False,
     return_config: bool = False,
     shard: bool = True,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Any, ...]:
     """Load a target with its tokenizer, and its drafter by itself.
 
@@ -123,6 +126,7 @@ def load(
         return_config: Return the target's config as well.
         shard: Where several machines were launched (``mlx.launch``): whether each has a
             part of the target and all decode together, or each has all of it.
+        group: These machines; None for all that were launched.
 
     Returns:
         ``(model, tokenizer)`` as ``mlx_lm.load`` returns them, or with the config
@@ -136,7 +140,7 @@ def load(
         RanksError: The other machines cannot be reached.
     """
     compile_header()
-    ranks = launched() if shard else None
+    ranks = _ranks(shard, group)
     if ranks is not None and adapter_path is not None:
         raise RequestError(
             "a target on several machines must be without adapters: got adapter_path. "
@@ -195,6 +199,15 @@ def attach_drafter(
     drafter, source = _choose_drafter(target, path_or_hf_repo, folder, draft_model)
     files = _weight_files(checkpoint)
     attach(target, _pair(target, checkpoint, path_or_hf_repo, drafter, source, files))
+
+
+def _ranks(shard: bool, group: mx.distributed.Group | None) -> Ranks | None:
+    """The machines that share a target; None for one that has all of it."""
+    if not shard:
+        return None
+    if group is None:
+        return launched()
+    return None if group.size() == 1 else ranks_of(group)
 
 
 def _read(

@@ -107,7 +107,9 @@ def both(folder: str) -> tuple[Pair, Pair]:
 
 def part_of(folder: str) -> Pair:
     """This rank's part of a pair."""
-    return load_pair(f"{folder}/target", f"{folder}/drafter")
+    ranks = launched()
+    assert ranks is not None
+    return load_pair(f"{folder}/target", f"{folder}/drafter", group=ranks.group)
 
 
 def proved(folder: str) -> dict[str, Any]:
