@@ -159,6 +159,18 @@ class Ranks:
             ) from error
         self.watchdog.beat()
 
+    def check(self) -> None:
+        """Check that the ranks go on together.
+
+        Raises:
+            RanksError: They have lost each other.
+        """
+        if self.is_lost:
+            raise RanksError(
+                f"Rank {self.rank} of {self.size} must go on with the others: got out "
+                "of step before, or has lost them. Start all again."
+            )
+
     def patience(self, what: str) -> float:
         """Seconds that others may take for something: longer the first time.
 
@@ -242,6 +254,7 @@ class Ranks:
 
     def _meet(self, header: Header, limit_s: float = LIMIT_S) -> list[Header]:
         """Every rank's header, where all mean the same exchange."""
+        self.check()
         self._number += 1
         with self.exchange(header.name, limit_s):
             row = mx.array([header.row], dtype=mx.uint32)  # [1, 4]

@@ -143,6 +143,8 @@ def end_process(line: str) -> None:
 
 
 def _say_goodbye(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    # Not what a program has put in its place: this must be seen.
+    place = sys.__stderr__ or sys.stderr
+    place.write(f"{line}\n")
+    place.flush()
     sys.stdout.flush()

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import atexit
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from weakref import WeakSet
 
-from ..errors import RanksError
+from ..errors import RanksError, RequestError
 from .ranks import Ranks
 
 _AT_REST: WeakSet[Ranks] = WeakSet()
+_AT_WORK: WeakSet[Ranks] = WeakSet()
 
 
 def begin_work(ranks: Ranks) -> None:
     """Wake the others on rank 0; wait for that on them. Nobody rests at first.
 
     Raises:
-        RanksError: Rank 0 has ended.
+        RanksError: Rank 0 has ended, or the ranks have lost each other.
+        RequestError: They are at work.
     """
+    ranks.check()
+    if ranks in _AT_WORK:
+        raise RequestError(
+            "several machines must decode one text at a time: got another one. Take "
+            "the first one to its end, or close it."
+        )
+    _AT_WORK.add(ranks)
     if ranks not in _AT_REST:
         return
     _AT_REST.discard(ranks)
@@ -34,6 +44,7 @@ def begin_work(ranks: Ranks) -> None:
 
 def end_work(ranks: Ranks) -> None:
     """Sleep until there is work; rank 0 may do anything else meanwhile."""
+    _AT_WORK.discard(ranks)
     if ranks.is_lost:
         return
     _AT_REST.add(ranks)
@@ -41,6 +52,24 @@ def end_work(ranks: Ranks) -> None:
         ranks.rest()
     else:
         atexit.register(_stay, ranks)
+
+
+@contextmanager
+def working(ranks: Ranks | None) -> Iterator[None]:
+    """What is done inside needs all ranks, where there are several.
+
+    Raises:
+        RanksError: Rank 0 has ended, or the ranks have lost each other.
+        RequestError: They are at work.
+    """
+    if ranks is None:
+        yield
+        return
+    begin_work(ranks)
+    try:
+        yield
+    finally:
+        end_work(ranks)
 
 
 def _stay(ranks: Ranks) -> None:

@@ -73,13 +73,15 @@ class Control:
             only rank 0's word counts.
         is_alone: Whether nobody must agree: what is built need not be run.
         may_build: Whether there is another round.
-        is_over: Whether rank 0 has left and all rounds were read, or ranks are lost.
+        is_over: Whether rank 0 has left and all rounds were read.
+        is_lost: Whether the ranks have lost each other.
     """
 
     is_leaving = False
     is_alone = True
     may_build = True
     is_over = False
+    is_lost = False
 
     def agreed(self, way: Way, allowed: Collection[int]) -> Way:
         """How the next round drafts.
@@ -155,8 +157,12 @@ class RanksControl(Control):
     @property
     def is_over(self) -> bool:  # type: ignore[override]
         """See ``Control``."""
-        is_read = not self.may_build and self._num_read == self._num_built
-        return is_read or self._ranks.is_lost
+        return not self.may_build and self._num_read == self._num_built
+
+    @property
+    def is_lost(self) -> bool:  # type: ignore[override]
+        """See ``Control``."""
+        return self._ranks.is_lost
 
     def agreed(self, way: Way, allowed: Collection[int]) -> Way:
         """See ``Control``."""
@@ -189,8 +195,7 @@ class RanksControl(Control):
 
     def waiting(self, *, is_traced: bool) -> AbstractContextManager[None]:
         """See ``Control``."""
-        if self._ranks.is_lost:  # what is in flight never ends
-            raise RanksError("the ranks must hear of each other: they are lost.")
+        self._ranks.check()  # what is in flight of lost ones never ends
         name = f"round {self._num_read}"
         return self._ranks.exchange(name, LIMIT_S if is_traced else FIRST_S)
 

@@ -9,6 +9,7 @@ It knows token ids only: nothing of text, tokenizers or files.
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
@@ -131,6 +132,8 @@ class Decoder:
             timer=self._timer,
             control=self._control,
         )
+        if ranks is not None:  # later Python can close nothing
+            atexit.register(self.close)
         self._batch.expect(self._add(requests, prompt_caches or [None] * len(requests)))
 
     def add(
@@ -349,6 +352,10 @@ class Decoder:
         if self._is_closed:
             return
         self._is_closed = True
+        if self._ranks is not None:
+            atexit.unregister(self.close)
+            # The others read on; no word of this reaches them.
+            self._ranks.is_lost |= bool(self._queue)
         self._queue.clear()
         self._rest()
         self._timer.stop()

@@ -172,7 +172,9 @@ class RoundPipeline:
         """Go on with all machines until rank 0's leave is known to them."""
         control = self._control
         control.is_leaving = True
-        while self._batch.live and not (control.is_alone or control.is_over):
+        if control.is_alone:
+            return
+        while self._batch.live and not (control.is_over or control.is_lost):
             self.advance(is_awaited=False)
 
     def _skip_unwanted(self) -> None:

@@ -134,8 +134,8 @@ class PromptReader:
             with self._timer.prefill(), self._waiting():
                 read_together(self._target, [e.prefill for e in entries], budget)
         except Exception as error:  # noqa: BLE001 (whatever MLX raises)
-            if len(entries) == 1:
-                return [error]
+            if len(entries) == 1 or self._ranks is not None:
+                return [error] * len(entries)  # other machines read nothing again
             # Whichever of them it was: alone it fails, and the others do not.
             return [e for entry in entries for e in self._read_chunks([entry], budget)]
         return [None] * len(entries)

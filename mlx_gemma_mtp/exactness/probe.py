@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 
@@ -84,6 +85,7 @@ def probe(
     budget_s: float | None = None,
     compared: Compared | None = None,
     is_whole: bool = False,
+    waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Verdict | None:
     """Compare plain rounds with blocks of every size.
 
@@ -95,12 +97,13 @@ def probe(
             twice as long.
         compared: What was compared before; what is compared now is added to it.
         is_whole: Whether to begin only where all of it looks as if it fits the budget.
+        waiting: Around each forward, which may wait for other machines.
 
     Returns:
         What was found; None where something is still to be compared.
     """
     so_far = Compared() if compared is None else compared
-    return _Probe(rounds, num_rows, budget_s, so_far, is_whole).verdict()
+    return _Probe(rounds, num_rows, budget_s, so_far, is_whole, waiting).verdict()
 
 
 def places(layout: SlabLayout) -> list[_Place]:
@@ -137,7 +140,9 @@ class _Probe:
         budget_s: float | None,
         compared: Compared,
         is_whole: bool,
+        waiting: Callable[[], AbstractContextManager[object]],
     ) -> None:
+        self._waiting = waiting
         self._layout = rounds.target.layout
         self._rounds = GivenRounds(rounds, num_rows)
         self._num_rows = num_rows
@@ -280,8 +285,9 @@ class _Probe:
         # Rows of a batch stand at different places.
         offset = place.offset + done + mx.arange(self._num_rows)
         start = time.perf_counter()
-        found = self._rounds.run(tokens, slabs, offset=offset, min_rows=min_rows)
-        mx.eval(found.logits, found.hidden, found.slabs)
+        with self._waiting():
+            found = self._rounds.run(tokens, slabs, offset=offset, min_rows=min_rows)
+            mx.eval(found.logits, found.hidden, found.slabs)
         passed = time.perf_counter() - start
         self._count(passed, max(num_drafts + 1, min_rows), place.capacity)
         return Decoded(found.logits, found.hidden), found.slabs

@@ -39,7 +39,7 @@ from .settings import (
 )
 from .stop import StopStrings
 from .text_pieces import TextPieces
-from .tokens import make_decoder
+from .tokens import decoder_maker
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -130,7 +130,7 @@ def stream_generate(
         prediction=_predicted(pair, tokenizer, prediction),
         constraint=_bound(form, tokenizer, pair, max_thinking_tokens),
     )
-    decoder = make_decoder(
+    opened = decoder_maker(
         pair,
         [request],
         num_draft_tokens=drafts_of(pair, chosen.num_draft_tokens, chosen.draft_source),
@@ -141,7 +141,7 @@ def stream_generate(
     )
     return _TextStream(
         pair,
-        decoder,
+        opened,
         TextPieces(tokenizer.detokenizer, StopStrings(stop), marks_of(tokenizer)),
         len(request.prompt),
         prompt_cache=prompt_cache,
@@ -196,7 +196,7 @@ class _TextStream:
     def __init__(
         self,
         pair: Pair,
-        decoder: Decoder,
+        opened: Callable[[], Decoder],
         pieces: TextPieces,
         prompt_tokens: int,
         *,
@@ -204,7 +204,7 @@ class _TextStream:
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
         self._pair = pair
-        self._decoder = decoder
+        self._opened = opened
         self._pieces = pieces
         self._prompt_tokens = prompt_tokens
         self._prompt_tps = 0.0
@@ -220,6 +220,7 @@ class _TextStream:
         self._start = clock()
         if self._on_progress is not None:
             self._on_progress(0, self._prompt_tokens)
+        self._decoder = self._opened()
         run = self._decoder.run(self._report)
         with self._pair.wired(), closing(self._decoder), closing(run) as rounds:
             try:

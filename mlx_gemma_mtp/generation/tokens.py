@@ -6,8 +6,9 @@ Knows nothing of tokenizers; see text.py for strings.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from typing import Any, Unpack, cast
 
 import mlx.core as mx
@@ -15,14 +16,15 @@ import mlx.core as mx
 from ..cache.prompt import insert_row
 from ..cache.slabs import next_capacity
 from ..constants import DEFAULT_DRAFT_SOURCE
-from ..distributed.work import begin_work, end_work
+from ..distributed.ranks import FIRST_S, Ranks
+from ..distributed.work import begin_work, end_work, working
 from ..engine.capacity import DEFAULT_MAX_ROWS
 from ..engine.decoder import Decoder
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE, read_prompt
 from ..engine.request import Request
 from ..engine.state import RoundState, row_settings
 from ..errors import RequestError
-from ..pair.agreed import agreed_requests
+from ..pair.agreed import agreed_requests, check_request
 from ..pair.pair import Pair
 from ..pair.planning import make_batch_plan, make_plan
 from ..sampling.params import SamplingParams, plain
@@ -82,7 +84,7 @@ def generate_tokens(
         )
         for p in prompts
     ]
-    decoder = make_decoder(
+    opened = decoder_maker(
         pair,
         requests,
         num_draft_tokens=drafts_of(pair, chosen.num_draft_tokens, chosen.draft_source),
@@ -90,7 +92,7 @@ def generate_tokens(
         exactness=chosen.exactness,
         prefill_step_size=chosen.prefill_step_size,
     )
-    return _batch(pair, decoder, len(prompts)) if is_batch else _single(pair, decoder)
+    return _batch(pair, opened, len(prompts)) if is_batch else _single(pair, opened)
 
 
 def draft_block(
@@ -124,12 +126,21 @@ def draft_block(
             "prompt must be at least 2 tokens long for a block of drafts: got "
             f"{len(tokens)}. The drafter starts from the token before the last."
         )
-    if pair.ranks is not None:
-        begin_work(pair.ranks)
-    target = pair.rounds.target
-    filled = read_prompt(target, tokens[:-1])
-    slabs = target.layout.allocate(1, next_capacity(len(tokens)))
-    insert_row(slabs, target.layout, 0, filled.caches)
+    with working(pair.ranks):
+        return _drafted(pair, tokens, num_draft_tokens)
+
+
+def _drafted(pair: Pair, tokens: list[int], num_draft_tokens: int) -> list[int]:
+    """See ``draft_block``."""
+    ranks, target = pair.ranks, pair.rounds.target
+    waiting: AbstractContextManager[None] = nullcontext()
+    if ranks is not None:
+        tokens, num_draft_tokens = ranks.share([tokens, num_draft_tokens])
+        waiting = ranks.exchange("a block of drafts", FIRST_S)
+    with waiting:
+        filled = read_prompt(target, tokens[:-1])
+        slabs = target.layout.allocate(1, next_capacity(len(tokens)))
+        insert_row(slabs, target.layout, 0, filled.caches)
     state = RoundState(
         slabs,
         last_token=mx.array([tokens[-1:]], dtype=mx.int32),
@@ -140,10 +151,48 @@ def draft_block(
         state, row_settings([SamplingParams()]), num_draft_tokens=num_draft_tokens
     )
     found = cast(list[int], drafts[0].tolist())
-    if pair.ranks is not None:
-        found = pair.ranks.share(found)
-        end_work(pair.ranks)
-    return found
+    return found if ranks is None else cast(list[int], ranks.share(found))
+
+
+def decoder_maker(
+    pair: Pair,
+    requests: Sequence[Request],
+    *,
+    prompt_caches: Sequence[Sequence[Any] | None] = (),
+    **settings: Any,
+) -> Callable[[], Decoder]:
+    """What gives a decoder of checked requests, planned for this machine.
+
+    On one machine it is made here. On several it is made when the first token is asked
+    for: from then on the others wait for what one does.
+
+    Args:
+        pair: Target and drafter.
+        requests: Checked ones.
+        prompt_caches: See ``Decoder``.
+        settings: The other keywords of ``make_decoder``.
+
+    Raises:
+        RequestError: Several machines cannot decode them.
+    """
+    make = partial(make_decoder, pair, requests, **settings)
+    if pair.ranks is None:
+        decoder = make(prompt_caches=prompt_caches)
+        return lambda: decoder
+    for request in requests:
+        check_request(request)
+    _refuse_caches(prompt_caches)
+    return partial(_make_on_all, pair.ranks, make)
+
+
+def _make_on_all(ranks: Ranks, make: Callable[..., Decoder]) -> Decoder:
+    """A decoder on every rank, which end their work with it."""
+    begin_work(ranks)
+    try:
+        return make(ranks=ranks)
+    except BaseException:
+        end_work(ranks)
+        raise
 
 
 def make_decoder(
@@ -155,17 +204,14 @@ def make_decoder(
     prefill_step_size: int,
     draft_source: str = DEFAULT_DRAFT_SOURCE,
     prompt_caches: Sequence[Sequence[Any] | None] = (),
+    ranks: Ranks | None = None,
 ) -> Decoder:
-    """A decoder of checked requests, planned for this machine; see ``make_plan``.
+    """A decoder of checked requests; see ``make_plan``, and ``Decoder`` for the rest.
 
     Raises:
-        RequestError: Several machines cannot decode them.
         RanksError: The machines are out of step.
     """
-    ranks = pair.ranks
     if ranks is not None:
-        _refuse_caches(prompt_caches)
-        begin_work(ranks)
         requests, agreed = agreed_requests(
             ranks,
             requests,
@@ -265,8 +311,9 @@ def make_batch_decoder(
     )
 
 
-def _single(pair: Pair, decoder: Decoder) -> Generator[int, None, None]:
+def _single(pair: Pair, opened: Callable[[], Decoder]) -> Generator[int, None, None]:
     """Token ids of the only row."""
+    decoder = opened()
     with pair.wired(), closing(decoder), closing(decoder.run()) as rounds:
         for (output,) in rounds:
             output.check()
@@ -274,11 +321,12 @@ def _single(pair: Pair, decoder: Decoder) -> Generator[int, None, None]:
 
 
 def _batch(
-    pair: Pair, decoder: Decoder, num_rows: int
+    pair: Pair, opened: Callable[[], Decoder], num_rows: int
 ) -> Generator[list[int | None], None, None]:
     """Rows in step: rounds emit ragged lengths, so rows ahead wait in queues."""
     queues: list[deque[int]] = [deque() for _ in range(num_rows)]
     is_live = [True] * num_rows
+    decoder = opened()
     with pair.wired(), closing(decoder), closing(decoder.run()) as rounds:
         for outputs in rounds:
             for output in outputs:

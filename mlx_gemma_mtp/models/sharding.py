@@ -17,12 +17,14 @@ Source: tensor parallelism as of Megatron-LM (Shoeybi et al. 2019, section 3).
 
 from __future__ import annotations
 
+import hashlib
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import gemma4_text
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
@@ -32,6 +34,7 @@ from .splits import heads, split
 
 _QUANTIZED = (nn.QuantizedLinear, QuantizedSwitchLinear)
 _LAYERS = (nn.Linear, SwitchLinear, *_QUANTIZED)
+_NUM_SEEN = 8  # numbers along each axis of a matrix that are looked at
 _UNIT = 64  # of wide layers that are not quantized
 
 
@@ -45,11 +48,14 @@ class Shard:
             those that it has; None for all of them.
         vocabulary: The rows of the table that the rank's head multiplies; None for all
             of them.
+        seen: A digest of what was cut, of some numbers of each whole matrix: the same
+            on every rank.
     """
 
     ranks: Ranks
     kv_heads: tuple[range | None, ...]
     vocabulary: range | None
+    seen: hashlib._Hash = field(default_factory=hashlib.sha256, compare=False)
 
     def added(self, x: mx.array) -> mx.array:
         """The sum of all ranks' x, of its shape."""
@@ -183,6 +189,8 @@ def _check(lm: gemma4_text.Model) -> None:
         kinds = [type(m) for m in own if type(m) not in known]
         kinds += [type(m) for m in parts if type(m) not in _LAYERS]
         kinds += [type(m) for _, m in layer.named_modules() if "lora_a" in m]
+        behind = (layer.self_attn.get("o_proj"), layer.mlp.get("down_proj"))
+        kinds += [type(m) for m in behind if m is not None and "bias" in m]
         for kind in kinds:
             raise PairingError(
                 "a target on several machines must have mlx-lm's own layers: got "
@@ -196,8 +204,8 @@ def _cut_attention(attention: Any, part: Shard, *, keeps_kv: bool) -> None:
     own = heads(attention.n_heads, attention.n_kv_heads, rank, size)
     width = attention.head_dim
     queries = range(own.queries.start * width, own.queries.stop * width)
-    _cut_outputs(attention.q_proj, queries)
-    _cut_inputs(attention.o_proj, queries)
+    _cut_outputs(attention.q_proj, queries, part.seen)
+    _cut_inputs(attention.o_proj, queries, part.seen)
     attention.o_proj = Summed(attention.o_proj, part)
     attention.n_heads = len(own.queries)
     if not attention.has_kv or keeps_kv:
@@ -205,7 +213,7 @@ def _cut_attention(attention: Any, part: Shard, *, keeps_kv: bool) -> None:
     kv = range(own.kv.start * width, own.kv.stop * width)
     for name in ("k_proj", "v_proj"):
         if name in attention:
-            _cut_outputs(attention[name], kv)
+            _cut_outputs(attention[name], kv, part.seen)
     attention.n_kv_heads = len(own.kv)
 
 
@@ -215,8 +223,8 @@ def _cut_gated(mlp: Any, part: Shard) -> None:
     size = part.ranks.size
     own = split(_width(down), size, _unit(down, size))[part.ranks.rank]
     for layer in (mlp.gate_proj, mlp.up_proj):
-        _cut_outputs(layer, own)
-    _cut_inputs(down, own)
+        _cut_outputs(layer, own, part.seen)
+    _cut_inputs(down, own, part.seen)
 
 
 def _width(layer: Any) -> int:
@@ -233,20 +241,22 @@ def _unit(layer: Any, size: int) -> int:
     return _UNIT if units >= size and not rest else 1
 
 
-def _cut_outputs(layer: Any, part: range) -> None:
+def _cut_outputs(layer: Any, part: range, seen: hashlib._Hash) -> None:
     """Leave a layer some of its outputs."""
     for name, array in _arrays(layer):
         axis = array.ndim - (1 if name == "bias" else 2)
-        layer[name] = _taken(array, part, axis)
+        layer[name] = _taken(array, part, axis, seen)
 
 
-def _cut_inputs(layer: Any, part: range) -> None:
+def _cut_inputs(layer: Any, part: range, seen: hashlib._Hash) -> None:
     """Leave a layer some of its inputs: whole groups."""
     width = _width(layer)
     for name, array in _arrays(layer):
-        numbers = width // array.shape[-1]  # that one element stands for
-        own = range(part.start // numbers, part.stop // numbers)
-        layer[name] = _taken(array, own, array.ndim - 1)
+        if name == "bias":
+            continue  # of no layer that is cut so: see _check
+        count = array.shape[-1]  # words, or groups: parts end with whole ones
+        own = range(part.start * count // width, part.stop * count // width)
+        layer[name] = _taken(array, own, array.ndim - 1, seen)
 
 
 def _arrays(layer: Any) -> list[tuple[str, mx.array]]:
@@ -255,10 +265,13 @@ def _arrays(layer: Any) -> list[tuple[str, mx.array]]:
     return [(name, layer[name]) for name in names if layer.get(name) is not None]
 
 
-def _taken(array: mx.array, part: range, axis: int) -> mx.array:
+def _taken(array: mx.array, part: range, axis: int, seen: hashlib._Hash) -> mx.array:
     """Part of an array, with the rest let go."""
     index = [slice(None)] * array.ndim
     index[axis] = slice(part.start, part.stop)
     taken = mx.contiguous(array[tuple(index)])
-    mx.eval(taken)
+    spread = tuple(slice(None, None, -(-size // _NUM_SEEN)) for size in array.shape)
+    numbers = mx.contiguous(array[spread]).view(mx.uint8)
+    mx.eval(taken, numbers)
+    seen.update(np.array(numbers).tobytes())
     return taken

@@ -8,14 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import reduce
+from importlib.metadata import version
 from typing import Any
 
+import mlx.core as mx
+
+from .._version import __version__
 from ..distributed.ranks import Ranks
 from ..engine.request import Request, settled
 from ..engine.route import Route
 from ..errors import RanksError, RequestError
 from ..exactness.verdict import Verdict
+from ..models.sharding import shard_of
+from ..models.target import text_model
 from ..sampling.params import SamplingParams
+from .fingerprint import fingerprint
+from .pair import Pair, named_arrays
 
 _SHARED = (
     "prompt",
@@ -28,16 +36,48 @@ _SHARED = (
 )
 
 
+def check_same(ranks: Ranks, pair: Pair) -> None:
+    """Check that all ranks have loaded the same, with the same programs.
+
+    Raises:
+        RanksError: They have not.
+    """
+    lm = text_model(pair.target)
+    shard = shard_of(lm)
+    assert shard is not None
+    own = {
+        "version of mlx_gemma_mtp": __version__,
+        "version of mlx": version("mlx"),
+        "target": f"{shard.seen.hexdigest()} {fingerprint(_whole(lm))}",
+        "drafter": "none"
+        if pair.drafter is None
+        else fingerprint(named_arrays(pair.drafter)),
+    }
+    for rank, other in enumerate(ranks.gather(own)):
+        for what, value in own.items():
+            if other[what] != value:
+                ranks.is_lost = True
+                raise RanksError(
+                    f"all ranks must have the same {what}: got another one on rank "
+                    f"{rank} than on rank {ranks.rank}. Copy it to all machines."
+                )
+
+
+def _whole(lm: Any) -> list[tuple[str, mx.array]]:
+    """The arrays of a target that every rank has whole."""
+    layers = [layer.input_layernorm.weight for layer in lm.layers]
+    table = lm.model.embed_tokens.weight
+    return [(str(i), array) for i, array in enumerate([table, *layers])]
+
+
 def agreed_requests(
     ranks: Ranks, requests: Sequence[Request], settings: list[Any]
 ) -> tuple[list[Request], list[Any]]:
     """Rank 0's requests and settings of them, JSON values, on every rank.
 
     Raises:
-        RequestError: The host would decide a row, or a form would.
+        RanksError: The ranks ask for other numbers of texts.
     """
-    for request in requests:
-        check_request(request)
     own = [_plain(settled(request)) for request in requests]
     shared, settings = ranks.share([own, settings])
     if len(shared) != len(requests):

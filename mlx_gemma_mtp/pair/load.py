@@ -28,13 +28,14 @@ from ..checkpoints.tokenizer import chat_templates, eos_token_ids, load_tokenize
 from ..checkpoints.weights import load_drafter, one_line, read_target
 from ..cpu_kernels import compile_header
 from ..distributed.ranks import Ranks, launched, ranks_of
-from ..distributed.work import begin_work, end_work
+from ..distributed.work import working
 from ..errors import MTPError, PairingError, RequestError, cut
 from ..models.compatibility import check_fit
 from ..models.drafter import Drafter
 from ..models.sharding import shard as cut_for
 from ..models.target import text_model
 from ..sampling.defaults import SamplingDefaults
+from .agreed import check_same
 from .pair import Pair, attach
 
 logger = logging.getLogger("mlx_gemma_mtp")
@@ -88,7 +89,7 @@ def load_pair(
             target, target_path, folder, drafter_path, switch_off="drafter_path=False"
         )
     pair = _pair(target, checkpoint, target_path, drafter, source, files)
-    _meet(ranks)
+    _meet(ranks, pair)
     return pair
 
 
@@ -167,7 +168,7 @@ def load(
         drafter, source = None, "no drafter: speculative decoding is switched off"
     pair = _pair(target, checkpoint, path_or_hf_repo, drafter, source, files, eos_ids)
     attach(target, pair)
-    _meet(ranks)
+    _meet(ranks, pair)
     if return_config:
         return target, tokenizer, mlx_lm.utils.load_config(folder)
     return target, tokenizer
@@ -222,13 +223,17 @@ def _read(
     return target
 
 
-def _meet(ranks: Ranks | None) -> None:
-    """Wait until all machines have loaded, and rest until there is work."""
+def _meet(ranks: Ranks | None, pair: Pair) -> None:
+    """Wait until all machines have loaded the same.
+
+    Raises:
+        RanksError: They have not.
+    """
     if ranks is None:
         return
-    begin_work(ranks)
-    ranks.barrier(_LOADING_S)
-    end_work(ranks)
+    with working(ranks):
+        ranks.barrier(_LOADING_S)
+        check_same(ranks, pair)
 
 
 def _pair(

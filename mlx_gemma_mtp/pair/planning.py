@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..constants import AUTO, DEFAULT_DRAFT_SOURCE, DRAFTER, LOOKUP
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import FIRST_S, Ranks
 from ..drafting.controller import DraftLengthController
 from ..drafting.policy import DraftPolicy, Learning
 from ..engine.command_buffers import LEAST_BUFFERS, Limits, num_buffers
@@ -347,8 +348,11 @@ def _verdict_of_all(pair: Pair, ranks: Ranks, num_rows: int) -> Verdict | None:
     """
 
     def probed() -> Verdict | None:
+        waiting = partial(ranks.exchange, "the probe", FIRST_S)
         with calibration.probing, pair.wired():
-            return _probed(pair.rounds, calibration, num_rows, None, Compared())
+            return _probed(
+                pair.rounds, calibration, num_rows, None, Compared(), waiting=waiting
+            )
 
     calibration = pair.calibration
     verdict = agreed_verdict(ranks, calibration.verdict(num_rows), probed)
@@ -363,6 +367,7 @@ def _probed(
     num_rows: int,
     budget_s: float | None,
     compared: Compared,
+    waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Verdict | None:
     """Go on with the probe; see ``verdict_of``."""
     logger.info(
@@ -376,6 +381,7 @@ def _probed(
                 num_rows=num_rows,
                 budget_s=budget_s,
                 compared=compared,
+                waiting=waiting,
             )
     except RuntimeError as error:  # what MLX raises where memory is short
         if budget_s is None:

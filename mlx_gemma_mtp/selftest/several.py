@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..distributed.ranks import FIRST_S, Ranks
-from ..distributed.work import begin_work, end_work
+from ..distributed.work import working
 from ..models.target import text_model
 from ..pair.pair import Pair
 from .model import Loaded, generate
@@ -36,17 +36,15 @@ def look(loaded: Loaded, ranks: Ranks) -> Result:
         ranks: All machines.
     """
     pair = loaded.pair
-    begin_work(ranks)
-    took_s = {str(rows): _sum_s(pair, ranks, rows) for rows in _ROWS}
-    held = ranks.gather(_weight_bytes(pair))
-    end_work(ranks)
+    with working(ranks):
+        took_s = {str(rows): _sum_s(pair, ranks, rows) for rows in _ROWS}
+        held = ranks.gather(_weight_bytes(pair))
     fixed = pair.num_draft_tokens
     texts = {str(k): generate(loaded, k, "exact") for k in (0, _AUTO, fixed)}
     again = {str(k): generate(loaded, k, _AUTO) for k in (0, _AUTO)}
-    begin_work(ranks)
-    tokens = ranks.gather({k: text.tokens for k, text in texts.items()})
-    speeds = ranks.share({k: text.last.generation_tps for k, text in again.items()})
-    end_work(ranks)
+    with working(ranks):
+        tokens = ranks.gather({k: text.tokens for k, text in texts.items()})
+        speeds = ranks.share({k: text.last.generation_tps for k, text in again.items()})
     lines = (
         f"{ranks.size} ranks hold "
         + ", ".join(f"{num_bytes / 1e9:.2f}" for num_bytes in held)

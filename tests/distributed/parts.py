@@ -11,6 +11,8 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -22,19 +24,27 @@ from mlx.utils import tree_flatten
 from mlx_gemma_mtp import cpu_kernels
 from mlx_gemma_mtp.cache.prompt import insert_row
 from mlx_gemma_mtp.checkpoints.shard_plan import shard_plans
-from mlx_gemma_mtp.distributed.ranks import launched
+from mlx_gemma_mtp.distributed.ranks import Ranks, launched
 from mlx_gemma_mtp.distributed.work import begin_work, end_work
-from mlx_gemma_mtp.engine import decoder
+from mlx_gemma_mtp.engine import decoder, prompt_reader
+from mlx_gemma_mtp.engine import round as round_of
 from mlx_gemma_mtp.engine.prefill import read_prompt
 from mlx_gemma_mtp.engine.runner import QueuedRound, RoundRunner
 from mlx_gemma_mtp.engine.timing import RoundTimer
+from mlx_gemma_mtp.errors import MTPError
 from mlx_gemma_mtp.generation.tokens import draft_block, generate_tokens
+from mlx_gemma_mtp.models import sharding
 from mlx_gemma_mtp.models.published import text_config
 from mlx_gemma_mtp.models.sharding import shard
 from mlx_gemma_mtp.models.target import text_model
+from mlx_gemma_mtp.pair import load as load_module
+from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.load import load_pair
 from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.pair.planning import verdict_of
+from mlx_gemma_mtp.sampling.acceptance import Accepted, Draft
+from mlx_gemma_mtp.sampling.decision import decide
+from mlx_gemma_mtp.sampling.distribution import choose_tokens
 from mlx_gemma_mtp.selftest.random_pair import random_pair
 
 PROMPTS = [
@@ -163,6 +173,86 @@ def disturbed(name: str) -> dict[str, Any]:
     return {"same": all(t == found[0] for t in found), "seeds": seeds}
 
 
+def led(folder: str) -> dict[str, Any]:
+    """Texts of rank 0, while the other asks for others and would decide otherwise."""
+    part = part_of(folder)
+    assert part.ranks is not None
+    assert part.drafter is not None
+    asked: list[dict[str, Any]] = [
+        {"num_draft_tokens": 3, "prompt": PROMPTS[0]},
+        {"num_draft_tokens": 2, "prompt": PROMPTS[1], "temp": 1.0, "seed": 3},
+        {"num_draft_tokens": "auto", "exactness": "auto", "prompt": PROMPTS[0]},
+    ]
+    with ExitStack() as stack:
+        if not part.ranks.is_first:
+            asked = [{"num_draft_tokens": 0, "prompt": PROMPTS[1][:9]}] * 3
+            asked[1] |= {"temp": 0.5, "seed": 4}
+            stack.enter_context(mock.patch.object(round_of, "decide", _wrong_decision))
+            first = mock.patch.object(prompt_reader, "choose_tokens", _wrong_tokens)
+            stack.enter_context(first)
+            name = "can_look_ahead"
+            ahead = mock.patch.object(planning, name, return_value=False)
+            stack.enter_context(ahead)
+            weight = part.drafter.post_projection.weight
+            part.drafter.post_projection.weight = weight * -1
+        return {"texts": [text(part, **kind) for kind in asked]}
+
+
+def _wrong_decision(draft: Draft, *args: Any, **settings: Any) -> Accepted:
+    """Another one."""
+    found = decide(draft, *args, **settings)
+    return replace(found, next_token=(found.next_token + 1) % 512)
+
+
+def _wrong_tokens(logits: mx.array, *args: Any, **settings: Any) -> mx.array:
+    """Other ones."""
+    return (choose_tokens(logits, *args, **settings) + 1) % 512
+
+
+def unlike(folder: str) -> dict[str, Any]:
+    """What is said where ranks have other weights, or one of them no drafter."""
+    rank = launched().rank  # type: ignore[union-attr]
+    said = []
+    cut = sharding.shard
+
+    def other(lm: Any, ranks: Ranks) -> Any:
+        layer = lm.layers[0].mlp.up_proj
+        layer.weight = layer.weight * (1 + ranks.rank)
+        return cut(lm, ranks)
+
+    with mock.patch.object(load_module, "cut_for", other):
+        said.append(refused(lambda: part_of(folder)))
+    ranks = launched()
+    assert ranks is not None
+    ranks.is_lost = False  # for the next case
+    drafter = f"{folder}/drafter" if rank else False
+    said.append(refused(lambda: load_pair(f"{folder}/target", drafter)))  # type: ignore[arg-type]
+    return {"said": said}
+
+
+def crossed(folder: str) -> dict[str, Any]:
+    """What is said of two texts at once, and that texts go on behind that."""
+    part = part_of(folder)
+    ask = partial(generate_tokens, part, PROMPTS[0], max_tokens=12, exactness="fast")
+    never, first, second = ask(), ask(), ask()
+    del never
+    next(first)
+    said = refused(lambda: next(second))
+    rest = len(list(first))
+    again = text(part, num_draft_tokens=2)
+    processor = refused(lambda: ask(logits_processors=[lambda _, logits: logits]))
+    return {"said": [said, processor], "rest": rest, "again": again}
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """What an error says."""
+    try:
+        call()
+    except MTPError as error:
+        return str(error)
+    return "nothing"
+
+
 def endless(folder: str) -> dict[str, Any]:
     """Texts until somebody ends this; the end of the first one is told."""
     part = part_of(folder)
@@ -221,6 +311,9 @@ JOBS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "published": published,
     "disturbed": disturbed,
     "endless": endless,
+    "led": led,
+    "unlike": unlike,
+    "crossed": crossed,
 }
 
 if __name__ == "__main__":

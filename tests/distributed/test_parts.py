@@ -13,8 +13,17 @@ from itertools import pairwise
 
 import pytest
 
+from mlx_gemma_mtp.generation.tokens import generate_tokens
+from tests.distributed import parts
 from tests.distributed.launching import finish, start_with
-from tests.tiny import FAMILIES, REFERENCE, SHORT, family_folder
+from tests.tiny import (
+    FAMILIES,
+    REFERENCE,
+    SHORT,
+    family_folder,
+    reference_pair,
+    uncompiled,
+)
 
 TOLERANCE = 5e-4  # of a logit; measured 2e-5
 
@@ -59,6 +68,33 @@ def test_whoever_leaves(tmp_path):
     assert len(first["after"]) == 12
     # With two ranks every sum is a + b, whatever stands beside it.
     assert proved == others_proved == {"equal": list(range(1, 9)), "most": 0.0}
+
+
+def test_rank_0_decides(tmp_path):
+    """What others are asked for, and would draft and decide, changes nothing."""
+    folder = family_folder(SHORT)
+    alone, other = run(2, [("led", folder), ("crossed", folder)], tmp_path)
+    texts = alone[0]["texts"]
+    assert other[0]["texts"] == texts
+    pair = reference_pair()
+    prompts = parts.PROMPTS[0], parts.PROMPTS[1], parts.PROMPTS[0]
+    kinds = {}, {"temp": 1.0, "seed": 3}, {}
+    with uncompiled():
+        for found, prompt, kind in zip(texts, prompts, kinds, strict=True):
+            assert found == list(generate_tokens(pair, prompt, max_tokens=12, **kind))
+    for rank in (alone, other):
+        twice, processors = rank[1]["said"]
+        assert twice.startswith("several machines must decode one text at a time")
+        assert processors.startswith("a text on several machines must be without")
+        assert rank[1]["rest"] == 11
+        assert rank[1]["again"] == texts[0]
+
+
+def test_ranks_that_loaded_other_things(tmp_path):
+    for rank in run(2, [("unlike", family_folder(SHORT))], tmp_path):
+        weights, drafter = rank[0]["said"]
+        assert weights.startswith("all ranks must have the same target")
+        assert drafter.startswith("all ranks must have the same drafter")
 
 
 @pytest.mark.slow

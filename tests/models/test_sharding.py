@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,13 @@ from mlx_gemma_mtp.checkpoints.weights import load_drafter, load_target
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.engine.state import empty_state, row_settings
 from mlx_gemma_mtp.errors import PairingError, RequestError
-from mlx_gemma_mtp.models.sharding import drafted_layers, shard, shard_of
+from mlx_gemma_mtp.models.sharding import (
+    _cut_inputs,
+    drafted_layers,
+    shard,
+    shard_of,
+)
+from mlx_gemma_mtp.models.splits import split
 from mlx_gemma_mtp.models.target import Target, text_model
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.tiny import FAMILIES, REFERENCE, SHORT, family_folder
@@ -125,6 +133,25 @@ def test_adapters_and_strange_layers_are_refused():
     with pytest.raises(PairingError, match="own layers: got Identity"):
         shard(lm, ranks(0, 2))
     assert shard_of(lm) is None
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_inputs_of_every_number_of_bits(bits, group_size):
+    """Three groups over two ranks: two and one, of packed words too."""
+    layer = nn.QuantizedLinear(
+        3 * group_size, 8, bias=False, group_size=group_size, bits=bits
+    )
+    whole = mx.dequantize(
+        layer.weight, layer.scales, layer.biases, group_size=group_size, bits=bits
+    )
+    for part in split(3 * group_size, 2, group_size):
+        own = copy(layer)
+        _cut_inputs(own, part, hashlib.sha256())
+        found = mx.dequantize(
+            own.weight, own.scales, own.biases, group_size=group_size, bits=bits
+        )
+        assert mx.array_equal(found, whole[:, part.start : part.stop])
 
 
 def test_three_machines_are_refused():
