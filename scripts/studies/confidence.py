@@ -18,7 +18,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -126,19 +126,21 @@ def show_predictions(kinds: Kinds) -> None:
             + " ".join(_bins(probs, hits))
         )
     print("kind          AUC   log-loss: mean   level  +last  +own")
+    losses = log_losses(kinds)
     for name, some in {**kinds, "all": texts}.items():
-        losses = " ".join(f"{loss:7.3f}" for loss in log_losses(kinds, some))
-        print(f"{name:12} {auc(*_judged(some)):5.2f} {losses}")
+        told = " ".join(f"{loss:7.3f}" for loss in losses[name])
+        print(f"{name:12} {auc(*_judged(some)):5.2f} {told}")
 
 
-def log_losses(kinds: Kinds, some: Sequence[Text]) -> list[float]:
+def log_losses(kinds: Kinds) -> dict[str, list[float]]:
     """Of four ways to foretell drafts, each learnt from other prompts, nats a draft.
 
     The mean of the position; the acceptance of late; that and how sure the drafter was
-    two rounds ago; the acceptance of late and its probability of the draft itself.
+    two rounds ago; the acceptance of late and its probability of the draft itself. By
+    kind of text, and "all".
     """
-    chances: list[list[float]] = [[], [], [], []]
-    hits: list[bool] = []
+    told: dict[str, list[list[float]]] = {k: [[], [], [], []] for k in kinds}
+    hits: dict[str, list[bool]] = {k: [] for k in kinds}
     num_folds = min(map(len, kinds.values()))
     for fold in range(num_folds):
         learnt = [
@@ -147,27 +149,26 @@ def log_losses(kinds: Kinds, some: Sequence[Text]) -> list[float]:
             for i, text in enumerate(texts)
             if i % num_folds != fold
         ]
-        tested = [
-            text
-            for texts in kinds.values()
-            for i, text in enumerate(texts)
-            if i % num_folds == fold and any(text is one for one in some)
-        ]
         means = [_mean(learnt, i) for i in range(MAX_DRAFT_TOKENS)]
         models = [
             ChanceModel(learnt, by_level),
             ChanceModel(learnt, by_last, lag=1),
             ChanceModel(learnt, by_both),
         ]
-        walks = [trials(tested, m.features, lag=m.lag) for m in models]
-        for steps in zip(*walks, strict=True):
-            block = steps[0][0]
-            count = min(block.num_accepted + 1, MAX_DRAFT_TOKENS)
-            hits += [i < block.num_accepted for i in range(count)]
-            chances[0] += means[:count]
-            for told, one, (_, row) in zip(chances[1:], models, steps, strict=True):
-                told += one.at(row)[:count]
-    return [log_loss(told, hits) for told in chances]
+        for kind, texts in kinds.items():
+            tested = texts[fold::num_folds]
+            walks = [trials(tested, m.features, lag=m.lag) for m in models]
+            for steps in zip(*walks, strict=True):
+                block = steps[0][0]
+                count = min(block.num_accepted + 1, MAX_DRAFT_TOKENS)
+                chances = [means]
+                chances += [m.at(r) for m, (_, r) in zip(models, steps, strict=True)]
+                hits[kind] += [i < block.num_accepted for i in range(count)]
+                for one, each in zip(told[kind], chances, strict=True):
+                    one += each[:count]
+    told["all"] = [list(chain(*some)) for some in zip(*told.values(), strict=True)]
+    hits["all"] = list(chain(*hits.values()))
+    return {k: [log_loss(one, hits[k]) for one in told[k]] for k in told}
 
 
 def show_gains(name: str, learnt: Sequence[Text], texts: Sequence[Text]) -> None:

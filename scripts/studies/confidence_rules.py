@@ -22,7 +22,6 @@ from .confidence_blocks import Block
 Text = Sequence[Block]
 _EDGE = 1e-4  # of a probability whose odds are taken
 _WALK = 4  # drafts of the rounds that a model learns from
-_LEAST = 50  # trials that a position learns from
 _RIDGE = 1.0  # squares of weights, in trials: few trials must not say much
 _TURNS = 12  # of Newton's method: it settles sooner
 
@@ -154,7 +153,9 @@ def by_last(levels: Sequence[float], probs: Sequence[float]) -> list[list[float]
 
 
 class ChanceModel:
-    """P(a draft is accepted | those before it were), by position, from features.
+    """P(a draft is accepted | those before it were), from features of its position.
+
+    Weights are the same for all positions: by position few trials say too much.
 
     Args:
         texts: What it learns from.
@@ -166,18 +167,13 @@ class ChanceModel:
         self, texts: Sequence[Text], features: Features = by_both, *, lag: int = 0
     ) -> None:
         self.features, self.lag = features, lag
-        rows: list[list[list[float]]] = [[] for _ in range(MAX_DRAFT_TOKENS)]
-        hits: list[list[bool]] = [[] for _ in range(MAX_DRAFT_TOKENS)]
+        rows: list[list[float]] = []
+        hits: list[bool] = []
         for block, found in trials(texts, features, lag=lag):
-            for i in range(min(block.num_accepted + 1, MAX_DRAFT_TOKENS)):
-                rows[i].append(found[i])
-                hits[i].append(i < block.num_accepted)
-        self.weights: list[list[float]] = []
-        for x, y in zip(rows, hits, strict=True):
-            if self.weights and len(x) < _LEAST:  # as at the position before
-                self.weights.append(self.weights[-1])
-            else:
-                self.weights.append(fitted(np.array(x), np.array(y, float)).tolist())
+            count = min(block.num_accepted + 1, MAX_DRAFT_TOKENS)
+            rows += found[:count]
+            hits += [i < block.num_accepted for i in range(count)]
+        self.weights = fitted(np.array(rows), np.array(hits, float)).tolist()
 
     def chances(self, levels: Sequence[float], probs: Sequence[float]) -> list[float]:
         """Of 8 drafts, where 8 levels and probabilities are known."""
@@ -186,8 +182,8 @@ class ChanceModel:
     def at(self, features: Sequence[Sequence[float]]) -> list[float]:
         """Of 8 drafts with such features."""
         return [
-            sigmoid(sum(w * x for w, x in zip(weights, row, strict=True)))
-            for weights, row in zip(self.weights, features, strict=True)
+            sigmoid(sum(w * x for w, x in zip(self.weights, row, strict=True)))
+            for row in features
         ]
 
 
