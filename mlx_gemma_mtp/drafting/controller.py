@@ -43,7 +43,7 @@ _PLAIN_HORIZON = 128  # tokens left that justify tracing K = 0 to measure it
 _FLIGHT = 2  # rounds until a trial has been observed
 _LAST_TOKENS = MAX_DRAFT_TOKENS  # tokens left that justify no trial
 _SHORTEST = 3  # tokens of a match that is used in a drafter's place
-_LOOKUP_EDGE = 0.98  # of the time of others: less is not worth another source
+_LOOKUP_EDGE = 0.93  # of the time of others: less is not worth another source
 _LOOKUPS = (2, 4, 8)  # drafts from the text: few numbers, for few traces
 _MISSED = 0.25  # of what tracing takes, that must have been missed before
 _SAVED = 2.0  # times what tracing takes, that the tokens left must save

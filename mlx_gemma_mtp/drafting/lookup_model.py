@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..constants import MAX_DRAFT_TOKENS
-from .acceptance_model import AcceptanceModel
+from .acceptance_model import AcceptanceModel, tokens_per_round
 from .cost_model import NO_KEYS, CostModel
 from .saved_numbers import numbers
 
@@ -24,6 +24,7 @@ from .saved_numbers import numbers
 _LENGTHS = (3, 5, 9, 16)
 _LONG = 9
 _FIRST_DRAFTED = 0.8
+_DOUBT = 1.0  # standard deviations
 _SHARE_MEMORY = 500.0  # rounds
 _FIRST = (0.2, 0.5, 0.65, 0.8, 0.9)
 # What K rows more are thought to cost without a drafter, where nobody says it: this
@@ -128,11 +129,19 @@ class LookupModel:
             lengths: How long the match of each row is.
         """
         kinds = [kind_of(length) for length in lengths]
-        tokens = {k: self.acceptance[k].expected_tokens() for k in set(kinds)}
+        tokens = {k: self._sure_tokens(k) for k in set(kinds)}
         return [
             sum(tokens[kind][k] for kind in kinds) / len(kinds)
             for k in range(MAX_DRAFT_TOKENS + 1)
         ]
+
+    def _sure_tokens(self, kind: int) -> list[float]:
+        """Tokens of a round of K = 0..8 of a kind, if the doubt is to its disfavour.
+
+        Every round teaches it: nothing must be tried in hope.
+        """
+        model = self.acceptance[kind]
+        return tokens_per_round(model.hopeful_probabilities(-_DOUBT))
 
     def all_seconds(self, with_drafter: CostModel) -> list[float]:
         """Seconds of rounds of K = 0..8.

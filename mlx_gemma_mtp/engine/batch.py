@@ -86,12 +86,6 @@ class Batch:
         return self._layout.capacity(self.state.slabs)
 
     @property
-    def text_size(self) -> int:
-        """Places of each text; 0 where there is none."""
-        assert self.state is not None
-        return self.state.text_size
-
-    @property
     def num_bytes(self) -> int:
         """Memory of the slabs."""
         if self.state is None:

@@ -396,7 +396,7 @@ class _Untraced:
         graph, num_slots = batch.settings.graph, batch.num_slots
         thread = threading.get_ident()  # every thread has traces of its own
         rows = looking_up(batch.sequences) if batch.has_text else ()
-        text_size = batch.text_size
+        text_size = 0 if batch.state is None else batch.state.text_size
         key = (graph, num_slots, text_size, len(batch), thread, sources, any(rows))
         if self._key == key:
             return

@@ -94,8 +94,7 @@ def stream_generate(
             begins.
         cached_tokens: The tokens of ``prompt_cache``, as far as they are known: drafts
             may come from them too, see ``draft_source``.
-        prediction: What much of the text may be, as text or token ids: drafts may come
-            from it too. The text does not depend on it.
+        prediction: Text or token ids that the text may have, for drafts to come from.
         settings: The other keywords, see ``generation.settings.GenerationSettings``.
 
     Yields:
@@ -108,7 +107,7 @@ def stream_generate(
         PairingError: ``draft_model`` does not fit the model.
     """
     chosen = GenerationSettings(max_tokens, **settings)
-    asked_for = asked(schema=schema, regex=regex, grammar=grammar)
+    form = asked(schema=schema, regex=regex, grammar=grammar)
     check_num_logprobs(num_logprobs)
     check_max_thinking_tokens(max_thinking_tokens)
     if draft_model is not None:
@@ -128,8 +127,8 @@ def stream_generate(
         num_logprobs=num_logprobs,
         draft_source=chosen.draft_source,
         cached=tuple(check_tokens(pair, cached_tokens)),
-        prediction=tuple(check_tokens(pair, _predicted(tokenizer, prediction))),
-        constraint=_bound(asked_for, tokenizer, pair, max_thinking_tokens),
+        prediction=_predicted(pair, tokenizer, prediction),
+        constraint=_bound(form, tokenizer, pair, max_thinking_tokens),
     )
     decoder = make_decoder(
         pair,
@@ -140,15 +139,14 @@ def stream_generate(
         prefill_step_size=chosen.prefill_step_size,
         prompt_caches=() if prompt_cache is None else [prompt_cache],
     )
-    stream = _TextStream(
+    return _TextStream(
         pair,
         decoder,
         TextPieces(tokenizer.detokenizer, StopStrings(stop), marks_of(tokenizer)),
         len(request.prompt),
         prompt_cache=prompt_cache,
         on_progress=prompt_progress_callback,
-    )
-    return stream.responses()
+    ).responses()
 
 
 def generate(
@@ -332,11 +330,13 @@ def _bound(
     return found.limited(max_thinking_tokens)
 
 
-def _predicted(tokenizer: TokenizerWrapper, given: str | Sequence[int]) -> Any:
+def _predicted(
+    pair: Pair, tokenizer: TokenizerWrapper, given: str | Sequence[int]
+) -> tuple[int, ...]:
     """Token ids of a text that begins nothing; token ids as they are."""
     if isinstance(given, str):
-        return encode_text(tokenizer, given, continues=True)
-    return given
+        given = encode_text(tokenizer, given, continues=True)
+    return tuple(check_tokens(pair, given))
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: Any, cache: Any) -> Any:

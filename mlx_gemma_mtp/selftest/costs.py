@@ -41,6 +41,7 @@ class _Recorder(DraftPolicy):
         accepted: Sequence[int],
         seconds: float | None,
         *,
+        matches: Sequence[int] = (),
         num_shadow_drafts: int = 0,
         context: int = 0,
     ) -> None:

@@ -43,7 +43,7 @@ class TestModel:
         before = model.expected_tokens([0])
         for _ in range(50):
             model.observe(20, 8)
-        assert model.expected_tokens([16])[8] > 8.5
+        assert model.expected_tokens([16])[8] > 8.3
         assert model.expected_tokens([0]) == before
         for _ in range(50):
             model.observe(0, 0)
@@ -129,7 +129,7 @@ class TestController:
 
     def test_text_that_repeats_itself_drafts_itself(self):
         machine = self.trained()
-        assert machine.num_rounds[True] > machine.num_rounds[False]
+        assert machine.num_rounds[True] > 30  # for more than half of the tokens
         assert machine.controller.choose_lookup([20]) in (4, 8)
         assert machine.controller.choose_lookup([0]) == 0
         # Of many rows one that repeats itself is not enough.
@@ -159,6 +159,8 @@ class TestController:
     def test_tracing_is_paid_for_by_what_was_missed(self):
         """It comes back more than once, and never for the last tokens."""
         controller = self.trained(tracing=5).controller
+        for _ in range(20):
+            controller.lookup.observe(20, 8)
         setup_s = dict.fromkeys(range(1, 9), 10.0)  # far more than a text takes
         assert controller.choose_lookup([20], setup_s=setup_s) == 0
         small = dict.fromkeys(range(1, 9), 0.05)

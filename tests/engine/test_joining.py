@@ -668,7 +668,7 @@ class Told(DraftPolicy):
     def for_batch(self, num_seats, *, rule, context):
         return Told(self._tell, num_seats)
 
-    def observe(self, way, accepted, seconds, *, num_shadow_drafts=0, context=0):
+    def observe(self, way, accepted, seconds, *, context=0, **rest):
         self._tell(self._num_seats)
 
 
@@ -685,7 +685,7 @@ class Lengths(DraftPolicy):
         self.chosen.append(context)
         return super().choose(allowed, **rest)
 
-    def observe(self, way, accepted, seconds, *, num_shadow_drafts=0, context=0):
+    def observe(self, way, accepted, seconds, *, context=0, **rest):
         self.observed.append(context)
         self.emitted += [count + 1 for count in accepted]
 

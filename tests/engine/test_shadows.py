@@ -55,7 +55,7 @@ class Watcher(DraftPolicy):
         self.could_shadow.append(can_shadow)
         return super().choose(allowed, **rest)
 
-    def observe(self, way, accepted, seconds, *, num_shadow_drafts=0, context=0):
+    def observe(self, way, accepted, seconds, *, context=0, **rest):
         self.rounds.append(list(accepted))
 
     def observe_shadow(self, num_draft_tokens, accepted):

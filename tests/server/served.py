@@ -48,11 +48,11 @@ def served(folder: Path, *args: str) -> Iterator[str]:
 
 
 @contextmanager
-def served_chat(folder: Path, key: str) -> Iterator[str]:
+def served_chat(folder: Path, key: str, *args: str) -> Iterator[str]:
     """The same of the embedded pair with the least chat template, and with a key."""
     template = folder / "template.jinja"
     template.write_text(CHAT_TEMPLATE)
-    arguments = ("--api-key", key, "--chat-template", str(template))
+    arguments = ("--api-key", key, "--chat-template", str(template), *args)
     with served(folder, *arguments) as address:
         yield address
 

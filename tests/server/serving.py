@@ -243,6 +243,7 @@ def make_scripted_request(choice: Choice) -> Request:
         num_logprobs=choice.num_logprobs,
         max_draft_tokens=choice.max_draft_tokens,
         draft_source=choice.draft_source,
+        prediction=choice.prediction,
     )
 
 

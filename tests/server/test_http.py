@@ -188,6 +188,35 @@ class TestCompletions:
         response = client.complete(max_tokens=3, speculative={"sources": sources})
         assert response.status == 400
 
+    @pytest.mark.parametrize(
+        "content",
+        ["c d e", [{"type": "text", "text": t} for t in ("c d", " e")]],
+    )
+    def test_a_prediction_is_searched(self, server, content):
+        client, _, decoder = server
+        prediction = {"type": "content", "content": content}
+        assert client.chat(max_tokens=3, prediction=prediction).status == 200
+        assert decoder.added[-1][0].prediction == tuple(tokens_of("c d e"))
+        assert client.chat(max_tokens=3, prediction=None).status == 200
+        assert decoder.added[-1][0].prediction == ()
+
+    @pytest.mark.parametrize(
+        ("prediction", "param"),
+        [
+            ("c d e", "prediction"),
+            ({"type": "content"}, "prediction.content"),
+            ({"type": "text", "content": "c"}, "prediction.type"),
+            ({"type": "content", "content": "c", "x": 1}, "prediction.x"),
+            ({"type": "content", "content": [{"type": "image_url"}]}, "prediction"),
+            ({"type": "content", "content": "c " * 40_000}, "prediction"),
+        ],
+    )
+    def test_other_predictions(self, client, prediction, param):
+        response = client.chat(max_tokens=3, prediction=prediction)
+        assert response.status == 400
+        assert "\n" not in response.message
+        assert response.json()["error"]["param"].startswith(param)
+
     def test_length_by_default(self, server):
         client, _, decoder = server
         client.complete([2] * 600)
