@@ -51,7 +51,7 @@ from scripts.studies.confidence_rules import (
 )
 
 _RULES = {"greedy": SamplingParams(), "seed": SamplingParams(1.0, 0.95, 64)}
-_MAX_TOKENS = 97
+_MAX_TOKENS = 81
 _FAMILIES = ("31b", "26b-a4b", "e2b")
 _CHIPS = (("M1 Max", False), ("M1 Max", True), ("M3 Max", False), ("M5 Max", False))
 _CONTEXT = 1024
@@ -97,13 +97,13 @@ def recorded(file: Path | None, max_tokens: int) -> dict[str, Kinds]:
         }
     spec = ModelSpec()
     pair, kinds = spec.load(), source_prompts(spec.tokenizer())
-    prompts = [prompt for texts, _ in kinds.values() for prompt in texts]
-    found: dict[str, Kinds] = {}
-    for rule, sampling in _RULES.items():
-        texts = iter(record(pair, prompts, sampling, max_tokens))
-        found[rule] = {
-            kind: [next(texts) for _ in of_kind] for kind, (of_kind, _) in kinds.items()
+    found: dict[str, Kinds] = {
+        rule: {
+            kind: record(pair, prompts, sampling, max_tokens)
+            for kind, (prompts, _) in kinds.items()
         }
+        for rule, sampling in _RULES.items()
+    }
     if file is not None:
         named = {
             rule: {k: [[astuple(b) for b in t] for t in ts] for k, ts in kinds.items()}
