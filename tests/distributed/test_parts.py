@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_rank_0_decides(tmp_path):
     assert other[0]["texts"] == texts
     pair = reference_pair()
     prompts = parts.PROMPTS[0], parts.PROMPTS[1], parts.PROMPTS[0]
-    kinds = {}, {"temp": 1.0, "seed": 3}, {}
+    kinds: list[dict[str, Any]] = [{}, {"temp": 1.0, "seed": 3}, {}]
     with uncompiled():
         for found, prompt, kind in zip(texts, prompts, kinds, strict=True):
             assert found == list(generate_tokens(pair, prompt, max_tokens=12, **kind))
