@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import RanksError, shorten
+from ..errors import RanksError, cut, shorten
 
 _RANK = ("JACCL_RANK", "MLX_RANK")
 # Files with one entry a rank: RDMA devices, addresses.
@@ -68,6 +68,6 @@ def _entries(environ: Mapping[str, str], name: str) -> int:
     if not isinstance(hosts, list) or not hosts:
         raise RanksError(
             f"{name} must name a JSON list with one entry per rank:"
-            f" got {shorten(environ[name])}. Start with mlx.launch, or unset it."
+            f" got {cut(environ[name])}. Start with mlx.launch, or unset it."
         )
     return len(hosts)

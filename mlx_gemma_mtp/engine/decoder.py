@@ -132,8 +132,6 @@ class Decoder:
             timer=self._timer,
             control=self._control,
         )
-        if ranks is not None:  # later Python can close nothing
-            atexit.register(self.close)
         self._batch.expect(self._add(requests, prompt_caches or [None] * len(requests)))
 
     def add(
@@ -278,6 +276,8 @@ class Decoder:
             After the prefill, and then after each round, what those emit that were
             live.
         """
+        if self._ranks is not None:  # later Python can close nothing
+            atexit.register(self.close)
         try:
             step = StepOutput()
             while self._queue:

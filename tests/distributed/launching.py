@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -53,9 +54,19 @@ def start_with(size, arguments, folder, ranks=None):
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            preexec_fn=partial(_own_core, rank),
         )
         for rank in ranks or range(size)
     ]
+
+
+def _own_core(rank):
+    """Keep a rank to one core, each to another one as far as there are some.
+
+    Ranks that wait for each other spin, which on a core that both have takes long.
+    """
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, {rank % (os.cpu_count() or 1)})
 
 
 def finish(processes, patience_s=PATIENCE_S):

@@ -85,12 +85,11 @@ def text(pair: Pair, prompt: Any = PROMPTS[0], **settings: Any) -> list[Any]:
 
 
 def near(folder: str) -> dict[str, Any]:
-    """Logits, drafts and a text of a part, beside those of all of it."""
+    """Logits and drafts of a part, beside those of all of it."""
     whole, part = both(folder)
     return {
         "difference": differences(whole, part),
         "drafts": [draft_block(pair, PROMPTS[1], 4) for pair in (whole, part)],
-        "text": [text(pair, num_draft_tokens=3) for pair in (whole, part)],
     }
 
 

@@ -56,7 +56,7 @@ def test_mpi():
 
 @pytest.mark.parametrize("text", ["[[", "{}", "[]", '"hosts"', "3"])
 def test_a_file_of_something_else_is_one_line(file, text):
-    with pytest.raises(RanksError, match=r"^MLX_HOSTFILE must name .* got '.*json'\. "):
+    with pytest.raises(RanksError, match=r"^MLX_HOSTFILE must name .* got .*json\. "):
         num_launched({"MLX_RANK": "0", "MLX_HOSTFILE": file(text)})
 
 
