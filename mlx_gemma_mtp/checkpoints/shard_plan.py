@@ -24,6 +24,7 @@ from mlx_lm.models import gemma4_text
 from ..constants import FULL, SLIDING, TARGET_MODEL_TYPES
 from ..models.drafter import Drafter
 from ..models.drafter_config import DrafterConfig
+from ..models.sharding import drafted_layers
 from ..models.splits import Heads, check_size, heads, split
 from ..models.text_config import check_model_type, check_target, text_config
 from .quantization import WORD_BITS, Format
@@ -220,9 +221,7 @@ class _Parts:
         self._rank, self._size = rank, size
         self._attentions = [layer.self_attn for layer in model.layers]
         self._owners = [each for each in self._attentions if each.has_kv]
-        # The drafter reads the last owner of each type.
-        last = {each.layer_type: each.layer_idx for each in self._owners}
-        self._drafted = set(last.values())
+        self._drafted = drafted_layers(model)
 
     @property
     def kept_heads(self) -> tuple[int, ...]:

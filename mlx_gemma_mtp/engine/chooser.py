@@ -83,7 +83,7 @@ class WayChooser:
         )
         self._untraced.look(batch, sources)
         allowed = self._allowed
-        own = self._way(policy, sources, context, in_flight)
+        own = self._way(policy, allowed, sources, context, in_flight)
         way = self._control.agreed(own, allowed)
         word = self._control.word(own, *way[:1], len(batch), batch.num_slots)
         is_traced = way not in self._untraced.ways
@@ -104,12 +104,13 @@ class WayChooser:
     def _way(
         self,
         policy: DraftPolicy,
+        allowed: Sequence[int],
         sources: Sequence[str],
         context: int,
         in_flight: Sequence[int],
     ) -> Way:
         """What this machine would choose."""
-        batch, allowed = self._batch, self._allowed
+        batch = self._batch
         left = [s.num_left for s in batch.live]
         limits = [n - len(in_flight) for n in left if n is not None]
         # Drafts beside a plain round say something where their places are known.

@@ -72,16 +72,25 @@ class Control:
         is_leaving: Whether this rank asks all to build no more rounds than they must;
             only rank 0's word counts.
         is_alone: Whether nobody must agree: what is built need not be run.
-        may_build: Whether there is another round.
-        is_over: Whether rank 0 has left and all rounds were read.
-        is_lost: Whether the ranks have lost each other.
     """
 
     is_leaving = False
     is_alone = True
-    may_build = True
-    is_over = False
-    is_lost = False
+
+    @property
+    def may_build(self) -> bool:
+        """Whether there is another round."""
+        return True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether rank 0 has left and all rounds were read."""
+        return False
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the ranks have lost each other."""
+        return False
 
     def agreed(self, way: Way, allowed: Collection[int]) -> Way:
         """How the next round drafts.
@@ -150,17 +159,17 @@ class RanksControl(Control):
         self._met: set[Hashable] = set()
 
     @property
-    def may_build(self) -> bool:  # type: ignore[override]
+    def may_build(self) -> bool:
         """See ``Control``."""
         return self._last is None or self._num_built <= self._last
 
     @property
-    def is_over(self) -> bool:  # type: ignore[override]
+    def is_over(self) -> bool:
         """See ``Control``."""
         return not self.may_build and self._num_read == self._num_built
 
     @property
-    def is_lost(self) -> bool:  # type: ignore[override]
+    def is_lost(self) -> bool:
         """See ``Control``."""
         return self._ranks.is_lost
 
