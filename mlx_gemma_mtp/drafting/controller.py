@@ -31,6 +31,7 @@ from .cost_model import CostModel
 from .lookup_model import LookupModel
 from .prior import DEFAULT_PRIOR, Prior
 from .saved_numbers import numbers
+from .ski_rental import SkiRental
 from .trials import PAYOFF, SEEN, Credit, Outlook, Trial, find_trial
 
 _ANY = range(MAX_DRAFT_TOKENS + 1)
@@ -43,11 +44,8 @@ _PLAIN_HORIZON = 128  # tokens left that justify tracing K = 0 to measure it
 _FLIGHT = 2  # rounds until a trial has been observed
 _LAST_TOKENS = MAX_DRAFT_TOKENS  # tokens left that justify no trial
 _SHORTEST = 3  # tokens of a match that is used in a drafter's place
-_LOOKUP_EDGE = 0.93  # of the time of others: less is not worth another source
+_LOOKUP_EDGE = 0.91  # of the time of others: less is not worth another source
 _LOOKUPS = (2, 4, 8)  # drafts from the text: few numbers, for few traces
-_MISSED = 0.25  # of what tracing takes, that must have been missed before
-_SAVED = 2.0  # times what tracing takes, that the tokens left must save
-_UNSEEN = 100  # tokens that count as if nothing had been missed in them
 _FIRST_OPTIMISM = 0.25  # standard deviations, where nothing is traced yet
 
 
@@ -84,8 +82,8 @@ class DraftLengthController:
         self._plain_tries = _PLAIN_TRIES
         self._num_shadow_drafts = 0
         self._looks_up = False
-        self._missed_s = [0.0] * len(_ANY)  # by not having traced a K from the text
-        self._num_offered = 0.0  # tokens of rounds that might have been traced so
+        self._rental = SkiRental()
+        self._num_drafted = 1.0  # tokens of a round without drafts from the text
 
     def resume(self, prior: Prior = DEFAULT_PRIOR) -> None:
         """Begin a process with what another one has learnt.
@@ -181,6 +179,7 @@ class DraftLengthController:
         # What a drafter is worth must be seen where a text does not repeat itself.
         is_new = max(lengths, default=0) < _SHORTEST and others != [0]
         if not choices or is_new or self._needs_plain(others, drafter_setup_s, left):
+            self._rental.note(self._num_drafted, {})
             return 0
         other = self._outlook(others, drafter_setup_s, left, can_shadow=False)
         seconds = self.lookup.all_seconds(self.costs)
@@ -188,27 +187,25 @@ class DraftLengthController:
         cost = [seconds[k] / tokens[min(k, left - 1)] for k in _ANY]  # per token
         best = other.best
         drafted = self.lookup.drafted_tokens(lengths, best, other.tokens[best])
+        self._num_drafted = drafted
         other_s = other.seconds[best] / drafted
         other_s += PAYOFF * drafter_setup_s.get(best, 0.0) / left
         ready = [k for k in choices if k not in setup_s]
         best = min(ready, key=cost.__getitem__, default=0)
         if not best or cost[best] > _LOOKUP_EDGE * other_s:
-            best, best_s = 0, other_s
+            best, best_s, emitted = 0, other_s, drafted
         else:
-            best_s = cost[best]
-        self._num_offered += tokens[best] if best else drafted
+            best_s, emitted = cost[best], tokens[best]
+        saved_s = {k: other_s - cost[k] for k in choices if cost[k] < other_s}
+        self._rental.note(emitted, saved_s)
         new = min(setup_s.keys() & set(choices), key=cost.__getitem__, default=0)
-        saved_s = best_s - cost[new] if new else 0.0
-        if saved_s <= (1 - _LOOKUP_EDGE) * best_s:
+        if not new or cost[new] >= _LOOKUP_EDGE * best_s:
             return best
-        # It is traced where the tokens left, if they are as those so far, save enough.
-        self._missed_s[new] += saved_s * tokens[new]
-        missed_s, cost_s = self._missed_s[new], setup_s[new]
-        saved_s = left * missed_s / (self._num_offered + _UNSEEN)
-        if missed_s < _MISSED * cost_s or saved_s < _SAVED * cost_s:
-            return best
-        self._missed_s[new] = 0.0  # the next graph is paid for anew
-        return new
+        rent_s = emitted * (best_s - cost[new])
+        pays = self._rental.pays(
+            new, ready=ready, rent_s=rent_s, price_s=setup_s[new], left=left
+        )
+        return new if pays else best
 
     def observe_lookup(
         self, num_draft_tokens: int, seconds: float | None, *, context: int = 0

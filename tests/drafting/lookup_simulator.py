@@ -4,12 +4,17 @@ A text goes on in turns with something new and with a copy of what was said befo
 each position it is fixed how many drafts of the drafter would stand, how long the match
 is, and how many of the tokens that follow it are right. Time is in plain rounds; what
 is observed is noisy and one round late.
+
+Edits are real ones: Python files of mlx-lm's history, each behind its former self, in
+Gemma's tokens. ``scripts/studies/real_edits.py`` has written ``edits.json``.
 """
 
+import json
 import math
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 from mlx_gemma_mtp.drafting.controller import DraftLengthController
 from mlx_gemma_mtp.drafting.prior import Prior
@@ -42,15 +47,22 @@ KINDS = {
     "new": Kind(0, 100),
     "prose": Kind(4, 80, 0.6, 0.6, 0.5),
     "quote": Kind(25, 60, 0.96, 0.8),
-    "edit": Kind(60, 12, 0.985, 0.75),
+    "rewrite": Kind(60, 12, 0.985, 0.75),
     "re-emission": Kind(150, 15, 0.99, 0.8),
     "well drafted": Kind(150, 15, 0.99, 0.92),
 }
 
 
+# P(a draft of the drafter is accepted) in edits, where what follows stood before.
+EDITS = {"edit": 0.75, "edit, well drafted": 0.85}
+ALL_KINDS = (*KINDS, *EDITS)
+
+
 @lru_cache(maxsize=256)
 def repeating_text(kind, length, seed):
     """For each position: drafts that stand, length of the match, tokens that follow."""
+    if kind in EDITS:
+        return _edited_text(EDITS[kind], length, seed)
     parameters, rng = KINDS[kind], random.Random(f"{kind} {length} {seed}")
     is_copied: list[bool] = []
     while len(is_copied) < length + DEPTH + 1:
@@ -72,6 +84,30 @@ def repeating_text(kind, length, seed):
         places.append(place)
         run = run + 1 if is_same[i] else 0
     return places
+
+
+@cache
+def _edits():
+    """The matches, and the tokens that follow, of each place of each edit."""
+    found = json.loads(Path(__file__).with_name("edits.json").read_text())
+    return [
+        [(match, same) for match, same, count in edit for _ in range(count)]
+        for edit in found
+    ]
+
+
+def _edited_text(drafted, length, seed):
+    """Edits behind each other, from a random one on."""
+    edits, rng = _edits(), random.Random(f"edit {drafted} {length} {seed}")
+    first = rng.randrange(len(edits))
+    found: list[tuple[int, int]] = []
+    while len(found) < length:
+        found += edits[first % len(edits)]
+        first += 1
+    return [
+        (_run(rng, drafted if same else 0.6, DEPTH), match, same)
+        for match, same in found[:length]
+    ]
 
 
 def _run(rng, rate, most):
