@@ -33,8 +33,6 @@ Places = list[tuple[int, int]]
 
 _CHARACTERS = range(1500, 9000)  # of a file
 _CHANGED = (0.01, 0.35)  # share of its lines
-_TOKENS = 600  # of a new file, from its beginning
-_LEAST_TOKENS = 300
 
 
 def main() -> None:
@@ -42,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("repository", help="its git directory, with its history")
     parser.add_argument("tokenizer", help="a tokenizer.json, such as Gemma's")
-    parser.add_argument("--count", type=int, default=24, help="how many edits")
+    parser.add_argument("--count", type=int, default=16, help="how many edits")
     parser.add_argument("--output", default="tests/drafting/edits.json")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(args.tokenizer)
@@ -74,11 +72,8 @@ def read_edits(
                 continue
             blobs = about.split()[2:4]
             old, new = (_git(repository, "cat-file", "blob", blob) for blob in blobs)
-            if not (len(old) in _CHARACTERS and _is_edit(old, new)):
-                continue
-            tokens = tokenizer.encode(new).ids[:_TOKENS]
-            if len(tokens) >= _LEAST_TOKENS:
-                yield tokenizer.encode(old).ids, tokens
+            if len(old) in _CHARACTERS and _is_edit(old, new):
+                yield tokenizer.encode(old).ids, tokenizer.encode(new).ids
                 break
 
 

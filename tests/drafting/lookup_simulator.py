@@ -54,7 +54,7 @@ KINDS = {
 
 
 # P(a draft of the drafter is accepted) in edits, where what follows stood before.
-EDITS = {"edit": 0.75, "edit, well drafted": 0.85}
+EDITS = {"edit": 0.75, "well drafted edit": 0.85}
 ALL_KINDS = (*KINDS, *EDITS)
 
 
@@ -97,13 +97,13 @@ def _edits():
 
 
 def _edited_text(drafted, length, seed):
-    """Edits behind each other, from a random one on."""
+    """Edits behind each other, from somewhere in one of them on."""
     edits, rng = _edits(), random.Random(f"edit {drafted} {length} {seed}")
-    first = rng.randrange(len(edits))
-    found: list[tuple[int, int]] = []
+    number = rng.randrange(len(edits))
+    found = edits[number][rng.randrange(len(edits[number])) :]
     while len(found) < length:
-        found += edits[first % len(edits)]
-        first += 1
+        number = (number + 1) % len(edits)
+        found = found + edits[number]
     return [
         (_run(rng, drafted if same else 0.6, DEPTH), match, same)
         for match, same in found[:length]

@@ -217,7 +217,7 @@ CELLS = {
     ("m3", "re-emission"): 1.15,
     ("m1", "edit"): 1.2,
     ("m3", "edit"): 1.4,
-    ("m5", "edit, well drafted"): 1.2,
+    ("m5", "well drafted edit"): 1.2,
     ("mixture", "rewrite"): 1.25,
     ("mixture", "well drafted"): 1.15,
 }
