@@ -83,7 +83,6 @@ class DraftLengthController:
         self._num_shadow_drafts = 0
         self._looks_up = False
         self._rental = SkiRental()
-        self._num_drafted = 1.0  # tokens of a round without drafts from the text
 
     def resume(self, prior: Prior = DEFAULT_PRIOR) -> None:
         """Begin a process with what another one has learnt.
@@ -154,6 +153,7 @@ class DraftLengthController:
         setup_s: Mapping[int, float] = _NOTHING,
         drafter_setup_s: Mapping[int, float] = _NOTHING,
         tokens_left: int | None = None,
+        tokens_to_growth: int | None = None,
         context: int = 0,
     ) -> int:
         """K of the next round where its drafts should come from the text, else 0.
@@ -167,6 +167,7 @@ class DraftLengthController:
             setup_s: What the first round of a K takes on top, from the text.
             drafter_setup_s: The same with the drafter.
             tokens_left: See `choose`.
+            tokens_to_growth: Tokens that a round serves that is traced now; None: many.
             context: See `choose`.
         """
         choices = [k for k in _sorted_choices(allowed) if k]
@@ -179,7 +180,6 @@ class DraftLengthController:
         # What a drafter is worth must be seen where a text does not repeat itself.
         is_new = max(lengths, default=0) < _SHORTEST and others != [0]
         if not choices or is_new or self._needs_plain(others, drafter_setup_s, left):
-            self._rental.note(self._num_drafted, {})
             return 0
         other = self._outlook(others, drafter_setup_s, left, can_shadow=False)
         seconds = self.lookup.all_seconds(self.costs)
@@ -187,23 +187,26 @@ class DraftLengthController:
         cost = [seconds[k] / tokens[min(k, left - 1)] for k in _ANY]  # per token
         best = other.best
         drafted = self.lookup.drafted_tokens(lengths, best, other.tokens[best])
-        self._num_drafted = drafted
         other_s = other.seconds[best] / drafted
         other_s += PAYOFF * drafter_setup_s.get(best, 0.0) / left
         ready = [k for k in choices if k not in setup_s]
         best = min(ready, key=cost.__getitem__, default=0)
-        if not best or cost[best] > _LOOKUP_EDGE * other_s:
-            best, best_s, emitted = 0, other_s, drafted
+        if best and cost[best] <= _LOOKUP_EDGE * other_s:
+            best_s, emitted = cost[best], min(tokens[best], left)
+            self._rental.repay(emitted * (other_s - best_s))
         else:
-            best_s, emitted = cost[best], tokens[best]
-        saved_s = {k: other_s - cost[k] for k in choices if cost[k] < other_s}
-        self._rental.note(emitted, saved_s)
+            best, best_s, emitted = 0, other_s, min(drafted, left)
         new = min(setup_s.keys() & set(choices), key=cost.__getitem__, default=0)
-        if not new or cost[new] >= _LOOKUP_EDGE * best_s:
+        if (
+            not new
+            or cost[new] > _LOOKUP_EDGE * best_s
+            or not self.costs.has_measured_any()
+        ):
             return best
-        rent_s = emitted * (best_s - cost[new])
+        saved_s = best_s - cost[new]  # per token
+        until = left if tokens_to_growth is None else min(left, tokens_to_growth)
         pays = self._rental.pays(
-            new, ready=ready, rent_s=rent_s, price_s=setup_s[new], left=left
+            rent_s=emitted * saved_s, price_s=setup_s[new], coming_s=until * saved_s
         )
         return new if pays else best
 

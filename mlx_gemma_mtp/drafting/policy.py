@@ -109,6 +109,7 @@ class DraftPolicy:
         tokens_left: int | None,
         sources: Sequence[str] = (DRAFTER,),
         matches: Sequence[int] = (),
+        tokens_to_growth: int | None = None,
         can_shadow: bool = False,
         context: int = 0,
     ) -> Way:
@@ -121,6 +122,8 @@ class DraftPolicy:
             sources: Where drafts may come from; ``()`` for plain rounds alone.
             matches: Of each live sequence, see ``LookupModel.expected_tokens``; where
                 drafts may come from the text.
+            tokens_to_growth: Tokens until rounds of another size are needed; None for
+                never.
             can_shadow: Whether drafts may be made beside the round to learn from.
             context: Tokens of the longest sequence.
         """
@@ -144,6 +147,7 @@ class DraftPolicy:
                     setup_s=self._setups(not_ready, LOOKUP),
                     drafter_setup_s=setup_s,
                     tokens_left=tokens_left,
+                    tokens_to_growth=tokens_to_growth,
                     context=context,
                 )
                 if count:

@@ -159,10 +159,14 @@ class Capacity:
             drafts: The numbers to choose from, 0 among them.
             num_slots: Slots now, grown where they had to.
         """
-        left = self._limit(num_slots) - self._latest(())
+        left = self.room(num_slots)
         if not self._policy.grows_at_fixed_places or left >= _BLOCK:
             return drafts
         return tuple(k for k in drafts if k < max(left, 1))
+
+    def room(self, num_slots: int) -> int:
+        """Tokens until the slabs grow; below 1 where they are about to."""
+        return self._limit(num_slots) - self._latest(())
 
     def _latest(self, in_flight: Collection[int]) -> int:
         """The furthest that the next round may start."""

@@ -122,6 +122,7 @@ class WayChooser:
             matches=[s.match_length for s in batch.live],
             not_ready=self._untraced.ways,
             tokens_left=max(limits) if len(limits) == len(left) else None,
+            tokens_to_growth=batch.capacity.room(batch.num_slots),
             can_shadow=can_shadow,
             context=context,
         )

@@ -46,6 +46,8 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(args.tokenizer)
     edits = itertools.islice(read_edits(args.repository, tokenizer), args.count)
     texts = [places(old, new) for old, new in edits]
+    if len(texts) < args.count:
+        parser.error(f"{args.repository} has {len(texts)} edits: need {args.count}")
     runs = [run_lengths(text) for text in texts]
     Path(args.output).write_text(json.dumps(runs, separators=(",", ":")) + "\n")
     every = [place for text in texts for place in text]

@@ -5,8 +5,8 @@ each position it is fixed how many drafts of the drafter would stand, how long t
 is, and how many of the tokens that follow it are right. Time is in plain rounds; what
 is observed is noisy and one round late.
 
-Edits are real ones: Python files of mlx-lm's history, each behind its former self, in
-Gemma's tokens. ``scripts/studies/real_edits.py`` has written ``edits.json``.
+Edits are real ones: Python files of mlx-lm's history (up to d78bf58), each behind its
+former self, in Gemma's tokens. ``edits.json`` is by ``scripts/studies/real_edits.py``.
 """
 
 import json
@@ -125,16 +125,25 @@ class RepeatingMachine:
         tracing: Plain rounds that the first round of a way takes on top.
         has_lookup: Whether drafts may come from the text.
         has_drafter: Whether they may come from a drafter.
+        loses_traces: Whether each text needs rounds of another size.
     """
 
-    def __init__(self, curve, *, tracing=0.0, has_lookup=True, has_drafter=True):
+    def __init__(
+        self,
+        curve,
+        *,
+        tracing=0.0,
+        has_lookup=True,
+        has_drafter=True,
+        loses_traces=False,
+    ):
         step = _DRAFT_STEP[curve]
         self.costs = {False: CURVES[curve]}
         self.costs[True] = [c - step * k for k, c in enumerate(CURVES[curve])]
         prior = Prior(tuple(CURVES[curve]), 0.6, tuple(self.costs[True]))
         self.controller = DraftLengthController(prior)
         self.has_lookup, self.has_drafter = has_lookup, has_drafter
-        self.tracing = tracing
+        self.tracing, self.loses_traces = tracing, loses_traces
         self.setup_s = PLAIN_S * max(tracing, 1.0)
         self.traced: set[tuple[bool, int]] = set()
         self.num_rounds = {False: 0, True: 0}
@@ -147,6 +156,8 @@ class RepeatingMachine:
         """Emit a text; the time that it took."""
         length, rng = len(places), random.Random(f"{seed}")
         controller = self.controller
+        if self.loses_traces:
+            self.traced.clear()
         controller.start()
         self._late: list[tuple[int, int, bool, float | None, int]] = []
         self._open: list[tuple[int, int]] = []

@@ -156,24 +156,90 @@ class TestController:
         assert few == 2
         assert controller.choose_lookup([20], allowed=[0]) == 0
 
-    def test_tracing_is_paid_for_by_what_was_missed(self):
-        """It comes back more than once, and never for the last tokens."""
-        controller = self.trained(tracing=5).controller
+    def asked_to_trace(self, controller, *, price_s, **options):
+        """How many rounds pass until one is traced for drafts from the text."""
+        controller.lookup.start()
         for _ in range(20):
             controller.lookup.observe(20, 8)
-        setup_s = dict.fromkeys(range(1, 9), 10.0)  # far more than a text takes
-        assert controller.choose_lookup([20], setup_s=setup_s) == 0
-        small = dict.fromkeys(range(1, 9), 0.05)
-        assert any(controller.choose_lookup([20], setup_s=small) for _ in range(20))
-        left = {"setup_s": small, "tokens_left": 3}
-        assert not controller.choose_lookup([20], **left)
+        setup_s = dict.fromkeys(range(1, 9), price_s)
+        for i in range(200):
+            if controller.choose_lookup([20], setup_s=setup_s, **options):
+                return i
+        return None
+
+    @pytest.mark.parametrize("price_s", [0.1, 0.2, 0.4])
+    def test_tracing_is_paid_for_by_what_was_missed(self, price_s):
+        """A round misses what its own tokens would have taken less, no more."""
+        controller = self.trained(has_lookup=False).controller
+        found = self.asked_to_trace(controller, price_s=price_s)
+        seconds = controller.costs.all_seconds()
+        tokens = controller.acceptance.expected_tokens()
+        best = min(range(9), key=lambda k: seconds[k] / tokens[k])
+        drafted = controller.lookup.drafted_tokens([20], best, tokens[best])
+        lookup_s = controller.lookup.all_seconds(controller.costs)
+        looked_up = controller.lookup.expected_tokens([20])
+        per_token_s = min(lookup_s[k] / looked_up[k] for k in (2, 4, 8))
+        missed_s = seconds[best] - drafted * per_token_s
+        assert found == math.ceil(price_s / missed_s) - 1
+
+    @pytest.mark.parametrize("few", [{"tokens_left": 3}, {"tokens_to_growth": 3}])
+    def test_nothing_is_traced_for_few_tokens(self, few):
+        controller = self.trained(has_lookup=False).controller
+        assert self.asked_to_trace(controller, price_s=0.15, **few) is None
+        assert self.asked_to_trace(controller, price_s=0.15) == 0  # it is missed long
+
+    def test_times_that_nobody_has_measured_miss_nothing(self):
+        """Such as those of another number of rows, of a text that is known."""
+        known = self.trained().controller
+        controller = DraftLengthController(acceptance=known.acceptance)
+        controller.lookup.acceptance = known.lookup.acceptance
+        setup_s = dict.fromkeys(range(9), 0.2)
+        options = {"tokens_left": 100, "drafter_setup_s": setup_s}
+        assert self.asked_to_trace(controller, price_s=0.2, **options) is None
+
+    def test_what_rounds_from_the_text_save_pays_for_the_next_trace(self):
+        """Of two controllers that have traced once, one has used it."""
+        found = []
+        for num_used in (0, 50):
+            controller = self.trained(has_lookup=False).controller
+            assert self.asked_to_trace(controller, price_s=0.1) is not None
+            for _ in range(num_used):
+                assert controller.choose_lookup([20])
+            found.append(self.asked_to_trace(controller, price_s=0.1))
+        assert found[0] > 2 * found[1]
+
+    @pytest.mark.parametrize(("share", "is_traced"), [(0.95, False), (0.85, True)])
+    def test_a_small_gain_is_not_traced_for(self, monkeypatch, share, is_traced):
+        """What is a few percent may be the models' mistake."""
+        controller = self.trained(has_lookup=False).controller
+        lookup = controller.lookup
+        self.asked_to_trace(controller, price_s=1e3)
+        seconds = controller.costs.all_seconds()
+        tokens = controller.acceptance.expected_tokens()
+        best = min(range(9), key=lambda k: seconds[k] / tokens[k])
+        per_token_s = seconds[best] / lookup.drafted_tokens([20], best, tokens[best])
+        looked_up = lookup.expected_tokens([20])
+        lookup_s = [per_token_s * share * looked_up[8]] * 9
+        monkeypatch.setattr(lookup, "all_seconds", lambda _: lookup_s)
+        found = self.asked_to_trace(controller, price_s=0.1)
+        assert (found is not None) == is_traced
 
     def test_short_texts_together_pay_for_tracing(self):
         """None of them is long enough to, and rounds drafted so are no loss."""
-        machine = RepeatingMachine("m5", tracing=20)
+        machine = RepeatingMachine("m5", tracing=10)
         for seed in range(20):
             machine.run("edit", 64, seed)
         assert machine.num_rounds[True] > 20
+
+    @pytest.mark.parametrize("kind", ["edit", "re-emission"])
+    def test_traces_that_each_text_needs_anew_are_no_great_loss(self, kind):
+        times = {}
+        for has_lookup in (False, True):
+            machine = RepeatingMachine(
+                "m5", tracing=20, has_lookup=has_lookup, loses_traces=True
+            )
+            times[has_lookup] = sum(machine.run(kind, 200, s) for s in range(24))
+        assert times[False] / times[True] > 0.97
 
     def test_plain_rounds_are_measured_first(self):
         controller = DraftLengthController()

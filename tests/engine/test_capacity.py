@@ -98,6 +98,18 @@ def test_ordinary_growth_always_has_room(rounds, length):
         assert simulate(capacity, row, drafts, accepted, can_look_ahead=True)
 
 
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_the_room_says_when_slabs_grow(is_closed):
+    capacity, (row,) = capacity_of((300, None), is_closed=is_closed)
+    num_slots = capacity.initial()
+    while not capacity.must_grow(num_slots, []):
+        room = capacity.room(num_slots)
+        assert room > 0 or not is_closed
+        row.offset += 1
+        assert capacity.room(num_slots) == room - 1
+    assert capacity.room(num_slots) <= 0
+
+
 def test_a_limited_request_never_grows():
     for is_closed in (False, True):
         capacity, (row,) = capacity_of((100, 50), is_closed=is_closed)
