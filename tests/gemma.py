@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import mlx_lm.utils
 from jinja2 import Environment
 from tokenizers import Tokenizer, models, trainers
+from transformers import AutoTokenizer
 
 DATA = Path(__file__).parent / "data" / "gemma"
 VOCAB_SIZE = 262144
@@ -245,6 +247,18 @@ def read_once(folder: Path) -> Iterator[None]:
     file = (folder / "tokenizer.json").resolve()
     load = mlx_lm.utils.load_tokenizer
     loaded: dict[str, Any] = {}
+    read: dict[str, Any] = {}
+    from_pretrained = AutoTokenizer.from_pretrained
+
+    def read_pieces(path: Path, chat_template: Any = None, **settings: Any) -> Any:
+        """Transformers' tokenizer; whatever its template, its pieces are the same."""
+        key = str(sorted(settings.items()))
+        if key not in read:
+            read[key] = from_pretrained(path, **settings)
+        found = copy.copy(read[key])
+        found.init_kwargs = {**found.init_kwargs, "chat_template": chat_template}
+        found.chat_template = chat_template
+        return found
 
     def load_once(
         model_path: Path, tokenizer_config_extra: Any = None, eos_token_ids: Any = None
@@ -257,7 +271,8 @@ def read_once(folder: Path) -> Iterator[None]:
         said = sorted(item for item in settings.items() if item[1] is not None)
         key = str((said, sorted(ids or ())))
         if key not in loaded:
-            loaded[key] = load(model_path, settings, ids)
+            with mock.patch.object(AutoTokenizer, "from_pretrained", read_pieces):
+                loaded[key] = load(model_path, settings, ids)
         found = copy.copy(loaded[key])
         found._tokenizer = copy.copy(found._tokenizer)
         found.eos_token_ids = loaded[key].eos_token_ids

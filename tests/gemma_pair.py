@@ -32,8 +32,8 @@ _NEVER = -1e4  # the logit of a token that is not the answer's next
 def write_pair(folder: Path, tokenizer: Path) -> Path:
     """Write a random target of all of Gemma's ids and, in drafter/, its drafter.
 
-    They have the published names and types and nearly no size: 35 MB. There is no chat
-    template.
+    They have the published names and nearly no size: 70 MB. Numbers are of float32,
+    which a CPU multiplies faster than bfloat16. There is no chat template.
 
     Args:
         folder: Where to; made.
@@ -50,7 +50,7 @@ def write_pair(folder: Path, tokenizer: Path) -> Path:
     drafter = json.loads((like / "drafter" / "config.json").read_text())
     sizes = {"hidden_size": _HIDDEN_SIZE, "vocab_size": VOCAB_SIZE}
     for config in (target, drafter):
-        config["dtype"] = "bfloat16"
+        config["dtype"] = "float32"
         config["text_config"] |= {**sizes, "intermediate_size": 2 * _HIDDEN_SIZE}
     drafter["backbone_hidden_size"] = _HIDDEN_SIZE
     args = gemma4_text.ModelArgs.from_dict(text_config(target, source=_SOURCE))
@@ -79,9 +79,9 @@ def _random_weights(module: nn.Module) -> dict[str, mx.array]:
     mx.random.seed(0)
     parameters = cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
     return {
-        name: mx.ones(like.shape, mx.bfloat16)
+        name: mx.ones(like.shape)
         if like.ndim < 2
-        else mx.random.normal(like.shape, mx.bfloat16, scale=like.shape[-1] ** -0.5)
+        else mx.random.normal(like.shape, scale=like.shape[-1] ** -0.5)
         for name, like in parameters
     }
 
