@@ -2,12 +2,15 @@
 
 import atexit
 import gc
+import inspect
 import logging
 import os
 import shutil
 import socket
 import sys
 import tempfile
+from functools import cache
+from types import SimpleNamespace
 
 # MLX hands every operation to a thread of its own. Where that is on another core, each
 # hand-over wakes it, which costs more than small operations themselves. So a worker
@@ -25,11 +28,16 @@ os.environ["MLX_GEMMA_MTP_CACHE"] = tempfile.mkdtemp(prefix="mlx_gemma_mtp-")
 import mlx.core as mx
 import pytest
 from hypothesis import settings
+from mlx_lm.models import base as models_base
 
 from mlx_gemma_mtp.cpu_kernels import compile_header
 from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.load import load_tokenizer
 from tests import gemma, gemma_pair, tiny
+
+# mlx-lm looks the names of its settings up for every key of every config: a tenth of
+# what tests took that load and convert small checkpoints.
+models_base.inspect = SimpleNamespace(signature=cache(inspect.signature))  # type: ignore[assignment]
 
 # Also where MLX has a GPU: what tests compare with are results of the CPU.
 mx.set_default_device(mx.cpu)
@@ -43,8 +51,9 @@ atexit.register(shutil.rmtree, os.environ["MLX_GEMMA_MTP_CACHE"], ignore_errors=
 # A probe takes a second for each pair; tests/exactness has what it finds.
 planning._PROBE_BUDGET_S = 1e-9
 
-settings.register_profile("local", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True)
+# Where a test asks for no number; those that find rare things ask for more.
+settings.register_profile("local", deadline=None, max_examples=50)
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
