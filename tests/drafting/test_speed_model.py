@@ -41,6 +41,7 @@ from mlx_gemma_mtp.drafting.speed_model import (
     prior,
 )
 from mlx_gemma_mtp.models.families import FAMILIES, family_of
+from scripts import roofline
 from tests.drafting.test_chips import UNKNOWN
 from tests.published import published, without_shared_kv
 
@@ -84,7 +85,20 @@ speeds = st.builds(
 )
 
 
-def run_script(*arguments, cwd):
+@pytest.fixture
+def run_script(monkeypatch, capsys, tmp_path):
+    """What the script prints, run elsewhere."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["roofline.py", *arguments])
+        roofline.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def run_process(*arguments, cwd):
     command = [sys.executable, str(ROOT / "scripts" / "roofline.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
@@ -316,14 +330,14 @@ def test_seconds_that_are_none_are_refused(took_s):
         Matmuls(pass_seconds=took_s)
 
 
-def test_the_page_has_what_the_script_prints(tmp_path):
-    part = run_script("--markdown", cwd=tmp_path)
+def test_the_page_has_what_the_script_prints(run_script):
+    part = run_script("--markdown")
     assert part in PAGE, part
 
 
-def test_figures_and_the_error_stated(tmp_path):
+def test_figures_and_the_error_stated(run_script, tmp_path):
     file = tmp_path / "figures.json"
-    printed = run_script("--json", str(file), cwd=tmp_path)
+    printed = run_script("--json", str(file))
     assert "not measured" in printed
     figures = json.loads(file.read_text(encoding="utf-8"))
     for use, words in (
@@ -362,12 +376,12 @@ def test_figures_and_the_error_stated(tmp_path):
 
 def test_settings_of_the_script(tmp_path):
     settings = ("--bits", "8", "--draft-bits", "16", "--batch-size", "4")
-    printed = run_script(*settings, "--context", "8000", cwd=tmp_path)
+    printed = run_process(*settings, "--context", "8000", cwd=tmp_path)
     assert "8-bit target, 16 bits of the drafter, batch 4, context 8000" in printed
 
 
-def test_constants_are_those_that_fit(tmp_path):
-    printed = run_script("--fit", cwd=tmp_path)
+def test_constants_are_those_that_fit(run_script):
+    printed = run_script("--fit")
     used, fitted = (
         [float(n) for line in re.findall(rf"^{word}:(.*)", printed, re.MULTILINE)
          for n in re.findall(r"\d[\d.e-]*", line)]
