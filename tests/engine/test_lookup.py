@@ -375,7 +375,8 @@ class TestSameText:
     def test_compiled(self):
         pair = reference_pair()
         requests = reference_requests([LOOKUP, DRAFTER, LOOKUP, DRAFTER])
-        expected, _ = decode(pair.rounds, requests, 0)
+        with uncompiled():
+            expected, _ = decode(pair.rounds, requests, 0)
         assert decode(pair.rounds, requests, 2)[0] == expected
 
     def test_without_a_drafter(self):
@@ -387,7 +388,7 @@ class TestSameText:
         assert rows == expected
         assert decoder.stats.accepted_from[LOOKUP] > 0
 
-    @settings(max_examples=8)
+    @settings(max_examples=5)
     @given(data=st.data())
     def test_rows_that_join_and_leave(self, data):
         """Any arrivals; seats and slots grow and shrink, and texts move with them."""

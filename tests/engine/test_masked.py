@@ -141,34 +141,36 @@ class ListingDrafter:
         return replace(output, logits=logits, token_ids=ids.astype(mx.int32))
 
 
+NUM_ROWS, NUM_TOKENS = 80, 50
+
+
+@cache
+def draw(
+    num_draft_tokens,
+    reproducible,
+    top_k=0,
+    *,
+    with_guesses=True,
+    look_ahead=True,
+    drafter=FixedDrafter,
+):
+    """All tokens by row, and the decoder, the same for every test."""
+    constraint = Allowing(CHAIN, GUESSED if with_guesses else KNOWN)
+    requests = [
+        Request(
+            [3],
+            NUM_TOKENS,
+            SamplingParams(1.0, seed=row, reproducible=reproducible, top_k=top_k),
+            constraint=constraint,
+        )
+        for row in range(NUM_ROWS)
+    ]
+    rounds = Rounds(FixedTarget(), drafter(), use_compile=False)
+    return decode(rounds, requests, num_draft_tokens, look_ahead=look_ahead)
+
+
 class TestLaw:
     """What is drawn follows the masked target, given the token before."""
-
-    NUM_ROWS, NUM_TOKENS = 80, 50
-
-    @cache  # noqa: B019 (of the module's life)
-    def draw(
-        self,
-        num_draft_tokens,
-        reproducible,
-        top_k=0,
-        *,
-        with_guesses=True,
-        look_ahead=True,
-        drafter=FixedDrafter,
-    ):
-        constraint = Allowing(CHAIN, GUESSED if with_guesses else KNOWN)
-        requests = [
-            Request(
-                [3],
-                self.NUM_TOKENS,
-                SamplingParams(1.0, seed=row, reproducible=reproducible, top_k=top_k),
-                constraint=constraint,
-            )
-            for row in range(self.NUM_ROWS)
-        ]
-        rounds = Rounds(FixedTarget(), drafter(), use_compile=False)
-        return decode(rounds, requests, num_draft_tokens, look_ahead=look_ahead)
 
     @pytest.mark.parametrize(
         ("num_draft_tokens", "top_k", "settings"),
@@ -182,12 +184,12 @@ class TestLaw:
     )
     def test_is_that_of_the_masked_target(self, num_draft_tokens, top_k, settings):
         """Chi-squared behind each token, false alarm 1e-6 each."""
-        rows, _ = self.draw(num_draft_tokens, not num_draft_tokens, top_k, **settings)
+        rows, _ = draw(num_draft_tokens, not num_draft_tokens, top_k, **settings)
         rules = Allowing(CHAIN)
         pairs = np.zeros((8, 8))
         for row in rows:
             np.add.at(pairs, (np.array([3, *row[:-1]]), np.array(row)), 1)
-        assert pairs.sum() == self.NUM_ROWS * self.NUM_TOKENS
+        assert pairs.sum() == NUM_ROWS * NUM_TOKENS
         for last in range(8):
             probs = np.where(rules.mask(last), TARGET_PROBS, 0)
             kept = np.argsort(-probs)[: top_k or 8]
@@ -203,18 +205,18 @@ class TestLaw:
             )
 
     def test_drafts_change_no_text_of_a_seed(self):
-        assert self.draw(4, True)[0] == self.draw(0, True)[0]
+        assert draw(4, True)[0] == draw(0, True)[0]
 
     def test_what_is_forced_stands(self):
         """The drafter alone would guess some of it: proposals that are sure do more."""
-        _, with_proposals = self.draw(4, False, with_guesses=False)
+        _, with_proposals = draw(4, False, with_guesses=False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 runner_module,
                 "proposed_tokens",
                 lambda rows, count, **_: mx.full((len(rows), 9, 1 + count), -1),
             )
-            _, without = self.draw.__wrapped__(self, 4, False, with_guesses=False)
+            _, without = draw.__wrapped__(4, False, with_guesses=False)
         gain = with_proposals.stats.acceptance_length / without.stats.acceptance_length
         assert gain > 1.05
 
@@ -249,9 +251,28 @@ GREEDY, SEEDED = SamplingParams(), SamplingParams(temp=1.5, seed=4)
 LISTED = SamplingParams(temp=1.5, seed=5, top_k=40, top_p=0.9)
 
 
-def masked(sampling=SEEDED, prompt=(2, 40, 41), max_tokens=24, **settings):
+def masked(sampling=SEEDED, prompt=(2, 40, 41), max_tokens=16, **settings):
     settings = {"constraint": rules(), **settings}
     return Request(list(prompt), max_tokens, sampling, **settings)
+
+
+def kinds():
+    """Rows of all kinds; a caller's function decides the last one."""
+    return [
+        masked(prompt=(2, 50)),
+        Request([2, 51], 9, SEEDED),
+        masked(GREEDY, num_logprobs=2, max_draft_tokens=1),
+        Request([2, 52], 16, LISTED),
+        masked(LISTED, prompt=(2, 53), max_tokens=20),
+        masked(prompt=(2, 54), logits_processors=(lambda _, logits: logits,)),
+    ]
+
+
+@cache
+def kinds_alone():
+    """The text of each of them alone."""
+    rounds = reference_pair().rounds
+    return [decode(rounds, [request], 0)[0][0] for request in kinds()]
 
 
 @pytest.mark.usefixtures("plain_graphs")
@@ -280,18 +301,10 @@ class TestText:
     @pytest.mark.parametrize("num_draft_tokens", [0, 3])
     def test_rows_of_all_kinds_stand_beside_each_other(self, pair, num_draft_tokens):
         """Also where a caller's function decides one of them."""
-        rows = [
-            masked(prompt=(2, 50)),
-            Request([2, 51], 9, SEEDED),
-            masked(GREEDY, num_logprobs=2, max_draft_tokens=1),
-            Request([2, 52], 24, LISTED),
-            masked(LISTED, prompt=(2, 53), max_tokens=30),
-        ]
-        host = masked(prompt=(2, 54), logits_processors=(lambda _, logits: logits,))
-        alone = {id(r): decode(pair.rounds, [r], 0)[0][0] for r in [*rows, host]}
-        for batch in (rows, [*rows[:3], host, rows[4]]):
+        for places in ((0, 1, 2, 3, 4), (0, 1, 2, 5, 4)):
+            batch = [kinds()[place] for place in places]
             texts, _ = decode(pair.rounds, batch, num_draft_tokens)
-            assert texts == [alone[id(request)] for request in batch]
+            assert texts == [kinds_alone()[place] for place in places]
 
     def test_log_probabilities_are_behind_the_mask(self, pair):
         request = masked(num_logprobs=3)

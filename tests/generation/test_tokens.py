@@ -381,14 +381,14 @@ def test_block_verification_of_sparse_and_dense_heads(family, filters):
     texts = [
         list(
             generate_tokens(
-                pair, PROMPT, max_tokens=16, num_draft_tokens=4, eos_token_ids=(), **s
+                pair, PROMPT, max_tokens=8, num_draft_tokens=4, eos_token_ids=(), **s
             )
         )
         for s in (settings, settings, {**settings, "reproducible": True})
     ]
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
-    assert len(texts[0]) == 16
+    assert len(texts[0]) == 8
     assert all(0 <= token < VOCAB_SIZE for token in texts[0])
 
 
@@ -407,7 +407,7 @@ class TestDraftSource:
     """The same text whatever drafts come from."""
 
     SETTINGS: ClassVar[dict[str, Any]] = {
-        "max_tokens": 24,
+        "max_tokens": 16,
         "eos_token_ids": (),
         "exactness": "fast",
     }
