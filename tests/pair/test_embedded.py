@@ -19,6 +19,7 @@ from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.generation import text as text_module
 from mlx_gemma_mtp.generation.tokens import draft_block, generate_tokens
 from mlx_gemma_mtp.pair.load import embedded_pair_path, load, load_pair, load_tokenizer
+from tests.tiny import uncompiled
 
 HELD_OUT = Path(__file__).parents[2] / "scripts" / "data" / "heldout.jsonl.gz"
 
@@ -67,7 +68,10 @@ def test_has_every_mechanism_of_gemma_4(pair):
     ],
 )
 def test_text_does_not_depend_on_drafting(pair, prompts, settings):
-    """bfloat16, across the wrap of the window, batch and single rows."""
+    """bfloat16, across the wrap of the window, batch and single rows.
+
+    Compiled below, and in tests/exactness in all ways that rounds are run.
+    """
 
     def decode(prompt, num_draft_tokens):
         return list(
@@ -81,18 +85,20 @@ def test_text_does_not_depend_on_drafting(pair, prompts, settings):
             )
         )
 
-    plain = [decode(prompt, 0) for prompt in prompts[:2]]
-    assert decode(prompts[0], 4) == plain[0]
-    rows = zip(*decode(prompts[:2], 4), strict=True)
-    assert [list(row) for row in rows] == plain
+    with uncompiled():
+        plain = [decode(prompt, 0) for prompt in prompts[:2]]
+        assert decode(prompts[0], 4) == plain[0]
+        rows = zip(*decode(prompts[:2], 4), strict=True)
+        assert [list(row) for row in rows] == plain
 
 
 def test_drafts_are_used(pair, prompts):
     """A small sample; scripts/bench.py measures properly. Greedy, so it repeats."""
     requests = [Request(prompt, 24) for prompt in prompts[:8]]
     decoder = Decoder(pair.rounds, requests, num_draft_tokens=4)
-    for _ in decoder.run():
-        pass
+    with uncompiled():
+        for _ in decoder.run():
+            pass
     assert decoder.stats.acceptance_length > 2.0
 
 
@@ -100,10 +106,13 @@ def test_drafts_continue_held_out_text(pair, prompts):
     """Drafts after a text that the target did not write, against its greedy text."""
     lengths = []
     for prompt in prompts[:8]:
-        drafts = draft_block(pair, prompt, 4)
-        greedy = generate_tokens(
-            pair, prompt, max_tokens=4, num_draft_tokens=0, eos_token_ids=()
-        )
+        with uncompiled():
+            drafts = draft_block(pair, prompt, 4)
+            greedy = list(
+                generate_tokens(
+                    pair, prompt, max_tokens=4, num_draft_tokens=0, eos_token_ids=()
+                )
+            )
         equal = [a == b for a, b in zip(drafts, greedy, strict=True)]
         lengths.append(equal.index(False) if False in equal else 4)
     assert 1 + sum(lengths) / len(lengths) > 1.5
