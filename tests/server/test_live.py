@@ -72,13 +72,13 @@ def together(*asks):
 
 
 def test_greedy_text_is_that_of_stream_generate(client, model):
-    expected = text_of(generated(model, max_tokens=24))
+    expected = text_of(generated(model, max_tokens=16))
     for drafts in (0, 3, "auto"):
         speculative = {"num_draft_tokens": drafts}
-        body = client.complete(PROMPT, max_tokens=24, speculative=speculative).json()
+        body = client.complete(PROMPT, max_tokens=16, speculative=speculative).json()
         assert body["choices"][0]["text"] == expected
         assert (body["speculative"]["drafted"] > 0) == (drafts != 0)
-    chunks = client.stream(PROMPT, max_tokens=24)[:-1]
+    chunks = client.stream(PROMPT, max_tokens=16)[:-1]
     assert "".join(c["choices"][0]["text"] for c in chunks) == expected
 
 
@@ -126,7 +126,7 @@ def test_no_end_comes_before_so_many_tokens(client, model, min_tokens):
 
 
 def test_a_seed_has_one_text_with_fewest_tokens_too(client):
-    settings = {"temperature": 0.9, "seed": 5, "max_tokens": 20, "min_tokens": 12}
+    settings = {"temperature": 0.9, "seed": 5, "max_tokens": 14, "min_tokens": 9}
     texts = {
         client.text(
             PROMPT,
@@ -184,7 +184,7 @@ def test_a_seed_has_one_text_alone_and_in_company(client, model):
         lambda i=i: client.text(PROMPT if i % 2 else "import ", seed=5, **settings)
         for i in range(4)
     ]
-    texts = together(*asks, lambda: client.text(PROMPT, max_tokens=24))
+    texts = together(*asks, lambda: client.text(PROMPT, max_tokens=16))
     assert texts[1:4:2] == [alone] * 2
     assert texts[0:4:2] == [texts[0]] * 2
     assert client.text(PROMPT, seed=6, **settings) != alone
@@ -196,13 +196,13 @@ def test_a_seed_has_one_text_alone_and_in_company(client, model):
 def test_requests_of_every_kind_together(client):
     """What one request asks for changes nothing for another."""
     kinds = [
-        {"max_tokens": 14},
-        {"max_tokens": 7, "logprobs": 2},
-        {"max_tokens": 14, "temperature": 1.0, "seed": 1},
-        {"max_tokens": 12, "presence_penalty": 1.0},
-        {"max_tokens": 12, "logit_bias": {"100": 50}},
+        {"max_tokens": 10},
+        {"max_tokens": 6, "logprobs": 2},
+        {"max_tokens": 10, "temperature": 1.0, "seed": 1},
+        {"max_tokens": 9, "presence_penalty": 1.0},
+        {"max_tokens": 9, "logit_bias": {"100": 50}},
         {"max_tokens": 24, "stop": "\n"},
-        {"max_tokens": 14, "speculative": {"num_draft_tokens": 0}},
+        {"max_tokens": 10, "speculative": {"num_draft_tokens": 0}},
         {"max_tokens": 1},
     ]
 
@@ -234,7 +234,7 @@ def test_short_prompts_of_eight_clients_at_once(client):
         return body["choices"][0]["text"], body["usage"]
 
     def long():
-        return client.text(PROMPT, max_tokens=20)
+        return client.text(PROMPT, max_tokens=12)
 
     found = together(long, *(lambda k=kind: ask(k) for kind in kinds))
     assert found == [long(), *(ask(kind) for kind in kinds)]
@@ -243,12 +243,12 @@ def test_short_prompts_of_eight_clients_at_once(client):
 
 def test_a_longer_prompt_is_taken_from_the_caches(client):
     prompt = PROMPT + "    # area of a circle\n" * 8
-    first = client.complete(prompt, max_tokens=12).json()
+    first = client.complete(prompt, max_tokens=8).json()
     answer = first["choices"][0]["text"]
-    second = client.complete(prompt + answer, max_tokens=12).json()
+    second = client.complete(prompt + answer, max_tokens=8).json()
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached > 64
-    fresh = client.complete(prompt, max_tokens=24).json()["choices"][0]["text"]
+    fresh = client.complete(prompt, max_tokens=16).json()["choices"][0]["text"]
     assert fresh == answer + second["choices"][0]["text"]
 
 
@@ -275,7 +275,7 @@ def test_instructions_are_read_once(client, model):
 
 
 def test_a_client_that_goes_away_leaves_the_others_alone(client):
-    alone = client.text(PROMPT, max_tokens=24)
+    alone = client.text(PROMPT, max_tokens=16)
 
     def leave():
         connection = client.connect()
@@ -284,7 +284,7 @@ def test_a_client_that_goes_away_leaves_the_others_alone(client):
         connection.getresponse().read1(10)
         connection.close()
 
-    asks = [leave, leave, lambda: client.text(PROMPT, max_tokens=24), leave]
+    asks = [leave, leave, lambda: client.text(PROMPT, max_tokens=16), leave]
     assert together(*asks)[2] == alone
     wait_until(lambda: client.get("/stats").json()["live"] == 0)
     metrics = client.get("/metrics").body.decode()
@@ -318,11 +318,11 @@ def test_lengths_are_the_models(client):
 
 
 def test_the_clock_changes_no_text_and_the_time_to_finish_is_limited(model):
-    expected = text_of(generated(model, max_tokens=24))
+    expected = text_of(generated(model, max_tokens=16))
     with running_command("--shutdown-timeout", "0.2") as (client, process):
         for drafts in ("auto", 3):
             speculative = {"num_draft_tokens": drafts}
-            text = client.text(PROMPT, max_tokens=24, speculative=speculative)
+            text = client.text(PROMPT, max_tokens=16, speculative=speculative)
             assert text == expected
         connection = client.connect()
         body = {"prompt": PROMPT, "max_tokens": 1000}
