@@ -313,7 +313,7 @@ class TestRoundTrip:
             assert prompt.is_reasoning is opens
 
     @given(data=st.data())
-    @settings(max_examples=30)
+    @settings(max_examples=15)
     def test_generated(self, tokenizer, data):
         words = st.text("ab <'\"{}|\n.é🌈", max_size=20)
         thinking = data.draw(st.booleans())

@@ -91,14 +91,14 @@ class TestTemplate:
     """What the template writes is read back."""
 
     @given(NAMES, ARGUMENTS, st.sampled_from(["null", "None"]))
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=200, deadline=None)
     def test_round_trip(self, name, arguments, none):
         (call,) = read_calls(call_of(name, arguments, none), Tools([]))
         assert (call.name, call.arguments) == (name, arguments)
         json.dumps(call.arguments, allow_nan=False)
 
     @given(st.dictionaries(st.text(ANY, max_size=6), VALUES, max_size=5))
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=200, deadline=None)
     def test_declared_names_of_any_kind(self, arguments):
         """Also those that hold marks of the format, or are white space."""
         declared: dict[str, object] = {key: {} for key in arguments}
@@ -265,7 +265,7 @@ class TestSchema:
 
 class TestSafety:
     @given(st.lists(st.sampled_from([*"{}[],:=\"' \\\nacl1-.fn", QUOTE, "call:f{"])))
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=120, deadline=None)
     def test_any_text_is_read_or_refused(self, pieces):
         text = "".join(pieces)
         for given_text in (text, f"call:f{{{text}}}"):
