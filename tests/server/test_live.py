@@ -5,13 +5,11 @@ Run: python -m pytest tests/server/test_live.py
 
 from __future__ import annotations
 
-import http.client
 import itertools
 import json
 import re
 import shlex
 import signal
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -334,23 +332,6 @@ def test_the_clock_changes_no_text_and_the_time_to_finish_is_limited(model):
             assert answer.status == 503
             assert "shutting down" in json.loads(answer.read())["error"]["message"]
         assert process.wait(WAIT_S) == 0
-
-
-def test_a_second_signal_ends_at_once():
-    with running_command("--shutdown-timeout", "1000") as (client, process):
-        threads = [threading.Thread(target=_ask_in_vain, args=(client,))]
-        threads[0].start()
-        wait_until(lambda: client.get("/stats").json()["live"] == 1)
-        process.send_signal(signal.SIGTERM)
-        wait_until(lambda: client.get("/health").status == 503)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(WAIT_S) == 128 + signal.SIGTERM
-        threads[0].join(WAIT_S)
-
-
-def _ask_in_vain(client):
-    with pytest.raises((ConnectionError, http.client.HTTPException)):
-        client.complete(PROMPT, max_tokens=1000)
 
 
 def test_settings_of_the_command_and_a_signal_lets_requests_finish(monkeypatch):
