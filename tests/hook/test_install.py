@@ -46,7 +46,7 @@ generation: Any = sys.modules["mlx_lm.generate"]  # the attribute is a function
 
 
 # Inside the window of 32 tokens with every prompt.
-MAX_TOKENS = 8
+MAX_TOKENS = 6
 # What has been seen in the configs of float weights.
 STALE: list[Any] = [
     "q4_0",

@@ -66,7 +66,7 @@ def decode(family, num_draft_tokens, **settings):
     stream = generate_tokens(
         reference_pair(family),
         PROMPTS if is_listed else PROMPTS[:1],
-        max_tokens=6 if is_listed else 3,
+        max_tokens=4 if is_listed else 3,
         num_draft_tokens=num_draft_tokens,
         eos_token_ids=(),
         **settings,
