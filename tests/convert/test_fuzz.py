@@ -44,7 +44,7 @@ from tests.tiny import REFERENCE, model_folder, uncompiled
 COMMAND = import_module("convert.__main__")
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
-NUM_CASES, NUM_MANY_CASES = 100, 4000
+NUM_CASES, NUM_MANY_CASES = 60, 4000
 NUM_VALUES = 4
 MAX_SECONDS = 20
 MAX_MEMORY_BYTES = 1 << 30

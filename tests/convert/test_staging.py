@@ -33,7 +33,7 @@ from tests.tiny import model_folder
 
 COMMAND = import_module("convert.__main__")
 ROOT = Path(__file__).parents[2]
-NUM_KILLS = 8
+NUM_KILLS = 6
 SEED = 20260
 
 

@@ -22,7 +22,7 @@ from tests.markup.schemas import Generator
 from tests.markup.test_tool_calls import call_of
 
 MARKS = {text: token for token, text in SPECIAL.items()}
-NUM_FAST, NUM_SLOW = 40, 1000
+NUM_FAST, NUM_SLOW = 25, 1000
 _LONG, _MOST_TOKENS = 100, 3000
 CLOSING = ("<channel|>", "<tool_call|>", '<|"|>', "}", "]")
 _PLACE = "/tools/0/function/parameters"
