@@ -25,14 +25,13 @@ from ..constants import FULL, SLIDING, TARGET_MODEL_TYPES
 from ..models.drafter import Drafter
 from ..models.drafter_config import DrafterConfig
 from ..models.sharding import drafted_layers
-from ..models.splits import Heads, check_size, heads, split
+from ..models.splits import Heads, check_groups, check_size, heads, split, unit_of
 from ..models.text_config import check_model_type, check_target, text_config
 from .quantization import WORD_BITS, Format
 
 TOLERANCE = 0.03  # of what is measured, from what was planned
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
-_DENSE_UNIT = 64  # columns that stay together where no quantization groups them
 _PREFIX = "language_model."  # of paths in a whole model's map
 _KEYS = ("bits", "group_size", "mode")  # of a format, in that map
 _MATRIX = re.compile(r"layers\.(\d+)\.(self_attn|mlp|experts\.switch_glu)\.(\w+)_proj$")
@@ -251,16 +250,20 @@ class _Parts:
             if name in ("k", "v") and attention.layer_idx in self._drafted:
                 return None
             width = self._attention_width(attention, name)
+            if by_inputs:
+                check_groups(width, self._group_size(path, shape[-1]))
         return (*shape[:-1], width) if by_inputs else (*shape[:-2], width, shape[-1])
 
     def _width(self, path: str, width: int) -> int:
         """The rank's part of a width of gates: whole groups of the matrix behind."""
         behind = f"{path.rpartition('.')[0]}.down_proj"
-        packed = self._weights.format_of(behind, width)
-        unit = _DENSE_UNIT if width % _DENSE_UNIT == 0 else 1
-        if packed is not None:
-            unit = packed.group_size
+        unit = unit_of(width, self._size, self._group_size(behind, width))
         return len(split(width, self._size, unit)[self._rank])
+
+    def _group_size(self, path: str, width: int) -> int | None:
+        """Columns of a matrix with one scale; None where it is not packed."""
+        packed = self._weights.format_of(path, width)
+        return None if packed is None else packed.group_size
 
     def _attention_width(self, attention: gemma4_text.Attention, name: str) -> int:
         """The rank's part of the width of a projection of heads."""

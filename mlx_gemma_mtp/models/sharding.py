@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,12 +30,11 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..distributed.ranks import Ranks
 from ..errors import PairingError
-from .splits import heads, split
+from .splits import check_groups, heads, split, unit_of
 
 _QUANTIZED = (nn.QuantizedLinear, QuantizedSwitchLinear)
 _LAYERS = (nn.Linear, SwitchLinear, *_QUANTIZED)
 _NUM_SEEN = 8  # numbers along each axis of a matrix that are looked at
-_UNIT = 64  # of wide layers that are not quantized
 
 
 @dataclass(frozen=True)
@@ -204,6 +203,7 @@ def _cut_attention(attention: Any, part: Shard, *, keeps_kv: bool) -> None:
     own = heads(attention.n_heads, attention.n_kv_heads, rank, size)
     width = attention.head_dim
     queries = range(own.queries.start * width, own.queries.stop * width)
+    check_groups(len(queries), _group_size(attention.o_proj))
     _cut_outputs(attention.q_proj, queries, part.seen)
     _cut_inputs(attention.o_proj, queries, part.seen)
     attention.o_proj = Summed(attention.o_proj, part)
@@ -221,7 +221,8 @@ def _cut_gated(mlp: Any, part: Shard) -> None:
     """Leave two gated projections, and what comes behind them, the rank's part."""
     down = mlp.down_proj
     size = part.ranks.size
-    own = split(_width(down), size, _unit(down, size))[part.ranks.rank]
+    unit = unit_of(_width(down), size, _group_size(down))
+    own = split(_width(down), size, unit)[part.ranks.rank]
     for layer in (mlp.gate_proj, mlp.up_proj):
         _cut_outputs(layer, own, part.seen)
     _cut_inputs(down, own, part.seen)
@@ -233,12 +234,9 @@ def _width(layer: Any) -> int:
     return width * 32 // layer.bits if isinstance(layer, _QUANTIZED) else width
 
 
-def _unit(layer: Any, size: int) -> int:
-    """How many inputs stay together."""
-    if isinstance(layer, _QUANTIZED):
-        return cast(int, layer.group_size)
-    units, rest = divmod(_width(layer), _UNIT)
-    return _UNIT if units >= size and not rest else 1
+def _group_size(layer: Any) -> int | None:
+    """Weights of a quantized layer with one scale; None of one that is not."""
+    return layer.group_size if isinstance(layer, _QUANTIZED) else None
 
 
 def _cut_outputs(layer: Any, part: range, seen: hashlib._Hash) -> None:

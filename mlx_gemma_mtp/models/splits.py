@@ -16,6 +16,7 @@ from itertools import accumulate, pairwise
 from ..errors import RequestError
 
 SIZES = (1, 2, 4)  # machines that a target is split over
+_UNIT = 64  # columns that stay together in wide matrices that are not quantized
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,38 @@ def split(width: int, size: int, unit: int = 1) -> tuple[range, ...]:
     return tuple(
         range(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))
     )
+
+
+def unit_of(width: int, size: int, group_size: int | None = None) -> int:
+    """How many rows or columns of a width stay together.
+
+    Args:
+        width: Rows or columns of a matrix.
+        size: Number of ranks.
+        group_size: Quantized weights with one scale along the width; None for a matrix
+            that is not quantized.
+    """
+    if group_size is not None:
+        return group_size
+    units, rest = divmod(width, _UNIT)
+    return _UNIT if units >= size and not rest else 1
+
+
+def check_groups(width: int, group_size: int | None) -> None:
+    """Check that heads of a rank are whole groups of the matrix behind them.
+
+    Args:
+        width: Columns of the matrix that a rank holds, the same on every rank.
+        group_size: As of ``unit_of``.
+
+    Raises:
+        RequestError: A group is on two machines.
+    """
+    if group_size is not None and width % group_size:
+        raise RequestError(
+            f"a machine's heads must be whole groups of {group_size} columns: got "
+            f"{width}. Use fewer machines, or smaller groups."
+        )
 
 
 def heads(num_heads: int, num_kv_heads: int, rank: int, size: int) -> Heads:

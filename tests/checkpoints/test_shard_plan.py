@@ -180,5 +180,11 @@ def test_what_cannot_be_split_is_refused():
     with pytest.raises(CheckpointError, match="model_type in a drafter must be"):
         shard_plans(published(f"{B31}-assistant").config, 2, source="a drafter")
     small = text_config("12b", num_layers=2) | {"intermediate_size": 192}
+    small["quantization"] = {"bits": 4, "group_size": 64}
     with pytest.raises(RequestError, match="must be at most 3, as a width of 192"):
         shard_plans(small, 4)
+    narrow = small | {"intermediate_size": 256, "head_dim": 24}
+    with pytest.raises(
+        RequestError, match="must be whole groups of 64 columns: got 96"
+    ):
+        shard_plans(narrow, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from copy import copy
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_lm.models import gemma4_text
 
+from mlx_gemma_mtp.checkpoints.shard_plan import shard_plans
 from mlx_gemma_mtp.checkpoints.weights import load_drafter, load_target
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.engine.state import empty_state, row_settings
@@ -24,6 +27,7 @@ from mlx_gemma_mtp.models.sharding import (
 )
 from mlx_gemma_mtp.models.splits import split
 from mlx_gemma_mtp.models.target import Target, text_model
+from mlx_gemma_mtp.models.text_config import text_config
 from mlx_gemma_mtp.sampling.params import SamplingParams
 from tests.tiny import FAMILIES, REFERENCE, SHORT, family_folder
 
@@ -110,6 +114,35 @@ def leaves(lm: Any) -> list[tuple[str, mx.array]]:
     """All parameters by the whole target's names."""
     flat: Any = nn.utils.tree_flatten(lm.parameters())
     return [(name.replace(".module", ""), array) for name, array in flat]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("width", [160, 192, 256])
+def test_a_part_holds_what_was_planned(size, width):
+    """Also of 192 columns over four, which are no groups of 64."""
+    folder = family_folder(SHORT) / "target"
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = width
+    args = gemma4_text.ModelArgs.from_dict(text_config(config, source="a test"))
+    for rank, plan in enumerate(shard_plans(config, size)):
+        lm = gemma4_text.Model(args)
+        shard(lm, ranks(rank, size))
+        held = sum(array.nbytes for _, array in leaves(lm))
+        assert held == plan.weight_bytes
+
+
+def test_half_a_group_is_refused():
+    """Heads of two of four machines would share the scales of 64 columns."""
+    target = load_target(family_folder(SHORT) / "target")
+    lm = text_model(target)
+    nn.quantize(
+        lm,
+        group_size=64,
+        bits=4,
+        class_predicate=lambda path, module: path.endswith("o_proj"),
+    )
+    with pytest.raises(RequestError, match="whole groups of 64 columns: got 32"):
+        shard(lm, ranks(0, 4))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
