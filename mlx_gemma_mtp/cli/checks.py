@@ -27,6 +27,11 @@ _TEXTS = (
     *("system_prompt", "prefill_response", "chat_template_config", "stop"),
     *("extra_eos_token", "logit_bias"),
 )
+# What one machine alone has, and penalties.
+_ALONE = (
+    *("prompt_cache_file", "adapter_path", "logit_bias"),
+    *("schema", "regex", "max_thinking_tokens"),
+)
 _MAX_DIGITS = 12  # of a token id; no vocabulary has one as long
 
 
@@ -69,6 +74,26 @@ def check(args: argparse.Namespace) -> Checked:
         _template_config(args.chat_template_config, args.thinking),
         _logit_bias(args.logit_bias),
     )
+
+
+def check_several(args: argparse.Namespace) -> None:
+    """Refuse what one machine alone has, before a model is loaded.
+
+    Raises:
+        RequestError: A flag asks for it.
+    """
+    if args.prompt == "-":
+        raise RequestError(
+            "-p must give the text where several machines were launched: got - for "
+            "standard input. Write it behind -p."
+        )
+    given = [name for name in _ALONE if getattr(args, name) is not None]
+    for name in [*given, *penalties(args)]:
+        flag = name.replace("_", "-")
+        raise RequestError(
+            f"--{flag} must be left out where several machines were launched: got "
+            f"{shorten(getattr(args, name))}. Launch one for it."
+        )
 
 
 def given_form(args: argparse.Namespace) -> dict[str, Any]:

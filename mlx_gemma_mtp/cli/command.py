@@ -17,10 +17,17 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import (
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from ..distributed.environment import is_first
 from ..errors import MTPError, OutputError, RequestError, shorten
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -169,14 +176,28 @@ def _ending(run: Callable[[], int], notes: TextIO, stopped: str | None) -> int:
     """Run a command; exit status where the user or a signal ends it."""
     try:
         with nullcontext() if stopped is None else _signals_as_interrupts():
-            return run()
+            with _printing():
+                return run()
     except MTPError as error:
-        _say(notes, f"error: {error}")
+        # What is asked for is refused by all ranks alike.
+        if is_first(os.environ) or not isinstance(error, RequestError):
+            _say(notes, f"error: {error}")
         return 1
     except KeyboardInterrupt as interrupt:
         if stopped is not None:
             _say(notes, stopped)
         return 128 + interrupt.args[0] if interrupt.args else EXIT_INTERRUPTED
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Let all that is printed inside go nowhere on a rank that is not the first."""
+    if is_first(os.environ):
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
 
 
 def _say(notes: TextIO, line: str) -> None:

@@ -11,17 +11,15 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.template_files import missing_template_note
 from ..cpu_kernels import compile_header
-from ..distributed.environment import num_launched
-from ..errors import RequestError
+from ..distributed.environment import is_first, num_launched
 from ..generation.chat_template import apply_chat_template
 from ..markup.answer import AnswerReader, marks_of
 from .arguments import EMBEDDED_PROMPT, configure_parser
-from .checks import check, given_form
+from .checks import check, check_several, given_form
 from .command import (
     EXIT_INTERRUPTED,
     check_output_file,
@@ -66,37 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Load, generate, print; of several machines the first one prints."""
-    if num_launched(os.environ) == 1:
-        return _generate(args)
-    from ..distributed.ranks import launched
-
-    _check_several(args)
-    ranks = launched()
-    if ranks is None or ranks.is_first:
-        return _generate(args)
-    args.stats_json = None
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        with redirect_stdout(nowhere), redirect_stderr(nowhere):
-            return _generate(args)
-
-
-def _check_several(args: argparse.Namespace) -> None:
-    """Refuse what one machine alone has.
-
-    Raises:
-        RequestError: A flag says so.
-    """
-    if args.prompt == "-":
-        raise RequestError(
-            "-p must give the text where several machines were launched: got - for "
-            "standard input. Write it behind -p."
-        )
-    if args.prompt_cache_file is not None:
-        raise RequestError(
-            "--prompt-cache-file must be left out where several machines were "
-            "launched: got one. Give the whole prompt."
-        )
+    """Load, generate, print; of several machines the first one writes files."""
+    if num_launched(os.environ) > 1:
+        check_several(args)
+        if not is_first(os.environ):
+            args.stats_json = None
+    return _generate(args)
 
 
 def _generate(args: argparse.Namespace) -> int:

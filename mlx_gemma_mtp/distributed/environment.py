@@ -18,6 +18,7 @@ _RDMA = ("JACCL_IBV_DEVICES", "MLX_IBV_DEVICES")
 _FILES = (*_RDMA, "MLX_HOSTFILE")
 _NCCL_SIZE = "MLX_WORLD_SIZE"
 _MPI_SIZE = "OMPI_COMM_WORLD_SIZE"
+_MPI_RANK = "OMPI_COMM_WORLD_RANK"
 
 
 def num_launched(environ: Mapping[str, str]) -> int:
@@ -40,6 +41,15 @@ def num_launched(environ: Mapping[str, str]) -> int:
             " Start with mlx.launch, or unset it."
         )
     return size
+
+
+def is_first(environ: Mapping[str, str]) -> bool:
+    """Whether this process is rank 0, or alone.
+
+    Args:
+        environ: The process's variables.
+    """
+    return all(environ.get(name, "0") == "0" for name in (*_RANK, _MPI_RANK))
 
 
 def has_rdma(environ: Mapping[str, str]) -> bool:

@@ -1,0 +1,92 @@
+"""Commands on several ranks: rank 0 speaks for all, and what is refused is so at once.
+
+Run: python -m pytest tests/cli/test_several.py
+"""
+
+import json
+import sys
+
+import pytest
+
+from mlx_gemma_mtp.cli import generate
+from mlx_gemma_mtp.cli.command import exit_status
+from mlx_gemma_mtp.errors import CheckpointError
+from mlx_gemma_mtp.selftest.__main__ import main as selftest
+
+REFUSED = {
+    "-p": "-",
+    "--prompt-cache-file": "cache.safetensors",
+    "--adapter-path": "adapters",
+    "--logit-bias": '{"5": 1}',
+    "--repetition-penalty": "1.1",
+    "--presence-penalty": "0.5",
+    "--frequency-penalty": "0.5",
+    "--schema": "schema.json",
+    "--regex": "[0-9]",
+    "--max-thinking-tokens": "0",
+}
+
+
+@pytest.fixture(params=[0, 1])
+def rank(request, monkeypatch, tmp_path):
+    """This process is one of two ranks, and may load nothing."""
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([["127.0.0.1:1"], ["127.0.0.1:2"]]))
+    monkeypatch.setenv("MLX_RANK", str(request.param))
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    monkeypatch.setattr(generate, "load_model", None)
+    return request.param
+
+
+def check_said(capsys, rank, line):
+    """One line of rank 0's, nothing of the other's."""
+    output, errors = capsys.readouterr()
+    assert output == ""
+    if rank:
+        assert errors == ""
+    else:
+        assert errors.startswith(f"error: {line}")
+        assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(("flag", "value"), REFUSED.items(), ids=REFUSED)
+def test_what_one_machine_alone_has_is_refused_before_loading(
+    rank, capsys, flag, value
+):
+    assert generate.main([flag, value]) == 1
+    check_said(capsys, rank, f"{flag} must")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--no-such-flag"], "unrecognized argument: '--no-such-flag'"),
+        (["--temp", "warm"], "argument --temp: invalid float value"),
+        (["--temp", "-1"], "temp must be"),
+        (["--num-draft-tokens", "9"], "num_draft_tokens must be"),
+    ],
+)
+def test_mistakes_are_told_once(rank, capsys, arguments, line):
+    assert generate.main(arguments) == 1
+    check_said(capsys, rank, line)
+
+
+def test_the_self_test_refuses_once(rank, capsys):
+    assert selftest(["--section", "machine"]) == 1
+    check_said(capsys, rank, "the self-test of several ranks must be without")
+
+
+def test_help_is_printed_once(rank, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        generate.main(["--help"])
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    assert bool(output) == (rank == 0)
+
+
+def test_what_one_rank_lacks_it_says_itself(rank, capsys):
+    def load():
+        raise CheckpointError("no such folder")
+
+    assert exit_status(load, sys.stdout, sys.stderr) == 1
+    assert capsys.readouterr().err == "error: no such folder\n"
