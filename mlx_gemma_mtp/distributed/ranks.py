@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ class Ranks:
         group: What the engine's own collectives name.
         rank: This process.
         size: How many there are.
-        watchdog: To be lifted where a rank may take any time.
+        watchdog: Ends this process when the others are silent.
         is_lost: Whether the ranks are out of step, or have lost each other: nothing
             goes on together.
     """
@@ -68,6 +69,8 @@ class Ranks:
             watchdog.start()
         self.watchdog = watchdog
         self._beats = Beats(self._beat, watchdog.end)
+        if self.is_first:  # once: what is registered at exit does not run any more
+            atexit.register(self.close)
 
     @property
     def is_first(self) -> bool:
@@ -187,8 +190,6 @@ class Ranks:
         the others' ``wait_for_work`` says so.
         """
         if not self._beats.is_resting:
-            atexit.unregister(self.close)
-            atexit.register(self.close)
             self._beats.start()
 
     def wake(self) -> None:
@@ -201,16 +202,6 @@ class Ranks:
         """
         self._leave_rest(Word.WORK)
 
-    @contextmanager
-    def idle(self) -> Iterator[None]:
-        """Rest on rank 0 while what is done inside needs no other rank.
-
-        After an exception it still rests: there is no work.
-        """
-        self.rest()
-        yield
-        self.wake()
-
     def wait_for_work(self) -> bool:
         """Sleep on another rank until rank 0 wakes it.
 
@@ -218,19 +209,40 @@ class Ranks:
             Whether there is work; else rank 0 has ended.
 
         Raises:
-            RanksError: The ranks are out of step, or have lost each other.
+            RanksError: The ranks are out of step, or have lost each other, or an
+                exception has ended rank 0.
         """
         for pause_s in pauses():
             time.sleep(pause_s)
             word = self._meet_in_beat(Word.IDLE)
+            if word == Word.END:
+                self.tell_failure()
             if word != Word.IDLE:
                 return word == Word.WORK
         raise AssertionError("pauses have no end")
 
     def close(self) -> None:
-        """Rank 0, if it rests: the others' ``wait_for_work`` returns False."""
+        """Rank 0, if it rests: the others' ``wait_for_work`` ends."""
         with suppress(RanksError):
-            self._leave_rest(Word.END)
+            if self._beats.is_resting:
+                self._leave_rest(Word.END)
+                self.tell_failure()
+
+    def tell_failure(self) -> None:
+        """All hear of the exception that ends rank 0's program, if one does.
+
+        Raises:
+            RanksError: On the others, where one does.
+        """
+        found = self.share(failure())
+        if found is None:
+            return
+        self.is_lost = True
+        if not self.is_first:
+            raise RanksError(
+                f"Rank 0 must go on as long as rank {self.rank}: got {found} there. "
+                "See what it wrote, then start all again."
+            )
 
     def _leave_rest(self, word: Word) -> None:
         if self._beats.is_resting:
@@ -264,6 +276,15 @@ class Ranks:
         found = headers_of(met, header, self.rank)
         self.is_lost = False
         return found
+
+
+def failure() -> str | None:
+    """The exception that ends this program, on one line; None where none does.
+
+    Python has it where the program's main part has ended: for what runs at exit.
+    """
+    error: BaseException | None = vars(sys).get("last_value")
+    return None if error is None else described(error)
 
 
 @functools.cache

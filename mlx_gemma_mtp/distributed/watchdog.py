@@ -25,10 +25,10 @@ _GOODBYE_S = 1.0  # for the last line, where nobody reads it
 
 @dataclass(eq=False)
 class _Wait:
-    """What a thread does now; ``limit_s`` is None where it need not hear of others."""
+    """What a thread waits for now, and for how long."""
 
     what: str
-    limit_s: float | None
+    limit_s: float
     waited_s: float = 0.0
 
 
@@ -70,14 +70,19 @@ class Watchdog:
             what: What the rank waits for, for the last line.
             limit_s: Seconds of silence.
         """
-        with self._doing(_Wait(what, limit_s)):
+        wait, thread = _Wait(what, limit_s), threading.get_ident()
+        with self._lock:
+            self._waits.setdefault(thread, []).append(wait)
+        try:
             yield
-
-    @contextmanager
-    def lifted(self) -> Iterator[None]:
-        """What is done inside, by this thread, may take any time."""
-        with self._doing(_Wait("", None)):
-            yield
+        finally:
+            with self._lock:
+                waits = self._waits[thread]
+                waits.pop()
+                if waits:
+                    waits[-1].waited_s = 0.0
+                else:
+                    del self._waits[thread]
 
     def beat(self) -> None:
         """Something was heard of the others."""
@@ -96,26 +101,10 @@ class Watchdog:
             for waits in self._waits.values():
                 wait = waits[-1]
                 wait.waited_s += passed_s
-                if wait.limit_s is not None and wait.waited_s > wait.limit_s:
+                if wait.waited_s > wait.limit_s:
                     late = self._line(wait.what, wait.limit_s)
         if late is not None:
             self.end(late)
-
-    @contextmanager
-    def _doing(self, wait: _Wait) -> Iterator[None]:
-        thread = threading.get_ident()
-        with self._lock:
-            self._waits.setdefault(thread, []).append(wait)
-        try:
-            yield
-        finally:
-            with self._lock:
-                waits = self._waits[thread]
-                waits.pop()
-                if waits:
-                    waits[-1].waited_s = 0.0
-                else:
-                    del self._waits[thread]
 
     def _line(self, what: str, limit_s: float) -> str:
         return (
@@ -137,8 +126,11 @@ def end_process(line: str) -> None:
     reader, or its lock another owner: a thread of its own writes.
     """
     writer = threading.Thread(target=_say_goodbye, args=[line], daemon=True)
-    writer.start()
-    writer.join(_GOODBYE_S)
+    try:
+        writer.start()
+        writer.join(_GOODBYE_S)
+    except RuntimeError:  # at exit Python starts no thread
+        _say_goodbye(line)
     os._exit(1)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from weakref import WeakSet
 
 from ..errors import RanksError, RequestError
-from .ranks import Ranks
+from .ranks import Ranks, failure
 
 _AT_REST: WeakSet[Ranks] = WeakSet()
 _AT_WORK: WeakSet[Ranks] = WeakSet()
@@ -27,15 +27,23 @@ def begin_work(ranks: Ranks) -> None:
             "several machines must decode one text at a time: got another one. Take "
             "the first one to its end, or close it."
         )
+    if ranks in _AT_REST:
+        _AT_REST.discard(ranks)
+        _end_rest(ranks)
     _AT_WORK.add(ranks)
-    if ranks not in _AT_REST:
-        return
-    _AT_REST.discard(ranks)
+
+
+def _end_rest(ranks: Ranks) -> None:
+    """Wake the others on rank 0; wait for that on them.
+
+    Raises:
+        RanksError: Rank 0 has ended, or the ranks have lost each other.
+    """
     if ranks.is_first:
         ranks.wake()
         return
-    atexit.unregister(_stay)
     if not ranks.wait_for_work():
+        ranks.is_lost = True
         raise RanksError(
             f"Rank 0 must go on as long as rank {ranks.rank}: got its end. Run one "
             "script on all ranks."
@@ -50,8 +58,6 @@ def end_work(ranks: Ranks) -> None:
     _AT_REST.add(ranks)
     if ranks.is_first:
         ranks.rest()
-    else:
-        atexit.register(_stay, ranks)
 
 
 @contextmanager
@@ -72,8 +78,21 @@ def working(ranks: Ranks | None) -> Iterator[None]:
         end_work(ranks)
 
 
-def _stay(ranks: Ranks) -> None:
-    """Do not end before rank 0, which would lose this rank."""
-    with suppress(RanksError):
-        if not ranks.is_lost:
-            ranks.wait_for_work()
+@atexit.register  # now: what runs at exit can register nothing
+def _stay() -> None:
+    """Do not end before rank 0, which would lose this rank; unless this one fails."""
+    for ranks in list(_AT_REST):
+        if not (ranks.is_first or ranks.is_lost or failure() is not None):
+            _stay_with(ranks)
+
+
+def _stay_with(ranks: Ranks) -> None:
+    """Wait for rank 0's end; end with a line where something else comes."""
+    try:
+        if ranks.wait_for_work():
+            ranks.watchdog.end(
+                f"Rank {ranks.rank} must go on as long as rank 0: got its own end. Run "
+                "one script on all ranks."
+            )
+    except RanksError as error:
+        ranks.watchdog.end(str(error))

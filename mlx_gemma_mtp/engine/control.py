@@ -110,11 +110,15 @@ class Control:
         """
         return None
 
-    def meet(self, shape: Hashable) -> None:
+    def meet(self, shape: Hashable, *, is_traced: bool) -> None:
         """Wait for all ranks before the first round of a shape.
 
         Each of them traces it, and compiles its kernels, in its own time; a GPU must
         not wait for that inside a round.
+
+        Args:
+            shape: The shape.
+            is_traced: Whether rounds like it have run before.
         """
 
     def waiting(self, *, is_traced: bool) -> AbstractContextManager[None]:
@@ -196,17 +200,17 @@ class RanksControl(Control):
         word[_LENGTH + self._ranks.rank] = self._digest & 0x7FFFFFFF
         return mx.array(word, dtype=mx.int32)
 
-    def meet(self, shape: Hashable) -> None:
+    def meet(self, shape: Hashable, *, is_traced: bool) -> None:
         """See ``Control``."""
         if shape not in self._met:
             self._met.add(shape)
-            self._ranks.barrier(FIRST_S)
+            self._ranks.barrier(_limit_s(is_traced=is_traced))
 
     def waiting(self, *, is_traced: bool) -> AbstractContextManager[None]:
         """See ``Control``."""
         self._ranks.check()  # what is in flight of lost ones never ends
         name = f"round {self._num_read}"
-        return self._ranks.exchange(name, LIMIT_S if is_traced else FIRST_S)
+        return self._ranks.exchange(name, _limit_s(is_traced=is_traced))
 
     def read(self, word: mx.array | None, tokens: Sequence[Sequence[int]]) -> None:
         """See ``Control``."""
@@ -224,3 +228,8 @@ class RanksControl(Control):
         self._ways.append(Way(count, _SOURCES[source]))
         if leaves and self._last is None:
             self._last = number + _AHEAD - 1
+
+
+def _limit_s(*, is_traced: bool) -> float:
+    """Seconds that a rank may be silent in a round."""
+    return LIMIT_S if is_traced else FIRST_S

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import Ranks, failure
 from ..distributed.work import end_work
 from ..drafting.policy import DraftPolicy
 from ..errors import RanksError
@@ -296,6 +296,10 @@ class Decoder:
         except GeneratorExit:
             self.close()
             raise
+        except BaseException:
+            if self._ranks is not None:
+                self._ranks.is_lost = True  # the others go on, and hear no word of it
+            raise
         self.close()
 
     def step(self) -> StepOutput:
@@ -354,8 +358,9 @@ class Decoder:
         self._is_closed = True
         if self._ranks is not None:
             atexit.unregister(self.close)
-            # The others read on; no word of this reaches them.
-            self._ranks.is_lost |= bool(self._queue)
+            # The others read on, or rank 0 decodes on: no word of this reaches them.
+            is_failing = not self._ranks.is_first and failure() is not None
+            self._ranks.is_lost |= bool(self._queue) or is_failing
         self._queue.clear()
         self._rest()
         self._timer.stop()
@@ -371,6 +376,8 @@ class Decoder:
             logger.debug("ranks are lost, and with them what was in flight")
         except Exception as error:
             logger.warning("a round that was not needed has failed", exc_info=error)
+            if self._ranks is not None:
+                self._ranks.is_lost = True
         if not self._queue:
             self._rounds.let_go()
 

@@ -233,7 +233,7 @@ class RoundPipeline:
         start = clock()
         queued = self._runner.queue(state, way, self._last, chosen.word)
         setup_s = None if chosen.is_traced else clock() - start
-        self._control.meet(shape)
+        self._control.meet(shape, is_traced=chosen.is_traced)
         matches = tuple(s.match_length if s else 0 for s in batch.sequences)
         self._in_flight.append(
             _InFlight(queued, policy, setup_s, num_shadow, chosen.context, matches)

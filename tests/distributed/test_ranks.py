@@ -98,8 +98,9 @@ found = [
 ranks.barrier()
 if ranks.is_first:
     for number in range(3):
-        with ranks.idle():
-            time.sleep(0.01)
+        ranks.rest()
+        time.sleep(0.01)
+        ranks.wake()
         ranks.share(number)
     ranks.rest()  # until the program ends
 else:
@@ -162,8 +163,8 @@ time.sleep(60)
 # While rank 0's main thread waits for its user.
 RESTS = """
 if ranks.is_first:
-    with ranks.idle():
-        time.sleep(60)
+    ranks.rest()
+    time.sleep(60)
 while ranks.wait_for_work():
     pass
 """
@@ -249,8 +250,9 @@ while True:
     if number % 50 == 0:
         ranks.gather(["x" * number, ranks.share(number)])
         if ranks.is_first:
-            with ranks.idle():
-                time.sleep(0.2)
+            ranks.rest()
+            time.sleep(0.2)
+            ranks.wake()
         else:
             ranks.wait_for_work()
 """

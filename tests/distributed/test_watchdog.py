@@ -77,23 +77,14 @@ def test_a_beat_begins_anew(watched):
     assert len(watched.lines) == 1
 
 
-def test_lifted_inside_a_wait(watched):
+def test_a_wait_inside_another_has_its_own_limit(watched):
     with watched.watchdog.waiting("rounds"):
         watched.pass_s(7)
-        with watched.watchdog.lifted():
+        with watched.watchdog.waiting("a barrier", 100):
             watched.pass_s(100)
         watched.pass_s(8)
         assert watched.lines == []
         watched.pass_s(0.25)
-    assert len(watched.lines) == 1
-
-
-def test_waiting_inside_what_is_lifted(watched):
-    with watched.watchdog.lifted():
-        with watched.watchdog.waiting("a barrier"):
-            watched.pass_s(8.25)
-        assert len(watched.lines) == 1
-        watched.pass_s(100)
     assert len(watched.lines) == 1
 
 
@@ -104,7 +95,7 @@ def test_an_exception_leaves_the_wait(watched):
     assert watched.lines == []
 
 
-def test_a_thread_waits_beside_one_that_is_lifted(watched):
+def test_a_thread_waits_beside_one_that_may_wait_longer(watched):
     begun, end = threading.Event(), threading.Event()
 
     def wait():
@@ -113,7 +104,7 @@ def test_a_thread_waits_beside_one_that_is_lifted(watched):
             end.wait()
 
     thread = threading.Thread(target=wait)
-    with watched.watchdog.lifted():
+    with watched.watchdog.waiting("rounds", 100):
         thread.start()
         begun.wait()
         watched.pass_s(8.25)

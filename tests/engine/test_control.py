@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_gemma_mtp.distributed.ranks import FIRST_S
+from mlx_gemma_mtp.distributed.watchdog import LIMIT_S
 from mlx_gemma_mtp.drafting.policy import Way
 from mlx_gemma_mtp.engine.control import Control, RanksControl
 from mlx_gemma_mtp.errors import RanksError
@@ -103,10 +105,11 @@ def test_other_shapes_and_other_tokens_are_seen():
 
 
 def test_ranks_meet_before_the_first_round_of_a_shape():
+    """They wait long only where there is something to trace."""
     own, ranks = control(1)
-    for shape in ("a", "b", "a"):
-        own.meet(shape)
-    assert len(ranks.met) == 2
+    for shape, is_traced in (("a", False), ("b", True), ("a", True)):
+        own.meet(shape, is_traced=is_traced)
+    assert ranks.met == [FIRST_S, LIMIT_S]
 
 
 def test_one_machine_agrees_with_itself():
