@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_gemma_mtp import cpu_kernels
@@ -34,18 +35,14 @@ from mlx_gemma_mtp.engine.timing import RoundTimer
 from mlx_gemma_mtp.errors import MTPError
 from mlx_gemma_mtp.generation.tokens import draft_block, generate_tokens
 from mlx_gemma_mtp.models import sharding
-from mlx_gemma_mtp.models.published import text_config
-from mlx_gemma_mtp.models.sharding import shard
-from mlx_gemma_mtp.models.target import text_model
 from mlx_gemma_mtp.pair import load as load_module
 from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.load import load_pair
-from mlx_gemma_mtp.pair.pair import Pair
+from mlx_gemma_mtp.pair.pair import Pair, named_arrays
 from mlx_gemma_mtp.pair.planning import verdict_of
 from mlx_gemma_mtp.sampling.acceptance import Accepted, Draft
 from mlx_gemma_mtp.sampling.decision import decide
 from mlx_gemma_mtp.sampling.distribution import choose_tokens
-from mlx_gemma_mtp.selftest.random_pair import random_pair
 
 PROMPTS = [
     [(i * 37 + 11 * row) % 500 + 3 for i in range(24 + 9 * row)] for row in (0, 1)
@@ -253,7 +250,8 @@ def refused(call: Callable[[], Any]) -> str:
 
 
 def endless(folder: str) -> dict[str, Any]:
-    """Texts until somebody ends this; the end of the first one is told."""
+    """Texts until somebody ends this, or makes it fail; the first one's end is told."""
+    signal.signal(signal.SIGUSR1, _fail)
     part = part_of(folder)
     while True:
         text(part, num_draft_tokens=3)
@@ -261,45 +259,49 @@ def endless(folder: str) -> dict[str, Any]:
         sys.stdout.flush()
 
 
-def published(name: str) -> dict[str, Any]:
-    """A cut of a published shape, of random weights: FAMILY-BITS-GROUP."""
-    family, bits, group = name.rsplit("-", 2)
-    shape: dict[str, Any] = {"num_layers": 2, "vocab_size": 2048}
-    packed = {"bits": int(bits), "group_size": int(group)}
-    whole, other = (
-        random_pair(family, **shape, **packed, dtype=mx.float32) for _ in range(2)
-    )
+def _fail(number: int, frame: Any) -> None:
+    """An error that comes at any moment."""
+    raise KeyError("no such place")
+
+
+def packed(folder: str) -> dict[str, Any]:
+    """A part that is loaded from one folder: what it holds, and texts beside all's."""
     ranks = launched()
     assert ranks is not None
-    shard(text_model(other.target), ranks)
-    part = Pair(other.target, other.drafter)
-    leaves: Any = tree_flatten(part.target.parameters())
-    config = {
-        "model_type": "gemma4_text",
-        **text_config(family, **shape),
-        "dtype": "float32",
-        "quantization": {**packed, **formats(part.target)},
-    }
-    plan = shard_plans(config, ranks.size)[ranks.rank]
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    part = load_pair(folder, group=ranks.group)
+    assert part.drafter is not None
+    held, peak = mx.get_active_memory(), mx.get_peak_memory()
+    configs = [
+        json.loads((place / "config.json").read_text())
+        for place in (Path(folder), Path(folder) / "drafter")
+    ]
+    plan = shard_plans(configs[0], ranks.size, drafter_config=configs[1])[ranks.rank]
+    weights: Any = tree_flatten([part.target.parameters(), part.drafter.parameters()])
+    drafted = text(part, num_draft_tokens=3), text(part, num_draft_tokens=0)
+    whole = load_pair(folder, shard=False)
     return {
-        "difference": differences(whole, part),
-        "text": [text(pair, num_draft_tokens=3) for pair in (whole, part)],
-        "plain": text(part, num_draft_tokens=0),
-        "bytes": sum(array.nbytes for _, array in leaves),
+        "held": held - before,
+        "peak": peak - before,
+        "weights": sum(array.nbytes for _, array in weights),
         "planned": plan.weight_bytes,
+        "largest": max(array.nbytes for _, array in named_arrays([whole.target])),
+        "texts": [*drafted, text(whole, num_draft_tokens=3)],
+        "difference": differences(whole, part),
     }
 
 
-def formats(target: Any) -> dict[str, Any]:
-    """What each matrix is packed in, as config.json names it; False for none."""
-    found: dict[str, Any] = {}
-    for path, module in target.named_modules():
-        name = path.replace(".module", "")
-        if "bits" in vars(module):
-            found[name] = {"bits": module.bits, "group_size": module.group_size}
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            found[name] = False
-    return found
+def failing(name: str) -> dict[str, Any]:
+    """Texts in the first of which a rank's program ends with an error: RANK@FOLDER."""
+    victim, _, folder = name.partition("@")
+    part = part_of(folder)
+    assert part.ranks is not None
+    tokens = generate_tokens(part, PROMPTS[0], max_tokens=60, exactness="fast")
+    for number, _ in enumerate(tokens):
+        if number == 9 and part.ranks.rank == int(victim):
+            raise KeyError("no such place")
+    return {"again": text(part)}
 
 
 JOBS: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -307,7 +309,8 @@ JOBS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "texts": texts,
     "proved": proved,
     "left": left,
-    "published": published,
+    "packed": packed,
+    "failing": failing,
     "disturbed": disturbed,
     "endless": endless,
     "led": led,
