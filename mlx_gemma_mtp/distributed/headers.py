@@ -30,7 +30,7 @@ class Kind(IntEnum):
 
 
 class Word(IntEnum):
-    """What rank 0 says in a beat; the others say ``IDLE``."""
+    """What a rank says in a beat: it has no work, or has some; rank 0, that it ends."""
 
     IDLE = 0
     WORK = 1

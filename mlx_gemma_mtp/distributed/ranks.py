@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import RanksError, described
-from .beats import Beats, pauses
+from .beats import Beats
 from .environment import num_launched
 from .headers import Header, Kind, Word, headers_of
 from .watchdog import LIMIT_S, Watchdog
@@ -31,7 +30,6 @@ from .watchdog import LIMIT_S, Watchdog
 # For the others to be launched. A rank that connects to another gives up after 31 s.
 _CONNECT_S = 60.0
 FIRST_S = 60.0  # that a rank may take longer to trace and to compile something
-_ARRIVAL_S = 600.0  # for a rank that does something of its own between texts
 # What backends raise, and how they begin it.
 _ERRORS = (RuntimeError, ValueError)
 _BACKENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")
@@ -61,7 +59,9 @@ class Ranks:
         self.rank = group.rank()
         self.size = group.size()
         self._number = 0
-        self._has_met = False  # in a beat of this rest
+        self._says = Word.IDLE  # in the next beat
+        self._has_ended = False  # rank 0, with this exception, if one has ended it
+        self._failure: str | None = None
         self.is_lost = False
         self._known: set[str] = set()
         if watchdog is None:
@@ -69,7 +69,7 @@ class Ranks:
             watchdog.start()
         self.watchdog = watchdog
         self._beats = Beats(self._beat, watchdog.end)
-        if self.is_first:  # once: what is registered at exit does not run any more
+        if self.is_first:  # now: what runs at exit can register nothing
             atexit.register(self.close)
 
     @property
@@ -89,6 +89,11 @@ class Ranks:
         Raises:
             RanksError: The ranks are out of step, or have lost each other.
         """
+        self._check_awake()
+        return self._shared(value)
+
+    def _shared(self, value: Any) -> Any:
+        """See ``share``; also in the beat that ends a rest."""
         sent = _to_bytes(value) if self.is_first else b""
         header = self._meet(self._header(Kind.SHARE, sent))[0]
         blank = bytes(header.value)
@@ -111,6 +116,7 @@ class Ranks:
         Raises:
             RanksError: The ranks are out of step, or have lost each other.
         """
+        self._check_awake()
         sent = _to_bytes(value)
         headers = self._meet(self._header(Kind.GATHER, sent))
         width = max(header.value for header in headers)
@@ -135,6 +141,7 @@ class Ranks:
         Raises:
             RanksError: The ranks are out of step, or have lost each other.
         """
+        self._check_awake()
         self._meet(self._header(Kind.BARRIER), limit_s)
 
     @contextmanager
@@ -184,85 +191,64 @@ class Ranks:
         return limit_s
 
     def rest(self) -> None:
-        """Rank 0 has no work for now: it and the others sleep, and beat now and then.
+        """This rank has no work for now: it beats now and then, and sleeps between.
 
-        Until ``wake`` this rank takes part in nothing else. If the program ends before,
-        the others' ``wait_for_work`` says so.
+        All ranks do so. Until ``wake`` they take part in nothing else, and may do
+        anything by themselves. If rank 0's program ends before, the others hear it.
         """
         if not self._beats.is_resting:
+            self._says = Word.IDLE
             self._beats.start()
 
-    def wake(self) -> None:
-        """Rank 0 has work: the others' ``wait_for_work`` returns True.
+    def wake(self) -> bool:
+        """This rank has work: wait until all have some.
 
-        It waits until the others are awake, at most a pause of 45 ms.
-
-        Raises:
-            RanksError: The ranks are out of step, or have lost each other.
-        """
-        self._leave_rest(Word.WORK)
-
-    def wait_for_work(self) -> bool:
-        """Sleep on another rank until rank 0 wakes it.
+        Who sleeps hears of it behind its pause, of at most 45 ms.
 
         Returns:
-            Whether there is work; else rank 0 has ended.
+            Whether all have work; else rank 0 has ended.
 
         Raises:
             RanksError: The ranks are out of step, or have lost each other, or an
                 exception has ended rank 0.
         """
-        for pause_s in pauses():
-            time.sleep(pause_s)
-            word = self._meet_in_beat(Word.IDLE)
-            if word == Word.END:
-                self.tell_failure()
-            if word != Word.IDLE:
-                return word == Word.WORK
-        raise AssertionError("pauses have no end")
+        self._says = Word.WORK
+        self._beats.wait()
+        if self._failure is not None:
+            self.is_lost = True
+            raise RanksError(
+                f"Rank 0 must go on as long as rank {self.rank}: got {self._failure} "
+                "there. See what it wrote, then start all again."
+            )
+        return not self._has_ended
 
     def close(self) -> None:
-        """Rank 0, if it rests: the others' ``wait_for_work`` ends."""
-        with suppress(RanksError):
-            if self._beats.is_resting:
-                self._leave_rest(Word.END)
-                self.tell_failure()
+        """End the rest, if this is one, with this rank's program.
 
-    def tell_failure(self) -> None:
-        """All hear of the exception that ends rank 0's program, if one does.
-
-        Raises:
-            RanksError: On the others, where one does.
+        Rank 0 says so, and the exception that ends it, if one does. Another rank just
+        beats no more: the others lose it.
         """
-        found = self.share(failure())
-        if found is None:
-            return
-        self.is_lost = True
         if not self.is_first:
-            raise RanksError(
-                f"Rank 0 must go on as long as rank {self.rank}: got {found} there. "
-                "See what it wrote, then start all again."
-            )
-
-    def _leave_rest(self, word: Word) -> None:
-        if self._beats.is_resting:
             self._beats.stop()
-            self._meet_in_beat(word)
+        elif self._beats.is_resting:
+            self._says = Word.END
+            with suppress(RanksError):
+                self._beats.wait()
 
-    def _beat(self) -> None:
-        self._meet_in_beat(Word.IDLE)
-
-    def _meet_in_beat(self, word: Word) -> int:
-        """A beat, and rank 0's word in it."""
-        # Until the first one, another rank may still do something of its own.
-        limit_s = LIMIT_S if self._has_met else _ARRIVAL_S
-        found = self._meet(Header(Kind.BEAT, self._number, word), limit_s)[0].value
-        self._has_met = found == Word.IDLE
-        return found
+    def _beat(self) -> bool:
+        """A beat; whether the rest is over."""
+        mine = Header(Kind.BEAT, self._number, self._says)
+        said = [header.value for header in self._meet(mine)]
+        self._has_ended = said[0] == Word.END
+        if self._has_ended:
+            self._failure = self._shared(failure())
+        return self._has_ended or all(word == Word.WORK for word in said)
 
     def _header(self, kind: Kind, payload: bytes = b"") -> Header:
-        assert not self._beats.is_resting, "wake the others first"
         return Header.of(kind, self._number, payload)
+
+    def _check_awake(self) -> None:
+        assert not self._beats.is_resting, "wake the others first"
 
     def _meet(self, header: Header, limit_s: float = LIMIT_S) -> list[Header]:
         """Every rank's header, where all mean the same exchange."""
@@ -272,10 +258,11 @@ class Ranks:
             row = mx.array([header.row], dtype=mx.uint32)  # [1, 4]
             rows = mx.distributed.all_gather(row, group=self.group, stream=mx.cpu)
             met: Any = rows.tolist()  # [ranks, 4]
-        self.is_lost = True  # unless all mean the same
-        found = headers_of(met, header, self.rank)
-        self.is_lost = False
-        return found
+        try:
+            return headers_of(met, header, self.rank)
+        except RanksError:
+            self.is_lost = True
+            raise
 
 
 def failure() -> str | None:

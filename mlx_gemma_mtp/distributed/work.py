@@ -15,7 +15,7 @@ _AT_WORK: WeakSet[Ranks] = WeakSet()
 
 
 def begin_work(ranks: Ranks) -> None:
-    """Wake the others on rank 0; wait for that on them. Nobody rests at first.
+    """Wait until all ranks have work. Nobody rests at first.
 
     Raises:
         RanksError: Rank 0 has ended, or the ranks have lost each other.
@@ -29,35 +29,22 @@ def begin_work(ranks: Ranks) -> None:
         )
     if ranks in _AT_REST:
         _AT_REST.discard(ranks)
-        _end_rest(ranks)
+        if not ranks.wake():
+            ranks.is_lost = True
+            raise RanksError(
+                f"Rank 0 must go on as long as rank {ranks.rank}: got its end. Run one "
+                "script on all ranks."
+            )
     _AT_WORK.add(ranks)
 
 
-def _end_rest(ranks: Ranks) -> None:
-    """Wake the others on rank 0; wait for that on them.
-
-    Raises:
-        RanksError: Rank 0 has ended, or the ranks have lost each other.
-    """
-    if ranks.is_first:
-        ranks.wake()
-        return
-    if not ranks.wait_for_work():
-        ranks.is_lost = True
-        raise RanksError(
-            f"Rank 0 must go on as long as rank {ranks.rank}: got its end. Run one "
-            "script on all ranks."
-        )
-
-
 def end_work(ranks: Ranks) -> None:
-    """Sleep until there is work; rank 0 may do anything else meanwhile."""
+    """Rest until there is work; the program may do anything else meanwhile."""
     _AT_WORK.discard(ranks)
     if ranks.is_lost:
         return
     _AT_REST.add(ranks)
-    if ranks.is_first:
-        ranks.rest()
+    ranks.rest()
 
 
 @contextmanager
@@ -81,15 +68,17 @@ def working(ranks: Ranks | None) -> Iterator[None]:
 @atexit.register  # now: what runs at exit can register nothing
 def _stay() -> None:
     """Do not end before rank 0, which would lose this rank; unless this one fails."""
-    for ranks in list(_AT_REST):
-        if not (ranks.is_first or ranks.is_lost or failure() is not None):
+    for ranks in [each for each in _AT_REST if not (each.is_first or each.is_lost)]:
+        if failure() is None:
             _stay_with(ranks)
+        else:
+            ranks.close()
 
 
 def _stay_with(ranks: Ranks) -> None:
     """Wait for rank 0's end; end with a line where something else comes."""
     try:
-        if ranks.wait_for_work():
+        if ranks.wake():
             ranks.watchdog.end(
                 f"Rank {ranks.rank} must go on as long as rank 0: got its own end. Run "
                 "one script on all ranks."

@@ -5,9 +5,11 @@ Each runs a script that finds its ranks as ``ranks``.
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,12 +93,17 @@ def _communicate(process, patience_s):
 
 
 def _ports(num):
-    """Ports that nobody listens at."""
-    sockets = [socket.socket() for _ in range(num)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Ports that nobody listens at, and that no connection gets by itself.
+
+    Systems give connections ports from 32768 on. A rank that looks for another one
+    could get that one's own.
+    """
+    found: list[int] = []
+    while len(found) < num:
+        with socket.socket() as place:
+            with suppress(OSError):
+                place.bind(
+                    ("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000))
+                )
+                found.append(place.getsockname()[1])
+    return found

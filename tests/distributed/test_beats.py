@@ -6,6 +6,9 @@ Run: python -m pytest tests/distributed/test_beats.py
 import threading
 from itertools import islice
 
+import pytest
+
+from mlx_gemma_mtp.distributed import beats
 from mlx_gemma_mtp.distributed.beats import LONGEST_S, Beats, pauses
 from mlx_gemma_mtp.errors import RanksError
 
@@ -18,12 +21,13 @@ def test_pauses_grow_to_the_longest():
 
 
 class Beaten:
-    """Counts beats, and waits for some."""
+    """Counts beats, and waits for some; the last one ends the rest."""
 
-    def __init__(self, error=None):
+    def __init__(self, error=None, last=None):
         self.num, self.threads = 0, set()
         self.failures: list[str] = []
         self.error = error
+        self.last = last
         self.changed = threading.Condition()
         self.beats = Beats(self.beat, self.failures.append)
 
@@ -34,6 +38,7 @@ class Beaten:
             self.changed.notify_all()
         if self.error:
             raise self.error
+        return self.num == self.last
 
     def wait_for(self, num):
         with self.changed:
@@ -51,6 +56,24 @@ def test_no_beat_before_the_start_and_after_the_end():
     num = beaten.num
     assert not threading.Event().wait(0.1)
     assert beaten.num == num
+
+
+def test_a_beat_ends_the_rest():
+    beaten = Beaten(last=4)
+    beaten.beats.start()
+    beaten.beats.wait()
+    assert (beaten.num, beaten.beats.is_resting) == (4, False)
+    beaten.beats.wait()  # it is over
+    assert beaten.num == 4
+
+
+def test_who_waits_cuts_the_pause_once(monkeypatch):
+    monkeypatch.setattr(beats, "pauses", lambda: iter([0.0, 3600.0, 0.01, 0.01]))
+    beaten = Beaten(last=4)
+    beaten.beats.start()
+    beaten.wait_for(1)
+    beaten.beats.wait()
+    assert beaten.num == 4
 
 
 def test_one_thread_for_all_rests():
@@ -71,6 +94,7 @@ def test_stop_waits_for_the_beat_that_has_begun():
         begun.set()
         goes_on.wait()
         ended.append("beat")
+        return False
 
     beats = Beats(beat, ended.append)
     beats.start()
@@ -80,9 +104,27 @@ def test_stop_waits_for_the_beat_that_has_begun():
     assert ended == ["beat"]
 
 
-def test_a_failure_is_told():
+def test_a_failure_is_told_where_nobody_waits():
     beaten = Beaten(RanksError("Rank 1 is lost."))
     beaten.beats.start()
     beaten.wait_for(1)
     beaten.beats.stop()
-    assert set(beaten.failures) == {"Rank 1 is lost."}
+    assert beaten.failures == ["Rank 1 is lost."]
+
+
+def test_who_waits_gets_the_failure():
+    begun, goes_on = threading.Event(), threading.Event()
+    told: list[str] = []
+
+    def beat():
+        begun.set()
+        goes_on.wait()
+        raise RanksError("Rank 1 is lost.")
+
+    beats = Beats(beat, told.append)
+    beats.start()
+    begun.wait()
+    threading.Timer(0.05, goes_on.set).start()
+    with pytest.raises(RanksError, match=r"Rank 1 is lost\."):
+        beats.wait()
+    assert told == []

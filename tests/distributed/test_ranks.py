@@ -104,8 +104,10 @@ if ranks.is_first:
         ranks.share(number)
     ranks.rest()  # until the program ends
 else:
-    while ranks.wait_for_work():
+    ranks.rest()
+    while ranks.wake():
         found.append(ranks.share())
+        ranks.rest()
 print(json.dumps(found))
 """
 
@@ -160,13 +162,10 @@ if ranks.is_first:
         mx.eval(mx.distributed.all_sum(mx.ones([2048]), stream=mx.cpu))
 time.sleep(60)
 """
-# While rank 0's main thread waits for its user.
+# While main threads do something else.
 RESTS = """
-if ranks.is_first:
-    ranks.rest()
-    time.sleep(60)
-while ranks.wait_for_work():
-    pass
+ranks.rest()
+time.sleep(60)
 """
 
 
@@ -188,6 +187,35 @@ def test_a_rank_that_is_stopped_ends_the_other(tmp_path):
         1,
         "Rank 0 of 2 must hear of the others within 1 s: got nothing in a layer."
         " See what the other ranks wrote, then start all again.\n",
+    )
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_at_rest_ends_the_other(tmp_path):
+    ended = left_with(RESTS, signal.SIGSTOP, tmp_path)
+    assert ended.status == 1
+    assert ended.errors.startswith(
+        "Rank 0 of 2 must hear of the others within 8 s: got nothing in beat "
+    )
+
+
+FAILS = """
+ranks.rest()
+if ranks.rank == {victim}:
+    raise KeyError("no such place")
+from mlx_gemma_mtp.distributed import work
+work._AT_REST.add(ranks)
+"""
+
+
+def test_who_has_ended_waits_for_rank_0_to_end_and_hears_why(tmp_path):
+    """Of an exception that no text has seen."""
+    (failed, ended) = finish(start(2, FAILS.format(victim=0), tmp_path))
+    assert failed.errors.endswith("KeyError: 'no such place'\n")
+    assert (ended.status, ended.errors) == (
+        1,
+        "Rank 0 must go on as long as rank 1: got KeyError: 'no such place' there."
+        " See what it wrote, then start all again.\n",
     )
 
 
@@ -249,12 +277,9 @@ while True:
         mx.eval(mx.distributed.all_sum(mx.ones([5000]), stream=mx.cpu))
     if number % 50 == 0:
         ranks.gather(["x" * number, ranks.share(number)])
-        if ranks.is_first:
-            ranks.rest()
-            time.sleep(0.2)
-            ranks.wake()
-        else:
-            ranks.wait_for_work()
+        ranks.rest()
+        time.sleep(0.2)
+        ranks.wake()
 """
 
 

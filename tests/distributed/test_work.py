@@ -24,7 +24,10 @@ class Other:
         if self.is_lost:
             raise RanksError("Rank 1 is lost.")
 
-    def wait_for_work(self) -> bool:
+    def rest(self) -> None:
+        pass
+
+    def wake(self) -> bool:
         if self._has_work is None:
             self.is_lost = True
             raise RanksError("Rank 0 is lost.")
