@@ -38,6 +38,8 @@ _WINDOW_SLOTS = 2 * MAX_DRAFT_TOKENS + 2  # of a sliding layer, beside its windo
 _KV_TOKENS = 32_000
 _ROWS = 5  # of a pass of 4 drafts
 _GB = 1e9
+_LOGIT_BYTES = 2
+_LIST_LENGTH = 64
 
 
 @cache
@@ -116,6 +118,18 @@ def speed_lines(context: int = 0) -> Iterator[str]:
             pairs = zip(together, alone, strict=True)
             gains = [f"{best(two) / best(one):.2f}x ({_k(two)})" for two, one in pairs]
             yield row_of(f"{size}, {link.name}", gains)
+
+
+def gathered_share(speed: Model, num_draft_tokens: int) -> float:
+    """The part of a round that logits take beyond lists of 64 in their place.
+
+    Both are gathered once; what differs is their bytes.
+    """
+    rows, size = num_draft_tokens + 1, speed.size
+    logits = _LOGIT_BYTES * (rows * VOCAB_SIZE // size)
+    lists = rows * _LIST_LENGTH * (4 + 4)  # a number and a token
+    more_s = speed.link.gather_s(logits, size) - speed.link.gather_s(lists, size)
+    return more_s / speed.round_s(num_draft_tokens)
 
 
 def best(speed: Model) -> float:

@@ -5,15 +5,24 @@ Run: python -m pytest tests/scripts/test_several_macs.py
 
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from mlx_gemma_mtp.drafting.chips import CHIPS
-from mlx_gemma_mtp.drafting.links import JACCL, JACCL_FAST, RING
+from mlx_gemma_mtp.drafting.links import JACCL, JACCL_FAST, LINKS, RING
 from mlx_gemma_mtp.drafting.speed_model import model
 from mlx_gemma_mtp.models.families import FAMILIES
 from scripts import several_macs
-from scripts.several_macs import SHOWN, best, plans, speed_lines, sums_lines
+from scripts.several_macs import (
+    SHOWN,
+    SIZES,
+    best,
+    gathered_share,
+    plans,
+    speed_lines,
+    sums_lines,
+)
 
 
 def gain(chip, name, bits, link=JACCL):
@@ -53,6 +62,27 @@ def test_four_m3_ultra_without_drafts():
         four = replace(alone, size=4, link=JACCL_FAST)
         gains.append(round(alone.round_s(0) / four.round_s(0), 1))
     assert gains == [1.8, 2.3, 2.8]
+
+
+def test_lists_in_place_of_logits_would_spare_little():
+    """With the best number of drafts, and with at most 2.6 % with any."""
+    shares, of_any = [], []
+    for chip, family, bits, size, link in product(
+        CHIPS.values(), FAMILIES.values(), (4, 8, 16), SIZES, LINKS
+    ):
+        speed = model(chip, family, bits=bits, size=size, link=link)
+        best_k = speed.best_draft_tokens(family.acceptance)
+        shares.append(gathered_share(speed, best_k))
+        of_any += [gathered_share(speed, k) for k in range(9)]
+    assert round(100 * max(shares), 2) == 1.65
+    assert round(100 * max(of_any), 1) == 2.6
+
+
+def test_a_list_and_logits_by_hand():
+    """Five rows of half the table in two bytes each, over 64 numbers and tokens."""
+    speed = model(CHIPS["M4 Max"], FAMILIES["31b"], size=2, link=JACCL)
+    spared_s = 5 * (131072 * 2 - 64 * 8) / 6.2e9
+    assert gathered_share(speed, 4) == pytest.approx(spared_s / speed.round_s(4))
 
 
 def test_sums_of_31b_by_hand():
