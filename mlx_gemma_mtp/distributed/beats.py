@@ -72,8 +72,12 @@ class Beats:
         with self._changed:
             self._is_awaited = self._is_urgent = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not (self._is_resting or self._is_beating))
-            self._is_awaited = self._is_urgent = False
+            try:
+                self._changed.wait_for(
+                    lambda: not (self._is_resting or self._is_beating)
+                )
+            finally:
+                self._is_awaited = self._is_urgent = False
             error, self._error = self._error, None
         if error is not None:
             raise error

@@ -213,7 +213,11 @@ class Ranks:
                 exception has ended rank 0.
         """
         self._says = Word.WORK
-        self._beats.wait()
+        try:
+            self._beats.wait()
+        except KeyboardInterrupt:
+            self._says = Word.IDLE
+            raise
         if self._failure is not None:
             self.is_lost = True
             raise RanksError(

@@ -28,13 +28,13 @@ def begin_work(ranks: Ranks) -> None:
             "the first one to its end, or close it."
         )
     if ranks in _AT_REST:
-        _AT_REST.discard(ranks)
         if not ranks.wake():
             ranks.is_lost = True
             raise RanksError(
                 f"Rank 0 must go on as long as rank {ranks.rank}: got its end. Run one "
                 "script on all ranks."
             )
+        _AT_REST.discard(ranks)
     _AT_WORK.add(ranks)
 
 
