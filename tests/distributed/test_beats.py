@@ -67,13 +67,18 @@ def test_a_beat_ends_the_rest():
     assert beaten.num == 4
 
 
-def test_who_waits_cuts_the_pause_once(monkeypatch):
-    monkeypatch.setattr(beats, "pauses", lambda: iter([0.0, 3600.0, 0.01, 0.01]))
-    beaten = Beaten(last=4)
+def test_who_waits_cuts_one_pause(monkeypatch):
+    monkeypatch.setattr(beats, "pauses", lambda: iter([0.0, 3600.0, 3600.0]))
+    beaten = Beaten()
     beaten.beats.start()
     beaten.wait_for(1)
-    beaten.beats.wait()
-    assert beaten.num == 4
+    waiting = threading.Thread(target=beaten.beats.wait)
+    waiting.start()
+    beaten.wait_for(2)
+    assert not threading.Event().wait(0.1)
+    assert beaten.num == 2
+    beaten.beats.stop()
+    waiting.join()
 
 
 def test_one_thread_for_all_rests():
