@@ -55,7 +55,7 @@ def others(kind: str, size: int, seed: int, folder: Path) -> list[Left]:
     processes = start_with(size, words, folder)
     try:
         for process in processes:
-            process.stdout.readline()
+            assert process.stdout.readline() == "text\n"
         time.sleep(_SPREAD_S * draw.random())
         victim = draw.randrange(size)
         start = time.monotonic()

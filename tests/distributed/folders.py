@@ -52,7 +52,7 @@ def converted(folder: Path, family: str, bits: int, group_size: int) -> Path:
 
 
 def published(
-    folder: Path, family: str, *, num_layers: int, bits: int, dtype: str
+    folder: Path, family: str, *, num_layers: int, vocab_size: int | None, bits: int
 ) -> Path:
     """A pair of a family's published widths and of fewer layers, in groups of 64.
 
@@ -60,25 +60,22 @@ def published(
         folder: Where it goes.
         family: One of ``FAMILIES``.
         num_layers: Of the target.
-        bits: Of a weight.
-        dtype: Type of scales and activations.
+        vocab_size: Tokens to keep; None for all.
+        bits: Of a weight. Scales and activations are float32.
 
     Returns:
         The folder, in which the drafter's stands.
     """
     found = FAMILIES[family]
-    pair = random_pair(
-        family, num_layers=num_layers, bits=bits, dtype=getattr(mx, dtype)
-    )
-    target = {
-        "model_type": "gemma4_text",
-        **published_text(family, num_layers=num_layers),
-    }
+    cut: dict[str, Any] = {"num_layers": num_layers, "vocab_size": vocab_size}
+    pair = random_pair(family, **cut, bits=bits, dtype=mx.float32)
+    text = published_text(family, **cut)
+    target = {"model_type": "gemma4_text", **text}
     drafter = {
         "model_type": f"{found.kind}_assistant",
         "backbone_hidden_size": found.target["hidden_size"],
         "use_ordered_embeddings": found.has_centroid_head,
-        "text_config": found.drafter_text,
+        "text_config": {**found.drafter_text, "vocab_size": text["vocab_size"]},
     }
     assert pair.drafter is not None
     parts: list[tuple[Path, dict[str, Any], nn.Module]] = [
@@ -88,7 +85,7 @@ def published(
     for place, config, module in parts:
         place.mkdir(parents=True)
         packed = {"bits": bits, "group_size": 64, **_formats(module)}
-        config |= {"dtype": dtype, "quantization": packed}
+        config |= {"dtype": "float32", "quantization": packed}
         (place / "config.json").write_text(json.dumps(config))
         weights: Any = dict(tree_flatten(module.parameters()))
         file = str(place / "model.safetensors")

@@ -6,6 +6,7 @@ It prints what each job found as JSON, the last line.
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import signal
@@ -38,7 +39,7 @@ from mlx_gemma_mtp.models import sharding
 from mlx_gemma_mtp.pair import load as load_module
 from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.load import load_pair
-from mlx_gemma_mtp.pair.pair import Pair, named_arrays
+from mlx_gemma_mtp.pair.pair import Pair
 from mlx_gemma_mtp.pair.planning import verdict_of
 from mlx_gemma_mtp.sampling.acceptance import Accepted, Draft
 from mlx_gemma_mtp.sampling.decision import decide
@@ -65,11 +66,11 @@ def logits_of(pair: Pair) -> list[mx.array]:
     return [filled.logits, output.logits]
 
 
-def differences(whole: Pair, part: Pair) -> float:
+def differences(expected: list[mx.array], part: Pair) -> float:
     """How far the part's logits are from the whole's."""
     assert part.ranks is not None
     begin_work(part.ranks)
-    pairs = zip(logits_of(whole), logits_of(part), strict=True)
+    pairs = zip(expected, logits_of(part), strict=True)
     largest = mx.stack([mx.abs(a - b).astype(mx.float32).max() for a, b in pairs]).max()
     end_work(part.ranks)
     return float(str(largest.item()))
@@ -85,7 +86,7 @@ def near(folder: str) -> dict[str, Any]:
     """Logits and drafts of a part, beside those of all of it."""
     whole, part = both(folder)
     return {
-        "difference": differences(whole, part),
+        "difference": differences(logits_of(whole), part),
         "drafts": [draft_block(pair, PROMPTS[1], 4) for pair in (whole, part)],
     }
 
@@ -266,29 +267,42 @@ def _fail(number: int, frame: Any) -> None:
 
 def packed(folder: str) -> dict[str, Any]:
     """A part that is loaded from one folder: what it holds, and texts beside all's."""
+    # All of it first: a rank at rest must not be busy for as long as that may take.
+    whole = load_pair(folder, shard=False)
+    expected, texts = logits_of(whole), [text(whole, num_draft_tokens=3)]
+    del whole
+    gc.collect()
+    mx.clear_cache()
+    part, figures = measured(folder)
+    texts += [text(part, num_draft_tokens=k) for k in (3, 0)]
+    return {**figures, "texts": texts, "difference": differences(expected, part)}
+
+
+def held(folder: str) -> dict[str, Any]:
+    """What a part that is loaded from one folder holds."""
+    return measured(folder)[1]
+
+
+def measured(folder: str) -> tuple[Pair, dict[str, Any]]:
+    """A part, and its bytes: as planned, of its weights, and as MLX counts them."""
     ranks = launched()
     assert ranks is not None
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     part = load_pair(folder, group=ranks.group)
+    after, peak = mx.get_active_memory(), mx.get_peak_memory()
     assert part.drafter is not None
-    held, peak = mx.get_active_memory(), mx.get_peak_memory()
     configs = [
         json.loads((place / "config.json").read_text())
         for place in (Path(folder), Path(folder) / "drafter")
     ]
     plan = shard_plans(configs[0], ranks.size, drafter_config=configs[1])[ranks.rank]
     weights: Any = tree_flatten([part.target.parameters(), part.drafter.parameters()])
-    drafted = text(part, num_draft_tokens=3), text(part, num_draft_tokens=0)
-    whole = load_pair(folder, shard=False)
-    return {
-        "held": held - before,
+    return part, {
+        "held": after - before,
         "peak": peak - before,
         "weights": sum(array.nbytes for _, array in weights),
         "planned": plan.weight_bytes,
-        "largest": max(array.nbytes for _, array in named_arrays([whole.target])),
-        "texts": [*drafted, text(whole, num_draft_tokens=3)],
-        "difference": differences(whole, part),
     }
 
 
@@ -310,6 +324,7 @@ JOBS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "proved": proved,
     "left": left,
     "packed": packed,
+    "held": held,
     "failing": failing,
     "disturbed": disturbed,
     "endless": endless,

@@ -129,13 +129,14 @@ def test_quantized_pairs(tmp_path, family, bits, group_size, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["26b-a4b", "31b"])
 def test_four_layers_of_published_widths(tmp_path, family):
-    """What MLX holds is the plan to within 3 %; it takes 8 GB of memory, 3 of disk."""
-    folder = published(tmp_path / "pair", family, num_layers=4, bits=4, dtype="float32")
+    """What MLX holds is the plan to within 3 %; it takes 6 GB of memory, 2 of disk."""
+    shape = {"num_layers": 4, "vocab_size": 2048, "bits": 4}
+    folder = published(tmp_path / "pair", family, **shape)
     ranks = run(2, [("packed", folder)], tmp_path, patience_s=900)
     check_packed(ranks)
     for (found,) in ranks:
         assert abs(found["held"] - found["planned"]) <= TOLERATED * found["planned"]
-        assert found["peak"] <= found["held"] + 2 * found["largest"]
+        assert found["peak"] <= 1.1 * found["planned"]
 
 
 @pytest.mark.slow
@@ -197,7 +198,7 @@ def check_packed(ranks):
     """What is held was planned; texts are those of all of it, with drafts or none."""
     for found in (rank[-1] for rank in ranks):
         assert found["weights"] == found["planned"]
-        drafted, plain, whole = found["texts"]
+        whole, drafted, plain = found["texts"]
         assert drafted == plain == whole == ranks[0][-1]["texts"][0]
         assert 0 < found["difference"] < TOLERANCE
 
