@@ -121,7 +121,16 @@ def part_of(folder: str) -> Pair:
 
 def proved(folder: str) -> dict[str, Any]:
     """The numbers of drafts whose bytes are those of plain decoding."""
-    part = part_of(folder)
+    return proof_of(part_of(folder))
+
+
+def exact(folder: str) -> dict[str, Any]:
+    """The same of a pair that stands in one folder."""
+    return proof_of(measured(folder)[0])
+
+
+def proof_of(part: Pair) -> dict[str, Any]:
+    """See ``proved``."""
     assert part.ranks is not None
     begin_work(part.ranks)
     verdict = verdict_of(part, 1, budget_s=None)
@@ -325,6 +334,7 @@ JOBS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "left": left,
     "packed": packed,
     "held": held,
+    "exact": exact,
     "failing": failing,
     "disturbed": disturbed,
     "endless": endless,

@@ -123,7 +123,11 @@ def test_a_program_that_fails_ends_the_others(tmp_path, victim):
 @pytest.mark.parametrize("size", [2, 4])
 def test_quantized_pairs(tmp_path, family, bits, group_size, size):
     folder = converted(tmp_path, family, bits, group_size)
-    check_packed(run(size, [("packed", folder)], tmp_path))
+    ranks = run(size, [("exact", folder), ("packed", folder)], tmp_path)
+    check_packed(ranks)
+    if size == 2:
+        for found, _ in ranks:
+            assert found == {"equal": list(range(1, 9)), "most": 0.0}
 
 
 @pytest.mark.slow
