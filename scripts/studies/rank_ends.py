@@ -26,7 +26,11 @@ def main() -> None:
     for number in range(count):
         kind, size = cases[number % len(cases)]
         with tempfile.TemporaryDirectory() as folder:
-            left = others(kind, size, number, Path(folder))
+            try:
+                left = others(kind, size, number, Path(folder))
+            except AssertionError:  # too busy a machine: they did not all come in 31 s
+                print(f"{number} {kind} of {size}: not started", flush=True)
+                continue
         seconds = max(each.seconds for each in left)
         took_s[kind, size].append(seconds)
         for each in left:
