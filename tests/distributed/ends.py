@@ -31,7 +31,7 @@ class Left:
     Attributes:
         rank: Which one.
         status: Its exit status.
-        line: The last one that it wrote.
+        line: The last one that it wrote and that names a rank; MLX may add some.
         seconds: From the moment to its end.
     """
 
@@ -64,7 +64,8 @@ def others(kind: str, size: int, seed: int, folder: Path) -> list[Left]:
         for rank, process in enumerate(processes):
             if rank != victim:
                 _, errors = process.communicate(timeout=_PATIENCE_S)
-                line = (errors.splitlines() or [""])[-1]
+                named = [line for line in errors.splitlines() if "Rank " in line]
+                line = named[-1] if named else errors
                 seconds = time.monotonic() - start
                 left.append(Left(rank, process.returncode, line, seconds))
         return left
