@@ -82,7 +82,11 @@ def described(error: BaseException) -> str:
 
     A compiler says far more, and over many lines.
     """
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 (its own words may be wrong, too)
+        text = "(no words)"
+    return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
 
 
 def is_of_others(error: BaseException) -> bool:

@@ -27,9 +27,10 @@ from contextlib import (
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from ..distributed.environment import is_first
+from ..distributed.environment import is_first, num_launched
 from ..errors import MTPError, OutputError, RequestError, shorten
 
+_PACKAGE = __name__.partition(".")[0]
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 _SET_UTF8 = "Set LC_ALL=C.UTF-8, and leave PYTHONIOENCODING out."
@@ -179,8 +180,11 @@ def _ending(run: Callable[[], int], notes: TextIO, stopped: str | None) -> int:
             with _printing():
                 return run()
     except MTPError as error:
-        # What is asked for is refused by all ranks alike.
-        if is_first(os.environ) or not isinstance(error, RequestError):
+        ranks = _ranks()
+        if ranks is not None:
+            ranks.give_up(error)
+        # Before ranks have met, all of them refuse what is asked for alike.
+        if ranks is not None or not (_is_mute() and isinstance(error, RequestError)):
             _say(notes, f"error: {error}")
         return 1
     except KeyboardInterrupt as interrupt:
@@ -189,10 +193,28 @@ def _ending(run: Callable[[], int], notes: TextIO, stopped: str | None) -> int:
         return 128 + interrupt.args[0] if interrupt.args else EXIT_INTERRUPTED
 
 
+def _is_mute() -> bool:
+    """Whether the first of several ranks speaks for this one."""
+    if is_first(os.environ):
+        return False
+    try:
+        return num_launched(os.environ) > 1
+    except RequestError:
+        return False
+
+
+def _ranks() -> Any:
+    """The ranks that this process has met; None where it has met none."""
+    module = sys.modules.get(f"{_PACKAGE}.distributed.ranks")  # it imports MLX
+    if module is None or not module.launched.cache_info().currsize:
+        return None
+    return module.launched()
+
+
 @contextmanager
 def _printing() -> Iterator[None]:
     """Let all that is printed inside go nowhere on a rank that is not the first."""
-    if is_first(os.environ):
+    if not _is_mute():
         yield
         return
     with open(os.devnull, "w", encoding="utf-8") as nowhere:

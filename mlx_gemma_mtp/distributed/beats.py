@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
-from ..errors import RanksError
+from ..errors import RanksError, described
 
 _FIRST_S = 0.002
 LONGEST_S = 0.045
@@ -101,6 +101,8 @@ class Beats:
                     is_over = self._beat()
                 except RanksError as found:
                     error = found
+                except Exception as found:  # noqa: BLE001 (whoever waits must hear of it)
+                    error = RanksError(f"Beats must go on: got {described(found)}.")
                 self._end_beat(error, is_over=is_over)
 
     def _begins_after(self, pause_s: float) -> bool:
@@ -116,6 +118,7 @@ class Beats:
         with self._changed:
             if error is not None and not self._is_awaited:
                 self._fail(str(error))
+                error = None
             self._error = error
             self._is_beating = False
             self._is_resting &= not is_over

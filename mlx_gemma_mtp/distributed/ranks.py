@@ -62,6 +62,7 @@ class Ranks:
         self._says = Word.IDLE  # in the next beat
         self._has_ended = False  # rank 0, with this exception, if one has ended it
         self._failure: str | None = None
+        self._own_failure: str | None = None
         self.is_lost = False
         self._known: set[str] = set()
         if watchdog is None:
@@ -226,6 +227,10 @@ class Ranks:
             )
         return not self._has_ended
 
+    def give_up(self, error: BaseException) -> None:
+        """This program is about to end with an error that it has caught."""
+        self._own_failure = described(error)
+
     def close(self) -> None:
         """End the rest, if this is one, with this rank's program.
 
@@ -245,7 +250,7 @@ class Ranks:
         said = [header.value for header in self._meet(mine)]
         self._has_ended = said[0] == Word.END
         if self._has_ended:
-            self._failure = self._shared(failure())
+            self._failure = self._shared(self._own_failure or failure())
         return self._has_ended or all(word == Word.WORK for word in said)
 
     def _header(self, kind: Kind, payload: bytes = b"") -> Header:
@@ -274,6 +279,8 @@ def failure() -> str | None:
 
     Python has it where the program's main part has ended: for what runs at exit.
     """
+    if "ps1" in vars(sys):  # somebody types, and goes on behind it
+        return None
     error: BaseException | None = vars(sys).get("last_value")
     return None if error is None else described(error)
 

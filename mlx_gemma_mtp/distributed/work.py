@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
 
-from ..errors import RanksError, RequestError
+from ..errors import MTPError, RanksError, RequestError
 from .ranks import Ranks, failure
 
 _AT_REST: WeakSet[Ranks] = WeakSet()
@@ -31,8 +31,8 @@ def begin_work(ranks: Ranks) -> None:
         if not ranks.wake():
             ranks.is_lost = True
             raise RanksError(
-                f"Rank 0 must go on as long as rank {ranks.rank}: got its end. Run one "
-                "script on all ranks."
+                f"Rank 0 must go on as long as rank {ranks.rank}: got its end. See "
+                "what it wrote; one script must run on all ranks."
             )
         _AT_REST.discard(ranks)
     _AT_WORK.add(ranks)
@@ -59,10 +59,25 @@ def working(ranks: Ranks | None) -> Iterator[None]:
         yield
         return
     begin_work(ranks)
+    with ending_where_it_fails(ranks):
+        yield
+    end_work(ranks)
+
+
+@contextmanager
+def ending_where_it_fails(ranks: Ranks) -> Iterator[None]:
+    """End the work where what is done inside fails.
+
+    What the package refuses all ranks refuse alike. With anything else one may be by
+    itself, and the others wait for it inside an exchange.
+    """
     try:
         yield
-    finally:
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, MTPError):
+            ranks.is_lost = True
         end_work(ranks)
+        raise
 
 
 @atexit.register  # now: what runs at exit can register nothing

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -282,7 +283,8 @@ class Decoder:
             step = StepOutput()
             while self._queue:
                 num_told = len(step.progress)
-                self._reader.read(step, isolates=False)
+                with self._on_all():
+                    self._reader.read(step, isolates=False)
                 for progress in step.progress[num_told:]:
                     if on_progress is not None:
                         on_progress(progress)
@@ -290,17 +292,24 @@ class Decoder:
                 yield step.outputs
             while self._batch.live and not self._control.is_over:
                 step = StepOutput()
-                self._advance(step, isolates=False)
+                with self._on_all():
+                    self._advance(step, isolates=False)
                 with self._timer.caller(is_idle=self._pipeline.is_empty):
                     yield step.outputs
         except GeneratorExit:
             self.close()
             raise
-        except BaseException:
-            if self._ranks is not None:
-                self._ranks.is_lost = True  # the others go on, and hear no word of it
-            raise
         self.close()
+
+    @contextmanager
+    def _on_all(self) -> Iterator[None]:
+        """What all ranks do inside; where one fails, the others hear no word of it."""
+        try:
+            yield
+        except Exception:
+            if self._ranks is not None:
+                self._ranks.is_lost = True
+            raise
 
     def step(self) -> StepOutput:
         """Run one round of those that decode, then read a chunk of prompts.

@@ -17,7 +17,7 @@ from ..cache.prompt import insert_row
 from ..cache.slabs import next_capacity
 from ..constants import DEFAULT_DRAFT_SOURCE
 from ..distributed.ranks import FIRST_S, Ranks
-from ..distributed.work import begin_work, end_work, working
+from ..distributed.work import begin_work, ending_where_it_fails, working
 from ..engine.capacity import DEFAULT_MAX_ROWS
 from ..engine.decoder import Decoder
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE, read_prompt
@@ -188,11 +188,8 @@ def decoder_maker(
 def _make_on_all(ranks: Ranks, make: Callable[..., Decoder]) -> Decoder:
     """A decoder on every rank, which end their work with it."""
     begin_work(ranks)
-    try:
+    with ending_where_it_fails(ranks):
         return make(ranks=ranks)
-    except BaseException:
-        end_work(ranks)
-        raise
 
 
 def make_decoder(

@@ -5,12 +5,13 @@ Run: python -m pytest tests/cli/test_several.py
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from mlx_gemma_mtp.cli import generate
+from mlx_gemma_mtp.cli import command, generate
 from mlx_gemma_mtp.cli.command import exit_status
-from mlx_gemma_mtp.errors import CheckpointError
+from mlx_gemma_mtp.errors import CheckpointError, RequestError
 from mlx_gemma_mtp.selftest.__main__ import main as selftest
 
 REFUSED = {
@@ -90,3 +91,26 @@ def test_what_one_rank_lacks_it_says_itself(rank, capsys):
 
     assert exit_status(load, sys.stdout, sys.stderr) == 1
     assert capsys.readouterr().err == "error: no such folder\n"
+
+
+def test_one_rank_alone_speaks(monkeypatch, capsys):
+    """As in a job of MPI that started one process."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    assert generate.main(["--no-such"]) == 1
+    assert capsys.readouterr().err.startswith("error: unrecognized argument")
+
+
+def test_what_a_rank_finds_when_it_has_met_the_others_it_says(
+    rank, monkeypatch, capsys
+):
+    """Its files may differ from theirs, and they hear of it."""
+    told: list[Exception] = []
+    met = SimpleNamespace(give_up=told.append)
+    monkeypatch.setattr(command, "_ranks", lambda: met)
+
+    def fails():
+        raise RequestError("the template must take this prompt")
+
+    assert exit_status(fails, sys.stdout, sys.stderr) == 1
+    assert "the template must take" in capsys.readouterr().err
+    assert len(told) == 1

@@ -1,6 +1,6 @@
 """A rank that dies, stops or fails at a random moment, and how the others end.
 
-python -m tests.distributed.ends           50 moments: a table of the seconds it takes
+python -m scripts.studies.rank_ends         50 moments: a table of the seconds it takes
 """
 
 from __future__ import annotations

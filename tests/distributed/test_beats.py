@@ -1,9 +1,10 @@
-"""Rank 0's beats: they begin, end, and say when they fail.
+"""Beats of ranks at rest: they begin, end, and say when they fail.
 
 Run: python -m pytest tests/distributed/test_beats.py
 """
 
 import threading
+import time
 from itertools import islice
 
 import pytest
@@ -43,6 +44,13 @@ class Beaten:
     def wait_for(self, num):
         with self.changed:
             assert self.changed.wait_for(lambda: self.num >= num, timeout=60)
+
+
+class WordlessError(Exception):
+    """One that cannot say what it is."""
+
+    def __str__(self):
+        raise KeyError("words")
 
 
 def test_no_beat_before_the_start_and_after_the_end():
@@ -117,19 +125,28 @@ def test_a_failure_is_told_where_nobody_waits():
     assert beaten.failures == ["Rank 1 is lost."]
 
 
-def test_who_waits_gets_the_failure():
-    begun, goes_on = threading.Event(), threading.Event()
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RanksError("Rank 1 is lost."), r"Rank 1 is lost\."),
+        (MemoryError("bad_alloc"), "MemoryError: bad_alloc"),
+        (WordlessError(), r"WordlessError: \(no words\)"),
+    ],
+)
+def test_who_waits_gets_the_failure(error, line):
+    """Whatever it is: nobody may wait for ever."""
+    begun = threading.Event()
     told: list[str] = []
 
     def beat():
         begun.set()
-        goes_on.wait()
-        raise RanksError("Rank 1 is lost.")
+        while not waiting._is_awaited:
+            time.sleep(1e-3)
+        raise error
 
-    beats = Beats(beat, told.append)
-    beats.start()
+    waiting = Beats(beat, told.append)
+    waiting.start()
     begun.wait()
-    threading.Timer(0.05, goes_on.set).start()
-    with pytest.raises(RanksError, match=r"Rank 1 is lost\."):
-        beats.wait()
+    with pytest.raises(RanksError, match=line):
+        waiting.wait()
     assert told == []

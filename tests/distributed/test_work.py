@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_gemma_mtp.distributed.work import begin_work, end_work
+from mlx_gemma_mtp.distributed.work import begin_work, end_work, working
 from mlx_gemma_mtp.errors import RanksError, RequestError
 
 
@@ -43,6 +43,22 @@ def test_behind_rank_0s_end_nothing_is_at_work(has_work):
         begin_work(ranks)
     with pytest.raises(RanksError, match=r"Rank 1 is lost\."):
         begin_work(ranks)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [(RequestError("no"), False), (KeyError("a"), True), (KeyboardInterrupt(), False)],
+)
+def test_who_fails_by_itself_has_lost_the_others(error, is_lost):
+    """What the package refuses, or a user ends, all ranks hear of alike."""
+    ranks: Any = Other(has_work=True)
+    with pytest.raises(type(error)), working(ranks):
+        raise error
+    assert ranks.is_lost == is_lost
+    if not is_lost:
+        with working(ranks):
+            pass
+    ranks.is_lost = True
 
 
 def test_one_text_at_a_time():
