@@ -11,10 +11,12 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -30,6 +32,7 @@ from .watchdog import LIMIT_S, Watchdog
 # For the others to be launched. A rank that connects to another gives up after 31 s.
 _CONNECT_S = 60.0
 FIRST_S = 60.0  # that a rank may take longer to trace and to compile something
+_SLOWER = 3.0  # times as long as before, that something may take again
 # What backends raise, and how they begin it.
 _ERRORS = (RuntimeError, ValueError)
 _BACKENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")
@@ -64,7 +67,7 @@ class Ranks:
         self._failure: str | None = None
         self._own_failure: str | None = None
         self.is_lost = False
-        self._known: set[str] = set()
+        self._took_s: dict[str, float] = {}  # at most, by what was waited for
         if watchdog is None:
             watchdog = Watchdog(self.rank, self.size)
             watchdog.start()
@@ -156,6 +159,7 @@ class Ranks:
         Raises:
             RanksError: The backend has lost a rank.
         """
+        start = time.monotonic()
         try:
             with self.watchdog.waiting(what, limit_s):
                 yield
@@ -169,6 +173,9 @@ class Ranks:
                 " then start all again."
             ) from error
         self.watchdog.beat()
+        if what in self._took_s:  # by patience
+            took_s = time.monotonic() - start
+            self._took_s[what] = max(took_s, self._took_s[what])  # NaN gives way
 
     def check(self) -> None:
         """Check that the ranks go on together.
@@ -185,11 +192,11 @@ class Ranks:
     def patience(self, what: str) -> float:
         """Seconds that others may take for something: longer the first time.
 
-        They may compile what it needs.
+        They may compile what it needs. What has taken long, such as a chunk of a prompt
+        of a large target, may take longer again: there are more tokens before it.
         """
-        limit_s = LIMIT_S if what in self._known else FIRST_S
-        self._known.add(what)
-        return limit_s
+        took_s = self._took_s.setdefault(what, math.nan)
+        return FIRST_S if math.isnan(took_s) else LIMIT_S + _SLOWER * took_s
 
     def rest(self) -> None:
         """This rank has no work for now: it beats now and then, and sleeps between.

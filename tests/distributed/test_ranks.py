@@ -50,6 +50,20 @@ def test_bytes_that_changed_on_the_way_are_found(alone, monkeypatch):
             exchange("text")
 
 
+def test_what_has_taken_long_may_take_longer_again(monkeypatch):
+    """Such as chunks of a long prompt of a large target."""
+    ranks, now = Ranks(mx.distributed.init(), Watchdog(0, 1)), [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    found = []
+    for took_s in (9.0, 11.0, 0.5):
+        found.append(ranks.patience("a prompt"))
+        with ranks.exchange("a prompt", found[-1]):
+            now[0] += took_s
+    found.append(ranks.patience("a prompt"))
+    assert found == [60, 8 + 3 * 9, 8 + 3 * 11, 8 + 3 * 11]
+    assert ranks.patience("sums") == 60
+
+
 def test_each_exchange_has_a_number(monkeypatch):
     ranks, rows = Ranks(mx.distributed.init(), Watchdog(0, 1)), []
 
