@@ -5,6 +5,7 @@ import gc
 import inspect
 import logging
 import os
+import random
 import shutil
 import socket
 import sys
@@ -31,6 +32,7 @@ from hypothesis import settings
 from mlx_lm.models import base as models_base
 
 from mlx_gemma_mtp.cpu_kernels import compile_header
+from mlx_gemma_mtp.engine import request as requests
 from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.load import load_tokenizer
 from tests import gemma, gemma_pair, tiny
@@ -41,6 +43,10 @@ models_base.inspect = SimpleNamespace(signature=cache(inspect.signature))  # typ
 
 # Also where MLX has a GPU: what tests compare with are results of the CPU.
 mx.set_default_device(mx.cpu)
+
+# Texts without a seed: in CI those of a test are always the same, as its examples are.
+_draws = random.Random()
+requests.secrets = SimpleNamespace(randbits=_draws.getrandbits)  # type: ignore[assignment]
 
 _worker = os.environ.get("PYTEST_XDIST_WORKER", "")
 # Workers find what the process that starts them has made.
@@ -74,6 +80,11 @@ def pytest_collection_modifyitems(items):
     """The same order for every worker."""
     if _worker:
         items.sort(key=lambda item: item.path)
+
+
+def pytest_runtest_setup(item):
+    if os.environ.get("CI"):
+        _draws.seed(item.nodeid)
 
 
 def pytest_unconfigure():
