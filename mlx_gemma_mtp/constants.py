@@ -14,7 +14,6 @@ LOOKUP = "lookup"  # from the text itself
 FORM = "form"  # forced tokens in place of either
 MIXED = "mixed"  # of a batch's round: from either, row by row
 DRAFT_SOURCES = (AUTO, DRAFTER, LOOKUP)
-DEFAULT_DRAFT_SOURCE = DRAFTER
 MODES = (AUTO, "exact", "fast")
 MAX_INTEGER = 2**31 - 1  # that C's int can count, as some libraries below do
 MAX_LOGPROBS = 64  # most tokens listed beside the chosen one

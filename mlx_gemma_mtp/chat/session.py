@@ -18,7 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..cache.kept import KeptCaches
 from ..cache.mlx_lm_cache import read_prompt_cache
 from ..cache.rungs import RUNG, rung_interval, rungs_between
-from ..constants import DEFAULT_DRAFT_SOURCE, DRAFTER, LAST_WRITES_S
+from ..constants import AUTO, LAST_WRITES_S
 from ..engine.extract import filled
 from ..engine.prefill import Prefill
 from ..engine.stats import RoundStats
@@ -148,7 +148,7 @@ class Session:
         settings: Settings,
         *,
         num_draft_tokens: int | str,
-        draft_source: str = DEFAULT_DRAFT_SOURCE,
+        draft_source: str = AUTO,
         system: str | None = None,
         prompt_folder: str | None = None,
     ) -> None:
@@ -160,7 +160,7 @@ class Session:
         self.settings = settings
         self.max_context: int = text_model(model).args.max_position_embeddings
         pair = pair_of(model)
-        self.has_drafts = pair.drafter is not None or draft_source != DRAFTER
+        self.has_drafts = bool(pair.draft_sources(draft_source))
         self.conversation = Conversation(system)
         self.num_draft_tokens = num_draft_tokens
         self.draft_source = draft_source

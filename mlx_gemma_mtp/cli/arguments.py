@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..constants import AUTO, DEFAULT_DRAFT_SOURCE, DRAFT_SOURCES, MODES
+from ..constants import AUTO, DRAFT_SOURCES, MODES
 from ..generation.chat_template import DEFAULT_THINKING
 from .command_table import make_parser
 from .refused import TEXT_FLAGS
@@ -104,10 +104,11 @@ def add_draft_source(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--draft-source",
         choices=DRAFT_SOURCES,
-        default=DEFAULT_DRAFT_SOURCE,
+        default=AUTO,
         help="where drafts come from: the drafter; lookup, the text itself, where its "
-        "newest tokens stood before, which needs no drafter; or auto for the one that "
-        f"is expected to be faster in each round (default: {DEFAULT_DRAFT_SOURCE})",
+        "newest tokens stood before, which needs no drafter; or auto, where there is a "
+        "drafter, for the one that is expected to be faster in each round "
+        "(default: auto)",
     )
 
 

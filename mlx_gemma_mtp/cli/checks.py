@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..constants import AUTO, DRAFTER
+from ..constants import AUTO, LOOKUP
 from ..errors import RequestError, shorten
 from ..generation.chat_template import THINKING
 from ..sampling.defaults import GIVEN
@@ -62,7 +62,7 @@ def check(args: argparse.Namespace) -> Checked:
         raise RequestError(
             "--no-draft and --draft-model exclude each other: got both. Leave one out."
         )
-    is_plain = args.no_draft and args.draft_source == DRAFTER
+    is_plain = args.no_draft and args.draft_source != LOOKUP
     if is_plain and args.num_draft_tokens not in (0, AUTO):
         raise RequestError(
             "--num-draft-tokens must be 0 with --no-draft: got "

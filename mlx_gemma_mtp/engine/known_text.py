@@ -15,6 +15,7 @@ import numpy as np
 from .lookup import LONGEST, NUM_FOUND, UNKNOWN, known_ids
 
 _ROOM = 256  # places beyond those in use, at least
+_NEAR = 4096  # newest places, where a text that repeats itself is found at once
 
 
 class KnownText:
@@ -53,10 +54,20 @@ class KnownText:
 
     def _find(self) -> None:
         """Find the longest match, the latest place first."""
+        text = self._tokens[: self._size]
+        near = max(self._size - _NEAR, 0)
+        self._find_behind(near)
+        if near and self.length < LONGEST:
+            self._find_behind(0)
+        found = text[self.place + 1 :][:NUM_FOUND].tolist() or [0]
+        self.following = [max(found[i % len(found)], 0) for i in range(NUM_FOUND)]
+
+    def _find_behind(self, start: int) -> None:
+        """Find the longest match that ends at a place or behind it."""
         text, last = self._tokens[: self._size], self._size - 1
         self.length, self.place = 0, max(last - 1, 0)
         newest = text[last] if text[last] != UNKNOWN else UNKNOWN - 1
-        places = np.flatnonzero(text[:last] == newest)
+        places = start + np.flatnonzero(text[start:last] == newest)
         while len(places):
             self.length, self.place = self.length + 1, int(places[-1])
             if self.length == LONGEST or text[last - self.length] == UNKNOWN:
@@ -64,8 +75,6 @@ class KnownText:
             before = places[places >= self.length] - self.length
             is_same = text[before] == text[last - self.length]
             places = before[is_same] + self.length
-        found = text[self.place + 1 :][:NUM_FOUND].tolist() or [0]
-        self.following = [max(found[i % len(found)], 0) for i in range(NUM_FOUND)]
 
 
 def num_equal(drafts: Sequence[int], tokens: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..constants import DEFAULT_DRAFT_SOURCE, DRAFTER
+from ..constants import AUTO
 from ..engine.request import Request, RowConstraint
 from ..errors import RequestError
 from ..pair.pair import Pair
@@ -153,7 +153,7 @@ def check_tokens(pair: Pair, given: Sequence[int] | mx.array) -> list[int]:
 def drafts_of(
     pair: Pair,
     num_draft_tokens: int | str | None,
-    draft_source: str = DEFAULT_DRAFT_SOURCE,
+    draft_source: str = AUTO,
 ) -> int | None:
     """The K of a request, of what ``check_num_draft_tokens`` has let through.
 
@@ -170,7 +170,7 @@ def drafts_of(
     """
     if num_draft_tokens is None or isinstance(num_draft_tokens, str):
         return None
-    if num_draft_tokens and pair.drafter is None and draft_source == DRAFTER:
+    if num_draft_tokens and not pair.draft_sources(draft_source):
         raise RequestError(
             f"num_draft_tokens must be 0 without a drafter: got {num_draft_tokens}. "
             "Load the pair with a drafter, or set draft_source to lookup."

@@ -12,7 +12,6 @@ from typing import Any, TypedDict
 
 from ..constants import (
     AUTO,
-    DEFAULT_DRAFT_SOURCE,
     DRAFT_SOURCES,
     MAX_DRAFT_TOKENS,
     MAX_LOGPROBS,
@@ -60,7 +59,8 @@ class GenerationSettings:
             None for as many in each round as are expected to be fastest.
         draft_source: Where drafts come from: ``"drafter"``; ``"lookup"``, the text
             itself, where its newest tokens stood before, which needs no drafter;
-            ``"auto"``, in each round the one that is expected to be faster.
+            ``"auto"``, in each round the one that is expected to be faster, and
+            nothing without a drafter.
         exactness: ``"auto"``: the bytes of plain decoding, where a short probe (once
             per machine and pair) proves that drafting gives them; elsewhere drafts are
             judged all the same, and the statistics say so. ``"exact"``: only what was
@@ -98,7 +98,7 @@ class GenerationSettings:
 
     max_tokens: int
     num_draft_tokens: int | str | None = None
-    draft_source: str = DEFAULT_DRAFT_SOURCE
+    draft_source: str = AUTO
     exactness: str = AUTO
     temp: float = 0.0
     top_p: float = 1.0

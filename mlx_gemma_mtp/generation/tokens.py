@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..cache.prompt import insert_row
 from ..cache.slabs import next_capacity
-from ..constants import DEFAULT_DRAFT_SOURCE
+from ..constants import AUTO
 from ..distributed.ranks import FIRST_S, Ranks
 from ..distributed.work import begin_work, ending_where_it_fails, working
 from ..engine.capacity import DEFAULT_MAX_ROWS
@@ -199,7 +199,7 @@ def make_decoder(
     num_draft_tokens: int | None,
     exactness: str,
     prefill_step_size: int,
-    draft_source: str = DEFAULT_DRAFT_SOURCE,
+    draft_source: str = AUTO,
     prompt_caches: Sequence[Sequence[Any] | None] = (),
     ranks: Ranks | None = None,
 ) -> Decoder:
@@ -256,7 +256,7 @@ def make_batch_decoder(
     pair: Pair,
     *,
     num_draft_tokens: int | str | None = None,
-    draft_source: str = DEFAULT_DRAFT_SOURCE,
+    draft_source: str = AUTO,
     max_rows: int = DEFAULT_MAX_ROWS,
     max_kv_bytes: int | None = None,
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,

@@ -22,7 +22,7 @@ from mlx_lm.generate import (
 )
 from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
 
-from ..constants import DEFAULT_DRAFT_SOURCE
+from ..constants import AUTO
 from ..cpu_kernels import clock
 from ..engine.capacity import DEFAULT_MAX_ROWS
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
@@ -88,7 +88,7 @@ class BatchGenerator:
         max_kv_size: int | None = None,
         stream: Any = None,
         num_draft_tokens: int | str | None = None,
-        draft_source: str = DEFAULT_DRAFT_SOURCE,
+        draft_source: str = AUTO,
         max_kv_bytes: int | None = None,
         draw_seed: Callable[[Sampler | None], int | None] | None = None,
         tally: DraftTally | None = None,

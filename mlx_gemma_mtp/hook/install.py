@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_lm import __version__
 
-from ..constants import DEFAULT_DRAFT_SOURCE
+from ..constants import AUTO
 from ..engine.stats import DraftTally
 from ..errors import HookError
 from .replacements import Hook, Own, Settings
@@ -34,7 +34,7 @@ def install(
     speculative_decoding: bool = True,
     draft_model: str | Path | None = None,
     num_draft_tokens: int | str | None = None,
-    draft_source: str = DEFAULT_DRAFT_SOURCE,
+    draft_source: str = AUTO,
 ) -> None:
     """Let mlx-lm's own functions decode Gemma 4 with its drafter.
 

@@ -26,7 +26,7 @@ from ..checkpoints.hub import fetch, fetch_config
 from ..checkpoints.packing import without_stale_keys
 from ..checkpoints.tokenizer import model_kind
 from ..constants import (
-    DEFAULT_DRAFT_SOURCE,
+    AUTO,
     DRAFTER_MODEL_TYPES,
     TARGET_MODEL_TYPES,
 )
@@ -71,7 +71,7 @@ class Settings:
     speculative_decoding: bool = True
     draft_model: str | Path | None = None
     num_draft_tokens: int | str | None = None
-    draft_source: str = DEFAULT_DRAFT_SOURCE
+    draft_source: str = AUTO
 
     def __post_init__(self) -> None:
         check_num_draft_tokens(self.num_draft_tokens)

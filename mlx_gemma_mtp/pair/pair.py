@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..constants import MAX_DRAFT_TOKENS
+from ..constants import DRAFTER, LOOKUP, MAX_DRAFT_TOKENS
 from ..distributed.environment import has_rdma
 from ..drafting.links import link_of
 from ..drafting.prior import Prior
@@ -191,6 +191,19 @@ class Pair:
         family = family_of(vars(text_model(self.target).args))
         size = 1 if self.ranks is None else self.ranks.size
         return partial(_prior, family, self.kept.matmuls, size)
+
+    def draft_sources(self, asked: str) -> tuple[str, ...]:
+        """Where drafts may come from; empty where there are none.
+
+        Args:
+            asked: One of ``constants.DRAFT_SOURCES``. ``auto`` adds the text to a
+                drafter: without one it is plain decoding.
+        """
+        if asked == LOOKUP:
+            return (LOOKUP,)
+        if self.drafter is None:
+            return ()
+        return (DRAFTER,) if asked == DRAFTER else (DRAFTER, LOOKUP)
 
     @property
     def vocab_size(self) -> int:

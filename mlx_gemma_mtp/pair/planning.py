@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..constants import AUTO, DEFAULT_DRAFT_SOURCE, DRAFTER, LOOKUP
+from ..constants import AUTO, LOOKUP
 from ..distributed.ranks import FIRST_S, Ranks
 from ..drafting.controller import DraftLengthController
 from ..drafting.policy import DraftPolicy, Learning
@@ -84,7 +84,7 @@ def make_plan(
     *,
     num_draft_tokens: int | None,
     exactness: str,
-    draft_source: str = DEFAULT_DRAFT_SOURCE,
+    draft_source: str = AUTO,
 ) -> Plan:
     """Plan the rounds of requests that are decoded together.
 
@@ -110,7 +110,7 @@ def make_batch_plan(
     pair: Pair,
     *,
     num_draft_tokens: int | None,
-    draft_source: str = DEFAULT_DRAFT_SOURCE,
+    draft_source: str = AUTO,
 ) -> Plan:
     """Plan the rounds of requests that join and leave.
 
@@ -128,7 +128,7 @@ def make_batch_plan(
         return Plan(DraftPolicy(0), route, why_plain, look_ahead=look_ahead)
     route = replace(ANY_ROUTE, state=_ROWS_CHANGE)
     policy = _draft_policy(pair, route, num_draft_tokens)
-    has_text = draft_source != DRAFTER
+    has_text = LOOKUP in pair.draft_sources(draft_source)
     return Plan(policy, route, look_ahead=look_ahead, has_text=has_text)
 
 
@@ -166,7 +166,7 @@ def _tell_of_buffers(num_buffers: int, operations: int, megabytes: int) -> None:
 
 def _why_plain(pair: Pair, num_draft_tokens: int | None, draft_source: str) -> str:
     """Why requests decode plainly whatever the machine does, in words."""
-    if pair.drafter is None and draft_source == DRAFTER:
+    if not pair.draft_sources(draft_source):
         return pair.drafter_source or _NO_DRAFTER
     return "num_draft_tokens is 0" if num_draft_tokens == 0 else ""
 
@@ -210,14 +210,14 @@ class _Planner:
     def plan(self) -> Plan:
         """Choose the route, then who chooses the drafts."""
         plan = self._plan()
-        has_text = self._draft_source != DRAFTER and not plan.why_plain
+        has_text = LOOKUP in self._sources and not plan.why_plain
         return replace(plan, has_text=has_text)
 
     def _plan(self) -> Plan:
         """The plan, but for whether there is a text."""
         why_plain = _why_plain(self._pair, self._num_draft_tokens, self._draft_source)
         route = self._route(is_plain=bool(why_plain))
-        if self._pair.drafter is None and self._draft_source == DRAFTER:
+        if not self._sources:
             return Plan(DraftPolicy(0), route, why_plain, self._probe_s)
         if not why_plain and not route.has_drafts:
             why_plain = route.state
@@ -281,10 +281,7 @@ class _Planner:
     @property
     def _sources(self) -> tuple[str, ...]:
         """Where drafts may come from."""
-        asked = {self._draft_source} - {AUTO} or {DRAFTER, LOOKUP}
-        if self._pair.drafter is None:
-            asked -= {DRAFTER}
-        return tuple(sorted(asked))
+        return self._pair.draft_sources(self._draft_source)
 
     def _shares_growth(self) -> bool:
         """Whether slabs would grow for a row at a place that hangs on another's K."""

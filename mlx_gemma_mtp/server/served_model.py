@@ -16,7 +16,7 @@ from ..cache.kept import KeptCaches
 from ..cache.rungs import rung_interval
 from ..cache.slabs import SlabLayout, stepped_capacity
 from ..checkpoints.template_files import missing_template_note
-from ..constants import AUTO, DRAFTER
+from ..constants import AUTO
 from ..engine.capacity import longest_text, seats_for, slots_for
 from ..engine.request import Request
 from ..errors import RequestError
@@ -190,8 +190,7 @@ def request_of(
     """
     source = choice.draft_source if draft_source == AUTO else draft_source
     is_there = choice.draft_source in (AUTO, source)
-    if source == DRAFTER and pair.drafter is None:
-        is_there = False
+    is_there = is_there and bool(pair.draft_sources(source))
     processors = make_logits_processors(**choice.penalties)
     ends = eos | choice.stop_token_ids
     if choice.min_tokens and ends:

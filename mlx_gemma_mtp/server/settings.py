@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.checks import check_sampling, json_object, with_thinking
-from ..constants import AUTO, DRAFTER, MAX_DRAFT_TOKENS, MAX_INTEGER, MAX_LOGPROBS
+from ..constants import AUTO, LOOKUP, MAX_DRAFT_TOKENS, MAX_INTEGER, MAX_LOGPROBS
 from ..errors import RequestError, shorten
 from .addresses import api_key, host_names, origins
 
@@ -272,7 +272,7 @@ class _Drafts:
                     "beside it. Leave one out."
                 )
             model, count = _speculative(given, flag)
-        is_counted = args.draft_source == DRAFTER and count not in (0, AUTO)
+        is_counted = args.draft_source != LOOKUP and count not in (0, AUTO)
         if args.no_draft and (model or is_counted):
             raise RequestError(
                 "--no-draft must stand alone: got a drafter or a number of drafts "

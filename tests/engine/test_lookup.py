@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, cast
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from mlx_gemma_mtp.constants import AUTO, DRAFTER, FORM, LOOKUP
 from mlx_gemma_mtp.drafting.policy import DraftPolicy
+from mlx_gemma_mtp.engine import known_text
 from mlx_gemma_mtp.engine.decoder import Decoder
 from mlx_gemma_mtp.engine.known_text import KnownText
 from mlx_gemma_mtp.engine.lookup import (
@@ -112,8 +114,12 @@ class TestFind:
         assert listed(match) == [(0, [0] * NUM_FOUND)]
 
     @settings(max_examples=60)
-    @given(texts(), st.data())
-    def test_the_host_finds_the_same(self, rows, data):
+    @given(texts(), st.sampled_from((1, 5, 4096)), st.data())
+    def test_the_host_finds_the_same(self, rows, near, data):
+        with mock.patch.object(known_text, "_NEAR", near):
+            self.check_host(rows, data)
+
+    def check_host(self, rows, data):
         for row, end in rows:
             known, place = KnownText(row[:1]), 1
             while place <= end:
