@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_gemma_mtp.constants import DRAFTER
 from mlx_gemma_mtp.drafting.policy import DraftPolicy
 from mlx_gemma_mtp.engine.capacity import seats_for
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
@@ -494,7 +495,9 @@ class TestQueue:
     def test_one_graph_serves_rows_that_come_and_go(self):
         """A rule once asked for stays: no round is traced again and again."""
         pair = reference_pair()
-        decoder = make_batch_decoder(pair, num_draft_tokens=2, max_rows=4)
+        decoder = make_batch_decoder(
+            pair, num_draft_tokens=2, draft_source=DRAFTER, max_rows=4
+        )
         kinds = [SamplingParams(), SamplingParams(1.0, top_k=8, seed=1)]
         first = [decoder.add(Request([5, 6], 200, kind)) for kind in kinds]
         with uncompiled():

@@ -148,12 +148,19 @@ def test_the_controller_chooses_by_default(
 ):
     chosen = []
     choose = DraftLengthController.choose
+    choose_lookup = DraftLengthController.choose_lookup
 
     def noted(self, **given):
         chosen.append(choose(self, **given))
         return chosen[-1]
 
+    def noted_lookup(self, lengths, **given):
+        if count := choose_lookup(self, lengths, **given):
+            chosen.append(count)
+        return count
+
     monkeypatch.setattr(DraftLengthController, "choose", noted)
+    monkeypatch.setattr(DraftLengthController, "choose_lookup", noted_lookup)
     for p in (pair, plain_pair):
         run(p, PROMPT, max_tokens=30, eos_token_ids=(), **settings)
     drafted, plain = decoders
@@ -418,11 +425,33 @@ class TestDraftSource:
             settings = {**self.SETTINGS, **sampling}
             expected = run(pair, PROMPT, num_draft_tokens=0, **settings)
             settings["draft_source"] = source
-            for each, number in ((pair, "auto"), (plain_pair, 8), (plain_pair, None)):
+            for each, number in ((pair, "auto"), (pair, 8), (plain_pair, None)):
                 found = run(each, PROMPT, num_draft_tokens=number, **settings)
                 assert found == expected
             rows = run(pair, [PROMPT, PROMPT[:2]], num_draft_tokens=3, **settings)
             assert [row[0] for row in rows] == expected
+
+    def test_without_a_drafter(self, pair, plain_pair, decoders):
+        """Only who asks for drafts from the text alone has some."""
+        for source, is_drafting in (("auto", False), ("lookup", True)):
+            settings = {**self.SETTINGS, "draft_source": source}
+            run(plain_pair, PROMPT, **settings)
+            stats = decoders[-1].stats
+            assert bool(stats.drafted) is is_drafting
+            assert stats.why_not_engaged.startswith("no drafter") is not is_drafting
+            run(pair, PROMPT, num_draft_tokens=0, **settings)
+            assert decoders[-1].stats.why_not_engaged == "num_draft_tokens is 0"
+
+    @pytest.mark.parametrize("source", ["drafter", "auto"])
+    def test_a_number_without_a_drafter_is_refused(self, plain_pair, source):
+        with pytest.raises(RequestError, match="or set draft_source to lookup"):
+            generate_tokens(
+                plain_pair,
+                PROMPT,
+                max_tokens=4,
+                num_draft_tokens=8,
+                draft_source=source,
+            )
 
     def test_statistics_say_where_drafts_came_from(self, plain_pair, decoders):
         settings = {**self.SETTINGS, "draft_source": "lookup"}

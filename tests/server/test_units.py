@@ -45,8 +45,8 @@ class TestArguments:
         assert settings.is_loopback
         assert settings.names == ("embedded",)
         assert settings.num_draft_tokens is None
-        assert settings.draft_source == "drafter"
-        assert parse(["--draft-source", "auto"]).draft_source == "auto"
+        assert settings.draft_source == "auto"
+        assert parse(["--draft-source", "drafter"]).draft_source == "drafter"
         assert settings.is_drafting
         assert settings.api_key is None
         assert settings.allowed_origins == ()
