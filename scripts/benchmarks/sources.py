@@ -2,8 +2,10 @@
 
 The drafter alone and the faster of both sources in each round (``draft_source="auto"``)
 take turns, a few tokens each, so that a machine that slows down slows both. Each has a
-pair of its own: what one learns the other does not know. Traces are made and the
-controllers have learnt of another text of the kind before anything is timed.
+pair of its own: what one learns the other does not know. The drafter alone runs twice,
+once with each of two pairs: how far these are from each other is what chance does, as
+controllers may settle on other numbers of drafts. Traces are made and the controllers
+have learnt of another text of the kind before anything is timed.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from mlx_gemma_mtp.pair.pair import Pair
 from .prompts import read_kinds
 from .speed import own_tokens, seconds_in_turn, show
 
+_SOURCES = {"once": DRAFTER, "again": DRAFTER, AUTO: AUTO}
 _TURN = 18  # tokens
 _WARM_UPS = 3  # texts: rounds of many numbers of drafts must be traced and compiled
 _SAMPLED = {"temp": 1.0, "top_k": 64, "top_p": 0.95}
@@ -64,31 +67,44 @@ def sources(
     """How many times as fast as with the drafter alone texts are with both sources."""
     if pair.drafter is None:
         raise SystemExit("the pair must have a drafter for the text to compete with")
-    show(f"\n{'drafter and text over the drafter alone':46} median   range")
+    show(f"\n{'over the drafter alone':24} drafter and text          drafter again")
     figures = {}
     for kind, (prompts, settings) in source_prompts(tokenizer).items():
-        pairs = {name: Pair(pair.target, pair.drafter) for name in (DRAFTER, AUTO)}
+        pairs = source_pairs(pair)
         first, *others = prompts
         for _ in range(_WARM_UPS):
             side_by_side(pairs, first, args.max_tokens, **settings)
-        ratios = []
+        ratios, again = list[float](), list[float]()
         for prompt in others[: args.repeats]:
             seconds = side_by_side(pairs, prompt, args.max_tokens, **settings)
-            ratios.append(seconds[DRAFTER] / seconds[AUTO])
+            alone = (seconds["once"] + seconds["again"]) / 2
+            ratios.append(alone / seconds[AUTO])
+            again.append(seconds["once"] / seconds["again"])
+        show(f"{kind:24} {_described(ratios):25} {_described(again)}")
         median = statistics.median(ratios)
-        show(f"{kind:46} {median:6.3f}   {min(ratios):.3f} to {max(ratios):.3f}")
-        figures[kind] = {"x_drafter": median, "ratios": ratios}
+        figures[kind] = {"x_drafter": median, "ratios": ratios, "again": again}
     return figures
+
+
+def _described(ratios: list[float]) -> str:
+    """The median and the range."""
+    median = statistics.median(ratios)
+    return f"{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def source_pairs(pair: Pair) -> dict[str, Pair]:
+    """A pair of its own for each that takes turns."""
+    return {name: Pair(pair.target, pair.drafter) for name in _SOURCES}
 
 
 def side_by_side(
     pairs: dict[str, Pair], prompt: list[int], max_tokens: int, **settings: Any
 ) -> dict[str, float]:
-    """Seconds of each source, a few tokens of one and of the other in turn."""
+    """Seconds with each pair, a few tokens of one and of the other in turn."""
     texts = {
-        source: own_tokens(
-            pair, prompt, max_tokens, AUTO, draft_source=source, **settings
+        name: own_tokens(
+            pair, prompt, max_tokens, AUTO, draft_source=_SOURCES[name], **settings
         )
-        for source, pair in pairs.items()
+        for name, pair in pairs.items()
     }
     return seconds_in_turn(texts, max_tokens, turn=_TURN)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from mlx_gemma_mtp.checkpoints.tokenizer import load_tokenizer
 from mlx_gemma_mtp.pair.load import embedded_pair_path
-from mlx_gemma_mtp.pair.pair import Pair
-from scripts.benchmarks.sources import side_by_side, source_prompts
+from scripts.benchmarks.sources import side_by_side, source_pairs, source_prompts
 from tests.tiny import reference_pair, uncompiled
 
 
@@ -21,9 +20,8 @@ def test_kinds():
         assert settings in ({}, {"temp": 1.0, "top_k": 64, "top_p": 0.95})
 
 
-def test_both_take_turns():
-    pair = reference_pair()
-    pairs = {name: Pair(pair.target, pair.drafter) for name in ("drafter", "auto")}
+def test_all_take_turns():
+    pairs = source_pairs(reference_pair())
     with uncompiled():
         seconds = side_by_side(pairs, [5, 6, 7, 5, 6], 20)
     assert seconds.keys() == pairs.keys()
