@@ -153,6 +153,8 @@ class DraftPolicy:
                 if count:
                     self.num_shadow_drafts = 0
                     return Way(count, LOOKUP)
+            if self._fixed is not None:
+                return Way(*allowed)
             count = self._controller.choose(
                 allowed=drafted,
                 setup_s=setup_s,
