@@ -297,7 +297,7 @@ def _add_sampling_settings(parser: argparse.ArgumentParser) -> None:
         "--no-reproducible",
         action="store_true",
         help="accept more drafts in spite of --seed; the text then depends on their "
-        "number too",
+        "number and source too",
     )
 
 

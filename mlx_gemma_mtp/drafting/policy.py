@@ -154,7 +154,7 @@ class DraftPolicy:
                     self.num_shadow_drafts = 0
                     return Way(count, LOOKUP)
             if self._fixed is not None:
-                return Way(*allowed)
+                return Way(max(allowed))
             count = self._controller.choose(
                 allowed=drafted,
                 setup_s=setup_s,

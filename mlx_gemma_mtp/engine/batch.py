@@ -13,12 +13,12 @@ from dataclasses import replace
 import mlx.core as mx
 
 from ..cache.prompt import PrefillCache, insert_row, oldest_kept, take_row
-from ..cache.slabs import SlabLayout, resize, stepped_capacity
+from ..cache.slabs import SlabLayout, resize
 from ..constants import DRAFTER
 from ..models.target import Prefilled
 from ..sampling.graph import SamplingGraph
 from .capacity import BatchPolicy, Capacity
-from .lookup import empty_text, resized_text
+from .lookup import empty_text, resized_text, searched_places
 from .sequence import TokenSequence
 from .sources import looking_up
 from .state import (
@@ -272,7 +272,7 @@ class Batch:
         state = self.state
         if num_searched <= self._num_searched or state is None or state.text is None:
             return
-        self._num_searched = stepped_capacity(num_searched)
+        self._num_searched = searched_places(num_searched)
         text = resized_text(state.text, self.num_slots + self._num_searched)
         self.state = replace(state, text=text)
 

@@ -11,10 +11,11 @@ early only where that makes rounds shorter. Knows nothing of arrays.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable
 from statistics import median
 
 _BLOCK = 8  # rounds of one kind in a row, while both are measured
-_SAMPLES = 16  # of either kind, of one number of drafts, that decide
+_SAMPLES = 16  # of either kind, of one way to draft, that decide
 _LEAST_GAIN = 1.02  # times shorter: less is not worth text that comes late
 
 
@@ -28,25 +29,25 @@ class EarlyStart:
     def __init__(self) -> None:
         self.is_early = True
         self._num_left = _BLOCK
-        self._seconds: defaultdict[tuple[int, bool], list[float]] = defaultdict(list)
+        self._seconds = defaultdict[tuple[Hashable, bool], list[float]](list)
         self._has_decided = False
 
-    def observe(self, num_draft_tokens: int, seconds: float, *, is_early: bool) -> None:
+    def observe(self, way: Hashable, seconds: float, *, is_early: bool) -> None:
         """Learn from a round.
 
         Args:
-            num_draft_tokens: Its drafts.
+            way: How it drafted: rounds of one way are compared.
             seconds: What it took.
             is_early: Whether it was started early.
         """
         if self._has_decided:
             return
-        self._seconds[num_draft_tokens, is_early].append(seconds)
+        self._seconds[way, is_early].append(seconds)
         self._num_left -= 1
         if not self._num_left:
             self.is_early, self._num_left = not self.is_early, _BLOCK
-        early = self._seconds[num_draft_tokens, True]
-        late = self._seconds[num_draft_tokens, False]
+        early = self._seconds[way, True]
+        late = self._seconds[way, False]
         if min(len(early), len(late)) >= _SAMPLES:
             self.is_early = median(late) > _LEAST_GAIN * median(early)
             self._has_decided = True

@@ -21,6 +21,7 @@ from ..constants import MAX_DRAFT_TOKENS
 LONGEST = 16  # tokens of a suffix that are compared
 NUM_FOUND = MAX_DRAFT_TOKENS + 1  # tokens that are looked up: as many as a round emits
 _IDS = 2**31
+_PLACES = 256  # the fewest of tokens that are searched before a text
 UNKNOWN = -1  # a token that equals nothing: of it only keys and values came
 
 
@@ -55,6 +56,17 @@ def text_row(
     row[: len(before)] = known_ids(before)
     row[end - len(known) : end] = known_ids(known)
     return mx.array(row)[None]
+
+
+def searched_places(needed: int) -> int:
+    """Places for tokens that are searched before a text: one of few numbers.
+
+    Each is a trace of every round; a place takes 4 bytes.
+    """
+    places = _PLACES
+    while places < needed:
+        places *= 4
+    return places
 
 
 def resized_text(text: mx.array, capacity: int) -> mx.array:

@@ -347,8 +347,9 @@ class RoundPipeline:
             if most >= num_drafts and source == queued.source:
                 accepted.append(decision.num_accepted)
                 matches.append(length)
+        way = Way(num_drafts, queued.source)
         done.policy.observe(
-            Way(num_drafts, queued.source),
+            way,
             accepted,
             done.seconds,
             matches=matches,
@@ -357,4 +358,4 @@ class RoundPipeline:
         )
         can_be_late = self._can_look_ahead and done.queued.masks is None
         if done.seconds is not None and can_be_late:
-            self._early_start.observe(num_drafts, done.seconds, is_early=done.is_early)
+            self._early_start.observe(way, done.seconds, is_early=done.is_early)

@@ -77,7 +77,7 @@ class GenerationSettings:
         seed: 0 to 2**64 - 1, the same for all prompts: the text is then a function of
             seed and target alone. None draws a fresh one.
         reproducible: False accepts more drafts in spite of a seed, as without one: the
-            text then depends on the number of drafts too.
+            text then depends on the number of drafts and their source too.
         logits_processors: Functions ``(tokens [n], logits [1, V]) -> logits [1, V]``
             as mlx-lm calls them, the same for all prompts. They see exactly the
             histories of plain decoding, each once and in order; drafts are then

@@ -125,7 +125,11 @@ class Calibration:
                 return None
             plain_s = costs.seconds(0) / self._fill_cost(min_rows)
             took_s = sum(n * costs.seconds(k) for k, n in drafted.items())
-            took_s += sum(n * lookup_costs.seconds(k) for k, n in looked_up.items())
+            # No less than plain ones, which were measured in another hour perhaps.
+            took_s += sum(
+                n * max(lookup_costs.seconds(k), costs.seconds(0))
+                for k, n in looked_up.items()
+            )
             return num_tokens * plain_s / took_s
 
     def _fill_cost(self, min_rows: int) -> float:

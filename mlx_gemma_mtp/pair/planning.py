@@ -99,11 +99,18 @@ def make_plan(
         The plan. The probe may have run for it.
     """
     planner = _Planner(pair, requests, num_draft_tokens, exactness, draft_source)
-    plan, look_ahead = planner.plan(), can_look_ahead(pair)
+    plan = replace(planner.plan(), look_ahead=can_look_ahead(pair))
     if pair.ranks is not None:
-        look_ahead = pair.ranks.share(look_ahead)
-        plan = replace(plan, route=agreed_route(pair.ranks, plan.route))
-    return replace(plan, look_ahead=look_ahead)
+        plan = _agreed_plan(pair.ranks, plan)
+    has_text = LOOKUP in pair.draft_sources(draft_source) and not plan.why_plain
+    return replace(plan, has_text=has_text)
+
+
+def _agreed_plan(ranks: Ranks, plan: Plan) -> Plan:
+    """Rank 0's, where ranks would not plan alike: each has clocks of its own."""
+    look_ahead, why_plain = ranks.share([plan.look_ahead, plan.why_plain])
+    route = agreed_route(ranks, plan.route)
+    return replace(plan, route=route, why_plain=why_plain, look_ahead=look_ahead)
 
 
 def make_batch_plan(
@@ -209,12 +216,6 @@ class _Planner:
 
     def plan(self) -> Plan:
         """Choose the route, then who chooses the drafts."""
-        plan = self._plan()
-        has_text = LOOKUP in self._sources and not plan.why_plain
-        return replace(plan, has_text=has_text)
-
-    def _plan(self) -> Plan:
-        """The plan, but for whether there is a text."""
         why_plain = _why_plain(self._pair, self._num_draft_tokens, self._draft_source)
         route = self._route(is_plain=bool(why_plain))
         if not self._sources:

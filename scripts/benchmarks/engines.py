@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
 from mlx_lm.sample_utils import make_sampler
 
+from mlx_gemma_mtp.constants import DRAFTER
 from mlx_gemma_mtp.engine.decoder import Decoder, Request
 from mlx_gemma_mtp.engine.rounds import Rounds
 from mlx_gemma_mtp.engine.route import check_mode
@@ -112,8 +113,9 @@ class OwnEngine:
             self._count = drafts_of(pair, spec.num_draft_tokens)
         except MTPError as error:
             raise UnavailableError(str(error)) from None
-        self._rounds = self._pair.rounds
+        self._rounds, self._source = self._pair.rounds, AUTO
         if spec.acceptance is not None:
+            self._source = DRAFTER  # whose drafts the coins are for
             self._rounds = scripted_rounds(
                 self._rounds, spec.acceptance, use_compile=spec.use_compile
             )
@@ -131,12 +133,14 @@ class OwnEngine:
             requests,
             num_draft_tokens=self._count,
             exactness=self._exactness,
+            draft_source=self._source,
         )
         decoder = Decoder(
             self._rounds,
             requests,
             num_draft_tokens=plan.draft_policy,
             route=plan.route,
+            has_text=plan.has_text,
         )
         before = RoundStats()
         with self._pair.wired(), closing(decoder.run()) as rounds:

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_gemma_mtp.constants import DRAFTER
 from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.pair.pair import Pair
 
@@ -69,5 +70,6 @@ def side_by_side(
 ) -> dict[int | str, float]:
     """Seconds of both, a few tokens of one and of the other in turn."""
     ways: list[int | str] = [0, "auto"]
+    settings = {**settings, "draft_source": DRAFTER}
     texts = {way: own_tokens(pair, prompt, max_tokens, way, **settings) for way in ways}
     return seconds_in_turn(texts, max_tokens, turn=_TURN)

@@ -10,6 +10,8 @@ import random
 import mlx.core as mx
 import pytest
 
+from mlx_gemma_mtp.constants import DRAFTER, LOOKUP
+from mlx_gemma_mtp.drafting.policy import Way
 from mlx_gemma_mtp.engine.decoder import Decoder
 from mlx_gemma_mtp.engine.early_start import EarlyStart
 from mlx_gemma_mtp.engine.request import Request
@@ -48,6 +50,19 @@ def test_numbers_of_drafts_are_not_compared_with_each_other():
         assert early_start.is_early == (((i + 1) // 8) % 2 == 0)
 
 
+def test_sources_of_drafts_are_not_compared_with_each_other():
+    """Copies between other text, for as many rounds as rounds are started alike."""
+    early_start = EarlyStart()
+    for i in range(600):
+        way = Way(2, LOOKUP if i // 20 % 2 else DRAFTER)
+        seconds = (0.016 if way.source == LOOKUP else 0.022) * 1.1
+        if early_start.is_early:
+            seconds /= 1.1
+        early_start.observe(way, seconds, is_early=early_start.is_early)
+    assert early_start.is_early
+    assert early_start._has_decided
+
+
 class Late(EarlyStart):
     """Never early."""
 
@@ -56,7 +71,7 @@ class Late(EarlyStart):
         self.is_early = False
         self.seen = []
 
-    def observe(self, num_draft_tokens, seconds, *, is_early):
+    def observe(self, way, seconds, *, is_early):
         self.seen.append(is_early)
 
 

@@ -29,6 +29,7 @@ from mlx_gemma_mtp.engine.lookup import (
     UNKNOWN,
     find,
     resized_text,
+    searched_places,
     text_row,
     with_tokens,
 )
@@ -158,6 +159,11 @@ class TestText:
             mx.zeros((2, 6), dtype=mx.int32), mx.array([1, 4]), mx.array([[7, 8]] * 2)
         )
         assert text.tolist() == [[0, 7, 8, 0, 0, 0], [0, 0, 0, 0, 7, 8]]
+
+    def test_places_before_a_text_have_few_numbers(self):
+        found = {needed: searched_places(needed) for needed in range(1, 5000)}
+        assert all(needed <= places for needed, places in found.items())
+        assert set(found.values()) == {256, 1024, 4096, 16384}
 
     def test_sizes(self):
         text = mx.array([[1, 2, 3]], dtype=mx.int32)

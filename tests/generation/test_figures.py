@@ -121,6 +121,16 @@ class TestTimesPlain:
         # 13 tokens, which plain rounds would have made in 0.13 s, in 0.05 s.
         assert calibration.times_plain(stats) == pytest.approx(2.6, rel=0.02)
 
+    def test_rounds_from_the_text_are_not_shorter_than_plain_ones(self, calibration):
+        """Where these were measured while the machine was busy."""
+        self.learn(calibration, {0: 0.030})
+        controller = calibration.controller("greedy", num_rows=1, min_rows=1)
+        for _ in range(30):
+            controller.lookup.costs.observe(8, 0.012)
+        stats = stats_of(rule="greedy")
+        stats.add_round(drafted=8, accepted=8, source="lookup")
+        assert calibration.times_plain(stats) == pytest.approx(9.0)
+
     def test_rows_together_learn_of_one_text(self, calibration):
         """What stands of drafts from the text is that of every number of rows."""
         one, four = (

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from mlx_gemma_mtp.drafting.policy import DraftPolicy
 from mlx_gemma_mtp.engine.request import Request
-from mlx_gemma_mtp.engine.route import Route
+from mlx_gemma_mtp.engine.route import PLAIN, Route
 from mlx_gemma_mtp.errors import RanksError, RequestError
 from mlx_gemma_mtp.exactness.verdict import Verdict
+from mlx_gemma_mtp.pair import planning
 from mlx_gemma_mtp.pair.agreed import (
     agreed_requests,
     agreed_route,
@@ -19,6 +21,7 @@ from mlx_gemma_mtp.pair.agreed import (
     check_request,
 )
 from mlx_gemma_mtp.sampling.params import SamplingParams
+from tests.tiny import reference_pair
 
 
 def hearing(shared: Any, gathered: Any = None) -> Any:
@@ -35,10 +38,10 @@ def saying() -> tuple[Any, list[Any]]:
     said: list[Any] = []
 
     def share(own: Any) -> Any:
-        said.append(own)
-        return json.loads(json.dumps(own))
+        said.append(json.loads(json.dumps(own)))
+        return said[-1]
 
-    return SimpleNamespace(rank=0, share=share), said
+    return SimpleNamespace(rank=0, size=2, share=share), said
 
 
 def verdict(
@@ -69,6 +72,21 @@ def test_a_request_of_rank_0_comes_whole():
     )
     assert other == first
     assert settings == [4, "auto"]
+
+
+def test_a_plan_is_rank_0s(monkeypatch):
+    """Also where this rank would decode plainly: whether there is a text shows it."""
+    pair = reference_pair()
+    asked: dict[str, Any] = {"num_draft_tokens": None, "exactness": "fast"}
+    pair.ranks, said = saying()
+    first = planning.make_plan(pair, [Request([5, 6], 7)], **asked)
+    assert first.has_text
+    plain = planning.Plan(DraftPolicy(0), PLAIN, "rounds with drafts were slower")
+    monkeypatch.setattr(planning._Planner, "plan", lambda self: plain)
+    heard = iter(said)
+    monkeypatch.setattr(pair.ranks, "share", lambda _: next(heard))
+    found = planning.make_plan(pair, [Request([5, 6], 7)], **asked)
+    assert (found.route, found.why_plain, found.has_text) == (first.route, "", True)
 
 
 def test_other_numbers_of_texts():
