@@ -72,7 +72,7 @@ class Ranks:
             watchdog = Watchdog(self.rank, self.size)
             watchdog.start()
         self.watchdog = watchdog
-        self._beats = Beats(self._beat, watchdog.end)
+        self._beats = Beats(self._beat, self._end)
         if self.is_first:  # now: what runs at exit can register nothing
             atexit.register(self.close)
 
@@ -251,6 +251,15 @@ class Ranks:
             with suppress(RanksError):
                 self._beats.wait()
 
+    def _end(self, line: str) -> None:
+        """End this program, which has lost the others at rest.
+
+        One that fails by itself has its own error to say, and may clean up first.
+        """
+        if self._own_failure or failure() or _is_handling():
+            time.sleep(LIMIT_S)  # the program's end ends this thread too
+        self.watchdog.end(line)
+
     def _beat(self) -> bool:
         """A beat; whether the rest is over."""
         mine = Header(Kind.BEAT, self._number, self._says)
@@ -290,6 +299,13 @@ def failure() -> str | None:
         return None
     error: BaseException | None = vars(sys).get("last_value")
     return None if error is None else described(error)
+
+
+def _is_handling() -> bool:
+    """Whether the main thread is handling an exception."""
+    main: Any = threading.main_thread().ident
+    error: Any = sys._current_exceptions().get(main)
+    return error not in (None, (None, None, None))  # before Python 3.12 there are three
 
 
 @functools.cache

@@ -233,6 +233,61 @@ def test_who_has_ended_waits_for_rank_0_to_end_and_hears_why(tmp_path):
     )
 
 
+BOTH_FAIL = """
+import pathlib
+from mlx_gemma_mtp.cli.command import exit_status
+from mlx_gemma_mtp.distributed import work
+from mlx_gemma_mtp.errors import OutputError
+work._AT_REST.add(ranks)
+ranks.rest()
+if ranks.rank != {first}:
+    raise KeyError("of the other")
+
+def clean_up():
+    while ranks._beats.is_resting:  # the other is there
+        time.sleep(0.01)
+    time.sleep(0.5)
+    pathlib.Path({file!r}).write_text("figures")
+
+{fails}
+"""
+RAISES = """
+try:
+    raise KeyError("of the first")
+finally:
+    clean_up()
+"""
+# As a command does that says its mistake by itself.
+SAYS = """
+def run():
+    raise OutputError("of the first")
+
+class Notes:
+    isatty, flush = sys.stderr.isatty, sys.stderr.flush
+
+    def write(self, line):
+        clean_up()
+        sys.stderr.write(line)
+
+status = exit_status(run, sys.stdout, Notes())
+time.sleep(0.5)
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("fails", [RAISES, SAYS], ids=["raises", "says"])
+def test_ranks_that_fail_at_once_all_say_why(first, fails, tmp_path):
+    """Between two texts; what one does behind its own error is not cut off."""
+    file = tmp_path / "figures.json"
+    script = BOTH_FAIL.format(first=first, file=str(file), fails=fails)
+    ended = finish(start(2, script, tmp_path))
+    assert [rank.status for rank in ended] == [1, 1], ended
+    assert "of the first" in ended[first].errors
+    assert ended[1 - first].errors.endswith("KeyError: 'of the other'\n")
+    assert file.read_text() == "figures"
+
+
 # The backend says it, long before the watchdog would.
 @pytest.mark.parametrize(
     "script", [WAITS.format(limit_s=60), RESTS], ids=["waits", "rests"]
