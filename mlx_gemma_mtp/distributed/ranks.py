@@ -148,6 +148,19 @@ class Ranks:
         self._check_awake()
         self._meet(self._header(Kind.BARRIER), limit_s)
 
+    def all_say(self, is_so: bool) -> bool:
+        """Whether all ranks say yes.
+
+        Args:
+            is_so: What this one says.
+
+        Raises:
+            RanksError: The ranks are out of step, or have lost each other.
+        """
+        self._check_awake()
+        headers = self._meet(Header(Kind.VOTE, self._number, int(is_so)))
+        return all(header.value for header in headers)
+
     @contextmanager
     def exchange(self, what: str, limit_s: float = LIMIT_S) -> Iterator[None]:
         """What is evaluated inside needs the other ranks, and hears of them.

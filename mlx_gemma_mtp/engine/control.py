@@ -110,22 +110,27 @@ class Control:
         """
         return None
 
-    def meet(self, shape: Hashable, *, is_traced: bool) -> None:
-        """Wait for all ranks before the first round of a shape.
-
-        Each of them traces it, and compiles its kernels, in its own time; a GPU must
-        not wait for that inside a round.
+    def are_traced(self, shape: Hashable, *, is_traced: bool) -> bool:
+        """Whether rounds of a shape have run before, on all ranks.
 
         Args:
             shape: The shape.
-            is_traced: Whether rounds like it have run before.
+            is_traced: Whether they have on this one.
+        """
+        return is_traced
+
+    def meet(self) -> None:
+        """Wait for all ranks before the first round of a shape that some have traced.
+
+        Each of them traces it in its own time; a GPU must not wait for that inside a
+        round.
         """
 
-    def waiting(self, *, is_traced: bool) -> AbstractContextManager[None]:
+    def waiting(self, *, are_traced: bool) -> AbstractContextManager[None]:
         """What is done inside needs the other ranks.
 
         Args:
-            is_traced: Whether rounds like it have run before.
+            are_traced: Whether rounds like those in flight have run before, on all.
 
         Raises:
             RanksError: They were lost.
@@ -200,17 +205,25 @@ class RanksControl(Control):
         word[_LENGTH + self._ranks.rank] = self._digest & 0x7FFFFFFF
         return mx.array(word, dtype=mx.int32)
 
-    def meet(self, shape: Hashable, *, is_traced: bool) -> None:
-        """See ``Control``."""
-        if shape not in self._met:
-            self._met.add(shape)
-            self._ranks.barrier(_limit_s(is_traced=is_traced))
+    def are_traced(self, shape: Hashable, *, is_traced: bool) -> bool:
+        """See ``Control``.
 
-    def waiting(self, *, is_traced: bool) -> AbstractContextManager[None]:
+        Ranks ask each other once in a text: each forgets what it has traced by itself.
+        """
+        if shape in self._met:
+            return True
+        self._met.add(shape)
+        return self._ranks.all_say(is_traced)
+
+    def meet(self) -> None:
+        """See ``Control``."""
+        self._ranks.barrier(FIRST_S)
+
+    def waiting(self, *, are_traced: bool) -> AbstractContextManager[None]:
         """See ``Control``."""
         self._ranks.check()  # what is in flight of lost ones never ends
-        name = f"round {self._num_read}"
-        return self._ranks.exchange(name, _limit_s(is_traced=is_traced))
+        name, limit_s = f"round {self._num_read}", LIMIT_S if are_traced else FIRST_S
+        return self._ranks.exchange(name, limit_s)
 
     def read(self, word: mx.array | None, tokens: Sequence[Sequence[int]]) -> None:
         """See ``Control``."""
@@ -228,8 +241,3 @@ class RanksControl(Control):
         self._ways.append(Way(count, _SOURCES[source]))
         if leaves and self._last is None:
             self._last = number + _AHEAD - 1
-
-
-def _limit_s(*, is_traced: bool) -> float:
-    """Seconds that a rank may be silent in a round."""
-    return LIMIT_S if is_traced else FIRST_S

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -48,6 +49,7 @@ class _InFlight:
         queued: The round.
         policy: Who chose its number of drafts.
         setup_s: What it took the host to trace it; None where it was traced before.
+        are_traced: Whether it was traced before on all machines.
         num_shadow_drafts: Drafts that were made beside it.
         context: Tokens of the longest sequence when it was chosen.
         matches: How long the match of each seat was when it was chosen.
@@ -58,6 +60,7 @@ class _InFlight:
     queued: QueuedRound
     policy: DraftPolicy
     setup_s: float | None
+    are_traced: bool
     num_shadow_drafts: int
     context: int
     matches: tuple[int, ...] = ()
@@ -159,7 +162,7 @@ class RoundPipeline:
         """Wait for what is still running, and let go of it and of the batch's slabs."""
         try:
             self._leave()
-            with self._control.waiting(is_traced=True):
+            with self._waiting():
                 mx.eval([f.queued.started for f in self._in_flight])
         finally:
             self._in_flight.clear()
@@ -228,15 +231,25 @@ class RoundPipeline:
         chosen = self._chooser.choose(self._drafts_in_flight)
         policy, way = chosen.policy, chosen.way
         shape = (way, len(batch), batch.num_slots)
+        are_traced = self._control.are_traced(shape, is_traced=chosen.is_traced)
         state = batch.take_state()
         num_shadow = self._queue_shadow(state, policy)
         start = clock()
         queued = self._runner.queue(state, way, self._last, chosen.word)
         setup_s = None if chosen.is_traced else clock() - start
-        self._control.meet(shape, is_traced=chosen.is_traced)
+        if not are_traced:
+            self._control.meet()
         matches = tuple(s.match_length if s else 0 for s in batch.sequences)
         self._in_flight.append(
-            _InFlight(queued, policy, setup_s, num_shadow, chosen.context, matches)
+            _InFlight(
+                queued,
+                policy,
+                setup_s,
+                are_traced,
+                num_shadow,
+                chosen.context,
+                matches,
+            )
         )
         self._num_queued += 1
         if not chosen.is_traced:
@@ -247,6 +260,11 @@ class RoundPipeline:
             mx.clear_cache()
             self._timer.disturb()
 
+    def _waiting(self) -> AbstractContextManager[None]:
+        """Around what may wait for rounds in flight, on all machines."""
+        are_traced = all(flight.are_traced for flight in self._in_flight)
+        return self._control.waiting(are_traced=are_traced)
+
     def _start(self, *, is_early: bool) -> None:
         """Hand the round that was built last to the device, if that was not done."""
         if self.is_empty or not self._in_flight[-1].queued.waiting:
@@ -254,7 +272,7 @@ class RoundPipeline:
         built = self._in_flight[-1]
         built.is_early = is_early
         start = clock()
-        with self._control.waiting(is_traced=built.setup_s is None):
+        with self._waiting():
             self._runner.start(built.queued)
         if built.setup_s is not None:
             built.setup_s += clock() - start
@@ -296,8 +314,9 @@ class RoundPipeline:
 
     def _read(self) -> list[SequenceOutput]:
         """Read the oldest report in flight, let the host decide, and count."""
+        waiting = self._waiting()
         done = self._in_flight.popleft()
-        with self._control.waiting(is_traced=done.setup_s is None):
+        with waiting:
             decisions = self._runner.read(done.queued, self._last)
         assert done.queued.report is not None
         tokens = [decision.tokens for decision in decisions]

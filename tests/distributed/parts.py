@@ -27,6 +27,7 @@ from mlx_gemma_mtp import cpu_kernels
 from mlx_gemma_mtp.cache.prompt import insert_row
 from mlx_gemma_mtp.checkpoints.shard_plan import shard_plans
 from mlx_gemma_mtp.distributed.ranks import Ranks, launched
+from mlx_gemma_mtp.distributed.watchdog import LIMIT_S
 from mlx_gemma_mtp.distributed.work import begin_work, end_work
 from mlx_gemma_mtp.engine import decoder, prompt_reader
 from mlx_gemma_mtp.engine import round as round_of
@@ -327,6 +328,33 @@ def failing(name: str) -> dict[str, Any]:
     return {"again": text(part)}
 
 
+def cold(folder: str) -> dict[str, Any]:
+    """The longest that ranks let each other wait for rounds, and the last time.
+
+    In a text whose rounds all trace, in one that none does, and in one whose rounds
+    rank 1 has let go, as it does behind enough of other models.
+    """
+    part = part_of(folder)
+    assert part.ranks is not None
+    limits: list[float] = []
+    exchange = part.ranks.exchange
+
+    def noting(what: str, limit_s: float = LIMIT_S) -> Any:
+        if what.startswith("round"):
+            limits.append(limit_s)
+        return exchange(what, limit_s)
+
+    found = []
+    with mock.patch.object(part.ranks, "exchange", noting):
+        for number in range(3):
+            if number == 2 and not part.ranks.is_first:
+                part.rounds._traces.fit("another model")
+            limits.clear()
+            text(part, num_draft_tokens=3)
+            found.append([max(limits), limits[-1]])
+    return {"limits": found}
+
+
 JOBS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "near": near,
     "texts": texts,
@@ -341,6 +369,7 @@ JOBS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "led": led,
     "unlike": unlike,
     "crossed": crossed,
+    "cold": cold,
 }
 
 if __name__ == "__main__":

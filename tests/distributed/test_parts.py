@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from mlx_gemma_mtp.checkpoints.shard_plan import TOLERANCE as TOLERATED
+from mlx_gemma_mtp.distributed.ranks import FIRST_S
+from mlx_gemma_mtp.distributed.watchdog import LIMIT_S
 from mlx_gemma_mtp.generation.tokens import generate_tokens
 from tests.distributed import parts
 from tests.distributed.ends import KINDS, SIZES, others
@@ -71,7 +73,8 @@ def test_whoever_leaves(tmp_path):
 def test_rank_0_decides(tmp_path):
     """What others are asked for, and would draft and decide, changes nothing."""
     folder = family_folder(SHORT)
-    alone, other = run(2, [("led", folder), ("crossed", folder)], tmp_path)
+    jobs = [(job, folder) for job in ("led", "crossed", "cold")]
+    alone, other = run(2, jobs, tmp_path)
     texts = alone[0]["texts"]
     assert other[0]["texts"] == texts
     pair = reference_pair()
@@ -86,6 +89,12 @@ def test_rank_0_decides(tmp_path):
         assert processors.startswith("a text on several machines must be without")
         assert rank[1]["rest"] == 11
         assert rank[1]["again"] == texts[0]
+        # Where one traces, the others wait for it, and only then.
+        assert rank[2]["limits"] == [
+            [FIRST_S, LIMIT_S],
+            [LIMIT_S, LIMIT_S],
+            [FIRST_S, LIMIT_S],
+        ]
 
 
 def test_ranks_that_loaded_other_things(tmp_path):

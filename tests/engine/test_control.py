@@ -19,7 +19,12 @@ ALL = range(9)
 
 def control(rank: int, shared: Any = None) -> tuple[RanksControl, Any]:
     """One rank of two, and what it stands on."""
-    met: list[float] = []
+    met: list[Any] = []
+
+    def say(is_so: bool) -> bool:
+        met.append(is_so)
+        return is_so
+
     ranks: Any = SimpleNamespace(
         rank=rank,
         size=2,
@@ -27,6 +32,9 @@ def control(rank: int, shared: Any = None) -> tuple[RanksControl, Any]:
         is_lost=False,
         share=lambda value: value if shared is None else shared,
         barrier=met.append,
+        all_say=say,
+        exchange=lambda name, limit_s: (name, limit_s),
+        check=lambda: None,
         met=met,
     )
     return RanksControl(ranks), ranks
@@ -104,12 +112,17 @@ def test_other_shapes_and_other_tokens_are_seen():
         first.read(word_of(first, other, Way(2)), [[3]])
 
 
-def test_ranks_meet_before_the_first_round_of_a_shape():
-    """They wait long only where there is something to trace."""
+def test_ranks_ask_each_other_before_the_first_round_of_a_shape():
+    """They wait long only where one has something to trace."""
     own, ranks = control(1)
-    for shape, is_traced in (("a", False), ("b", True), ("a", True)):
-        own.meet(shape, is_traced=is_traced)
-    assert ranks.met == [FIRST_S, LIMIT_S]
+    said = [("a", False), ("b", True), ("a", False), ("b", True)]
+    found = [own.are_traced(shape, is_traced=is_traced) for shape, is_traced in said]
+    assert found == [False, True, True, True]
+    assert ranks.met == [False, True]
+    own.meet()
+    assert ranks.met[2:] == [FIRST_S]
+    waits: list[Any] = [own.waiting(are_traced=are_traced) for are_traced in found[:2]]
+    assert waits == [("round 0", FIRST_S), ("round 0", LIMIT_S)]
 
 
 def test_one_machine_agrees_with_itself():
