@@ -111,10 +111,10 @@ class Control:
         return None
 
     def are_traced(self, shape: Hashable, *, is_traced: bool) -> bool:
-        """Whether rounds of a shape have run before, on all ranks.
+        """Whether rounds like the one of the last word have run before, on all ranks.
 
         Args:
-            shape: The shape.
+            shape: Of this one.
             is_traced: Whether they have on this one.
         """
         return is_traced
@@ -126,11 +126,8 @@ class Control:
         round.
         """
 
-    def waiting(self, *, are_traced: bool) -> AbstractContextManager[None]:
-        """What is done inside needs the other ranks.
-
-        Args:
-            are_traced: Whether rounds like those in flight have run before, on all.
+    def waiting(self) -> AbstractContextManager[None]:
+        """What is done inside needs the other ranks: it waits for rounds in flight.
 
         Raises:
             RanksError: They were lost.
@@ -166,6 +163,7 @@ class RanksControl(Control):
         self._last: int | None = None
         self._digest = 0
         self._met: set[Hashable] = set()
+        self._last_traced = -1  # the last round that some had to trace
 
     @property
     def may_build(self) -> bool:
@@ -210,20 +208,21 @@ class RanksControl(Control):
 
         Ranks ask each other once in a text: each forgets what it has traced by itself.
         """
-        if shape in self._met:
-            return True
+        are_traced = shape in self._met or self._ranks.all_say(is_traced)
         self._met.add(shape)
-        return self._ranks.all_say(is_traced)
+        if not are_traced:
+            self._last_traced = self._num_built - 1
+        return are_traced
 
     def meet(self) -> None:
         """See ``Control``."""
         self._ranks.barrier(FIRST_S)
 
-    def waiting(self, *, are_traced: bool) -> AbstractContextManager[None]:
+    def waiting(self) -> AbstractContextManager[None]:
         """See ``Control``."""
         self._ranks.check()  # what is in flight of lost ones never ends
-        name, limit_s = f"round {self._num_read}", LIMIT_S if are_traced else FIRST_S
-        return self._ranks.exchange(name, limit_s)
+        limit_s = FIRST_S if self._last_traced >= self._num_read else LIMIT_S
+        return self._ranks.exchange(f"round {self._num_read}", limit_s)
 
     def read(self, word: mx.array | None, tokens: Sequence[Sequence[int]]) -> None:
         """See ``Control``."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -49,7 +48,6 @@ class _InFlight:
         queued: The round.
         policy: Who chose its number of drafts.
         setup_s: What it took the host to trace it; None where it was traced before.
-        are_traced: Whether it was traced before on all machines.
         num_shadow_drafts: Drafts that were made beside it.
         context: Tokens of the longest sequence when it was chosen.
         matches: How long the match of each seat was when it was chosen.
@@ -60,7 +58,6 @@ class _InFlight:
     queued: QueuedRound
     policy: DraftPolicy
     setup_s: float | None
-    are_traced: bool
     num_shadow_drafts: int
     context: int
     matches: tuple[int, ...] = ()
@@ -162,7 +159,7 @@ class RoundPipeline:
         """Wait for what is still running, and let go of it and of the batch's slabs."""
         try:
             self._leave()
-            with self._waiting():
+            with self._control.waiting():
                 mx.eval([f.queued.started for f in self._in_flight])
         finally:
             self._in_flight.clear()
@@ -241,15 +238,7 @@ class RoundPipeline:
             self._control.meet()
         matches = tuple(s.match_length if s else 0 for s in batch.sequences)
         self._in_flight.append(
-            _InFlight(
-                queued,
-                policy,
-                setup_s,
-                are_traced,
-                num_shadow,
-                chosen.context,
-                matches,
-            )
+            _InFlight(queued, policy, setup_s, num_shadow, chosen.context, matches)
         )
         self._num_queued += 1
         if not chosen.is_traced:
@@ -260,11 +249,6 @@ class RoundPipeline:
             mx.clear_cache()
             self._timer.disturb()
 
-    def _waiting(self) -> AbstractContextManager[None]:
-        """Around what may wait for rounds in flight, on all machines."""
-        are_traced = all(flight.are_traced for flight in self._in_flight)
-        return self._control.waiting(are_traced=are_traced)
-
     def _start(self, *, is_early: bool) -> None:
         """Hand the round that was built last to the device, if that was not done."""
         if self.is_empty or not self._in_flight[-1].queued.waiting:
@@ -272,7 +256,7 @@ class RoundPipeline:
         built = self._in_flight[-1]
         built.is_early = is_early
         start = clock()
-        with self._waiting():
+        with self._control.waiting():
             self._runner.start(built.queued)
         if built.setup_s is not None:
             built.setup_s += clock() - start
@@ -314,9 +298,8 @@ class RoundPipeline:
 
     def _read(self) -> list[SequenceOutput]:
         """Read the oldest report in flight, let the host decide, and count."""
-        waiting = self._waiting()
         done = self._in_flight.popleft()
-        with waiting:
+        with self._control.waiting():
             decisions = self._runner.read(done.queued, self._last)
         assert done.queued.report is not None
         tokens = [decision.tokens for decision in decisions]

@@ -114,15 +114,24 @@ def test_other_shapes_and_other_tokens_are_seen():
 
 def test_ranks_ask_each_other_before_the_first_round_of_a_shape():
     """They wait long only where one has something to trace."""
-    own, ranks = control(1)
-    said = [("a", False), ("b", True), ("a", False), ("b", True)]
-    found = [own.are_traced(shape, is_traced=is_traced) for shape, is_traced in said]
+    (own, ranks), (other, _) = control(0), control(1)
+    waits: list[Any] = []
+    words: list[mx.array] = []
+    found = []
+    for shape, is_traced in (("a", False), ("b", True), ("a", False), ("b", True)):
+        words.append(word_of(own, other, Way(2)))
+        found.append(own.are_traced(shape, is_traced=is_traced))
+        waits.append(own.waiting())
+        if len(words) > 1:  # one round is queued ahead
+            own.read(words[-2], [[3]])
+            other.read(words[-2], [[3]])
     assert found == [False, True, True, True]
     assert ranks.met == [False, True]
     own.meet()
     assert ranks.met[2:] == [FIRST_S]
-    waits: list[Any] = [own.waiting(are_traced=are_traced) for are_traced in found[:2]]
-    assert waits == [("round 0", FIRST_S), ("round 0", LIMIT_S)]
+    # The first one is read behind the start of the second.
+    limits = [FIRST_S, FIRST_S, LIMIT_S, LIMIT_S]
+    assert waits == [(f"round {max(i - 1, 0)}", s) for i, s in enumerate(limits)]
 
 
 def test_one_machine_agrees_with_itself():
