@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import functools
 import json
-import math
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
@@ -27,12 +27,11 @@ from ..errors import RanksError, described
 from .beats import Beats
 from .environment import num_launched
 from .headers import Header, Kind, Word, headers_of
+from .patience import Patience
 from .watchdog import LIMIT_S, Watchdog
 
 # For the others to be launched. A rank that connects to another gives up after 31 s.
 _CONNECT_S = 60.0
-FIRST_S = 60.0  # that a rank may take longer to trace and to compile something
-_SLOWER = 3.0  # times as long as before, that something may take again
 # What backends raise, and how they begin it.
 _ERRORS = (RuntimeError, ValueError)
 _BACKENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")
@@ -67,7 +66,7 @@ class Ranks:
         self._failure: str | None = None
         self._own_failure: str | None = None
         self.is_lost = False
-        self._took_s: dict[str, float] = {}  # at most, by what was waited for
+        self._patiences: WeakKeyDictionary[object, Patience] = WeakKeyDictionary()
         if watchdog is None:
             watchdog = Watchdog(self.rank, self.size)
             watchdog.start()
@@ -172,7 +171,6 @@ class Ranks:
         Raises:
             RanksError: The backend has lost a rank.
         """
-        start = time.monotonic()
         try:
             with self.watchdog.waiting(what, limit_s):
                 yield
@@ -186,9 +184,24 @@ class Ranks:
                 " then start all again."
             ) from error
         self.watchdog.beat()
-        if what in self._took_s:  # by patience
-            took_s = time.monotonic() - start
-            self._took_s[what] = max(took_s, self._took_s[what])  # NaN gives way
+
+    @contextmanager
+    def long_exchange(self, what: str, size: int, worker: object) -> Iterator[None]:
+        """An exchange that takes as long as a piece of work, see ``Patience``.
+
+        Args:
+            what: What it is, for messages.
+            size: Of the piece.
+            worker: What does it; each has a speed of its own.
+
+        Raises:
+            RanksError: The backend has lost a rank.
+        """
+        patience = self._patiences.setdefault(worker, Patience())
+        start = time.monotonic()
+        with self.exchange(what, patience.limit_s(size)):
+            yield
+        patience.note(size, time.monotonic() - start)
 
     def check(self) -> None:
         """Check that the ranks go on together.
@@ -201,15 +214,6 @@ class Ranks:
                 f"Rank {self.rank} of {self.size} must go on with the others: got out "
                 "of step before, or has lost them. Start all again."
             )
-
-    def patience(self, what: str) -> float:
-        """Seconds that others may take for something: longer the first time.
-
-        They may compile what it needs. What has taken long, such as a chunk of a prompt
-        of a large target, may take longer again: there are more tokens before it.
-        """
-        took_s = self._took_s.setdefault(what, math.nan)
-        return FIRST_S if math.isnan(took_s) else LIMIT_S + _SLOWER * took_s
 
     def rest(self) -> None:
         """This rank has no work for now: it beats now and then, and sleeps between.

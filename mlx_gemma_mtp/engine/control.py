@@ -25,7 +25,8 @@ from typing import cast
 import mlx.core as mx
 
 from ..constants import DRAFTER, LOOKUP
-from ..distributed.ranks import FIRST_S, Ranks
+from ..distributed.patience import FIRST_S
+from ..distributed.ranks import Ranks
 from ..distributed.watchdog import LIMIT_S
 from ..drafting.policy import Way
 from ..errors import RanksError

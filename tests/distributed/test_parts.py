@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlx_gemma_mtp.checkpoints.shard_plan import TOLERANCE as TOLERATED
-from mlx_gemma_mtp.distributed.ranks import FIRST_S
+from mlx_gemma_mtp.distributed.patience import FIRST_S
 from mlx_gemma_mtp.distributed.watchdog import LIMIT_S
 from mlx_gemma_mtp.generation.tokens import generate_tokens
 from tests.distributed import parts

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import mlx.core as mx
 import pytest
@@ -50,18 +51,38 @@ def test_bytes_that_changed_on_the_way_are_found(alone, monkeypatch):
             exchange("text")
 
 
-def test_what_has_taken_long_may_take_longer_again(monkeypatch):
-    """Such as chunks of a long prompt of a large target."""
-    ranks, now = Ranks(mx.distributed.init(), Watchdog(0, 1)), [0.0]
+def test_work_is_timed_for_each_that_does_it(monkeypatch):
+    """Such as chunks of prompts of two targets, the second of which is large."""
+    ranks, now, limits = Ranks(mx.distributed.init(), Watchdog(0, 1)), [0.0], []
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    found = []
-    for took_s in (9.0, 11.0, 0.5):
-        found.append(ranks.patience("a prompt"))
-        with ranks.exchange("a prompt", found[-1]):
+
+    def exchange(what, limit_s):
+        limits.append((what, limit_s))
+        return nullcontext()
+
+    monkeypatch.setattr(ranks, "exchange", exchange)
+    small, large = Watchdog(0, 1), Watchdog(0, 1)  # anything
+    for worker, took_s in ((small, 1.0), (large, 50.0), (small, 2.0), (large, 90.0)):
+        with ranks.long_exchange("a prompt", 100, worker):
             now[0] += took_s
-    found.append(ranks.patience("a prompt"))
-    assert found == [60, 8 + 3 * 9, 8 + 3 * 11, 8 + 3 * 11]
-    assert ranks.patience("sums") == 60
+    assert limits == [("a prompt", s) for s in (3600, 3600, 8 + 10, 8 + 10 * 50)]
+
+
+def test_work_that_fails_tells_nothing_of_speed(monkeypatch):
+    ranks, limits = Ranks(mx.distributed.init(), Watchdog(0, 1)), []
+    wait = ranks.watchdog.waiting
+
+    def waiting(what, limit_s):
+        limits.append(limit_s)
+        return wait(what, limit_s)
+
+    monkeypatch.setattr(ranks.watchdog, "waiting", waiting)
+    lost = RuntimeError("[ring] connection to a peer was lost")
+    for _ in range(2):
+        with pytest.raises(RanksError):
+            with ranks.long_exchange("a prompt", 9, ranks.watchdog):
+                raise lost
+    assert limits == [3600, 3600]
 
 
 def test_each_exchange_has_a_number(monkeypatch):

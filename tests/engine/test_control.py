@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_gemma_mtp.distributed.ranks import FIRST_S
+from mlx_gemma_mtp.distributed.patience import FIRST_S
 from mlx_gemma_mtp.distributed.watchdog import LIMIT_S
 from mlx_gemma_mtp.drafting.policy import Way
 from mlx_gemma_mtp.engine.control import Control, RanksControl
