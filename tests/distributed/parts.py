@@ -26,10 +26,11 @@ from mlx.utils import tree_flatten
 from mlx_gemma_mtp import cpu_kernels
 from mlx_gemma_mtp.cache.prompt import insert_row
 from mlx_gemma_mtp.checkpoints.shard_plan import shard_plans
+from mlx_gemma_mtp.distributed.patience import FIRST_S
 from mlx_gemma_mtp.distributed.ranks import Ranks, launched
 from mlx_gemma_mtp.distributed.watchdog import LIMIT_S
 from mlx_gemma_mtp.distributed.work import begin_work, end_work
-from mlx_gemma_mtp.engine import decoder, prompt_reader
+from mlx_gemma_mtp.engine import control, decoder, prompt_reader
 from mlx_gemma_mtp.engine import round as round_of
 from mlx_gemma_mtp.engine.prefill import read_prompt
 from mlx_gemma_mtp.engine.runner import QueuedRound, RoundRunner
@@ -289,6 +290,12 @@ def packed(folder: str, num_draft_tokens: int = 3) -> dict[str, Any]:
     return {**figures, "texts": texts, "difference": differences(expected, part)}
 
 
+def wide(folder: str) -> dict[str, Any]:
+    """As ``packed``; a round takes a busy machine longer than ranks wait for a Mac."""
+    with mock.patch.object(control, "LIMIT_S", FIRST_S):
+        return packed(folder, num_draft_tokens=1)
+
+
 def held(folder: str) -> dict[str, Any]:
     """What a part that is loaded from one folder holds."""
     return measured(folder)[1]
@@ -362,7 +369,7 @@ JOBS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "proved": proved,
     "left": left,
     "packed": packed,
-    "wide": partial(packed, num_draft_tokens=1),  # a round must end within 8 s
+    "wide": wide,
     "held": held,
     "exact": exact,
     "failing": failing,

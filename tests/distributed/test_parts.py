@@ -144,8 +144,8 @@ def test_quantized_pairs(tmp_path, family, bits, group_size, size):
 def test_four_layers_of_published_widths(tmp_path, family):
     """What MLX holds is the plan to within 3 %; it takes 6 GB of memory, 3 of disk.
 
-    Texts are those of two layers, one of each kind: of four a round of 31B takes a slow
-    machine longer than ranks wait.
+    Texts are those of two layers, one of each kind: four of 31B take a busy machine
+    longer than anybody waits for a test.
     """
     two, four = (
         published(tmp_path / str(n), family, num_layers=n, vocab_size=2048, bits=4)
