@@ -147,17 +147,18 @@ class Ranks:
         self._check_awake()
         self._meet(self._header(Kind.BARRIER), limit_s)
 
-    def all_say(self, is_so: bool) -> bool:
+    def all_say(self, is_so: bool, limit_s: float = LIMIT_S) -> bool:
         """Whether all ranks say yes.
 
         Args:
             is_so: What this one says.
+            limit_s: Seconds after which the watchdog ends this rank.
 
         Raises:
             RanksError: The ranks are out of step, or have lost each other.
         """
         self._check_awake()
-        headers = self._meet(Header(Kind.VOTE, self._number, int(is_so)))
+        headers = self._meet(Header(Kind.VOTE, self._number, int(is_so)), limit_s)
         return all(header.value for header in headers)
 
     @contextmanager

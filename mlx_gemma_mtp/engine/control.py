@@ -209,7 +209,7 @@ class RanksControl(Control):
 
         Ranks ask each other once in a text: each forgets what it has traced by itself.
         """
-        are_traced = shape in self._met or self._ranks.all_say(is_traced)
+        are_traced = shape in self._met or self._ranks.all_say(is_traced, self._limit_s)
         self._met.add(shape)
         if not are_traced:
             self._last_traced = self._num_built - 1
@@ -222,8 +222,12 @@ class RanksControl(Control):
     def waiting(self) -> AbstractContextManager[None]:
         """See ``Control``."""
         self._ranks.check()  # what is in flight of lost ones never ends
-        limit_s = FIRST_S if self._last_traced >= self._num_read else LIMIT_S
-        return self._ranks.exchange(f"round {self._num_read}", limit_s)
+        return self._ranks.exchange(f"round {self._num_read}", self._limit_s)
+
+    @property
+    def _limit_s(self) -> float:
+        """Seconds that a rank may be silent now: it may compile what is in flight."""
+        return FIRST_S if self._last_traced >= self._num_read else LIMIT_S
 
     def read(self, word: mx.array | None, tokens: Sequence[Sequence[int]]) -> None:
         """See ``Control``."""

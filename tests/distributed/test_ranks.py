@@ -129,6 +129,7 @@ found = [
     ranks.share(0 if ranks.is_first else 1),
     ranks.gather(["r" * 10**ranks.rank, ranks.rank]),
     [ranks.rank, ranks.size, ranks.is_first],
+    [ranks.all_say(True), ranks.all_say(ranks.is_first)],
 ]
 ranks.barrier()
 if ranks.is_first:
@@ -154,7 +155,8 @@ def test_values_and_rest(size, tmp_path):
         assert (ended.status, ended.errors) == (0, "")
         found = json.loads(ended.output.removeprefix("ready\n"))
         assert found[:4] == [True, 0, gathered, [rank, size, rank == 0]]
-        assert found[4:] == ([0, 1, 2] if rank else [])
+        assert found[4] == [True, False]
+        assert found[5:] == ([0, 1, 2] if rank else [])
 
 
 STEPS = """
