@@ -63,7 +63,8 @@ def others(kind: str, size: int, seed: int, folder: Path) -> list[Left]:
     try:
         for process in processes:
             if process.stdout.readline() != "text\n":
-                raise NotStartedError(f"{kind} of {size}, moment {seed}")
+                _, errors = process.communicate(timeout=_PATIENCE_S)
+                raise NotStartedError(f"{kind} of {size}, moment {seed}: {errors}")
         time.sleep(_SPREAD_S * draw.random())
         victim = draw.randrange(size)
         start = time.monotonic()
