@@ -27,9 +27,9 @@ _TEXTS = (
     *("system_prompt", "prefill_response", "chat_template_config", "stop"),
     *("extra_eos_token", "logit_bias"),
 )
-# What one machine alone has, and penalties.
+# What one machine alone has, beside penalties and --logit-bias.
 _ALONE = (
-    *("prompt_cache_file", "adapter_path", "logit_bias"),
+    *("prompt_cache_file", "adapter_path"),
     *("schema", "regex", "max_thinking_tokens"),
 )
 _MAX_DIGITS = 12  # of a token id; no vocabulary has one as long
@@ -88,6 +88,7 @@ def check_several(args: argparse.Namespace) -> None:
             "standard input. Write it behind -p."
         )
     given = [name for name in _ALONE if getattr(args, name) is not None]
+    given += ["logit_bias"] if _logit_bias(args.logit_bias) else []  # {} is none
     for name in [*given, *penalties(args)]:
         flag = name.replace("_", "-")
         raise RequestError(

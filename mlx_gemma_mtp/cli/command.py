@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from ..distributed.environment import is_first, num_launched
-from ..errors import MTPError, OutputError, RequestError, shorten
+from ..errors import MTPError, OutputError, RanksError, RequestError, shorten
 
 _PACKAGE = __name__.partition(".")[0]
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -184,7 +184,7 @@ def _ending(run: Callable[[], int], notes: TextIO, stopped: str | None) -> int:
         if ranks is not None:
             ranks.give_up(error)
         # Before ranks have met, all of them refuse what is asked for alike.
-        if ranks is not None or not (_is_mute() and isinstance(error, RequestError)):
+        if ranks is not None or not (is_mute() and isinstance(error, RequestError)):
             _say(notes, f"error: {error}")
         return 1
     except KeyboardInterrupt as interrupt:
@@ -193,13 +193,13 @@ def _ending(run: Callable[[], int], notes: TextIO, stopped: str | None) -> int:
         return 128 + interrupt.args[0] if interrupt.args else EXIT_INTERRUPTED
 
 
-def _is_mute() -> bool:
-    """Whether the first of several ranks speaks for this one."""
+def is_mute() -> bool:
+    """Whether the first of several ranks speaks, and writes files, for this one."""
     if is_first(os.environ):
         return False
     try:
         return num_launched(os.environ) > 1
-    except RequestError:
+    except RanksError:  # whoever asks how many there are says so
         return False
 
 
@@ -214,7 +214,7 @@ def _ranks() -> Any:
 @contextmanager
 def _printing() -> Iterator[None]:
     """Let all that is printed inside go nowhere on a rank that is not the first."""
-    if not _is_mute():
+    if not is_mute():
         yield
         return
     with open(os.devnull, "w", encoding="utf-8") as nowhere:

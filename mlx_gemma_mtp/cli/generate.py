@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.template_files import missing_template_note
 from ..cpu_kernels import compile_header
-from ..distributed.environment import is_first, num_launched
+from ..distributed.environment import num_launched
 from ..generation.chat_template import apply_chat_template
 from ..markup.answer import AnswerReader, marks_of
 from .arguments import EMBEDDED_PROMPT, configure_parser
@@ -25,6 +25,7 @@ from .command import (
     check_output_file,
     check_utf8,
     exit_status,
+    is_mute,
     not_utf8,
     set_up_log,
     write_file,
@@ -67,8 +68,8 @@ def _run(args: argparse.Namespace) -> int:
     """Load, generate, print; of several machines the first one writes files."""
     if num_launched(os.environ) > 1:
         check_several(args)
-        if not is_first(os.environ):
-            args.stats_json = None
+    if is_mute():
+        args.stats_json = None
     return _generate(args)
 
 

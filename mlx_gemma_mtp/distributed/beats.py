@@ -35,7 +35,8 @@ class Beats:
 
     Args:
         beat: Meets the other ranks; whether the rest is over with it.
-        fail: Is told what went wrong where nobody waits for the rest's end.
+        fail: Is told what went wrong where nobody waits for the rest's end; may take
+            its time.
     """
 
     def __init__(self, beat: Callable[[], bool], fail: Callable[[str], None]) -> None:
@@ -116,10 +117,10 @@ class Beats:
 
     def _end_beat(self, error: RanksError | None, *, is_over: bool) -> None:
         with self._changed:
-            if error is not None and not self._is_awaited:
-                self._fail(str(error))
-                error = None
+            is_awaited = self._is_awaited
             self._error = error
             self._is_beating = False
             self._is_resting &= not is_over
             self._changed.notify_all()
+        if error is not None and not is_awaited:
+            self._fail(str(error))

@@ -27,6 +27,7 @@ class Kind(IntEnum):
     GATHER = 2
     BARRIER = 3
     BEAT = 4
+    VOTE = 5
 
 
 class Word(IntEnum):
@@ -44,7 +45,7 @@ class Header:
     Attributes:
         kind: What the exchange is for.
         number: Exchanges that the rank had before.
-        value: Bytes that follow; in a beat, its word.
+        value: Bytes that follow; in a beat, its word; in a vote, 1 for yes.
         checksum: Of these bytes.
     """
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import functools
 import json
-import math
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
@@ -27,12 +27,11 @@ from ..errors import RanksError, described
 from .beats import Beats
 from .environment import num_launched
 from .headers import Header, Kind, Word, headers_of
+from .patience import Patience
 from .watchdog import LIMIT_S, Watchdog
 
 # For the others to be launched. A rank that connects to another gives up after 31 s.
 _CONNECT_S = 60.0
-FIRST_S = 60.0  # that a rank may take longer to trace and to compile something
-_SLOWER = 3.0  # times as long as before, that something may take again
 # What backends raise, and how they begin it.
 _ERRORS = (RuntimeError, ValueError)
 _BACKENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")
@@ -67,12 +66,12 @@ class Ranks:
         self._failure: str | None = None
         self._own_failure: str | None = None
         self.is_lost = False
-        self._took_s: dict[str, float] = {}  # at most, by what was waited for
+        self._patiences: WeakKeyDictionary[object, Patience] = WeakKeyDictionary()
         if watchdog is None:
             watchdog = Watchdog(self.rank, self.size)
             watchdog.start()
         self.watchdog = watchdog
-        self._beats = Beats(self._beat, watchdog.end)
+        self._beats = Beats(self._beat, self._end)
         if self.is_first:  # now: what runs at exit can register nothing
             atexit.register(self.close)
 
@@ -148,6 +147,20 @@ class Ranks:
         self._check_awake()
         self._meet(self._header(Kind.BARRIER), limit_s)
 
+    def all_say(self, is_so: bool, limit_s: float = LIMIT_S) -> bool:
+        """Whether all ranks say yes.
+
+        Args:
+            is_so: What this one says.
+            limit_s: Seconds after which the watchdog ends this rank.
+
+        Raises:
+            RanksError: The ranks are out of step, or have lost each other.
+        """
+        self._check_awake()
+        headers = self._meet(Header(Kind.VOTE, self._number, int(is_so)), limit_s)
+        return all(header.value for header in headers)
+
     @contextmanager
     def exchange(self, what: str, limit_s: float = LIMIT_S) -> Iterator[None]:
         """What is evaluated inside needs the other ranks, and hears of them.
@@ -159,7 +172,6 @@ class Ranks:
         Raises:
             RanksError: The backend has lost a rank.
         """
-        start = time.monotonic()
         try:
             with self.watchdog.waiting(what, limit_s):
                 yield
@@ -173,9 +185,24 @@ class Ranks:
                 " then start all again."
             ) from error
         self.watchdog.beat()
-        if what in self._took_s:  # by patience
-            took_s = time.monotonic() - start
-            self._took_s[what] = max(took_s, self._took_s[what])  # NaN gives way
+
+    @contextmanager
+    def long_exchange(self, what: str, size: int, worker: object) -> Iterator[None]:
+        """An exchange that takes as long as a piece of work, see ``Patience``.
+
+        Args:
+            what: What it is, for messages.
+            size: Of the piece.
+            worker: What does it; each has a speed of its own.
+
+        Raises:
+            RanksError: The backend has lost a rank.
+        """
+        patience = self._patiences.setdefault(worker, Patience())
+        start = time.monotonic()
+        with self.exchange(what, patience.limit_s(size)):
+            yield
+        patience.note(size, time.monotonic() - start)
 
     def check(self) -> None:
         """Check that the ranks go on together.
@@ -188,15 +215,6 @@ class Ranks:
                 f"Rank {self.rank} of {self.size} must go on with the others: got out "
                 "of step before, or has lost them. Start all again."
             )
-
-    def patience(self, what: str) -> float:
-        """Seconds that others may take for something: longer the first time.
-
-        They may compile what it needs. What has taken long, such as a chunk of a prompt
-        of a large target, may take longer again: there are more tokens before it.
-        """
-        took_s = self._took_s.setdefault(what, math.nan)
-        return FIRST_S if math.isnan(took_s) else LIMIT_S + _SLOWER * took_s
 
     def rest(self) -> None:
         """This rank has no work for now: it beats now and then, and sleeps between.
@@ -251,6 +269,15 @@ class Ranks:
             with suppress(RanksError):
                 self._beats.wait()
 
+    def _end(self, line: str) -> None:
+        """End this program, which has lost the others at rest.
+
+        One that fails by itself has its own error to say, and may clean up first.
+        """
+        if self._own_failure or failure() or _is_handling():
+            time.sleep(LIMIT_S)  # the program's end ends this thread too
+        self.watchdog.end(line)
+
     def _beat(self) -> bool:
         """A beat; whether the rest is over."""
         mine = Header(Kind.BEAT, self._number, self._says)
@@ -290,6 +317,13 @@ def failure() -> str | None:
         return None
     error: BaseException | None = vars(sys).get("last_value")
     return None if error is None else described(error)
+
+
+def _is_handling() -> bool:
+    """Whether the main thread is handling an exception."""
+    main: Any = threading.main_thread().ident
+    error: Any = sys._current_exceptions().get(main)
+    return error not in (None, (None, None, None))  # before Python 3.12 there are three
 
 
 @functools.cache

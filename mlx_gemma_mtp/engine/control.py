@@ -25,7 +25,8 @@ from typing import cast
 import mlx.core as mx
 
 from ..constants import DRAFTER, LOOKUP
-from ..distributed.ranks import FIRST_S, Ranks
+from ..distributed.patience import FIRST_S
+from ..distributed.ranks import Ranks
 from ..distributed.watchdog import LIMIT_S
 from ..drafting.policy import Way
 from ..errors import RanksError
@@ -110,22 +111,24 @@ class Control:
         """
         return None
 
-    def meet(self, shape: Hashable, *, is_traced: bool) -> None:
-        """Wait for all ranks before the first round of a shape.
-
-        Each of them traces it, and compiles its kernels, in its own time; a GPU must
-        not wait for that inside a round.
+    def are_traced(self, shape: Hashable, *, is_traced: bool) -> bool:
+        """Whether rounds like the one of the last word have run before, on all ranks.
 
         Args:
-            shape: The shape.
-            is_traced: Whether rounds like it have run before.
+            shape: Of this one.
+            is_traced: Whether they have on this one.
+        """
+        return is_traced
+
+    def meet(self) -> None:
+        """Wait for all ranks before the first round of a shape that some have traced.
+
+        Each of them traces it in its own time; a GPU must not wait for that inside a
+        round.
         """
 
-    def waiting(self, *, is_traced: bool) -> AbstractContextManager[None]:
-        """What is done inside needs the other ranks.
-
-        Args:
-            is_traced: Whether rounds like it have run before.
+    def waiting(self) -> AbstractContextManager[None]:
+        """What is done inside needs the other ranks: it waits for rounds in flight.
 
         Raises:
             RanksError: They were lost.
@@ -161,6 +164,7 @@ class RanksControl(Control):
         self._last: int | None = None
         self._digest = 0
         self._met: set[Hashable] = set()
+        self._last_traced = -1  # the last round that some had to trace
 
     @property
     def may_build(self) -> bool:
@@ -200,17 +204,30 @@ class RanksControl(Control):
         word[_LENGTH + self._ranks.rank] = self._digest & 0x7FFFFFFF
         return mx.array(word, dtype=mx.int32)
 
-    def meet(self, shape: Hashable, *, is_traced: bool) -> None:
-        """See ``Control``."""
-        if shape not in self._met:
-            self._met.add(shape)
-            self._ranks.barrier(_limit_s(is_traced=is_traced))
+    def are_traced(self, shape: Hashable, *, is_traced: bool) -> bool:
+        """See ``Control``.
 
-    def waiting(self, *, is_traced: bool) -> AbstractContextManager[None]:
+        Ranks ask each other once in a text: each forgets what it has traced by itself.
+        """
+        are_traced = shape in self._met or self._ranks.all_say(is_traced, self._limit_s)
+        self._met.add(shape)
+        if not are_traced:
+            self._last_traced = self._num_built - 1
+        return are_traced
+
+    def meet(self) -> None:
+        """See ``Control``."""
+        self._ranks.barrier(FIRST_S)
+
+    def waiting(self) -> AbstractContextManager[None]:
         """See ``Control``."""
         self._ranks.check()  # what is in flight of lost ones never ends
-        name = f"round {self._num_read}"
-        return self._ranks.exchange(name, _limit_s(is_traced=is_traced))
+        return self._ranks.exchange(f"round {self._num_read}", self._limit_s)
+
+    @property
+    def _limit_s(self) -> float:
+        """Seconds that a rank may be silent now: it may compile what is in flight."""
+        return FIRST_S if self._last_traced >= self._num_read else LIMIT_S
 
     def read(self, word: mx.array | None, tokens: Sequence[Sequence[int]]) -> None:
         """See ``Control``."""
@@ -228,8 +245,3 @@ class RanksControl(Control):
         self._ways.append(Way(count, _SOURCES[source]))
         if leaves and self._last is None:
             self._last = number + _AHEAD - 1
-
-
-def _limit_s(*, is_traced: bool) -> float:
-    """Seconds that a rank may be silent in a round."""
-    return LIMIT_S if is_traced else FIRST_S

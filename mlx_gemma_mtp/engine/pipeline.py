@@ -159,7 +159,7 @@ class RoundPipeline:
         """Wait for what is still running, and let go of it and of the batch's slabs."""
         try:
             self._leave()
-            with self._control.waiting(is_traced=True):
+            with self._control.waiting():
                 mx.eval([f.queued.started for f in self._in_flight])
         finally:
             self._in_flight.clear()
@@ -228,12 +228,14 @@ class RoundPipeline:
         chosen = self._chooser.choose(self._drafts_in_flight)
         policy, way = chosen.policy, chosen.way
         shape = (way, len(batch), batch.num_slots)
+        are_traced = self._control.are_traced(shape, is_traced=chosen.is_traced)
         state = batch.take_state()
         num_shadow = self._queue_shadow(state, policy)
         start = clock()
         queued = self._runner.queue(state, way, self._last, chosen.word)
         setup_s = None if chosen.is_traced else clock() - start
-        self._control.meet(shape, is_traced=chosen.is_traced)
+        if not are_traced:
+            self._control.meet()
         matches = tuple(s.match_length if s else 0 for s in batch.sequences)
         self._in_flight.append(
             _InFlight(queued, policy, setup_s, num_shadow, chosen.context, matches)
@@ -254,7 +256,7 @@ class RoundPipeline:
         built = self._in_flight[-1]
         built.is_early = is_early
         start = clock()
-        with self._control.waiting(is_traced=built.setup_s is None):
+        with self._control.waiting():
             self._runner.start(built.queued)
         if built.setup_s is not None:
             built.setup_s += clock() - start
@@ -297,7 +299,7 @@ class RoundPipeline:
     def _read(self) -> list[SequenceOutput]:
         """Read the oldest report in flight, let the host decide, and count."""
         done = self._in_flight.popleft()
-        with self._control.waiting(is_traced=done.setup_s is None):
+        with self._control.waiting():
             decisions = self._runner.read(done.queued, self._last)
         assert done.queued.report is not None
         tokens = [decision.tokens for decision in decisions]

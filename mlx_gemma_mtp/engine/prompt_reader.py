@@ -131,7 +131,7 @@ class PromptReader:
         """Read a chunk of each of some prompts; what each has failed with."""
         self._timer.disturb()
         try:
-            with self._timer.prefill(), self._waiting():
+            with self._timer.prefill(), self._waiting(entries, budget):
                 read_together(self._target, [e.prefill for e in entries], budget)
         except Exception as error:  # noqa: BLE001 (whatever MLX raises)
             if len(entries) == 1 or self._ranks is not None:
@@ -140,11 +140,15 @@ class PromptReader:
             return [e for entry in entries for e in self._read_chunks([entry], budget)]
         return [None] * len(entries)
 
-    def _waiting(self) -> AbstractContextManager[None]:
+    def _waiting(
+        self, entries: Sequence[Waiting], budget: int
+    ) -> AbstractContextManager[None]:
         """Around what waits for other machines, where there are any."""
         if self._ranks is None:
             return nullcontext()
-        return self._ranks.exchange("a prompt", self._ranks.patience("a prompt"))
+        longest = max(entry.prefill.next_size(budget) for entry in entries)
+        num_tokens = len(entries) * longest
+        return self._ranks.long_exchange("a prompt", num_tokens, self._target)
 
     def _decision(self, entry: Waiting, error: Exception | None) -> Decision | None:
         """The token behind a prompt, where the chunk that was read is its last one.

@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..cache.prompt import insert_row
 from ..cache.slabs import next_capacity
 from ..constants import AUTO
-from ..distributed.ranks import FIRST_S, Ranks
+from ..distributed.ranks import Ranks
 from ..distributed.work import begin_work, ending_where_it_fails, working
 from ..engine.capacity import DEFAULT_MAX_ROWS
 from ..engine.decoder import Decoder
@@ -136,7 +136,8 @@ def _drafted(pair: Pair, tokens: list[int], num_draft_tokens: int) -> list[int]:
     waiting: AbstractContextManager[None] = nullcontext()
     if ranks is not None:
         tokens, num_draft_tokens = ranks.share([tokens, num_draft_tokens])
-        waiting = ranks.exchange("a block of drafts", FIRST_S)
+        size = len(tokens) - 1
+        waiting = ranks.long_exchange("a block of drafts", size, target)
     with waiting:
         filled = read_prompt(target, tokens[:-1])
         slabs = target.layout.allocate(1, next_capacity(len(tokens)))

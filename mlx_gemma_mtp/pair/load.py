@@ -27,6 +27,7 @@ from ..checkpoints.hub import fetch, local_path
 from ..checkpoints.tokenizer import chat_templates, eos_token_ids, load_tokenizer
 from ..checkpoints.weights import load_drafter, one_line, read_target
 from ..cpu_kernels import compile_header
+from ..distributed.patience import LOADING_S
 from ..distributed.ranks import Ranks, launched, ranks_of
 from ..distributed.work import working
 from ..errors import MTPError, PairingError, RequestError, cut
@@ -41,7 +42,6 @@ from .pair import Pair, attach
 logger = logging.getLogger("mlx_gemma_mtp")
 
 _ADAPTER_WEIGHTS = "adapters.safetensors"  # as mlx-lm calls them
-_LOADING_S = 3600.0  # that one machine may take longer than another
 _SWITCH_OFF = "speculative_decoding=False (--no-draft)"
 
 
@@ -232,7 +232,7 @@ def _meet(ranks: Ranks | None, pair: Pair) -> None:
     if ranks is None:
         return
     with working(ranks):
-        ranks.barrier(_LOADING_S)
+        ranks.barrier(LOADING_S)
         check_same(ranks, pair)
 
 

@@ -18,7 +18,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..constants import AUTO, LOOKUP
-from ..distributed.ranks import FIRST_S, Ranks
+from ..distributed.patience import FIRST_S
+from ..distributed.ranks import Ranks
 from ..drafting.controller import DraftLengthController
 from ..drafting.policy import DraftPolicy, Learning
 from ..engine.command_buffers import LEAST_BUFFERS, Limits, num_buffers

@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..distributed.ranks import FIRST_S, Ranks
+from ..distributed.patience import FIRST_S
+from ..distributed.ranks import Ranks
 from ..distributed.work import working
 from ..models.target import text_model
 from ..pair.pair import Pair

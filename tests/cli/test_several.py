@@ -58,6 +58,19 @@ def test_what_one_machine_alone_has_is_refused_before_loading(
     check_said(capsys, rank, f"{flag} must")
 
 
+def test_an_empty_bias_is_none(rank, monkeypatch):
+    """It comes as far as loading."""
+    loaded: list[str] = []
+
+    def load(args, config):
+        loaded.append(args.logit_bias)
+        raise CheckpointError("no such folder")
+
+    monkeypatch.setattr(generate, "load_model", load)
+    assert generate.main(["--logit-bias", "{ }"]) == 1
+    assert loaded == ["{ }"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -91,6 +104,22 @@ def test_what_one_rank_lacks_it_says_itself(rank, capsys):
 
     assert exit_status(load, sys.stdout, sys.stderr) == 1
     assert capsys.readouterr().err == "error: no such folder\n"
+
+
+def test_a_wrong_environment_is_one_line_of_each_rank(rank, monkeypatch, capsys):
+    """Which of them is the first is not to be known then."""
+    monkeypatch.setenv("MLX_HOSTFILE", "no-such-file.json")
+    assert generate.main([]) == 1
+    output, errors = capsys.readouterr()
+    assert (output, errors.count("\n")) == ("", 1)
+    assert errors.startswith("error: MLX_HOSTFILE must name a JSON list")
+
+
+def test_the_first_rank_writes_files(rank, monkeypatch):
+    asked: list[str | None] = []
+    monkeypatch.setattr(generate, "_generate", lambda a: asked.append(a.stats_json))
+    generate.main(["--stats-json", "figures.json"])
+    assert asked == ([None] if rank else ["figures.json"])
 
 
 def test_one_rank_alone_speaks(monkeypatch, capsys):

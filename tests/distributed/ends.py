@@ -41,6 +41,10 @@ class Left:
     seconds: float
 
 
+class NotStartedError(Exception):
+    """The ranks did not all come to their first text."""
+
+
 def others(kind: str, size: int, seed: int, folder: Path) -> list[Left]:
     """How the others end when something happens to one.
 
@@ -49,13 +53,18 @@ def others(kind: str, size: int, seed: int, folder: Path) -> list[Left]:
         size: Number of ranks.
         seed: Of the rank and of the moment.
         folder: An empty place.
+
+    Raises:
+        NotStartedError: Nothing could happen to one.
     """
     draw = random.Random(f"{kind} {size} {seed}")
     words = ["-m", "tests.distributed.parts", f"endless:{family_folder(SHORT)}"]
     processes = start_with(size, words, folder)
     try:
         for process in processes:
-            assert process.stdout.readline() == "text\n"
+            if process.stdout.readline() != "text\n":
+                _, errors = process.communicate(timeout=_PATIENCE_S)
+                raise NotStartedError(f"{kind} of {size}, moment {seed}: {errors}")
         time.sleep(_SPREAD_S * draw.random())
         victim = draw.randrange(size)
         start = time.monotonic()

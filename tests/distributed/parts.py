@@ -26,9 +26,11 @@ from mlx.utils import tree_flatten
 from mlx_gemma_mtp import cpu_kernels
 from mlx_gemma_mtp.cache.prompt import insert_row
 from mlx_gemma_mtp.checkpoints.shard_plan import shard_plans
+from mlx_gemma_mtp.distributed.patience import FIRST_S
 from mlx_gemma_mtp.distributed.ranks import Ranks, launched
+from mlx_gemma_mtp.distributed.watchdog import LIMIT_S
 from mlx_gemma_mtp.distributed.work import begin_work, end_work
-from mlx_gemma_mtp.engine import decoder, prompt_reader
+from mlx_gemma_mtp.engine import control, decoder, prompt_reader
 from mlx_gemma_mtp.engine import round as round_of
 from mlx_gemma_mtp.engine.prefill import read_prompt
 from mlx_gemma_mtp.engine.runner import QueuedRound, RoundRunner
@@ -274,17 +276,24 @@ def _fail(number: int, frame: Any) -> None:
     raise KeyError("no such place")
 
 
-def packed(folder: str) -> dict[str, Any]:
+def packed(folder: str, num_draft_tokens: int = 3) -> dict[str, Any]:
     """A part that is loaded from one folder: what it holds, and texts beside all's."""
     # All of it first: a rank at rest must not be busy for as long as that may take.
     whole = load_pair(folder, shard=False)
-    expected, texts = logits_of(whole), [text(whole, num_draft_tokens=3)]
+    expected = logits_of(whole)
+    texts = [text(whole, num_draft_tokens=num_draft_tokens)]
     del whole
     gc.collect()
     mx.clear_cache()
     part, figures = measured(folder)
-    texts += [text(part, num_draft_tokens=k) for k in (3, 0)]
+    texts += [text(part, num_draft_tokens=k) for k in (num_draft_tokens, 0)]
     return {**figures, "texts": texts, "difference": differences(expected, part)}
+
+
+def wide(folder: str) -> dict[str, Any]:
+    """As ``packed``; a round takes a busy machine longer than ranks wait for a Mac."""
+    with mock.patch.object(control, "LIMIT_S", FIRST_S):
+        return packed(folder, num_draft_tokens=1)
 
 
 def held(folder: str) -> dict[str, Any]:
@@ -327,12 +336,40 @@ def failing(name: str) -> dict[str, Any]:
     return {"again": text(part)}
 
 
+def cold(folder: str) -> dict[str, Any]:
+    """The longest that ranks let each other wait for rounds, and the last time.
+
+    In a text whose rounds all trace, in one that none does, and in one whose rounds
+    rank 1 has let go, as it does behind enough of other models.
+    """
+    part = part_of(folder)
+    assert part.ranks is not None
+    limits: list[float] = []
+    exchange = part.ranks.exchange
+
+    def noting(what: str, limit_s: float = LIMIT_S) -> Any:
+        if what.startswith("round"):
+            limits.append(limit_s)
+        return exchange(what, limit_s)
+
+    found = []
+    with mock.patch.object(part.ranks, "exchange", noting):
+        for number in range(3):
+            if number == 2 and not part.ranks.is_first:
+                part.rounds._traces.fit("another model")
+            limits.clear()
+            text(part, num_draft_tokens=3)
+            found.append([max(limits), limits[-1]])
+    return {"limits": found}
+
+
 JOBS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "near": near,
     "texts": texts,
     "proved": proved,
     "left": left,
     "packed": packed,
+    "wide": wide,
     "held": held,
     "exact": exact,
     "failing": failing,
@@ -341,6 +378,7 @@ JOBS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "led": led,
     "unlike": unlike,
     "crossed": crossed,
+    "cold": cold,
 }
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ class Beaten:
     def __init__(self, error=None, last=None):
         self.num, self.threads = 0, set()
         self.failures: list[str] = []
+        self.has_failed, self.ends = threading.Event(), threading.Event()
         self.error = error
         self.last = last
         self.changed = threading.Condition()
-        self.beats = Beats(self.beat, self.failures.append)
+        self.beats = Beats(self.beat, self.fail)
 
     def beat(self):
         with self.changed:
@@ -40,6 +41,11 @@ class Beaten:
         if self.error:
             raise self.error
         return self.num == self.last
+
+    def fail(self, line):
+        self.failures.append(line)
+        self.has_failed.set()
+        self.ends.wait()
 
     def wait_for(self, num):
         with self.changed:
@@ -120,9 +126,13 @@ def test_stop_waits_for_the_beat_that_has_begun():
 def test_a_failure_is_told_where_nobody_waits():
     beaten = Beaten(RanksError("Rank 1 is lost."))
     beaten.beats.start()
-    beaten.wait_for(1)
-    beaten.beats.stop()
+    assert beaten.has_failed.wait(60)
     assert beaten.failures == ["Rank 1 is lost."]
+    # That takes its time: the rest is over, and who comes meanwhile hears of it too.
+    beaten.beats.stop()
+    with pytest.raises(RanksError, match=r"Rank 1 is lost\."):
+        beaten.beats.wait()
+    beaten.ends.set()
 
 
 @pytest.mark.parametrize(

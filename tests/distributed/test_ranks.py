@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import mlx.core as mx
 import pytest
@@ -50,18 +51,38 @@ def test_bytes_that_changed_on_the_way_are_found(alone, monkeypatch):
             exchange("text")
 
 
-def test_what_has_taken_long_may_take_longer_again(monkeypatch):
-    """Such as chunks of a long prompt of a large target."""
-    ranks, now = Ranks(mx.distributed.init(), Watchdog(0, 1)), [0.0]
+def test_work_is_timed_for_each_that_does_it(monkeypatch):
+    """Such as chunks of prompts of two targets, the second of which is large."""
+    ranks, now, limits = Ranks(mx.distributed.init(), Watchdog(0, 1)), [0.0], []
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    found = []
-    for took_s in (9.0, 11.0, 0.5):
-        found.append(ranks.patience("a prompt"))
-        with ranks.exchange("a prompt", found[-1]):
+
+    def exchange(what, limit_s):
+        limits.append((what, limit_s))
+        return nullcontext()
+
+    monkeypatch.setattr(ranks, "exchange", exchange)
+    small, large = Watchdog(0, 1), Watchdog(0, 1)  # anything
+    for worker, took_s in ((small, 1.0), (large, 50.0), (small, 2.0), (large, 90.0)):
+        with ranks.long_exchange("a prompt", 100, worker):
             now[0] += took_s
-    found.append(ranks.patience("a prompt"))
-    assert found == [60, 8 + 3 * 9, 8 + 3 * 11, 8 + 3 * 11]
-    assert ranks.patience("sums") == 60
+    assert limits == [("a prompt", s) for s in (3600, 3600, 8 + 10, 8 + 10 * 50)]
+
+
+def test_work_that_fails_tells_nothing_of_speed(monkeypatch):
+    ranks, limits = Ranks(mx.distributed.init(), Watchdog(0, 1)), []
+    wait = ranks.watchdog.waiting
+
+    def waiting(what, limit_s):
+        limits.append(limit_s)
+        return wait(what, limit_s)
+
+    monkeypatch.setattr(ranks.watchdog, "waiting", waiting)
+    lost = RuntimeError("[ring] connection to a peer was lost")
+    for _ in range(2):
+        with pytest.raises(RanksError):
+            with ranks.long_exchange("a prompt", 9, ranks.watchdog):
+                raise lost
+    assert limits == [3600, 3600]
 
 
 def test_each_exchange_has_a_number(monkeypatch):
@@ -108,6 +129,7 @@ found = [
     ranks.share(0 if ranks.is_first else 1),
     ranks.gather(["r" * 10**ranks.rank, ranks.rank]),
     [ranks.rank, ranks.size, ranks.is_first],
+    [ranks.all_say(True), ranks.all_say(ranks.is_first)],
 ]
 ranks.barrier()
 if ranks.is_first:
@@ -133,7 +155,8 @@ def test_values_and_rest(size, tmp_path):
         assert (ended.status, ended.errors) == (0, "")
         found = json.loads(ended.output.removeprefix("ready\n"))
         assert found[:4] == [True, 0, gathered, [rank, size, rank == 0]]
-        assert found[4:] == ([0, 1, 2] if rank else [])
+        assert found[4] == [True, False]
+        assert found[5:] == ([0, 1, 2] if rank else [])
 
 
 STEPS = """
@@ -231,6 +254,61 @@ def test_who_has_ended_waits_for_rank_0_to_end_and_hears_why(tmp_path):
         "Rank 0 must go on as long as rank 1: got KeyError: 'no such place' there."
         " See what it wrote, then start all again.\n",
     )
+
+
+BOTH_FAIL = """
+import pathlib
+from mlx_gemma_mtp.cli.command import exit_status
+from mlx_gemma_mtp.distributed import work
+from mlx_gemma_mtp.errors import OutputError
+work._AT_REST.add(ranks)
+ranks.rest()
+if ranks.rank != {first}:
+    raise KeyError("of the other")
+
+def clean_up():
+    while ranks._beats.is_resting:  # the other is there
+        time.sleep(0.01)
+    time.sleep(0.5)
+    pathlib.Path({file!r}).write_text("figures")
+
+{fails}
+"""
+RAISES = """
+try:
+    raise KeyError("of the first")
+finally:
+    clean_up()
+"""
+# As a command does that says its mistake by itself.
+SAYS = """
+def run():
+    raise OutputError("of the first")
+
+class Notes:
+    isatty, flush = sys.stderr.isatty, sys.stderr.flush
+
+    def write(self, line):
+        clean_up()
+        sys.stderr.write(line)
+
+status = exit_status(run, sys.stdout, Notes())
+time.sleep(0.5)
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("fails", [RAISES, SAYS], ids=["raises", "says"])
+def test_ranks_that_fail_at_once_all_say_why(first, fails, tmp_path):
+    """Between two texts; what one does behind its own error is not cut off."""
+    file = tmp_path / "figures.json"
+    script = BOTH_FAIL.format(first=first, file=str(file), fails=fails)
+    ended = finish(start(2, script, tmp_path))
+    assert [rank.status for rank in ended] == [1, 1], ended
+    assert "of the first" in ended[first].errors
+    assert ended[1 - first].errors.endswith("KeyError: 'of the other'\n")
+    assert file.read_text() == "figures"
 
 
 # The backend says it, long before the watchdog would.

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_gemma_mtp.distributed.ranks import FIRST_S
+from mlx_gemma_mtp.distributed.patience import FIRST_S
 from mlx_gemma_mtp.distributed.watchdog import LIMIT_S
 from mlx_gemma_mtp.drafting.policy import Way
 from mlx_gemma_mtp.engine.control import Control, RanksControl
@@ -19,7 +19,12 @@ ALL = range(9)
 
 def control(rank: int, shared: Any = None) -> tuple[RanksControl, Any]:
     """One rank of two, and what it stands on."""
-    met: list[float] = []
+    met: list[Any] = []
+
+    def say(is_so: bool, limit_s: float) -> bool:
+        met.append((is_so, limit_s))
+        return is_so
+
     ranks: Any = SimpleNamespace(
         rank=rank,
         size=2,
@@ -27,6 +32,9 @@ def control(rank: int, shared: Any = None) -> tuple[RanksControl, Any]:
         is_lost=False,
         share=lambda value: value if shared is None else shared,
         barrier=met.append,
+        all_say=say,
+        exchange=lambda name, limit_s: (name, limit_s),
+        check=lambda: None,
         met=met,
     )
     return RanksControl(ranks), ranks
@@ -104,12 +112,27 @@ def test_other_shapes_and_other_tokens_are_seen():
         first.read(word_of(first, other, Way(2)), [[3]])
 
 
-def test_ranks_meet_before_the_first_round_of_a_shape():
-    """They wait long only where there is something to trace."""
-    own, ranks = control(1)
-    for shape, is_traced in (("a", False), ("b", True), ("a", True)):
-        own.meet(shape, is_traced=is_traced)
-    assert ranks.met == [FIRST_S, LIMIT_S]
+def test_ranks_ask_each_other_before_the_first_round_of_a_shape():
+    """They wait long only where one has something to trace."""
+    (own, ranks), (other, _) = control(0), control(1)
+    waits: list[Any] = []
+    words: list[mx.array] = []
+    found = []
+    for shape, is_traced in (("a", False), ("b", True), ("a", False), ("b", True)):
+        words.append(word_of(own, other, Way(2)))
+        found.append(own.are_traced(shape, is_traced=is_traced))
+        waits.append(own.waiting())
+        if len(words) > 1:  # one round is queued ahead
+            own.read(words[-2], [[3]])
+            other.read(words[-2], [[3]])
+    assert found == [False, True, True, True]
+    # While they ask of the second, some may compile the first.
+    assert ranks.met == [(False, LIMIT_S), (True, FIRST_S)]
+    own.meet()
+    assert ranks.met[2:] == [FIRST_S]
+    # The first one is read behind the start of the second.
+    limits = [FIRST_S, FIRST_S, LIMIT_S, LIMIT_S]
+    assert waits == [(f"round {max(i - 1, 0)}", s) for i, s in enumerate(limits)]
 
 
 def test_one_machine_agrees_with_itself():
