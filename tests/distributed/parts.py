@@ -358,7 +358,7 @@ def cold(folder: str) -> dict[str, Any]:
             if number == 2 and not part.ranks.is_first:
                 part.rounds._traces.fit("another model")
             limits.clear()
-            text(part, num_draft_tokens=3)
+            text(part, num_draft_tokens=3, draft_source="drafter")
             found.append([max(limits), limits[-1]])
     return {"limits": found}
 
