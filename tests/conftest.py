@@ -11,7 +11,10 @@ import socket
 import sys
 import tempfile
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
+
+from tests.start import sitecustomize
 
 # MLX hands every operation to a thread of its own. Where that is on another core, each
 # hand-over wakes it, which costs more than small operations themselves. So a worker
@@ -25,6 +28,15 @@ if sys.platform == "linux" and (_name := os.environ.get("PYTEST_XDIST_WORKER")):
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What tests learn of a machine is theirs alone; a process started by them shares it.
 os.environ["MLX_GEMMA_MTP_CACHE"] = tempfile.mkdtemp(prefix="mlx_gemma_mtp-")
+
+# Processes, also those that tests start, share what takes each of them long to find.
+if sitecustomize.KEPT not in os.environ:
+    os.environ[sitecustomize.KEPT] = _kept = tempfile.mkdtemp(prefix="mlx_gemma_mtp-")
+    atexit.register(shutil.rmtree, _kept, ignore_errors=True)
+    _paths = [str(Path(sitecustomize.__file__).parent)]
+    _paths += filter(None, [os.environ.get("PYTHONPATH")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(_paths)
+    sitecustomize.install()
 
 import mlx.core as mx
 import pytest
