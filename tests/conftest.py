@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,8 +162,22 @@ def probes(monkeypatch):
 
 @pytest.fixture(scope="session")
 def gemma_tokenizer_folder(tmp_path_factory):
-    """A folder with Gemma's tokenizer and no chat template, not to be written to."""
-    folder = gemma.write_tokenizer(tmp_path_factory.mktemp("gemma") / "tokenizer")
+    """A folder with Gemma's small tokenizer and no chat template, only to be read."""
+    with _tokenizer_folder(tmp_path_factory, gemma.SMALL_SIZE) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def whole_gemma_tokenizer_folder(tmp_path_factory):
+    """The same with the tokenizer of all ids."""
+    with _tokenizer_folder(tmp_path_factory, gemma.VOCAB_SIZE) as folder:
+        yield folder
+
+
+@contextmanager
+def _tokenizer_folder(tmp_path_factory, size):
+    place = tmp_path_factory.mktemp("gemma") / "tokenizer"
+    folder = gemma.write_tokenizer(place, size=size)
     # As pairs have it: what is loaded for them is the same then.
     (folder / "config.json").write_text('{"model_type": "gemma4_unified"}')
     with gemma.read_once(folder):
@@ -171,15 +186,23 @@ def gemma_tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gemma_tokenizer(gemma_tokenizer_folder):
-    """The tokenizer of a form of the chat template, by its name: loaded once."""
+    """The small tokenizer of a form of the chat template, by its name: loaded once."""
+    return _tokenizer_of_form(gemma_tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def whole_gemma_tokenizer(whole_gemma_tokenizer_folder):
+    """The same of all ids."""
+    return _tokenizer_of_form(whole_gemma_tokenizer_folder)
+
+
+def _tokenizer_of_form(folder):
     found = {}
 
     def tokenizer(form):
         if form not in found:
             template = {"chat_template": gemma.FORMS[form].template}
-            found[form] = load_tokenizer(
-                gemma_tokenizer_folder, template, gemma.EOS_IDS
-            )
+            found[form] = load_tokenizer(folder, template, gemma.EOS_IDS)
         return found[form]
 
     return tokenizer
@@ -189,10 +212,21 @@ def gemma_tokenizer(gemma_tokenizer_folder):
 def gemma_pair_folder(tmp_path_factory, gemma_tokenizer_folder):
     """The folder of a random pair with a form's chat template, by the form's name.
 
-    What lies in it is shared and not to be written to.
+    Its tokenizer is the small one. What lies in it is shared and not to be written to.
     """
+    return _pair_of_form(tmp_path_factory, gemma_tokenizer_folder, gemma.SMALL_SIZE)
+
+
+@pytest.fixture(scope="session")
+def whole_gemma_pair_folder(tmp_path_factory, whole_gemma_tokenizer_folder):
+    """The same of all ids."""
+    folder = whole_gemma_tokenizer_folder
+    return _pair_of_form(tmp_path_factory, folder, gemma.VOCAB_SIZE)
+
+
+def _pair_of_form(tmp_path_factory, tokenizer_folder, size):
     place = tmp_path_factory.mktemp("gemma-pair")
-    shared = gemma_pair.write_pair(place / "shared", gemma_tokenizer_folder)
+    shared = gemma_pair.write_pair(place / "shared", tokenizer_folder, size)
 
     def pair_folder(form):
         folder = place / form
