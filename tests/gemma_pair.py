@@ -54,6 +54,7 @@ def write_pair(folder: Path, tokenizer: Path, vocab_size: int) -> Path:
     for config in (target, drafter):
         config["dtype"] = "float32"
         config["text_config"] |= {**sizes, "intermediate_size": 2 * _HIDDEN_SIZE}
+    target["vocab_size"] = vocab_size  # mlx-lm takes Gemma's where none stands here
     drafter["backbone_hidden_size"] = _HIDDEN_SIZE
     args = gemma4_text.ModelArgs.from_dict(text_config(target, source=_SOURCE))
     weights = {
