@@ -10,8 +10,12 @@ import shutil
 import socket
 import sys
 import tempfile
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
+
+from tests.start import sitecustomize
 
 # MLX hands every operation to a thread of its own. Where that is on another core, each
 # hand-over wakes it, which costs more than small operations themselves. So a worker
@@ -25,6 +29,15 @@ if sys.platform == "linux" and (_name := os.environ.get("PYTEST_XDIST_WORKER")):
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What tests learn of a machine is theirs alone; a process started by them shares it.
 os.environ["MLX_GEMMA_MTP_CACHE"] = tempfile.mkdtemp(prefix="mlx_gemma_mtp-")
+
+# Processes, also those that tests start, share what takes each of them long to find.
+if sitecustomize.KEPT not in os.environ:
+    os.environ[sitecustomize.KEPT] = _kept = tempfile.mkdtemp(prefix="mlx_gemma_mtp-")
+    atexit.register(shutil.rmtree, _kept, ignore_errors=True)
+    _paths = [str(Path(sitecustomize.__file__).parent)]
+    _paths += filter(None, [os.environ.get("PYTHONPATH")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(_paths)
+    sitecustomize.install()
 
 import mlx.core as mx
 import pytest
@@ -40,6 +53,10 @@ from tests import gemma, gemma_pair, tiny
 # mlx-lm looks the names of its settings up for every key of every config: a tenth of
 # what tests took that load and convert small checkpoints.
 models_base.inspect = SimpleNamespace(signature=cache(inspect.signature))  # type: ignore[assignment]
+
+# What tests write need not outlast the machine: to wait for its disk, thousands of
+# times, proves nothing. Processes that are killed wait for it.
+os.fsync = os.fstat  # type: ignore[assignment]
 
 # Also where MLX has a GPU: what tests compare with are results of the CPU.
 mx.set_default_device(mx.cpu)
@@ -149,8 +166,22 @@ def probes(monkeypatch):
 
 @pytest.fixture(scope="session")
 def gemma_tokenizer_folder(tmp_path_factory):
-    """A folder with Gemma's tokenizer and no chat template, not to be written to."""
-    folder = gemma.write_tokenizer(tmp_path_factory.mktemp("gemma") / "tokenizer")
+    """A folder with Gemma's small tokenizer and no chat template, only to be read."""
+    with _tokenizer_folder(tmp_path_factory, gemma.SMALL_SIZE) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def whole_gemma_tokenizer_folder(tmp_path_factory):
+    """The same with the tokenizer of all ids."""
+    with _tokenizer_folder(tmp_path_factory, gemma.VOCAB_SIZE) as folder:
+        yield folder
+
+
+@contextmanager
+def _tokenizer_folder(tmp_path_factory, size):
+    place = tmp_path_factory.mktemp("gemma") / "tokenizer"
+    folder = gemma.write_tokenizer(place, size=size)
     # As pairs have it: what is loaded for them is the same then.
     (folder / "config.json").write_text('{"model_type": "gemma4_unified"}')
     with gemma.read_once(folder):
@@ -159,15 +190,23 @@ def gemma_tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gemma_tokenizer(gemma_tokenizer_folder):
-    """The tokenizer of a form of the chat template, by its name: loaded once."""
+    """The small tokenizer of a form of the chat template, by its name: loaded once."""
+    return _tokenizer_of_form(gemma_tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def whole_gemma_tokenizer(whole_gemma_tokenizer_folder):
+    """The same of all ids."""
+    return _tokenizer_of_form(whole_gemma_tokenizer_folder)
+
+
+def _tokenizer_of_form(folder):
     found = {}
 
     def tokenizer(form):
         if form not in found:
             template = {"chat_template": gemma.FORMS[form].template}
-            found[form] = load_tokenizer(
-                gemma_tokenizer_folder, template, gemma.EOS_IDS
-            )
+            found[form] = load_tokenizer(folder, template, gemma.EOS_IDS)
         return found[form]
 
     return tokenizer
@@ -177,10 +216,21 @@ def gemma_tokenizer(gemma_tokenizer_folder):
 def gemma_pair_folder(tmp_path_factory, gemma_tokenizer_folder):
     """The folder of a random pair with a form's chat template, by the form's name.
 
-    What lies in it is shared and not to be written to.
+    Its tokenizer is the small one. What lies in it is shared and not to be written to.
     """
+    return _pair_of_form(tmp_path_factory, gemma_tokenizer_folder, gemma.SMALL_SIZE)
+
+
+@pytest.fixture(scope="session")
+def whole_gemma_pair_folder(tmp_path_factory, whole_gemma_tokenizer_folder):
+    """The same of all ids."""
+    folder = whole_gemma_tokenizer_folder
+    return _pair_of_form(tmp_path_factory, folder, gemma.VOCAB_SIZE)
+
+
+def _pair_of_form(tmp_path_factory, tokenizer_folder, size):
     place = tmp_path_factory.mktemp("gemma-pair")
-    shared = gemma_pair.write_pair(place / "shared", gemma_tokenizer_folder)
+    shared = gemma_pair.write_pair(place / "shared", tokenizer_folder, size)
 
     def pair_folder(form):
         folder = place / form

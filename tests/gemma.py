@@ -1,9 +1,11 @@
 """A checkpoint's text side in Gemma 4's own manner: tokenizer and chat templates.
 
 The tokenizer has Gemma's control tokens, white space, bytes and size at their published
-ids, its rules, and few pieces else: what fills its places is never text. The templates
-have the structure of each published form and are written for these tests from one
-source. Nothing here is downloaded; of decoding it knows nothing.
+ids, its rules, and few pieces else: what fills its places is never text. The small one
+has the same pieces without most of what fills, so those behind words come earlier: for
+what stands above ids and their number. The templates have the structure of each
+published form and are written for these tests from one source. Nothing here is
+downloaded; of decoding it knows nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from transformers import AutoTokenizer
 
 DATA = Path(__file__).parent / "data" / "gemma"
 VOCAB_SIZE = 262144
+# Of the small one; that of another place is never small.
+SMALL_SIZE = VOCAB_SIZE if os.environ.get("GEMMA_TOKENIZER") else 1536
 PAD, EOS, BOS, UNK, MASK = range(5)
 # What an answer is made of, by the names of tokenizer_config.json.
 START_OF_TURN, END_OF_TURN = 105, 106
@@ -205,13 +209,18 @@ def _template(form: Form) -> str:
 
 
 def write_tokenizer(
-    folder: Path, form: Form | None = None, *, adds_bos: bool = False
+    folder: Path,
+    form: Form | None = None,
+    *,
+    size: int = VOCAB_SIZE,
+    adds_bos: bool = False,
 ) -> Path:
     """Write tokenizer.json, tokenizer_config.json and, of a form, chat_template.jinja.
 
     Args:
         folder: Where to; made if it is not there.
         form: Whose chat template; None for none.
+        size: Number of ids: ``VOCAB_SIZE`` or ``SMALL_SIZE``.
         adds_bos: Put ``<bos>`` in front of a text, as pre-trained checkpoints do and
             the -it ones do not.
 
@@ -225,7 +234,7 @@ def write_tokenizer(
     if given and not adds_bos:
         file.symlink_to(Path(given).resolve() / file.name)
     else:
-        content = _read(Path(given) / file.name) if given else tokenizer_json()
+        content = _read(Path(given) / file.name) if given else tokenizer_json(size)
         content = {**content, "post_processor": _post_processor(adds_bos=adds_bos)}
         file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
@@ -291,16 +300,22 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 @cache
-def tokenizer_json() -> dict[str, Any]:
-    """The content of the small tokenizer's tokenizer.json: all of its 262144 ids."""
-    vocabulary, merges = _vocabulary()
+def tokenizer_json(size: int) -> dict[str, Any]:
+    """The content of a tokenizer.json of so many ids."""
+    vocabulary, merges = _vocabulary(size)
     space = {"pattern": {"String": " "}}
     marks = {"single_word": False, "lstrip": False, "rstrip": False}
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": name, **marks, "normalized": False, "special": True}
-            for i, name in SPECIAL.items()
+            {
+                "id": vocabulary[name],
+                "content": name,
+                **marks,
+                "normalized": False,
+                "special": True,
+            }
+            for name in SPECIAL.values()
         ],
         "normalizer": {"type": "Replace", **space, "content": "▁"},
         "pre_tokenizer": {
@@ -344,7 +359,7 @@ def _post_processor(*, adds_bos: bool) -> dict[str, Any]:
     }
 
 
-def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _vocabulary(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Pieces and their ids, in order of the ids, and merges, first ones first."""
     word_merges = _word_merges()
     places = {
@@ -360,8 +375,13 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
         pieces[first : first + len(some)] = some
     for i, name in SPECIAL.items():
         pieces[i] = name
+    if size < VOCAB_SIZE:
+        fill = pieces[_WORDS + len(word_merges) : _CHARACTERS]
+        others = [p for p in pieces[_WORDS:] if not p.startswith("<unused")]
+        pieces = [*pieces[:_WORDS], *others, *fill][:size]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    assert len(vocabulary) == VOCAB_SIZE
+    assert len(vocabulary) == size
+    assert vocabulary.keys() >= set(SPECIAL.values())
     return vocabulary, [*_run_merges(), *word_merges]
 
 

@@ -1,4 +1,4 @@
-"""A pair of all of Gemma's ids on disk, and answers by it that a test has written.
+"""A pair of Gemma's ids on disk, and answers by it that a test has written.
 
 Each token of an answer is forced where a caller's logits processors stand, so that
 everything else is what it always is: prompts, caches, rounds, drafts, seats. It knows
@@ -21,7 +21,7 @@ from mlx_gemma_mtp.generation import requests
 from mlx_gemma_mtp.models.drafter import Drafter
 from mlx_gemma_mtp.models.drafter_config import DrafterConfig
 from mlx_gemma_mtp.models.text_config import text_config
-from tests.gemma import GENERATION_CONFIG, VOCAB_SIZE
+from tests.gemma import GENERATION_CONFIG
 from tests.tiny import SHORT, family_folder
 
 _HIDDEN_SIZE = 32
@@ -29,15 +29,17 @@ _SOURCE = "the tests' own pair"
 _NEVER = -1e4  # the logit of a token that is not the answer's next
 
 
-def write_pair(folder: Path, tokenizer: Path) -> Path:
-    """Write a random target of all of Gemma's ids and, in drafter/, its drafter.
+def write_pair(folder: Path, tokenizer: Path, vocab_size: int) -> Path:
+    """Write a random target of a tokenizer's ids and, in drafter/, its drafter.
 
-    They have the published names and nearly no size: 70 MB. Numbers are of float32,
-    which a CPU multiplies faster than bfloat16. There is no chat template.
+    They have the published names and nearly no size: 70 MB with all of Gemma's ids.
+    Numbers are of float32, which a CPU multiplies faster than bfloat16. There is no
+    chat template.
 
     Args:
         folder: Where to; made.
         tokenizer: A folder with its tokenizer, to which links are made.
+        vocab_size: Number of its ids.
 
     Returns:
         The folder.
@@ -48,10 +50,11 @@ def write_pair(folder: Path, tokenizer: Path) -> Path:
     like = family_folder(SHORT)
     target = json.loads((like / "target" / "config.json").read_text())
     drafter = json.loads((like / "drafter" / "config.json").read_text())
-    sizes = {"hidden_size": _HIDDEN_SIZE, "vocab_size": VOCAB_SIZE}
+    sizes = {"hidden_size": _HIDDEN_SIZE, "vocab_size": vocab_size}
     for config in (target, drafter):
         config["dtype"] = "float32"
         config["text_config"] |= {**sizes, "intermediate_size": 2 * _HIDDEN_SIZE}
+    target["vocab_size"] = vocab_size  # mlx-lm takes Gemma's where none stands here
     drafter["backbone_hidden_size"] = _HIDDEN_SIZE
     args = gemma4_text.ModelArgs.from_dict(text_config(target, source=_SOURCE))
     weights = {

@@ -19,8 +19,8 @@ PROMPT = f"<|turn>user\n{QUESTION}<turn|>\n<|turn>model\n"
 
 
 @pytest.fixture(scope="module")
-def folder(gemma_pair_folder):
-    return gemma_pair_folder("may-e2b")
+def folder(whole_gemma_pair_folder):
+    return whole_gemma_pair_folder("may-e2b")
 
 
 @pytest.fixture(scope="module")

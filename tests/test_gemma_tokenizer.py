@@ -54,8 +54,8 @@ def result(content, number="1"):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(gemma_tokenizer):
-    return gemma_tokenizer("may-12b")
+def tokenizer(whole_gemma_tokenizer):
+    return whole_gemma_tokenizer("may-12b")
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,11 @@ def encode(tokenizer):
 
 
 @pytest.fixture
-def render(gemma_tokenizer):
+def render(whole_gemma_tokenizer):
     """The text that a form makes of messages, up to where the answer begins."""
 
     def rendered(form, *messages, enable_thinking=False, **config):
-        return gemma_tokenizer(form).apply_chat_template(
+        return whole_gemma_tokenizer(form).apply_chat_template(
             list(messages),
             tokenize=False,
             add_generation_prompt=True,

@@ -47,6 +47,7 @@ _IDLE_MEMORY = 40.0  # rounds without a draft
 _EVIDENCE_BOUNDS = (-3.0, 5.0)
 _EVIDENCE_OFFSET = 0.5
 _EDGE = 0.002  # an acceptance is never thought to be nearer to 0 or 1
+_MOST = 1 - _EDGE
 
 
 @dataclass(slots=True)
@@ -285,4 +286,6 @@ def _upper(level: float, trials: float, deviations: float) -> float:
 
 
 def _inside(probability: float) -> float:
-    return min(max(probability, _EDGE), 1 - _EDGE)
+    if probability < _EDGE:
+        return _EDGE
+    return probability if probability < _MOST else _MOST

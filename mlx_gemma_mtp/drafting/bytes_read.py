@@ -11,6 +11,7 @@ of them: the others wait for it. Groups of 64 weights are taken to stay together
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from ..constants import FULL, SLIDING
 from ..models.families import (
@@ -28,6 +29,7 @@ _GROUP = 64
 _ROWS_OF_CENTROID_HEAD = NUM_CENTROIDS + 32 * 128  # and the tokens of the 32 best
 
 
+@cache
 def dense_weights(family: Family, size: int = 1) -> int:
     """Weights that every pass reads, whatever the tokens are.
 
@@ -70,6 +72,7 @@ def _widest(width: int, size: int, unit: int = _GROUP) -> int:
     return len(split(width, size, unit)[0])
 
 
+@cache
 def num_kv_heads(family: Family, layer_type: str) -> int:
     """Heads of keys in a layer of a type."""
     text = family.target_text
@@ -79,6 +82,7 @@ def num_kv_heads(family: Family, layer_type: str) -> int:
     return int(found)
 
 
+@cache
 def heads_of(family: Family, layer_type: str, size: int) -> tuple[int, int]:
     """Heads of queries of a rank, and the heads of keys that they read.
 
@@ -92,6 +96,7 @@ def heads_of(family: Family, layer_type: str, size: int) -> tuple[int, int]:
     return len(own.queries), len(own.kv)
 
 
+@cache
 def expert_weights(family: Family, size: int = 1) -> int:
     """Weights of the experts that one token chooses, in all layers; 0 if dense."""
     text = family.target_text
@@ -101,6 +106,7 @@ def expert_weights(family: Family, size: int = 1) -> int:
     return int(text["num_hidden_layers"] * text["top_k_experts"] * expert)
 
 
+@cache
 def draft_weights(family: Family) -> int:
     """Weights that a draft step reads."""
     text = family.drafter_text

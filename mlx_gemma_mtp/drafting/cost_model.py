@@ -114,11 +114,10 @@ class CostModel:
 
     def usual_ratio(self, num_draft_tokens: int, other: int) -> float:
         """T(num_draft_tokens) / T(other) before anything was measured."""
-        one, two = (
-            self._usual[k] + math.log1p(self._context * self._key_share[k])
-            for k in (num_draft_tokens, other)
-        )
-        return math.exp(one - two)
+        return math.exp(self._log_usual(num_draft_tokens) - self._log_usual(other))
+
+    def _log_usual(self, k: int) -> float:
+        return self._usual[k] + math.log1p(self._context * self._key_share[k])
 
     def at(self, context: int) -> None:
         """Go to a length of context: all that is said and heard is of it.
@@ -126,7 +125,9 @@ class CostModel:
         Args:
             context: Tokens that the longest row attends to.
         """
-        self._context = context
+        if context != self._context:
+            self._context = context
+            self._take_context()
 
     def has_measured_here(self, num_draft_tokens: int) -> bool:
         """Whether this process has learnt from a round of that K, not long ago."""
@@ -189,7 +190,7 @@ class CostModel:
     def seconds(self, num_draft_tokens: int) -> float:
         """Median time of a round of K drafts."""
         k = num_draft_tokens
-        return math.exp(self._mean[k]) * (1 + self._keys(k))
+        return math.exp(self._mean[k]) * (1 + self._keys[k])
 
     def all_seconds(self) -> list[float]:
         """`seconds` of K = 0..8."""
@@ -201,7 +202,7 @@ class CostModel:
         variance = self._variance_of(num_draft_tokens)
         deviations = []
         for k in range(_N):
-            level, tilt = self._slopes(k)
+            level, tilt = self._slopes[k]
             both = base[k] + level * base[_LEVEL] + tilt * base[_TILT]
             own = self._variance_of(k)
             deviations.append(math.sqrt(max(own + variance - 2 * both, 0.0)))
@@ -327,10 +328,6 @@ class CostModel:
         ]
         self._grow()
 
-    def _keys(self, k: int) -> float:
-        """n c(K): the part of a round that the context adds, over the rest."""
-        return self._context * self._growth[k]
-
     def _grow(self) -> None:
         """Take c(K) from g and h, which have changed."""
         level, tilt = self._mean[_N:]
@@ -338,30 +335,37 @@ class CostModel:
             share * math.exp(level + tilt * k / MAX_DRAFT_TOKENS)
             for k, share in enumerate(self._key_share)
         ]
+        self._take_context()
+
+    def _take_context(self) -> None:
+        """Take what the context adds from its length and c(K), of which one is new.
+
+        For each K: n c(K), the part of a round that the context adds, over the rest;
+        and the derivatives of log T(K, n) by g and h.
+        """
+        self._keys = [self._context * growth for growth in self._growth]
+        shares = [keys / (1 + keys) for keys in self._keys]
+        self._slopes = [
+            (share, share * k / MAX_DRAFT_TOKENS) for k, share in enumerate(shares)
+        ]
 
     def _log_seconds(self, k: int) -> float:
-        return self._mean[k] + math.log1p(self._keys(k))
-
-    def _slopes(self, k: int) -> tuple[float, float]:
-        """Derivatives of log T(K, n) by g and h."""
-        keys = self._keys(k)
-        share = keys / (1 + keys)
-        return share, share * k / MAX_DRAFT_TOKENS
+        return self._mean[k] + math.log1p(self._keys[k])
 
     def _row(self, k: int) -> list[float]:
         """Covariances of log T(K, n) with the state."""
-        level, tilt = self._slopes(k)
+        level, tilt = self._slopes[k]
         return [
             row[k] + level * row[_LEVEL] + tilt * row[_TILT] for row in self._covariance
         ]
 
     def _variance_of(self, k: int) -> float:
         """Variance of log T(K, n)."""
-        level, tilt = self._slopes(k)
-        own, levels, tilts = (self._covariance[i] for i in (k, _LEVEL, _TILT))
-        both = level * levels[_LEVEL] + 2 * tilt * levels[_TILT]
+        level, tilt = self._slopes[k]
+        all_of, own = self._covariance, self._covariance[k]
+        both = level * all_of[_LEVEL][_LEVEL] + 2 * tilt * all_of[_LEVEL][_TILT]
         variance = own[k] + level * (2 * own[_LEVEL] + both)
-        return variance + tilt * (2 * own[_TILT] + tilt * tilts[_TILT])
+        return variance + tilt * (2 * own[_TILT] + tilt * all_of[_TILT][_TILT])
 
 
 def _symmetric(triangle: list[float]) -> list[list[float]]:

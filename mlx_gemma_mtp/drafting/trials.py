@@ -237,8 +237,10 @@ def find_trial(
     search = _Search(outlook, acceptance, costs, credit, can_shadow)
     found, most = None, 0.0
     for k in ways:
+        if k == outlook.best:
+            continue
         hope = search.hope(k)
-        if k == outlook.best or hope.gain <= hope.least:
+        if hope.gain <= hope.least:
             continue
         trial = search.trial(k, hope)
         if trial is None:
@@ -281,6 +283,7 @@ class _Search:
         can_shadow: bool,
     ) -> None:
         self._outlook, self._costs, self._credit = outlook, costs, credit
+        self._rate = outlook.rate
         self._is_unseen = acceptance.num_seen < SEEN
         self._can_shadow = can_shadow
         is_spare = credit.is_spare(outlook.seconds[0])
@@ -294,13 +297,14 @@ class _Search:
         is_plain_best = outlook.best == 0
         # Learnt long ago, or by another process: perhaps on a busy machine.
         is_old = costs.has_measured(k) and not costs.has_measured_here(k)
-        is_new = outlook.is_dear(k) or (is_plain_best and is_old)
-        least = _LEAST_TRACED_GAIN if outlook.is_dear(k) else _LEAST_GAIN
+        is_dear = outlook.is_dear(k)
+        is_new = is_dear or (is_plain_best and is_old)
+        least = _LEAST_TRACED_GAIN if is_dear else _LEAST_GAIN
         seconds = self._seconds(k, is_new=is_new)
-        gain = self._tokens[k] / seconds / outlook.rate - 1
+        gain = self._tokens[k] / seconds / self._rate - 1
         if k == 0 and not is_plain_best and not costs.has_measured_here(0):
             gain = max(gain, 2 * least)  # never plain here: not known to be slower
-        sure = outlook.tokens[k] / seconds / outlook.rate - 1
+        sure = outlook.tokens[k] / seconds / self._rate - 1
         return _Hope(gain, least, sure <= least, is_new)
 
     def trial(self, k: int, hope: _Hope) -> Trial | None:

@@ -40,7 +40,7 @@ _OFF: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object each: what is counted of it is kept
 class Family:
     """A published pair: the keys in which it differs from the others.
 

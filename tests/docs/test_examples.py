@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from importlib import import_module
 
 import mlx_lm.utils
@@ -21,6 +22,8 @@ import pytest
 from convert import __main__ as converter
 from mlx_gemma_mtp.chat import __main__ as chat
 from mlx_gemma_mtp.cli import generate as cli
+from mlx_gemma_mtp.engine.request import Request
+from mlx_gemma_mtp.generation import requests
 from mlx_gemma_mtp.hook import install as hook
 from mlx_gemma_mtp.hook import run
 from mlx_gemma_mtp.pair import planning
@@ -188,8 +191,21 @@ def test_run_commands(line, monkeypatch, capsys, unhooked):
         assert "found inside the target's folder" in err
 
 
+@pytest.fixture
+def short_texts(monkeypatch):
+    """Texts that nothing ends by themselves are of few tokens."""
+
+    def short(**fields):
+        request = Request(**fields)
+        if request.constraint or request.logits_processors:
+            return request
+        return replace(request, max_tokens=min(request.max_tokens or 6, 6))
+
+    monkeypatch.setattr(requests, "Request", short)
+
+
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_examples(code, monkeypatch, tmp_path, unhooked):
+def test_python_examples(code, monkeypatch, tmp_path, unhooked, short_texts):
     monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

@@ -16,6 +16,7 @@ from mlx_gemma_mtp.engine.decoder import Decoder
 from mlx_gemma_mtp.engine.early_start import EarlyStart
 from mlx_gemma_mtp.engine.request import Request
 from mlx_gemma_mtp.pair.load import load_pair
+from tests.tiny import reference_pair, uncompiled
 
 
 def observed(early_start, *, early_s, late_s, count, noise=0.02):
@@ -88,10 +89,21 @@ def decoded(decoder):
 
 
 def test_the_order_changes_no_text_and_no_cache():
-    pair = load_pair()
+    """With rounds as they are compiled, of a pair whose kernels others need too."""
+    check_the_order(reference_pair(), [2, 5, 9, 11], [2, 434, 17])
+
+
+def test_the_order_changes_nothing_where_drafts_are_accepted():
+    with uncompiled():
+        check_the_order(load_pair(), [2, 5, 9, 11], [2, 534, 17])
+
+
+def check_the_order(pair, *prompts):
+    """Decode early and late: the same texts and caches."""
+    lengths = (34, 17)
     requests = [
-        Request([2, 5, 9, 11], 34, keeps_cache=True),
-        Request([2, 534, 17], 17, keeps_cache=True),
+        Request(prompt, length, keeps_cache=True)
+        for prompt, length in zip(prompts, lengths, strict=True)
     ]
     late = Late()
     (texts, caches), (others, other_caches) = (
@@ -114,7 +126,7 @@ def test_the_order_changes_no_text_and_no_cache():
 
 def test_a_round_that_nobody_wants_is_never_started(monkeypatch):
     """Built before the last report was read, and dropped with it."""
-    pair = load_pair()
+    pair = reference_pair()
     started = []
     decoder = Decoder(
         pair.rounds,

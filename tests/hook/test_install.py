@@ -73,6 +73,22 @@ def plain(folder):
     return mlx_lm.load(str(folder))
 
 
+@pytest.fixture(scope="module")
+def small_folder(gemma_pair_folder):
+    """A random pair of few layers, for tests in which no draft needs to be right."""
+    return gemma_pair_folder("may-12b")
+
+
+@pytest.fixture(scope="module")
+def small_plain(small_folder):
+    return mlx_lm.load(str(small_folder))
+
+
+@pytest.fixture
+def small_drafted(small_folder, hooked_names):
+    return mlx_lm.utils.load(str(small_folder))
+
+
 @pytest.fixture
 def hooked_names():
     """Every name of the table, replaced; given back at the end.
@@ -369,20 +385,22 @@ def own_batch(loaded, prompts):
 
 
 class TestSettings:
-    def test_number_of_drafts(self, folder, hooked_names):
-        model = mlx_lm.utils.load(str(folder))
+    def test_number_of_drafts(self, small_folder, hooked_names):
+        model = mlx_lm.utils.load(str(small_folder))
         for k in (0, 2, 4):
             install(num_draft_tokens=k)
             *_, last = generation.stream_generate(*model, PROMPTS[0], max_tokens=9)
             assert set(last.stats.num_draft_tokens) == {k}
 
-    def test_mlx_lms_own_number_counts_with_a_drafter_only(self, folder, drafted):
+    def test_mlx_lms_own_number_counts_with_a_drafter_only(
+        self, small_folder, small_drafted
+    ):
         settings = {"max_tokens": 8, "num_draft_tokens": 3}
         install(num_draft_tokens=2)
-        drafter = load_drafter(folder / "drafter")
+        drafter = load_drafter(small_folder / "drafter")
         for named, k in ((None, 2), (drafter, 3)):
             *_, last = generation.stream_generate(
-                *drafted, PROMPTS[0], draft_model=named, **settings
+                *small_drafted, PROMPTS[0], draft_model=named, **settings
             )
             assert set(last.stats.num_draft_tokens) == {k}
 
@@ -398,15 +416,16 @@ class TestSettings:
         with pytest.raises(ValueError, match="does not support input embeddings"):
             next(mlx_lm.stream_generate(*plain, PROMPTS[3], **settings))
 
-    def test_sizes_of_caches_are_ignored_as_by_mlx_lm(self, plain, drafted, expected):
+    def test_sizes_of_caches_are_ignored_as_by_mlx_lm(self, small_plain, small_drafted):
         """Gemma 4 makes its own caches; these numbers are never read."""
-        for found in both(plain, drafted, PROMPTS[0], max_kv_size=4):
+        expected, _ = both(small_plain, small_drafted, PROMPTS[0])
+        for found in both(small_plain, small_drafted, PROMPTS[0], max_kv_size=4):
             assert told(found) == told(expected)
 
-    def test_quantized_caches_are_refused_before_anything_runs(self, drafted):
+    def test_quantized_caches_are_refused_before_anything_runs(self, small_drafted):
         calls = []
         responses = generation.stream_generate(
-            *drafted,
+            *small_drafted,
             PROMPTS[0],
             kv_bits=4,
             logits_processors=[lambda tokens, logits: calls.append(tokens)],
@@ -418,23 +437,27 @@ class TestSettings:
         assert "\n" not in str(caught.value)
         assert not calls
 
-    def test_that_mlx_lm_refuses_them_too(self, plain):
+    def test_that_mlx_lm_refuses_them_too(self, small_plain):
         """The reason that is given stays true, or the refusal has to go."""
         with pytest.raises(NotImplementedError, match="RotatingKVCache Quantization"):
             list(
                 own("stream_generate")(
-                    *plain, PROMPTS[0], max_tokens=2, kv_bits=4, quantized_kv_start=0
+                    *small_plain,
+                    PROMPTS[0],
+                    max_tokens=2,
+                    kv_bits=4,
+                    quantized_kv_start=0,
                 )
             )
 
-    def test_images_are_decoded_by_mlx_lm(self, plain, drafted, caplog):
+    def test_images_are_decoded_by_mlx_lm(self, small_plain, small_drafted, caplog):
         hooked._note_embeddings.cache_clear()
-        tokens = mx.array(plain[1].encode(PROMPTS[0]))
-        embeddings = plain[0].language_model.model.embed_tokens(tokens)
+        tokens = mx.array(small_plain[1].encode(PROMPTS[0]))
+        embeddings = small_plain[0].language_model.model.embed_tokens(tokens)
         with caplog.at_level(logging.WARNING, "mlx_gemma_mtp"):
             for _ in range(2):
                 expected, found = both(
-                    plain, drafted, tokens, input_embeddings=embeddings
+                    small_plain, small_drafted, tokens, input_embeddings=embeddings
                 )
                 assert told(found) == told(expected)
                 assert type(found[0]) is generation.GenerationResponse
@@ -449,14 +472,18 @@ class TestSettings:
             install(draft_source="text")
         assert mlx_lm.load is own("load")
 
-    def test_drafts_from_the_text(self, drafted):
+    def test_drafts_from_the_text(self, small_drafted):
         """The same text; the hook's setting reaches rows that join, too."""
-        expected = list(generation.stream_generate(*drafted, PROMPTS[0], max_tokens=12))
+        expected = list(
+            generation.stream_generate(*small_drafted, PROMPTS[0], max_tokens=12)
+        )
         install(num_draft_tokens=3, draft_source="lookup")
-        found = list(generation.stream_generate(*drafted, PROMPTS[0], max_tokens=12))
+        found = list(
+            generation.stream_generate(*small_drafted, PROMPTS[0], max_tokens=12)
+        )
         assert [r.token for r in found] == [r.token for r in expected]
         assert found[-1].stats.drafted_from.keys() == {"lookup"}
-        batch = generation.BatchGenerator(drafted[0], max_tokens=12)
+        batch = generation.BatchGenerator(small_drafted[0], max_tokens=12)
         batch.insert([[2, 5, 6, 5, 6]])
         while batch.next_generated():
             pass
@@ -486,23 +513,25 @@ class TestSeeds:
         mx.random.seed(4)
         assert self.sample(drafted)[0] != first
 
-    def test_without_one_more_drafts_are_accepted(self, drafted):
-        tokens, rule = self.sample(drafted)
+    def test_without_one_more_drafts_are_accepted(self, small_drafted):
+        tokens, rule = self.sample(small_drafted)
         assert rule == "block verification"
-        assert self.sample(drafted)[0] != tokens
+        assert self.sample(small_drafted)[0] != tokens
 
-    def test_installing_forgets_seeds(self, folder, hooked_names):
+    def test_installing_forgets_seeds(self, small_folder, hooked_names):
         mx.random.seed(3)
         uninstall()
         install()
-        assert self.sample(mlx_lm.utils.load(str(folder)))[1] == "block verification"
+        assert (
+            self.sample(mlx_lm.utils.load(str(small_folder)))[1] == "block verification"
+        )
 
-    def test_greedy_text_draws_no_number(self, drafted):
+    def test_greedy_text_draws_no_number(self, small_drafted):
         mx.random.seed(3)
         random_state: Any = mx.random.state
         before = random_state[0].tolist()
         for sampler in (None, make_sampler(temp=0.0)):
-            assert self.sample(drafted, sampler)[1] == "greedy"
+            assert self.sample(small_drafted, sampler)[1] == "greedy"
         assert random_state[0].tolist() == before
 
     def test_threads_have_seeds_of_their_own(self, hooked_names):

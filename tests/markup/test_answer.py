@@ -148,8 +148,8 @@ def test_without_tools_the_text_of_a_call_is_content():
     assert found == ('acall:f{a:"x"}b', "", [])
 
 
-def test_marks_are_those_of_the_tokenizer(gemma_tokenizer):
-    found = marks_of(gemma_tokenizer("may-e2b"))
+def test_marks_are_those_of_the_tokenizer(whole_gemma_tokenizer):
+    found = marks_of(whole_gemma_tokenizer("may-e2b"))
     assert found.tokens == {i: name for i, name in SPECIAL.items() if name in NAMES}
     assert all(found.pattern.fullmatch(name) for name in NAMES)
     reader = AnswerReader(Marks(()))

@@ -17,7 +17,7 @@ from mlx_gemma_mtp.server.schema import ChatBody, CompletionBody
 from mlx_gemma_mtp.server.thinking import LIMITS, ThinkingLimits
 from mlx_gemma_mtp.structure.constraint import regex
 from mlx_gemma_mtp.structure.masks import BoundConstraint
-from tests.gemma import VOCAB_SIZE
+from tests.gemma import SMALL_SIZE
 from tests.gemma_pair import let_say
 from tests.server.serving import (
     ScriptedDecoder,
@@ -41,7 +41,7 @@ def gemma(gemma_tokenizer):
 class TestLimits:
     def limit(self, gemma, *, max_tokens=10**5, is_thinking=True, **fields):
         body = ChatBody.model_validate({"messages": MESSAGES, **fields})
-        limits = ThinkingLimits(gemma, VOCAB_SIZE)
+        limits = ThinkingLimits(gemma, SMALL_SIZE)
         limits.check(body)
         found = limits.constraint_of(
             body, None, is_thinking=is_thinking, max_tokens=max_tokens
@@ -84,7 +84,7 @@ class TestLimits:
     def test_a_form_keeps_its_own(self, gemma):
         form = BoundConstraint(regex("[ab]"), gemma)
         body = CompletionBody(prompt="a", max_thinking_tokens=2)
-        limits = ThinkingLimits(gemma, VOCAB_SIZE)
+        limits = ThinkingLimits(gemma, SMALL_SIZE)
         found = limits.constraint_of(body, form, is_thinking=False, max_tokens=9)
         assert found is not None
         assert found is not form

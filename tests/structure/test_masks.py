@@ -423,8 +423,8 @@ class TestGemma:
     """All of its ids: control tokens, bytes, thoughts."""
 
     @pytest.fixture
-    def tokenizer(self, gemma_tokenizer):
-        return gemma_tokenizer("july-e2b")
+    def tokenizer(self, whole_gemma_tokenizer):
+        return whole_gemma_tokenizer("july-e2b")
 
     def write(self, bound, tokenizer, seed, most=150):
         """Tokens drawn from masks alone; the text, or None where it is too long."""

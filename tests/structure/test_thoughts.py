@@ -196,8 +196,8 @@ class TestGemma:
     ASKS = (BOS, START_OF_TURN, THINK, END_OF_TURN, START_OF_TURN, 902)
 
     @pytest.fixture
-    def tokenizer(self, gemma_tokenizer):
-        return gemma_tokenizer("july-e2b")
+    def tokenizer(self, whole_gemma_tokenizer):
+        return whole_gemma_tokenizer("july-e2b")
 
     def test_a_form_stands_behind_a_limited_thought(self, tokenizer):
         line, name, a = (
@@ -408,8 +408,11 @@ class TestTexts:
             self.tokens((pair[0], tiny()), "x", max_thinking_tokens=3)
 
     @pytest.mark.slow
-    def test_of_gemmas_ids(self, gemma_pair_folder, gemma_tokenizer):
-        pair = load(gemma_pair_folder("july-e2b"))[0], gemma_tokenizer("july-e2b")
+    def test_of_gemmas_ids(self, whole_gemma_pair_folder, whole_gemma_tokenizer):
+        pair = (
+            load(whole_gemma_pair_folder("july-e2b"))[0],
+            whole_gemma_tokenizer("july-e2b"),
+        )
         asked = {"max_tokens": 8, "seed": 1, "max_thinking_tokens": 3}
         texts = [self.tokens(pair, OPENED, **asked, num_draft_tokens=k) for k in (0, 3)]
         assert texts[0] == texts[1]

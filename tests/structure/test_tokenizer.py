@@ -24,8 +24,8 @@ def wrapped():
     return TokenizerWrapper(tiny_tokenizer(), eos_token_ids=[EOS])
 
 
-def test_tokens_are_gemmas_own(gemma_tokenizer):
-    tokenizer = gemma_tokenizer("july-e2b")
+def test_tokens_are_gemmas_own(whole_gemma_tokenizer):
+    tokenizer = whole_gemma_tokenizer("july-e2b")
     made = grammar_tokenizer(tokenizer)
     assert made.vocab_size == VOCAB_SIZE
     assert set(made.eos_tokens) == set(EOS_IDS)
@@ -37,9 +37,9 @@ def test_tokens_are_gemmas_own(gemma_tokenizer):
     assert not made.is_special_token(tokenizer.convert_tokens_to_ids("<unused9>"))
 
 
-def test_text_that_spells_a_control_token_is_of_ordinary_ones(gemma_tokenizer):
+def test_text_that_spells_a_control_token_is_of_ordinary_ones(whole_gemma_tokenizer):
     """As the library tokenizers has it where it is told to take none for a token."""
-    tokenizer = gemma_tokenizer("july-e2b")
+    tokenizer = whole_gemma_tokenizer("july-e2b")
     made = grammar_tokenizer(tokenizer)
     plain = copy(tokenizer.backend_tokenizer)
     plain.encode_special_tokens = True
