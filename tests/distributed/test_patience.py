@@ -17,7 +17,7 @@ HEALTHY: dict[str, list[tuple[int, float]]] = {
     "a longer text": [(2048, 30), (512, 7), (2048, 30), (2048, 60), (512, 30)],
     "a machine that throttles": [(2048, 5), (2048, 45)],
     "a machine that others use": [(24, 20), (24, 150)],
-    "another length, which is compiled": [(24, 0.1), (24, 0.1), (25, 45)],
+    "a much longer one, which is compiled": [(24, 0.1), (24, 0.1), (33, 45)],
     "several prompts at once": [(24, 0.5), (32 * 24, 16)],
 }
 
@@ -32,9 +32,10 @@ def test_who_works_has_time(name):
 
 def test_the_faster_the_machines_the_sooner_is_one_missed():
     patience = Patience()
-    assert patience.limit_s(2048) == 3600  # as long as loading
+    assert patience.limit_s(2048) == 600
     patience.note(2048, 2.0)
     assert patience.limit_s(2048) == 8 + 10 * 2
     assert patience.limit_s(1024) == 60 + 10 * 1
     patience.note(24, 0.1)
     assert patience.limit_s(24) == 8 + 10 * 0.1
+    assert patience.limit_s(30) == pytest.approx(8 + 10 * 0.1 / 24 * 30)
