@@ -21,7 +21,7 @@ from mlx_gemma_mtp.pair.agreed import (
     check_request,
 )
 from mlx_gemma_mtp.sampling.params import SamplingParams
-from tests.tiny import reference_pair
+from tests.tiny import new_pair
 
 
 def hearing(shared: Any, gathered: Any = None) -> Any:
@@ -76,7 +76,7 @@ def test_a_request_of_rank_0_comes_whole():
 
 def test_a_plan_is_rank_0s(monkeypatch):
     """Also where this rank would decode plainly: whether there is a text shows it."""
-    pair = reference_pair()
+    pair = new_pair()
     asked: dict[str, Any] = {"num_draft_tokens": None, "exactness": "fast"}
     pair.ranks, said = saying()
     first = planning.make_plan(pair, [Request([5, 6], 7)], **asked)
