@@ -135,6 +135,14 @@ class Control:
         """
         return nullcontext()
 
+    def reading(self) -> AbstractContextManager[None]:
+        """The same where it waits for the oldest round in flight alone.
+
+        Raises:
+            RanksError: They were lost.
+        """
+        return nullcontext()
+
     def read(self, word: mx.array | None, tokens: Sequence[Sequence[int]]) -> None:
         """Follow what a round brought.
 
@@ -164,7 +172,7 @@ class RanksControl(Control):
         self._last: int | None = None
         self._digest = 0
         self._met: set[Hashable] = set()
-        self._last_traced = -1  # the last round that some had to trace
+        self._traced: set[int] = set()  # rounds in flight that some had to trace
 
     @property
     def may_build(self) -> bool:
@@ -212,7 +220,7 @@ class RanksControl(Control):
         are_traced = shape in self._met or self._ranks.all_say(is_traced, self._limit_s)
         self._met.add(shape)
         if not are_traced:
-            self._last_traced = self._num_built - 1
+            self._traced.add(self._num_built - 1)
         return are_traced
 
     def meet(self) -> None:
@@ -221,18 +229,29 @@ class RanksControl(Control):
 
     def waiting(self) -> AbstractContextManager[None]:
         """See ``Control``."""
+        return self._exchange(self._limit_s)
+
+    def reading(self) -> AbstractContextManager[None]:
+        """See ``Control``.
+
+        The sums of a round are under way before the next one is traced or compiled.
+        """
+        return self._exchange(FIRST_S if self._num_read in self._traced else LIMIT_S)
+
+    def _exchange(self, limit_s: float) -> AbstractContextManager[None]:
         self._ranks.check()  # what is in flight of lost ones never ends
-        return self._ranks.exchange(f"round {self._num_read}", self._limit_s)
+        return self._ranks.exchange(f"round {self._num_read}", limit_s)
 
     @property
     def _limit_s(self) -> float:
         """Seconds that a rank may be silent now: it may compile what is in flight."""
-        return FIRST_S if self._last_traced >= self._num_read else LIMIT_S
+        return FIRST_S if self._traced else LIMIT_S
 
     def read(self, word: mx.array | None, tokens: Sequence[Sequence[int]]) -> None:
         """See ``Control``."""
         assert word is not None
         number, self._num_read = self._num_read, self._num_read + 1
+        self._traced.discard(number)
         found = cast(list[int], word.tolist())
         first, counted, count, source, leaves = found[:_LENGTH]
         if first != 1 or counted != number or len(set(found[_LENGTH:])) > 1:

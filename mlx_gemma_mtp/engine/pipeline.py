@@ -299,7 +299,7 @@ class RoundPipeline:
     def _read(self) -> list[SequenceOutput]:
         """Read the oldest report in flight, let the host decide, and count."""
         done = self._in_flight.popleft()
-        with self._control.waiting():
+        with self._control.reading():
             decisions = self._runner.read(done.queued, self._last)
         assert done.queued.report is not None
         tokens = [decision.tokens for decision in decisions]

@@ -262,11 +262,14 @@ def refused(call: Callable[[], Any]) -> str:
 
 
 def endless(folder: str) -> dict[str, Any]:
-    """Texts until somebody ends this, or makes it fail; the first one's end is told."""
+    """Texts until somebody ends this, or makes it fail; the first one's end is told.
+
+    Behind that nothing is traced: there ranks wait for each other longer.
+    """
     signal.signal(signal.SIGUSR1, _fail)
     part = part_of(folder)
     while True:
-        text(part, num_draft_tokens=3)
+        text(part, num_draft_tokens=3, draft_source="drafter")
         sys.stdout.write("text\n")
         sys.stdout.flush()
 

@@ -121,7 +121,7 @@ def test_ranks_ask_each_other_before_the_first_round_of_a_shape():
     for shape, is_traced in (("a", False), ("b", True), ("a", False), ("b", True)):
         words.append(word_of(own, other, Way(2)))
         found.append(own.are_traced(shape, is_traced=is_traced))
-        waits.append(own.waiting())
+        waits.append([own.waiting(), own.reading()])
         if len(words) > 1:  # one round is queued ahead
             own.read(words[-2], [[3]])
             other.read(words[-2], [[3]])
@@ -132,7 +132,22 @@ def test_ranks_ask_each_other_before_the_first_round_of_a_shape():
     assert ranks.met[2:] == [FIRST_S]
     # The first one is read behind the start of the second.
     limits = [FIRST_S, FIRST_S, LIMIT_S, LIMIT_S]
-    assert waits == [(f"round {max(i - 1, 0)}", s) for i, s in enumerate(limits)]
+    assert waits == [[(f"round {max(i - 1, 0)}", s)] * 2 for i, s in enumerate(limits)]
+
+
+def test_a_round_is_not_read_the_longer_for_one_that_is_traced_behind_it():
+    (own, _), (other, _) = control(0), control(1)
+    word = word_of(own, other, Way(2))
+    assert own.are_traced("a", is_traced=True)
+    word_of(own, other, Way(3))
+    assert not own.are_traced("b", is_traced=False)
+    starting: Any = own.waiting()
+    reading: Any = own.reading()
+    assert starting == ("round 0", FIRST_S)
+    assert reading == ("round 0", LIMIT_S)
+    own.read(word, [[3]])
+    reading = own.reading()
+    assert reading == ("round 1", FIRST_S)
 
 
 def test_one_machine_agrees_with_itself():
