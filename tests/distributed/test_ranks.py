@@ -65,7 +65,7 @@ def test_work_is_timed_for_each_that_does_it(monkeypatch):
     for worker, took_s in ((small, 1.0), (large, 50.0), (small, 2.0), (large, 90.0)):
         with ranks.long_exchange("a prompt", 100, worker):
             now[0] += took_s
-    assert limits == [("a prompt", s) for s in (3600, 3600, 8 + 10, 8 + 10 * 50)]
+    assert limits == [("a prompt", s) for s in (600, 600, 8 + 10, 8 + 10 * 50)]
 
 
 def test_work_that_fails_tells_nothing_of_speed(monkeypatch):
@@ -82,7 +82,7 @@ def test_work_that_fails_tells_nothing_of_speed(monkeypatch):
         with pytest.raises(RanksError):
             with ranks.long_exchange("a prompt", 9, ranks.watchdog):
                 raise lost
-    assert limits == [3600, 3600]
+    assert limits == [600, 600]
 
 
 def test_each_exchange_has_a_number(monkeypatch):
