@@ -10,12 +10,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, TypedDict
 
-from ..constants import (
-    AUTO,
-    DRAFT_SOURCES,
-    MAX_DRAFT_TOKENS,
-    MAX_LOGPROBS,
-)
+from ..constants import AUTO, DRAFT_SOURCES, MAX_DRAFT_TOKENS, MAX_LOGPROBS
 from ..engine.prefill import DEFAULT_PREFILL_STEP_SIZE
 from ..engine.route import check_mode
 from ..errors import RequestError

@@ -25,11 +25,7 @@ from ..checkpoints.checkpoint import open_checkpoint, read_json
 from ..checkpoints.hub import fetch, fetch_config
 from ..checkpoints.packing import without_stale_keys
 from ..checkpoints.tokenizer import model_kind
-from ..constants import (
-    AUTO,
-    DRAFTER_MODEL_TYPES,
-    TARGET_MODEL_TYPES,
-)
+from ..constants import AUTO, DRAFTER_MODEL_TYPES, TARGET_MODEL_TYPES
 from ..distributed.alone import check_alone
 from ..engine.stats import DraftTally
 from ..errors import CheckpointError, PairingError, RequestError

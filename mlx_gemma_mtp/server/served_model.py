@@ -189,8 +189,8 @@ def request_of(
         RequestError: The choice cannot be decoded.
     """
     source = choice.draft_source if draft_source == AUTO else draft_source
-    is_there = choice.draft_source in (AUTO, source)
-    is_there = is_there and bool(pair.draft_sources(source))
+    sources = pair.draft_sources(source)
+    is_there = sources and choice.draft_source in (AUTO, source)
     processors = make_logits_processors(**choice.penalties)
     ends = eos | choice.stop_token_ids
     if choice.min_tokens and ends:
